@@ -1,0 +1,77 @@
+"""What a result was made with: date, commit, hardware, versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+PACKAGES = (
+    "trace-dist",
+    "torch",
+    "triton",
+    "deepspeed",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "peft",
+    "bitsandbytes",
+)
+
+
+def _commit() -> str | None:
+    """Commit of the source tree, with ``+`` where files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        )
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
+
+
+def meta_info() -> dict[str, Any]:
+    """Hardware and versions, for the ``meta_info`` of a result file."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    memory_gib = psutil.virtual_memory().total / 2**30
+    return {
+        "hardware": ", ".join(gpus) or f"{_cpu_name()}, {os.cpu_count()} cores, {memory_gib:.0f} GiB",
+        "platform": platform.platform(),
+        "versions": _versions(),
+    }
+
+
+def run_info() -> dict[str, Any]:
+    """Date (UTC) and commit, for the ``run_info`` of a result file."""
+    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": _commit()}

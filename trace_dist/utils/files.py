@@ -1,0 +1,140 @@
+"""Files that are whole or absent: every write goes to a temporary name, is flushed, and is renamed.
+
+Tensors are stored as safetensors with a JSON header (never pickle).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside ``path``; renames it to ``path`` when the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically, indented, with a final newline."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        ValueError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path}: no such file; run the command that writes it first, or fix the path"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path}: not valid JSON ({error}); restore the file or delete it and run again"
+        ) from None
+
+
+def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one record to a JSON-lines file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as handle:
+        handle.write(json.dumps(record) + "\n")
+
+
+def check_free_space(folder: Path, num_bytes: int) -> None:
+    """Raise ValueError when the disk under ``folder`` cannot take ``num_bytes`` more."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise ValueError(
+            f"{folder}: {num_bytes / 2**20:.1f} MiB are needed but {free / 2**20:.1f} MiB are free; "
+            "free some disk space or choose another folder"
+        )
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON header to one safetensors file, atomically.
+
+    Raises:
+        ValueError: the disk has no room.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    check_free_space(path.parent, sum(tensor.nbytes for tensor in tensors.values()) + 2**20)
+    with atomic_path(path) as temporary:
+        save_file(tensors, str(temporary), metadata={"header": json.dumps(dict(header))})
+
+
+@contextmanager
+def _opened(path: Path, kind: str) -> Iterator[Any]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such {kind} file; check the path")
+    try:
+        with safe_open(str(path), framework="pt") as handle:
+            yield handle
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path}: corrupt {kind} file ({error}); restore it from a copy or make it again"
+        ) from None
+
+
+def _header(handle: Any, path: Path, kind: str) -> dict[str, Any]:
+    header = json.loads((handle.metadata() or {}).get("header", "{}"))
+    if header.get("format") != f"trace_dist.{kind}":
+        raise ValueError(
+            f"{path}: format is {header.get('format')!r}, not 'trace_dist.{kind}'; this is not a {kind} file: give the right one"
+        )
+    return header
+
+
+def load_header(path: Path, kind: str) -> dict[str, Any]:
+    """The JSON header alone. Raises ValueError as ``load_tensors`` does."""
+    with _opened(path, kind) as handle:
+        return _header(handle, path, kind)
+
+
+def load_tensors(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read a file that ``save_tensors`` wrote.
+
+    Args:
+        path: the file.
+        kind: what the file should be; its header must say ``format: trace_dist.<kind>``.
+
+    Raises:
+        ValueError: missing, corrupt, or of another kind.
+    """
+    with _opened(path, kind) as handle:
+        return {name: handle.get_tensor(name) for name in handle.keys()}, _header(handle, path, kind)  # noqa: SIM118
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
