@@ -1,0 +1,252 @@
+"""Compiles every kernel ahead of time for GPUs that are not here: ``python -m trace_kernels.aot``.
+
+`triton.compile` takes the target as a parameter and the wheel carries the assemblers, so that registers, spills
+and the width of memory accesses can be asserted on any machine. The specialisations are those of a launch with
+16-byte aligned tensors, int32 unit ids and sizes of which nothing is known beyond what the tile promises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import __path__ as nvidia_path
+from triton.compiler import ASTSource
+
+from .bitmask import _pack_kernel, _unpack_kernel
+from .compact import _compact_gather_kernel, _compact_scatter_kernel
+from .delta_swap import _delta_swap_kernel
+from .dispatch import NUM_THREADS, TILE
+from .masked_adamw import _masked_adamw_kernel
+from .unit_reduce import SPLIT, _unit_dot_kernel
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+TILES: dict[str, dict[str, Any]] = {
+    "element": {"UNITS": TILE, "LANES": 0, "ALIGNED": False},
+    "block64": {"UNITS": TILE // 64, "LANES": 64, "ALIGNED": True},
+    "row": {"UNITS": 1, "LANES": TILE, "ALIGNED": True},
+}
+
+_RUN_ARGS = {
+    "units_ptr": "*i32",
+    "num_units": "i32",
+    "num_entries": "i64",
+    "block": "i32",
+    "base": "i64",
+    "skip": "i32",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with the argument types and constexprs of one specialisation."""
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class CompiledReport:
+    """What a compiled kernel needs of the machine."""
+
+    name: str
+    target: str
+    kind: str
+    """cubin or hsaco."""
+    num_bytes: int
+    num_regs: int
+    """Registers per thread (vector registers on AMD)."""
+    num_spilled_bytes: int
+    """Local memory per thread: spilled registers and stack."""
+    load_bytes: int
+    """Widest global load of one thread."""
+    store_bytes: int
+    """Widest global store of one thread."""
+
+
+def compile_kernel(
+    kernel: Any,
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    attrs: Mapping[tuple[int, ...], list[list[object]]],
+    target: GPUTarget,
+) -> Any:
+    """Compiles one specialisation of a ``@triton.jit`` function.
+
+    Args:
+        kernel: the function.
+        signature: Triton type of each argument by name, e.g. ``*bf16``, ``i32``, ``fp32``.
+        constexprs: value of each remaining argument; None for an absent pointer.
+        attrs: by argument position, e.g. ``{(0,): [["tt.divisibility", 16]]}``.
+        target: a value of `TARGETS`.
+
+    Returns:
+        Triton's ``CompiledKernel``; ``asm`` holds every stage.
+
+    Raises:
+        ValueError: TRITON_INTERPRET=1 was set when the kernels were imported.
+    """
+    if not isinstance(kernel, triton.JITFunction):
+        raise ValueError("kernel: interpreted, nothing to compile; unset TRITON_INTERPRET")
+    types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    source = ASTSource(kernel, types, constexprs=dict(constexprs), attrs=dict(attrs))
+    options = {"num_warps": NUM_THREADS // target.warp_size, "enable_fp_fusion": False}
+    return triton.compile(source, target=target, options=options)
+
+
+def variants() -> Iterator[Variant]:
+    """Every kernel of the package in its typical specialisations."""
+    for dtype in ("bf16", "fp32"):
+        for granularity, tile in TILES.items():
+            suffix = f"{dtype}.{granularity}"
+            yield from _support_variants(dtype, suffix, tile)
+            if granularity == "element":
+                continue  # nothing to reduce: the op is a plain product
+            lanes = tile["LANES"]
+            reduce_tile = {"UNITS": TILE // lanes, "LANES": lanes, "SPLIT": SPLIT, "ALIGNED": tile["ALIGNED"]}
+            sizes = dict.fromkeys(("numel", "num_units"), "i64") | dict.fromkeys(
+                ("num_splits", "block", "lead"), "i32"
+            )
+            pointers = {"x_ptr": f"*{dtype}", "partials_ptr": "*fp32"}
+            yield _variant(f"unit_sumsq.{suffix}", _unit_dot_kernel, pointers | sizes, reduce_tile)
+            pointers["y_ptr"] = f"*{dtype}"
+            yield _variant(f"unit_dot.{suffix}", _unit_dot_kernel, pointers | sizes, reduce_tile)
+    bit_types = {"mask_ptr": "*u8", "packed_ptr": "*u8", "n": "i64"}
+    yield _variant("pack", _pack_kernel, bit_types, {"BYTES": TILE // 8})
+    yield _variant("unpack", _unpack_kernel, bit_types, {"BYTES": TILE // 8})
+
+
+def compile_all(target: str) -> list[CompiledReport]:
+    """Compiles every variant for a key of `TARGETS`."""
+    if target not in TARGETS:
+        raise ValueError(f"target = {target!r}: must be one of {', '.join(TARGETS)}")
+    return [_report(variant, target) for variant in variants()]
+
+
+def _support_variants(dtype: str, suffix: str, tile: dict[str, Any]) -> Iterator[Variant]:
+    word = {"bf16": "i16", "fp32": "i32"}[dtype]
+    gather = {"src_ptr": f"*{dtype}", "out_ptr": "*fp32", "scale": "fp32"} | _RUN_ARGS
+    yield _variant(f"gather.{suffix}", _compact_gather_kernel, gather, {"ACCUMULATE": False} | tile)
+    gather["sumsq_ptr"] = "*fp32"
+    yield _variant(f"gather_add_sumsq.{suffix}", _compact_gather_kernel, gather, {"ACCUMULATE": True} | tile)
+    scatter = {"dst_ptr": f"*{dtype}", "values_ptr": "*fp32"} | _RUN_ARGS
+    yield _variant(f"scatter.{suffix}", _compact_scatter_kernel, scatter, tile)
+    swap = {"weight_ptr": f"*{word}", "values_ptr": f"*{word}"} | _RUN_ARGS
+    yield _variant(f"swap.{suffix}", _delta_swap_kernel, swap, tile)
+
+    compacts = ("master_ptr", "grad_ptr", "exp_avg_ptr", "exp_avg_sq_ptr")
+    scalars = ("step_size", "correction2_sqrt", "grad_scale", "decay", "weight1", "beta2", "weight2", "eps")
+    adamw = {"weight_ptr": f"*{dtype}"} | dict.fromkeys(compacts, "*fp32") | dict.fromkeys(scalars, "fp32")
+    adamw |= {"last_age": "i32", "key_1": "i32", "key_2": "i32"} | _RUN_ARGS
+    flags = {"SCALE_IS_POINTER": False, "STOCHASTIC": False} | tile
+    yield _variant(f"adamw.{suffix}", _masked_adamw_kernel, adamw, flags)
+    by_age = {"age_ptr": "*i32", "step_size": "*fp32", "correction2_sqrt": "*fp32", "grad_scale": "*fp32"}
+    yield _variant(
+        f"adamw_ages.{suffix}", _masked_adamw_kernel, adamw | by_age, flags | {"SCALE_IS_POINTER": True}
+    )
+    if dtype == "bf16":
+        adamw.pop("master_ptr")
+        yield _variant(
+            f"adamw_stochastic.{suffix}", _masked_adamw_kernel, adamw, flags | {"STOCHASTIC": True}
+        )
+
+
+def _variant(name: str, kernel: Any, signature: Mapping[str, str], constexprs: Mapping[str, Any]) -> Variant:
+    """Fills in None for pointers left out and 1 for the block of an element mask, as a launch would."""
+    names = kernel.arg_names
+    fixed = {argument: None for argument in names if argument not in signature} | dict(constexprs)
+    signature = dict(signature)
+    if fixed.get("LANES") == 0:
+        fixed["block"] = 1
+        signature.pop("block")
+    return Variant(name, kernel, signature, fixed)
+
+
+def _report(variant: Variant, target: str) -> CompiledReport:
+    names = variant.kernel.arg_names
+    pointers = [name for name, kind in variant.signature.items() if kind.startswith("*")]
+    attrs: dict[tuple[int, ...], list[list[object]]] = {
+        (names.index(pointer),): [["tt.divisibility", 16]] for pointer in pointers
+    }
+    compiled = compile_kernel(variant.kernel, variant.signature, variant.constexprs, attrs, TARGETS[target])
+    kind = "cubin" if "cubin" in compiled.asm else "hsaco"
+    binary = compiled.asm[kind]
+    text = compiled.asm["ptx" if kind == "cubin" else "amdgcn"]
+    num_regs, spilled = _nvidia_resources(binary) if kind == "cubin" else _amd_resources(text)
+    width = _ptx_width if kind == "cubin" else _gcn_width
+    return CompiledReport(
+        variant.name, target, kind, len(binary), num_regs, spilled, width(text, "load"), width(text, "store")
+    )
+
+
+def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        tool = os.path.join(nvidia_path[0], "bin", "cuobjdump")
+        command = [tool, "--dump-resource-usage", str(path)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+
+
+def _amd_resources(assembly: str) -> tuple[int, int]:
+    usage = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)", assembly)}
+    return usage["vgpr_count"], usage["private_segment_fixed_size"]
+
+
+def _ptx_width(ptx: str, access: str) -> int:
+    """E.g. ``ld.global.v4.b32`` = 16, ``st.global.b16`` = 2."""
+    opcode = {"load": "ld", "store": "st"}[access]
+    found = re.findall(rf"\b{opcode}\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx)
+    return max((int(count or 1) * int(bits) // 8 for count, bits in found), default=0)
+
+
+def _gcn_width(assembly: str, access: str) -> int:
+    """E.g. ``global_load_dwordx4`` or ``buffer_load_dwordx4`` = 16, ``global_store_short`` = 2."""
+    found = re.findall(
+        rf"\b(?:global|buffer)_{access}_(dwordx(\d)|dword|[us]?short\w*|[us]?byte\w*)", assembly
+    )
+    sizes = {"dword": 4, "dwordx": 4}
+    narrow = [sizes.get(word, 2 if "short" in word else 1) for word, count in found if not count]
+    return max([4 * int(count) for _, count in found if count] + narrow, default=0)
+
+
+def main() -> None:
+    """Prints one line per compiled kernel."""
+    parser = argparse.ArgumentParser(
+        description="Compile every kernel ahead of time and report its resources."
+    )
+    parser.add_argument(
+        "--target", choices=TARGETS, action="append", help="repeatable; all targets if left out"
+    )
+    targets = parser.parse_args().target or list(TARGETS)
+    columns = f"{'bytes':>8}{'regs':>6}{'spill':>7}{'load B':>8}{'store B':>9}"
+    print(f"{'kernel':<32}{'target':>8}{'kind':>7}{columns}")
+    for target in targets:
+        for r in compile_all(target):
+            sizes = (
+                f"{r.num_bytes:>8}{r.num_regs:>6}{r.num_spilled_bytes:>7}{r.load_bytes:>8}{r.store_bytes:>9}"
+            )
+            print(f"{r.name:<32}{r.target:>8}{r.kind:>7}{sizes}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Delta swap: exchanges the masked entries of a slice with a compact tensor, in place.
+
+    weight[local(p)], values[p] = values[p], weight[local(p)]
+
+with ``local`` as in runs.py, [Note: compact order]. Applying a task's tuned values and restoring the base
+are the same call made twice, and need no second copy of the base. Values are moved as integers, so that NaN
+payloads and the sign of zero survive: two calls restore every bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dispatch import BenchCase, Impl, check_vector, launch, locate, plan, run_args, use_triton
+from .runs import Runs
+
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def delta_swap_ref(weight: Tensor, runs: Runs, values: Tensor) -> None:
+    """Swap by explicit indices."""
+    indices = runs.indices()
+    old = weight[indices]
+    weight[indices] = values
+    values.copy_(old)
+
+
+@triton.jit
+def _delta_swap_kernel(  # type: ignore[no-untyped-def]
+    weight_ptr,
+    values_ptr,
+    units_ptr,
+    num_units,
+    num_entries,
+    block,
+    base,
+    skip,
+    UNITS: tl.constexpr,
+    LANES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    local, position, valid = locate(
+        units_ptr, num_units, num_entries, block, base, skip, UNITS, LANES, ALIGNED
+    )
+    old = tl.load(weight_ptr + local, mask=valid)
+    new = tl.load(values_ptr + position, mask=valid)
+    tl.store(weight_ptr + local, new, mask=valid)
+    tl.store(values_ptr + position, old, mask=valid)
+
+
+def delta_swap(weight: Tensor, runs: Runs, values: Tensor, *, impl: Impl = "auto") -> None:
+    """Exchanges masked weight entries and ``values``; calling it twice restores both bit for bit.
+
+    Args:
+        weight: [numel] bf16, fp16, fp32 or fp64, changed at the support only.
+        runs: the support.
+        values: [num_entries], of the dtype of ``weight``.
+        impl: see dispatch.py.
+    """
+    check_vector("weight", weight, runs.numel)
+    check_vector("values", values, runs.num_entries, (weight.dtype,))
+    word = _WORDS[weight.element_size()]
+    weight, values = weight.view(word), values.view(word)
+    if not use_triton(impl, weight, values, runs.units):
+        for piece in runs.pieces():
+            target = values[piece.start : piece.stop]
+            old = piece.gather(weight).clone()
+            piece.scatter(weight, target)
+            target.copy_(old)
+    elif runs.num_entries:
+        num_programs, tile = plan(runs)
+        launch(_delta_swap_kernel, num_programs, weight.device, weight, values, *run_args(runs), **tile)
+
+
+def bench_case(numel: int, density: float, block: int, dtype: torch.dtype, device: str) -> BenchCase:
+    """Swap of a random delta."""
+    runs = Runs.random(numel, block, density, device=device)
+    weight = torch.randn(numel, device=device).to(dtype)
+    values = torch.randn(runs.num_entries, device=device).to(dtype)
+    return BenchCase(lambda: delta_swap(weight, runs, values), 4 * values.nbytes + runs.units.nbytes)

@@ -1,0 +1,288 @@
+"""Masked AdamW: one decoupled-decay Adam step on the support of a local slice, with write-back.
+
+    p <- p (1 - lr wd);   m <- m + (1 - b1) (g - m);   v <- b2 v + (1 - b2) g^2
+    p <- p - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
+    weight[local(p)] <- round(p)
+
+(Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2.) ``p`` is the compact master copy, or the weight
+itself. Operations and their order are those of ``torch.optim.AdamW(foreach=False, capturable=False)``: at
+full density the torch path equals it bit for bit in fp32 and fp64. The Triton kernel rounds where torch
+rounds: a fused multiply-add in the two moments and nowhere else, square root and division correctly
+rounded. Its moments have the bits of the torch path on a CPU with FMA; its weights agree to 2 ulp (rtol
+2.4e-7), since the CPU's vectorised square root is not correctly rounded. Elements outside the support are
+never written.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dispatch import BenchCase, Impl, check_vector, launch, locate, plan, run_args, use_triton
+from .hyper import AdamWHyper
+from .rounding import nearest_noise, seed_keys, stochastic_bf16, stochastic_noise, truncate_bf16
+from .runs import Runs
+
+Rounding = Literal["nearest", "stochastic"]
+
+
+class _State(NamedTuple):
+    """The operands of one step; every one but ``weight`` is compact."""
+
+    weight: Tensor
+    runs: Runs
+    master: Tensor | None
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the step is computed in."""
+        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+
+
+def masked_adamw_ref(
+    weight: Tensor,
+    runs: Runs,
+    master: Tensor | None,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int | Tensor,
+    grad_scale: float | Tensor = 1.0,
+) -> None:
+    """The formula by explicit indices, in float64, rounded to nearest once at the end."""
+    indices = runs.indices()
+    p, g = (weight[indices] if master is None else master).double(), grad.double() * grad_scale
+    age = step.double() if isinstance(step, Tensor) else torch.tensor(float(step), dtype=torch.float64)
+    m = beta1 * exp_avg.double() + (1 - beta1) * g
+    v = beta2 * exp_avg_sq.double() + (1 - beta2) * g * g
+    denom = (v / (1 - beta2**age)).sqrt() + eps
+    p = p * (1 - lr * weight_decay) - lr * (m / (1 - beta1**age)) / denom
+    exp_avg.copy_(m)
+    exp_avg_sq.copy_(v)
+    if master is not None:
+        master.copy_(p)
+    weight[indices] = p.to(weight.dtype)
+
+
+@triton.jit(do_not_specialize=["key_1", "key_2"])
+def _masked_adamw_kernel(  # type: ignore[no-untyped-def]
+    weight_ptr,
+    master_ptr,  # None where the weight is the master copy
+    grad_ptr,
+    exp_avg_ptr,
+    exp_avg_sq_ptr,
+    age_ptr,  # None where all entries share one step
+    step_size,  # number, or pointer to the table by age
+    correction2_sqrt,  # number, or pointer to the table by age
+    last_age,
+    grad_scale,  # number, or pointer to a scalar
+    decay,
+    weight1,
+    beta2,
+    weight2,
+    eps,
+    key_1,
+    key_2,
+    units_ptr,
+    num_units,
+    num_entries,
+    block,
+    base,
+    skip,
+    SCALE_IS_POINTER: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    UNITS: tl.constexpr,
+    LANES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    local, position, valid = locate(
+        units_ptr, num_units, num_entries, block, base, skip, UNITS, LANES, ALIGNED
+    )
+    if SCALE_IS_POINTER:
+        grad_scale = tl.load(grad_scale).to(tl.float32)
+    if age_ptr is not None:
+        age = tl.minimum(tl.load(age_ptr + position, mask=valid, other=1), last_age)
+        step_size = tl.load(step_size + age, mask=valid, other=0.0)
+        correction2_sqrt = tl.load(correction2_sqrt + age, mask=valid, other=1.0)
+    g = tl.load(grad_ptr + position, mask=valid, other=0.0).to(tl.float32) * grad_scale
+    m = tl.load(exp_avg_ptr + position, mask=valid, other=0.0).to(tl.float32)
+    v = tl.load(exp_avg_sq_ptr + position, mask=valid, other=0.0).to(tl.float32)
+    if master_ptr is None:
+        p = tl.load(weight_ptr + local, mask=valid, other=0.0).to(tl.float32)
+    else:
+        p = tl.load(master_ptr + position, mask=valid, other=0.0)
+
+    p = p * decay
+    far = weight1 >= 0.5  # torch's lerp starts from the nearer end
+    m = tl.fma(tl.where(far, weight1 - 1, weight1) + tl.zeros_like(m), g - m, tl.where(far, g, m))
+    v = tl.fma(weight2 * g, g, v * beta2)
+    denom = tl.div_rn(tl.sqrt_rn(v), correction2_sqrt + tl.zeros_like(v)) + eps
+    p = p - tl.div_rn(step_size * m, denom)
+
+    tl.store(exp_avg_ptr + position, m, mask=valid)
+    tl.store(exp_avg_sq_ptr + position, v, mask=valid)
+    if master_ptr is not None:
+        tl.store(master_ptr + position, p, mask=valid)
+    if weight_ptr.dtype.element_ty == tl.bfloat16:
+        noise = stochastic_noise(local + base, key_1, key_2) if STOCHASTIC else nearest_noise(p)
+        p = truncate_bf16(p, noise)
+    tl.store(weight_ptr + local, p, mask=valid)
+
+
+def masked_adamw(
+    weight: Tensor,
+    runs: Runs,
+    master: Tensor | None,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int | Tensor,
+    grad_scale: float | Tensor = 1.0,
+    rounding: Rounding = "nearest",
+    seed: int = 0,
+    impl: Impl = "auto",
+) -> None:
+    """Takes one step in place on ``weight``, ``master``, ``exp_avg`` and ``exp_avg_sq``.
+
+    Args:
+        weight: [numel] bf16, fp16, fp32 or fp64 local slice; only the support is written.
+        runs: the support, n entries.
+        master: [n] fp32 (fp64 for an fp64 ``weight``), or None: the weight is then its own master copy, which
+            a half-precision weight can only be with stochastic rounding (small updates would be lost).
+        grad: [n] any float dtype; not changed.
+        exp_avg, exp_avg_sq: [n] moments, fp32 (fp64 for an fp64 ``weight``) or, computed in fp32, bf16.
+        step: 1-based step, or int32 [n] ages, 1 on an entry's first step (hyper.py, [Note: age]).
+        grad_scale: factor on ``grad``: a float, or a 0-dim tensor on the same device (no synchronisation).
+        rounding: how fp32 becomes a bf16 ``weight``; fp32 and fp64 are stored exactly.
+        seed: of the stochastic rounding; use another one for each parameter and step. The bits depend on it
+            and on the entries' global indices alone, not on the sharding.
+        impl: see dispatch.py.
+
+    Raises:
+        ValueError: shapes, dtypes or hyper-parameters break a rule above.
+    """
+    state = _State(weight, runs, master, grad, exp_avg, exp_avg_sq)
+    hyper = AdamWHyper(lr, beta1, beta2, eps, weight_decay)
+    _check_state(state, rounding)
+    _check_step(step, grad_scale, runs)
+    operands = [weight, grad, exp_avg, exp_avg_sq, runs.units]
+    operands += [t for t in (master, step, grad_scale) if isinstance(t, Tensor)]
+    seed_or_none = seed if rounding == "stochastic" and weight.dtype == torch.bfloat16 else None
+    if not use_triton(impl, *operands):
+        _step_torch(state, hyper, step, grad_scale, seed_or_none)
+    elif runs.num_entries:
+        _step_triton(state, hyper, step, grad_scale, seed_or_none)
+
+
+def bench_case(numel: int, density: float, block: int, dtype: torch.dtype, device: str) -> BenchCase:
+    """One step with an fp32 master copy on a random support."""
+    runs = Runs.random(numel, block, density, device=device)
+    weight = torch.randn(numel, device=device).to(dtype)
+    master, grad, exp_avg, exp_avg_sq = torch.rand(4, runs.num_entries, device=device).unbind()
+    state = (weight, runs, master, grad, exp_avg, exp_avg_sq)
+    hyper = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+    num_bytes = runs.num_entries * (7 * 4 + weight.element_size()) + runs.units.nbytes
+    return BenchCase(lambda: masked_adamw(*state, **hyper, step=10), num_bytes)  # type: ignore[arg-type]
+
+
+def _step_triton(
+    state: _State, hyper: AdamWHyper, step: int | Tensor, grad_scale: float | Tensor, seed: int | None
+) -> None:
+    corrections: tuple[float | Tensor, float | Tensor, int]
+    if isinstance(step, Tensor):
+        ages, tables = step, hyper.tables(step.device, torch.float32)
+        corrections = (*tables, tables[0].numel() - 1)
+    else:
+        ages, corrections = None, (hyper.step_size(step), hyper.correction2_sqrt(step), 0)
+    scalars = (hyper.decay, 1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2, hyper.eps)
+    num_programs, tile = plan(state.runs)
+    launch(
+        _masked_adamw_kernel,
+        num_programs,
+        state.weight.device,
+        *(state.weight, state.master, state.grad, state.exp_avg, state.exp_avg_sq, ages),
+        *(*corrections, grad_scale, *map(float, scalars)),
+        *seed_keys(seed or 0),
+        *run_args(state.runs),
+        SCALE_IS_POINTER=isinstance(grad_scale, Tensor),
+        STOCHASTIC=seed is not None,
+        **tile,
+    )
+
+
+def _step_torch(
+    state: _State, hyper: AdamWHyper, step: int | Tensor, grad_scale: float | Tensor, seed: int | None
+) -> None:
+    weight, runs, master = state.weight, state.runs, state.master
+    for piece in runs.pieces():
+        span = slice(piece.start, piece.stop)
+        p = (piece.gather(weight) if master is None else master[span]).to(state.dtype)
+        g, m, v = (t[span].to(state.dtype) for t in (state.grad, state.exp_avg, state.exp_avg_sq))
+        if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
+            g = g * grad_scale
+        if hyper.weight_decay != 0:
+            p.mul_(hyper.decay)
+        m.lerp_(g, 1 - hyper.beta1)
+        v.mul_(hyper.beta2).addcmul_(g, g, value=1 - hyper.beta2)
+        if isinstance(step, Tensor):
+            step_size, correction2_sqrt = hyper.tables(step.device, state.dtype)
+            age = step[span].clamp(max=step_size.numel() - 1)
+            denom = v.sqrt().div_(correction2_sqrt.index_select(0, age)).add_(hyper.eps)
+            p.sub_(step_size.index_select(0, age).mul_(m).div_(denom))
+        else:
+            denom = v.sqrt().div_(hyper.correction2_sqrt(step)).add_(hyper.eps)
+            p.addcdiv_(m, denom, value=-hyper.step_size(step))
+        for compact, value in ((state.exp_avg, m), (state.exp_avg_sq, v)):
+            if compact.dtype != state.dtype:
+                compact[span].copy_(value)
+        if seed is not None:
+            p = stochastic_bf16(p, piece.indices(weight.device) + runs.base, seed)
+        piece.scatter(weight, p.to(weight.dtype))
+
+
+def _check_state(state: _State, rounding: Rounding) -> None:
+    weight, num_entries = state.weight, state.runs.num_entries
+    check_vector("weight", weight, state.runs.numel)
+    check_vector("grad", state.grad, num_entries)
+    check_vector("exp_avg", state.exp_avg, num_entries, (state.dtype, torch.bfloat16))
+    check_vector("exp_avg_sq", state.exp_avg_sq, num_entries, (state.dtype, torch.bfloat16))
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"rounding = {rounding!r}: must be 'nearest' or 'stochastic'")
+    if rounding == "stochastic" and weight.dtype == torch.float16:
+        raise ValueError(
+            "rounding = 'stochastic': needs a bf16 weight, got fp16; use 'nearest' with a master"
+        )
+    if state.master is not None:
+        check_vector("master", state.master, num_entries, (state.dtype,))
+    elif weight.dtype != state.dtype and rounding != "stochastic":
+        raise ValueError(
+            f"master = None: a {weight.dtype} weight would lose small updates; pass an fp32 master"
+        )
+
+
+def _check_step(step: int | Tensor, grad_scale: float | Tensor, runs: Runs) -> None:
+    if isinstance(step, Tensor):
+        check_vector("step", step, runs.num_entries, (torch.int32,))
+    elif step < 1:
+        raise ValueError(f"step = {step}: must be at least 1, it counts this step")
+    if isinstance(grad_scale, Tensor) and grad_scale.dim() != 0:
+        raise ValueError(f"grad_scale: shape {tuple(grad_scale.shape)}, must be a 0-dim tensor or a float")
