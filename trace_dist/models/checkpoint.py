@@ -1,0 +1,138 @@
+"""A safetensors checkpoint on disk: where it is, what it holds, and parts of its tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from trace_dist.utils.files import read_json
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# Everything a model and its tokenizer need, but no pickle and no code.
+_DOWNLOADED = ["*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja"]
+_PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+
+
+def resolve(path: str | Path) -> Path:
+    """Folder of a checkpoint: the local folder itself, or the local copy of a model on the Hugging Face hub.
+
+    Raises:
+        ValueError: neither a folder with a ``config.json`` nor a model that can be fetched.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"model.path={str(path)!r}: the folder has no config.json; give a checkpoint's folder"
+            )
+        return folder
+    if folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1:
+        raise ValueError(f"model.path={str(path)!r}: no such folder; fix the path or make the model first")
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=_DOWNLOADED))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"model.path={str(path)!r}: neither a local folder nor a model that the hub delivers "
+            f"({type(error).__name__}); fix the path or the id, or download the model first"
+        ) from None
+
+
+class Checkpoint:
+    """The tensors of one checkpoint folder, read lazily. Open with ``open_checkpoint``."""
+
+    def __init__(self, folder: Path, files: ExitStack) -> None:
+        self.folder = folder
+        self._files = files
+        self._handles: dict[str, Any] = {}
+        if (folder / INDEX).is_file():
+            self._file_of: dict[str, str] = read_json(folder / INDEX)["weight_map"]
+        elif (folder / WEIGHTS).is_file():
+            self._file_of = dict.fromkeys(self._handle(WEIGHTS).keys(), WEIGHTS)
+        else:
+            raise ValueError(_no_weights(folder))
+
+    def _handle(self, file: str) -> Any:
+        if file not in self._handles:
+            path = self.folder / file
+            if not path.is_file():
+                raise ValueError(f"{path}: listed in {INDEX} but missing; fetch the checkpoint again")
+            try:
+                self._handles[file] = self._files.enter_context(safe_open(str(path), framework="pt"))
+            except SafetensorError as error:
+                raise ValueError(f"{path}: corrupt safetensors file ({error}); fetch it again") from None
+        return self._handles[file]
+
+    def _view(self, name: str) -> Any:
+        return self._handle(self._file_of[name]).get_slice(name)
+
+    def names(self) -> list[str]:
+        """Names of the tensors."""
+        return list(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header."""
+        return tuple(self._view(name).get_shape())
+
+    def is_floating_point(self, name: str) -> bool:
+        """Whether a tensor holds floating-point numbers, from the header."""
+        return self._view(name).get_dtype().startswith(("F", "BF"))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor, on the CPU."""
+        return self._handle(self._file_of[name]).get_tensor(name)
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of a tensor flattened in row-major order: [stop - start], on the CPU.
+
+        Reads only the rows (of stacked matrices that it crosses: the matrices) that the interval touches.
+        """
+        shape = self.shape(name)
+        if not 0 <= start <= stop <= math.prod(shape):
+            raise AssertionError(f"[{start}, {stop}) lies outside {name} of shape {shape}")
+        if start == stop:
+            return torch.empty(0)
+        if not shape:
+            return self.tensor(name).reshape(1)
+        return _read_rows(self._view(name), shape, start, stop, ())
+
+
+def _read_rows(
+    view: Any, shape: tuple[int, ...], start: int, stop: int, lead: tuple[int, ...]
+) -> torch.Tensor:
+    """The interval inside ``view[lead]``, which has ``shape``."""
+    inner = math.prod(shape[1:])
+    first, last = start // inner, (stop - 1) // inner
+    start, stop = start - first * inner, stop - first * inner
+    if first == last and len(shape) > 2:  # inside one matrix of a stack, such as one fused expert
+        return _read_rows(view, shape[1:], start, stop, (*lead, first))
+    rows = view[(*lead, slice(first, last + 1))]
+    return rows.reshape(-1)[start:stop]
+
+
+@contextmanager
+def open_checkpoint(path: str | Path) -> Iterator[Checkpoint]:
+    """Open a checkpoint for reading.
+
+    Raises:
+        ValueError: no such model, no safetensors weights (pickled ones are refused), or a corrupt file.
+    """
+    with ExitStack() as files:
+        yield Checkpoint(resolve(path), files)
+
+
+def _no_weights(folder: Path) -> str:
+    if any(file.suffix in _PICKLE_SUFFIXES for file in folder.iterdir()):
+        return (
+            f"model.path={str(folder)!r}: holds pickled weights only, which can run code when read; give a "
+            "safetensors copy (where you trust the file, load it with transformers and call save_pretrained)"
+        )
+    return f"model.path={str(folder)!r}: holds no {WEIGHTS} and no {INDEX}; give a folder with such weights"

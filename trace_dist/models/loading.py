@@ -1,0 +1,237 @@
+"""Loading tokenizers and models: whole in one process, or sharded so that no rank ever holds the whole.
+
+[Note: sharded while loading] Of every parameter, flattened in row-major order, ZeRO-3 keeps the interval
+[rank * n, (rank + 1) * n), n = ceil(numel / num_ranks), in ``param.ds_tensor`` (zero-padded at the end). The
+module is built under ``zero.Init`` without initialising or communicating values; then each rank reads exactly
+its intervals from the safetensors files. The largest thing it holds beside its share is one parameter, which
+is uninitialised.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.initialization import no_init_weights
+from transformers.integrations.deepspeed import prevent_arange_dtype_change
+from transformers.modeling_utils import set_zero3_state
+
+from trace_dist.config import Dtype
+from trace_dist.models.checkpoint import Checkpoint, open_checkpoint, resolve
+from trace_dist.models.naming import RESAVE, Pieces, pieces_of
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Tokenizer of a checkpoint folder or hub model; a missing padding token becomes the end-of-text token.
+
+    Raises:
+        ValueError: no such model, or it has no tokenizer.
+    """
+    folder = resolve(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        cause = _first_line(error)
+        raise ValueError(
+            f"model.path={str(path)!r}: no readable tokenizer ({cause}); save one there"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(path: str | Path, dtype: Dtype | torch.dtype = "float32") -> PreTrainedModel:
+    """Load a causal LM on the CPU, in evaluation mode.
+
+    Args:
+        path: folder with safetensors weights, or a hub id.
+        dtype: data type of the weights.
+
+    Raises:
+        ValueError: no such model, pickled or corrupt weights, or a parameter that the checkpoint lacks (which
+            would otherwise be random).
+    """
+    with open_checkpoint(path) as checkpoint:  # refuses what must not or cannot be read
+        folder = checkpoint.folder
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        cause = _first_line(error)
+        raise ValueError(f"model.path={str(path)!r}: cannot be loaded ({cause}); check its files") from error
+    model, info = loaded
+    if info["missing_keys"]:
+        raise ValueError(_missing(folder, sorted(info["missing_keys"])))
+    return model
+
+
+def load_model_zero3(
+    path: str | Path, dtype: Dtype | torch.dtype, ds_config: dict[str, Any]
+) -> PreTrainedModel:
+    """Load a causal LM sharded by ZeRO-3, in evaluation mode; see [Note: sharded while loading].
+
+    Gives the values, buffers and ties that ``load_model`` gives. Needs a process group; sends no weights.
+
+    Args:
+        path: folder with safetensors weights, or a hub id.
+        dtype: data type of the weights; overrides the sections ``bf16`` and ``fp16`` of ``ds_config`` here.
+        ds_config: DeepSpeed configuration with ``zero_optimization.stage`` 3.
+
+    Raises:
+        ValueError: as ``load_model``; quantised weights; ZeRO options that keep more copies of the weights.
+    """
+    _check_config(ds_config)
+    with open_checkpoint(path) as checkpoint:
+        folder = checkpoint.folder
+        config = _config(folder)
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError(
+                f"model.path={str(path)!r}: its weights are quantised, which sharded loading cannot undo; "
+                "give a checkpoint in bfloat16 or float32"
+            )
+        with set_zero3_state(), torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+        pieces = pieces_of(skeleton, checkpoint.names())
+        model = _build_sharded(config, getattr(torch, dtype) if isinstance(dtype, str) else dtype, ds_config)
+        with torch.no_grad():
+            _fill_parameters(model, checkpoint, pieces)
+            _fill_buffers(model, checkpoint, pieces)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def _check_config(ds_config: dict[str, Any]) -> None:
+    zero = ds_config.get("zero_optimization", {})
+    if zero.get("stage") != 3:
+        raise ValueError(
+            f"zero_optimization.stage={zero.get('stage')!r}: must be 3 to load shards; set it to 3"
+        )
+    for name, allowed in (("zero_hpz_partition_size", (None, 1)), ("zero_quantized_weights", (None, False))):
+        if zero.get(name) not in allowed:
+            raise ValueError(
+                f"zero_optimization.{name}={zero[name]!r}: keeps a second copy of the weights, which masked "
+                "updates would not reach; remove it"
+            )
+    if (zero.get("offload_param") or {}).get("device") == "nvme":
+        raise ValueError("zero_optimization.offload_param.device='nvme': not supported; use 'cpu' or 'none'")
+
+
+def _config(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        cause = _first_line(error)
+        raise ValueError(
+            f"model.path={str(folder)!r}: unreadable config.json ({cause}); restore it"
+        ) from error
+
+
+def _build_sharded(config: Any, dtype: torch.dtype, ds_config: dict[str, Any]) -> PreTrainedModel:
+    """The module with partitioned, uninitialised parameters.
+
+    Its classes must have been imported before: a class defined inside ``zero.Init`` loses its decorators when
+    that ends, which breaks every later model of the kind.
+    """
+    from deepspeed.runtime.zero import Init
+
+    class QuietInit(Init):
+        """``zero.Init`` broadcasts rank 0's values of every parameter; here they are still undefined."""
+
+        def _zero_init_param(self, param: Any) -> None:
+            self._convert_to_deepspeed_param(param)
+            param.partition()
+
+    # On a CPU, zero.Init honours the data type of its configuration but not its argument `dtype`.
+    precision = {"bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": False}}
+    # zero.Init forces its data type on constructors, but rotary frequencies must stay fp32. And transformers
+    # would enter a second zero.Init where a Trainer has announced ZeRO-3.
+    with (
+        set_zero3_state(),
+        no_init_weights(),
+        prevent_arange_dtype_change(),
+        QuietInit(config_dict_or_path={**ds_config, **precision}),
+    ):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    return model
+
+
+def _fill_parameters(model: nn.Module, checkpoint: Checkpoint, pieces: Pieces) -> None:
+    """Copy this rank's interval of every parameter out of the files."""
+    names_of: dict[Any, list[str]] = {}  # several names where parameters are tied
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(param, []).append(name)
+    stored = {param: [name for name in names if name in pieces] for param, names in names_of.items()}
+    missing = [names_of[param][0] for param, found in stored.items() if not found]
+    if missing:
+        raise ValueError(_missing(checkpoint.folder, missing))
+    for param, names in stored.items():
+        _fill_shard(param, param.ds_tensor, checkpoint, pieces[names[0]])
+        for name in names[1:]:
+            twin = torch.empty_like(param.ds_tensor)
+            _fill_shard(param, twin, checkpoint, pieces[name])
+            if not torch.equal(twin, param.ds_tensor):
+                raise ValueError(
+                    f"model.path={str(checkpoint.folder)!r}: {names[0]} and {name} are tied but stored with "
+                    "different values; set tie_word_embeddings to false in its config.json"
+                )
+        param._is_hf_initialized = True
+
+
+def _fill_shard(param: Any, shard: torch.Tensor, checkpoint: Checkpoint, sources: list[str]) -> None:
+    """Fill this rank's flat shard of a parameter whose values are the sources, laid end to end.
+
+    Args:
+        param: the partitioned parameter, for its size and its rank.
+        shard: [ceil(numel / num_ranks)], the parameter's ``ds_tensor`` or a tensor like it.
+        checkpoint: the files.
+        sources: names in the files.
+    """
+    sizes = [math.prod(checkpoint.shape(source)) for source in sources]
+    if sum(sizes) != param.ds_numel:
+        raise ValueError(
+            f"model.path={str(checkpoint.folder)!r}: {sources[0]} has {sum(sizes)} elements but config.json "
+            f"asks for {param.ds_numel}; give the checkpoint its own config"
+        )
+    start = param.ds_zero_partition_rank * shard.numel()
+    filled = offset = 0
+    for source, size in zip(sources, sizes, strict=True):
+        low = min(max(start - offset, 0), size)
+        high = min(max(start + shard.numel() - offset, 0), size)
+        shard[filled : filled + high - low].copy_(checkpoint.read(source, low, high))
+        filled += high - low
+        offset += size
+    shard[filled:].zero_()
+
+
+def _fill_buffers(model: PreTrainedModel, checkpoint: Checkpoint, pieces: Pieces) -> None:
+    """Copy the buffers that the checkpoint holds, and compute the others as an ordinary load does."""
+    for name, buffer in model.named_buffers():
+        if name in pieces:
+            (source,) = pieces[name]
+            buffer.copy_(checkpoint.tensor(source))
+            buffer._is_hf_initialized = True  # type: ignore[attr-defined]
+    model.initialize_weights()  # skips what is marked as initialised, which every parameter is by now
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]
+
+
+def _missing(folder: Path, names: list[str]) -> str:
+    few = ", ".join(names[:3])
+    return f"model.path={str(folder)!r}: lacks {len(names)} parameters of its model, such as {few}; {RESAVE}"

@@ -1,0 +1,170 @@
+"""What each parameter of a causal LM does (role, layer, relative depth) and which ones a mask may cover.
+
+Roles come from names alone, so that a checkpoint's header is enough. Known are the names of Llama, Qwen,
+Gemma, Phi, GPT-NeoX, GPT-2, GPT-J, OPT, BLOOM, Falcon, MPT, Mixtral and models built like them. Position
+tables, routers and low-rank attention projections (DeepSeek) are ``other``.
+
+[Note: weight layout] A linear layer's weight is [out_features, in_features]: a row is one output neuron. The
+Conv1D of GPT-2 stores [in_features, out_features] and fused experts [num_experts, ...], in the same roles.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+Role = Literal[
+    "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "embed", "head", "norm", "bias", "other"
+]  # fmt: skip
+
+_ROLE_OF_MODULE: dict[str, Role] = {
+    **dict.fromkeys(("q_proj", "query", "wq"), "q"),
+    **dict.fromkeys(("k_proj", "key", "wk"), "k"),
+    **dict.fromkeys(("v_proj", "value", "wv"), "v"),
+    **dict.fromkeys(("qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "W_pack"), "qkv"),
+    **dict.fromkeys(("o_proj", "out_proj", "wo"), "o"),
+    **dict.fromkeys(("gate_proj", "w1"), "gate"),
+    **dict.fromkeys(("up_proj", "w3", "fc1", "fc_in", "c_fc", "dense_h_to_4h"), "up"),
+    **dict.fromkeys(("gate_up_proj",), "gate_up"),
+    **dict.fromkeys(("down_proj", "w2", "fc2", "fc_out", "dense_4h_to_h"), "down"),
+    **dict.fromkeys(("embed_tokens", "wte", "embed_in", "word_embeddings"), "embed"),
+    **dict.fromkeys(("lm_head", "embed_out", "output_projection"), "head"),
+}
+# The output projection of attention and that of the MLP share a name in these families.
+_OUTPUT_OF_BLOCK = frozenset({"c_proj", "dense"})
+_ATTENTION = re.compile(r"attn|attention")
+_NORM = re.compile(r"norm|^ln(_|\d|$)")
+
+
+@dataclass(frozen=True)
+class ParamInfo:
+    """One parameter."""
+
+    name: str
+    """Name in ``model.named_parameters()``."""
+    shape: tuple[int, ...]
+    """Full shape, also where the parameter is sharded."""
+    role: Role
+    """What it does."""
+    layer: int | None
+    """Index of its decoder layer; None outside the layers."""
+    depth: float | None
+    """layer / (num_layers - 1), in [0, 1]; 0 in a model of one layer; None outside the layers."""
+
+
+def full_shape(param: torch.Tensor) -> tuple[int, ...]:
+    """Shape of the whole parameter; under ZeRO-3 ``param.shape`` is empty and ``ds_shape`` holds it."""
+    return tuple(getattr(param, "ds_shape", param.shape))
+
+
+def role_of(name: str) -> Role:
+    """Role of a parameter, from its dotted name."""
+    *path, leaf = name.split(".")
+    # Otherwise a bare parameter such as `experts.gate_up_proj` or `experts.gate_up_proj_bias`.
+    module = path[-1] if path and leaf in ("weight", "bias") else leaf
+    if _NORM.search(module.lower()):
+        return "norm"
+    if leaf == "bias" or leaf.endswith("_bias"):
+        return "bias"
+    if module in _OUTPUT_OF_BLOCK:
+        return "o" if any(_ATTENTION.search(part) for part in path[:-1]) else "down"
+    return _ROLE_OF_MODULE.get(module, "other")
+
+
+def _stack_and_layer(name: str) -> tuple[str, int] | None:
+    """The list of layers a parameter lies in and its index there: the first number in its path."""
+    path = name.split(".")
+    for i, part in enumerate(path):
+        if part.isdecimal() and i > 0:
+            return ".".join(path[:i]), int(part)
+    return None
+
+
+def describe(source: nn.Module | Mapping[str, Sequence[int]]) -> dict[str, ParamInfo]:
+    """Every parameter of a model, in the model's order.
+
+    Args:
+        source: a module (tied parameters appear once, under their first name; under ``zero.Init`` the
+            full shapes are given) or a mapping from parameter name to shape.
+    """
+    if isinstance(source, nn.Module):
+        shapes = {name: full_shape(param) for name, param in source.named_parameters()}
+    else:
+        shapes = {name: tuple(shape) for name, shape in source.items()}
+    places = {name: _stack_and_layer(name) for name in shapes}
+    last: dict[str, int] = {}
+    for place in places.values():
+        if place is not None:
+            last[place[0]] = max(last.get(place[0], 0), place[1])
+    infos = {}
+    for name, shape in shapes.items():
+        place = places[name]
+        layer = place[1] if place else None
+        depth = place[1] / max(last[place[0]], 1) if place else None
+        infos[name] = ParamInfo(name, shape, role_of(name), layer, depth)
+    return infos
+
+
+def maskable(model: nn.Module, spec: str) -> list[str]:
+    """Names of the parameters that a mask may cover, in the model's order; tied parameters once.
+
+    Args:
+        model: any causal LM, sharded or not.
+        spec: ``linear`` (the weights of ``nn.Linear`` and ``Conv1D`` modules except the output head; expert
+            weights fused in one bare parameter are not Linear: name them by an expression), ``all``
+            (every floating-point parameter), or a regular expression searched in the names.
+
+    Raises:
+        ValueError: the expression is malformed, or nothing matches.
+    """
+    floating = {name: param for name, param in model.named_parameters() if param.is_floating_point()}
+    if spec == "all":
+        names = list(floating)
+    elif spec == "linear":
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        excluded = {id(head.weight)} if head is not None else set()
+        linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | Conv1D)} - excluded
+        names = [name for name, param in floating.items() if id(param) in linear]
+    else:
+        try:
+            pattern = re.compile(spec)
+        except re.error as error:
+            raise ValueError(
+                f"mask.maskable={spec!r}: not a regular expression ({error}); use 'linear', 'all' or fix it"
+            ) from None
+        names = [name for name in floating if pattern.search(name)]
+    if not names:
+        examples = ", ".join(list(floating)[:3]) or "none: the model has no parameters"
+        raise ValueError(
+            f"mask.maskable={spec!r}: matches no parameter; use 'linear', 'all' or an expression that finds "
+            f"names such as {examples}"
+        )
+    return names
+
+
+def head_layout(config: Any, info: ParamInfo) -> int | None:
+    """Rows of one attention head in a q, k or v weight (the head dimension); None for other roles.
+
+    Args:
+        config: the model's transformers config.
+        info: the parameter.
+
+    Raises:
+        ValueError: the weight's rows are not a multiple of the head dimension.
+    """
+    if info.role not in ("q", "k", "v"):
+        return None
+    text = config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if info.shape[0] % head_dim:
+        raise ValueError(
+            f"mask.granularity='head': {info.name} has {info.shape[0]} rows, not a multiple of head_dim="
+            f"{head_dim}; use granularity 'row'"
+        )
+    return int(head_dim)
