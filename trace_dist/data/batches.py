@@ -1,0 +1,177 @@
+"""Global batches that do not depend on the number of ranks, and that resume at the exact example.
+
+[Note: position]
+The stream of training examples is a function of the seed alone: slot p (0, 1, 2, ...) holds example
+``permutation(seed, p // N)[p % N]`` of the N examples, or, with probability ``replay_share``, an example of
+a replay dataset drawn by a generator seeded with p. Global batch g is the slots [g * B, (g + 1) * B); it may
+straddle epochs. So the number of examples consumed is the whole state, whatever the world size.
+
+Every rank knows every global batch, takes one contiguous share of it, and counts the answer tokens of
+all shares without communication: the loss of a step is the sum over its tokens divided by that count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+
+from trace_dist.data.encoding import IGNORE
+from trace_dist.utils import dist
+
+# Keeps the two uses of the seed apart.
+_SHUFFLE, _REPLAY = 0, 1
+Slot = tuple[int, int]
+"""Which dataset (0 is the main one, then the replay datasets) and which of its examples."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One rank's part of a global batch.
+
+    ``micro_batches``: the same number on every rank; each ``{"input_ids", "attention_mask", "labels"}``,
+    int64 [micro-batch, longest], on the CPU, padded on the right. A rank short of examples gets filler
+    micro-batches whose labels are all -100. ``num_answer_tokens``: tokens with a loss in the *global* batch.
+    """
+
+    micro_batches: list[dict[str, torch.Tensor]]
+    num_answer_tokens: int
+
+
+class Batches(Iterator[Step]):
+    """Endless, deterministic, resumable stream of steps over an encoded dataset ([Note: position]).
+
+    Args:
+        dataset: output of ``encode``.
+        batch_size: examples per global batch, over all ranks.
+        micro_batch_size: examples per forward pass on one rank.
+        seed: of order and replay.
+        pad_id: id for padded positions.
+        replay: encoded datasets with their weights among each other.
+        replay_share: probability that a slot is drawn from ``replay`` instead.
+        rank, world_size: of this process; the process group's when not given.
+
+    Raises:
+        ValueError: no examples, sizes below 1, a share outside [0, 1), a share without replay datasets, or
+            ranks that read different examples (checked only on the process group's own ranks).
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        *,
+        batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        pad_id: int,
+        replay: Sequence[tuple[datasets.Dataset, float]] = (),
+        replay_share: float = 0.0,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        for name, size in (("batch_size", batch_size), ("micro_batch_size", micro_batch_size)):
+            if size < 1:
+                raise ValueError(f"{name}={size}: must be at least 1; raise it")
+        if not 0 <= replay_share < 1:
+            raise ValueError(f"replay_share={replay_share}: must lie in [0, 1); use for example 0.01")
+        if replay_share > 0 and not sum(weight for _, weight in replay) > 0:
+            raise ValueError(f"replay_share={replay_share}: there is no dataset to replay; use 0 or give one")
+        self._datasets = [dataset, *(replayed for replayed, _ in replay)]
+        if not all(len(each) for each in self._datasets):
+            raise ValueError("dataset: a training or replay dataset has no examples; give it some")
+        self._num_answer_tokens = [np.asarray(each["num_answer_tokens"]) for each in self._datasets]
+        self._weights = np.asarray([weight for _, weight in replay], dtype=np.float64)
+        self._replay_share = replay_share
+        self._batch_size = batch_size
+        self._micro_batch_size = micro_batch_size
+        self._seed = seed
+        self._pad_id = pad_id
+        self._rank = dist.rank() if rank is None else rank
+        self._world_size = dist.world_size() if world_size is None else world_size
+        if world_size is None:
+            self._check_same_on_all_ranks()
+        self._consumed = 0
+        self._epoch: tuple[int, np.ndarray] | None = None  # the last permutation used, with its number
+
+    def __next__(self) -> Step:
+        slots = [self._slot(p) for p in range(self._consumed, self._consumed + self._batch_size)]
+        self._consumed += self._batch_size
+        num_tokens = sum(int(self._num_answer_tokens[source][row]) for source, row in slots)
+        shares = np.array_split(np.arange(len(slots)), self._world_size)
+        share = [slots[i] for i in shares[self._rank]]
+        size = self._micro_batch_size
+        num_micro = math.ceil(len(shares[0]) / size)  # array_split gives the first rank the most
+        micro_batches = [self._collate(share[i * size : (i + 1) * size]) for i in range(num_micro)]
+        return Step(micro_batches, num_tokens)
+
+    def state_dict(self) -> dict[str, int]:
+        """Position in the stream, and what the stream is made of."""
+        return {
+            "examples_consumed": self._consumed,
+            "seed": self._seed,
+            "num_examples": len(self._datasets[0]),
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where ``state_dict`` was taken, on any world size.
+
+        Raises:
+            ValueError: the state belongs to another seed or another dataset.
+        """
+        mine = self.state_dict()
+        for name in ("seed", "num_examples"):
+            if state[name] != mine[name]:
+                raise ValueError(
+                    f"checkpoint data {name}={state[name]}: this run has {mine[name]}; "
+                    "resume with the seed and the data of the interrupted run, or start anew"
+                )
+        self._consumed = state["examples_consumed"]
+
+    def _check_same_on_all_ranks(self) -> None:
+        """The ranks' shares tile a global batch only where all ranks read the same examples."""
+        digest = hashlib.sha256()
+        for each, counts in zip(self._datasets, self._num_answer_tokens, strict=True):
+            digest.update(counts.tobytes())
+            for row in np.linspace(0, len(each) - 1, num=min(len(each), 64), dtype=int):
+                digest.update(np.asarray(each[int(row)]["input_ids"]).tobytes())
+        found = dist.gather_objects(digest.hexdigest())
+        if len(set(found)) > 1:
+            differs = next(rank for rank, value in enumerate(found) if value != found[0])
+            raise ValueError(
+                f"training data: rank {differs} reads other examples than rank 0; "
+                "give every machine the same files, options and package versions"
+            )
+
+    def _slot(self, position: int) -> Slot:
+        if self._replay_share > 0:
+            draw = np.random.default_rng([self._seed, _REPLAY, position])
+            if draw.random() < self._replay_share:
+                source = 1 + int(draw.choice(len(self._weights), p=self._weights / self._weights.sum()))
+                return source, int(draw.integers(len(self._datasets[source])))
+        epoch, offset = divmod(position, len(self._datasets[0]))
+        if self._epoch is None or self._epoch[0] != epoch:
+            order = np.random.default_rng([self._seed, _SHUFFLE, epoch]).permutation(len(self._datasets[0]))
+            self._epoch = epoch, order
+        return 0, int(self._epoch[1][offset])
+
+    def _collate(self, slots: list[Slot]) -> dict[str, torch.Tensor]:
+        if not slots:  # a filler: the shortest input that a causal LM's shifted loss accepts
+            rows: list[dict[str, Any]] = [{"input_ids": [self._pad_id] * 2, "labels": [IGNORE] * 2}]
+        else:
+            rows = [self._datasets[source][row] for source, row in slots]
+        longest = max(len(row["input_ids"]) for row in rows)
+        input_ids = torch.full((len(rows), longest), self._pad_id)
+        labels = torch.full((len(rows), longest), IGNORE)
+        attention_mask = torch.zeros((len(rows), longest), dtype=torch.int64)
+        for i, row in enumerate(rows):
+            length = len(row["input_ids"])
+            input_ids[i, :length] = torch.tensor(row["input_ids"])
+            labels[i, :length] = torch.tensor(row["labels"])
+            attention_mask[i, :length] = 1
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

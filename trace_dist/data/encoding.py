@@ -1,0 +1,267 @@
+"""Text to tokens: prompt tokens, answer tokens, and a loss on the answer alone.
+
+[Note: prompt part and answer part]
+A prompt is the user turn of the tokenizer's chat template up to and with its generation prompt, or, without
+a template, the plain text after the tokenizer's own first token. The answer part is what follows when
+prompt and answer are tokenised as one text, ended by the end-of-turn token (or eos). Training, generation
+and signatures must see the same prompt tokens, so where tokenising both as one text changes them (a merge
+across the seam, a template that rewrites the turn) the answer is tokenised by itself and appended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from trace_dist.config import DataConfig
+from trace_dist.utils import dist
+from trace_dist.utils.log import console, get_logger
+
+logger = get_logger(__name__)
+
+IGNORE = -100
+"""Label of a token that carries no loss."""
+
+
+class Pair(NamedTuple):
+    """Token ids of a prompt and of its answer; the answer ends with one of ``stop_ids``."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id that fills padded positions; they are masked out, so any id serves where there is no pad token."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(int(token) for token in candidates if token is not None)
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end an answer: the chat template's end-of-turn token first, where it has one, then eos.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    found = []
+    if tokenizer.chat_template:
+        tail = _turns("user", "answer", tokenizer).rpartition("answer")[2]
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special.update(tokenizer.all_special_ids)
+        found = [i for i in _tokenize([tail], tokenizer, special_tokens=False)[0] if i in special][:1]
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in found:
+        found.append(int(tokenizer.eos_token_id))
+    if not found:
+        raise ValueError(
+            "tokenizer.eos_token=None: answers need a token that ends them; set tokenizer.eos_token"
+        )
+    return found
+
+
+def encode_prompt(
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
+) -> list[list[int]]:
+    """Prompt part of each prompt ([Note: prompt part and answer part]), for training and generation alike.
+
+    Args:
+        prompts: plain texts.
+        tokenizer: with or without a chat template.
+        max_tokens: cut longer prompts on the left to this many tokens (a first bos token stays).
+
+    Raises:
+        ValueError: a prompt has no token, so there is nothing to condition an answer on.
+    """
+    if tokenizer.chat_template:
+        encoded = _tokenize(
+            [_turns(prompt, None, tokenizer) for prompt in prompts], tokenizer, special_tokens=False
+        )
+    else:
+        encoded = _tokenize(list(prompts), tokenizer, special_tokens=True)
+    for i, ids in enumerate(encoded):
+        if not ids:
+            raise ValueError(
+                f"example {i}: prompt {prompts[i]!r} has no tokens; drop it or use a tokenizer with bos"
+            )
+    if max_tokens is None:
+        return encoded
+    return [_cut_left(ids, max_tokens, tokenizer.bos_token_id) for ids in encoded]
+
+
+def encode_pairs(
+    prompts: Sequence[str], answers: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> list[Pair]:
+    """Prompt part and answer part of each example, untruncated; the answer part ends with its end token."""
+    prompt_ids = encode_prompt(prompts, tokenizer)
+    stops = stop_ids(tokenizer)
+    if tokenizer.chat_template:
+        texts = [_turns(prompt, answer, tokenizer) for prompt, answer in zip(prompts, answers, strict=True)]
+    else:
+        texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    joint_ids = _tokenize(texts, tokenizer, special_tokens=not tokenizer.chat_template)
+    alone_ids = _tokenize(list(answers), tokenizer, special_tokens=False)
+    pairs = []
+    for prompt, joint, alone in zip(prompt_ids, joint_ids, alone_ids, strict=True):
+        answer = joint[len(prompt) :] if joint[: len(prompt)] == prompt else alone
+        pairs.append(Pair(prompt, _ended(answer, stops)))
+    return pairs
+
+
+def encode(
+    dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, cfg: DataConfig
+) -> datasets.Dataset:
+    """Tokenise examples for training; cached on disk by content, in ``cfg.num_proc`` processes.
+
+    Args:
+        dataset: string columns ``prompt`` and ``answer``.
+        tokenizer: with or without a chat template.
+        cfg: longest example and what happens to longer ones.
+
+    Returns:
+        Columns ``input_ids`` and ``labels`` (int32 lists; labels are -100 on the prompt) and
+        ``num_answer_tokens`` (int32), in the order of ``dataset``.
+
+    Raises:
+        ValueError: an example is longer than ``cfg.max_length`` and its prompt may not be cut, or its answer
+            alone fills it.
+    """
+    ids = datasets.Sequence(datasets.Value("int32"))
+    number = datasets.Value("int32")
+    cache = (
+        Path(datasets.config.HF_DATASETS_CACHE) / "trace_dist" / f"{_digest(dataset, tokenizer, cfg)}.arrow"
+    )
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with _progress_on_main():
+        encoded = dataset.map(
+            _encode_batch,
+            batched=True,
+            with_indices=True,
+            remove_columns=dataset.column_names,
+            fn_kwargs={"tokenizer": tokenizer, "cfg": cfg},
+            features=datasets.Features(input_ids=ids, labels=ids, num_answer_tokens=number, num_cut=number),
+            num_proc=cfg.num_proc if cfg.num_proc > 1 else None,
+            cache_file_name=str(cache),
+            new_fingerprint=cache.stem,
+            desc="tokenising",
+        )
+    num_cut = sum(n > 0 for n in encoded["num_cut"])
+    if num_cut:
+        logger.warning(
+            "cut %d of %d prompts to data.max_length=%d tokens", num_cut, len(encoded), cfg.max_length
+        )
+    return encoded.remove_columns("num_cut")
+
+
+def check_context(tokens_needed: int, model_config: PreTrainedConfig) -> None:
+    """Raise ValueError when a sequence of ``tokens_needed`` tokens does not fit the model's positions."""
+    limit = context_length(model_config)
+    if limit is not None and tokens_needed > limit:
+        raise ValueError(
+            f"{tokens_needed} tokens do not fit the model's {limit} positions (max_position_embeddings); "
+            f"set data.max_length to at most {limit} with data.truncate_prompt=true, or choose another model"
+        )
+
+
+def context_length(model_config: PreTrainedConfig) -> int | None:
+    """Positions of a model; None where its config states no limit."""
+    return getattr(model_config.get_text_config(), "max_position_embeddings", None)
+
+
+@contextmanager
+def _progress_on_main() -> Iterator[None]:
+    """datasets' progress bars where ours show: on rank 0 of an interactive terminal."""
+    if datasets.are_progress_bars_disabled() or (dist.is_main() and console.is_terminal):
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+
+
+def _turns(prompt: str, answer: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
+    messages = [{"role": "user", "content": prompt}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": answer})
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None))
+
+
+def _tokenize(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool
+) -> list[list[int]]:
+    if not texts:
+        return []
+    encoded: list[list[int]] = tokenizer(
+        texts, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False
+    )["input_ids"]
+    if special_tokens:  # some tokenizers close every text with eos, which would end the prompt
+        encoded = [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in encoded]
+    return encoded
+
+
+def _ended(answer: list[int], stops: list[int]) -> list[int]:
+    """The answer with exactly one end token: what a template writes after it (a newline) is not learned."""
+    last = max((i for i, token in enumerate(answer) if token in stops), default=None)
+    return [*answer, stops[0]] if last is None else answer[: last + 1]
+
+
+def _cut_left(ids: list[int], max_tokens: int, bos: int | None) -> list[int]:
+    if len(ids) <= max_tokens:
+        return ids
+    if ids[0] == bos and max_tokens > 1:
+        return [ids[0], *ids[len(ids) - max_tokens + 1 :]]
+    return ids[len(ids) - max_tokens :]
+
+
+def _encode_batch(
+    batch: dict[str, list[str]], indices: list[int], tokenizer: PreTrainedTokenizerBase, cfg: DataConfig
+) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "num_answer_tokens": [], "num_cut": []}
+    for i, (prompt, answer) in zip(
+        indices, encode_pairs(batch["prompt"], batch["answer"], tokenizer), strict=True
+    ):
+        room = cfg.max_length - len(answer)
+        if room < 1:
+            raise ValueError(
+                f"example {i}: its answer has {len(answer)} tokens and is never cut, but data.max_length="
+                f"{cfg.max_length} leaves no room for a prompt; raise data.max_length above {len(answer)}"
+            )
+        if len(prompt) > room and not cfg.truncate_prompt:
+            raise ValueError(
+                f"example {i}: prompt {len(prompt)} + answer {len(answer)} tokens exceed data.max_length="
+                f"{cfg.max_length}; raise data.max_length or set data.truncate_prompt=true"
+            )
+        kept = _cut_left(prompt, room, tokenizer.bos_token_id)
+        columns["input_ids"].append(kept + answer)
+        columns["labels"].append([IGNORE] * len(kept) + answer)
+        columns["num_answer_tokens"].append(len(answer))
+        columns["num_cut"].append(len(prompt) - len(kept))
+    return columns
+
+
+def _digest(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, cfg: DataConfig) -> str:
+    """Name of the cache file: the examples, the tokenizer, the options and this file's own source.
+
+    datasets' own fingerprint would hash the tokenizer object, whose state changes when it is first used.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = (
+        inspect.getsource(sys.modules[__name__]),
+        type(tokenizer).__name__,
+        backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True),
+        json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str),
+        json.dumps(tokenizer.chat_template),
+        f"{cfg.max_length} {cfg.truncate_prompt} {cfg.num_proc}",
+    )
+    digest = hashlib.sha256(json.dumps(parts).encode())
+    for column in ("prompt", "answer"):
+        digest.update(json.dumps(list(dataset[column])).encode())
+    return digest.hexdigest()[:32]

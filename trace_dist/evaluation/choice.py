@@ -1,0 +1,55 @@
+"""Accuracy over a closed set of answers: the label with the largest log-likelihood wins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from trace_dist.data.encoding import Pair, encode_pairs, encode_prompt, pad_id
+from trace_dist.evaluation.likelihood import log_likelihoods
+from trace_dist.evaluation.score import Score, accuracy
+
+
+def choice_accuracy(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Mapping[str, str]],
+    choices: Sequence[str],
+    *,
+    batch_size: int,
+    max_prompt_tokens: int | None = None,
+) -> Score:
+    """Percent of examples whose answer is the choice of largest log-likelihood given the prompt.
+
+    The likelihood is that of the whole answer, *with* its end token and *not* divided by its length: so it
+    is a probability, and of two labels of which one begins the other ("1", "10") neither is favoured by
+    form. Ties go to the earlier choice.
+
+    Args:
+        model: causal LM, possibly sharded; every rank must call this with the same examples.
+        tokenizer: with or without a chat template.
+        examples: ``{"prompt", "answer"}``; each answer is one of ``choices``, up to outer white space.
+        choices: the labels.
+        batch_size: (prompt, choice) pairs per forward pass on one rank.
+        max_prompt_tokens: cut longer prompts on the left, as training did; None cuts nothing.
+
+    Raises:
+        ValueError: no examples, an answer that is no choice, or a pair that does not fit the context.
+    """
+    rows = list(examples)
+    labels = [choice.strip() for choice in choices]
+    for i, row in enumerate(rows):
+        if row["answer"].strip() not in labels:
+            raise ValueError(
+                f"example {i}: answer {row['answer']!r} is not one of {list(choices)}; add it to them"
+            )
+    prompts = [row["prompt"] for row in rows for _ in choices]
+    prompt_ids = encode_prompt(prompts, tokenizer, max_prompt_tokens)
+    full = encode_pairs(prompts, list(choices) * len(rows), tokenizer)
+    pairs = [Pair(ids, pair.answer) for ids, pair in zip(prompt_ids, full, strict=True)]
+    scores = log_likelihoods(model, pairs, batch_size=batch_size, pad_id=pad_id(tokenizer))
+    by_example = torch.tensor(scores, dtype=torch.float64).view(len(rows), len(choices))
+    best = by_example.argmax(dim=1).tolist()
+    return accuracy([labels[b] == row["answer"].strip() for b, row in zip(best, rows, strict=True)])

@@ -1,0 +1,62 @@
+"""Log-likelihood of given tokens after a context; the common part of choices and bits per byte."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from trace_dist.data.encoding import IGNORE, Pair, check_context
+from trace_dist.evaluation.inputs import config_of, device_of, left_pad, positions, supported
+from trace_dist.evaluation.score import evaluating, map_over_ranks
+
+_MAX_LOGITS = 2**28
+"""Largest number of fp32 logits held at once (1 GiB); batches of long texts are cut to it."""
+
+
+def log_likelihoods(
+    model: torch.nn.Module, pairs: Sequence[Pair], *, batch_size: int, pad_id: int
+) -> list[float]:
+    """Natural log-probability of each pair's answer tokens given its prompt tokens, summed in fp32.
+
+    Args:
+        model: causal LM, possibly sharded; every rank must call this with the same pairs.
+        pairs: token ids; a prompt has at least one.
+        batch_size: pairs per forward pass on one rank; fewer where their logits would exceed 1 GiB.
+        pad_id: id for padded positions.
+
+    Returns:
+        One value per pair, in their order, on every rank; 0 for an empty answer.
+
+    Raises:
+        ValueError: no pairs, or a pair does not fit the model's context.
+    """
+    if not pairs:
+        raise ValueError("log_likelihoods: there is nothing to score; give at least one example")
+    lengths = [len(pair.prompt) + len(pair.answer) for pair in pairs]
+    check_context(max(lengths) - 1, config_of(model))  # the last token is only predicted, never read
+    longest = max(1, *(len(pair.answer) for pair in pairs))
+    limit = max(1, _MAX_LOGITS // (longest * config_of(model).get_text_config().vocab_size))
+
+    def run(indices: list[int]) -> list[float]:
+        return _score_batch(model, [pairs[i] for i in indices], pad_id)
+
+    with evaluating(model):
+        return map_over_ranks(lengths, min(batch_size, limit), run)
+
+
+def _score_batch(model: torch.nn.Module, pairs: list[Pair], pad_id: int) -> list[float]:
+    device = device_of(model)
+    rows = [[*prompt, *answer][:-1] if answer else prompt for prompt, answer in pairs]
+    tokens, mask = left_pad(rows, pad_id, device)
+    num_scored = max(1, *(len(answer) for _, answer in pairs))
+    targets, _ = left_pad(
+        [[IGNORE] * (num_scored - len(answer)) + answer for _, answer in pairs], IGNORE, device
+    )
+    extra = supported(model, position_ids=positions(mask), logits_to_keep=num_scored)
+    logits = model(input_ids=tokens, attention_mask=mask, use_cache=False, **extra).logits[:, -num_scored:]
+    nll = F.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none"
+    )
+    return [-value for value in nll.view_as(targets).sum(dim=1).tolist()]
