@@ -1,0 +1,145 @@
+"""A mask: for every maskable parameter the layout of its units, and the sorted indices of the selected ones."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trace_dist.masks.units import UnitLayout
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which entries of a model may be trained.
+
+    Attributes:
+        units: parameter name -> sorted unique unit indices, [k] int32 or int64 on the CPU; only parameters with k > 0.
+        layouts: parameter name -> layout, for every *maskable* parameter, selected or not.
+        granularity: element, block, row, head or tensor.
+        meta: where it comes from: ``model`` (fingerprint), ``task``, ``method``.
+
+    Raises:
+        ValueError: no unit is selected, or indices are unsorted, repeated or out of range.
+    """
+
+    units: Mapping[str, Tensor]
+    layouts: Mapping[str, UnitLayout]
+    granularity: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.units or all(len(indices) == 0 for indices in self.units.values()):
+            raise ValueError("mask: it selects nothing, so nothing would train; raise mask.density")
+        for name, indices in self.units.items():
+            layout = self.layouts.get(name)
+            if layout is None:
+                raise ValueError(f"mask: parameter {name!r} has units but no layout; make the mask again")
+            if len(indices) == 0:
+                raise ValueError(f"mask: parameter {name!r} is listed without units; leave it out")
+            if len(indices) > 1 and not bool((indices[1:] > indices[:-1]).all()):
+                raise ValueError(f"mask: units of {name!r} are not sorted and unique; make the mask again")
+            if int(indices[0]) < 0 or int(indices[-1]) >= layout.num_units:
+                raise ValueError(
+                    f"mask: a unit of {name!r} lies outside its {layout.num_units} units; make it again"
+                )
+
+    @property
+    def num_entries(self) -> int:
+        """Selected elements."""
+        return sum(int(self.layouts[name].sizes(indices).sum()) for name, indices in self.units.items())
+
+    @property
+    def num_maskable(self) -> int:
+        """Elements of all maskable parameters."""
+        return sum(layout.numel for layout in self.layouts.values())
+
+    @property
+    def density(self) -> float:
+        """Selected elements / elements of maskable parameters."""
+        return self.num_entries / self.num_maskable
+
+    def tensor_density(self, name: str) -> float:
+        """Density inside one maskable parameter."""
+        indices = self.units.get(name)
+        layout = self.layouts[name]
+        return 0.0 if indices is None else int(layout.sizes(indices).sum()) / layout.numel
+
+    def elements(self, name: str) -> Tensor:
+        """Flat indices of the selected elements of one parameter: [k] int64, sorted."""
+        return self.layouts[name].elements(self.units[name])
+
+    def dense(self, name: str) -> Tensor:
+        """Boolean mask with the parameter's shape (for tests and small models)."""
+        layout = self.layouts[name]
+        out = torch.zeros(layout.numel, dtype=torch.bool)
+        if name in self.units:
+            out[self.elements(name)] = True
+        return out.view(layout.shape)
+
+    def digest(self) -> str:
+        """SHA-256 over names, layouts and indices: equal on every rank, or the ranks disagree."""
+        digest = hashlib.sha256(self.granularity.encode())
+        for name in sorted(self.units):
+            layout = self.layouts[name]
+            digest.update(f"{name}{layout.shape}{layout.unit}".encode())
+            digest.update(self.units[name].long().numpy().tobytes())
+        return digest.hexdigest()
+
+    def with_meta(self, **meta: Any) -> Mask:
+        """The same mask with more metadata."""
+        return replace(self, meta={**self.meta, **meta})
+
+    def save(self, path: str | Path) -> None:
+        """Write the mask file (format in docs/formats.md)."""
+        from trace_dist.masks.storage import save_mask
+
+        save_mask(self, Path(path))
+
+    @staticmethod
+    def load(path: str | Path) -> Mask:
+        """Read a mask file. Raises ValueError when it is missing, corrupt or not a mask."""
+        from trace_dist.masks.storage import load_mask
+
+        return load_mask(Path(path))
+
+    @staticmethod
+    def random(
+        model: Any,
+        density: float,
+        granularity: str = "element",
+        seed: int = 0,
+        block: int = 32,
+        maskable: str = "linear",
+    ) -> Mask:
+        """A uniformly random mask of a model or sharded model; see ``ops.random_mask``."""
+        from trace_dist.masks.ops import layouts_for, random_mask
+
+        layouts = layouts_for(model, granularity, block, maskable)
+        return random_mask(layouts, granularity, density, seed)
+
+    def __or__(self, other: Mask) -> Mask:
+        from trace_dist.masks.ops import combine
+
+        return combine(self, other, "union")
+
+    def __and__(self, other: Mask) -> Mask:
+        from trace_dist.masks.ops import combine
+
+        return combine(self, other, "intersection")
+
+    def __sub__(self, other: Mask) -> Mask:
+        from trace_dist.masks.ops import combine
+
+        return combine(self, other, "difference")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.units)
+
+    def __len__(self) -> int:
+        return len(self.units)

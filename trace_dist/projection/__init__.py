@@ -1,0 +1,1 @@
+"""Small-to-large: budgets from the proxy, places on the target."""

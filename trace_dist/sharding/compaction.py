@@ -1,0 +1,199 @@
+"""Where gradients shrink to the mask: one support and one compact buffer per parameter, fed during the backward pass.
+
+[Note: gradient path] All weights are frozen, so neither autograd nor the sharding library builds, keeps or reduces a dense
+gradient. A masked linear layer runs through ``masked_linear``, which forms the gradient of that one weight, keeps its support and
+frees the rest; for whole-row masks it computes the masked rows alone. Any other masked parameter (bias, norm,
+embedding, fused experts) is unfrozen and caught by a post-accumulate hook. Both hand this rank's gradient at *all* masked
+entries of the parameter to the reducer, which exchanges them between ranks (``reduction``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from trace_kernels.compact import compact_gather
+from trace_kernels.runs import Runs
+
+from trace_dist.masks.format import Mask
+from trace_dist.sharding.masked_linear import patch_linear
+from trace_dist.sharding.reduction import CompactReducer
+from trace_dist.utils import dist
+
+if TYPE_CHECKING:
+    from trace_dist.sharding.base import ShardedModel
+
+
+@dataclass(eq=False)
+class Support:
+    """The masked entries of one parameter, seen from one rank.
+
+    Attributes:
+        name: parameter name.
+        shape: full shape of the parameter.
+        whole: every masked entry of the parameter (base 0).
+        runs: the masked entries inside this rank's view; a slice of ``whole`` without a copy.
+        splits: entries per rank, in rank order; ``sum(splits) == whole.num_entries``.
+        rank: this rank.
+        grad: [runs.num_entries] fp32, the gradient that has accumulated (fp64 for an fp64 model); empty when the gradients
+            go elsewhere (``attach(mask, accumulate=...)``).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    whole: Runs
+    runs: Runs
+    splits: list[int]
+    rank: int
+    grad: Tensor
+
+    @property
+    def offset(self) -> int:
+        """Entries that belong to lower ranks."""
+        return sum(self.splits[: self.rank])
+
+    @property
+    def rows(self) -> Tensor | None:
+        """Masked rows [k] int64 when the mask is made of whole rows of a matrix, else None."""
+        cols = self.shape[-1]
+        if len(self.shape) != 2 or self.whole.block % cols:
+            return None
+        rows_per_unit = self.whole.block // cols
+        lanes = torch.arange(rows_per_unit, device=self.whole.units.device)
+        return (self.whole.units.long()[:, None] * rows_per_unit + lanes).flatten()
+
+
+Accumulate = Callable[[Support, Tensor], None]
+"""What happens to the reduced gradient at this rank's entries of a support: [runs.num_entries]."""
+
+
+def add_to_grad(support: Support, values: Tensor) -> None:
+    """The usual case: gradients add up in the support's buffer."""
+    support.grad.add_(values)
+
+
+def build_supports(model: ShardedModel, mask: Mask) -> list[Support]:
+    """The supports of a mask on this rank, in the model's parameter order; their gradient buffers are still empty.
+
+    Raises:
+        ValueError: a parameter is missing or has another shape: the mask is of another model.
+    """
+    known = set(model.names())
+    for name in mask.units:
+        if name not in known:
+            raise ValueError(
+                f"mask: parameter {name!r} is not in the model; give the mask that was made for this model"
+            )
+        if tuple(mask.layouts[name].shape) != model.shape(name):
+            raise ValueError(
+                f"mask: {name!r} has shape {tuple(mask.layouts[name].shape)} in the mask but {model.shape(name)} in the model; "
+                "give the mask that was made for this model, or project it"
+            )
+    return [_support(model, mask, name) for name in model.names() if name in mask.units]
+
+
+def _support(model: ShardedModel, mask: Mask, name: str) -> Support:
+    layout = mask.layouts[name]
+    local = model.local(name)
+    units, block = layout.runs(mask.units[name].to(local.device))
+    clipped = [Runs.clip(units, block, view.start, view.stop, layout.numel) for view in model.views(name)]
+    runs = clipped[model.rank]
+    dtype = torch.float64 if local.dtype == torch.float64 else torch.float32
+    return Support(
+        name=name,
+        shape=layout.shape,
+        whole=Runs.clip(units, block, 0, layout.numel, layout.numel),
+        runs=runs,
+        splits=[part.num_entries for part in clipped],
+        rank=model.rank,
+        grad=torch.empty(0, dtype=dtype, device=local.device),
+    )
+
+
+class Compactor:
+    """Catches gradients of one mask on one model until it is closed."""
+
+    def __init__(self, model: ShardedModel, mask: Mask, accumulate: Accumulate | None = None) -> None:
+        digests = dist.gather_objects(mask.digest())
+        if len(set(digests)) != 1:
+            raise ValueError(
+                f"mask: the ranks hold different masks ({digests}); load one mask file on every rank"
+            )
+        self.supports = build_supports(model, mask)
+        if accumulate is None:
+            for support in self.supports:
+                support.grad = support.grad.new_zeros(support.runs.num_entries)
+        self._accumulate = accumulate or add_to_grad
+        self._reducer = CompactReducer(self.supports, self._accumulate)
+        self._scale = 1.0
+        self._undo: list[Callable[[], None]] = []
+        parameters = dict(model.module.named_parameters())
+        linears = _linear_modules(model.module)
+        # Backward must reach the lowest masked layer even though its input needs no gradient.
+        self._anchor = torch.zeros((), device=model.device, requires_grad=True)
+        for support in self.supports:
+            linear = linears.get(support.name)
+            if linear is not None:
+                self._undo.append(patch_linear(linear, self._anchor, support.rows, self._sink(support)))
+            else:
+                self._hook(parameters[support.name], support)
+
+    def _sink(self, support: Support) -> Callable[[Tensor], None]:
+        """What a gradient source calls: with the dense gradient, or with the masked rows' gradient alone."""
+
+        def deliver(grad: Tensor) -> None:
+            flat = grad.reshape(-1)
+            if flat.numel() != support.whole.numel:
+                self._reducer.add(support, flat.to(support.grad.dtype) * self._scale)
+            elif self._reducer.local_only and self._accumulate is add_to_grad:
+                compact_gather(flat, support.runs, support.grad, scale=self._scale, accumulate=True)
+            else:
+                self._reducer.add(support, compact_gather(flat, support.whole, scale=self._scale))
+
+        return deliver
+
+    def _hook(self, parameter: nn.Parameter, support: Support) -> None:
+        deliver = self._sink(support)
+
+        def caught(param: Tensor) -> None:
+            if param.grad is not None:
+                deliver(param.grad)
+                param.grad = None
+
+        parameter.requires_grad_(True)
+        handle = parameter.register_post_accumulate_grad_hook(caught)
+
+        def undo() -> None:
+            handle.remove()
+            parameter.requires_grad_(False)
+
+        self._undo.append(undo)
+
+    def run_backward(self, loss: Tensor, scale: float) -> None:
+        """Backward pass whose gradients, times ``scale`` and summed over ranks, are added to the supports' buffers."""
+        self._scale = scale
+        loss.backward()
+        self._anchor.grad = None
+        self._reducer.finish()
+
+    def close(self) -> None:
+        """Restore the model's forward methods and freeze it again."""
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
+
+
+def _linear_modules(module: nn.Module) -> dict[str, nn.Linear]:
+    """Parameter name -> the linear layer whose weight it is. Tied weights are left to hooks: two modules own them."""
+    owners: dict[int, int] = {}
+    for child in module.modules():
+        for parameter in child.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    return {
+        f"{name}.weight" if name else "weight": child
+        for name, child in module.named_modules()
+        if type(child) is nn.Linear and owners[id(child.weight)] == 1
+    }
