@@ -1,0 +1,1 @@
+"""Deltas, and the retrieval of the right one."""

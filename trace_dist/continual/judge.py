@@ -1,0 +1,138 @@
+"""Scores of a model on all test sets of a run, with or without retrieval of deltas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from trace_dist.bank.bank import BASE, DeltaBank
+from trace_dist.bank.representation import represent
+from trace_dist.bank.signature import Signature, fit_signature
+from trace_dist.config import RunConfig
+from trace_dist.data.encoding import encode_prompt, pad_id
+from trace_dist.data.tasks import Task
+from trace_dist.evaluation import evaluate_task
+from trace_dist.sharding.base import ShardedModel
+from trace_dist.train.setup import Stream, Workbench
+
+
+@dataclass(frozen=True)
+class Row:
+    """Scores at one stage: percent per task and per general set; bits per byte where a general set is text."""
+
+    tasks: list[float]
+    general: list[float]
+    bits_per_byte: list[float]
+
+
+@dataclass
+class Judge:
+    """Evaluates the tasks and the general sets of a run. Collective throughout."""
+
+    cfg: RunConfig
+    bench: Workbench
+    _representations: dict[str, torch.Tensor] = field(default_factory=dict)
+    _seen: dict[tuple[str, str], dict[int, float]] = field(
+        default_factory=dict
+    )  # (delta, test set) -> example -> score
+
+    @property
+    def _general(self) -> list[Task]:
+        return [stream.task for stream in self.bench.general]
+
+    @property
+    def general_names(self) -> list[str]:
+        """General sets that are scored in percent."""
+        return [task.name for task in self._general if task.metric != "bits_per_byte"]
+
+    @property
+    def text_names(self) -> list[str]:
+        """General sets that are scored in bits per byte."""
+        return [task.name for task in self._general if task.metric == "bits_per_byte"]
+
+    def _row(self, values: dict[str, float]) -> Row:
+        return Row(
+            [values[stream.task.name] for stream in self.bench.tasks],
+            [values[name] for name in self.general_names],
+            [values[name] for name in self.text_names],
+        )
+
+    def score(self, module: nn.Module) -> Row:
+        """Scores of the model as it is."""
+        module.eval()
+        tasks = [stream.task for stream in self.bench.tasks] + self._general
+        return self._row({task.name: self._evaluate(module, task) for task in tasks})
+
+    def _evaluate(self, module: nn.Module, task: Task) -> float:
+        return evaluate_task(module, self.bench.tokenizer, task, self.cfg.eval, self.cfg.data).value
+
+    def score_retrieved(self, model: ShardedModel, bank: DeltaBank) -> Row:
+        """Scores when every input is answered with the delta that its representation retrieves.
+
+        ``model`` holds the base weights. A delta never changes once it is in the bank, so an example answered with the same
+        delta at an earlier stage is not generated again.
+        """
+        model.eval()
+        tasks = [stream.task for stream in self.bench.tasks] + self._general
+        routes = {
+            task.name: self.route(model, bank, task) for task in tasks if task.metric != "bits_per_byte"
+        }
+        for name in dict.fromkeys(route for names in routes.values() for route in names):
+            wanted = {
+                t.name: [i for i, route in enumerate(routes.get(t.name, [])) if route == name] for t in tasks
+            }
+            missing = {
+                task.name: [i for i in wanted[task.name] if i not in self._seen.get((name, task.name), {})]
+                for task in tasks
+            }
+            if any(missing.values()):
+                with bank.activated(model, name):
+                    for task in tasks:
+                        self._score_some(model.module, name, task, missing[task.name])
+        values = {}
+        for task in tasks:
+            if task.metric == "bits_per_byte":  # running text is not routed
+                values[task.name] = self._evaluate(model.module, task)
+                continue
+            scores = [self._seen[route, task.name][i] for i, route in enumerate(routes[task.name])]
+            values[task.name] = 100 * sum(scores) / len(scores)
+        return self._row(values)
+
+    def _score_some(self, module: nn.Module, delta: str, task: Task, indices: list[int]) -> None:
+        if not indices:
+            return
+        some = replace(task, test=task.test.select(indices))
+        score = evaluate_task(module, self.bench.tokenizer, some, self.cfg.eval, self.cfg.data)
+        self._seen.setdefault((delta, task.name), {}).update(zip(indices, score.per_example, strict=True))
+
+    def route(self, model: ShardedModel, bank: DeltaBank, task: Task) -> list[str]:
+        """Name of the delta (or ``base``) for each test prompt of a task."""
+        if not bank.tasks:
+            return [BASE] * len(task.test)
+        return bank.retrieve(self.representations(model, task, bank.layer))
+
+    def representations(self, model: ShardedModel, task: Task, layer: int) -> torch.Tensor:
+        """Representations of a task's test prompts under the base: [N, hidden] fp32."""
+        if task.name not in self._representations:
+            self._representations[task.name] = self.represent(model, task.test["prompt"], layer)
+        return self._representations[task.name]
+
+    def represent(self, model: ShardedModel, prompts: Any, layer: int) -> torch.Tensor:
+        """Representations of prompts under the model as it is: [N, hidden] fp32."""
+        tokenizer = self.bench.tokenizer
+        limit = self.cfg.data.max_length if self.cfg.data.truncate_prompt else None
+        ids = encode_prompt(list(prompts), tokenizer, limit)
+        model.eval()
+        return represent(
+            model.module, ids, layer=layer, batch_size=self.cfg.eval.batch_size, pad_id=pad_id(tokenizer)
+        )
+
+    def signature(self, model: ShardedModel, streams: list[Stream], name: str) -> Signature:
+        """Fit the signature of a task (or of the general sets together) from training prompts under the base."""
+        per_stream = -(-self.cfg.bank.num_prompts // len(streams))
+        prompts = [prompt for stream in streams for prompt in stream.task.train["prompt"][:per_stream]]
+        x = self.represent(model, prompts, self.cfg.bank.layer)
+        return fit_signature(x, self.cfg.bank.clusters * len(streams), self.cfg.seed, name)

@@ -1,0 +1,112 @@
+"""Stage ``memory``: model states of masked and of full training under ZeRO-3, counted while both really train.
+
+Model states are what must be there between steps: weights, fp32 master, both moments, gradients, and the mask's indices. Both are
+measured in bf16 on the run's own target and first task, after a backward pass, summed over ranks, per parameter.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trace_dist.config import RunConfig
+from trace_dist.data.batches import Step
+from trace_dist.masks.format import Mask
+from trace_dist.probe.project import mask_path
+from trace_dist.profiling.memory import bytes_per_param
+from trace_dist.sharding.zero3 import FullAdamW, Zero3Model
+from trace_dist.train.bases import prepare_base
+from trace_dist.train.learner import MaskedLearner
+from trace_dist.train.loss import answer_nll_sum
+from trace_dist.train.setup import Workbench
+from trace_dist.utils import dist
+from trace_dist.utils.files import write_json
+from trace_dist.utils.log import get_logger
+
+logger = get_logger(__name__)
+
+
+def memory_path(cfg: RunConfig) -> Path:
+    """Where the result lies."""
+    return Path(cfg.run_dir) / "memory.json"
+
+
+def run_memory(cfg: RunConfig) -> dict[str, Any]:
+    """Measure both kinds of training and write ``memory.json``. Collective.
+
+    Raises:
+        ValueError: the backend is not zero3.
+    """
+    if cfg.backend != "zero3":
+        raise ValueError(f"backend={cfg.backend!r}: memory is measured under ZeRO-3; set --backend zero3")
+    path = prepare_base(cfg.target, cfg, "target")
+    bench = Workbench.load(cfg, path)
+    mask = Mask.load(mask_path(cfg, cfg.tasks[0].name))
+    batch_size = min(cfg.train.batch_size, 8 * dist.world_size())
+    stream = bench.batches(bench.tasks[:1], batch_size)
+    masked, num_parameters = _masked(str(path), cfg, mask, next(stream))
+    gc.collect()
+    full = _full(str(path), cfg, next(stream), num_parameters)
+    share = mask.num_entries / num_parameters
+    index_bytes = dist.world_size() * sum(units.nbytes for units in mask.units.values()) / num_parameters
+    measured = {"masked": sum(masked.values()), "full": sum(full.values())}
+    result = {
+        "bytes_per_param": measured,
+        "predicted_bytes_per_param": {"masked": 2 + 16 * share + index_bytes, "full": 16.0},
+        "categories": {"masked": masked, "full": full},
+        "dtype": "bfloat16",
+        "density": mask.density,
+        "trained_share": share,
+        "granularity": mask.granularity,
+        "num_ranks": dist.world_size(),
+        "num_parameters": num_parameters,
+    }
+    if dist.is_main():
+        write_json(memory_path(cfg), result)
+    logger.info("model states: %.2f bytes per parameter masked, %.2f full", *measured.values())
+    return result
+
+
+def _loss(module: Any, step: Step, device: torch.device) -> Tensor:
+    batch = {key: value.to(device) for key, value in step.micro_batches[0].items()}
+    labels = batch.pop("labels")
+    return answer_nll_sum(module(**batch).logits, labels) / max(step.num_answer_tokens, 1)
+
+
+def _masked(path: str, cfg: RunConfig, mask: Mask, step: Step) -> tuple[dict[str, float], int]:
+    model = Zero3Model.from_pretrained(path, torch.bfloat16)
+    learner = MaskedLearner(model, mask, replace(cfg.train, max_grad_norm=1.0))
+    for _ in range(2):
+        learner.backward(_loss(model.module, step, model.device))
+        learner.step()
+    learner.backward(_loss(model.module, step, model.device))
+    compact = learner.optimizer.compact()
+    num_parameters = sum(torch.Size(model.shape(name)).numel() for name in model.names())
+    categories: dict[str, list[Tensor]] = {
+        "weights": [model.local(name) for name in model.names()],
+        "master": [master.data for _, master, _ in compact],
+        "exp_avg": [state["exp_avg"] for _, _, state in compact],
+        "exp_avg_sq": [state["exp_avg_sq"] for _, _, state in compact],
+        "gradients": [support.grad for support, _, _ in compact],
+        "indices": [support.whole.units for support, _, _ in compact]
+        + [support.runs.units for support, _, _ in compact],
+    }
+    counted = bytes_per_param(categories, num_parameters)
+    model.close()
+    return counted, num_parameters
+
+
+def _full(path: str, cfg: RunConfig, step: Step, num_parameters: int) -> dict[str, float]:
+    trainer = FullAdamW(path, torch.bfloat16, lr=cfg.continual.full_lr)
+    for _ in range(2):
+        trainer.backward(_loss(trainer.module, step, dist.local_device()))
+        trainer.step()
+    trainer.backward(_loss(trainer.module, step, dist.local_device()))
+    counted = bytes_per_param(trainer.states(), num_parameters)
+    trainer.close()
+    return counted

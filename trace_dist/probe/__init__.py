@@ -1,0 +1,1 @@
+"""Finding a task's core parameters: on the proxy, and in compact memory on the target."""

@@ -1,0 +1,85 @@
+"""Stage ``project``: the proxy's masks become masks of the large, sharded model.
+
+<run_dir>/masks/<task>.safetensors          projected mask
+<run_dir>/masks/random/<task>.safetensors   random mask of the same density, for comparison
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from trace_dist.config import RunConfig
+from trace_dist.masks.format import Mask
+from trace_dist.masks.ops import layouts_for, random_mask
+from trace_dist.models.fingerprint import fingerprint
+from trace_dist.models.roles import describe
+from trace_dist.probe.probe import proxy_mask_path
+from trace_dist.probe.target import fisher_scores, narrow_scores
+from trace_dist.projection.budget import project_budgets, scale_budgets
+from trace_dist.projection.placement import Scores, magnitude_scores, place, seeded_scores
+from trace_dist.sharding.base import ShardedModel
+from trace_dist.sharding.build import load_sharded
+from trace_dist.train.bases import prepare_base
+from trace_dist.train.setup import Stream, Workbench
+from trace_dist.utils import dist
+from trace_dist.utils.log import get_logger
+
+logger = get_logger(__name__)
+
+
+def mask_path(cfg: RunConfig, task: str, kind: str = "projected") -> Path:
+    """Where a task's mask of the target lies; ``kind`` is projected or random."""
+    folder = Path(cfg.run_dir) / "masks"
+    return (folder if kind == "projected" else folder / kind) / f"{task}.safetensors"
+
+
+def run_project(cfg: RunConfig) -> None:
+    """Project every task's mask onto the target. Collective."""
+    path = prepare_base(cfg.target, cfg, "target")
+    bench = Workbench.load(cfg, path)
+    model = load_sharded(str(path), cfg.target.dtype, cfg.backend)
+    model_id = fingerprint(path)
+    mask = cfg.mask
+    layouts = layouts_for(model, mask.granularity, mask.block, mask.maskable)
+    for index, stream in enumerate(bench.tasks):
+        task = stream.task.name
+        projected = project_task(model, cfg, bench, stream)
+        random = random_mask(layouts, mask.granularity, mask.density, cfg.seed + index)
+        if dist.is_main():
+            projected.with_meta(task=task, model=model_id).save(mask_path(cfg, task))
+            random.with_meta(task=task, model=model_id).save(mask_path(cfg, task, "random"))
+        logger.info("project %s: %s, density %.4f", task, cfg.projection.placement, projected.density)
+    dist.barrier()
+
+
+def project_task(model: ShardedModel, cfg: RunConfig, bench: Workbench, stream: Stream) -> Mask:
+    """The mask of one task on the target. Collective."""
+    proxy_mask = Mask.load(proxy_mask_path(cfg, stream.task.name))
+    mask = cfg.mask
+    layouts = layouts_for(model, mask.granularity, mask.block, mask.maskable)
+    if cfg.proxy is None:
+        return replace(proxy_mask, meta={"method": "probed"})  # the target was probed itself
+    proxy_infos = describe({name: layout.shape for name, layout in proxy_mask.layouts.items()})
+    budgets = project_budgets(proxy_mask, proxy_infos, layouts, describe(model.module), mask.density)
+    scores = _scores(model, cfg, bench, stream, budgets)
+    return place(layouts, mask.granularity, budgets, scores).with_meta(
+        method=f"projected/{cfg.projection.placement}"
+    )
+
+
+def _scores(
+    model: ShardedModel, cfg: RunConfig, bench: Workbench, stream: Stream, budgets: dict[str, float]
+) -> Scores:
+    placement, mask = cfg.projection.placement, cfg.mask
+    if placement == "magnitude":
+        return magnitude_scores(model)
+    if placement == "random":
+        return seeded_scores(cfg.seed)
+    layouts = layouts_for(model, mask.granularity, mask.block, mask.maskable)
+    batches = bench.batches([stream], cfg.probe.batch_size)
+    if placement == "refine":
+        return fisher_scores(model, layouts, batches, cfg.probe.fisher_batches)
+    pool_budgets = scale_budgets(budgets, layouts, cfg.projection.pool_density)
+    pool = place(layouts, mask.granularity, pool_budgets, magnitude_scores(model))
+    return narrow_scores(model, pool, batches, cfg)

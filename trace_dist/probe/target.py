@@ -1,0 +1,121 @@
+"""Scores measured on the large model itself, in its shards, in compact memory.
+
+``fisher_scores``: one pass of squared gradients per unit; no gradient is kept. ``narrow_scores``: adaptation-aware
+probing: train a pool a few times larger than wanted for some masked steps, score its units by the trace they left,
+put the values back.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trace_dist.config import RunConfig
+from trace_dist.data.batches import Batches
+from trace_dist.masks.format import Mask
+from trace_dist.masks.units import UnitLayout
+from trace_dist.probe.importance import element_energy
+from trace_dist.projection.placement import Scores, reduce_units
+from trace_dist.sharding.base import ShardedModel
+from trace_dist.sharding.compaction import Support
+from trace_dist.train.learner import MaskedLearner
+from trace_dist.train.loop import train_steps
+from trace_dist.train.loss import answer_nll_sum
+
+OUTSIDE = -1.0
+"""Score of units outside the pool; below every real score."""
+
+
+def full_mask(layouts: dict[str, UnitLayout]) -> Mask:
+    """Every maskable parameter as one unit."""
+    whole = {name: UnitLayout(layout.shape, layout.numel) for name, layout in layouts.items()}
+    return Mask({name: torch.zeros(1, dtype=torch.int32) for name in whole}, whole, "tensor")
+
+
+def fisher_scores(
+    model: ShardedModel, layouts: dict[str, UnitLayout], batches: Batches, num_batches: int
+) -> Scores:
+    """Root mean squared gradient of each unit at the present weights, over some global batches. Collective.
+
+    Memory on each rank: one fp32 value per unit it touches, and one bucket of gradients.
+    """
+    views = {name: model.views(name)[model.rank] for name in layouts}
+    first = {name: int(layouts[name].unit_of(torch.tensor(view.start))) for name, view in views.items()}
+    sums: dict[str, Tensor] = {}
+
+    def accumulate(support: Support, values: Tensor) -> None:
+        layout, view = layouts[support.name], views[support.name]
+        units = (
+            layout.unit_of(torch.arange(view.start, view.stop, device=values.device)) - first[support.name]
+        )
+        if support.name not in sums:
+            size = int(units[-1]) + 1 if len(units) else 0
+            sums[support.name] = torch.zeros(size, device=values.device)
+        sums[support.name].index_add_(0, units, values.float().square())
+
+    model.attach(full_mask(layouts), accumulate)
+    model.train()
+    stream = iter(batches)
+    for _ in range(num_batches):
+        step = next(stream)
+        for batch in step.micro_batches:
+            batch = {key: value.to(model.device) for key, value in batch.items()}
+            labels = batch.pop("labels")
+            loss = answer_nll_sum(model(**batch).logits, labels) / max(step.num_answer_tokens, 1)
+            model.backward(loss, reduction="sum")
+    model.detach()
+
+    def scores(name: str, layout: UnitLayout) -> Tensor:
+        local = sums.get(name, torch.zeros(0))
+        units = torch.arange(first[name], first[name] + len(local))
+        return reduce_units(model, name, layout, local, units, by_unit=True).sqrt()
+
+    return scores
+
+
+def narrow_scores(model: ShardedModel, pool: Mask, batches: Batches, cfg: RunConfig) -> Scores:
+    """Importance of the pool's units after some masked steps on it; the model is put back bit for bit. Collective."""
+    learner = MaskedLearner(model, pool, cfg.train, lr=cfg.projection.narrow_lr)
+    compact = learner.optimizer.compact()
+    start = [master.detach().clone() for _, master, _ in compact]
+    train_steps(learner, batches, cfg.train, cfg.projection.narrow_steps, description="narrow")
+    fisher = _compact_fisher(learner, batches, cfg.probe.fisher_batches)
+    energy = {}
+    for (support, master, _), before, squares in zip(compact, start, fisher, strict=True):
+        local = element_energy(master.detach() - before, squares, cfg.probe.score)
+        offset = support.offset
+        elements = pool.elements(support.name)[offset : offset + support.runs.num_entries]
+        energy[support.name] = (local, elements)
+        master.data.copy_(before)
+    learner.optimizer.write_back()
+    model.detach()
+
+    def scores(name: str, layout: UnitLayout) -> Tensor:
+        if name not in energy:
+            return torch.full((layout.num_units,), OUTSIDE)
+        local, elements = energy[name]
+        values = reduce_units(model, name, layout, local, elements.to(local.device)).sqrt()
+        inside = torch.zeros(layout.num_units, dtype=torch.bool)
+        inside[pool.units[name].long()] = True
+        return torch.where(inside, values, torch.tensor(OUTSIDE))
+
+    return scores
+
+
+def _compact_fisher(learner: MaskedLearner, batches: Batches, num_batches: int) -> list[Tensor]:
+    """Mean squared gradient at each entry of this rank's supports."""
+    supports = learner.optimizer.supports
+    fisher = [torch.zeros_like(support.grad) for support in supports]
+    stream = iter(batches)
+    for _ in range(num_batches):
+        step = next(stream)
+        for batch in step.micro_batches:
+            batch = {key: value.to(learner.model.device) for key, value in batch.items()}
+            loss = answer_nll_sum(learner.forward(batch).logits, batch["labels"]) / max(
+                step.num_answer_tokens, 1
+            )
+            learner.backward(loss)
+        for support, total in zip(supports, fisher, strict=True):
+            total.addcmul_(support.grad, support.grad, value=1 / num_batches)
+        learner.optimizer.zero_grad()
+    return fisher

@@ -1,0 +1,80 @@
+"""The warm start: a short fine-tune of the proxy on one task, whose trace shows where the task is learned.
+
+TRACE (arXiv 2605.31025): the update after a few steps, and the Fisher information at the point reached, rank parameters by how
+much the task needs them. The proxy is small, so it is trained densely, in one process, and put back afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from trace_dist.config import ProbeConfig, TrainConfig
+from trace_dist.data.batches import Batches
+from trace_dist.train.learner import DenseLearner
+from trace_dist.train.loop import train_steps
+from trace_dist.train.loss import answer_nll_sum
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a warm start shows of one task.
+
+    Attributes:
+        update: parameter -> fp32 weight after minus weight before.
+        fisher: parameter -> fp32 mean squared gradient of the mean loss over batches (empirical Fisher), after the warm start.
+        losses: (step, nats per answer token).
+    """
+
+    update: dict[str, Tensor]
+    fisher: dict[str, Tensor]
+    losses: list[tuple[int, float]]
+
+
+def warm_start(
+    module: PreTrainedModel, names: list[str], batches: Batches, probe: ProbeConfig, train: TrainConfig
+) -> Trace:
+    """Fine-tune ``names`` for a few steps, measure, and restore the model bit for bit.
+
+    Args:
+        module: the proxy.
+        names: maskable parameters; all others stay frozen.
+        batches: the task's batches of ``probe.batch_size``.
+        probe: steps, learning rate, Fisher batches.
+        train: the remaining options of the loop.
+    """
+    parameters = dict(module.named_parameters())
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)
+    tuned = {name: parameters[name] for name in names}
+    before = {name: parameter.detach().clone() for name, parameter in tuned.items()}
+    learner = DenseLearner(module, tuned.values(), train, lr=probe.lr)
+    result = train_steps(learner, batches, train, probe.steps, description="warm start")
+    update = {name: parameter.detach().float() - before[name].float() for name, parameter in tuned.items()}
+    fisher = _fisher(module, tuned, iter(batches), probe.fisher_batches)
+    with torch.no_grad():
+        for name, parameter in tuned.items():
+            parameter.copy_(before[name])
+    return Trace(update, fisher, result.losses)
+
+
+def _fisher(
+    module: PreTrainedModel, tuned: dict[str, torch.nn.Parameter], steps: Iterator, num_batches: int
+) -> dict[str, Tensor]:
+    total = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in tuned.items()}
+    for _ in range(num_batches):
+        step = next(steps)
+        for batch in step.micro_batches:
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            (
+                answer_nll_sum(module(**inputs).logits, batch["labels"]) / max(step.num_answer_tokens, 1)
+            ).backward()
+        for name, parameter in tuned.items():
+            if parameter.grad is not None:
+                total[name].addcmul_(parameter.grad.float(), parameter.grad.float(), value=1 / num_batches)
+                parameter.grad = None
+    return total

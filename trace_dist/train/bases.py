@@ -1,0 +1,113 @@
+"""Base models of a run: found, or made on the spot.
+
+A tiny Llama is pretrained on the general tasks; a GGUF file is converted; a proxy is cut out of the target by depth pruning and
+healed on the general tasks. A base is made once: a folder that exists is used as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import PreTrainedModel
+
+from trace_dist.config import ModelConfig, PruneConfig, RunConfig, TinyConfig
+from trace_dist.data.tasks import load_task
+from trace_dist.models.folder import atomic_folder
+from trace_dist.models.gguf import convert_gguf
+from trace_dist.models.loading import load_model, load_tokenizer
+from trace_dist.models.prune import depth_prune
+from trace_dist.models.tiny import build_tiny
+from trace_dist.models.tokenizer import char_tokenizer
+from trace_dist.train.learner import DenseLearner
+from trace_dist.train.loop import MetricLog, train_steps
+from trace_dist.train.setup import Workbench
+from trace_dist.utils.log import get_logger
+
+logger = get_logger(__name__)
+
+
+def prepare_base(model: ModelConfig, cfg: RunConfig, role: str) -> Path | str:
+    """Make a base model unless it is there.
+
+    Args:
+        model: how to make it.
+        cfg: the run, for its tasks and its target.
+        role: ``target`` or ``proxy``, for logs.
+
+    Returns:
+        Folder or hub id to load it from.
+    """
+    folder = Path(model.path)
+    if (folder / "config.json").is_file():
+        return folder
+    if model.tiny is not None:
+        _make_tiny(model.tiny, cfg, folder, role)
+    elif model.gguf is not None:
+        convert_gguf(model.gguf, folder)
+    elif model.prune is not None:
+        _make_pruned(model.prune, cfg, folder)
+    else:
+        return model.path
+    return folder
+
+
+def _make_tiny(tiny: TinyConfig, cfg: RunConfig, folder: Path, role: str) -> None:
+    if not cfg.general:
+        raise ValueError(
+            f"{role}.tiny: a tiny base is pretrained on the general tasks, but there are none; add some to general"
+        )
+    tasks = [load_task(task, cfg.seed) for task in (*cfg.general, *cfg.tasks)]
+    tokenizer = char_tokenizer(
+        {task.name: [*task.train["prompt"], *task.test["prompt"]] for task in tasks},
+        [answer for task in tasks for answer in (*task.train["answer"], *task.test["answer"])],
+    )
+    module = build_tiny(tiny, len(tokenizer), cfg.seed)
+    with atomic_folder(folder) as partial:
+        tokenizer.save_pretrained(partial)
+        module.save_pretrained(partial)
+        _pretrain(module, partial, cfg, tiny.steps, tiny.lr, tiny.batch_size, role)
+        module.save_pretrained(partial)
+
+
+def _make_pruned(prune: PruneConfig, cfg: RunConfig, folder: Path) -> None:
+    target = Path(prepare_base(cfg.target, cfg, "target"))
+    if not prune.heal_steps:
+        depth_prune(target, prune.keep_layers, folder)
+        return
+    if not cfg.general:
+        raise ValueError("proxy.prune.heal_steps: healing needs general tasks, but there are none; add some, or use 0")
+    with TemporaryDirectory(dir=folder.parent) as scratch:
+        pruned = Path(scratch) / "pruned"
+        depth_prune(target, prune.keep_layers, pruned)
+        module = load_model(pruned, torch.float32)
+        _pretrain(module, pruned, cfg, prune.heal_steps, prune.heal_lr, cfg.train.batch_size, "proxy")
+        with atomic_folder(folder) as partial:
+            load_tokenizer(pruned).save_pretrained(partial)
+            module.save_pretrained(partial)
+
+
+def _pretrain(
+    module: PreTrainedModel,
+    tokenizer_folder: Path,
+    cfg: RunConfig,
+    steps: int,
+    lr: float,
+    batch_size: int,
+    role: str,
+) -> None:
+    """Train a base on the general tasks, in one process."""
+    bench = Workbench.load(replace(cfg, tasks=cfg.general, general=[]), tokenizer_folder)
+    learner = DenseLearner(module, module.parameters(), cfg.train, lr=lr)
+    log = MetricLog(Path(cfg.run_dir), f"base/{role}")
+    train_steps(
+        learner,
+        bench.batches(bench.tasks, batch_size),
+        cfg.train,
+        steps,
+        description=f"pretrain {role}",
+        log=log,
+    )
+    log.close()
