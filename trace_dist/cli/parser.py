@@ -1,0 +1,119 @@
+"""Arguments of every command. Commands that work on a run share one YAML file and its overrides."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NoReturn
+
+from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+
+from trace_dist.config import RunConfig
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+RUN_COMMANDS = {
+    "run": "everything: base models, probe, project, the continual modes, memory, report",
+    "base": "make the base models that the config describes (tiny, GGUF, pruned)",
+    "probe": "warm-start the proxy on every task; write saliency maps and masks of the proxy",
+    "project": "project the proxy's masks onto the sharded target",
+    "train": "train one task's mask on the sharded target and keep its delta",
+    "continual": "run the sequence of tasks in the modes of the config",
+    "eval": "score the target, as it is or with the bank's deltas",
+    "memory": "measure the model states of masked and of full training, in bytes per parameter",
+    "report": "write results.json and report.html from what the other commands have left",
+}
+
+OWN_ARGUMENTS = {
+    "base": {"which": "target or proxy; both when not given"},
+    "train": {
+        "task_name": "name of the task to train; the first one when not given",
+        "mask_file": "mask file; the run's projected mask when not given",
+    },
+    "eval": {"bank_folder": "folder of a bank to retrieve deltas from; the plain target when not given"},
+}
+"""Arguments of a command beside the run's configuration."""
+
+
+class Parser(ArgumentParser):
+    """An argument parser whose errors are one line on standard error."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        reason = " ".join(str(message).split())
+        program = self.prog.replace("[options] ", "")
+        print(f"error: {reason}; see {program} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _run_parser(description: str) -> Parser:
+    parser = Parser(description=description)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of the run")
+    parser.add_class_arguments(RunConfig, nested_key=None, fail_untyped=True)
+    return parser
+
+
+def _fill_mask(parser: Parser) -> None:
+    sub: Any = parser.add_subcommands(dest="action")
+    show = Parser(description="granularity, density and origin of a mask; density per tensor")
+    show.add_argument("file", type=str, help="mask file")
+    sub.add_subcommand("show", show, help="what a mask holds")
+    combine = Parser(description="union, intersection or difference of two masks of one model")
+    combine.add_argument("operation", choices=["union", "intersection", "difference"])
+    combine.add_argument("left", type=str, help="mask file")
+    combine.add_argument("right", type=str, help="mask file")
+    combine.add_argument("--out", type=str, required=True, help="mask file to write")
+    sub.add_subcommand("combine", combine, help="set operations")
+
+
+def _fill_bank(parser: Parser) -> None:
+    sub: Any = parser.add_subcommands(dest="action")
+    show = Parser(description="tasks, delta sizes and clusters of a bank")
+    show.add_argument("folder", type=str, help="folder of the bank")
+    sub.add_subcommand("show", show, help="what a bank holds")
+    export = Parser(description="write base + delta as an ordinary Hugging Face checkpoint")
+    export.add_argument("folder", type=str, help="folder of the bank")
+    export.add_argument("--base", type=str, required=True, help="the base model: folder or hub id")
+    export.add_argument("--task", type=str, required=True, help="task whose delta is applied")
+    export.add_argument("--out", type=str, required=True, help="folder to write")
+    export.add_argument(
+        "--dtype", type=str, default="float32", choices=["float32", "bfloat16"], help="of the weights"
+    )
+    sub.add_subcommand("export", export, help="merge a delta into its base")
+
+
+def _fill_bench(parser: Parser) -> None:
+    parser.add_argument("what", choices=["kernels"])
+    parser.add_argument("--out", type=str | None, default=None, help="JSON file to write")
+
+
+FILE_COMMANDS = {
+    "mask": ("look at mask files and combine them", _fill_mask),
+    "bank": ("look into a delta bank and export from it", _fill_bank),
+    "bench": ("time the kernels on this machine, beside torch's fused AdamW", _fill_bench),
+}
+
+
+def build_parser() -> Parser:
+    """The parser of the whole program."""
+    parser = Parser(prog="trace-dist", description=__doc__, version=_version())
+    commands: Any = parser.add_subcommands(dest="command")
+    for name, description in RUN_COMMANDS.items():
+        sub = _run_parser(description)
+        for argument, text in OWN_ARGUMENTS.get(name, {}).items():
+            sub.add_argument(f"--{argument}", type=str | None, default=None, help=text)
+        commands.add_subcommand(name, sub, help=description)
+    for name, (description, fill) in FILE_COMMANDS.items():
+        sub = Parser(description=description)
+        commands.add_subcommand(name, sub, help=description)
+        fill(sub)
+    return parser
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("trace-dist")
+
+
+def run_config(values: Any) -> RunConfig:
+    """The run configuration out of parsed and instantiated arguments."""
+    return RunConfig(**{name: values[name] for name in RunConfig.__dataclass_fields__})

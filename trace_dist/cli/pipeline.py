@@ -1,0 +1,160 @@
+"""``trace-dist run``: every stage as the command a user would type, each once; a run that was cut continues.
+
+Stages that touch the sharded target start under the launcher of the config; the others are single processes, several at a
+time where the config allows it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from trace_dist.config import LaunchConfig, RunConfig
+from trace_dist.continual.memory import memory_path
+from trace_dist.continual.run import MASKED
+from trace_dist.continual.sequence import mode_path
+from trace_dist.probe.probe import probe_folder
+from trace_dist.probe.project import mask_path
+from trace_dist.utils.files import read_json, write_json
+from trace_dist.utils.log import get_logger
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of a run.
+
+    Attributes:
+        name: for logs and timings.
+        arguments: what follows ``trace-dist``, without the config.
+        outputs: files that are there when the stage is done.
+        launched: whether it starts under the launcher.
+    """
+
+    name: str
+    arguments: list[str]
+    outputs: list[Path]
+    launched: bool = False
+
+    @property
+    def done(self) -> bool:
+        return all(path.exists() for path in self.outputs)
+
+
+def plan(cfg: RunConfig) -> list[list[Stage]]:
+    """The stages in order; those of one group are independent of each other."""
+    one = ["--backend", "single", "--launch.launcher", "none", "--launch.num_ranks", "1"]
+    names = [task.name for task in cfg.tasks]
+    target = Stage("base target", ["base", "--which", "target", *one], [_made(cfg.target.path)])
+    probe = Stage("probe", ["probe", *one], [probe_folder(cfg) / "specificity.json"])
+    masks = [mask_path(cfg, name, kind) for name in names for kind in ("projected", "random")]
+    masked = [mode for mode in cfg.continual.modes if mode in MASKED]
+    groups = [
+        [target, probe] if cfg.proxy is not None and cfg.proxy.prune is None else [target],
+        [probe],
+        [Stage("project", ["project"], masks, launched=True)],
+        [_modes(cfg, masked, [], launched=True)] if masked else [],
+        [_modes(cfg, [mode], one, launched=False) for mode in cfg.continual.modes if mode not in MASKED],
+        [Stage("memory", ["memory"], [memory_path(cfg)], launched=True)] if cfg.backend == "zero3" else [],
+    ]
+    return [[stage for stage in group if not stage.done] for group in groups]
+
+
+def _made(path: str) -> Path:
+    return Path(path) / "config.json"
+
+
+def _modes(cfg: RunConfig, modes: Sequence[str], options: list[str], launched: bool) -> Stage:
+    arguments = ["continual", "--continual.modes", "[" + ",".join(modes) + "]", *options]
+    return Stage(" ".join(modes), arguments, [mode_path(cfg, mode) for mode in modes], launched)
+
+
+def run_pipeline(cfg: RunConfig) -> None:
+    """Run what is missing, then write the report.
+
+    Raises:
+        ValueError: a stage failed; its own error is printed above.
+    """
+    timings = Path(cfg.run_dir) / "stages.json"
+    seconds: dict[str, float] = read_json(timings) if timings.is_file() else {}
+    started: set[str] = set()
+    for group in plan(cfg):
+        waiting = [stage for stage in group if stage.name not in started]
+        while waiting:
+            batch, waiting = waiting[: cfg.launch.parallel_stages], waiting[cfg.launch.parallel_stages :]
+            started |= {stage.name for stage in batch}
+            seconds |= _run_together(batch, cfg)
+            write_json(timings, seconds)
+    from trace_dist.cli.commands import report_command
+
+    report_command(cfg)
+
+
+def _run_together(stages: list[Stage], cfg: RunConfig) -> dict[str, float]:
+    processes = []
+    for stage in stages:
+        logger.info("stage: %s", stage.name)
+        num_processes = len(stages) * (cfg.launch.num_ranks if stage.launched else 1)
+        command = launch_command(cfg.launch, stage.launched) + stage.arguments[:1]
+        command += ["--config", str(Path(cfg.run_dir) / "config.yaml"), *stage.arguments[1:]]
+        processes.append(
+            (stage, time.perf_counter(), subprocess.Popen(command, env=_environment(num_processes)))
+        )
+    seconds = {}
+    try:
+        for stage, begin, process in processes:
+            if process.wait() != 0:
+                raise ValueError(
+                    f"stage {stage.name}: failed with exit code {process.returncode}; its error is above. "
+                    "Mend it and start the same command again: finished stages are kept"
+                )
+            seconds[stage.name] = time.perf_counter() - begin
+    finally:
+        for _, _, process in processes:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    return seconds
+
+
+def launch_command(launch: LaunchConfig, launched: bool = True) -> list[str]:
+    """How one command is started, up to and including ``-m trace_dist``."""
+    ranks, port = str(launch.num_ranks), str(_free_port())
+    if not launched or launch.launcher == "none":
+        return [sys.executable, "-m", "trace_dist"]
+    if launch.launcher == "deepspeed":
+        start = ["-m", "deepspeed.launcher.runner", "--num_gpus", ranks, "--master_port", port, "--module"]
+        return [sys.executable, *start, "trace_dist"]
+    if launch.launcher == "torchrun":
+        start = ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", port]
+        return [sys.executable, *start, "-m", "trace_dist"]
+    start = ["-m", "accelerate.commands.launch", "--num_processes", ranks, "--main_process_port", port]
+    start += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    start += ["--multi_gpu"] if torch.cuda.is_available() else ["--cpu"]
+    return [sys.executable, *start, "-m", "trace_dist"]
+
+
+def _environment(num_processes: int) -> dict[str, str]:
+    environment = dict(os.environ)
+    environment["PATH"] = (
+        str(Path(sys.executable).parent) + os.pathsep + environment.get("PATH", "")
+    )  # ninja lies there
+    environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // num_processes))
+    if not torch.cuda.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+    return environment
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

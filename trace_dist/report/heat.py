@@ -1,0 +1,115 @@
+"""Heat-maps as HTML tables: accuracy per mode, cosine between tasks, retrieval confusion.
+
+A table can be read out, copied and scrolled on a phone; the tint of a cell is a CSS variable in [0, 1] that
+the page mixes into the reader's colour scheme.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from trace_dist.report import tables, theme
+from trace_dist.report.results import ModeView, RunView, matrix, sequence
+
+MANY_TASKS = 5  # with more, matrices get wider cards, upright names and no decimals
+_NAME_LENGTH = 14
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A tinted cell: its text, its tint in [-1, 1], its CSS classes."""
+
+    text: str
+    tint: float
+    classes: str = ""
+
+    @property
+    def css(self) -> str:
+        strong = " strong" if abs(self.tint) > theme.STRONG_TINT else ""
+        return (self.classes + strong + (" negative" if self.tint < 0 else "")).strip()
+
+
+@dataclass(frozen=True)
+class Heat:
+    """A heat-map. Long names are cut; the whole name shows on hover and in the table of tasks."""
+
+    title: str
+    note: str
+    corner: str
+    column_names: Sequence[str]
+    rows: Sequence[tuple[str, str, Sequence[Cell]]]  # (short name, whole name, cells)
+    color: str = "var(--ink)"
+
+    @property
+    def columns(self) -> list[tuple[str, str]]:
+        """(short, whole) names of the columns."""
+        short = tables.shorten_all(self.column_names, _NAME_LENGTH)
+        return list(zip(short, self.column_names, strict=True))
+
+    @property
+    def is_tall(self) -> bool:
+        """Column names stand upright."""
+        return len(self.column_names) > MANY_TASKS or any(len(name) > 11 for name in self.column_names)
+
+
+def accuracy_heat(view: RunView, mode: ModeView) -> Heat:
+    """The accuracy matrix of a mode in percent; see [Note: the accuracy matrix]."""
+    short = ["base", *(f"+ {name}" for name in tables.shorten_all(view.tasks, _NAME_LENGTH))]
+    whole = ["untouched base model", *(f"after training on {name}" for name in view.tasks)]
+    rows = []
+    for stage, scores in enumerate(mode.scores):
+        cells = [_score_cell(float(score), stage, task, len(view.tasks)) for task, score in enumerate(scores)]
+        rows.append((short[stage], whole[stage], cells))
+    color = theme.css_color(theme.mode_color(mode.name, view.modes.index(mode)))
+    note = f"final average {tables.percent(tables.final_average(mode))}"
+    return Heat(mode.label, note, "stage", view.tasks, rows, color)
+
+
+def _score_cell(score: float, stage: int, task: int, num_tasks: int) -> Cell:
+    digits = 0 if score in (0, 100) or num_tasks > MANY_TASKS else 1
+    is_faded = stage <= task and not score > 50  # a later task, at a score too low to call for a second look
+    classes = "trained" if stage == task + 1 else "future" if is_faded else ""
+    return Cell(tables.fixed(score, digits), _tint(score / 100), classes)
+
+
+def specificity_heat(view: RunView) -> Heat | None:
+    """Cosine between the tasks' updates, and each task's specificity; None if not measured."""
+    part = view.part("specificity")
+    if not sequence(part.get("cosine")):
+        return None
+    names = [str(task) for task in sequence(part.get("tasks"))] or view.tasks
+    cosine = matrix(part["cosine"], len(names), len(names), "results: specificity.cosine")
+    specific = matrix([part.get("specificity")], 1, len(names), "results: specificity.specificity")[0]
+    rows = []
+    for i, short in enumerate(tables.shorten_all(names, _NAME_LENGTH)):
+        cells = [
+            Cell(
+                tables.fixed(float(value), 2), 0.0 if i == j else _tint(float(value)), "own" if i == j else ""
+            )
+            for j, value in enumerate(cosine[i])
+        ]
+        rows.append((short, names[i], [*cells, Cell(tables.fixed(float(specific[i]), 2), 0.0, "result")]))
+    return Heat("Cosine of the tasks' updates", "", "task", [*names, "specificity"], rows)
+
+
+def confusion_heat(view: RunView) -> Heat | None:
+    """Prompts of each task (row) by the task they were given to; tinted by the share of the row."""
+    part = view.part("retrieval")
+    if not sequence(part.get("confusion")):
+        return None
+    names = [str(task) for task in sequence(part.get("tasks"))] or view.tasks
+    confusion = matrix(part["confusion"], len(names), len(names), "results: retrieval.confusion")
+    totals = np.maximum(np.nansum(confusion, axis=1), 1.0)
+    rows = []
+    for i, short in enumerate(tables.shorten_all(names, _NAME_LENGTH)):
+        cells = [Cell(tables.fixed(float(n), 0), _tint(float(n / totals[i]))) for n in confusion[i]]
+        rows.append((short, names[i], cells))
+    return Heat("Prompts by task", "", "true ↓ retrieved →", names, rows)
+
+
+def _tint(value: float) -> float:
+    return 0.0 if math.isnan(value) else max(-1.0, min(1.0, value))

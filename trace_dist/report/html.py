@@ -1,0 +1,227 @@
+"""`report.html`: one self-contained page about a run, readable offline, on a phone and on paper.
+
+Matrices are HTML tables (`heat`), curves and bars inline SVG drawn by matplotlib (`plots`); both take their
+colours from CSS variables and so follow the reader's light or dark scheme. There is no script, and a content
+security policy forbids the page to load anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from trace_dist.report import heat, plots, tables, theme
+from trace_dist.report.narrative import narrate
+from trace_dist.report.results import RunView, mapping, number, parse_results, sequence
+
+TASK_COLUMNS = ("just trained", "final", "majority answer", "train-test overlap", "delta on disk")
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A line of a bar list: `share` in [0, 1] of the longest."""
+
+    name: str
+    share: float
+    text: str
+
+
+def write_report(results: Mapping[str, Any], out: str | Path) -> Path:
+    """Write the page for `results` to the file `out` (its folder is created) and return its path.
+
+    Raises:
+        ValueError: `results` lacks "tasks" or "modes", or a matrix does not fit the tasks.
+    """
+    view = parse_results(results)
+    out = Path(out)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    with theme.theme():
+        page = environment.get_template("template.html.j2").render(_context(view))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+    return out
+
+
+def _context(view: RunView) -> dict[str, Any]:
+    """Everything the template shows; an empty value leaves its section out."""
+    forgetting_height = 70 + 46 * len(view.modes)
+    return {
+        "view": view,
+        "light": theme.LIGHT,
+        "dark": theme.DARK,
+        "tiles": tables.headline(view),
+        "story": narrate(view),
+        "columns": tables.COLUMNS,
+        "rows": [(mode, tables.mode_cells(view, mode)) for mode in view.modes],
+        "matrices": [heat.accuracy_heat(view, mode) for mode in view.modes],
+        "has_many_tasks": len(view.tasks) > heat.MANY_TASKS,
+        "forgetting": _figure(400, forgetting_height, "Learned and kept", plots.draw_forgetting, view.modes),
+        "task_columns": TASK_COLUMNS,
+        "task_rows": _task_rows(view),
+        "general": _general(view),
+        "masks": _masks(view),
+        "losses": _losses(view),
+        "memory": _memory(view),
+        "specificity": heat.specificity_heat(view),
+        "retrieval": _retrieval(view),
+        "deltas": _bars(view.part("delta_bytes"), tables.size),
+        "bytes_per_entry": _if_known(tables.fixed(number(view.raw.get("bytes_per_entry")))),
+        "stages": _bars(mapping(view.part("run_info").get("stages")), tables.duration),
+        "seconds": _if_known(tables.duration(number(view.part("run_info").get("seconds")))),
+        "facts": _facts(view),
+        "config": _config(view),
+    }
+
+
+def _figure(width_px: int, height_px: int, title: str, draw: Callable[..., object], *args: object) -> Markup:
+    """Inline SVG of one chart drawn by `draw(ax, *args)`."""
+    fig = theme.new_figure(width_px, height_px)
+    draw(fig.subplots(), *args)
+    return Markup(theme.to_svg(fig, title))
+
+
+def _task_rows(view: RunView) -> list[tuple[str, list[str]]]:
+    """One row per task, in the order of `TASK_COLUMNS`."""
+    baselines, deltas, hero = view.part("baselines"), view.part("delta_bytes"), view.hero
+
+    def baseline(key: str, index: int) -> str:
+        values = sequence(baselines.get(key))
+        return tables.fixed(number(values[index])) if index < len(values) else tables.MISSING
+
+    return [
+        (
+            task,
+            [
+                tables.fixed(float(hero.just_trained[index])),
+                tables.fixed(float(hero.final[index])),
+                baseline("majority", index),
+                baseline("train_test_overlap", index),
+                tables.size(number(deltas.get(task))),
+            ],
+        )
+        for index, task in enumerate(view.tasks)
+    ]
+
+
+def _general(view: RunView) -> list[tuple[str, Markup]]:
+    return [
+        (
+            name,
+            _figure(
+                340, 220, f"General ability on {name} after each stage", plots.draw_general, view, column
+            ),
+        )
+        for column, name in enumerate(view.general_sets)
+        if any(np.isfinite(mode.general[:, column]).any() for mode in view.modes)
+    ]
+
+
+def _losses(view: RunView) -> list[tuple[str, Markup]]:
+    return [
+        (task, _figure(340, 220, f"Training loss on {task}", plots.draw_losses, view, task))
+        for task in view.tasks
+        if any(task in mode.losses for mode in view.modes)
+    ]
+
+
+def _masks(view: RunView) -> list[tuple[str, Markup]]:
+    """Per task, proxy beside target (whichever exist), all on one colour scale."""
+    ceiling = plots.mask_ceiling([mask for by_task in view.masks.values() for mask in by_task.values()])
+    out = []
+    for task in view.tasks:
+        pair = {model: by_task[task] for model, by_task in view.masks.items() if task in by_task}
+        if pair:
+            fig = theme.new_figure(340, 270)
+            plots.draw_mask_row(fig, pair, ceiling)
+            out.append((task, Markup(theme.to_svg(fig, f"Mask density for {task}"))))
+    return out
+
+
+def _retrieval(view: RunView) -> dict[str, Any] | None:
+    part, confusion = view.part("retrieval"), heat.confusion_heat(view)
+    pairs = [
+        ("accuracy", tables.percent(number(part.get("accuracy")))),
+        ("error bound", tables.percent(number(part.get("error_bound")))),
+        ("clusters", tables.fixed(number(part.get("num_clusters")), 0)),
+    ]
+    facts = [(name, text) for name, text in pairs if text != tables.MISSING]
+    return {"heat": confusion, "facts": facts} if confusion or facts else None
+
+
+def _memory(view: RunView) -> dict[str, Any] | None:
+    memory = view.part("memory")
+    categories = {str(mode): mapping(parts) for mode, parts in mapping(memory.get("categories")).items()}
+    names = list(dict.fromkeys(str(name) for parts in categories.values() for name in parts))
+    if not names:
+        return None
+    peaks = [tables.fixed(number(mapping(memory.get("peak_rss_gib")).get(mode)), 2) for mode in categories]
+    rows = [
+        (
+            plots.CATEGORY_LABELS.get(name, name),
+            theme.css_color(theme.category_color(name)),
+            [tables.fixed(number(parts.get(name)), 2) for parts in categories.values()],
+        )
+        for name in names
+    ]
+    height = 80 + 85 * len(categories)
+    return {
+        "figure": _figure(420, height, "Model states in bytes per parameter", plots.draw_memory, memory),
+        "modes": list(categories),
+        "rows": rows,
+        "peaks": peaks if any(_if_known(peak) for peak in peaks) else [],
+    }
+
+
+def _bars(values: Mapping[str, Any], write: Callable[[float], str]) -> list[Bar]:
+    numbers = {str(name): number(value) for name, value in values.items()}
+    known = {name: value for name, value in numbers.items() if not math.isnan(value)}
+    longest = max(known.values(), default=0.0) or 1.0
+    return [Bar(name, max(0.0, value / longest), write(value)) for name, value in known.items()]
+
+
+def _facts(view: RunView) -> list[tuple[str, str]]:
+    """Where, when and with what the run was made."""
+    run_info, meta_info = view.part("run_info"), view.part("meta_info")
+    pairs = [
+        ("date", run_info.get("date")),
+        ("commit", run_info.get("commit")),
+        ("hardware", meta_info.get("hardware")),
+        ("launcher", run_info.get("launcher")),
+        ("backend", run_info.get("backend")),
+        ("ranks", run_info.get("num_ranks")),
+        ("dtype", view.part("memory").get("dtype")),
+        *mapping(meta_info.get("versions")).items(),
+    ]
+    return [(str(name), str(value)) for name, value in pairs if value not in (None, "")]
+
+
+def _config(view: RunView) -> str:
+    config = _plain(view.part("config"))
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else ""
+
+
+def _plain(value: Any) -> Any:
+    """`value` in types that YAML writes as they are."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)
+
+
+def _if_known(text: str) -> str:
+    return "" if text == tables.MISSING else text

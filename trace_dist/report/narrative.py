@@ -1,0 +1,96 @@
+"""What a run did, in sentences made from its numbers alone: what was not measured is not said."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trace_dist.report.results import RunView, mean, number
+from trace_dist.report.tables import count, duration, final_average, fixed, percent, shorten_all
+
+
+def narrate(view: RunView) -> str:
+    """One paragraph of plain text; the caller escapes it."""
+    sentences = [*_setting(view), *_outcome(view), *_baselines(view), *_cost(view)]
+    return " ".join(sentences)
+
+
+def join(names: Sequence[str]) -> str:
+    """`a, b and c`; a long list and long names are cut."""
+    names = shorten_all(names, 24)
+    if len(names) > 6:
+        return f"{', '.join(names[:5])} and {len(names) - 5} more"
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _setting(view: RunView) -> list[str]:
+    hero, run_info = view.hero, view.part("run_info")
+    several = len(view.tasks) > 1
+    learned = f"{len(view.tasks)} tasks were learned one after another" if several else "One task was learned"
+    out = [f"{learned}: {join(view.tasks)}."]
+    if view.masks.get("proxy") and view.masks.get("target"):
+        out.append("A small proxy was probed for each task, and its masks were projected onto the target.")
+    density = hero.stat("density")
+    if not math.isnan(density):
+        trainable = hero.stat("trainable")
+        entries = "" if math.isnan(trainable) else f" ({count(trainable)} entries per task)"
+        out.append(
+            f"Training touched {percent(100 * density)} of the maskable weights{entries}{_where(run_info)}."
+        )
+    return out
+
+
+def _where(run_info: Mapping[str, Any]) -> str:
+    ranks = number(run_info.get("num_ranks"))
+    backend, launcher = run_info.get("backend"), run_info.get("launcher")
+    text = "" if math.isnan(ranks) else f" on {ranks:.0f} {'rank' if ranks == 1 else 'ranks'}"
+    text += f" of {backend}" if backend and text else ""
+    return text + (f", started by {launcher}" if launcher and text else "")
+
+
+def _outcome(view: RunView) -> list[str]:
+    hero = view.hero
+    out = []
+    before, after, forgotten = mean(hero.just_trained), final_average(hero), hero.stat("forgetting")
+    if not math.isnan(before) and len(view.tasks) > 1:
+        out.append(f"Right after its own training a task scores {percent(before)} on average.")
+    if not math.isnan(after):
+        lost = "" if math.isnan(forgotten) else f", having forgotten {fixed(forgotten)} points"
+        out.append(f"At the end the {hero.label} mode scores {percent(after)} over all tasks{lost}.")
+    accuracy, bound = (number(view.part("retrieval").get(key)) for key in ("accuracy", "error_bound"))
+    if not math.isnan(accuracy):
+        limit = "" if math.isnan(bound) else f"; the error bound is {percent(bound)}"
+        out.append(f"The nearest cluster finds the right task for {percent(accuracy)} of the prompts{limit}.")
+    return out
+
+
+def _baselines(view: RunView) -> list[str]:
+    parts = []
+    for name, subject in (
+        ("full", "sequential full fine-tuning"),
+        ("lora", "LoRA"),
+        ("random", "a random mask of equal density"),
+    ):
+        mode = view.mode(name)
+        if mode is None or mode is view.hero or math.isnan(final_average(mode)):
+            continue
+        before, after = mean(mode.just_trained), percent(final_average(mode))
+        both = len(view.tasks) > 1 and not math.isnan(before)
+        parts.append(f"{subject} {f'{percent(before)} and {after}' if both else after}")
+    when = ", just trained and at the end" if len(view.tasks) > 1 else ""
+    return [f"Run beside it{when}: {'; '.join(parts)}."] if parts else []
+
+
+def _cost(view: RunView) -> list[str]:
+    out = []
+    ours, full = view.bytes_per_param(view.hero.name), view.bytes_per_param("full")
+    if not math.isnan(ours):
+        against = (
+            f", {full / ours:.1f} times less than the {fixed(full)} of full AdamW" if full > ours > 0 else ""
+        )
+        out.append(f"Model states take {fixed(ours, 2)} bytes per parameter{against}.")
+    seconds = number(view.part("run_info").get("seconds"))
+    if not math.isnan(seconds):
+        out.append(f"The whole run took {duration(seconds)}.")
+    return out

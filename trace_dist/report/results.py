@@ -1,0 +1,228 @@
+"""Read a run's `results.json` and give it typed, complete shapes.
+
+Every drawing function of the report works on a `RunView`: scores are float arrays in percent, and whatever
+a run did not measure (absent key, null, NaN, an interrupted sequence) is NaN. So a panel decides once whether
+it has something to show, and no panel can break the page.
+
+[Note: the accuracy matrix]
+`scores[t, i]` is the score on task i after training on task t; row 0 is the untouched base model, so the
+matrix has one row more than columns. `scores[i + 1, i]` is task i *just trained*, the last row is *final*.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+# Modes whose training runs on a mask, so that their model states are those of masked training.
+MASKED_MODES = ("retrieved", "merged", "random")
+MODE_LABELS = {
+    "retrieved": "retrieved",
+    "merged": "merged",
+    "full": "full fine-tuning",
+    "lora": "LoRA",
+    "random": "random mask",
+}
+
+
+@dataclass(frozen=True)
+class ModeView:
+    """One way of learning the sequence: its accuracy matrix and the numbers derived from it."""
+
+    name: str
+    scores: Array  # [num_tasks + 1, num_tasks], percent; see [Note: the accuracy matrix]
+    general: Array  # [num_tasks + 1, num_general], percent
+    just_trained: Array  # [num_tasks], percent
+    losses: Mapping[str, Array]  # task -> [num_points, 2] of (step, loss in nats per token)
+    stats: Mapping[str, float]  # the scalar entries of the mode; read them with `stat`
+
+    @property
+    def label(self) -> str:
+        return MODE_LABELS.get(self.name, self.name)
+
+    @property
+    def final(self) -> Array:
+        """[num_tasks] percent: the last row that was measured."""
+        measured = np.flatnonzero(np.isfinite(self.scores).any(axis=1))
+        return self.scores[measured[-1]] if measured.size else self.scores[-1]
+
+    def stat(self, key: str) -> float:
+        """The scalar `key` of this mode, NaN if the run did not report it."""
+        return self.stats.get(key, math.nan)
+
+
+@dataclass(frozen=True)
+class MaskView:
+    """Where one task's mask lies in one model."""
+
+    roles: list[str]
+    density: Array  # [num_layers, num_roles], fraction in [0, 1]
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A whole run; `raw` keeps the parts that are shown as they are (config, versions)."""
+
+    tasks: list[str]
+    general_sets: list[str]
+    modes: list[ModeView]
+    masks: Mapping[str, Mapping[str, MaskView]]  # "proxy" | "target" -> task -> mask
+    raw: Mapping[str, Any]
+
+    @property
+    def hero(self) -> ModeView:
+        """The mode the run is about: retrieved, else merged, else the first."""
+        by_name = {mode.name: mode for mode in self.modes}
+        return by_name.get("retrieved") or by_name.get("merged") or self.modes[0]
+
+    def mode(self, name: str) -> ModeView | None:
+        return next((mode for mode in self.modes if mode.name == name), None)
+
+    def part(self, name: str) -> Mapping[str, Any]:
+        """The optional object `name` of the results, empty if absent or of another type."""
+        value = self.raw.get(name)
+        return value if isinstance(value, Mapping) else {}
+
+    def bytes_per_param(self, mode: str) -> float:
+        """Measured model-state bytes per parameter of `mode`, NaN if unknown."""
+        measured = mapping(self.part("memory").get("bytes_per_param"))
+        fallback = measured.get("masked") if mode in MASKED_MODES else None
+        return number(measured.get(mode, fallback))
+
+
+def load_results(path: str | Path) -> dict[str, Any]:
+    """Read `results.json`, given the file or the run folder that holds it.
+
+    Raises:
+        ValueError: the file is missing, is not JSON, or is not an object.
+    """
+    path = Path(path)
+    path = path / "results.json" if path.is_dir() else path
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ValueError(f"results file {path}: {reason}; pass a run folder or its results.json") from error
+    except ValueError as error:  # both a JSON and a UTF-8 decoding error
+        raise ValueError(f"results file {path}: not valid JSON ({error}); run the sequence again") from error
+    if not isinstance(results, dict):
+        raise ValueError(
+            f"results file {path}: holds a {type(results).__name__}, must be an object with 'tasks' and "
+            "'modes'; pass the results.json of a run"
+        )
+    return results
+
+
+def parse_results(results: Mapping[str, Any]) -> RunView:
+    """Check the required fields and give every optional one a shape.
+
+    Raises:
+        ValueError: "tasks" or "modes" is missing or empty, or a matrix does not fit the tasks.
+    """
+    for field in ("tasks", "modes"):
+        if not results.get(field):
+            raise ValueError(
+                f"results: field {field!r} is missing or empty; "
+                "pass the results.json that a run or continual run wrote"
+            )
+    tasks = [str(task) for task in sequence(results["tasks"])]
+    general_sets = [str(name) for name in sequence(results.get("general"))]
+    if not tasks:
+        raise ValueError("results: field 'tasks' must be a list of names; run the sequence again")
+    if not isinstance(results["modes"], Mapping):
+        raise ValueError("results: field 'modes' must map names to results; run the sequence again")
+    modes = [
+        _parse_mode(str(name), mapping(mode), tasks, general_sets) for name, mode in results["modes"].items()
+    ]
+    order = {name: position for position, name in enumerate(MODE_LABELS)}
+    modes.sort(key=lambda mode: order.get(mode.name, len(order)))
+    masks = {
+        model: {
+            str(task): view for task, mask in mapping(by_task).items() if (view := _parse_mask(mapping(mask)))
+        }
+        for model, by_task in mapping(results.get("masks")).items()
+    }
+    return RunView(tasks, general_sets, modes, masks, results)
+
+
+def _parse_mode(name: str, mode: Mapping[str, Any], tasks: list[str], general_sets: list[str]) -> ModeView:
+    num_stages = len(tasks) + 1
+    where = f"results: modes.{name}"
+    scores = matrix(mode.get("R"), num_stages, len(tasks), f"{where}.R")
+    general_rows = mode.get("general") if general_sets else None  # scores without names cannot be shown
+    general = matrix(general_rows, num_stages, len(general_sets), f"{where}.general")
+    just_trained = matrix([mode.get("just_trained") or []], 1, len(tasks), f"{where}.just_trained")[0]
+    diagonal = np.diagonal(scores, offset=-1)
+    losses = {str(task): _parse_curve(curve) for task, curve in mapping(mode.get("losses")).items()}
+    return ModeView(
+        name=name,
+        scores=scores,
+        general=general,
+        just_trained=np.where(np.isfinite(just_trained), just_trained, diagonal),
+        losses={task: curve for task, curve in losses.items() if len(curve)},
+        stats={key: number(value) for key, value in mode.items() if isinstance(value, (int, float))},
+    )
+
+
+def _parse_curve(curve: Any) -> Array:
+    points = [(number(p[0]), number(p[1])) for p in sequence(curve) if len(sequence(p)) == 2]
+    array = np.array(points, dtype=np.float64).reshape(-1, 2)
+    return array[np.isfinite(array).all(axis=1)]
+
+
+def _parse_mask(mask: Mapping[str, Any]) -> MaskView | None:
+    roles = [str(role) for role in sequence(mask.get("roles"))]
+    rows = sequence(mask.get("density"))
+    if not roles or not rows:
+        return None
+    return MaskView(roles, matrix(rows, len(rows), len(roles), "results: masks.density"))
+
+
+def matrix(rows: Any, num_rows: int, num_cols: int, where: str) -> Array:
+    """[num_rows, num_cols] float64 from nested lists; what is missing is NaN, what is too much an error."""
+    out = np.full((num_rows, num_cols), math.nan)
+    rows = sequence(rows)
+    widest = max((len(sequence(row)) for row in rows), default=0)
+    if len(rows) > num_rows or widest > num_cols:
+        raise ValueError(
+            f"{where}: {len(rows)} x {widest} values, must be at most {num_rows} x {num_cols}; "
+            "check that the list of tasks belongs to these results"
+        )
+    for r, row in enumerate(rows):
+        for c, value in enumerate(sequence(row)):
+            out[r, c] = number(value)
+    return out
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """`value` if it is an object, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def sequence(value: Any) -> Sequence[Any]:
+    """`value` if it is a list, else an empty one."""
+    return value if isinstance(value, (list, tuple)) else []
+
+
+def number(value: Any) -> float:
+    """`value` as a finite float, NaN for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return math.nan
+    return float(value) if math.isfinite(value) else math.nan
+
+
+def mean(values: Array) -> float:
+    """Mean of the measured values, NaN (without a warning) if there are none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return float(np.nanmean(values)) if values.size else math.nan

@@ -1,0 +1,180 @@
+"""Numbers as people read them, the comparison of modes, and the headline tiles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from trace_dist.report.results import ModeView, RunView, mean, number, parse_results
+
+MISSING = "–"  # noqa: RUF001, an en dash is what a typesetter puts in an empty cell
+
+
+def fixed(value: float, digits: int = 1) -> str:
+    """`value` with `digits` decimals and a true minus sign; a dash for NaN; never "-0.0"."""
+    if math.isnan(value):
+        return MISSING
+    text = f"{value:.{digits}f}"
+    return text.lstrip("-") if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """`value` in percent with its unit."""
+    return MISSING if math.isnan(value) else f"{fixed(value, digits)}\N{NO-BREAK SPACE}%"
+
+
+def signed(value: float) -> str:
+    """A change in points: a rise carries its plus."""
+    text = fixed(value)
+    return f"+{text}" if value > 0 and float(text) > 0 else text
+
+
+def count(value: float) -> str:
+    """A number of things: 860, 43.0 k, 1.2 M, 70.6 B."""
+    return _scaled(value, 1000.0, ("", " k", " M", " B", " T"))
+
+
+def size(num_bytes: float) -> str:
+    """A number of bytes: 512 B, 253.9 KiB, 1.2 GiB."""
+    return _scaled(num_bytes, 1024.0, (" B", " KiB", " MiB", " GiB", " TiB"))
+
+
+def _scaled(value: float, base: float, suffixes: tuple[str, ...]) -> str:
+    if math.isnan(value):
+        return MISSING
+    exponent = 0
+    while abs(value) >= base and exponent < len(suffixes) - 1:
+        value /= base
+        exponent += 1
+    return f"{value:.{1 if exponent else 0}f}{suffixes[exponent]}"
+
+
+def duration(seconds: float) -> str:
+    """Wall time: 0.4 s, 42 s, 5 min 10 s, 2 h 05 min."""
+    if math.isnan(seconds):
+        return MISSING
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def shorten(text: str, length: int) -> str:
+    """`text` cut to `length` characters in its middle: names of a family differ at either end."""
+    if len(text) <= length:
+        return text
+    tail = (length - 1) // 2
+    return f"{text[: length - 1 - tail]}…{text[-tail:]}"
+
+
+def shorten_all(names: Sequence[str], length: int) -> list[str]:
+    """The names cut to `length`; those that would then look alike are numbered, from 1."""
+    short = [shorten(name, length) for name in names]
+    return [
+        shorten(f"{position} {name}", length) if short.count(short[position - 1]) > 1 else short[position - 1]
+        for position, name in enumerate(names, start=1)
+    ]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the comparison of modes: its head, its unit, what it means."""
+
+    head: str
+    unit: str
+    meaning: str
+
+
+COLUMNS = (
+    Column("just trained", "%", "mean score of the tasks, each right after its own training"),
+    Column("final average", "%", "mean score over all tasks at the end of the sequence"),
+    Column("forgetting", "points", "mean fall of a task's score from its best to the end"),
+    Column("general", "points", "change on the general sets from the base model to the end"),
+    Column("density", "%", "share of the maskable entries that is trained"),
+    Column("states", "B/param", "bytes of model states per parameter, all ranks together"),
+)
+
+
+def mode_cells(view: RunView, mode: ModeView) -> list[str]:
+    """The row of `mode`, in the order of `COLUMNS`."""
+    return [
+        fixed(mean(mode.just_trained)),
+        fixed(final_average(mode)),
+        fixed(mode.stat("forgetting")),
+        signed(mode.stat("general_delta")),
+        fixed(100 * mode.stat("density")),
+        fixed(view.bytes_per_param(mode.name), 2),
+    ]
+
+
+def final_average(mode: ModeView) -> float:
+    """Reported final average accuracy in percent, else the mean of the last measured row."""
+    reported = mode.stat("average_accuracy")
+    return mean(mode.final) if math.isnan(reported) else reported
+
+
+def summary_table(results: Mapping[str, Any]) -> Table:
+    """The comparison of modes for the terminal: one row per mode, the mode the run is about in bold.
+
+    Raises:
+        ValueError: `results` lacks "tasks" or "modes".
+    """
+    view = parse_results(results)
+    plural = "task" if len(view.tasks) == 1 else "tasks in sequence"
+    table = Table(
+        title=f"{len(view.tasks)} {plural}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("mode", overflow="fold", min_width=16)
+    for column in COLUMNS:
+        head = column.head.replace(" ", "\n")
+        table.add_column(
+            f"{head}\n[dim]{column.unit}[/dim]", justify="right", vertical="bottom", no_wrap=True
+        )
+    for mode in view.modes:
+        table.add_row(Text(mode.label), *mode_cells(view, mode), style="bold" if mode is view.hero else "")
+    return table
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One headline number, what it counts, and what to compare it with."""
+
+    value: str
+    unit: str
+    label: str
+    note: str
+
+
+def headline(view: RunView) -> list[Tile]:
+    """The four or five numbers that a reader takes away; a number that the run lacks has no tile."""
+    hero, full, retrieval = view.hero, view.mode("full"), view.part("retrieval")
+    beside: dict[str, str] = {}
+    if full is not None and full is not hero:
+        beside = {
+            "average": f"full fine-tuning {percent(final_average(full))}",
+            "forgetting": f"full fine-tuning {fixed(full.stat('forgetting'))}",
+            "states": f"full fine-tuning {fixed(view.bytes_per_param('full'), 2)}",
+        }
+    bound = number(retrieval.get("error_bound"))
+    candidates = [
+        (final_average(hero), 1, "%", f"final average, {hero.label}", beside.get("average", "")),
+        (hero.stat("forgetting"), 1, "points", "forgetting", beside.get("forgetting", "")),
+        (100 * hero.stat("density"), 1, "%", "entries trained", f"{count(hero.stat('trainable'))} per task"),
+        (view.bytes_per_param(hero.name), 2, "B/param", "model states", beside.get("states", "")),
+        (number(retrieval.get("accuracy")), 1, "%", "tasks retrieved", f"error bound {percent(bound)}"),
+    ]
+    return [
+        Tile(fixed(value, digits), unit, label, "" if MISSING in note else note)
+        for value, digits, unit, label, note in candidates
+        if not math.isnan(value)
+    ]
