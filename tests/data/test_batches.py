@@ -92,10 +92,10 @@ def test_each_epoch_holds_every_example_once_in_a_new_order() -> None:
 
 def test_stream_does_not_depend_on_the_batch_size() -> None:
     replay: dict[str, Any] = {"replay": [(encoded(30, offset=100), 1.0)], "replay_share": 0.5}
-    by_five, by_three = make(encoded(13), **replay), make(encoded(13), batch_size=3, **replay)
-    fives = [t for _ in range(6) for t in tokens_of(next(by_five))]
-    threes = [t for _ in range(10) for t in tokens_of(next(by_three))]
-    assert fives == threes
+    large, small = make(encoded(13), batch_size=30, **replay), make(encoded(13), batch_size=3, **replay)
+    stream = [t for _ in range(2) for t in tokens_of(next(large))]
+    assert stream == [t for _ in range(20) for t in tokens_of(next(small))]
+    assert 15 < sum(t >= 100 for t in stream) < 45
 
 
 def test_padding_is_right_masked_and_no_longer_than_needed() -> None:

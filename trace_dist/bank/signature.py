@@ -144,7 +144,7 @@ def _log_likelihoods(
     log_det = 2 * factor.diagonal().log().sum() + (dim - len(covariance)) * ridge.log()
     gaps = torch.from_numpy(test).T - means[:, :, None]  # [K, r, N]
     distances_sq = torch.linalg.solve_triangular(factor, gaps, upper=False).square().sum(dim=1)
-    log_joint = (counts / counts.sum()).log()[:, None] - distances_sq / 2
+    log_joint = (counts.double() / len(train)).log()[:, None] - distances_sq / 2
     return (log_joint.logsumexp(dim=0) - log_det / 2).numpy()
 
 

@@ -17,6 +17,7 @@ from trace_dist.masks.ops import layouts_for
 from trace_dist.models.loading import load_model
 from trace_dist.train.learner import DenseLearner
 from trace_dist.train.loop import MetricLog, train_steps
+from trace_dist.train.loss import autocast
 from trace_dist.train.setup import Workbench
 
 
@@ -40,7 +41,7 @@ def _with_lora(module: PreTrainedModel, cfg: RunConfig) -> nn.Module:
 
 def run_baseline(cfg: RunConfig, bench: Workbench, path: Path | str, mode: str) -> None:
     """Train the tasks one after the other with ``full`` or ``lora`` and write the mode's result."""
-    module: Any = load_model(path, getattr(torch, cfg.target.dtype))
+    module: Any = load_model(path, torch.float32)  # a bf16 copy without a master would stall; see `autocast`
     total = sum(parameter.numel() for parameter in module.parameters())
     facts: dict[str, Any] = {}
     if mode == "lora":
@@ -50,17 +51,19 @@ def run_baseline(cfg: RunConfig, bench: Workbench, path: Path | str, mode: str) 
     else:
         parameters = list(module.parameters())
     judge = Judge(cfg, bench)
-    rows, trained = [judge.score(module)], []
+    with autocast(cfg.target.dtype):
+        rows = [judge.score(module)]
+    trained = []
     for stream in bench.tasks:
         name = f"{mode}/{stream.task.name}"
-        learner = DenseLearner(
-            module, parameters, cfg.train, cfg.continual.lora_lr if mode == "lora" else cfg.continual.full_lr
-        )
+        lr = cfg.continual.lora_lr if mode == "lora" else cfg.continual.full_lr
+        learner = DenseLearner(module, parameters, cfg.train, lr, cfg.target.dtype)
         log = MetricLog(Path(cfg.run_dir), name)
         batches = bench.batches([stream], cfg.train.batch_size)
         trained.append(train_steps(learner, batches, cfg.train, stream.steps, description=name, log=log))
         log.close()
-        rows.append(judge.score(module))
+        with autocast(cfg.target.dtype):
+            rows.append(judge.score(module))
     trainable = sum(parameter.numel() for parameter in parameters)
     finish_mode(
         cfg, mode, judge, rows, trained, {**facts, "trainable": trainable, "density": trainable / total}

@@ -22,7 +22,7 @@ from trace_dist.profiling.memory import bytes_per_param
 from trace_dist.sharding.zero3 import FullAdamW, Zero3Model
 from trace_dist.train.bases import prepare_base
 from trace_dist.train.learner import MaskedLearner
-from trace_dist.train.loss import answer_nll_sum
+from trace_dist.train.loss import accumulate
 from trace_dist.train.setup import Workbench
 from trace_dist.utils import dist
 from trace_dist.utils.files import write_json
@@ -72,19 +72,13 @@ def run_memory(cfg: RunConfig) -> dict[str, Any]:
     return result
 
 
-def _loss(module: Any, step: Step, device: torch.device) -> Tensor:
-    batch = {key: value.to(device) for key, value in step.micro_batches[0].items()}
-    labels = batch.pop("labels")
-    return answer_nll_sum(module(**batch).logits, labels) / max(step.num_answer_tokens, 1)
-
-
 def _masked(path: str, cfg: RunConfig, mask: Mask, step: Step) -> tuple[dict[str, float], int]:
     model = Zero3Model.from_pretrained(path, torch.bfloat16)
     learner = MaskedLearner(model, mask, replace(cfg.train, max_grad_norm=1.0))
     for _ in range(2):
-        learner.backward(_loss(model.module, step, model.device))
+        learner.accumulate(step)
         learner.step()
-    learner.backward(_loss(model.module, step, model.device))
+    learner.accumulate(step)
     compact = learner.optimizer.compact()
     num_parameters = sum(torch.Size(model.shape(name)).numel() for name in model.names())
     categories: dict[str, list[Tensor]] = {
@@ -104,9 +98,9 @@ def _masked(path: str, cfg: RunConfig, mask: Mask, step: Step) -> tuple[dict[str
 def _full(path: str, cfg: RunConfig, step: Step, num_parameters: int) -> dict[str, float]:
     trainer = FullAdamW(path, torch.bfloat16, lr=cfg.continual.full_lr)
     for _ in range(2):
-        trainer.backward(_loss(trainer.module, step, dist.local_device()))
+        accumulate(step, trainer.module, trainer.backward, dist.local_device())
         trainer.step()
-    trainer.backward(_loss(trainer.module, step, dist.local_device()))
+    accumulate(step, trainer.module, trainer.backward, dist.local_device())
     counted = bytes_per_param(trainer.states(), num_parameters)
     trainer.close()
     return counted

@@ -51,7 +51,9 @@ def run_probe(cfg: RunConfig) -> None:
     traces = {}
     for stream in bench.tasks:
         batches = bench.batches([stream], cfg.probe.batch_size)
-        traces[stream.task.name] = warm_start(module, list(layouts), batches, cfg.probe, cfg.train)
+        traces[stream.task.name] = warm_start(
+            module, list(layouts), batches, cfg.probe, cfg.train, cfg.probed.dtype
+        )
     names = list(layouts)
     weights = tensor_specificity([trace.update for trace in traces.values()], names)
     for (task, trace), weight in zip(traces.items(), weights, strict=True):

@@ -20,7 +20,7 @@ from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.compaction import Support
 from trace_dist.train.learner import MaskedLearner
 from trace_dist.train.loop import train_steps
-from trace_dist.train.loss import answer_nll_sum
+from trace_dist.train.loss import accumulate
 
 OUTSIDE = -1.0
 """Score of units outside the pool; below every real score."""
@@ -43,7 +43,7 @@ def fisher_scores(
     first = {name: int(layouts[name].unit_of(torch.tensor(view.start))) for name, view in views.items()}
     sums: dict[str, Tensor] = {}
 
-    def accumulate(support: Support, values: Tensor) -> None:
+    def collect(support: Support, values: Tensor) -> None:
         layout, view = layouts[support.name], views[support.name]
         units = (
             layout.unit_of(torch.arange(view.start, view.stop, device=values.device)) - first[support.name]
@@ -53,16 +53,11 @@ def fisher_scores(
             sums[support.name] = torch.zeros(size, device=values.device)
         sums[support.name].index_add_(0, units, values.float().square())
 
-    model.attach(full_mask(layouts), accumulate)
+    model.attach(full_mask(layouts), collect)
     model.train()
     stream = iter(batches)
     for _ in range(num_batches):
-        step = next(stream)
-        for batch in step.micro_batches:
-            batch = {key: value.to(model.device) for key, value in batch.items()}
-            labels = batch.pop("labels")
-            loss = answer_nll_sum(model(**batch).logits, labels) / max(step.num_answer_tokens, 1)
-            model.backward(loss, reduction="sum")
+        accumulate(next(stream), model, lambda loss: model.backward(loss, reduction="sum"), model.device)
     model.detach()
 
     def scores(name: str, layout: UnitLayout) -> Tensor:
@@ -108,13 +103,7 @@ def _compact_fisher(learner: MaskedLearner, batches: Batches, num_batches: int) 
     fisher = [torch.zeros_like(support.grad) for support in supports]
     stream = iter(batches)
     for _ in range(num_batches):
-        step = next(stream)
-        for batch in step.micro_batches:
-            batch = {key: value.to(learner.model.device) for key, value in batch.items()}
-            loss = answer_nll_sum(learner.forward(batch).logits, batch["labels"]) / max(
-                step.num_answer_tokens, 1
-            )
-            learner.backward(loss)
+        learner.accumulate(next(stream))
         for support, total in zip(supports, fisher, strict=True):
             total.addcmul_(support.grad, support.grad, value=1 / num_batches)
         learner.optimizer.zero_grad()

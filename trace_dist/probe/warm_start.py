@@ -10,14 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trace_dist.config import ProbeConfig, TrainConfig
-from trace_dist.data.batches import Batches
+from trace_dist.data.batches import Batches, Step
 from trace_dist.train.learner import DenseLearner
 from trace_dist.train.loop import train_steps
-from trace_dist.train.loss import answer_nll_sum
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,12 @@ class Trace:
 
 
 def warm_start(
-    module: PreTrainedModel, names: list[str], batches: Batches, probe: ProbeConfig, train: TrainConfig
+    module: PreTrainedModel,
+    names: list[str],
+    batches: Batches,
+    probe: ProbeConfig,
+    train: TrainConfig,
+    dtype: str = "float32",
 ) -> Trace:
     """Fine-tune ``names`` for a few steps, measure, and restore the model bit for bit.
 
@@ -46,16 +50,17 @@ def warm_start(
         batches: the task's batches of ``probe.batch_size``.
         probe: steps, learning rate, Fisher batches.
         train: the remaining options of the loop.
+        dtype: data type of matmuls; the weights are fp32.
     """
     parameters = dict(module.named_parameters())
     for parameter in parameters.values():
         parameter.requires_grad_(False)
     tuned = {name: parameters[name] for name in names}
     before = {name: parameter.detach().clone() for name, parameter in tuned.items()}
-    learner = DenseLearner(module, tuned.values(), train, lr=probe.lr)
+    learner = DenseLearner(module, tuned.values(), train, probe.lr, dtype)
     result = train_steps(learner, batches, train, probe.steps, description="warm start")
     update = {name: parameter.detach().float() - before[name].float() for name, parameter in tuned.items()}
-    fisher = _fisher(module, tuned, iter(batches), probe.fisher_batches)
+    fisher = _fisher(learner, tuned, iter(batches), probe.fisher_batches)
     with torch.no_grad():
         for name, parameter in tuned.items():
             parameter.copy_(before[name])
@@ -63,18 +68,13 @@ def warm_start(
 
 
 def _fisher(
-    module: PreTrainedModel, tuned: dict[str, torch.nn.Parameter], steps: Iterator, num_batches: int
+    learner: DenseLearner, tuned: dict[str, nn.Parameter], steps: Iterator[Step], num_batches: int
 ) -> dict[str, Tensor]:
-    total = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in tuned.items()}
+    total = {name: torch.zeros_like(parameter) for name, parameter in tuned.items()}
     for _ in range(num_batches):
-        step = next(steps)
-        for batch in step.micro_batches:
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
-            (
-                answer_nll_sum(module(**inputs).logits, batch["labels"]) / max(step.num_answer_tokens, 1)
-            ).backward()
+        learner.accumulate(next(steps))
         for name, parameter in tuned.items():
             if parameter.grad is not None:
-                total[name].addcmul_(parameter.grad.float(), parameter.grad.float(), value=1 / num_batches)
+                total[name].addcmul_(parameter.grad, parameter.grad, value=1 / num_batches)
                 parameter.grad = None
     return total

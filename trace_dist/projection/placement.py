@@ -1,7 +1,8 @@
 """Choosing places inside each tensor of a sharded model, under per-tensor budgets.
 
 Scores live per unit. A rank sees only its own slice, so it adds up the units that it touches, one parameter at a
-time, and the sums are reduced over ranks; every rank then takes the same top units. Transient memory: one fp32 score per unit of one parameter.
+time, and the sums are reduced over ranks; every rank then takes the same top units.
+Transient memory: one fp32 score per unit of one parameter.
 """
 
 from __future__ import annotations

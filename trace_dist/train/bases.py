@@ -78,7 +78,9 @@ def _make_pruned(prune: PruneConfig, cfg: RunConfig, folder: Path) -> None:
         depth_prune(target, prune.keep_layers, folder)
         return
     if not cfg.general:
-        raise ValueError("proxy.prune.heal_steps: healing needs general tasks, but there are none; add some, or use 0")
+        raise ValueError(
+            "proxy.prune.heal_steps: healing needs general tasks, but there are none; add some, or use 0"
+        )
     with TemporaryDirectory(dir=folder.parent) as scratch:
         pruned = Path(scratch) / "pruned"
         depth_prune(target, prune.keep_layers, pruned)

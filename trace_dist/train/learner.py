@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from trace_dist.config import TrainConfig
+from trace_dist.data.batches import Step
 from trace_dist.masks.format import Mask
 from trace_dist.optim.masked_adamw import MaskedAdamW
 from trace_dist.sharding.base import ShardedModel
+from trace_dist.train.loss import accumulate, autocast
+from trace_dist.utils import dist
 
 
 class Learner(ABC):
@@ -33,9 +36,17 @@ class Learner(ABC):
     def step(self) -> float:
         """Update, reset gradients, and return the global gradient norm before clipping."""
 
-    def forward(self, batch: dict[str, Tensor]) -> Any:
-        """Run the model on one micro-batch, without its labels."""
-        return self.module(**{key: value for key, value in batch.items() if key != "labels"})
+    def forward(self, **inputs: Tensor) -> Any:
+        """Run the model on the inputs of a micro-batch."""
+        return self.module(**inputs)
+
+    def accumulate(self, step: Step) -> Tensor:
+        """Accumulate the gradients of a step; this rank's part of the loss (``loss.accumulate``)."""
+        return accumulate(step, self.forward, self.backward, self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return dist.local_device()
 
 
 class MaskedLearner(Learner):
@@ -65,12 +76,17 @@ class MaskedLearner(Learner):
 
 
 class DenseLearner(Learner):
-    """Ordinary AdamW over the given parameters, in one process."""
+    """Ordinary AdamW over the given fp32 parameters, in one process; ``dtype`` is that of matmuls (mixed precision)."""
 
     def __init__(
-        self, module: nn.Module, parameters: Iterable[nn.Parameter], cfg: TrainConfig, lr: float | None = None
+        self,
+        module: nn.Module,
+        parameters: Iterable[nn.Parameter],
+        cfg: TrainConfig,
+        lr: float | None = None,
+        dtype: str = "float32",
     ) -> None:
-        self.module = module
+        self.module, self.dtype = module.to(self.device), dtype
         self.parameters = list(parameters)
         for parameter in self.parameters:
             parameter.requires_grad_(True)
@@ -82,6 +98,10 @@ class DenseLearner(Learner):
             eps=cfg.eps,
             weight_decay=cfg.weight_decay,
         )
+
+    def forward(self, **inputs: Tensor) -> Any:
+        with autocast(self.dtype):
+            return super().forward(**inputs)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

@@ -21,7 +21,6 @@ from transformers import get_scheduler
 from trace_dist.config import TrainConfig
 from trace_dist.data.batches import Batches
 from trace_dist.train.learner import Learner
-from trace_dist.train.loss import answer_nll_sum
 from trace_dist.utils import dist
 from trace_dist.utils.files import append_jsonl
 from trace_dist.utils.log import get_logger, progress
@@ -126,7 +125,7 @@ def train_steps(
     stream: Iterator[Any] = iter(batches)
     for step in progress(range(first_step + 1, steps + 1), description, total=steps - first_step):
         start = time.perf_counter()
-        loss = _accumulate(learner, next(stream))
+        loss = float(dist.sum_over_ranks(learner.accumulate(next(stream))))
         if not loss < float("inf"):
             raise ValueError(f"{description}: the loss at step {step} is {loss}; lower the learning rate")
         norm = learner.step()
@@ -150,18 +149,6 @@ def train_steps(
             result.step_ms,
         )
     return result
-
-
-def _accumulate(learner: Learner, step: Any) -> float:
-    """Forward and backward over a step's micro-batches; the global mean loss per answer token."""
-    device = next(iter(learner.optimizer.param_groups[0]["params"])).device
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for batch in step.micro_batches:
-        batch = {key: value.to(device) for key, value in batch.items()}
-        loss = answer_nll_sum(learner.forward(batch).logits, batch["labels"]) / max(step.num_answer_tokens, 1)
-        learner.backward(loss)
-        total += loss.detach().double()
-    return float(dist.sum_over_ranks(total))
 
 
 def _checkpoint_activations(learner: Learner, enabled: bool) -> None:
