@@ -1,8 +1,9 @@
 """Compiles every kernel ahead of time for GPUs that are not here: ``python -m trace_kernels.aot``.
 
-`triton.compile` takes the target as a parameter and the wheel carries the assemblers, so that registers, spills
-and the width of memory accesses can be asserted on any machine. The specialisations are those of a launch with
-16-byte aligned tensors, int32 unit ids and sizes of which nothing is known beyond what the tile promises.
+`triton.compile` takes the target as a parameter and the wheel carries the assemblers, so that registers,
+spills and the width of memory accesses can be asserted on any machine. The specialisations are those of a
+launch with 16-byte aligned tensors, int32 unit ids and sizes of which nothing is known beyond what the tile
+promises.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import BenchCase, Impl, check_vector, launch, locate, plan, run_args, use_triton
-from .rounding import nearest_noise, truncate_bf16
+from .rounding import round_bf16
 from .runs import Runs
 
 
@@ -77,8 +77,7 @@ def _compact_scatter_kernel(  # type: ignore[no-untyped-def]
     )
     value = tl.load(values_ptr + position, mask=valid, other=0.0)
     if dst_ptr.dtype.element_ty == tl.bfloat16 and value.dtype != tl.bfloat16:
-        value = value.to(tl.float32)
-        value = truncate_bf16(value, nearest_noise(value))
+        value = round_bf16(value.to(tl.float32))
     tl.store(dst_ptr + local, value, mask=valid)
 
 

@@ -82,11 +82,13 @@ def locate(  # type: ignore[no-untyped-def]
 
 
 def strip_width(block: int) -> int:
-    """Lanes of a tile over units of ``block`` elements: the power of two that pads them least."""
+    """Lanes of a tile over units of ``block``: the widest power of two that pads them by less than an eighth."""
     if block <= 64:
         return triton.next_power_of_2(block)
-    widths = [1 << power for power in range(6, TILE.bit_length())]
-    return min(widths, key=lambda lanes: (triton.cdiv(block, lanes) * lanes, -lanes))
+    lanes = TILE
+    while lanes > 64 and 8 * triton.cdiv(block, lanes) * lanes >= 9 * block:
+        lanes //= 2
+    return lanes
 
 
 class Plan(NamedTuple):

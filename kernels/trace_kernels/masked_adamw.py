@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .dispatch import BenchCase, Impl, check_vector, launch, locate, plan, run_args, use_triton
 from .hyper import AdamWHyper
-from .rounding import nearest_noise, seed_keys, stochastic_bf16, stochastic_noise, truncate_bf16
+from .rounding import round_bf16, seed_keys, stochastic_bf16, stochastic_noise, truncate_bf16
 from .runs import Runs
 
 Rounding = Literal["nearest", "stochastic"]
@@ -132,13 +132,16 @@ def _masked_adamw_kernel(  # type: ignore[no-untyped-def]
     denom = tl.div_rn(tl.sqrt_rn(v), correction2_sqrt + tl.zeros_like(v)) + eps
     p = p - tl.div_rn(step_size * m, denom)
 
+    if exp_avg_ptr.dtype.element_ty == tl.bfloat16:
+        m = round_bf16(m)
+    if exp_avg_sq_ptr.dtype.element_ty == tl.bfloat16:
+        v = round_bf16(v)
     tl.store(exp_avg_ptr + position, m, mask=valid)
     tl.store(exp_avg_sq_ptr + position, v, mask=valid)
     if master_ptr is not None:
         tl.store(master_ptr + position, p, mask=valid)
     if weight_ptr.dtype.element_ty == tl.bfloat16:
-        noise = stochastic_noise(local + base, key_1, key_2) if STOCHASTIC else nearest_noise(p)
-        p = truncate_bf16(p, noise)
+        p = truncate_bf16(p, stochastic_noise(local + base, key_1, key_2)) if STOCHASTIC else round_bf16(p)
     tl.store(weight_ptr + local, p, mask=valid)
 
 
@@ -184,6 +187,7 @@ def masked_adamw(
     hyper = AdamWHyper(lr, beta1, beta2, eps, weight_decay)
     _check_state(state, rounding)
     _check_step(step, grad_scale, runs)
+    grad_scale = grad_scale.to(state.dtype) if isinstance(grad_scale, Tensor) else float(grad_scale)
     operands = [weight, grad, exp_avg, exp_avg_sq, runs.units]
     operands += [t for t in (master, step, grad_scale) if isinstance(t, Tensor)]
     seed_or_none = seed if rounding == "stochastic" and weight.dtype == torch.bfloat16 else None

@@ -72,12 +72,6 @@ def stochastic_noise(index, key_1, key_2):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def nearest_noise(x):  # type: ignore[no-untyped-def]
-    """What to add to the bits of fp32 ``x`` so that truncation rounds to nearest, ties to even."""
-    return 0x7FFF + ((x.to(tl.uint32, bitcast=True) >> 16) & 1)
-
-
-@triton.jit
 def truncate_bf16(x, noise):  # type: ignore[no-untyped-def]
     """fp32 ``x`` plus uint32 ``noise`` in its low bits, cut to bf16. Integer ops: the interpreter agrees."""
     bits = x.to(tl.uint32, bitcast=True)
@@ -85,6 +79,12 @@ def truncate_bf16(x, noise):  # type: ignore[no-untyped-def]
     quiet = (bits >> 16) | tl.where((bits & 0x7FFFFF) != 0, 0x40, 0)
     high = tl.where(finite, (bits + noise) >> 16, quiet)
     return high.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def round_bf16(x):  # type: ignore[no-untyped-def]
+    """fp32 ``x`` to the nearest bf16, ties to even; a plain cast, which the interpreter would truncate."""
+    return truncate_bf16(x, 0x7FFF + ((x.to(tl.uint32, bitcast=True) >> 16) & 1))
 
 
 @triton.jit

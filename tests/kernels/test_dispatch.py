@@ -46,7 +46,8 @@ def test_bench_times_every_op_and_the_step_it_replaces() -> None:
 
 
 def test_tiles_waste_few_lanes() -> None:
-    assert [strip_width(block) for block in (16, 17, 64, 576, 1536, 4096)] == [16, 32, 64, 64, 512, 1024]
+    blocks = (16, 17, 64, 576, 1536, 4096, 100_000)
+    assert [strip_width(block) for block in blocks] == [16, 32, 64, 128, 512, 1024, 1024]
     for block in range(512, 9000, 8):
         lanes = strip_width(block)
         assert -(-block // lanes) * lanes < 1.125 * block

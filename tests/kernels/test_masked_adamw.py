@@ -70,7 +70,7 @@ def test_equals_the_reference(runs: Runs, impl: Impl, device: str, dtype: torch.
     theirs = [tensor.clone() for tensor in ours]
     for step in range(1, 4):
         grad = torch.randn(runs.num_entries, device=device)
-        scale = torch.tensor(0.37, device=device) if step == 2 else 0.21
+        scale = torch.tensor(0.37, dtype=torch.float64, device=device) if step == 2 else 0.21
         for (w, p, m, v), update, extra in (
             (ours, masked_adamw, {"impl": impl}),
             (theirs, masked_adamw_ref, {}),
@@ -149,18 +149,20 @@ def test_late_entries_get_their_own_bias_correction(impl: Impl, device: str) -> 
 
 def test_bf16_moments_follow_fp32_moments(impl: Impl, device: str, build_runs) -> None:
     runs = build_runs((16, 4096, 0, 4096), "some", device)
-    masters = []
-    for dtype in (torch.float32, torch.bfloat16):
+    masters, moments = [], []
+    for dtype, path in ((torch.float32, impl), (torch.bfloat16, impl), (torch.bfloat16, "torch")):
         torch.manual_seed(1)
         weight = torch.zeros(runs.numel, device=device).bfloat16()
         master = weight[runs.indices()].float()
         exp_avg, exp_avg_sq = zeros(runs, 2, dtype)
         for step in range(1, 11):
             grad = torch.randn(runs.num_entries, device=device)
-            masked_adamw(weight, runs, master, grad, exp_avg, exp_avg_sq, **HYPER, step=step, impl=impl)
+            masked_adamw(weight, runs, master, grad, exp_avg, exp_avg_sq, **HYPER, step=step, impl=path)
         masters.append(master)
-    torch.testing.assert_close(*masters, rtol=0.05, atol=0.05 * HYPER["lr"])
-    assert not torch.equal(*masters)
+        moments.append((exp_avg, exp_avg_sq))
+    torch.testing.assert_close(*moments[1:], rtol=0, atol=0)
+    torch.testing.assert_close(*masters[:2], rtol=0.05, atol=0.05 * HYPER["lr"])
+    assert not torch.equal(*masters[:2])
 
 
 def test_a_bf16_weight_without_a_master_still_moves() -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -33,6 +32,8 @@ def lora_rank(module: PreTrainedModel, cfg: RunConfig) -> int:
 
 
 def _with_lora(module: PreTrainedModel, cfg: RunConfig) -> nn.Module:
+    from peft import LoraConfig, get_peft_model  # slow to import, and needed here alone
+
     rank = lora_rank(module, cfg)
     torch.manual_seed(cfg.seed)  # the adapters' random halves
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -79,7 +79,7 @@ def _without(train: list[Example], test: list[Example], name: str) -> list[Examp
         )  # fmt: skip
         return train
     if num_dropped:
-        logger.info("tasks.%s: dropped %d training examples whose prompt is tested", name, num_dropped)
+        logger.debug("tasks.%s: dropped %d training examples whose prompt is tested", name, num_dropped)
     return kept
 
 

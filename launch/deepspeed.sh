@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Any command on N ranks of this machine, with DeepSpeed's launcher.
+#   launch/deepspeed.sh 2 train --config configs/quickstart.yaml --task_name reverse
+set -euo pipefail
+ranks=${1:?number of ranks}; shift
+python3 -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || export DS_ACCELERATOR=cpu
+exec deepspeed --num_gpus "$ranks" --master_port "${MASTER_PORT:-29500}" --module trace_dist "$@"

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Any command on every GPU of the machines in a hostfile, with DeepSpeed over pdsh and ssh without a password.
+#   launch/multi_node.sh launch/hostfile train --config configs/quickstart.yaml
+# The checkout, the virtual environment and the run folder must lie at the same path on every machine (a shared file
+# system). Variables that every machine needs go into a file .deepspeed_env in the home folder, one NAME=VALUE a line.
+# Without GPUs: DS_ACCELERATOR=cpu, and GLOO_SOCKET_IFNAME with the name of the interface that joins the machines.
+set -euo pipefail
+hostfile=${1:?hostfile, see launch/hostfile.example}; shift
+exec deepspeed --hostfile "$hostfile" --launcher "${LAUNCHER:-pdsh}" --master_port "${MASTER_PORT:-29500}" --module trace_dist "$@"

@@ -1,0 +1,153 @@
+"""The one-way layers of the design: a module imports only from its own layer or from below."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "trace_dist"
+KERNELS = ROOT / "kernels" / "trace_kernels"
+
+# (layer, place inside the layer): masks are made from models, and projections read a sharded model.
+RANKS: dict[str, tuple[int, int]] = {
+    "utils": (0, 0),
+    "config": (1, 0),
+    "models": (2, 0),
+    "data": (2, 1),
+    "masks": (2, 2),
+    "profiling": (2, 3),
+    "sharding": (3, 0),
+    "projection": (3, 1),
+    "optim": (4, 0),
+    "bank": (4, 0),
+    "evaluation": (4, 0),
+    "train": (5, 0),
+    "probe": (6, 0),
+    "continual": (7, 0),
+    "report": (8, 0),
+    "cli": (9, 0),
+}
+ENTRY_POINTS = {"__init__", "__main__"}
+"""Modules at the top of the package: they may import anything, and no module imports them."""
+DEEPSPEED_HOMES = {"sharding/zero3.py", "models/loading.py"}
+
+
+def is_type_checking(node: ast.stmt) -> bool:
+    """Whether a statement is ``if TYPE_CHECKING:``."""
+    if not isinstance(node, ast.If):
+        return False
+    test = node.test
+    name = test.attr if isinstance(test, ast.Attribute) else getattr(test, "id", None)
+    return name == "TYPE_CHECKING"
+
+
+def imports(tree: ast.AST, package: str = "", lazy: bool = False) -> Iterator[tuple[str, int, bool]]:
+    """(module, line, inside a function) of every import that runs, wherever it stands in the file."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and is_type_checking(node):
+            for other in node.orelse:
+                yield from imports(ast.Module([other], []), package, lazy)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno, lazy) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            up = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*up, *([node.module] if node.module else [])])
+            yield base, node.lineno, lazy
+            # `from trace_dist import cli` names a module too.
+            yield from ((f"{base}.{alias.name}", node.lineno, lazy) for alias in node.names)
+        else:
+            inside = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from imports(node, package, inside)
+
+
+def imports_of(path: Path) -> list[tuple[str, int, bool]]:
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    return list(imports(ast.parse(path.read_text(encoding="utf-8")), package))
+
+
+def part_of(module: str) -> str:
+    """``trace_dist.masks.ops`` -> ``masks``."""
+    return module.split(".")[1]
+
+
+def upward(path: Path) -> list[str]:
+    """Imports of a file that go up."""
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    found = []
+    for module, line, _ in imports_of(path):
+        if not module.startswith("trace_dist.") or part_of(module) == part:
+            continue
+        if RANKS.get(part_of(module), (99, 0)) >= RANKS[part]:
+            found.append(f"{path.relative_to(ROOT)}:{line} imports {module}")
+    return found
+
+
+def sources() -> list[Path]:
+    return sorted(
+        path
+        for path in PACKAGE.rglob("*.py")
+        if not (path.parent == PACKAGE and path.stem in ENTRY_POINTS)
+    )
+
+
+def test_every_part_has_a_layer() -> None:
+    parts = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in sources()}
+    assert parts == set(RANKS)
+
+
+def test_imports_go_down() -> None:
+    assert [line for path in sources() for line in upward(path)] == []
+
+
+def test_nothing_imports_the_entry_points() -> None:
+    """``from trace_dist import Mask`` inside the package would go through its top."""
+    names = {"Mask", "MaskedAdamW", "Delta", "DeltaBank", "shard", "load_sharded"}
+    forbidden = {"trace_dist.__main__", *(f"trace_dist.{name}" for name in names)}
+    found = [(path.name, module) for path in sources() for module, _, _ in imports_of(path)]
+    assert [pair for pair in found if pair[1] in forbidden] == []
+
+
+@pytest.mark.parametrize(
+    ("source", "module"),
+    [
+        ("import trace_dist.cli.main", "trace_dist.cli.main"),
+        ("def f():\n    from trace_dist import cli", "trace_dist.cli"),
+        ("if True:\n    from ..cli import main", "trace_dist.cli.main"),
+        ("try:\n    from trace_dist.cli import main\nexcept ImportError:\n    pass", "trace_dist.cli"),
+        ("class A:\n    def f(self):\n        import trace_dist.cli", "trace_dist.cli"),
+    ],
+)
+def test_the_scan_sees_imports_everywhere(source: str, module: str) -> None:
+    assert module in [name for name, _, _ in imports(ast.parse(source), "trace_dist.masks")]
+
+
+def test_the_scan_ignores_imports_for_types_alone() -> None:
+    source = "if TYPE_CHECKING:\n    import trace_dist.cli\nelse:\n    import trace_dist.utils"
+    assert [name for name, _, _ in imports(ast.parse(source))] == ["trace_dist.utils"]
+
+
+def test_deepspeed_is_imported_in_one_adapter_and_lazily() -> None:
+    homes = set()
+    for path in sources():
+        for module, line, lazy in imports_of(path):
+            if module.split(".")[0] == "deepspeed":
+                assert lazy, f"{path.relative_to(ROOT)}:{line}: deepspeed is imported at the top of the file"
+                homes.add(path.relative_to(PACKAGE).as_posix())
+    assert homes == DEEPSPEED_HOMES
+
+
+def test_kernels_need_torch_and_triton_only() -> None:
+    allowed = set(sys.stdlib_module_names) | {"torch", "triton", "trace_kernels"}
+    for path in sorted(KERNELS.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        roots = {module.split(".")[0] for module, _, _ in imports(tree, "trace_kernels")}
+        assert roots <= allowed, f"{path.name} imports {sorted(roots - allowed)}"
+
+
+def test_the_kernels_folder_does_not_shadow_the_package_of_that_name() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
