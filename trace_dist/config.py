@@ -315,11 +315,15 @@ class LaunchConfig:
     """Ranks on this machine."""
     parallel_stages: int = 1
     """Independent single-process stages that may run at the same time."""
+    launched_modes: list[Mode] = field(default_factory=lambda: ["retrieved", "merged", "random"])
+    """Masked modes that run on all ranks; the others run in one process each, beside the baselines."""
 
     def __post_init__(self) -> None:
         _check(self.num_ranks >= 1, "launch.num_ranks", self.num_ranks, "must be at least 1", "use 1")
         _check(self.launcher != "none" or self.num_ranks == 1, "launch.num_ranks", self.num_ranks,
                "needs a launcher", "set launch.launcher to deepspeed, torchrun or accelerate")  # fmt: skip
+        dense = [mode for mode in self.launched_modes if mode in ("full", "lora")]
+        _check(not dense, "launch.launched_modes", dense, "full and lora run in one process", "leave them out")
 
 
 @dataclass(frozen=True)

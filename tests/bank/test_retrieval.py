@@ -164,12 +164,22 @@ def test_a_dimension_without_spread_is_survived() -> None:
 # Signatures
 
 
+@pytest.mark.parametrize("dim", [20, 576])
 @pytest.mark.parametrize("num_clusters", [1, 2, 3])
-def test_number_of_clusters_is_found(num_clusters: int) -> None:
-    centres = torch.eye(3, 20)[:num_clusters] * 12
-    for seed in range(3):
-        assert fit_signature(blobs(centres, 160, seed), 4, seed, "t").num_clusters == num_clusters
-    assert fit_signature(blobs(centres, 160, 0), 1, 0, "t").num_clusters == 1
+def test_number_of_clusters_is_found(num_clusters: int, dim: int) -> None:
+    for seed in range(2):
+        spread = torch.randn(num_clusters, dim, generator=torch.Generator().manual_seed(seed))
+        x = blobs(spread * 12 / (2 * dim) ** 0.5, 240, seed)
+        assert fit_signature(x, 4, seed, "t").num_clusters == num_clusters
+        assert fit_signature(x, 1, seed, "t").num_clusters == 1
+
+
+def test_chance_does_not_split_a_cluster() -> None:
+    """Without the one-standard-error rule two of these ten become 3 and 4 clusters."""
+    centres = 12 * torch.eye(2)
+    assert [fit_signature(blobs(centres, 107, seed), 4, seed, "t").num_clusters for seed in range(10)] == [
+        2
+    ] * 10
 
 
 def test_signature_holds_exact_statistics_and_untouched_prompts() -> None:

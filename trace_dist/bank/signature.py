@@ -5,8 +5,9 @@ within-cluster scatter (as a factor), and a held-out part of the representations
 held-out part makes the distribution-free error limit possible (see ``bound``): the competitors of a task
 are not known when it is learned.
 
-Size in fp32: 4 D (K + min(N_fit, D) + N_heldout) bytes; D = 576 with 400 prompts: 0.9 MiB per task.
-Half precision would halve it, but mean hidden states reach past what fp16 holds in some models.
+Size in fp32: 4 D (K + min(N_fit, D) + N_heldout) bytes; D = 576 with 400 prompts: 0.9 MiB per task. Half
+precision would halve it (on SmolLM2-135M, 8 tasks, no prediction changes, margins of 600 nats move by 0.4),
+but some models have hidden states beyond what fp16 holds.
 """
 
 from __future__ import annotations

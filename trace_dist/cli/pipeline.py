@@ -19,7 +19,6 @@ import torch
 
 from trace_dist.config import LaunchConfig, RunConfig
 from trace_dist.continual.memory import memory_path
-from trace_dist.continual.run import MASKED
 from trace_dist.continual.sequence import mode_path
 from trace_dist.probe.probe import probe_folder
 from trace_dist.probe.project import mask_path
@@ -57,13 +56,14 @@ def plan(cfg: RunConfig) -> list[list[Stage]]:
     target = Stage("base target", ["base", "--which", "target", *one], [_made(cfg.target.path)])
     probe = Stage("probe", ["probe", *one], [probe_folder(cfg) / "specificity.json"])
     masks = [mask_path(cfg, name, kind) for name in names for kind in ("projected", "random")]
-    masked = [mode for mode in cfg.continual.modes if mode in MASKED]
+    launched = [mode for mode in cfg.continual.modes if mode in cfg.launch.launched_modes]
+    alone = [mode for mode in cfg.continual.modes if mode not in launched]
     groups = [
         [target, probe] if cfg.proxy is not None and cfg.proxy.prune is None else [target],
         [probe],
         [Stage("project", ["project"], masks, launched=True)],
-        [_modes(cfg, masked, [], launched=True)] if masked else [],
-        [_modes(cfg, [mode], one, launched=False) for mode in cfg.continual.modes if mode not in MASKED],
+        [_modes(cfg, launched, [], launched=True)] if launched else [],
+        [_modes(cfg, [mode], one, launched=False) for mode in alone],
         [Stage("memory", ["memory"], [memory_path(cfg)], launched=True)] if cfg.backend == "zero3" else [],
     ]
     return [[stage for stage in group if not stage.done] for group in groups]

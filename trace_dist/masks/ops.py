@@ -7,7 +7,8 @@ selects everything or nothing).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from math import floor, prod
 from typing import Any, Literal
 
 import torch
@@ -18,10 +19,12 @@ from trace_dist.masks.units import UnitLayout, unit_size
 from trace_dist.models.roles import describe, head_layout, maskable
 
 SetOperation = Literal["union", "intersection", "difference"]
+Scores = Callable[[str, UnitLayout], Tensor]
+"""(parameter, layout) -> [num_units] fp32 mean score per element, equal on every rank. May be collective."""
 
 
 def layouts_for(model: Any, granularity: str, block: int, maskable_spec: str) -> dict[str, UnitLayout]:
-    """Unit layouts of a model's maskable parameters.
+    """Unit layouts of a model's maskable parameters; parameters without elements have none.
 
     Args:
         model: a transformers model, or a sharded model (its ``module`` is described).
@@ -40,6 +43,7 @@ def layouts_for(model: Any, granularity: str, block: int, maskable_spec: str) ->
             unit_size(infos[name].shape, granularity, block, head_layout(module.config, infos[name])),
         )
         for name in maskable(module, maskable_spec)
+        if prod(infos[name].shape)
     }
 
 
@@ -60,13 +64,13 @@ def random_scores(name: str, layout: UnitLayout, seed: int) -> Tensor:
     return torch.rand(layout.num_units, generator=generator)
 
 
-def top_units(scores: Tensor, layout: UnitLayout, num_elements: int) -> Tensor:
-    """The best units of one tensor that together hold at most ``num_elements`` elements.
+def top_units(scores: Tensor, layout: UnitLayout, num_elements: float) -> Tensor:
+    """The best units of one tensor, as many as come nearest to ``num_elements`` elements.
 
     Args:
         scores: [num_units] fp32, finite.
         layout: the parameter's layout.
-        num_elements: budget in elements; a budget of half a unit or more is worth one unit.
+        num_elements: budget in elements; the last unit is taken when at least half of it fits.
 
     Returns:
         Sorted unit indices in the layout's index dtype. Ties go to the lower index, so every rank agrees.
@@ -76,46 +80,71 @@ def top_units(scores: Tensor, layout: UnitLayout, num_elements: int) -> Tensor:
     """
     if scores.dtype != torch.float32:
         raise AssertionError(f"scores are {scores.dtype}, not float32")
-    if not bool(torch.isfinite(scores).all()):
-        raise ValueError("scores: NaN or infinite; the probe diverged: lower probe.lr")
+    _check_finite(scores)
+    order = torch.argsort(scores, descending=True, stable=True)
     if layout.ragged:
-        order = torch.argsort(scores, descending=True, stable=True)
-        keep = int((torch.cumsum(layout.sizes(order), 0) <= max(num_elements, layout.unit // 2)).sum())
+        keep = _num_fitting(layout.sizes(order), num_elements)
     else:
-        keep = min(int(num_elements / layout.unit + 0.5), layout.num_units)
-        order = torch.argsort(scores, descending=True, stable=True)
+        keep = max(0, floor(num_elements / layout.unit + 0.5))
     return order[:keep].sort().values.to(layout.index_dtype)
 
 
-def mask_from_scores(
-    scores: Mapping[str, Tensor],
-    layouts: Mapping[str, UnitLayout],
-    granularity: str,
-    density: float,
-    budgets: Mapping[str, float] | None = None,
+def _num_fitting(sizes: Tensor, num_elements: float) -> int:
+    """How many units, taken in order, come nearest to ``num_elements``. In integers: fp32 ends at 2^24."""
+    return int((2 * torch.cumsum(sizes, 0) - sizes <= floor(2 * num_elements)).sum())
+
+
+def _check_finite(scores: Tensor) -> None:
+    if not bool(torch.isfinite(scores).all()):
+        raise ValueError("scores: NaN or infinite; the probe diverged: lower probe.lr")
+
+
+def place(
+    layouts: Mapping[str, UnitLayout], granularity: str, budgets: Mapping[str, float], scores: Scores
 ) -> Mask:
-    """Keep the units with the highest scores.
+    """The mask with the best-scored units of every tensor under per-tensor budgets. Collective when ``scores`` is.
+
+    What rounding to whole units leaves of one budget is carried to the next tensor that has one, so the total is met to half a
+    unit also where a tensor's own budget is less than a unit.
+
+    Args:
+        layouts: every maskable parameter.
+        granularity: of the layouts.
+        budgets: elements per parameter.
+        scores: unit scores of one parameter.
+
+    Raises:
+        ValueError: a score is not finite, or nothing is selected.
+    """
+    units, carry = {}, 0.0
+    for name, layout in layouts.items():
+        budget = budgets.get(name, 0.0)
+        if budget <= 0:
+            continue
+        chosen = top_units(scores(name, layout), layout, budget + carry)
+        carry += budget - int(layout.sizes(chosen).sum())
+        if len(chosen):
+            units[name] = chosen
+    return Mask(units, layouts, granularity)
+
+
+def mask_from_scores(
+    scores: Mapping[str, Tensor], layouts: Mapping[str, UnitLayout], granularity: str, density: float
+) -> Mask:
+    """Keep the units with the highest scores; the units of all tensors compete.
 
     Args:
         scores: parameter -> [num_units] fp32 mean score per element of the unit.
         layouts: every maskable parameter.
         granularity: of the layouts.
-        density: selected / maskable elements; exact to less than one unit.
-        budgets: parameter -> elements to select there; without it the units of all tensors compete.
+        density: selected / maskable elements; met to half of the unit at the limit.
 
     Raises:
-        ValueError: density out of range, no scores, or a selection of nothing.
+        ValueError: density out of range, a score that is not finite, or a selection of nothing.
     """
     check_density(density)
-    if budgets is None:
-        budgets = global_budgets(scores, layouts, density)
-    units = {}
-    for name in layouts:
-        if budgets.get(name, 0) > 0:
-            chosen = top_units(scores[name], layouts[name], round(budgets[name]))
-            if len(chosen):
-                units[name] = chosen
-    return Mask(units, layouts, granularity)
+    budgets = global_budgets(scores, layouts, density)
+    return place(layouts, granularity, budgets, lambda name, _: scores[name])
 
 
 def global_budgets(
@@ -125,11 +154,10 @@ def global_budgets(
     names = list(layouts)
     sizes = torch.cat([layouts[name].sizes(torch.arange(layouts[name].num_units)) for name in names])
     flat = torch.cat([scores[name] for name in names])
-    if not bool(torch.isfinite(flat).all()):
-        raise ValueError("scores: NaN or infinite; the probe diverged: lower probe.lr")
-    target = density * float(sum(layouts[name].numel for name in names))
+    _check_finite(flat)
+    target = density * sum(layout.numel for layout in layouts.values())
     order = torch.argsort(flat, descending=True, stable=True)
-    chosen = order[torch.cumsum(sizes[order], 0) <= target + 0.5]
+    chosen = order[: _num_fitting(sizes[order], target)]
     owner = torch.repeat_interleave(
         torch.arange(len(names)), torch.tensor([layouts[name].num_units for name in names])
     )
@@ -138,21 +166,24 @@ def global_budgets(
 
 
 def random_mask(layouts: Mapping[str, UnitLayout], granularity: str, density: float, seed: int) -> Mask:
-    """A random mask with the same density in every tensor (tensors too small for one unit stay empty)."""
+    """A random mask with the same density in every tensor, as far as whole units allow."""
     check_density(density)
     budgets = {name: density * layout.numel for name, layout in layouts.items()}
-    scores = {name: random_scores(name, layout, seed) for name, layout in layouts.items()}
-    return mask_from_scores(scores, layouts, granularity, density, budgets).with_meta(
-        method="random", seed=seed
-    )
+    mask = place(layouts, granularity, budgets, lambda name, layout: random_scores(name, layout, seed))
+    return mask.with_meta(method="random", seed=seed)
 
 
 def combine(left: Mask, right: Mask, operation: SetOperation) -> Mask:
     """Union, intersection or difference of two masks of one model.
 
     Raises:
-        ValueError: granularity or layouts differ, or nothing is left.
+        ValueError: granularity, layouts or models differ, or nothing is left.
     """
+    models = {mask.meta["model"] for mask in (left, right) if mask.meta.get("model") is not None}
+    if len(models) > 1:
+        raise ValueError(
+            f"mask: the two masks were made for the models {' and '.join(sorted(models))}; combine masks of one model"
+        )
     if left.granularity != right.granularity or dict(left.layouts) != dict(right.layouts):
         raise ValueError("mask: the two masks differ in granularity or shapes; combine masks of one model")
     units = {}
@@ -167,7 +198,7 @@ def combine(left: Mask, right: Mask, operation: SetOperation) -> Mask:
             chosen = a[~torch.isin(a, b)]
         if len(chosen):
             units[name] = chosen.to(left.layouts[name].index_dtype)
-    return Mask(units, left.layouts, left.granularity, {"model": left.meta.get("model"), "method": operation})
+    return Mask(units, left.layouts, left.granularity, {"model": next(iter(models), None), "method": operation})
 
 
 def overlap(left: Mask, right: Mask) -> float:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from trace_dist.config import RunConfig
 from trace_dist.masks.format import Mask
-from trace_dist.masks.ops import layouts_for, random_mask
+from trace_dist.masks.ops import Scores, layouts_for, place, random_mask, tensor_seed
 from trace_dist.models.fingerprint import fingerprint
 from trace_dist.models.roles import describe
 from trace_dist.probe.probe import proxy_mask_path
 from trace_dist.probe.target import fisher_scores, narrow_scores
 from trace_dist.projection.budget import project_budgets, scale_budgets
-from trace_dist.projection.placement import Scores, magnitude_scores, place, seeded_scores
+from trace_dist.projection.placement import magnitude_scores, seeded_scores
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.build import load_sharded
 from trace_dist.train.bases import prepare_base
@@ -42,6 +42,8 @@ def run_project(cfg: RunConfig) -> None:
     model_id = fingerprint(path)
     mask = cfg.mask
     layouts = layouts_for(model, mask.granularity, mask.block, mask.maskable)
+    if cfg.proxy is None:
+        logger.info("project: the target was probed itself, so its masks are kept; the section projection is not used")
     for index, stream in enumerate(bench.tasks):
         task = stream.task.name
         projected = project_task(model, cfg, bench, stream)
@@ -49,7 +51,7 @@ def run_project(cfg: RunConfig) -> None:
         if dist.is_main():
             projected.with_meta(task=task, model=model_id).save(mask_path(cfg, task))
             random.with_meta(task=task, model=model_id).save(mask_path(cfg, task, "random"))
-        logger.info("project %s: %s, density %.4f", task, cfg.projection.placement, projected.density)
+        logger.info("project %s: %s, density %.4f", task, projected.meta["method"], projected.density)
     dist.barrier()
 
 
@@ -75,7 +77,7 @@ def _scores(
     if placement == "magnitude":
         return magnitude_scores(model)
     if placement == "random":
-        return seeded_scores(cfg.seed)
+        return seeded_scores(tensor_seed(cfg.seed, stream.task.name))  # tasks get different places
     layouts = layouts_for(model, mask.granularity, mask.block, mask.maskable)
     batches = bench.batches([stream], cfg.probe.batch_size)
     if placement == "refine":

@@ -15,7 +15,8 @@ from trace_dist.data.batches import Batches
 from trace_dist.masks.format import Mask
 from trace_dist.masks.units import UnitLayout
 from trace_dist.probe.importance import element_energy
-from trace_dist.projection.placement import Scores, reduce_units
+from trace_dist.masks.ops import Scores
+from trace_dist.projection.placement import reduce_units
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.compaction import Support
 from trace_dist.train.learner import MaskedLearner

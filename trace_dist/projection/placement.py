@@ -1,4 +1,4 @@
-"""Choosing places inside each tensor of a sharded model, under per-tensor budgets.
+"""Scores of the units of a sharded model, from which ``masks.ops.place`` chooses under per-tensor budgets.
 
 Scores live per unit. A rank sees only its own slice, so it adds up the units that it touches, one parameter at a
 time, and the sums are reduced over ranks; every rank then takes the same top units.
@@ -7,40 +7,13 @@ Transient memory: one fp32 score per unit of one parameter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 import torch
 from torch import Tensor
 
-from trace_dist.masks.format import Mask
-from trace_dist.masks.ops import random_scores, top_units
+from trace_dist.masks.ops import Scores, random_scores
 from trace_dist.masks.units import UnitLayout
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.utils import dist
-
-Scores = Callable[[str, UnitLayout], Tensor]
-"""(parameter, layout) -> [num_units] fp32 mean score per element, equal on every rank. May be collective."""
-
-
-def place(
-    layouts: Mapping[str, UnitLayout], granularity: str, budgets: Mapping[str, float], scores: Scores
-) -> Mask:
-    """The mask with the best-scored units of every tensor. Collective when ``scores`` is.
-
-    Args:
-        layouts: every maskable parameter.
-        granularity: of the layouts.
-        budgets: elements per parameter.
-        scores: unit scores of one parameter.
-    """
-    units = {}
-    for name, layout in layouts.items():
-        if round(budgets[name]) == 0:
-            continue
-        chosen = top_units(scores(name, layout), layout, round(budgets[name]))
-        if len(chosen):
-            units[name] = chosen
-    return Mask(units, layouts, granularity)
 
 
 def reduce_units(

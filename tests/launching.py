@@ -1,0 +1,52 @@
+"""Starting a script on several ranks, through the launchers that users have."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+Launcher = Literal["python", "torchrun", "deepspeed"]
+TESTS = Path(__file__).parent
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def rank_environment() -> dict[str, str]:
+    """The environment of a rank: CPU, one thread, no launcher's variables, and this folder importable."""
+    bin_folder = str(Path(sys.executable).parent)  # where DeepSpeed finds ninja
+    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    return {
+        **kept,
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(TESTS),
+    }
+
+
+def launch(script: Path, num_ranks: int, *args: object, launcher: Launcher, timeout: float = 400) -> None:
+    """Run ``script args...`` on ``num_ranks`` ranks of this machine; fails with what they wrote to standard error."""
+    python, port = sys.executable, str(free_port())
+    start = {
+        "python": [python],
+        "torchrun": [python, "-m", "torch.distributed.run", "--nproc_per_node", str(num_ranks), "--master_port", port],
+        "deepspeed": [python, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks), "--master_port", port],
+    }[launcher]
+    done = subprocess.run(
+        [*start, str(script), *map(str, args)],
+        env=rank_environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
