@@ -23,7 +23,9 @@ def free_port() -> int:
 def rank_environment() -> dict[str, str]:
     """The environment of a rank: CPU, one thread, no launcher's variables, and this folder importable."""
     bin_folder = str(Path(sys.executable).parent)  # where DeepSpeed finds ninja
-    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    kept = {
+        key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    }
     return {
         **kept,
         "CUDA_VISIBLE_DEVICES": "",
@@ -39,8 +41,24 @@ def launch(script: Path, num_ranks: int, *args: object, launcher: Launcher, time
     python, port = sys.executable, str(free_port())
     start = {
         "python": [python],
-        "torchrun": [python, "-m", "torch.distributed.run", "--nproc_per_node", str(num_ranks), "--master_port", port],
-        "deepspeed": [python, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks), "--master_port", port],
+        "torchrun": [
+            python,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(num_ranks),
+            "--master_port",
+            port,
+        ],
+        "deepspeed": [
+            python,
+            "-m",
+            "deepspeed.launcher.runner",
+            "--num_gpus",
+            str(num_ranks),
+            "--master_port",
+            port,
+        ],
     }[launcher]
     done = subprocess.run(
         [*start, str(script), *map(str, args)],

@@ -89,9 +89,7 @@ def upward(path: Path) -> list[str]:
 
 def sources() -> list[Path]:
     return sorted(
-        path
-        for path in PACKAGE.rglob("*.py")
-        if not (path.parent == PACKAGE and path.stem in ENTRY_POINTS)
+        path for path in PACKAGE.rglob("*.py") if not (path.parent == PACKAGE and path.stem in ENTRY_POINTS)
     )
 
 

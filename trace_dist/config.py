@@ -263,8 +263,10 @@ class ContinualConfig:
     modes: list[Mode] = field(default_factory=lambda: ["retrieved", "merged", "random", "full", "lora"])
     """retrieved (a delta per task), merged (one set of weights), random (retrieved with random masks), and the
     baselines full (sequential full fine-tuning) and lora (sequential PEFT LoRA)."""
-    replay: float = 0.01
+    replay: float = 0.1
     """Share of each batch drawn from earlier tasks and the general tasks in mode merged."""
+    replay_memory: float = 0.01
+    """Share of the training examples of each of those tasks that is kept for replay."""
     full_lr: float = 1e-3
     """Peak learning rate of sequential full fine-tuning."""
     lora_lr: float = 3e-3
@@ -280,6 +282,7 @@ class ContinualConfig:
             "must lie in [0, 1)",
             "use for example 0.01",
         )
+        _check(0 < self.replay_memory <= 1, "continual.replay_memory", self.replay_memory, "must lie in (0, 1]", "use 0.01")
         _check(len(self.modes) >= 1, "continual.modes", self.modes, "must name at least one mode", "add one")
 
 

@@ -84,9 +84,9 @@ def test_gaussian_limit_tends_to_the_textbook_error() -> None:
     """True parameters, many held-out prompts: Q(Delta / 2 +- log ratio / Delta), weighted over clusters."""
     generator = torch.Generator().manual_seed(0)
     dim, num = 4, 200_000
-    means = [torch.zeros(2, dim), torch.zeros(1, dim)]
-    means[0][1, 0] = 40.0  # far away: never wrong
-    means[1][0, 1] = 3.0  # Delta = 3 from the first cluster of the first task
+    means = [torch.ones(2, dim), torch.ones(1, dim)]
+    means[0][1, 0] += 40.0  # far away: never wrong
+    means[1][0, 1] += 3.0  # Delta = 3 from the first cluster of the first task
     counts = [[20_000, 60_000], [80_000]]
     signatures = []
     for task in range(2):
@@ -120,12 +120,19 @@ def test_clopper_pearson_covers_every_error_rate(num_trials: int) -> None:
 
 
 def test_clopper_pearson_covers_the_mean_of_unequal_rates() -> None:
-    """Exact, by convolving the tasks' binomials (Poisson-binomial)."""
-    for rates in ((0.0, 0.01, 0.3), (0.5, 0.01, 0.01), (1.0, 0.0, 0.0), (0.9, 0.8, 0.99)):
-        pmf = np.ones(1)
+    """Exact, by convolving the tasks' binomials (Poisson-binomial); the last one needs the limit of 1.0."""
+    cases = [
+        (20, 0.0, 0.01, 0.3),
+        (20, 0.5, 0.01, 0.01),
+        (20, 1.0, 0.0, 0.0),
+        (20, 0.9, 0.8, 0.99),
+        (1, 1.0, 0.9495),
+    ]
+    for num_trials, *rates in cases:
+        pmf, total = np.ones(1), num_trials * len(rates)
         for rate in rates:
-            pmf = np.convolve(pmf, stats.binom.pmf(np.arange(21), 20, rate))
-        limits = np.array([clopper_pearson_upper(k, 60) for k in range(61)])
+            pmf = np.convolve(pmf, stats.binom.pmf(np.arange(num_trials + 1), num_trials, rate))
+        limits = np.array([clopper_pearson_upper(k, total) for k in range(total + 1)])
         assert pmf[limits < np.mean(rates)].sum() <= 1 - CONFIDENCE
 
 

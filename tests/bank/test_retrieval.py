@@ -1,44 +1,18 @@
-"""Representations, signatures and retrieval: against brute force, in high dimensions, on disk, over ranks."""
+"""Signatures and retrieval: against brute force, in high dimensions, on disk."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
-from safetensors.torch import load_file, save_file
 from sklearn.covariance import OAS
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from trace_dist.bank.bound import error_bound
 from trace_dist.bank.gaussian import SharedGaussian, shrinkage_intensity
-from trace_dist.bank.representation import represent
 from trace_dist.bank.retrieval import Retriever
 from trace_dist.bank.signature import Signature, fit_signature, load_signatures, save_signatures
-from trace_dist.utils import dist
-
-
-def tiny_llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=50,
-        max_position_embeddings=32,
-    )
-    return LlamaForCausalLM(config)
-
-
-def some_prompts(num: int = 7) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(1, 12, (num,), generator=generator).tolist()
-    return [torch.randint(1, 50, (length,), generator=generator).tolist() for length in lengths]
 
 
 def blobs(centres: torch.Tensor, num: int, seed: int, std: torch.Tensor | float = 1.0) -> torch.Tensor:
@@ -58,68 +32,6 @@ def three_tasks(dim: int = 12, num: int = 120) -> list[Signature]:
         fit_signature(blobs(two_clusters(task, dim), num, task), 4, 0, name)
         for task, name in enumerate(("sum", "sort", "spell"))
     ]
-
-
-# Representations
-
-
-@pytest.mark.parametrize("layer", [-1, 0, 1])
-def test_represent_is_the_mean_over_a_prompts_own_tokens(layer: int) -> None:
-    model, prompts = tiny_llama().train(), some_prompts()
-    found = represent(model, prompts, layer=layer, batch_size=3, pad_id=0)
-    assert model.training
-    assert found.dtype == torch.float32
-    with torch.no_grad():
-        for row, prompt in zip(found, prompts, strict=True):
-            hidden = model.eval()(torch.tensor([prompt]), output_hidden_states=True).hidden_states[layer][0]
-            torch.testing.assert_close(row, hidden.mean(dim=0), rtol=1e-5, atol=1e-6)
-
-
-def test_represent_with_learned_positions_and_without_gradients() -> None:
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50, n_positions=16))
-    prompts = some_prompts(5)
-    one_by_one = represent(model, prompts, layer=-1, batch_size=1, pad_id=0)
-    together = represent(model, prompts, layer=-1, batch_size=5, pad_id=49)
-    torch.testing.assert_close(together, one_by_one, rtol=1e-5, atol=1e-6)
-    assert not together.requires_grad
-
-
-@pytest.mark.parametrize(
-    ("prompts", "changed", "message"),
-    [
-        ([], {}, "empty"),
-        ([[1], []], {}, "1 of 2 are empty"),
-        ([[1] * 33], {}, "33 tokens do not fit"),
-        ([[1]], {"layer": 3}, r"bank\.layer=3: must lie in \[-3, 3\)"),
-        ([[1]], {"batch_size": 0}, "batch_size=0"),
-    ],
-)
-def test_represent_refuses(prompts: list[list[int]], changed: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        represent(tiny_llama(), prompts, **{"layer": -1, "batch_size": 2, "pad_id": 0} | changed)
-
-
-def _represent_on_rank(rank: int, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
-    model = tiny_llama()
-    passes: list[int] = []
-    model.register_forward_pre_hook(lambda *_: passes.append(1))
-    found = represent(model, some_prompts(5), layer=-1, batch_size=2, pad_id=0)
-    assert dist.gather_objects(len(passes)) == [2, 2]  # 3 batches: the second rank repeats one
-    save_file({"x": found}, f"{folder}/{rank}.safetensors")
-    torch.distributed.destroy_process_group()
-
-
-def test_ranks_run_equally_many_passes_and_agree_bit_for_bit(tmp_path: Path) -> None:
-    mp.spawn(_represent_on_rank, args=(str(tmp_path),), nprocs=2)
-    alone = represent(tiny_llama(), some_prompts(5), layer=-1, batch_size=2, pad_id=0)
-    for rank in range(2):
-        assert torch.equal(load_file(tmp_path / f"{rank}.safetensors")["x"], alone)
 
 
 # The shared covariance
@@ -175,11 +87,10 @@ def test_number_of_clusters_is_found(num_clusters: int, dim: int) -> None:
 
 
 def test_chance_does_not_split_a_cluster() -> None:
-    """Without the one-standard-error rule two of these ten become 3 and 4 clusters."""
+    """Without the one-standard-error rule one of these becomes three clusters."""
     centres = 12 * torch.eye(2)
-    assert [fit_signature(blobs(centres, 107, seed), 4, seed, "t").num_clusters for seed in range(10)] == [
-        2
-    ] * 10
+    found = [fit_signature(blobs(centres, 80, seed), 4, seed, "t").num_clusters for seed in range(8)]
+    assert found == [2] * 8
 
 
 def test_signature_holds_exact_statistics_and_untouched_prompts() -> None:

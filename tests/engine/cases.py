@@ -85,7 +85,9 @@ CASES = {
         Case("element", "element"),
         Case("element-everything", "element", maskable="all"),
         Case("block-accumulated-recomputed", "block", accumulation=2, checkpointing=True),
-        Case("everything-accumulated-recomputed", "block", maskable="all", accumulation=2, checkpointing=True),
+        Case(
+            "everything-accumulated-recomputed", "block", maskable="all", accumulation=2, checkpointing=True
+        ),
         Case("row", "row"),
         Case("head", "head"),
         Case("tensor", "tensor", maskable="q_proj|down_proj|norm", density=1.0),

@@ -35,7 +35,9 @@ def make_optimizer(case: Case, model: ShardedModel) -> MaskedAdamW:
     )
 
 
-def train_step(case: Case, model: ShardedModel, optimizer: MaskedAdamW, batch: tuple[Tensor, Tensor]) -> float:
+def train_step(
+    case: Case, model: ShardedModel, optimizer: MaskedAdamW, batch: tuple[Tensor, Tensor]
+) -> float:
     """One step on this rank's rows of a global batch; the mean loss over the tokens of the global batch."""
     ids, labels = (part.tensor_split(dist.world_size())[dist.rank()] for part in batch)
     num_tokens = int((batch[1][:, 1:] != -100).sum())
@@ -70,8 +72,13 @@ def train_reference(case: Case) -> Outcome:
     weights = dict(model.named_parameters())
     start = {name: weight.detach().clone() for name, weight in weights.items()}
     masters = {name: torch.nn.Parameter(weight.detach().float()) for name, weight in weights.items()}
-    optimizer = torch.optim.AdamW(masters.values(), lr=case.lr, eps=case.eps, weight_decay=case.weight_decay, foreach=False)
-    chosen = {name: mask.dense(name) if name in mask else torch.zeros(w.shape, dtype=torch.bool) for name, w in weights.items()}
+    optimizer = torch.optim.AdamW(
+        masters.values(), lr=case.lr, eps=case.eps, weight_decay=case.weight_decay, foreach=False
+    )
+    chosen = {
+        name: mask.dense(name) if name in mask else torch.zeros(w.shape, dtype=torch.bool)
+        for name, w in weights.items()
+    }
     for ids, labels in batches(case):
         logits = model(input_ids=ids).logits.float()
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())

@@ -9,6 +9,7 @@ A signature without a delta stands for the base model itself: inputs that resemb
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trace_dist.bank.delta import Delta, applied, check_base
+from trace_dist.bank.delta import Delta, applied, check_base, extract_delta
 from trace_dist.bank.retrieval import Retriever
 from trace_dist.bank.signature import Signature, load_signatures, save_signatures
+from trace_dist.masks.ops import combine
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.utils import dist
 from trace_dist.utils.files import read_json, write_json
@@ -60,6 +62,7 @@ class DeltaBank:
         folder = Path(folder)
         if dist.is_main():
             (folder / "signatures.safetensors").unlink(missing_ok=True)
+            shutil.rmtree(folder / "deltas", ignore_errors=True)
             write_json(
                 folder / "bank.json",
                 {"format": "trace_dist.bank", "version": VERSION, "base": base, "layer": layer},
@@ -80,9 +83,13 @@ class DeltaBank:
         """Keep a task; rank 0 writes. Collective.
 
         Raises:
-            ValueError: the task is there already, or the delta is of another base model.
+            ValueError: the task is there already, or the delta is of another base model or another task.
         """
         if delta is not None:
+            if delta.task != signature.task:
+                raise ValueError(
+                    f"delta {delta.task!r}: comes with the signature of {signature.task!r}; give both the same task"
+                )
             check_base(delta.mask, self.base, f"delta {delta.task!r}")
         self.retriever.add(signature)
         if dist.is_main():
@@ -123,22 +130,34 @@ def compose(deltas: Sequence[Delta], base: ShardedModel, task: str) -> Delta:
     """One delta whose values are base + the sum of the deltas' changes, on the union of their masks. Collective.
 
     Where masks do not overlap this holds every delta exactly; where they do, changes add up, as in task arithmetic.
-    """
-    from trace_dist.bank.delta import extract_delta
-    from trace_dist.masks.ops import combine
 
+    Raises:
+        ValueError: no deltas, or they are of different base models, granularities or shapes.
+    """
+    if not deltas:
+        raise ValueError("deltas: there are none to compose; give at least one")
     mask = deltas[0].mask
     for other in deltas[1:]:
         mask = combine(mask, other.mask, "union")
-    mask = mask.with_meta(model=deltas[0].mask.meta.get("model"), task=task, method="composed")
+    mask = mask.with_meta(task=task, method="composed")
     start = extract_delta(base, mask, task)
-    values = {}
-    for name in mask:
-        entries, own = mask.elements(name), start.values[name]
-        total = own.float().clone()
-        position = {delta.task: delta for delta in deltas if name in delta.mask.units}
-        for delta in position.values():
-            places = torch.searchsorted(entries, delta.mask.elements(name))
-            total[places] += delta.values[name].float() - own[places].float()
-        values[name] = total.to(own.dtype)
+    values = {name: _add_changes(deltas, name, mask.elements(name), start.values[name]) for name in mask}
     return Delta(mask, values, task)
+
+
+def _add_changes(deltas: Sequence[Delta], name: str, entries: Tensor, own: Tensor) -> Tensor:
+    """``own`` [entries] plus the deltas' changes of one parameter."""
+    places = {
+        index: torch.searchsorted(entries, delta.mask.elements(name))
+        for index, delta in enumerate(deltas)
+        if name in delta.mask.units
+    }
+    total, times = own.double().clone(), torch.zeros(len(own), dtype=torch.int32)
+    for index, place in places.items():
+        total[place] += deltas[index].values[name].double() - own[place].double()
+        times[place] += 1
+    result = total.to(own.dtype)
+    for index, place in places.items():  # own + (tuned - own) may differ from tuned in the last bit
+        once = times[place] == 1
+        result[place[once]] = deltas[index].values[name][once]
+    return result

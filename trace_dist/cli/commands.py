@@ -32,8 +32,8 @@ def _start(cfg: RunConfig) -> None:
         return
     path = Path(cfg.run_dir) / "config.yaml"
     present = json.loads(json.dumps(asdict(cfg)))
-    if path.is_file():
-        differing = _differing(yaml.safe_load(path.read_text()), present)
+    if path.is_file() and _holds_more_than(path):
+        differing = _differing(_read_yaml(path), present)
         if differing:
             raise ValueError(
                 f"run_dir={cfg.run_dir!r}: it holds results made with other values of {', '.join(differing)}; "
@@ -41,6 +41,22 @@ def _start(cfg: RunConfig) -> None:
             )
     else:
         write_text(path, yaml.safe_dump(present, sort_keys=False))
+
+
+def _holds_more_than(path: Path) -> bool:
+    """Whether any file lies beside this one; a run that failed before it made one may be started with other values."""
+    for other in path.parent.rglob("*"):
+        hidden = any(part.startswith(".") for part in other.relative_to(path.parent).parts)
+        if other.is_file() and other != path and not hidden:
+            return True
+    return False
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); restore it or delete the run folder") from None
 
 
 HOW_IT_RUNS = ("launch", "backend", "continual.modes")
@@ -60,9 +76,9 @@ def _differing(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 def run_command(cfg: RunConfig) -> None:
+    _start(cfg)  # before the slow imports: it may refuse
     from trace_dist.cli.pipeline import run_pipeline
 
-    _start(cfg)
     run_pipeline(cfg)
 
 
@@ -128,8 +144,8 @@ def memory_command(cfg: RunConfig) -> None:
     run_memory(cfg)
 
 
-def report_command(cfg: RunConfig) -> None:
-    from trace_dist.report import summary_table, write_report
+def report_command(cfg: RunConfig, picture: str | None = None) -> None:
+    from trace_dist.report import render_png, summary_table, write_report
     from trace_dist.report.collect import collect_results
 
     results = collect_results(cfg)
@@ -138,6 +154,8 @@ def report_command(cfg: RunConfig) -> None:
     page = write_report(results, folder / "report.html")
     Console(width=max(100, Console().width)).print(summary_table(results))
     print(f"report: {page}")
+    if picture is not None:
+        print(f"picture: {render_png(results, Path(picture))}")
 
 
 def mask_command(values: Any) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from trace_dist.cli.errors import StageFailed, report_error
 from trace_dist.cli.parser import OWN_ARGUMENTS, RUN_COMMANDS, build_parser, run_config
 
 
@@ -30,11 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parsed = parser.instantiate_classes(parser.parse_args(arguments))
     except ValueError as error:
-        return _fail(error)
+        report_error(error)
+        return 2
     _quiet()
     from trace_dist.cli import commands
     from trace_dist.utils import dist
-    from trace_dist.utils.log import setup_logging
+    from trace_dist.utils.log import get_logger, setup_logging
 
     setup_logging()
     values = parsed[parsed.command]
@@ -45,7 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             _command(commands, parsed.command)(values)
     except ValueError as error:
-        return _fail(error)
+        report_error(error)
+        return 2
+    except StageFailed as error:
+        get_logger(__name__).error(error)
+        return 2
     finally:
         dist.close()
     return 0
@@ -55,16 +60,6 @@ def _command(module: Any, name: str) -> Callable[..., None]:
     return getattr(module, f"{name}_command")
 
 
-def _fail(error: Exception) -> int:
-    """One line, from rank 0; another rank speaks up only if it is still alive a little later."""
-    rank = int(os.environ.get("RANK", "0"))
-    if rank:
-        time.sleep(2)
-    where = f" [rank {rank}]" if rank else ""
-    print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    return 2
-
-
 def _quiet() -> None:
     """Keep the libraries' chatter out of the log."""
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -72,7 +67,7 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
-    for name in ("DeepSpeed", "transformers", "datasets"):
+    for name in ("DeepSpeed", "transformers", "datasets", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     import datasets
     import transformers

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
+from trace_dist.cli.errors import report_error
 from trace_dist.config import RunConfig
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+PROGRAM = "trace-dist"
 RUN_COMMANDS = {
     "run": "everything: base models, probe, project, the continual modes, memory, report",
     "base": "make the base models that the config describes (tiny, GGUF, pruned)",
@@ -29,6 +30,7 @@ OWN_ARGUMENTS = {
         "task_name": "name of the task to train; the first one when not given",
         "mask_file": "mask file; the run's projected mask when not given",
     },
+    "report": {"picture": "PNG file with the key panels to write as well"},
     "eval": {"bank_folder": "folder of a bank to retrieve deltas from; the plain target when not given"},
 }
 """Arguments of a command beside the run's configuration."""
@@ -38,9 +40,9 @@ class Parser(ArgumentParser):
     """An argument parser whose errors are one line on standard error."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        reason = " ".join(str(message).split())
-        program = self.prog.replace("[options] ", "")
-        print(f"error: {reason}; see {program} --help", file=sys.stderr)
+        # Parsers of nested values carry the name of the script instead.
+        program = self.prog.replace("[options] ", "") if self.prog.startswith(PROGRAM) else PROGRAM
+        report_error(f"{message}; see {program} --help")
         raise SystemExit(2)
 
 
@@ -94,7 +96,7 @@ FILE_COMMANDS = {
 
 def build_parser() -> Parser:
     """The parser of the whole program."""
-    parser = Parser(prog="trace-dist", description=__doc__, version=_version())
+    parser = Parser(prog=PROGRAM, description=__doc__, version=_version())
     commands: Any = parser.add_subcommands(dest="command")
     for name, description in RUN_COMMANDS.items():
         sub = _run_parser(description)

@@ -7,6 +7,7 @@ time where the config allows it.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from trace_dist.cli.errors import StageFailed
 from trace_dist.config import LaunchConfig, RunConfig
 from trace_dist.continual.memory import memory_path
 from trace_dist.continual.sequence import mode_path
@@ -82,8 +84,9 @@ def run_pipeline(cfg: RunConfig) -> None:
     """Run what is missing, then write the report.
 
     Raises:
-        ValueError: a stage failed; its own error is printed above.
+        StageFailed: a stage failed; its own error is printed above.
     """
+    signal.signal(signal.SIGTERM, _on_terminate)
     timings = Path(cfg.run_dir) / "stages.json"
     seconds: dict[str, float] = read_json(timings) if timings.is_file() else {}
     started: set[str] = set()
@@ -106,14 +109,15 @@ def _run_together(stages: list[Stage], cfg: RunConfig) -> dict[str, float]:
         num_processes = len(stages) * (cfg.launch.num_ranks if stage.launched else 1)
         command = launch_command(cfg.launch, stage.launched) + stage.arguments[:1]
         command += ["--config", str(Path(cfg.run_dir) / "config.yaml"), *stage.arguments[1:]]
-        processes.append(
-            (stage, time.perf_counter(), subprocess.Popen(command, env=_environment(num_processes)))
-        )
+        environment = _environment(num_processes)
+        # A session of its own: launchers do not pass signals on to their ranks, so the whole group is stopped.
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        processes.append((stage, time.perf_counter(), process))
     seconds = {}
     try:
         for stage, begin, process in processes:
             if process.wait() != 0:
-                raise ValueError(
+                raise StageFailed(
                     f"stage {stage.name}: failed with exit code {process.returncode}; its error is above. "
                     "Mend it and start the same command again: finished stages are kept"
                 )
@@ -121,9 +125,23 @@ def _run_together(stages: list[Stage], cfg: RunConfig) -> dict[str, float]:
     finally:
         for _, _, process in processes:
             if process.poll() is None:
-                process.terminate()
-                process.wait()
+                _stop(process)
     return seconds
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End a stage with all its ranks."""
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _on_terminate(number: int, _: object) -> None:
+    """Leave through the ``finally`` blocks, which stop the stages."""
+    sys.exit(128 + number)
 
 
 def launch_command(launch: LaunchConfig, launched: bool = True) -> list[str]:

@@ -72,7 +72,7 @@ def finish_mode(
         "bits_per_byte": {
             name: [row.bits_per_byte[i] for row in rows] for i, name in enumerate(judge.text_names)
         },
-        "losses": {task.name: result.losses for task, result in zip(cfg.tasks, trained, strict=True)},
+        "losses": {task.name: _thinned(result.losses) for task, result in zip(cfg.tasks, trained, strict=True)},
         "step_ms": sum(result.step_ms for result in trained) / len(trained),
         "seconds": sum(result.seconds for result in trained),
         **facts,
@@ -80,6 +80,12 @@ def finish_mode(
     if dist.is_main():
         write_json(mode_path(cfg, mode), result)
     logger.info("%s: %s", mode, " / ".join(f"{score:.1f}" for score in rows[-1].tasks))
+
+
+def _thinned(curve: list[tuple[int, float]], points: int = 100) -> list[tuple[int, float]]:
+    """At most about ``points`` points of a curve, the last one among them."""
+    stride = -(-len(curve) // points)
+    return curve[::-1][::stride][::-1]
 
 
 class Sequence:
@@ -187,6 +193,7 @@ class Sequence:
             "density": sum(mask.density for mask in masks) / len(masks),
             "trainable": sum(mask.num_entries for mask in masks) // len(masks),
             "replay": cfg.continual.replay,
+            "replay_memory": cfg.continual.replay_memory,
         }
         finish_mode(cfg, "merged", self.judge, rows, trained, facts)
 

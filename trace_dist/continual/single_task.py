@@ -38,9 +38,9 @@ def run_train(cfg: RunConfig, task_name: str | None, mask_file: str | None) -> P
     name = task_name or names[0]
     if name not in names:
         raise ValueError(f"task_name={name!r}: not among the tasks {', '.join(names)}; name one of them")
-    path = prepare_base(cfg.target, cfg, "target")
     source = Path(mask_file) if mask_file else mask_path(cfg, name)
-    mask = Mask.load(source)
+    mask = Mask.load(source)  # before a base is made
+    path = prepare_base(cfg.target, cfg, "target")
     model_id = fingerprint(path)
     check_base(mask, model_id, str(source))
     bench = Workbench.load(cfg, path)

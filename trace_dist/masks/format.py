@@ -14,9 +14,9 @@ from torch import Tensor
 from trace_dist.masks.units import UnitLayout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mask:
-    """Which entries of a model may be trained.
+    """Which entries of a model may be trained. Two masks are equal when they select the same units of the same layouts.
 
     Attributes:
         units: parameter name -> sorted unique unit indices, [k] int32 or int64 on the CPU; only parameters with k > 0.
@@ -40,6 +40,11 @@ class Mask:
             layout = self.layouts.get(name)
             if layout is None:
                 raise ValueError(f"mask: parameter {name!r} has units but no layout; make the mask again")
+            if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64):
+                raise ValueError(
+                    f"mask: units of {name!r} are {list(indices.shape)} {indices.dtype}, not a list of int32 or int64; "
+                    "make the mask again"
+                )
             if len(indices) == 0:
                 raise ValueError(f"mask: parameter {name!r} is listed without units; leave it out")
             if len(indices) > 1 and not bool((indices[1:] > indices[:-1]).all()):
@@ -90,6 +95,11 @@ class Mask:
             digest.update(f"{name}{layout.shape}{layout.unit}".encode())
             digest.update(self.units[name].long().numpy().tobytes())
         return digest.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        return dict(self.layouts) == dict(other.layouts) and self.digest() == other.digest()
 
     def with_meta(self, **meta: Any) -> Mask:
         """The same mask with more metadata."""

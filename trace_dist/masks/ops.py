@@ -82,10 +82,8 @@ def top_units(scores: Tensor, layout: UnitLayout, num_elements: float) -> Tensor
         raise AssertionError(f"scores are {scores.dtype}, not float32")
     _check_finite(scores)
     order = torch.argsort(scores, descending=True, stable=True)
-    if layout.ragged:
-        keep = _num_fitting(layout.sizes(order), num_elements)
-    else:
-        keep = max(0, floor(num_elements / layout.unit + 0.5))
+    equal_sizes = max(0, floor(num_elements / layout.unit + 0.5))
+    keep = _num_fitting(layout.sizes(order), num_elements) if layout.ragged else equal_sizes
     return order[:keep].sort().values.to(layout.index_dtype)
 
 
@@ -198,7 +196,9 @@ def combine(left: Mask, right: Mask, operation: SetOperation) -> Mask:
             chosen = a[~torch.isin(a, b)]
         if len(chosen):
             units[name] = chosen.to(left.layouts[name].index_dtype)
-    return Mask(units, left.layouts, left.granularity, {"model": next(iter(models), None), "method": operation})
+    return Mask(
+        units, left.layouts, left.granularity, {"model": next(iter(models), None), "method": operation}
+    )
 
 
 def overlap(left: Mask, right: Mask) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trace_dist.masks.format import Mask
 from trace_dist.masks.units import UnitLayout
-from trace_dist.utils.files import load_header, load_tensors, save_tensors
+from trace_dist.utils.files import load_tensors, save_tensors
 
 VERSION = 1
 
@@ -28,8 +28,14 @@ def layouts_from_header(header: Mapping[str, Any], path: Path) -> dict[str, Unit
         )
     try:
         return {name: UnitLayout(tuple(shape), unit) for name, (shape, unit) in header["layouts"].items()}
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: header without valid layouts ({error}); make the file again") from None
+
+
+def _field(header: Mapping[str, Any], name: str, path: Path) -> Any:
+    if name not in header:
+        raise ValueError(f"{path}: header without {name!r}; make the file again")
+    return header[name]
 
 
 def save_mask(mask: Mask, path: Path) -> None:
@@ -39,6 +45,7 @@ def save_mask(mask: Mask, path: Path) -> None:
         "version": VERSION,
         "granularity": mask.granularity,
         "density": mask.density,
+        "digest": mask.digest(),
         "layouts": layouts_header(mask.layouts),
         "meta": dict(mask.meta),
     }
@@ -53,12 +60,16 @@ def load_mask(path: Path) -> Mask:
     """
     tensors, header = load_tensors(path, "mask")
     layouts = layouts_from_header(header, path)
-    return Mask(tensors, layouts, header["granularity"], header["meta"])
-
-
-def describe_mask(path: Path) -> dict[str, Any]:
-    """The header of a mask file, without reading the indices."""
-    return load_header(path, "mask")
+    granularity, digest, meta = (_field(header, name, path) for name in ("granularity", "digest", "meta"))
+    try:
+        mask = Mask(tensors, layouts, granularity, meta)
+    except ValueError as error:
+        raise ValueError(f"{path}: corrupt mask file ({error})") from None
+    if mask.digest() != digest:
+        raise ValueError(
+            f"{path}: corrupt mask file (its indices do not match their digest); restore it from a copy or make it again"
+        )
+    return mask
 
 
 def save_saliency(
@@ -77,4 +88,4 @@ def save_saliency(
 def load_saliency(path: Path) -> tuple[dict[str, Tensor], dict[str, UnitLayout], dict[str, Any]]:
     """Read a saliency map: scores, layouts, metadata. Raises ValueError as ``load_mask`` does."""
     tensors, header = load_tensors(path, "saliency")
-    return tensors, layouts_from_header(header, path), header["meta"]
+    return tensors, layouts_from_header(header, path), _field(header, "meta", path)

@@ -86,10 +86,15 @@ class MaskedAdamW(torch.optim.Optimizer):
             for support, master in zip(self.supports, masters, strict=True)
         ]
 
-    def _check_attached(self) -> None:
+    def _check_ready(self) -> None:
         if not self.model.is_attached(self.supports):
             raise ValueError(
                 "MaskedAdamW: another mask was attached to the model since; build a new optimizer for each mask"
+            )
+        if self.model.has_unreduced_gradients():
+            raise ValueError(
+                "MaskedAdamW: some gradients were not summed over the ranks; call model.backward(loss) on the sharded "
+                "model instead of loss.backward()"
             )
 
     @torch.no_grad()
@@ -97,9 +102,10 @@ class MaskedAdamW(torch.optim.Optimizer):
         """One update from the accumulated gradients. Collective.
 
         Raises:
-            ValueError: another optimizer has taken over the model.
+            ValueError: another optimizer has taken over the model, or ``loss.backward()`` was called instead of
+                ``model.backward(loss)`` on several ranks.
         """
-        self._check_attached()
+        self._check_ready()
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -152,13 +158,18 @@ class MaskedAdamW(torch.optim.Optimizer):
         """Restore ``state_dict`` and write the master copy back into the model.
 
         Raises:
-            ValueError: the state belongs to another mask.
+            ValueError: the state belongs to another mask, or to another partition of it.
         """
         if state_dict.get("mask_digest") != self.mask.digest():
             raise ValueError(
                 "optimizer state: it was saved for another mask; build MaskedAdamW with the mask it was saved with"
             )
         masters: list[Tensor] = state_dict["masters"]
+        if [saved.shape for saved in masters] != [master.shape for _, master, _ in self.compact()]:
+            raise ValueError(
+                "optimizer state: it was saved on another rank or number of ranks; resume with train.checkpoint, which "
+                "loads on any number"
+            )
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         for (_, master, _), saved in zip(self.compact(), masters, strict=True):
             master.data.copy_(saved)

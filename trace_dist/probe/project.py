@@ -43,7 +43,9 @@ def run_project(cfg: RunConfig) -> None:
     mask = cfg.mask
     layouts = layouts_for(model, mask.granularity, mask.block, mask.maskable)
     if cfg.proxy is None:
-        logger.info("project: the target was probed itself, so its masks are kept; the section projection is not used")
+        logger.info(
+            "project: the target was probed itself, so its masks are kept; the section projection is not used"
+        )
     for index, stream in enumerate(bench.tasks):
         task = stream.task.name
         projected = project_task(model, cfg, bench, stream)

@@ -13,9 +13,9 @@ from torch import Tensor
 from trace_dist.config import RunConfig
 from trace_dist.data.batches import Batches
 from trace_dist.masks.format import Mask
+from trace_dist.masks.ops import Scores
 from trace_dist.masks.units import UnitLayout
 from trace_dist.probe.importance import element_energy
-from trace_dist.masks.ops import Scores
 from trace_dist.projection.placement import reduce_units
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.compaction import Support
@@ -36,34 +36,42 @@ def full_mask(layouts: dict[str, UnitLayout]) -> Mask:
 def fisher_scores(
     model: ShardedModel, layouts: dict[str, UnitLayout], batches: Batches, num_batches: int
 ) -> Scores:
-    """Root mean squared gradient of each unit at the present weights, over some global batches. Collective.
+    """Root of the mean squared gradient of each unit at the present weights, over some global batches. Collective.
 
-    Memory on each rank: one fp32 value per unit it touches, and one bucket of gradients.
+    No gradient is kept, so none can be added up over a step's micro-batches: each micro-batch (of all ranks together) is a
+    sample of its own, scaled to the size of a step's gradient. With one micro-batch per step this is the warm start's Fisher.
+
+    Memory on each rank: one number per unit it touches (fp32; fp64 for units of many elements, whose sums would lose
+    small terms), and one bucket of gradients.
     """
     views = {name: model.views(name)[model.rank] for name in layouts}
     first = {name: int(layouts[name].unit_of(torch.tensor(view.start))) for name, view in views.items()}
     sums: dict[str, Tensor] = {}
+    weight = 0.0
 
     def collect(support: Support, values: Tensor) -> None:
         layout, view = layouts[support.name], views[support.name]
         units = (
             layout.unit_of(torch.arange(view.start, view.stop, device=values.device)) - first[support.name]
         )
+        dtype = torch.float32 if layout.unit == 1 else torch.float64
         if support.name not in sums:
             size = int(units[-1]) + 1 if len(units) else 0
-            sums[support.name] = torch.zeros(size, device=values.device)
-        sums[support.name].index_add_(0, units, values.float().square())
+            sums[support.name] = torch.zeros(size, dtype=dtype, device=values.device)
+        sums[support.name].index_add_(0, units, values.to(dtype).square(), alpha=weight)
 
     model.attach(full_mask(layouts), collect)
     model.train()
     stream = iter(batches)
     for _ in range(num_batches):
-        accumulate(next(stream), model, lambda loss: model.backward(loss, reduction="sum"), model.device)
+        step = next(stream)
+        weight = len(step.micro_batches) / num_batches
+        accumulate(step, model, lambda loss: model.backward(loss, reduction="sum"), model.device)
     model.detach()
 
     def scores(name: str, layout: UnitLayout) -> Tensor:
-        local = sums.get(name, torch.zeros(0))
-        units = torch.arange(first[name], first[name] + len(local))
+        local = sums.get(name, torch.zeros(0, device=model.device))
+        units = torch.arange(first[name], first[name] + len(local), device=local.device)
         return reduce_units(model, name, layout, local, units, by_unit=True).sqrt()
 
     return scores

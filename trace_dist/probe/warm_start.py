@@ -11,17 +11,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from trace_dist.config import ProbeConfig, TrainConfig
 from trace_dist.data.batches import Batches, Step
 from trace_dist.train.learner import DenseLearner
 from trace_dist.train.loop import train_steps
+from trace_dist.utils import dist
 
 
 @dataclass(frozen=True)
 class Trace:
     """What a warm start shows of one task.
+
+    Everything is on the CPU, since the traces of all tasks are compared.
 
     Attributes:
         update: parameter -> fp32 weight after minus weight before.
@@ -35,7 +37,7 @@ class Trace:
 
 
 def warm_start(
-    module: PreTrainedModel,
+    module: nn.Module,
     names: list[str],
     batches: Batches,
     probe: ProbeConfig,
@@ -52,14 +54,16 @@ def warm_start(
         train: the remaining options of the loop.
         dtype: data type of matmuls; the weights are fp32.
     """
-    parameters = dict(module.named_parameters())
+    parameters = dict(module.to(dist.local_device()).named_parameters())
     for parameter in parameters.values():
         parameter.requires_grad_(False)
     tuned = {name: parameters[name] for name in names}
     before = {name: parameter.detach().clone() for name, parameter in tuned.items()}
     learner = DenseLearner(module, tuned.values(), train, probe.lr, dtype)
     result = train_steps(learner, batches, train, probe.steps, description="warm start")
-    update = {name: parameter.detach().float() - before[name].float() for name, parameter in tuned.items()}
+    update = {
+        name: (parameter.detach().float() - before[name].float()).cpu() for name, parameter in tuned.items()
+    }
     fisher = _fisher(learner, tuned, iter(batches), probe.fisher_batches)
     with torch.no_grad():
         for name, parameter in tuned.items():
@@ -77,4 +81,4 @@ def _fisher(
             if parameter.grad is not None:
                 total[name].addcmul_(parameter.grad, parameter.grad, value=1 / num_batches)
                 parameter.grad = None
-    return total
+    return {name: values.cpu() for name, values in total.items()}

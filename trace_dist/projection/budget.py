@@ -2,7 +2,7 @@
 
 The proxy's mask has a density per tensor. A tensor of the target takes the density that the proxy's tensors of the same role
 have at its relative depth (linear interpolation between layers), and all budgets are scaled so that the target's density is
-exact. The same model with the same layers is its own projection.
+exact. Tensors of one role in one layer (its norms, its biases) count as one. The same model is its own projection.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import numpy as np
 from trace_dist.masks.format import Mask
 from trace_dist.masks.units import UnitLayout
 from trace_dist.models.roles import ParamInfo
+
+Kind = tuple[str, int]
+"""Role and number of dimensions: a bias is never matched with a matrix."""
 
 
 def project_budgets(
@@ -35,23 +38,39 @@ def project_budgets(
         name -> number of elements (a float; rounding is left to the selection), summing to ``density`` times the
         maskable elements.
     """
-    by_role: dict[tuple[str, int], list[tuple[float, float]]] = {}
-    for name in proxy_mask.layouts:
-        info = proxy_infos[name]
-        by_role.setdefault(_kind(info), []).append((_depth(info), proxy_mask.tensor_density(name)))
-    wanted = {}
-    for name, layout in target_layouts.items():
-        points = sorted(by_role.get(_kind(target_infos[name]), []))
-        if points:
-            depths, densities = np.array(points).T
-            share = float(np.interp(_depth(target_infos[name]), depths, densities))
-        else:
-            share = proxy_mask.density
-        wanted[name] = share * layout.numel
+    if _shapes(proxy_mask.layouts) == _shapes(target_layouts):
+        shares = {name: proxy_mask.tensor_density(name) for name in target_layouts}
+    else:
+        curves = _density_curves(proxy_mask, proxy_infos)
+        shares = {name: _share(target_infos[name], curves, proxy_mask.density) for name in target_layouts}
+    wanted = {name: shares[name] * layout.numel for name, layout in target_layouts.items()}
     return scale_budgets(wanted, target_layouts, density)
 
 
-def _kind(info: ParamInfo) -> tuple[str, int]:
+def _shapes(layouts: Mapping[str, UnitLayout]) -> dict[str, tuple[int, ...]]:
+    return {name: layout.shape for name, layout in layouts.items()}
+
+
+def _density_curves(mask: Mask, infos: Mapping[str, ParamInfo]) -> dict[Kind, dict[float, float]]:
+    """Role -> relative depth -> density of the mask over all tensors there."""
+    counts: dict[Kind, dict[float, list[float]]] = {}
+    for name, layout in mask.layouts.items():
+        point = counts.setdefault(_kind(infos[name]), {}).setdefault(_depth(infos[name]), [0.0, 0.0])
+        point[0] += mask.tensor_density(name) * layout.numel
+        point[1] += layout.numel
+    return {
+        kind: {depth: selected / numel for depth, (selected, numel) in sorted(points.items())}
+        for kind, points in counts.items()
+    }
+
+
+def _share(info: ParamInfo, curves: Mapping[Kind, Mapping[float, float]], default: float) -> float:
+    """Density at a tensor's depth on its role's curve; ``default`` where the proxy has no such role."""
+    curve = curves.get(_kind(info))
+    return default if curve is None else float(np.interp(_depth(info), list(curve), list(curve.values())))
+
+
+def _kind(info: ParamInfo) -> Kind:
     return info.role, len(info.shape)
 
 

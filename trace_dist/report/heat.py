@@ -97,18 +97,19 @@ def specificity_heat(view: RunView) -> Heat | None:
 
 
 def confusion_heat(view: RunView) -> Heat | None:
-    """Prompts of each task (row) by the task they were given to; tinted by the share of the row."""
+    """Prompts of each task (row) by what answered them: a task's delta, or the base; tinted by the share of the row."""
     part = view.part("retrieval")
     if not sequence(part.get("confusion")):
         return None
     names = [str(task) for task in sequence(part.get("tasks"))] or view.tasks
-    confusion = matrix(part["confusion"], len(names), len(names), "results: retrieval.confusion")
+    columns = [str(name) for name in sequence(part.get("columns"))] or names
+    confusion = matrix(part["confusion"], len(names), len(columns), "results: retrieval.confusion")
     totals = np.maximum(np.nansum(confusion, axis=1), 1.0)
     rows = []
     for i, short in enumerate(tables.shorten_all(names, _NAME_LENGTH)):
         cells = [Cell(tables.fixed(float(n), 0), _tint(float(n / totals[i]))) for n in confusion[i]]
         rows.append((short, names[i], cells))
-    return Heat("Prompts by task", "", "true ↓ retrieved →", names, rows)
+    return Heat("Prompts by task", "", "true ↓ retrieved →", columns, rows)
 
 
 def _tint(value: float) -> float:

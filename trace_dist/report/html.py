@@ -73,6 +73,7 @@ def _context(view: RunView) -> dict[str, Any]:
         "task_columns": TASK_COLUMNS,
         "task_rows": _task_rows(view),
         "general": _general(view),
+        "text_rows": _text(view),
         "masks": _masks(view),
         "losses": _losses(view),
         "memory": _memory(view),
@@ -130,6 +131,18 @@ def _general(view: RunView) -> list[tuple[str, Markup]]:
     ]
 
 
+def _text(view: RunView) -> list[tuple[str, list[str]]]:
+    """Per mode and text set: bits per byte of the base, then after the last task."""
+    rows = []
+    for mode in view.modes:
+        for text_set, values in mapping(view.part("modes")[mode.name].get("bits_per_byte")).items():
+            curve = [number(value) for value in sequence(values)]
+            if len(curve) > 1:
+                cells = [tables.fixed(curve[0], 3), tables.fixed(curve[-1], 3), tables.signed(curve[-1] - curve[0], 3)]
+                rows.append((mode.label, [str(text_set), *cells]))
+    return rows
+
+
 def _losses(view: RunView) -> list[tuple[str, Markup]]:
     return [
         (task, _figure(340, 220, f"Training loss on {task}", plots.draw_losses, view, task))
@@ -155,7 +168,7 @@ def _retrieval(view: RunView) -> dict[str, Any] | None:
     part, confusion = view.part("retrieval"), heat.confusion_heat(view)
     pairs = [
         ("accuracy", tables.percent(number(part.get("accuracy")))),
-        ("error bound", tables.percent(number(part.get("error_bound")))),
+        ("error at most (95 % limit, held-out prompts)", tables.percent(number(part.get("error_bound")))),
         ("clusters", tables.fixed(number(part.get("num_clusters")), 0)),
     ]
     facts = [(name, text) for name, text in pairs if text != tables.MISSING]

@@ -29,9 +29,9 @@ def percent(value: float, digits: int = 1) -> str:
     return MISSING if math.isnan(value) else f"{fixed(value, digits)}\N{NO-BREAK SPACE}%"
 
 
-def signed(value: float) -> str:
-    """A change in points: a rise carries its plus."""
-    text = fixed(value)
+def signed(value: float, digits: int = 1) -> str:
+    """A change: a rise carries its plus."""
+    text = fixed(value, digits)
     return f"+{text}" if value > 0 and float(text) > 0 else text
 
 

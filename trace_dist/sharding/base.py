@@ -147,6 +147,10 @@ class ShardedModel(ABC):
         """Whether these supports, from ``attach``, still receive gradients."""
         return self._compactor is not None and self._compactor.supports is supports
 
+    def has_unreduced_gradients(self) -> bool:
+        """Whether gradients were computed on this rank that ``backward`` did not see through (by ``loss.backward()``)."""
+        return self._compactor is not None and self._compactor.has_unreduced
+
     def backward(self, loss: Tensor, reduction: Literal["mean", "sum"] = "mean") -> None:
         """Backward pass; adds the gradients of all ranks, on the mask's entries only, to the compact buffers. Collective.
 

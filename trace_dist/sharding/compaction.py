@@ -22,9 +22,12 @@ from trace_dist.masks.format import Mask
 from trace_dist.sharding.masked_linear import patch_linear
 from trace_dist.sharding.reduction import CompactReducer
 from trace_dist.utils import dist
+from trace_dist.utils.log import get_logger
 
 if TYPE_CHECKING:
     from trace_dist.sharding.base import ShardedModel
+
+logger = get_logger(__name__)
 
 
 @dataclass(eq=False)
@@ -129,6 +132,7 @@ class Compactor:
         self._accumulate = accumulate or add_to_grad
         self._reducer = CompactReducer(self.supports, self._accumulate)
         self._scale = 1.0
+        self._silent: set[str] | None = {support.name for support in self.supports}  # None after one backward
         self._undo: list[Callable[[], None]] = []
         parameters = dict(model.module.named_parameters())
         linears = _linear_modules(model.module)
@@ -145,6 +149,8 @@ class Compactor:
         """What a gradient source calls: with the dense gradient, or with the masked rows' gradient alone."""
 
         def deliver(grad: Tensor) -> None:
+            if self._silent is not None:
+                self._silent.discard(support.name)
             flat = grad.reshape(-1)
             if flat.numel() != support.whole.numel:
                 self._reducer.add(support, flat.to(support.grad.dtype) * self._scale)
@@ -178,6 +184,20 @@ class Compactor:
         loss.backward()
         self._anchor.grad = None
         self._reducer.finish()
+        if self._silent:
+            logger.warning(
+                "no gradient reached %d of %d masked parameters in the first backward pass, such as %s: they do not train "
+                "unless later batches use them",
+                len(self._silent),
+                len(self.supports),
+                min(self._silent),
+            )
+        self._silent = None
+
+    @property
+    def has_unreduced(self) -> bool:
+        """Whether gradients wait for an exchange that only ``run_backward`` finishes."""
+        return self._reducer.has_unreduced
 
     def close(self) -> None:
         """Restore the model's forward methods and freeze it again."""

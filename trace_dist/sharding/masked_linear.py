@@ -9,6 +9,7 @@ ZeRO-3 and FSDP2 reduce nothing; they gather it again for the backward as for an
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ Deliver = Callable[[Tensor], None]
 
 class _MaskedLinear(torch.autograd.Function):
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cuda")
     def forward(
         ctx: Any,
         x: Tensor,
@@ -35,15 +35,15 @@ class _MaskedLinear(torch.autograd.Function):
         return F.linear(x, module.weight, bias)
 
     @staticmethod
-    @torch.amp.custom_bwd(device_type="cuda")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_out,) = grads
         (x,) = ctx.saved_tensors
+        dtype = grad_out.dtype  # under autocast that of the product, not of x and the weight
         flat_grad = grad_out.reshape(-1, grad_out.shape[-1])
-        flat_x = x.reshape(-1, x.shape[-1])
+        flat_x = x.reshape(-1, x.shape[-1]).to(dtype)
         picked = flat_grad if ctx.rows is None else flat_grad[:, ctx.rows]
         ctx.deliver(picked.T @ flat_x)
-        grad_x = grad_out @ ctx.module.weight if ctx.needs_input_grad[0] else None
+        grad_x = (grad_out @ ctx.module.weight.to(dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
         grad_bias = flat_grad.sum(0) if ctx.needs_input_grad[1] else None
         return grad_x, grad_bias, None, None, None, None
 
@@ -63,10 +63,11 @@ def patch_linear(
         A function that restores the layer.
     """
 
-    def forward(x: Tensor) -> Tensor:
-        return _MaskedLinear.apply(x, module.bias, anchor, module, rows, deliver)
+    def forward(self: nn.Linear, input: Tensor) -> Tensor:
+        return _MaskedLinear.apply(input, self.bias, anchor, self, rows, deliver)
 
-    module.forward = forward  # type: ignore[method-assign, assignment]
+    # A method, not a closure over the layer: a deep copy of the model must run on its own weights.
+    module.forward = MethodType(forward, module)  # type: ignore[method-assign]
 
     def undo() -> None:
         del module.forward

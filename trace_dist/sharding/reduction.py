@@ -6,7 +6,9 @@ fp32 in rank order (deterministic). Parameters are exchanged in buckets during t
 
 Collectives must be called equally often, in one order, on every rank. So buckets are fixed when the mask is attached, are
 flushed in that order, each exactly once per backward; a gradient that arrives after its bucket was flushed (a module that
-runs twice) is exchanged in a last round that all ranks agree on.
+runs twice) is exchanged in a last round that all ranks agree on. A gradient that is missing on some rank counts as zero. Its
+bucket is then exchanged earlier on the others, so the module must not gather weights (ZeRO-3) between the two moments;
+ZeRO-3 itself asks for more: every rank runs the same modules in the same order.
 """
 
 from __future__ import annotations
@@ -70,6 +72,11 @@ class CompactReducer:
         td.all_reduce(late, op=td.ReduceOp.MAX)
         for index in late.nonzero().flatten().tolist():
             self._flush(self._buckets[index])
+
+    @property
+    def has_unreduced(self) -> bool:
+        """Whether gradients came since the last ``finish``."""
+        return bool(self._values) or self._next > 0
 
     @property
     def _device(self) -> torch.device:

@@ -116,6 +116,7 @@ class Zero3Model(ShardedModel):
             # transformers asks each parameter for its shape; partitioned ones have none, so save from an empty twin.
             with torch.device("meta"):
                 twin = type(self.module)(self.module.config)
+            twin.generation_config = self.module.generation_config
             twin.save_pretrained(folder, state_dict=state)
         dist.barrier()
 

@@ -6,7 +6,6 @@ healed on the general tasks. A base is made once: a folder that exists is used a
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -100,13 +99,13 @@ def _pretrain(
     batch_size: int,
     role: str,
 ) -> None:
-    """Train a base on the general tasks, in one process."""
-    bench = Workbench.load(replace(cfg, tasks=cfg.general, general=[]), tokenizer_folder)
+    """Train a base on the general tasks, in one process; reads all tasks first, so that one too long fails at once."""
+    bench = Workbench.load(cfg, tokenizer_folder)
     learner = DenseLearner(module, module.parameters(), cfg.train, lr=lr)
     log = MetricLog(Path(cfg.run_dir), f"base/{role}")
     train_steps(
         learner,
-        bench.batches(bench.tasks, batch_size),
+        bench.batches(bench.general, batch_size),
         cfg.train,
         steps,
         description=f"pretrain {role}",

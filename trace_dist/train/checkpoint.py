@@ -2,13 +2,14 @@
 
 A checkpoint is a folder::
 
-    step-00000100/rank-00000.safetensors    <param>/{master,exp_avg,exp_avg_sq}: this rank's entries
+    step-00000100/rank-00000.safetensors    <param>/{master,exp_avg,exp_avg_sq}: this rank's entries; random state
     step-00000100/mask.safetensors          the mask (global indices)
     step-00000100/manifest.json             intervals, checksums, schedule and data position; written last
 
 A rank's support is a contiguous slice of the mask's sorted entries, so each file states one interval [start, stop) per parameter,
 and any other partition reads the slices that it needs. The base model is referenced by its fingerprint, never copied.
-The folder appears under its final name only when it is whole.
+The folder appears under its final name only when it is whole. On the same number of ranks a resumed run repeats the uninterrupted
+one bit for bit, dropout included; on another number the random state starts anew.
 """
 
 from __future__ import annotations
@@ -44,12 +45,14 @@ def save_checkpoint(root: Path, step: int, optimizer: MaskedAdamW, state: dict[s
     """
     final = root / f"step-{step:08d}"
     partial = root / f".{final.name}.partial"
+    _check_room(root, optimizer)
     if dist.is_main():
-        shutil.rmtree(partial, ignore_errors=True)
+        for abandoned in root.glob(".step-*.partial"):
+            shutil.rmtree(abandoned)
         partial.mkdir(parents=True)
         optimizer.mask.save(partial / "mask.safetensors")
     dist.barrier()
-    name = f"rank-{dist.rank():05d}.safetensors"
+    name = _rank_file()
     intervals = _save_rank(partial / name, optimizer)
     files = dist.gather_objects((name, sha256(partial / name), intervals))
     if dist.is_main():
@@ -66,21 +69,45 @@ def save_checkpoint(root: Path, step: int, optimizer: MaskedAdamW, state: dict[s
         write_json(partial / MANIFEST, manifest)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        for old in sorted(root.glob("step-*"))[:-1]:
-            shutil.rmtree(old)
+        for old in root.glob("step-*"):  # a later step can be here too: what was left of a damaged checkpoint
+            if old != final:
+                shutil.rmtree(old)
     dist.barrier()
     return final
 
 
+def _check_room(root: Path, optimizer: MaskedAdamW) -> None:
+    """Raise ValueError on every rank, before anything is written, when a disk cannot take what all ranks write."""
+    mine = sum(len(PARTS) * master.nbytes for _, master, _ in optimizer.compact())
+    mask = sum(units.nbytes for units in optimizer.mask.units.values())
+    overhead = 2**20 * (dist.world_size() + 1)  # headers
+    needed = sum(dist.gather_objects(mine)) + mask + overhead
+    problem = None
+    try:
+        check_free_space(root, needed)
+    except ValueError as error:
+        problem = str(error)
+    for found in dist.gather_objects(problem):
+        if found is not None:
+            raise ValueError(found)
+
+
 def _save_rank(path: Path, optimizer: MaskedAdamW) -> dict[str, list[int]]:
-    tensors: dict[str, torch.Tensor] = {}
+    tensors = _random_state()
     intervals = {}
     for support, master, state in optimizer.compact():
         intervals[support.name] = [support.offset, support.offset + support.runs.num_entries]
         tensors |= {f"{support.name}/{part}": _part(master, state, part) for part in PARTS}
-    check_free_space(path.parent, dist.world_size() * sum(tensor.nbytes for tensor in tensors.values()))
     save_tensors(path, tensors, {"format": "trace_dist.checkpoint"})
     return intervals
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    """State of the generators that dropout draws from."""
+    state = {"random/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["random/cuda"] = torch.cuda.get_rng_state()
+    return state
 
 
 def _part(master: torch.nn.Parameter, state: dict[str, Any], part: str) -> torch.Tensor:
@@ -98,13 +125,13 @@ def load_mask(folder: Path) -> Mask:
 
 
 def load_checkpoint(folder: Path, optimizer: MaskedAdamW) -> dict[str, Any]:
-    """Restore masters, moments and weights on any number of ranks. Collective.
+    """Restore masters, moments and weights on any number of ranks, and the random state on the same number. Collective.
 
     Returns:
         The manifest; ``manifest["state"]`` is what ``save_checkpoint`` was given.
 
     Raises:
-        ValueError: not a checkpoint, another mask, or a damaged file.
+        ValueError: not a checkpoint, another mask, another base model, or a damaged file.
     """
     manifest = read_json(folder / MANIFEST)
     if manifest.get("format") != "trace_dist.checkpoint" or manifest.get("version") != VERSION:
@@ -113,11 +140,12 @@ def load_checkpoint(folder: Path, optimizer: MaskedAdamW) -> dict[str, Any]:
         raise ValueError(
             f"{folder}: the checkpoint is of another mask; resume with {folder / 'mask.safetensors'}"
         )
-    for name, entry in manifest["files"].items():
-        if not (folder / name).is_file() or sha256(folder / name) != entry["sha256"]:
-            raise ValueError(
-                f"{folder / name}: missing or damaged; delete {folder} to start from an older state"
-            )
+    model = optimizer.mask.meta.get("model")
+    if None not in (model, manifest["model"]) and model != manifest["model"]:
+        raise ValueError(
+            f"{folder}: the checkpoint is of model {manifest['model']}, but the mask of {model}; use the mask of that model"
+        )
+    _check_files(folder, manifest["files"])
     opened = {name: safe_open(str(folder / name), framework="pt") for name in manifest["files"]}
     for support, master, state in optimizer.compact():
         state["step"] = manifest["param_steps"][support.name]
@@ -131,4 +159,27 @@ def load_checkpoint(folder: Path, optimizer: MaskedAdamW) -> dict[str, Any]:
                     values = opened[name].get_slice(f"{support.name}/{part}")[low - first : high - first]
                     target[low - start : high - start].copy_(values)
     optimizer.write_back()
+    if len(opened) == dist.world_size():
+        mine = opened[_rank_file()]
+        torch.set_rng_state(mine.get_tensor("random/cpu"))
+        if torch.cuda.is_available() and "random/cuda" in mine.keys():  # noqa: SIM118 - not a mapping
+            torch.cuda.set_rng_state(mine.get_tensor("random/cuda"))
     return manifest
+
+
+def _check_files(folder: Path, files: dict[str, Any]) -> None:
+    """Raise ValueError on every rank when a file is not what the manifest says; each rank reads its share of them."""
+    damaged = [
+        name
+        for name in sorted(files)[dist.rank() :: dist.world_size()]
+        if not (folder / name).is_file() or sha256(folder / name) != files[name]["sha256"]
+    ]
+    found = [name for names in dist.gather_objects(damaged) for name in names]
+    if found:
+        raise ValueError(
+            f"{folder / found[0]}: missing or damaged; delete {folder} to start from an older state or anew"
+        )
+
+
+def _rank_file() -> str:
+    return f"rank-{dist.rank():05d}.safetensors"

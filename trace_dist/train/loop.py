@@ -155,5 +155,5 @@ def _checkpoint_activations(learner: Learner, enabled: bool) -> None:
     module: Any = learner.module
     if enabled:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    elif getattr(module, "is_gradient_checkpointing", False):
+    elif getattr(module, "is_activation_checkpointing", False):
         module.gradient_checkpointing_disable()

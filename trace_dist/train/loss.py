@@ -1,16 +1,22 @@
-"""Next-token loss, summed over answer tokens so that a global mean is exact for uneven token counts."""
+"""Next-token loss on answer tokens, summed so that a global mean is exact for uneven token counts.
+
+Only positions that are followed by an answer token need logits. Where a model takes ``logits_to_keep`` (nearly all
+of transformers' do), no others are computed: with a large vocabulary they would outweigh every other activation.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from trace_dist.data.batches import Step
+from trace_dist.data.encoding import IGNORE
 from trace_dist.utils import dist
 
 Forward = Callable[..., Any]
@@ -27,10 +33,36 @@ def answer_nll_sum(logits: Tensor, labels: Tensor) -> Tensor:
     Returns:
         Scalar fp32, in nats; 0 with gradient when nothing is labelled.
     """
-    shifted = labels[:, 1:].reshape(-1)
-    kept = shifted != -100
-    picked = logits[:, :-1].reshape(-1, logits.shape[-1])[kept].float()
-    return F.cross_entropy(picked, shifted[kept], reduction="sum")
+    return _nll_sum(logits[:, :-1], labels[:, 1:])
+
+
+def _nll_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    kept = targets != IGNORE
+    return F.cross_entropy(logits[kept].float(), targets[kept], reduction="sum")
+
+
+def forward_nll_sum(forward: Forward, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+    """Run the model on inputs [batch, length]; the rest is as in ``answer_nll_sum``.
+
+    Args:
+        forward: the model, a sharded model, or a function of either that passes its arguments on.
+        inputs: ``input_ids`` and ``attention_mask``.
+        labels: as above.
+    """
+    if not _keeps_logits(forward):
+        return answer_nll_sum(forward(**inputs).logits, labels)
+    targets = labels[:, 1:]
+    positions = (targets != IGNORE).any(0).nonzero().flatten()
+    if len(positions) == 0:  # a filler batch: its backward pass must still run
+        positions = positions.new_zeros(1)
+    return _nll_sum(forward(**inputs, logits_to_keep=positions).logits, targets[:, positions])
+
+
+def _keeps_logits(forward: Forward) -> bool:
+    """Whether the model behind a forward function takes ``logits_to_keep``."""
+    owner = getattr(forward, "__self__", forward)
+    module = getattr(owner, "module", owner)
+    return isinstance(module, nn.Module) and "logits_to_keep" in inspect.signature(type(module).forward).parameters
 
 
 def accumulate(step: Step, forward: Forward, backward: Backward, device: torch.device) -> Tensor:
@@ -38,7 +70,7 @@ def accumulate(step: Step, forward: Forward, backward: Backward, device: torch.d
 
     Args:
         step: this rank's part of a global batch.
-        forward: the model; called with the micro-batch's inputs, returns an output with ``logits``.
+        forward: the model, a sharded model, or a learner's ``forward``.
         backward: takes each micro-batch's loss; what it adds up over ranks is the gradient of the global mean loss.
         device: where the model computes.
 
@@ -49,7 +81,7 @@ def accumulate(step: Step, forward: Forward, backward: Backward, device: torch.d
     for micro_batch in step.micro_batches:
         inputs = {key: value.to(device) for key, value in micro_batch.items()}
         labels = inputs.pop("labels")
-        loss = answer_nll_sum(forward(**inputs).logits, labels) / max(step.num_answer_tokens, 1)
+        loss = forward_nll_sum(forward, inputs, labels) / max(step.num_answer_tokens, 1)
         backward(loss)
         total += loss.detach().double()
     return total

@@ -70,6 +70,11 @@ class Workbench:
             micro_batch_size=self.cfg.train.micro_batch_size,
             seed=self.cfg.seed if seed is None else seed,
             pad_id=pad_id(self.tokenizer),
-            replay=[(stream.encoded, 1.0) for stream in replay],
+            replay=[(_remembered(stream, self.cfg.continual.replay_memory), 1.0) for stream in replay],
             replay_share=replay_share if replay else 0.0,
         )
+
+
+def _remembered(stream: Stream, share: float) -> datasets.Dataset:
+    """The examples of a task that are kept for replay: the first ones, at least one."""
+    return stream.encoded.select(range(max(1, round(share * len(stream.encoded)))))

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,32 @@ from safetensors.torch import save_file
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside ``path``; renames it to ``path`` when the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Yields a temporary path beside ``path``; renames it to ``path`` when the block succeeds.
+
+    Raises:
+        ValueError: the file cannot be written: no permission, no space, a folder in its place.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"{path}: cannot be written ({reason}); free some disk space or choose another folder"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -48,13 +58,17 @@ def read_json(path: Path) -> Any:
     """Read JSON.
 
     Raises:
-        ValueError: the file is missing or is not JSON.
+        ValueError: the file is missing, cannot be read, or is not JSON.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(
             f"{path}: no such file; run the command that writes it first, or fix the path"
+        ) from None
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}); fix the path or its permissions"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
@@ -65,7 +79,7 @@ def read_json(path: Path) -> Any:
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
     """Append one record to a JSON-lines file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as handle:
+    with path.open("a", encoding="utf-8") as handle:
         handle.write(json.dumps(record) + "\n")
 
 
@@ -99,7 +113,7 @@ def _opened(path: Path, kind: str) -> Iterator[Any]:
     try:
         with safe_open(str(path), framework="pt") as handle:
             yield handle
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path}: corrupt {kind} file ({error}); restore it from a copy or make it again"
         ) from None
@@ -107,17 +121,12 @@ def _opened(path: Path, kind: str) -> Iterator[Any]:
 
 def _header(handle: Any, path: Path, kind: str) -> dict[str, Any]:
     header = json.loads((handle.metadata() or {}).get("header", "{}"))
-    if header.get("format") != f"trace_dist.{kind}":
+    found = header.get("format") if isinstance(header, dict) else None
+    if found != f"trace_dist.{kind}":
         raise ValueError(
-            f"{path}: format is {header.get('format')!r}, not 'trace_dist.{kind}'; this is not a {kind} file: give the right one"
+            f"{path}: format is {found!r}, not 'trace_dist.{kind}'; this is not a {kind} file: give the right one"
         )
     return header
-
-
-def load_header(path: Path, kind: str) -> dict[str, Any]:
-    """The JSON header alone. Raises ValueError as ``load_tensors`` does."""
-    with _opened(path, kind) as handle:
-        return _header(handle, path, kind)
 
 
 def load_tensors(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

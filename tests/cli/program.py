@@ -1,0 +1,106 @@
+"""The real command line on tiny models and tasks, as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from launching import rank_environment
+
+
+def write_tasks(folder: Path, num_examples: int = 60) -> None:
+    """Three tasks over four letters: copy, twist (reverse) and base."""
+    generator = random.Random(0)
+    for name in ("copy", "twist", "base"):
+        rows = []
+        for _ in range(num_examples):
+            word = "".join(generator.choices("abcd", k=4))
+            rows.append({"prompt": f"{name} {word}", "answer": word[::-1] if name == "twist" else word})
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_config(folder: Path) -> dict[str, Any]:
+    """A run that takes seconds; its tasks lie in ``folder``."""
+    tiny = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48, "batch_size": 8}
+    run = folder / "run"
+    return {
+        "run_dir": str(run),
+        "target": {"path": str(run / "models" / "target"), "tiny": {**tiny, "steps": 4}},
+        "proxy": {"path": str(run / "models" / "proxy"), "tiny": {**tiny, "hidden_size": 16, "steps": 4}},
+        "tasks": [{"name": name, "path": str(folder / f"{name}.jsonl")} for name in ("copy", "twist")],
+        "general": [{"name": "base", "path": str(folder / "base.jsonl")}],
+        "probe": {"steps": 2, "batch_size": 8, "fisher_batches": 1},
+        "projection": {"narrow_steps": 2},
+        "train": {"steps": 4, "batch_size": 8, "micro_batch_size": 8, "warmup_steps": 1},
+        "bank": {"num_prompts": 20, "clusters": 1},
+    }
+
+
+def write_config(folder: Path, config: dict[str, Any], name: str = "config.yaml") -> Path:
+    path = folder / name
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """One thread per process, no hub, tokenised data in a folder of the test's own."""
+    return rank_environment() | {"HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+
+
+def run(
+    *arguments: object, cache: Path, launcher: list[str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """``python -m trace_dist arguments...``; ``launcher`` is what starts its ranks."""
+    start = [sys.executable, *(launcher or []), *([] if launcher else ["-m"]), "trace_dist"]
+    return subprocess.run(
+        [*start, *map(str, arguments)],
+        env=environment(cache),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=cache.parent,
+    )
+
+
+def error_line(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line that explains a failure; fails where there is none, more than one, or a traceback."""
+    output = done.stdout + "\n" + done.stderr
+    assert done.returncode != 0, output[-4000:]
+    lines = [line for line in output.splitlines() if line.lower().startswith("error")]
+    assert len(lines) == 1, output[-4000:]
+    assert "Traceback" not in output, output[-4000:]
+    return lines[0]
+
+
+def files(folder: Path) -> list[str]:
+    """Every file below a folder."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def processes_with(text: str) -> list[int]:
+    """Processes other than this one whose command line holds ``text``."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal() and int(entry.name) != os.getpid():
+            try:
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            if text in command and is_alive(int(entry.name)):
+                found.append(int(entry.name))
+    return found

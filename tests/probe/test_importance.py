@@ -1,0 +1,81 @@
+"""Importance and specificity, by hand."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import pytest
+import torch
+
+from trace_dist.config import Score
+from trace_dist.masks.units import UnitLayout
+from trace_dist.probe.importance import unit_importance
+from trace_dist.probe.specificity import cosine_matrix, specificity, tensor_specificity
+from trace_dist.probe.warm_start import Trace
+
+U = torch.tensor([[1.0, -2.0, 0.0], [3.0, 0.0, 4.0]])
+F = torch.tensor([[4.0, 9.0, 1.0], [0.0, 16.0, 1.0]])
+TRACE = Trace({"w": U}, {"w": F}, [])
+
+
+@pytest.mark.parametrize(
+    ("score", "unit", "expected"),
+    [
+        ("l2", 1, [1, 2, 0, 3, 0, 4]),
+        ("fisher", 1, [2, 3, 1, 0, 4, 1]),
+        ("l2_fisher", 1, [2, 6, 0, 0, 0, 4]),
+        # Units of 2 in rows of 3: the last one of each row has a single element.
+        ("l2", 2, [sqrt(5 / 2), 0, sqrt(9 / 2), 4]),
+        ("fisher", 2, [sqrt(13 / 2), 1, sqrt(16 / 2), 1]),
+        ("l2_fisher", 2, [sqrt((4 + 36) / 2), 0, 0, 4]),
+        ("l2", 3, [sqrt(5 / 3), sqrt(25 / 3)]),
+        ("l2_fisher", 6, [sqrt((4 + 36 + 16) / 6)]),
+    ],
+)
+def test_formulas(score: Score, unit: int, expected: list[float]) -> None:
+    found = unit_importance(TRACE, {"w": UnitLayout((2, 3), unit)}, score)["w"]
+    assert found.dtype == torch.float32
+    assert found.tolist() == pytest.approx(expected)
+
+
+def test_small_products_do_not_underflow() -> None:
+    """u = 1e-12 and F = 1e-30 give u^2 F = 1e-54, below fp32."""
+    trace = Trace({"w": torch.tensor([1e-12, 2e-12])}, {"w": torch.tensor([1e-30, 1e-30])}, [])
+    found = unit_importance(trace, {"w": UnitLayout((2,), 1)}, "l2_fisher")["w"]
+    assert found.tolist() == pytest.approx([1e-27, 2e-27])
+
+
+def update(*values: float) -> dict[str, torch.Tensor]:
+    """Two tensors: all but the last value, and the last value."""
+    return {"a": torch.tensor(values[:-1]), "b": torch.tensor(values[-1:])}
+
+
+@pytest.mark.parametrize(
+    ("updates", "expected"),
+    [
+        ([update(1, 2, 3)], [1]),
+        ([update(1, 2, 3), update(2, 4, 6)], [0, 0]),
+        ([update(1, 2, 3), update(-2, -4, -6)], [0, 0]),
+        ([update(1, 0, 0), update(0, 1, 0), update(0, 0, 1)], [1, 1, 1]),
+        ([update(1, 0, 0), update(1, 1, 0), update(0, 0, 1)], [1 - sqrt(0.5), 1 - sqrt(0.5), 1]),
+        ([update(0, 0, 0), update(1, 1, 0)], [1, 1]),
+    ],
+    ids=["one task", "parallel", "opposite", "orthogonal", "at 45 degrees", "no update"],
+)
+def test_specificity(updates: list[dict[str, torch.Tensor]], expected: list[float]) -> None:
+    found = specificity(cosine_matrix(updates, ["a", "b"]))
+    assert found.tolist() == pytest.approx(expected, abs=1e-12)
+    assert bool((found >= 0).all())
+    assert bool((found <= 1).all())
+
+
+def test_specificity_per_tensor() -> None:
+    """Parallel in a, and in b only one of them moves."""
+    found = tensor_specificity([update(1, 2, 0), update(3, 6, 1)], ["a", "b"])
+    assert [task["a"] for task in found] == pytest.approx([0, 0], abs=1e-12)
+    assert [task["b"] for task in found] == [1, 1]
+
+
+def test_cosines_of_updates_too_small_for_fp32_squares() -> None:
+    tiny = [update(1e-25, 0, 0), update(1e-25, 1e-25, 0)]
+    assert float(cosine_matrix(tiny, ["a", "b"])[0, 1]) == pytest.approx(sqrt(0.5))

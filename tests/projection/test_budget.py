@@ -1,0 +1,141 @@
+"""Budgets of the target, by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trace_dist.masks import Mask, UnitLayout
+from trace_dist.masks.ops import mask_from_scores, place
+from trace_dist.models.roles import describe
+from trace_dist.projection.budget import project_budgets, scale_budgets
+
+Layouts = dict[str, UnitLayout]
+
+
+def layouts_of(num_layers: int, size: int, modules: tuple[str, ...]) -> Layouts:
+    """Square weights of every module in every layer."""
+    return {
+        f"model.layers.{layer}.{module}.weight": UnitLayout((size, size), 1)
+        for layer in range(num_layers)
+        for module in modules
+    }
+
+
+def mask_with(layouts: Layouts, densities: dict[str, float]) -> Mask:
+    """A mask that holds the first elements of each tensor, as many as its density says."""
+    units = {}
+    for name, layout in layouts.items():
+        count = round(densities.get(name, 0) * layout.numel)
+        if count:
+            units[name] = torch.arange(count, dtype=torch.int32)
+    return Mask(units, layouts, "element")
+
+
+def projected(proxy: Mask, target: Layouts, density: float) -> dict[str, float]:
+    def infos(layouts: Layouts) -> dict:
+        return describe({name: layout.shape for name, layout in layouts.items()})
+
+    return project_budgets(proxy, infos(dict(proxy.layouts)), target, infos(target), density)
+
+
+def test_layers_are_interpolated_by_relative_depth() -> None:
+    """Three proxy layers at depth 0, 1/2, 1; five target layers at 0, 1/4, 1/2, 3/4, 1."""
+    proxy_layouts = layouts_of(3, 10, ("mlp.up_proj",))
+    proxy = mask_with(proxy_layouts, dict(zip(proxy_layouts, (0.1, 0.3, 0.2), strict=True)))
+    target = layouts_of(5, 20, ("mlp.up_proj",))
+    shares = [0.1, 0.2, 0.3, 0.25, 0.2]
+    budgets = projected(proxy, target, 0.21)  # the mean of the shares: nothing to scale
+    assert list(budgets.values()) == pytest.approx([400 * share for share in shares])
+    halved = projected(proxy, target, 0.105)
+    assert list(halved.values()) == pytest.approx([200 * share for share in shares])
+
+
+def test_roles_are_matched_and_a_missing_role_takes_the_mean_density() -> None:
+    proxy_layouts = layouts_of(2, 10, ("self_attn.q_proj", "mlp.up_proj"))
+    densities = {name: 0.4 if "q_proj" in name else 0.2 for name in proxy_layouts}
+    target = layouts_of(1, 10, ("self_attn.q_proj", "mlp.up_proj", "mlp.gate_proj"))
+    budgets = projected(mask_with(proxy_layouts, densities), target, 0.3)
+    assert list(budgets.values()) == pytest.approx([40, 20, 30])
+
+
+def test_a_bias_is_not_matched_with_a_matrix() -> None:
+    proxy = {"model.layers.0.mlp.up_proj.weight": UnitLayout((10, 10), 1)}
+    target = {**proxy, "model.layers.0.mlp.up_proj.bias": UnitLayout((10,), 1)}
+    budgets = projected(mask_with(proxy, dict.fromkeys(proxy, 0.5)), target, 0.5)
+    assert list(budgets.values()) == pytest.approx([50, 5])
+
+
+def test_parameters_outside_the_layers() -> None:
+    proxy = {
+        "model.embed_tokens.weight": UnitLayout((10, 10), 1),
+        "model.layers.0.mlp.up_proj.weight": UnitLayout((10, 10), 1),
+    }
+    densities = dict(zip(proxy, (0.1, 0.5), strict=True))
+    target = {
+        "model.embed_tokens.weight": UnitLayout((20, 20), 1),
+        **layouts_of(3, 20, ("mlp.up_proj",)),
+    }
+    budgets = projected(mask_with(proxy, densities), target, 0.4)
+    assert list(budgets.values()) == pytest.approx([40, 200, 200, 200])
+
+
+def test_two_norms_of_a_layer_count_as_one() -> None:
+    """Both are of the role norm and at one depth: the target's norms take their mean, whatever their order."""
+    norms = ("input_layernorm", "post_attention_layernorm")
+    proxy = {f"model.layers.{i}.{norm}.weight": UnitLayout((10,), 1) for i in range(2) for norm in norms}
+    mask = mask_with(proxy, dict(zip(proxy, (0.0, 0.4, 0.8, 0.0), strict=True)))
+    target = {f"model.layers.{i}.{norm}.weight": UnitLayout((20,), 1) for i in range(3) for norm in norms}
+    budgets = projected(mask, target, 0.3)
+    assert list(budgets.values()) == pytest.approx([4, 4, 6, 6, 8, 8])
+
+
+@given(st.floats(0.01, 1.0), st.integers(0, 9))
+def test_the_same_model_is_its_own_projection(density: float, seed: int) -> None:
+    """Also where several tensors share role and layer (norms, biases)."""
+    layouts: Layouts = layouts_of(3, 8, ("self_attn.q_proj", "mlp.up_proj"))
+    for layer in range(3):
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            layouts[f"model.layers.{layer}.{name}.weight"] = UnitLayout((8,), 1)
+    generator = torch.Generator().manual_seed(seed)
+    scores = {name: torch.rand(layout.num_units, generator=generator) for name, layout in layouts.items()}
+    mask = mask_from_scores(scores, layouts, "element", density)
+    exact = mask.num_entries / mask.num_maskable
+    budgets = projected(mask, layouts, exact)
+    for name in layouts:
+        assert budgets[name] == pytest.approx(mask.tensor_density(name) * layouts[name].numel)
+    assert place(layouts, "element", budgets, lambda name, _: scores[name]) == mask
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.floats(0, 100)), min_size=1, max_size=6), st.floats(0.01, 1.0)
+)
+def test_the_sum_is_exact_and_no_tensor_is_filled_beyond_its_size(
+    tensors: list[tuple[int, float]], density: float
+) -> None:
+    layouts = {f"t{i}": UnitLayout((size,), 1) for i, (size, _) in enumerate(tensors)}
+    wanted = {f"t{i}": amount for i, (_, amount) in enumerate(tensors)}
+    budgets = scale_budgets(wanted, layouts, density)
+    assert sum(budgets.values()) == pytest.approx(density * sum(size for size, _ in tensors))
+    for name, layout in layouts.items():
+        assert -1e-9 <= budgets[name] <= layout.numel * (1 + 1e-6)
+
+
+def test_water_filling_by_hand() -> None:
+    """10 elements to give. In proportion, `a` would get 8 of its 4; its surplus goes to the others, 2 to 1."""
+    layouts = {"a": UnitLayout((4,), 1), "b": UnitLayout((10,), 1), "c": UnitLayout((6,), 1)}
+    budgets = scale_budgets({"a": 8.0, "b": 4 / 3, "c": 2 / 3}, layouts, 0.5)
+    assert budgets == pytest.approx({"a": 4, "b": 4, "c": 2})
+
+
+def test_tensors_without_a_share_take_what_is_left_when_the_others_are_full() -> None:
+    layouts = {"a": UnitLayout((4,), 1), "b": UnitLayout((10,), 1), "c": UnitLayout((6,), 1)}
+    assert scale_budgets({"a": 1.0, "b": 0.0, "c": 0.0}, layouts, 0.6) == pytest.approx(
+        {"a": 4, "b": 5, "c": 3}
+    )
+    assert scale_budgets({"a": 1.0, "b": 0.0, "c": 0.0}, layouts, 0.1) == pytest.approx(
+        {"a": 2, "b": 0, "c": 0}
+    )
+    assert scale_budgets(dict.fromkeys("abc", 0.0), layouts, 0.5) == pytest.approx({"a": 2, "b": 5, "c": 3})
