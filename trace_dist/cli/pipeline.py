@@ -157,7 +157,7 @@ def launch_command(launch: LaunchConfig, launched: bool = True) -> list[str]:
         return [sys.executable, *start, "-m", "trace_dist"]
     start = ["-m", "accelerate.commands.launch", "--num_processes", ranks, "--main_process_port", port]
     start += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    start += ["--multi_gpu"] if torch.cuda.is_available() else ["--cpu"]
+    start += ["--multi_gpu"]  # its word for several processes; without a GPU they compute on the CPU
     return [sys.executable, *start, "-m", "trace_dist"]
 
 
