@@ -97,6 +97,7 @@ class DenseLearner(Learner):
             betas=cfg.betas,
             eps=cfg.eps,
             weight_decay=cfg.weight_decay,
+            fused=True,
         )
 
     def forward(self, **inputs: Tensor) -> Any:
