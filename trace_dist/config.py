@@ -23,6 +23,30 @@ def _check(ok: bool, name: str, value: object, rule: str, cure: str) -> None:
         raise ValueError(f"{name}={value!r}: {rule}; {cure}")
 
 
+def _at_least(least: int, section: object, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _check(
+            value is None or value >= least,
+            f"{prefix}.{name}",
+            value,
+            f"must be at least {least}",
+            "raise it",
+        )
+
+
+def _positive(section: object, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _check(
+            value is None or 0 < value < float("inf"),
+            f"{prefix}.{name}",
+            value,
+            "must be positive",
+            "raise it",
+        )
+
+
 @dataclass(frozen=True)
 class TinyConfig:
     """A Llama small enough to be trained on the spot, over characters (no download)."""
@@ -43,6 +67,9 @@ class TinyConfig:
     """Examples per pretraining step."""
 
     def __post_init__(self) -> None:
+        sizes = ("hidden_size", "num_layers", "num_heads", "intermediate_size", "batch_size")
+        _at_least(1, self, "tiny", *sizes)
+        _positive(self, "tiny", "lr")
         _check(self.hidden_size % self.num_heads == 0, "tiny.hidden_size", self.hidden_size,
                f"must be a multiple of num_heads={self.num_heads}", "change one of the two")  # fmt: skip
         _check(
@@ -69,6 +96,8 @@ class PruneConfig:
             "must be at least 1",
             "keep more layers",
         )
+        _at_least(0, self, "prune", "heal_steps")
+        _positive(self, "prune", "heal_lr")
 
 
 @dataclass(frozen=True)
@@ -125,9 +154,7 @@ class TaskConfig:
         if self.reasoning_gym is not None:
             _check("dataset" in self.reasoning_gym, f"tasks.{self.name}.reasoning_gym", self.reasoning_gym,
                    "needs the key 'dataset'", "name the reasoning-gym dataset")  # fmt: skip
-        for name in ("num_train", "num_test"):
-            _check(getattr(self, name) >= 1, f"tasks.{self.name}.{name}", getattr(self, name),
-                   "must be at least 1", "ask for more examples")  # fmt: skip
+        _at_least(1, self, f"tasks.{self.name}", "num_train", "num_test", "steps")
 
 
 @dataclass(frozen=True)
@@ -140,6 +167,10 @@ class DataConfig:
     """Cut a too long prompt on the left (the answer is never cut); how many were cut is logged."""
     num_proc: int = 1
     """Processes that tokenise."""
+
+    def __post_init__(self) -> None:
+        _at_least(2, self, "data", "max_length")
+        _at_least(1, self, "data", "num_proc")
 
 
 @dataclass(frozen=True)
@@ -180,14 +211,9 @@ class ProbeConfig:
     """Exponent s >= 0: a tensor's budget is scaled by its specificity (1 - max cosine with other tasks) ** s."""
 
     def __post_init__(self) -> None:
-        _check(self.steps >= 1, "probe.steps", self.steps, "must be at least 1", "use 20 to 100")
-        _check(
-            self.fisher_batches >= 1,
-            "probe.fisher_batches",
-            self.fisher_batches,
-            "must be at least 1",
-            "use 5",
-        )
+        _at_least(1, self, "probe", "steps", "batch_size", "fisher_batches")
+        _at_least(0, self, "probe", "specificity_weight")
+        _positive(self, "probe", "lr")
 
 
 @dataclass(frozen=True)
@@ -204,6 +230,8 @@ class ProjectionConfig:
     """Peak learning rate of those steps."""
 
     def __post_init__(self) -> None:
+        _at_least(1, self, "projection", "narrow_steps")
+        _positive(self, "projection", "narrow_lr")
         _check(0 < self.pool_density <= 1, "projection.pool_density", self.pool_density, "must lie in (0, 1]",
                "use 2 to 4 times mask.density")  # fmt: skip
 
@@ -242,14 +270,13 @@ class TrainConfig:
     """Steps between log lines and TensorBoard points."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batch_size", "log_every"):
-            _check(
-                getattr(self, name) >= 1,
-                f"train.{name}",
-                getattr(self, name),
-                "must be at least 1",
-                "raise it",
-            )
+        _at_least(1, self, "train", "steps", "batch_size", "micro_batch_size", "log_every")
+        _at_least(0, self, "train", "warmup_steps", "checkpoint_every")
+        _positive(self, "train", "eps", "max_grad_norm")
+        _check(all(0 <= beta < 1 for beta in self.betas), "train.betas", self.betas, "both must lie in [0, 1)",
+               "use for example [0.9, 0.98]")  # fmt: skip
+        _check(0 <= self.min_lr_ratio <= 1, "train.min_lr_ratio", self.min_lr_ratio, "must lie in [0, 1]",
+               "use for example 0.1")  # fmt: skip
         _check(self.lr > 0, "train.lr", self.lr, "must be positive", "use for example 1e-3")
         _check(
             self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "must not be negative", "use 0"
@@ -282,7 +309,15 @@ class ContinualConfig:
             "must lie in [0, 1)",
             "use for example 0.01",
         )
-        _check(0 < self.replay_memory <= 1, "continual.replay_memory", self.replay_memory, "must lie in (0, 1]", "use 0.01")
+        _check(
+            0 < self.replay_memory <= 1,
+            "continual.replay_memory",
+            self.replay_memory,
+            "must lie in (0, 1]",
+            "use 0.01",
+        )
+        _at_least(1, self, "continual", "lora_rank")
+        _positive(self, "continual", "full_lr", "lora_lr")
         _check(len(self.modes) >= 1, "continual.modes", self.modes, "must name at least one mode", "add one")
 
 
@@ -297,6 +332,9 @@ class BankConfig:
     layer: int = -1
     """Hidden layer whose mean over the prompt's tokens represents it (-1 is the last)."""
 
+    def __post_init__(self) -> None:
+        _at_least(1, self, "bank", "clusters", "num_prompts")
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -306,6 +344,9 @@ class EvalConfig:
     """Prompts per generation batch on one rank."""
     max_new_tokens: int | None = None
     """Generation cap; derived from the longest reference answer when not set."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, self, "eval", "batch_size", "max_new_tokens")
 
 
 @dataclass(frozen=True)
@@ -322,11 +363,13 @@ class LaunchConfig:
     """Masked modes that run on all ranks; the others run in one process each, beside the baselines."""
 
     def __post_init__(self) -> None:
-        _check(self.num_ranks >= 1, "launch.num_ranks", self.num_ranks, "must be at least 1", "use 1")
+        _at_least(1, self, "launch", "num_ranks", "parallel_stages")
         _check(self.launcher != "none" or self.num_ranks == 1, "launch.num_ranks", self.num_ranks,
                "needs a launcher", "set launch.launcher to deepspeed, torchrun or accelerate")  # fmt: skip
         dense = [mode for mode in self.launched_modes if mode in ("full", "lora")]
-        _check(not dense, "launch.launched_modes", dense, "full and lora run in one process", "leave them out")
+        _check(
+            not dense, "launch.launched_modes", dense, "full and lora run in one process", "leave them out"
+        )
 
 
 @dataclass(frozen=True)
@@ -383,7 +426,7 @@ class RunConfig:
         unranked = [task.name for task in self.tasks if task.metric == "bits_per_byte"]
         _check(not unranked, "tasks.metric", unranked, "bits_per_byte is for general sets, accuracies are in percent",
                "use exact_match or choice for tasks")  # fmt: skip
-        if self.projection.placement == "narrow":
+        if self.projection.placement == "narrow" and self.proxy is not None:
             _check(self.projection.pool_density >= self.mask.density, "projection.pool_density",
                    self.projection.pool_density, f"must be at least mask.density={self.mask.density}",
                    "raise the pool or choose another placement")  # fmt: skip

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from cli.program import error_line, files, make_config, run, write_config, write_tasks
+from launching import free_port
 
 from trace_dist.masks import Mask, UnitLayout
 
@@ -138,26 +139,21 @@ def test_a_mask_of_another_model(config: dict[str, Any], cache: Path, tmp_path: 
     path = write_config(tmp_path, config)
     assert run("base", "--config", path, "--which", "target", cache=cache).returncode == 0
     before = files(tmp_path / "run")
-    layout = {"model.layers.0.mlp.up_proj.weight": UnitLayout((48, 32), 1)}
-    units = {name: torch.tensor([3, 5], dtype=torch.int32) for name in layout}
-    mask = Mask(units, layout, "element")
-    for name, other, fragment in (
-        ("fingerprint", mask.with_meta(model="0" * 32), f"made for model {'0' * 32}, but the model given is"),
-        ("names", Mask({"w": units.popitem()[1]}, {"w": UnitLayout((48, 32), 1)}, "element"),
-         "mask: parameter 'w' is not in the model; give the mask that was made for this model"),
-    ):  # fmt: skip
-        other.save(tmp_path / f"{name}.safetensors")
-        line = error_line(
-            run("train", "--config", path, "--mask_file", tmp_path / f"{name}.safetensors", cache=cache)
-        )
-        assert fragment in line
+    up = "model.layers.0.mlp.up_proj.weight"
+    for name, shape, meta, fragment in (
+        (up, (48, 32), {"model": "0" * 32}, f"made for model {'0' * 32}, but the model given is"),
+        ("w", (48, 32), {}, "mask: parameter 'w' is not in the model; give the mask that was made for"),
+        (up, (32, 48), {}, f"mask: '{up}' has shape (32, 48) in the mask but (48, 32) in the model"),
+    ):
+        units = torch.tensor([3, 5], dtype=torch.int32)
+        Mask({name: units}, {name: UnitLayout(shape, 1)}, "element", meta).save(tmp_path / "mask.safetensors")
+        arguments = ["--config", path, "--mask_file", tmp_path / "mask.safetensors"]
+        assert fragment in error_line(run("train", *arguments, cache=cache))
     assert files(tmp_path / "run") == before
 
 
 @pytest.mark.launcher
 def test_backend_single_under_two_ranks(config: dict[str, Any], cache: Path, tmp_path: Path) -> None:
-    from launching import free_port
-
     path = write_config(tmp_path, config)
     launcher = [*DEEPSPEED, str(free_port()), "--module"]
     line = error_line(run("train", "--config", path, cache=cache, launcher=launcher))
@@ -169,8 +165,6 @@ def test_backend_single_under_two_ranks(config: dict[str, Any], cache: Path, tmp
 def test_a_wrong_config_under_two_ranks_is_one_line(
     config: dict[str, Any], cache: Path, tmp_path: Path
 ) -> None:
-    from launching import free_port
-
     path = write_config(tmp_path, edited(config, "mask.density", "much"))
     launcher = [*DEEPSPEED, str(free_port()), "--module"]
     assert "mask.density" in error_line(run("train", "--config", path, cache=cache, launcher=launcher))

@@ -19,7 +19,7 @@ _LLAMA = {
     "num_hidden_layers": 2,
     "num_attention_heads": 3,
     "num_key_value_heads": 3,
-    "intermediate_size": 50,
+    "intermediate_size": 51,
     "max_position_embeddings": 64,
     "tie_word_embeddings": True,
     "bos_token_id": 1,
@@ -76,7 +76,7 @@ class Case:
 
     def mask(self, model: Any) -> Mask:
         """The mask, of a plain or a sharded model."""
-        return Mask.random(model, self.density, self.granularity, seed=1, block=16, maskable=self.maskable)
+        return Mask.random(model, self.density, self.granularity, seed=1, block=12, maskable=self.maskable)
 
 
 CASES = {
@@ -84,7 +84,7 @@ CASES = {
     for case in (
         Case("element", "element"),
         Case("element-everything", "element", maskable="all"),
-        Case("block-accumulated-recomputed", "block", accumulation=2, checkpointing=True),
+        Case("block-accumulated-recomputed", "block", density=0.5, accumulation=2, checkpointing=True),
         Case(
             "everything-accumulated-recomputed", "block", maskable="all", accumulation=2, checkpointing=True
         ),

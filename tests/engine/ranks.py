@@ -20,7 +20,7 @@ import torch
 from engine.cases import CASES, Case, batches
 from engine.resuming import PLAIN, dropout_model, run
 from engine.toy import train_toy
-from engine.training import make_optimizer, train, train_step
+from engine.training import make_optimizer, train, train_reference, train_step
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -117,6 +117,7 @@ def traps(out: Path) -> Found:
             gathered = [p for p in model._parameters.values() if p.ds_status.name != "NOT_AVAILABLE"]
             found[name][f"{kind}_gathered"] = sum(not p.ds_persist for p in gathered)
             model.detach()
+        found[name]["reference"] = train_reference(case).losses if dist.is_main() else []
     case = setups["embedding"][0]
     model = WithoutRelease(case.model(), case.threshold)
     optimizer = make_optimizer(case, model)
@@ -261,9 +262,11 @@ def cut_and_continue(out: Path) -> Found:
 
 
 def hand_over(out: Path) -> Found:
-    """The first leg of a relay over world sizes: die after step 4, with a checkpoint at step 3."""
+    """The first leg of a relay over world sizes: die after step 4, with a checkpoint at step 3. And a run to the end."""
     run(Zero3Model(PLAIN.model(), PLAIN.threshold), PLAIN, out / "relay", last=4)
-    return {}
+    whole = run(Zero3Model(PLAIN.model(), PLAIN.threshold), PLAIN, None)
+    assert whole is not None
+    return {"losses": list(whole.losses.values())}
 
 
 def take_over(out: Path) -> Found:

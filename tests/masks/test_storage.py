@@ -38,7 +38,7 @@ def rewrite(path: Path, **changes: Any) -> None:
 
 
 def refused(path: Path) -> str:
-    with pytest.raises(ValueError, match="file|header|mask") as caught:
+    with pytest.raises(ValueError, match=r"file|header|mask") as caught:
         Mask.load(path)
     message = str(caught.value)
     assert message.startswith(f"{path}: ")

@@ -109,9 +109,10 @@ def test_the_same_model_is_its_own_projection(density: float, seed: int) -> None
     assert place(layouts, "element", budgets, lambda name, _: scores[name]) == mask
 
 
-@given(
-    st.lists(st.tuples(st.integers(1, 40), st.floats(0, 100)), min_size=1, max_size=6), st.floats(0.01, 1.0)
-)
+amounts = st.just(0.0) | st.floats(1e-9, 100)
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), amounts), min_size=1, max_size=6), st.floats(0.01, 1.0))
 def test_the_sum_is_exact_and_no_tensor_is_filled_beyond_its_size(
     tensors: list[tuple[int, float]], density: float
 ) -> None:

@@ -17,8 +17,12 @@ from trace_dist.utils import dist
 from trace_dist.utils.files import write_json, write_text
 
 
-def _start(cfg: RunConfig) -> None:
+def _start(cfg: RunConfig, whole_run: bool = False) -> None:
     """Join the job and write the configuration beside the results.
+
+    Args:
+        cfg: the configuration of this command.
+        whole_run: the stages of a run read the file that lies there, so it is also replaced where only how it runs differs.
 
     Raises:
         ValueError: too many ranks for the backend, or the folder holds results of another configuration.
@@ -32,14 +36,13 @@ def _start(cfg: RunConfig) -> None:
         return
     path = Path(cfg.run_dir) / "config.yaml"
     present = json.loads(json.dumps(asdict(cfg)))
-    if path.is_file() and _holds_more_than(path):
-        differing = _differing(_read_yaml(path), present)
-        if differing:
-            raise ValueError(
-                f"run_dir={cfg.run_dir!r}: it holds results made with other values of {', '.join(differing)}; "
-                "choose another run_dir, or delete this one"
-            )
-    else:
+    differing = _differing(_read_yaml(path), present) if path.is_file() else ["everything"]
+    if differing and path.is_file() and _holds_more_than(path):
+        raise ValueError(
+            f"run_dir={cfg.run_dir!r}: it holds results made with other values of {', '.join(differing)}; "
+            "choose another run_dir, or delete this one"
+        )
+    if differing or whole_run:
         write_text(path, yaml.safe_dump(present, sort_keys=False))
 
 
@@ -56,7 +59,8 @@ def _read_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); restore it or delete the run folder") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: cannot be read ({reason}); restore it or delete the run folder") from None
 
 
 HOW_IT_RUNS = ("launch", "backend", "continual.modes")
@@ -76,7 +80,7 @@ def _differing(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 def run_command(cfg: RunConfig) -> None:
-    _start(cfg)  # before the slow imports: it may refuse
+    _start(cfg, whole_run=True)  # before the slow imports: it may refuse
     from trace_dist.cli.pipeline import run_pipeline
 
     run_pipeline(cfg)

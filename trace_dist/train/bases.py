@@ -23,6 +23,7 @@ from trace_dist.models.tokenizer import char_tokenizer
 from trace_dist.train.learner import DenseLearner
 from trace_dist.train.loop import MetricLog, train_steps
 from trace_dist.train.setup import Workbench
+from trace_dist.utils import dist
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
@@ -38,10 +39,19 @@ def prepare_base(model: ModelConfig, cfg: RunConfig, role: str) -> Path | str:
 
     Returns:
         Folder or hub id to load it from.
+
+    Raises:
+        ValueError: the base must be made, which one process does, but several ranks were started.
     """
     folder = Path(model.path)
+    made_here = any(source is not None for source in (model.tiny, model.gguf, model.prune))
     if (folder / "config.json").is_file():
         return folder
+    if made_here and dist.world_size() > 1:
+        raise ValueError(
+            f"{role}.path={model.path!r}: the base model is not there yet, and one process makes it, not "
+            f"{dist.world_size()} ranks; start `trace-dist base --config ...` without a launcher first"
+        )
     if model.tiny is not None:
         _make_tiny(model.tiny, cfg, folder, role)
     elif model.gguf is not None:

@@ -134,7 +134,8 @@ def load_checkpoint(folder: Path, optimizer: MaskedAdamW) -> dict[str, Any]:
         ValueError: not a checkpoint, another mask, another base model, or a damaged file.
     """
     manifest = read_json(folder / MANIFEST)
-    if manifest.get("format") != "trace_dist.checkpoint" or manifest.get("version") != VERSION:
+    about = manifest if isinstance(manifest, dict) else {}
+    if about.get("format") != "trace_dist.checkpoint" or about.get("version") != VERSION:
         raise ValueError(f"{folder}: not a version {VERSION} trace_dist checkpoint; give the right folder")
     if manifest["mask_digest"] != optimizer.mask.digest():
         raise ValueError(

@@ -36,7 +36,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"{path}: cannot be written ({reason}); free some disk space or choose another folder"
+            f"{path}: cannot be written ({reason}); check permissions and free space, or choose another folder"
         ) from error
     finally:
         with suppress(OSError):

@@ -1,0 +1,81 @@
+"""Several ranks, started once per session and number of ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import Launcher, launch
+from safetensors.torch import load_file
+
+RANKS = Path(__file__).parent / "engine" / "ranks.py"
+SECTIONS: dict[int, tuple[Launcher, list[str]]] = {
+    1: ("python", ["parity", "toy"]),
+    2: (
+        "deepspeed",
+        [
+            *("parity", "traps", "interleaving", "attaching", "reduction", "toy"),
+            *("cut_and_continue", "damaged", "hand_over", "deltas", "exporting"),
+        ],
+    ),
+    3: ("torchrun", ["parity", "attaching", "reduction", "toy", "take_over"]),
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """What the ranks of one launch found: ``reports[rank][section]``, and files in ``folder``."""
+
+    folder: Path
+    reports: list[dict[str, Any]]
+
+    def section(self, name: str) -> Any:
+        """A section's findings on rank 0."""
+        return self.reports[0][name]
+
+    def state(self, name: str) -> dict[str, torch.Tensor]:
+        """Tensors that rank 0 wrote."""
+        return load_file(self.folder / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], World]:
+    """``world(n)``: the findings of ``n`` ranks (engine/ranks.py). The checkpoints in ``relay`` go from 2 ranks to 1 to 3."""
+    found: dict[int, World] = {}
+
+    def start(num_ranks: int) -> World:
+        if num_ranks in found:
+            return found[num_ranks]
+        folder = tmp_path_factory.mktemp(f"ranks{num_ranks}")
+        if num_ranks == 3:
+            (folder / "relay").symlink_to(start(2).folder / "relay")
+            continue_alone(folder / "relay")
+        launcher, sections = SECTIONS[num_ranks]
+        launch(RANKS, num_ranks, folder, *sections, launcher=launcher)
+        reports = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(num_ranks)]
+        found[num_ranks] = World(folder, reports)
+        return found[num_ranks]
+
+    return start
+
+
+def continue_alone(relay: Path) -> None:
+    """The middle leg of the relay: one process continues from step 3 and dies after step 7."""
+    from engine.resuming import PLAIN, run
+
+    from trace_dist import shard
+
+    run(shard(PLAIN.model(), "single"), PLAIN, relay, last=7)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_left() -> Iterator[None]:
+    yield
+    from trace_dist.utils import dist
+
+    dist.close()

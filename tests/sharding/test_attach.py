@@ -1,0 +1,68 @@
+"""Masks that do not belong to the model are refused before anything is changed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engine.cases import CASES
+
+from trace_dist import Mask, MaskedAdamW, shard
+from trace_dist.bank.delta import check_base
+from trace_dist.masks import UnitLayout
+from trace_dist.models import fingerprint
+
+CASE = CASES["element"]
+
+
+def mask_of(name: str, shape: tuple[int, ...], **meta: str) -> Mask:
+    return Mask(
+        {name: torch.tensor([0, 3], dtype=torch.int32)}, {name: UnitLayout(shape, 1)}, "element", meta
+    )
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (
+            mask_of("model.layers.9.mlp.up_proj.weight", (51, 36)),
+            "'model.layers.9.mlp.up_proj.weight' is not in the model",
+        ),
+        (mask_of("model.norm.weight", (40,)), r"has shape \(40,\) in the mask but \(36,\) in the model"),
+    ],
+)
+def test_mask_of_another_model(mask: Mask, message: str) -> None:
+    model = shard(CASE.model(), "single")
+    with pytest.raises(ValueError, match=message):
+        MaskedAdamW(model, mask)
+    assert not any("forward" in vars(module) for module in model.module.modules())
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_ranks_with_different_masks(world, num_ranks: int) -> None:
+    """The error comes on every rank, so none waits for another."""
+    for report in world(num_ranks).reports:
+        assert "the ranks hold different masks" in report["attaching"]["different"]
+
+
+def test_empty_mask() -> None:
+    with pytest.raises(ValueError, match="selects nothing"):
+        Mask({}, {"w": UnitLayout((4, 4), 1)}, "element")
+
+
+def test_fingerprint_of_another_model() -> None:
+    model = CASE.model()
+    mine = fingerprint(model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.add_(1)
+    other = fingerprint(model)
+    mask = mask_of("model.norm.weight", (36,), model=mine)
+    check_base(mask, mine, "mask")
+    check_base(mask_of("model.norm.weight", (36,)), other, "a mask that names no model")
+    with pytest.raises(ValueError, match=f"mask rev: made for model {mine}, but the model given is {other}"):
+        check_base(mask, other, "mask rev")
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="backend='zero4': unknown; use one of single, zero3"):
+        shard(CASE.model(), "zero4")

@@ -1,0 +1,127 @@
+"""The masked linear layer inside real models: gradients, autocast, copies, and what detaching puts back."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from engine.cases import CASES, batches
+from engine.toy import WIDTH, Toy
+from torch import nn
+
+from trace_dist import Mask, MaskedAdamW, shard
+from trace_dist.sharding import ShardedModel
+
+IDS = batches(CASES["element"])[0][0]
+
+
+def attach(
+    granularity: str = "element", model: nn.Module | None = None, **kwargs
+) -> tuple[ShardedModel, Mask]:
+    sharded = shard(CASES["element"].model() if model is None else model, "single")
+    mask = Mask.random(sharded, 0.5, granularity, seed=0, **kwargs)
+    sharded.attach(mask)
+    return sharded, mask
+
+
+def compact_gradients(model: ShardedModel) -> dict[str, torch.Tensor]:
+    assert model._compactor is not None
+    return {support.name: support.grad for support in model._compactor.supports}
+
+
+@pytest.mark.parametrize("granularity", ["element", "row", "head"])
+@pytest.mark.parametrize("maskable", ["linear", "all", r"layers\.1.*(up|norm)"])
+def test_compact_gradient_is_the_dense_one_at_the_mask(granularity: str, maskable: str) -> None:
+    model, mask = attach(granularity, maskable=maskable)
+    plain = CASES["element"].model()
+    plain(input_ids=IDS, labels=IDS).loss.backward()
+    for _ in range(2):  # gradients add up
+        model.backward(model(input_ids=IDS, labels=IDS).loss)
+    for name, grad in compact_gradients(model).items():
+        dense = plain.get_parameter(name).grad
+        assert dense is not None
+        torch.testing.assert_close(grad, 2 * dense.flatten()[mask.elements(name)], rtol=1e-5, atol=1e-8)
+        assert model.module.get_parameter(name).grad is None
+
+
+def test_only_masked_rows_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a row mask no gradient has more rows than the mask."""
+    model, mask = attach("row")
+    shapes = []
+    original = torch.Tensor.__matmul__
+
+    def spy(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        product = original(a, b)
+        shapes.append(tuple(product.shape))
+        return product
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", spy)
+    model.backward(model(input_ids=IDS, labels=IDS).loss)
+    gradients = {shape for shape in shapes if len(shape) == 2}
+    wanted = {(len(units), mask.layouts[name].shape[1]) for name, units in mask.units.items()}
+    assert gradients == wanted
+
+
+def test_frozen_inputs_and_keyword_inputs() -> None:
+    """The lowest masked layer gets its gradient although its input needs none; a layer called by keyword works."""
+
+    class Keyword(Toy):
+        def forward(self, x: torch.Tensor, skip: bool = False) -> torch.Tensor:
+            return self.last(input=torch.tanh(self.first(input=x)))
+
+    model, _ = attach(model=Keyword(), maskable="first|last")
+    x = torch.randn(2, WIDTH)
+    model.backward(model(x).square().mean())
+    assert all(bool(grad.any()) for grad in compact_gradients(model).values())
+
+
+@pytest.mark.parametrize("granularity", ["element", "row"])
+def test_autocast(granularity: str) -> None:
+    """Mixed precision on the CPU: the gradients of a plain model under autocast."""
+    model, mask = attach(granularity)
+    plain = CASES["element"].model()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        expected = plain(input_ids=IDS, labels=IDS).loss
+    assert loss.item() == expected.item()
+    model.backward(loss)
+    expected.backward()
+    for name, grad in compact_gradients(model).items():
+        dense = plain.get_parameter(name).grad
+        assert dense is not None
+        torch.testing.assert_close(grad, dense.flatten()[mask.elements(name)], rtol=0.02, atol=1e-3)
+
+
+def test_a_deep_copy_runs_on_its_own_weights() -> None:
+    model, _ = attach()
+    twin = copy.deepcopy(model.module)
+    before = twin(input_ids=IDS).logits
+    with torch.no_grad():
+        for parameter in model.module.parameters():
+            parameter.mul_(2)
+    assert torch.equal(twin(input_ids=IDS).logits, before)
+
+
+def test_detach_restores_the_model() -> None:
+    model, _ = attach(maskable="all")
+    patched = [name for name, module in model.module.named_modules() if "forward" in vars(module)]
+    assert "model.layers.0.mlp.up_proj" in patched
+    assert model.module.model.norm.weight.requires_grad
+    model.detach()
+    assert not any("forward" in vars(module) for module in model.module.modules())
+    assert not any(parameter.requires_grad for parameter in model.module.parameters())
+    assert not any(getattr(p, "_post_accumulate_grad_hooks", None) for p in model.module.parameters())
+    with pytest.raises(ValueError, match="no mask is attached"):
+        model.backward(torch.zeros((), requires_grad=True))
+
+
+def test_a_parameter_that_no_forward_uses_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    model = shard(Toy(), "single")
+    optimizer = MaskedAdamW(model, Mask.random(model, 0.5, "element", seed=0, maskable="weight"))
+    for _ in range(2):
+        model.backward(model(torch.randn(2, WIDTH), skip=True).square().mean())
+        optimizer.step()
+    (message,) = caplog.messages
+    assert "no gradient reached 1 of 4 masked parameters" in message
+    assert "optional.weight" in message

@@ -1,0 +1,108 @@
+"""Masked training, on one process and on 1, 2 and 3 ZeRO-3 ranks, equals dense AdamW with everything else put back."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from engine.cases import CASES
+from engine.training import Outcome, train, train_reference
+
+from trace_dist import shard
+
+LOSS_TOLERANCE = 2e-6  # relative, fp32
+WEIGHT_TOLERANCE = 2e-5  # absolute; a step moves a weight by up to 1e-2
+FP32 = [name for name, case in CASES.items() if case.dtype == "float32"]
+
+
+@functools.cache
+def reference(name: str) -> Outcome:
+    return train_reference(CASES[name])
+
+
+def assert_frozen_bits(name: str, state: dict[str, torch.Tensor]) -> None:
+    """Outside the mask not a bit has changed; inside, almost every entry has."""
+    case = CASES[name]
+    model = case.model()
+    mask, changed, inside = case.mask(model), 0, 0
+    for parameter, before in model.named_parameters():
+        word = torch.int16 if before.dtype == torch.bfloat16 else torch.int32
+        differs = state[parameter].view(word) != before.detach().view(word)
+        chosen = mask.dense(parameter) if parameter in mask else torch.zeros(before.shape, dtype=torch.bool)
+        assert not bool(differs[~chosen].any()), parameter
+        changed, inside = changed + int(differs[chosen].sum()), inside + int(chosen.sum())
+    assert inside == mask.num_entries
+    assert changed > 0.9 * inside
+
+
+def assert_close(name: str, outcome: Outcome) -> None:
+    expected = reference(name)
+    assert outcome.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE)
+    assert outcome.norms == pytest.approx(expected.norms, rel=1e-5)
+    for parameter, value in expected.state.items():
+        torch.testing.assert_close(
+            outcome.state[parameter], value, rtol=0, atol=WEIGHT_TOLERANCE, msg=parameter
+        )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_single_process(name: str) -> None:
+    outcome = train(CASES[name], shard(CASES[name].model(), "single"))
+    assert_frozen_bits(name, outcome.state)
+    assert_close(name, outcome)
+    case = CASES[name]
+    if (
+        case.accumulation == 1 and case.family != "sliver"
+    ):  # the same operations in the same order: the same bits
+        assert all(torch.equal(outcome.state[key], value) for key, value in reference(name).state.items())
+
+
+def from_ranks(world, num_ranks: int, name: str) -> Outcome:
+    report = world(num_ranks).section("parity")[name]
+    assert report["mask"] == CASES[name].mask(CASES[name].model()).digest()
+    return Outcome(report["losses"], report["norms"], world(num_ranks).state(name))
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("name", FP32)
+def test_zero3(world, num_ranks: int, name: str) -> None:
+    outcome = from_ranks(world, num_ranks, name)
+    assert_frozen_bits(name, outcome.state)
+    assert_close(name, outcome)
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_zero3_in_bf16(world, num_ranks: int) -> None:
+    """50 steps; sums over ranks round differently, so the curve is only near the reference. Frozen bits are exact."""
+    outcome = from_ranks(world, num_ranks, "bf16")
+    assert_frozen_bits("bf16", outcome.state)
+    assert outcome.losses == pytest.approx(reference("bf16").losses, rel=0.01)
+
+
+@pytest.mark.launcher
+def test_runs_are_cut_by_shard_edges(world) -> None:
+    """What test_zero3 shows holds for masks whose units, inside a row, lie on both sides of an edge."""
+
+    def total(num_ranks: int, name: str, what: str) -> int:
+        return sum(report["parity"][name][what] for report in world(num_ranks).reports)
+
+    for num_ranks, name in (
+        (2, "block-accumulated-recomputed"),
+        (2, "row"),
+        (3, "qwen2-rows"),
+        (3, "head"),
+        (2, "tensor"),
+    ):
+        assert total(num_ranks, name, "cut_runs") > 0, (num_ranks, name)
+    for num_ranks in (2, 3):
+        assert total(num_ranks, "element-everything", "cut_rows") > 0
+
+
+@pytest.mark.launcher
+def test_some_ranks_own_nothing(world) -> None:
+    """What test_zero3 shows holds where a parameter has fewer elements than there are ranks."""
+    assert CASES["sliver"].model().get_parameter("model.layers.0.mlp.gate_proj.bias").numel() == 1
+    assert world(3).section("parity")["sliver"]["owns_nothing"] > 0

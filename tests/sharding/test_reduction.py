@@ -1,0 +1,40 @@
+"""Sums over ranks: every order of arrival, every bucket size, and the bytes that travel."""
+
+from __future__ import annotations
+
+import pytest
+
+from trace_dist import Mask, shard
+
+pytestmark = pytest.mark.launcher
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_sums_are_exact_in_every_order_of_arrival(world, num_ranks: int) -> None:
+    """Late gradients (a module used twice), gradients missing on one rank or on all, and buckets from 64 bytes up."""
+    for report in world(num_ranks).reports:
+        found = {key: wrong for key, wrong in report["reduction"].items() if "/" in key}
+        assert len(found) == 18
+        assert found == dict.fromkeys(found, 0)
+        assert not report["reduction"]["unreduced"]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_density_times_the_bytes_of_a_dense_reduce_scatter(world, num_ranks: int) -> None:
+    from engine.cases import CASES
+
+    def sent(density: str) -> int:
+        return sum(report["reduction"]["bytes"][density] for report in world(num_ranks).reports)
+
+    model = shard(CASES["element"].model(), "single")
+    mask = Mask.random(model, 0.05, "element", seed=1)
+    assert sent("1.0") == 4 * mask.num_maskable * (num_ranks - 1)
+    assert sent("0.05") == 4 * mask.num_entries * (num_ranks - 1)
+    assert mask.density == pytest.approx(0.05, rel=0.01)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_plain_backward_is_refused(world, num_ranks: int) -> None:
+    """``loss.backward()`` would leave the exchange unfinished, and every later step would train on nothing."""
+    for report in world(num_ranks).reports:
+        assert "call model.backward(loss)" in report["attaching"]["plain_backward"]

@@ -1,0 +1,95 @@
+"""The README's commands, as they stand there, on a smaller copy of the quickstart; and its Python example."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from launching import free_port, rank_environment
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+MAKE = "make "  # set-up targets: run by .ci/run (test) or by hand (quickstart), they take minutes
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def shrink(config: dict) -> dict:
+    """The quickstart with models, data and steps small enough for a test."""
+    for model in ("target", "proxy"):
+        config[model]["tiny"] |= {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
+        config[model]["tiny"] |= {"steps": 4, "batch_size": 8}
+    for task in (*config["tasks"], *config["general"]):
+        task |= {"num_train": 60, "num_test": 6}
+        task.pop("steps", None)
+    config["train"] = {"steps": 4, "batch_size": 8, "micro_batch_size": 8}
+    config["probe"] = {"steps": 2, "batch_size": 8, "fisher_batches": 1}
+    config["projection"] = {"narrow_steps": 2}
+    config["bank"] = {"layer": 0, "num_prompts": 20, "clusters": 1}
+    config["continual"] = {"modes": ["retrieved"]}
+    return config
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like the checkout, with the smaller configuration in place of the quickstart's."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "launch").symlink_to(ROOT / "launch")
+    (folder / "configs").mkdir()
+    config = shrink(yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text()))
+    (folder / "configs/quickstart.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    wanted = [line.removeprefix(MAKE) for line in commands() if line.startswith(MAKE)]
+    assert wanted == ["quickstart", "test"]
+    assert all(f"\n{target}:" in makefile for target in [*wanted, "quickstart-smollm2"])
+
+
+@pytest.mark.launcher
+def test_commands_run_one_after_the_other(checkout: Path) -> None:
+    environment = rank_environment() | {"PYTHONPATH": "", "HF_DATASETS_CACHE": str(checkout / "cache")}
+    for command in (line for line in commands() if not line.startswith(MAKE)):
+        environment["MASTER_PORT"] = str(free_port())
+        if "deepspeed" in command or "torchrun" in command:
+            flag = "--master_port"
+            command = re.sub(r"(--num_gpus 2|--nproc_per_node 2)", rf"\1 {flag} {environment['MASTER_PORT']}", command)
+        done = subprocess.run(
+            command, shell=True, cwd=checkout, env=environment, capture_output=True, text=True, timeout=400
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
+    run = checkout / "runs/quickstart"
+    assert {path.stem for path in (run / "deltas").iterdir()} == {"reverse", "spiral", "rotate"}
+    for name in ("results.json", "report.html", "config.yaml", "metrics.jsonl"):
+        assert (run / name).stat().st_size > 0
+    assert (checkout / "runs/reverse-merged/model.safetensors").is_file()
+
+
+@pytest.mark.launcher
+def test_python_example(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs after the commands have made the model that the example loads."""
+    if not (checkout / "runs/quickstart/models/target").is_dir():
+        pytest.skip("the commands of the README did not run before")
+    import torch
+
+    monkeypatch.chdir(checkout)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    ids = torch.randint(5, 15, (2, 8))
+    (code,) = blocks("python")
+    scope: dict = {"batches": [{"input_ids": ids, "labels": ids}] * 2}
+    exec(compile(code, "README.md", "exec"), scope)
+    assert (checkout / "tuned/model.safetensors").is_file()
+    assert scope["optimizer"].grad_norm > 0

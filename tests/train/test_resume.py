@@ -1,0 +1,82 @@
+"""Training that was cut off and continued equals training that was not, on the same and on other numbers of ranks."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from engine.cases import CASES
+from engine.resuming import PLAIN, STEPS, Resumed, dropout_model, run
+
+from trace_dist import shard
+
+LOSS_TOLERANCE = 2e-6
+
+
+@functools.cache
+def uninterrupted() -> Resumed:
+    """One process, no checkpoints."""
+    outcome = run(shard(PLAIN.model(), "single"), PLAIN, None)
+    assert outcome is not None
+    return outcome
+
+
+def test_single_process_bit_for_bit(tmp_path: Path) -> None:
+    """Losses, weights, masters and moments, with dropout; cut after step 5, continued from step 3 in a new model."""
+    case = CASES["gpt2-conv1d"]
+
+    def start(seed: int):
+        torch.manual_seed(seed)
+        return shard(dropout_model(), "single")
+
+    whole = run(start(1), case, tmp_path / "whole")
+    assert run(start(1), case, tmp_path / "cut", last=5) is None
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == ["step-00000003"]
+    continued = run(start(2), case, tmp_path / "cut")
+    assert whole is not None
+    assert continued is not None
+    assert continued.losses == {step: loss for step, loss in whole.losses.items() if step > 3}
+    assert all(torch.equal(continued.state[name], value) for name, value in whole.state.items())
+    assert all(map(torch.equal, continued.optimizer, whole.optimizer))
+
+
+@pytest.mark.launcher
+def test_two_ranks_bit_for_bit(world) -> None:
+    for report in world(2).reports:
+        found = report["cut_and_continue"]
+        whole, continued = found["losses"]
+        assert found["died"]
+        assert len(whole) == STEPS
+        assert continued == whole[3:]
+        assert found["weights"]
+        assert found["optimizer"]
+        assert found["kept"] == [f"step-{STEPS:08d}"]
+
+
+@pytest.mark.launcher
+def test_relay_over_two_then_one_then_three_ranks(world) -> None:
+    """ZeRO-3 on 2 ranks to step 3, one process to step 6, ZeRO-3 on 3 ranks to the end."""
+    expected = uninterrupted()
+    losses = dict(world(3).section("take_over")["losses"])
+    assert list(losses) == [7, 8, 9]
+    assert [losses[step] for step in losses] == pytest.approx(
+        [expected.losses[s] for s in losses], rel=LOSS_TOLERANCE
+    )
+    for name, value in world(3).state("relay").items():
+        torch.testing.assert_close(value, expected.state[name], rtol=0, atol=2e-5)
+
+
+@pytest.mark.launcher
+def test_global_token_mean(world) -> None:
+    """Uneven token counts over ranks and micro-batches: two ranks with micro-batches of 2 see the losses of one process."""
+    found = world(2).section("hand_over")["losses"]
+    expected = uninterrupted().losses
+    assert found == pytest.approx([expected[step] for step in range(1, STEPS + 1)], rel=LOSS_TOLERANCE)
+
+
+@pytest.mark.launcher
+def test_a_damaged_file_is_an_error_on_every_rank(world) -> None:
+    for report in world(2).reports:
+        assert "rank-00001.safetensors: missing or damaged; delete" in report["damaged"]["error"]

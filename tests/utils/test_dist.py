@@ -1,0 +1,57 @@
+"""Without a launcher there is one rank, and no collective needs a process group."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from trace_dist.utils import dist
+from trace_dist.utils.env import meta_info, run_info
+from trace_dist.utils.log import get_logger, progress, setup_logging
+
+
+def test_one_process() -> None:
+    dist.init_distributed()
+    assert not torch.distributed.is_initialized()
+    assert (dist.rank(), dist.world_size(), dist.is_main()) == (0, 1, True)
+    value = torch.tensor([1.0, 2.0])
+    assert dist.sum_over_ranks(value) is value
+    assert dist.max_over_ranks(2.5) == 2.5
+    assert dist.gather_objects("a") == ["a"]
+    assert dist.broadcast_object({"a": 1}) == {"a": 1}
+    dist.barrier()
+
+
+def test_a_group_of_one_can_be_made_and_left() -> None:
+    dist.ensure_group()
+    try:
+        assert torch.distributed.is_initialized()
+        assert (dist.rank(), dist.world_size()) == (0, 1)
+    finally:
+        dist.close()
+    assert not torch.distributed.is_initialized()
+    dist.close()
+
+
+def test_logs_and_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(progress(range(3), "counting", total=3)) == [0, 1, 2]
+    logger = logging.getLogger("trace_dist")
+    kept = logger.handlers[:], logger.level, logger.propagate
+    try:
+        setup_logging()
+        setup_logging()  # twice: still one handler
+        assert len(logger.handlers) == 1
+        assert get_logger("trace_dist.x").isEnabledFor(logging.INFO)
+        assert not get_logger("trace_dist.x").isEnabledFor(logging.DEBUG)
+    finally:
+        logger.handlers[:], logger.level, logger.propagate = kept
+
+
+def test_what_a_result_was_made_with() -> None:
+    about = meta_info()
+    assert torch.__version__.startswith(about["versions"]["torch"].split("+")[0])
+    assert {"python", "deepspeed", "transformers"} <= set(about["versions"])
+    assert about["hardware"]
+    assert run_info()["date"].endswith("+00:00")
