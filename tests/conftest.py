@@ -20,7 +20,7 @@ SECTIONS: dict[int, tuple[Launcher, list[str]]] = {
         "deepspeed",
         [
             *("parity", "traps", "interleaving", "attaching", "reduction", "toy"),
-            *("cut_and_continue", "damaged", "hand_over", "deltas", "exporting"),
+            *("cut_and_continue", "damaged", "hand_over", "deltas", "exporting", "loading"),
         ],
     ),
     3: ("torchrun", ["parity", "attaching", "reduction", "toy", "take_over"]),

@@ -13,7 +13,7 @@ from typing import Any, Literal
 Granularity = Literal["element", "block", "row", "head", "tensor"]
 Placement = Literal["magnitude", "random", "refine", "narrow"]
 Score = Literal["l2", "fisher", "l2_fisher"]
-Backend = Literal["single", "zero3"]
+Backend = Literal["single", "zero3", "fsdp2"]
 Dtype = Literal["float32", "bfloat16"]
 Mode = Literal["retrieved", "merged", "random", "full", "lora"]
 
@@ -387,7 +387,7 @@ class RunConfig:
     general: list[TaskConfig] = field(default_factory=list)
     """Held-out abilities of the base model, for the general delta; tiny bases are pretrained on them."""
     backend: Backend = "single"
-    """single (one process) or zero3 (DeepSpeed ZeRO-3)."""
+    """single (one process), zero3 (DeepSpeed ZeRO-3) or fsdp2 (torch fully_shard)."""
     seed: int = 0
     """Seed of everything random."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -422,7 +422,7 @@ class RunConfig:
             "move it",
         )
         _check(self.launch.num_ranks == 1 or self.backend != "single", "launch.num_ranks", self.launch.num_ranks,
-               "backend single runs in one process", "set backend: zero3")  # fmt: skip
+               "backend single runs in one process", "set backend: zero3 or fsdp2")  # fmt: skip
         unranked = [task.name for task in self.tasks if task.metric == "bits_per_byte"]
         _check(not unranked, "tasks.metric", unranked, "bits_per_byte is for general sets, accuracies are in percent",
                "use exact_match or choice for tasks")  # fmt: skip

@@ -68,8 +68,9 @@ def test_apply_extract_save_load_restore(dtype: str, granularity: str, tmp_path:
         found = extract_delta(model, delta.mask, "again")
         assert same_bits(dict(found.values), dict(delta.values), dtype)
     assert same_bits(model.full_state_dict(), before, dtype)
-    for name, value in before.items():
-        chosen = delta.mask.dense(name) if name in delta.mask else torch.zeros(value.shape, dtype=torch.bool)
+    for name in model.names():
+        shape = model.shape(name)
+        chosen = delta.mask.dense(name) if name in delta.mask else torch.zeros(shape, dtype=torch.bool)
         assert torch.equal(bits(inside, dtype)[name][~chosen], bits(before, dtype)[name][~chosen])
         if name in delta.mask:
             assert torch.equal(inside[name][chosen], delta.values[name])

@@ -72,7 +72,9 @@ class Case:
                 parameter.data.normal_(mean, 0.1)
         if self.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return model.to(getattr(torch, self.dtype)).train()
+        for parameter in model.parameters():  # and no buffer: rotary frequencies stay fp32, as when loading
+            parameter.data = parameter.data.to(getattr(torch, self.dtype))
+        return model.train()
 
     def mask(self, model: Any) -> Mask:
         """The mask, of a plain or a sharded model."""
@@ -92,7 +94,7 @@ CASES = {
         Case("head", "head"),
         Case("tensor", "tensor", maskable="q_proj|down_proj|norm", density=1.0),
         Case("qwen2-biases", "element", "qwen2", maskable="all"),
-        Case("qwen2-rows", "row", "qwen2", maskable="all"),
+        Case("qwen2-rows", "row", "qwen2", maskable="all", density=0.6),
         Case("gpt2-conv1d", "block", "gpt2", maskable="all"),
         Case("neox", "element", "gpt_neox", maskable="all"),
         Case("sliver", "element", "sliver", maskable="all", density=0.6, threshold=0),

@@ -7,9 +7,7 @@ Each rank writes ``<out>/rank<k>.json``: section -> what it found; rank 0 also s
 
 from __future__ import annotations
 
-import copy
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,36 +16,19 @@ from typing import Any
 
 import torch
 from engine.cases import CASES, Case, batches
-from engine.resuming import PLAIN, dropout_model, run
+from engine.rank_files import cut_and_continue, damaged, deltas, exporting, hand_over, loading, take_over
+from engine.rank_reduction import reduction
 from engine.toy import train_toy
-from engine.training import make_optimizer, train, train_reference, train_step
-from safetensors.torch import save_file
+from engine.training import make_optimizer, refused, save_state, train, train_reference, train_step
 from torch import Tensor
 
 from trace_dist import Delta, Mask, MaskedAdamW
-from trace_dist.bank.delta import Snapshot, applied, extract_delta
+from trace_dist.bank.delta import applied, extract_delta
 from trace_dist.sharding.compaction import build_supports
-from trace_dist.sharding.reduction import CompactReducer
 from trace_dist.sharding.zero3 import Zero3Model
-from trace_dist.train.checkpoint import latest_checkpoint
 from trace_dist.utils import dist
 
 Found = dict[str, Any]
-
-
-def save_state(path: Path, state: dict[str, Tensor]) -> None:
-    """Write a state dict on the rank that has one; tied tensors once per name."""
-    if state:
-        save_file({name: value.clone() for name, value in state.items()}, str(path))
-
-
-def refused(action: Callable[[], object]) -> str:
-    """The message of the ValueError that ``action`` raises; empty when it does not."""
-    try:
-        action()
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def parity(out: Path) -> Found:
@@ -181,164 +162,9 @@ def attaching(out: Path) -> Found:
     return found
 
 
-def reduction(out: Path) -> Found:
-    """Sums over ranks in several orders of arrival; bytes on the wire."""
-    model = Zero3Model(CASES["element-everything"].model(), 0)
-    supports = build_supports(model, Mask.random(model, 0.3, "element", seed=1, maskable="all"))
-    for support in supports:
-        support.grad = torch.zeros(support.runs.num_entries)
-    rank, world = dist.rank(), dist.world_size()
-    base = {s.name: torch.arange(s.whole.num_entries, dtype=torch.float32) for s in supports}
-
-    def contribution(name: str, of_rank: int) -> Tensor:
-        return (base[name] % 13 + 1) * 10**of_rank  # integers: sums are exact
-
-    backwards = list(reversed(supports))
-    orders = {
-        "in order": lambda _: backwards,
-        "reversed": lambda _: supports,
-        "twice": lambda _: backwards + backwards[::3],
-        "missing on the last rank": lambda r: [s for i, s in enumerate(backwards) if r < world - 1 or i % 3],
-        "missing everywhere": lambda _: backwards[::2],
-        "late on the last rank": lambda r: backwards[1:] + backwards[:1] if r == world - 1 else backwards,
-    }
-    found: Found = {}
-    for bucket_bytes in (64, 2000, 2**25):
-        reducer = CompactReducer(supports, lambda s, values: s.grad.add_(values), bucket_bytes)
-        for name, order in orders.items():
-            for support in supports:
-                support.grad.zero_()
-            for _ in range(2):  # a second backward adds to the first
-                for support in order(rank):
-                    reducer.add(support, contribution(support.name, rank))
-                reducer.finish()
-            wrong = 0
-            for s in supports:
-                whole = sum(order(r).count(s) * contribution(s.name, r) for r in range(world))
-                whole = torch.as_tensor(whole, dtype=torch.float32).expand(s.whole.num_entries)
-                wrong += not torch.equal(s.grad, 2 * whole[s.offset : s.offset + s.runs.num_entries])
-            found[f"{name}/{bucket_bytes}"] = wrong
-    found["unreduced"] = reducer.has_unreduced
-    found["bytes"] = {d: bytes_of_one_backward(d) for d in (0.05, 1.0)}
-    return found
-
-
-def bytes_of_one_backward(density: float) -> int:
-    """What this rank sends for the gradients of the linear layers."""
-    case = CASES["element"]
-    model = Zero3Model(case.model(), 0)
-    model.attach(Mask.random(model, density, "element", seed=1))
-    assert model._compactor is not None
-    reducer = model._compactor._reducer
-    model.backward(model(input_ids=batches(case)[0][0]).logits.square().mean())
-    return reducer.bytes_sent
-
-
 def toy(out: Path) -> Found:
     """A layer used twice, a layer skipped on one rank."""
     return {granularity: train_toy(granularity) for granularity in ("element", "row")}
-
-
-def cut_and_continue(out: Path) -> Found:
-    """Uninterrupted, and cut after step 5 and continued from step 3 in a new model: same ranks, with dropout."""
-    case = CASES["gpt2-conv1d"]
-
-    def start(seed: int) -> Zero3Model:
-        torch.manual_seed(seed + dist.rank())
-        return Zero3Model(dropout_model(), case.threshold)
-
-    whole = run(start(100), case, out / "uncut")
-    cut = run(start(100), case, out / "cut", last=5)
-    continued = run(start(200), case, out / "cut")
-    assert whole is not None
-    assert continued is not None
-    return {
-        "died": cut is None,
-        "losses": [list(map(list, r.losses.items())) for r in (whole, continued)],
-        "weights": all(torch.equal(value, continued.state[name]) for name, value in whole.state.items()),
-        "optimizer": all(map(torch.equal, whole.optimizer, continued.optimizer)),
-        "kept": sorted(path.name for path in (out / "cut").iterdir()),
-    }
-
-
-def hand_over(out: Path) -> Found:
-    """The first leg of a relay over world sizes: die after step 4, with a checkpoint at step 3. And a run to the end."""
-    run(Zero3Model(PLAIN.model(), PLAIN.threshold), PLAIN, out / "relay", last=4)
-    whole = run(Zero3Model(PLAIN.model(), PLAIN.threshold), PLAIN, None)
-    assert whole is not None
-    return {"losses": list(whole.losses.values())}
-
-
-def take_over(out: Path) -> Found:
-    """The last leg of the relay: continue what lies in ``relay``."""
-    last = run(Zero3Model(PLAIN.model(), PLAIN.threshold), PLAIN, out / "relay")
-    assert last is not None
-    save_state(out / "relay.safetensors", last.state)
-    return {"losses": list(map(list, last.losses.items()))}
-
-
-def damaged(out: Path) -> Found:
-    """A truncated file: an error on every rank, though only one of them reads the file."""
-    folder = latest_checkpoint(out / "uncut")
-    assert folder is not None
-    if dist.is_main():
-        shutil.copytree(folder, out / "damaged" / folder.name)
-        file = out / "damaged" / folder.name / "rank-00001.safetensors"
-        file.write_bytes(file.read_bytes()[:-1])
-    dist.barrier()
-    case = CASES["gpt2-conv1d"]
-    model = Zero3Model(dropout_model(), case.threshold)
-    return {"error": refused(lambda: run(model, case, out / "damaged"))}
-
-
-def deltas(out: Path) -> Found:
-    """Extract, save, put back, apply, restore; fp32 and bf16."""
-    found: Found = {}
-    for dtype in ("float32", "bfloat16"):
-        case = replace(CASES["element-everything"], dtype=dtype, density=0.05)
-        model = Zero3Model(case.model(), case.threshold)
-        ids = batches(case)[0][0]
-        base = copy.deepcopy(model.full_state_dict())
-        mask = case.mask(model)
-        snapshot = Snapshot(model, mask)
-        tuned = train(case, model).state
-        delta = extract_delta(model, mask, "tuned")
-        logits = forward(model, ids)
-        snapshot.restore()
-        restored = model.full_state_dict()
-        path = out / f"delta-{dtype}.safetensors"
-        if dist.is_main():
-            delta.save(path)
-        dist.barrier()
-        with applied(model, Delta.load(path)):
-            inside = model.full_state_dict()
-            same_logits = torch.equal(forward(model, ids), logits)
-        after = model.full_state_dict()
-        save_state(out / f"tuned-{dtype}.safetensors", tuned)
-        found[dtype] = {
-            "changed": any(not torch.equal(tuned[name], value) for name, value in base.items()),
-            "restored": all(torch.equal(restored[name], value) for name, value in base.items()),
-            "inside": all(torch.equal(inside[name], value) for name, value in tuned.items()),
-            "after": all(torch.equal(after[name], value) for name, value in base.items()),
-            "logits": same_logits,
-        }
-        model.close()
-    return found
-
-
-@torch.no_grad()
-def forward(model: Zero3Model, ids: Tensor) -> Tensor:
-    return model(input_ids=ids).logits
-
-
-def exporting(out: Path) -> Found:
-    """``save_pretrained`` of a sharded model."""
-    module = CASES["element-everything"].model()
-    module.generation_config.max_length = 77
-    model = Zero3Model(module, 0)
-    model.save_pretrained(out / "exported")
-    save_state(out / "exported.safetensors", model.full_state_dict())
-    return {}
 
 
 SECTIONS: dict[str, Callable[[Path], Found]] = {
@@ -354,6 +180,7 @@ SECTIONS: dict[str, Callable[[Path], Found]] = {
     "take_over": take_over,
     "deltas": deltas,
     "exporting": exporting,
+    "loading": loading,
 }
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from engine.cases import Case, batches
+from safetensors.torch import save_file
 from torch import Tensor
 
 from trace_dist import MaskedAdamW
@@ -101,3 +104,18 @@ def train_reference(case: Case) -> Outcome:
         outcome.norms.append(norm)
     outcome.state = {name: value.detach().clone() for name, value in model.state_dict().items()}
     return outcome
+
+
+def save_state(path: Path, state: dict[str, Tensor]) -> None:
+    """Write a state dict on the rank that has one; tied tensors once per name."""
+    if state:
+        save_file({name: value.clone() for name, value in state.items()}, str(path))
+
+
+def refused(action: Callable[[], object]) -> str:
+    """The message of the ValueError that ``action`` raises; empty when it does not."""
+    try:
+        action()
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -32,6 +32,7 @@ def scores_of(layouts: dict[str, UnitLayout], seed: int = 0) -> dict[str, torch.
 
 
 @given(st.integers(1, 12), st.integers(0, 60), st.integers(0, 5))
+@settings(deadline=None)
 def test_top_units_are_the_best_and_as_many_as_fit_best(unit: int, budget: int, seed: int) -> None:
     layout = UnitLayout((5, 12), unit)
     scores = torch.randint(0, 4, (layout.num_units,), generator=torch.Generator().manual_seed(seed)).float()
@@ -82,6 +83,7 @@ def test_scores_that_are_not_finite_are_refused(bad: float, layouts: dict[str, U
 
 
 @given(st.floats(0.02, 1.0), st.sampled_from([1, 3, 4, 8]), st.integers(0, 3))
+@settings(deadline=None)
 def test_tensors_compete_and_the_density_is_exact_to_less_than_a_unit(
     density: float, unit: int, seed: int
 ) -> None:
@@ -204,7 +206,7 @@ def masks(draw: st.DrawFn) -> Mask:
 
 
 @given(masks(), masks())
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_set_operators_are_boolean_algebra(left: Mask, right: Mask) -> None:
     cases: list[tuple[Callable[[], Mask], Callable[..., torch.Tensor]]] = [
         (lambda: left | right, torch.logical_or),

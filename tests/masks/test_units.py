@@ -6,7 +6,7 @@ from math import prod
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trace_dist.masks.units import UnitLayout, unit_size
@@ -25,6 +25,7 @@ def layouts(draw: st.DrawFn) -> UnitLayout:
 
 
 @given(layouts())
+@settings(deadline=None)
 def test_units_tile_the_parameter(layout: UnitLayout) -> None:
     units = torch.arange(layout.num_units)
     elements = layout.elements(units)
@@ -33,6 +34,7 @@ def test_units_tile_the_parameter(layout: UnitLayout) -> None:
 
 
 @given(layouts())
+@settings(deadline=None)
 def test_unit_of_is_the_inverse_of_elements(layout: UnitLayout) -> None:
     units = torch.arange(layout.num_units)
     owners = layout.unit_of(layout.elements(units))
@@ -40,6 +42,7 @@ def test_unit_of_is_the_inverse_of_elements(layout: UnitLayout) -> None:
 
 
 @given(layouts())
+@settings(deadline=None)
 def test_a_unit_never_leaves_its_row_unless_it_is_whole_rows(layout: UnitLayout) -> None:
     for unit in range(layout.num_units):
         elements = layout.elements(torch.tensor([unit]))
@@ -51,6 +54,7 @@ def test_a_unit_never_leaves_its_row_unless_it_is_whole_rows(layout: UnitLayout)
 
 
 @given(layouts(), st.data())
+@settings(deadline=None)
 def test_a_selection_has_the_elements_of_its_units(layout: UnitLayout, data: st.DataObject) -> None:
     chosen = data.draw(st.sets(st.integers(0, layout.num_units - 1), min_size=1))
     units = torch.tensor(sorted(chosen), dtype=layout.index_dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trace_dist.masks import Mask, UnitLayout
@@ -93,6 +93,7 @@ def test_two_norms_of_a_layer_count_as_one() -> None:
 
 
 @given(st.floats(0.01, 1.0), st.integers(0, 9))
+@settings(deadline=None)
 def test_the_same_model_is_its_own_projection(density: float, seed: int) -> None:
     """Also where several tensors share role and layer (norms, biases)."""
     layouts: Layouts = layouts_of(3, 8, ("self_attn.q_proj", "mlp.up_proj"))
@@ -113,6 +114,7 @@ amounts = st.just(0.0) | st.floats(1e-9, 100)
 
 
 @given(st.lists(st.tuples(st.integers(1, 40), amounts), min_size=1, max_size=6), st.floats(0.01, 1.0))
+@settings(deadline=None)
 def test_the_sum_is_exact_and_no_tensor_is_filled_beyond_its_size(
     tensors: list[tuple[int, float]], density: float
 ) -> None:

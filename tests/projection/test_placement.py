@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from probe.setting import make_model
 
@@ -44,6 +44,7 @@ class Weight(torch.nn.Module):
 
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=3), st.sampled_from([1, 3, 4, 10, 20, 60]))
+@settings(deadline=None)
 def test_parts_of_units_add_up(edges: list[int], unit: int) -> None:
     layout = UnitLayout((6, 10), unit)
     module = Weight()

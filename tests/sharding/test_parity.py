@@ -93,8 +93,8 @@ def test_runs_are_cut_by_shard_edges(world) -> None:
         (2, "block-accumulated-recomputed"),
         (2, "row"),
         (3, "qwen2-rows"),
-        (3, "head"),
-        (2, "tensor"),
+        (2, "head"),
+        (3, "tensor"),
     ):
         assert total(num_ranks, name, "cut_runs") > 0, (num_ranks, name)
     for num_ranks in (2, 3):

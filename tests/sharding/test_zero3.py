@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from engine.cases import CASES, batches
 from engine.toy import train_toy_in_one_process
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -61,3 +62,29 @@ def test_a_sharded_model_is_exported_whole(world) -> None:
     for name, value in world(2).state("exported").items():
         assert torch.equal(model.state_dict()[name], value), name
     assert GenerationConfig.from_pretrained(folder).max_length == 77
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_loaded_into_shards_trains_alike(world, dtype: str) -> None:
+    loaded, sharded = world(2).section("loading")[dtype]
+    assert loaded == sharded
+
+
+def test_full_training_beside_it_is_dense_adamw(world) -> None:
+    """What masked training is compared with: every parameter, clipped at 1, under DeepSpeed's own optimizer wrapper."""
+    case = CASES["qwen2-biases"]
+    model = case.model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    expected = []
+    for ids, _ in batches(case):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    assert world(2).section("loading")["full"] == pytest.approx(expected, rel=2e-6)
+    numel = sum(parameter.numel() for parameter in model.parameters())
+    for report in world(2).reports:
+        for name, num_bytes in report["loading"]["full_states"].items():
+            assert num_bytes == pytest.approx(4 * numel / 2, rel=0.05), name

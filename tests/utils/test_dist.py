@@ -24,7 +24,9 @@ def test_one_process() -> None:
     dist.barrier()
 
 
-def test_a_group_of_one_can_be_made_and_left() -> None:
+def test_a_group_of_one_can_be_made_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     dist.ensure_group()
     try:
         assert torch.distributed.is_initialized()
@@ -33,6 +35,8 @@ def test_a_group_of_one_can_be_made_and_left() -> None:
         dist.close()
     assert not torch.distributed.is_initialized()
     dist.close()
+    dist.init_distributed()  # the variables that DeepSpeed wanted are still there, but nobody launched this process
+    assert not torch.distributed.is_initialized()
 
 
 def test_logs_and_progress(capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,7 +100,7 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} ".encode())
-        digest.update(tensors[name].detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensors[name].detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -9,7 +9,7 @@ is uninitialised.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ from transformers.integrations.deepspeed import prevent_arange_dtype_change
 from transformers.modeling_utils import set_zero3_state
 
 from trace_dist.config import Dtype
-from trace_dist.models.checkpoint import Checkpoint, open_checkpoint, resolve
-from trace_dist.models.naming import RESAVE, Pieces, pieces_of
+from trace_dist.models.checkpoint import open_checkpoint, resolve
+from trace_dist.models.filling import Slot, fill, missing_parameters
+from trace_dist.models.naming import pieces_of
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -74,7 +75,7 @@ def load_model(path: str | Path, dtype: Dtype | torch.dtype = "float32") -> PreT
         raise ValueError(f"model.path={str(path)!r}: cannot be loaded ({cause}); check its files") from error
     model, info = loaded
     if info["missing_keys"]:
-        raise ValueError(_missing(folder, sorted(info["missing_keys"])))
+        raise ValueError(missing_parameters(folder, sorted(info["missing_keys"])))
     return model
 
 
@@ -105,13 +106,57 @@ def load_model_zero3(
         with set_zero3_state(), torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
         pieces = pieces_of(skeleton, checkpoint.names())
-        model = _build_sharded(config, getattr(torch, dtype) if isinstance(dtype, str) else dtype, ds_config)
-        with torch.no_grad():
-            _fill_parameters(model, checkpoint, pieces)
-            _fill_buffers(model, checkpoint, pieces)
+        model = _build_sharded(config, _torch_dtype(dtype), ds_config)
+        fill(model, checkpoint, pieces, _zero3_slot)
+    return _ready(model, folder)
+
+
+def load_model_fsdp2(
+    path: str | Path, dtype: Dtype | torch.dtype, wrap: Callable[[nn.Module], None], device: torch.device
+) -> PreTrainedModel:
+    """Load a causal LM sharded by FSDP2, in evaluation mode: built without storage, sharded, then filled shard by shard.
+
+    Args:
+        path: folder with safetensors weights, or a hub id.
+        dtype: data type of the weights.
+        wrap: applies ``fully_shard``; the parameters are on the meta device then.
+        device: where the shards live.
+
+    Raises:
+        ValueError: as ``load_model``.
+    """
+    with open_checkpoint(path) as checkpoint:
+        config = _config(checkpoint.folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=_torch_dtype(dtype))
+        pieces = pieces_of(model, checkpoint.names())
+        wrap(model)
+        model.to_empty(device=device)
+        fill(model, checkpoint, pieces, _fsdp2_slot)
+    return _ready(model, checkpoint.folder)
+
+
+def _ready(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
+
+
+def _torch_dtype(dtype: Dtype | torch.dtype) -> torch.dtype:
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def _zero3_slot(param: Any) -> Slot:
+    """[rank * n, (rank + 1) * n) of the flattened parameter, zero-padded at the end."""
+    shard = param.ds_tensor
+    return Slot(shard, param.ds_zero_partition_rank * shard.numel(), param.ds_numel)
+
+
+def _fsdp2_slot(param: Any) -> Slot:
+    """The rows of this rank: FSDP2 cuts dimension 0 into chunks of equal size, the last ones shorter or empty."""
+    rows_per_rank = -(-param.shape[0] // param.device_mesh.size())
+    first_row = min(param.device_mesh.get_local_rank() * rows_per_rank, param.shape[0])
+    return Slot(param.to_local().view(-1), first_row * param[0].numel(), param.numel())
 
 
 def _check_config(ds_config: dict[str, Any]) -> None:
@@ -170,68 +215,5 @@ def _build_sharded(config: Any, dtype: torch.dtype, ds_config: dict[str, Any]) -
     return model
 
 
-def _fill_parameters(model: nn.Module, checkpoint: Checkpoint, pieces: Pieces) -> None:
-    """Copy this rank's interval of every parameter out of the files."""
-    names_of: dict[Any, list[str]] = {}  # several names where parameters are tied
-    for name, param in model.named_parameters(remove_duplicate=False):
-        names_of.setdefault(param, []).append(name)
-    stored = {param: [name for name in names if name in pieces] for param, names in names_of.items()}
-    missing = [names_of[param][0] for param, found in stored.items() if not found]
-    if missing:
-        raise ValueError(_missing(checkpoint.folder, missing))
-    for param, names in stored.items():
-        _fill_shard(param, param.ds_tensor, checkpoint, pieces[names[0]])
-        for name in names[1:]:
-            twin = torch.empty_like(param.ds_tensor)
-            _fill_shard(param, twin, checkpoint, pieces[name])
-            if not torch.equal(twin, param.ds_tensor):
-                raise ValueError(
-                    f"model.path={str(checkpoint.folder)!r}: {names[0]} and {name} are tied but stored with "
-                    "different values; set tie_word_embeddings to false in its config.json"
-                )
-        param._is_hf_initialized = True
-
-
-def _fill_shard(param: Any, shard: torch.Tensor, checkpoint: Checkpoint, sources: list[str]) -> None:
-    """Fill this rank's flat shard of a parameter whose values are the sources, laid end to end.
-
-    Args:
-        param: the partitioned parameter, for its size and its rank.
-        shard: [ceil(numel / num_ranks)], the parameter's ``ds_tensor`` or a tensor like it.
-        checkpoint: the files.
-        sources: names in the files.
-    """
-    sizes = [math.prod(checkpoint.shape(source)) for source in sources]
-    if sum(sizes) != param.ds_numel:
-        raise ValueError(
-            f"model.path={str(checkpoint.folder)!r}: {sources[0]} has {sum(sizes)} elements but config.json "
-            f"asks for {param.ds_numel}; give the checkpoint its own config"
-        )
-    start = param.ds_zero_partition_rank * shard.numel()
-    filled = offset = 0
-    for source, size in zip(sources, sizes, strict=True):
-        low = min(max(start - offset, 0), size)
-        high = min(max(start + shard.numel() - offset, 0), size)
-        shard[filled : filled + high - low].copy_(checkpoint.read(source, low, high))
-        filled += high - low
-        offset += size
-    shard[filled:].zero_()
-
-
-def _fill_buffers(model: PreTrainedModel, checkpoint: Checkpoint, pieces: Pieces) -> None:
-    """Copy the buffers that the checkpoint holds, and compute the others as an ordinary load does."""
-    for name, buffer in model.named_buffers():
-        if name in pieces:
-            (source,) = pieces[name]
-            buffer.copy_(checkpoint.tensor(source))
-            buffer._is_hf_initialized = True  # type: ignore[attr-defined]
-    model.initialize_weights()  # skips what is marked as initialised, which every parameter is by now
-
-
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:200]
-
-
-def _missing(folder: Path, names: list[str]) -> str:
-    few = ", ".join(names[:3])
-    return f"model.path={str(folder)!r}: lacks {len(names)} parameters of its model, such as {few}; {RESAVE}"

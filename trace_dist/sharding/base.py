@@ -59,6 +59,8 @@ class ShardedModel(ABC):
     """
 
     backend: str
+    reduces_hooked_gradients = False
+    """Whether a gradient that a hook catches is this rank's slice, already averaged over ranks."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
@@ -66,6 +68,11 @@ class ShardedModel(ABC):
         self._compactor: Compactor | None = None
         for parameter in module.parameters():
             parameter.requires_grad_(False)
+
+    @classmethod
+    @abstractmethod
+    def from_pretrained(cls, path: str, dtype: torch.dtype) -> ShardedModel:
+        """Load a checkpoint; where there are several ranks none holds more than its own shard. Collective."""
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
@@ -181,14 +188,18 @@ class ShardedModel(ABC):
                     state[name] = full
             elif self.rank == 0:
                 state[name] = state[by_id[id(parameter)]]
+        persistent = self.module.state_dict().keys()  # on every rank: FSDP2 drops its gathered copies here
         if self.rank == 0:
-            persistent = self.module.state_dict().keys()
             state |= {k: v.detach().cpu().clone() for k, v in self.module.named_buffers() if k in persistent}
         return state
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder: Path | str) -> None:
         """Write the whole model as an ordinary Hugging Face checkpoint, from rank 0. Collective."""
         state = self.full_state_dict()
         if self.rank == 0:
-            self.module.save_pretrained(folder, state_dict=state, safe_serialization=True)
+            # transformers asks each parameter for its shape; a sharded one has another, so save from an empty twin.
+            with torch.device("meta"):
+                twin = type(self.module)(self.module.config)
+            twin.generation_config = self.module.generation_config
+            twin.save_pretrained(folder, state_dict=state)
         dist.barrier()

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import MethodType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -131,11 +132,13 @@ class Compactor:
                 support.grad = support.grad.new_zeros(support.runs.num_entries)
         self._accumulate = accumulate or add_to_grad
         self._reducer = CompactReducer(self.supports, self._accumulate)
+        self._hooks_see_slices = model.reduces_hooked_gradients
         self._scale = 1.0
         self._silent: set[str] | None = {support.name for support in self.supports}  # None after one backward
         self._undo: list[Callable[[], None]] = []
         parameters = dict(model.module.named_parameters())
         linears = _linear_modules(model.module)
+        self._undo.append(_join_zero_grad(model.module, self.supports))
         # Backward must reach the lowest masked layer even though its input needs no gradient.
         self._anchor = torch.zeros((), device=model.device, requires_grad=True)
         for support in self.supports:
@@ -161,8 +164,19 @@ class Compactor:
 
         return deliver
 
+    def _deliver_slice(self, support: Support) -> Callable[[Tensor], None]:
+        """Takes a gradient that the sharding library has reduced: this rank's slice of the mean over ranks."""
+
+        def deliver(grad: Any) -> None:
+            if self._silent is not None:
+                self._silent.discard(support.name)
+            scale = self._scale * dist.world_size()
+            self._accumulate(support, compact_gather(grad.to_local().reshape(-1), support.runs, scale=scale))
+
+        return deliver
+
     def _hook(self, parameter: nn.Parameter, support: Support) -> None:
-        deliver = self._sink(support)
+        deliver = self._deliver_slice(support) if self._hooks_see_slices else self._sink(support)
 
         def caught(param: Tensor) -> None:
             if param.grad is not None:
@@ -204,6 +218,23 @@ class Compactor:
         for undo in self._undo:
             undo()
         self._undo.clear()
+
+
+def _join_zero_grad(module: nn.Module, supports: list[Support]) -> Callable[[], None]:
+    """Let ``module.zero_grad()`` reset the supports too (transformers' Trainer never calls the optimizer's); returns the undo."""
+
+    def zero_grad(self: nn.Module, set_to_none: bool = True) -> None:
+        type(self).zero_grad(self, set_to_none)
+        if self is module:  # and not a deep copy of it
+            for support in supports:
+                support.grad.zero_()
+
+    module.zero_grad = MethodType(zero_grad, module)  # type: ignore[method-assign]
+
+    def undo() -> None:
+        del module.zero_grad
+
+    return undo
 
 
 def _linear_modules(module: nn.Module) -> dict[str, nn.Linear]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
+from trace_dist.models.loading import load_model
 from trace_dist.sharding.base import PartitionView, ShardedModel
 
 
@@ -26,6 +28,10 @@ class SingleModel(ShardedModel):
             )
         module.to(self.device)
         self._parameters = dict(module.named_parameters())
+
+    @classmethod
+    def from_pretrained(cls, path: str, dtype: torch.dtype) -> SingleModel:
+        return cls(load_model(path, dtype))
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._parameters[name].shape)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,16 +108,6 @@ class Zero3Model(ShardedModel):
         """Give DeepSpeed's hooks and buffers back; the model can no longer be used."""
         self.detach()
         self._engine.destroy()
-
-    def save_pretrained(self, folder: Path) -> None:
-        state = self.full_state_dict()
-        if self.rank == 0:
-            # transformers asks each parameter for its shape; partitioned ones have none, so save from an empty twin.
-            with torch.device("meta"):
-                twin = type(self.module)(self.module.config)
-            twin.generation_config = self.module.generation_config
-            twin.save_pretrained(folder, state_dict=state)
-        dist.barrier()
 
 
 class FullAdamW:

@@ -34,7 +34,9 @@ def local_device() -> torch.device:
 
 def init_distributed() -> None:
     """Join the job that a launcher described in the environment; does nothing in a plain process."""
-    if dist.is_initialized() or (int(os.environ.get("WORLD_SIZE", "1")) == 1 and "RANK" not in os.environ):
+    # A launcher always names a meeting point; `ensure_group` does not, and its variables outlive its group.
+    launched = "RANK" in os.environ and "MASTER_ADDR" in os.environ
+    if dist.is_initialized() or (int(os.environ.get("WORLD_SIZE", "1")) == 1 and not launched):
         return
     device = local_device()
     if device.type == "cuda":
