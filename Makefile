@@ -3,13 +3,21 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: quickstart quickstart-smollm2 test lint format docs-picture clean
+.PHONY: quickstart quickstart-smollm2 publish test lint format clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/trace-dist run --config configs/quickstart.yaml
 
 quickstart-smollm2: $(VENV)/.smollm2
 	$(BIN)/trace-dist run --config configs/smollm2.yaml
+
+# Commit what the README shows: results, picture, tables.
+publish: $(VENV)/.quickstart
+	cp runs/quickstart/results.json docs/results/quickstart.json
+	$(BIN)/trace-dist report --config runs/quickstart/config.yaml --picture docs/quickstart.png
+	$(BIN)/python -m trace_dist.report.markdown docs/results/quickstart.json README.md quickstart
+	test ! -f runs/smollm2/results.json || cp runs/smollm2/results.json docs/results/smollm2.json
+	$(BIN)/python -m trace_dist.report.markdown docs/results/smollm2.json README.md smollm2
 
 test: lint
 	$(BIN)/python -m pytest

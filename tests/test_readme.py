@@ -11,6 +11,9 @@ import pytest
 import yaml
 from launching import free_port, rank_environment
 
+from trace_dist.report import load_results
+from trace_dist.report.markdown import insert, markdown_table
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 MAKE = "make "  # set-up targets: run by .ci/run (test) or by hand (quickstart), they take minutes
@@ -57,6 +60,12 @@ def test_make_targets_exist() -> None:
     wanted = [line.removeprefix(MAKE) for line in commands() if line.startswith(MAKE)]
     assert wanted == ["quickstart", "test"]
     assert all(f"\n{target}:" in makefile for target in [*wanted, "quickstart-smollm2"])
+
+
+@pytest.mark.parametrize("section", ["quickstart", "smollm2"])
+def test_tables_are_those_of_the_committed_results(section: str) -> None:
+    results = load_results(ROOT / f"docs/results/{section}.json")
+    assert insert(README, section, markdown_table(results)) == README
 
 
 @pytest.mark.launcher

@@ -163,5 +163,5 @@ def test_mask_of_another_model_is_refused(cfg: RunConfig, tmp_path: Path) -> Non
 
 
 def test_unknown_task_is_refused(cfg: RunConfig) -> None:
-    with pytest.raises(ValueError, match="task_name='nope'.*copy, twist"):
+    with pytest.raises(ValueError, match=r"task_name='nope'.*copy, twist"):
         run_train(cfg, "nope", None)

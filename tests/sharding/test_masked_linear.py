@@ -103,6 +103,12 @@ def test_a_deep_copy_runs_on_its_own_weights() -> None:
     assert torch.equal(twin(input_ids=IDS).logits, before)
 
 
+def test_an_unknown_reduction_is_refused() -> None:
+    model, _ = attach()
+    with pytest.raises(ValueError, match="reduction='average': unknown; use 'mean' or 'sum'"):
+        model.backward(model(input_ids=IDS, labels=IDS).loss, reduction="average")  # type: ignore[arg-type]
+
+
 def test_detach_restores_the_model() -> None:
     model, _ = attach(maskable="all")
     patched = [name for name, module in model.module.named_modules() if "forward" in vars(module)]

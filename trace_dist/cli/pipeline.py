@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,25 +59,25 @@ def plan(cfg: RunConfig) -> list[list[Stage]]:
     probe = Stage("probe", ["probe", *one], [probe_folder(cfg) / "specificity.json"])
     masks = [mask_path(cfg, name, kind) for name in names for kind in ("projected", "random")]
     launched = [mode for mode in cfg.continual.modes if mode in cfg.launch.launched_modes]
-    alone = [mode for mode in cfg.continual.modes if mode not in launched]
-    groups = [
-        [target, probe] if cfg.proxy is not None and cfg.proxy.prune is None else [target],
-        [probe],
-        [Stage("project", ["project"], masks, launched=True)],
-        [_modes(cfg, launched, [], launched=True)] if launched else [],
-        [_modes(cfg, [mode], one, launched=False) for mode in alone],
-        [Stage("memory", ["memory"], [memory_path(cfg)], launched=True)] if cfg.backend == "zero3" else [],
-    ]
-    return [[stage for stage in group if not stage.done] for group in groups]
+    alone = [_modes(cfg, [mode], one) for mode in cfg.continual.modes if mode not in launched]
+    memory = (
+        [Stage("memory", ["memory"], [memory_path(cfg)], launched=True)] if cfg.backend == "zero3" else []
+    )
+    project = Stage("project", ["project"], masks, launched=True)
+    masked = _modes(cfg, launched, [], masks) if launched else project  # modes on all ranks project first
+    make = [target, probe] if cfg.proxy is not None and cfg.proxy.prune is None else [target]
+    return [make, [probe], [masked], [*memory, *alone]]
 
 
 def _made(path: str) -> Path:
     return Path(path) / "config.json"
 
 
-def _modes(cfg: RunConfig, modes: Sequence[str], options: list[str], launched: bool) -> Stage:
+def _modes(cfg: RunConfig, modes: Sequence[str], options: list[str], masks: Sequence[Path] = ()) -> Stage:
+    """Some modes of the sequence; with ``masks`` on all ranks, which project them where they are missing."""
     arguments = ["continual", "--continual.modes", "[" + ",".join(modes) + "]", *options]
-    return Stage(" ".join(modes), arguments, [mode_path(cfg, mode) for mode in modes], launched)
+    name = " ".join(["project", *modes] if masks else modes)
+    return Stage(name, arguments, [*masks, *(mode_path(cfg, mode) for mode in modes)], bool(masks))
 
 
 def run_pipeline(cfg: RunConfig) -> None:
@@ -89,44 +89,45 @@ def run_pipeline(cfg: RunConfig) -> None:
     signal.signal(signal.SIGTERM, _on_terminate)
     timings = Path(cfg.run_dir) / "stages.json"
     seconds: dict[str, float] = read_json(timings) if timings.is_file() else {}
-    started: set[str] = set()
     for group in plan(cfg):
-        waiting = [stage for stage in group if stage.name not in started]
-        while waiting:
-            batch, waiting = waiting[: cfg.launch.parallel_stages], waiting[cfg.launch.parallel_stages :]
-            started |= {stage.name for stage in batch}
-            seconds |= _run_together(batch, cfg)
+        for name, duration in _run_group([stage for stage in group if not stage.done], cfg):
+            seconds[name] = duration
             write_json(timings, seconds)
     from trace_dist.cli.commands import report_command
 
     report_command(cfg)
 
 
-def _run_together(stages: list[Stage], cfg: RunConfig) -> dict[str, float]:
-    processes = []
-    for stage in stages:
-        logger.info("stage: %s", stage.name)
-        num_processes = len(stages) * (cfg.launch.num_ranks if stage.launched else 1)
-        command = launch_command(cfg.launch, stage.launched) + stage.arguments[:1]
-        command += ["--config", str(Path(cfg.run_dir) / "config.yaml"), *stage.arguments[1:]]
-        environment = _environment(num_processes)
-        # A session of its own: launchers do not pass signals on to their ranks, so the whole group is stopped.
-        process = subprocess.Popen(command, env=environment, start_new_session=True)
-        processes.append((stage, time.perf_counter(), process))
-    seconds = {}
+def _run_group(stages: list[Stage], cfg: RunConfig) -> Iterator[tuple[str, float]]:
+    """Run independent stages, ``parallel_stages`` at a time; yields the name and the seconds of each that ends."""
+    waiting, running = list(stages), list[tuple[Stage, float, subprocess.Popen[bytes]]]()
+    together = min(len(stages), cfg.launch.parallel_stages)
     try:
-        for stage, begin, process in processes:
-            if process.wait() != 0:
-                raise StageFailed(
-                    f"stage {stage.name}: failed with exit code {process.returncode}; its error is above. "
-                    "Mend it and start the same command again: finished stages are kept"
-                )
-            seconds[stage.name] = time.perf_counter() - begin
+        while waiting or running:
+            while waiting and len(running) < together:
+                running.append((waiting[0], time.perf_counter(), _start(waiting.pop(0), cfg, together)))
+            time.sleep(0.1)
+            for stage, begin, process in [entry for entry in running if entry[2].poll() is not None]:
+                running.remove((stage, begin, process))
+                if process.returncode != 0:
+                    raise StageFailed(
+                        f"stage {stage.name}: failed with exit code {process.returncode}; its error is above. "
+                        "Mend it and start the same command again: finished stages are kept"
+                    )
+                yield stage.name, time.perf_counter() - begin
     finally:
-        for _, _, process in processes:
-            if process.poll() is None:
-                _stop(process)
-    return seconds
+        for _, _, process in running:
+            _stop(process)
+
+
+def _start(stage: Stage, cfg: RunConfig, together: int) -> subprocess.Popen[bytes]:
+    """Start a stage beside ``together - 1`` others."""
+    logger.info("stage: %s", stage.name)
+    command = launch_command(cfg.launch, stage.launched) + stage.arguments[:1]
+    command += ["--config", str(Path(cfg.run_dir) / "config.yaml"), *stage.arguments[1:]]
+    environment = _environment(together * (cfg.launch.num_ranks if stage.launched else 1))
+    # A session of its own: launchers do not pass signals on to their ranks, so the whole group is stopped.
+    return subprocess.Popen(command, env=environment, start_new_session=True)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

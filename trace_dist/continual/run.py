@@ -8,6 +8,7 @@ from trace_dist.config import RunConfig
 from trace_dist.continual.baselines import run_baseline
 from trace_dist.continual.sequence import Sequence, mode_path
 from trace_dist.models.fingerprint import fingerprint
+from trace_dist.probe.project import masks_missing, project_masks
 from trace_dist.sharding.build import load_sharded
 from trace_dist.train.bases import prepare_base
 from trace_dist.train.setup import Workbench
@@ -38,7 +39,7 @@ def _describe_tasks(cfg: RunConfig, bench: Workbench) -> None:
 
 
 def run_continual(cfg: RunConfig) -> None:
-    """Run the modes of ``cfg.continual.modes`` that have no result yet. Collective.
+    """Run the modes of ``cfg.continual.modes`` that have no result yet; masks are projected where missing. Collective.
 
     Raises:
         ValueError: a baseline is asked of several ranks.
@@ -58,6 +59,8 @@ def run_continual(cfg: RunConfig) -> None:
         _describe_tasks(cfg, bench)
     if masked:
         model = load_sharded(str(path), cfg.target.dtype, cfg.backend)
+        if masks_missing(cfg):
+            project_masks(model, cfg, bench, fingerprint(path))
         sequence = Sequence(model, cfg, bench, fingerprint(path))
         for mode in masked:
             sequence.run(mode)

@@ -72,7 +72,9 @@ def finish_mode(
         "bits_per_byte": {
             name: [row.bits_per_byte[i] for row in rows] for i, name in enumerate(judge.text_names)
         },
-        "losses": {task.name: _thinned(result.losses) for task, result in zip(cfg.tasks, trained, strict=True)},
+        "losses": {
+            task.name: _thinned(result.losses) for task, result in zip(cfg.tasks, trained, strict=True)
+        },
         "step_ms": sum(result.step_ms for result in trained) / len(trained),
         "seconds": sum(result.seconds for result in trained),
         **facts,

@@ -37,9 +37,28 @@ def mask_path(cfg: RunConfig, task: str, kind: str = "projected") -> Path:
 def run_project(cfg: RunConfig) -> None:
     """Project every task's mask onto the target. Collective."""
     path = prepare_base(cfg.target, cfg, "target")
-    bench = Workbench.load(cfg, path)
     model = load_sharded(str(path), cfg.target.dtype, cfg.backend)
-    model_id = fingerprint(path)
+    project_masks(model, cfg, Workbench.load(cfg, path), fingerprint(path))
+
+
+def masks_missing(cfg: RunConfig) -> bool:
+    """Whether a task has no mask of the target yet. Collective: every rank answers as rank 0 does."""
+    paths = [mask_path(cfg, task.name, kind) for task in cfg.tasks for kind in ("projected", "random")]
+    return dist.broadcast_object(not all(path.is_file() for path in paths))
+
+
+def project_masks(model: ShardedModel, cfg: RunConfig, bench: Workbench, model_id: str) -> None:
+    """Write every task's projected and random mask of a sharded target, which is left as it was. Collective.
+
+    Args:
+        model: the target.
+        cfg: the run.
+        bench: its data.
+        model_id: fingerprint of the target.
+
+    Raises:
+        ValueError: the proxy has not been probed.
+    """
     mask = cfg.mask
     layouts = layouts_for(model, mask.granularity, mask.block, mask.maskable)
     if cfg.proxy is None:
@@ -59,7 +78,10 @@ def run_project(cfg: RunConfig) -> None:
 
 def project_task(model: ShardedModel, cfg: RunConfig, bench: Workbench, stream: Stream) -> Mask:
     """The mask of one task on the target. Collective."""
-    proxy_mask = Mask.load(proxy_mask_path(cfg, stream.task.name))
+    path = proxy_mask_path(cfg, stream.task.name)
+    if not path.is_file():
+        raise ValueError(f"{path}: the proxy has no mask for this task; start `trace-dist probe` first")
+    proxy_mask = Mask.load(path)
     mask = cfg.mask
     layouts = layouts_for(model, mask.granularity, mask.block, mask.maskable)
     if cfg.proxy is None:

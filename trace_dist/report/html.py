@@ -138,7 +138,11 @@ def _text(view: RunView) -> list[tuple[str, list[str]]]:
         for text_set, values in mapping(view.part("modes")[mode.name].get("bits_per_byte")).items():
             curve = [number(value) for value in sequence(values)]
             if len(curve) > 1:
-                cells = [tables.fixed(curve[0], 3), tables.fixed(curve[-1], 3), tables.signed(curve[-1] - curve[0], 3)]
+                cells = [
+                    tables.fixed(curve[0], 3),
+                    tables.fixed(curve[-1], 3),
+                    tables.signed(curve[-1] - curve[0], 3),
+                ]
                 rows.append((mode.label, [str(text_set), *cells]))
     return rows
 

@@ -166,10 +166,12 @@ class ShardedModel(ABC):
             reduction: ``mean`` averages the ranks' losses, as data-parallel training does; ``sum`` adds them.
 
         Raises:
-            ValueError: no mask is attached.
+            ValueError: no mask is attached, or the reduction is unknown.
         """
         if self._compactor is None:
             raise ValueError("backward: no mask is attached; build MaskedAdamW(sharded, mask, ...) first")
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"backward: reduction={reduction!r}: unknown; use 'mean' or 'sum'")
         self._compactor.run_backward(loss, 1.0 / self.world if reduction == "mean" else 1.0)
         self.after_backward()
 

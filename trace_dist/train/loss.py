@@ -62,7 +62,10 @@ def _keeps_logits(forward: Forward) -> bool:
     """Whether the model behind a forward function takes ``logits_to_keep``."""
     owner = getattr(forward, "__self__", forward)
     module = getattr(owner, "module", owner)
-    return isinstance(module, nn.Module) and "logits_to_keep" in inspect.signature(type(module).forward).parameters
+    return (
+        isinstance(module, nn.Module)
+        and "logits_to_keep" in inspect.signature(type(module).forward).parameters
+    )
 
 
 def accumulate(step: Step, forward: Forward, backward: Backward, device: torch.device) -> Tensor:

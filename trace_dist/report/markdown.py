@@ -1,0 +1,60 @@
+"""The comparison of modes as Markdown, and keeping it in a document beside the results that it shows.
+
+    python -m trace_dist.report.markdown docs/results/quickstart.json README.md quickstart
+
+writes the table of the results between ``<!-- quickstart -->`` and ``<!-- /quickstart -->``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trace_dist.report.results import load_results, number, parse_results
+from trace_dist.report.tables import COLUMNS, duration, mode_cells
+
+
+def markdown_table(results: Mapping[str, Any]) -> str:
+    """One row per mode, and a line that says where and when it was measured.
+
+    Raises:
+        ValueError: `results` lacks "tasks" or "modes".
+    """
+    view = parse_results(results)
+    shown = [i for i in range(len(COLUMNS)) if any(mode_cells(view, mode)[i] != "–" for mode in view.modes)]  # noqa: RUF001
+    heads = [f"{COLUMNS[i].head}, {COLUMNS[i].unit}" for i in shown]
+    lines = ["| mode | " + " | ".join(heads) + " |", "|---" + "|---:" * len(heads) + "|"]
+    for mode in view.modes:
+        cells = [mode_cells(view, mode)[i] for i in shown]
+        lines.append("| " + " | ".join([mode.label, *cells]) + " |")
+    return "\n".join(lines) + "\n\n" + _provenance(results) + "\n"
+
+
+def _provenance(results: Mapping[str, Any]) -> str:
+    run, meta = results.get("run_info", {}), results.get("meta_info", {})
+    facts = [str(run.get("date", ""))[:10], f"commit {run.get('commit')}", str(meta.get("hardware", ""))]
+    return f"{', '.join(fact for fact in facts if fact)}; {duration(number(run.get('seconds')))} in all."
+
+
+def insert(document: str, section: str, text: str) -> str:
+    """`document` with what stands between the markers of `section` replaced.
+
+    Raises:
+        ValueError: the markers are missing.
+    """
+    start, end = f"<!-- {section} -->", f"<!-- /{section} -->"
+    if document.count(start) != 1 or document.count(end) != 1:
+        raise ValueError(f"document: needs {start} and {end} once each; add the two lines")
+    head, rest = document.split(start)
+    return f"{head}{start}\n{text}{end}{rest.split(end)[1]}"
+
+
+def main(results: str, document: str, section: str) -> None:
+    path = Path(document)
+    path.write_text(insert(path.read_text(), section, markdown_table(load_results(results))))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
