@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from trace_dist.data.encoding import check_context, encode_pairs, encode_prompt, pad_id, stop_ids
-from trace_dist.evaluation.inputs import config_of, device_of, left_pad, positions, supported
+from trace_dist.evaluation.inputs import config_of, device_of, last, left_pad, positions, supported
 from trace_dist.evaluation.score import Score, accuracy, evaluating, map_over_ranks
 from trace_dist.utils import dist
 
@@ -90,7 +90,7 @@ def _decode_batch(
     cache: Any = None
     decoded = []
     for _ in range(max_new_tokens):
-        extra = supported(model, position_ids=position_ids, logits_to_keep=1)
+        extra = supported(model, position_ids=position_ids, logits_to_keep=last(tokens, 1))
         output = model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
         cache = output.past_key_values
         if cache is None:

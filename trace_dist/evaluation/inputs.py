@@ -35,6 +35,15 @@ def positions(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
+def last(tokens: torch.Tensor, num: int) -> torch.Tensor:
+    """Indices of the last ``num`` columns, for ``logits_to_keep``.
+
+    An index, not a number: that would make a strided slice, which ZeRO-3's linear function multiplies as a batch of matrices,
+    with a copy of the output head for every row.
+    """
+    return torch.arange(tokens.shape[1] - num, tokens.shape[1], device=tokens.device)
+
+
 def supported(model: torch.nn.Module, **kwargs: Any) -> dict[str, Any]:
     """Those of the keyword arguments that the model's forward names, or may pass on (PEFT's wrappers).
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from trace_dist.data.encoding import IGNORE, Pair, check_context
-from trace_dist.evaluation.inputs import config_of, device_of, left_pad, positions, supported
+from trace_dist.evaluation.inputs import config_of, device_of, last, left_pad, positions, supported
 from trace_dist.evaluation.score import evaluating, map_over_ranks
 
 _MAX_LOGITS = 2**28
@@ -54,7 +54,7 @@ def _score_batch(model: torch.nn.Module, pairs: list[Pair], pad_id: int) -> list
     targets, _ = left_pad(
         [[IGNORE] * (num_scored - len(answer)) + answer for _, answer in pairs], IGNORE, device
     )
-    extra = supported(model, position_ids=positions(mask), logits_to_keep=num_scored)
+    extra = supported(model, position_ids=positions(mask), logits_to_keep=last(tokens, num_scored))
     logits = model(input_ids=tokens, attention_mask=mask, use_cache=False, **extra).logits[:, -num_scored:]
     nll = F.cross_entropy(
         logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none"
