@@ -19,8 +19,9 @@ publish: $(VENV)/.quickstart
 	test ! -f runs/smollm2/results.json || cp runs/smollm2/results.json docs/results/smollm2.json
 	$(BIN)/python -m trace_dist.report.markdown docs/results/smollm2.json README.md smollm2
 
+# One thread per process: the tests start several.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

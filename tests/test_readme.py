@@ -75,7 +75,9 @@ def test_commands_run_one_after_the_other(checkout: Path) -> None:
         environment["MASTER_PORT"] = str(free_port())
         if "deepspeed" in command or "torchrun" in command:
             flag = "--master_port"
-            command = re.sub(r"(--num_gpus 2|--nproc_per_node 2)", rf"\1 {flag} {environment['MASTER_PORT']}", command)
+            command = re.sub(
+                r"(--num_gpus 2|--nproc_per_node 2)", rf"\1 {flag} {environment['MASTER_PORT']}", command
+            )
         done = subprocess.run(
             command, shell=True, cwd=checkout, env=environment, capture_output=True, text=True, timeout=400
         )

@@ -49,9 +49,7 @@ def cfg(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     run = folder / "run"
     config = RunConfig(
         run_dir=str(run),
-        target=ModelConfig(
-            str(run / "target"), tiny=TinyConfig(32, 2, 2, 48, steps=20, batch_size=16)
-        ),
+        target=ModelConfig(str(run / "target"), tiny=TinyConfig(32, 2, 2, 48, steps=20, batch_size=16)),
         proxy=ModelConfig(str(run / "proxy"), tiny=TinyConfig(16, 2, 2, 24, steps=20, batch_size=16)),
         tasks=[TaskConfig(name, path=str(folder / f"{name}.jsonl")) for name in TASKS],
         general=[
@@ -89,7 +87,10 @@ def test_every_mode_reports_its_matrix(cfg: RunConfig, mode: str) -> None:
 
 def test_base_scores_agree_between_modes(cfg: RunConfig) -> None:
     """Row 0 is the untouched base in every mode: masked modes leave it as it was for the next one."""
-    rows = {json.dumps([result(cfg, mode)["R"][0], result(cfg, mode)["general"][0]]) for mode in cfg.continual.modes}
+    rows = {
+        json.dumps([result(cfg, mode)["R"][0], result(cfg, mode)["general"][0]])
+        for mode in cfg.continual.modes
+    }
     assert len(rows) == 1
 
 

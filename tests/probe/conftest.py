@@ -1,4 +1,4 @@
-"""One launch of two ZeRO-3 ranks for all tests of scores and placement on shards."""
+"""One launch of two ranks per backend for all tests of scores and placement on shards."""
 
 from __future__ import annotations
 
@@ -41,9 +41,19 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Found:
     return collect(out, 1)
 
 
+def on_two_ranks(backend: str, factory: pytest.TempPathFactory) -> Found:
+    out = factory.mktemp(backend)
+    launch(Path(rank_script.__file__), 2, out, backend, launcher="torchrun")
+    return collect(out, 2)
+
+
 @pytest.fixture(scope="session")
 def zero3(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """Two ranks under ZeRO-3."""
-    out = tmp_path_factory.mktemp("zero3")
-    launch(Path(rank_script.__file__), 2, out, "zero3", launcher="torchrun")
-    return collect(out, 2)
+    return on_two_ranks("zero3", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def fsdp2(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """Two ranks under FSDP2."""
+    return on_two_ranks("fsdp2", tmp_path_factory)
