@@ -25,6 +25,7 @@ from torch import Tensor
 from trace_dist import Delta, Mask, MaskedAdamW
 from trace_dist.bank.delta import applied, extract_delta
 from trace_dist.sharding.compaction import build_supports
+from trace_dist.sharding.fsdp2 import Fsdp2Model
 from trace_dist.sharding.zero3 import Zero3Model
 from trace_dist.utils import dist
 
@@ -52,6 +53,24 @@ def parity(out: Path) -> Found:
             "owns_nothing": sum(0 in s.splits for s in supports),
         }
         model.close()
+    return found
+
+
+def fsdp2(out: Path) -> Found:
+    """The parity cases under FSDP2; evaluation between steps, and a load from disk, leave no stale copy behind."""
+    found: Found = {}
+    for case in CASES.values():
+        model = Fsdp2Model(case.model())
+        outcome = train(case, model)
+        save_state(out / f"fsdp2-{case.name}.safetensors", outcome.state)
+        found[case.name] = {"losses": outcome.losses, "norms": outcome.norms}
+    case = CASES["element-everything"]
+    if dist.is_main():
+        case.model().save_pretrained(out / "fsdp2-base")
+    dist.barrier()
+    model = Fsdp2Model.from_pretrained(str(out / "fsdp2-base"), torch.float32)
+    share = sum(len(shard.local) for shard in model.shards())
+    found["loaded"] = {"losses": train(case, model).losses, "share": share}
     return found
 
 
@@ -169,6 +188,7 @@ def toy(out: Path) -> Found:
 
 SECTIONS: dict[str, Callable[[Path], Found]] = {
     "parity": parity,
+    "fsdp2": fsdp2,
     "traps": traps,
     "interleaving": interleaving,
     "attaching": attaching,

@@ -1,4 +1,4 @@
-"""Masked training, on one process and on 1, 2 and 3 ZeRO-3 ranks, equals dense AdamW with everything else put back."""
+"""Masked training, on one process and on several ranks of ZeRO-3 and FSDP2, equals dense AdamW with everything else put back."""
 
 from __future__ import annotations
 
@@ -80,6 +80,30 @@ def test_zero3_in_bf16(world, num_ranks: int) -> None:
     outcome = from_ranks(world, num_ranks, "bf16")
     assert_frozen_bits("bf16", outcome.state)
     assert outcome.losses == pytest.approx(reference("bf16").losses, rel=0.01)
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_fsdp2(world, num_ranks: int, name: str) -> None:
+    report = world(num_ranks).section("fsdp2")[name]
+    outcome = Outcome(report["losses"], report["norms"], world(num_ranks).state(f"fsdp2-{name}"))
+    assert_frozen_bits(name, outcome.state)
+    if CASES[name].dtype == "float32":
+        assert_close(name, outcome)
+    else:
+        assert outcome.losses == pytest.approx(reference(name).losses, rel=0.01)
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_fsdp2_loaded_in_shards(world, num_ranks: int) -> None:
+    """A model that each rank read its own rows of trains like one that was whole before."""
+    found = [report["fsdp2"] for report in world(num_ranks).reports]
+    name = "element-everything"
+    assert found[0]["loaded"]["losses"] == found[0][name]["losses"]
+    total = sum(parameter.numel() for parameter in CASES[name].model().parameters())
+    assert sum(report["loaded"]["share"] for report in found) == total
 
 
 @pytest.mark.launcher
