@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -88,12 +89,14 @@ def run_pipeline(cfg: RunConfig) -> None:
         StageFailed: a stage failed; its own error is printed above.
     """
     signal.signal(signal.SIGTERM, _on_terminate)
-    timings = Path(cfg.run_dir) / "stages.json"
-    seconds: dict[str, float] = read_json(timings) if timings.is_file() else {}
+    path = Path(cfg.run_dir) / "stages.json"
+    timings: dict[str, Any] = read_json(path) if path.is_file() else {"stages": {}, "wall_seconds": 0.0}
     for group in plan(cfg):
+        begin, before = time.perf_counter(), timings["wall_seconds"]
         for name, duration in _run_group([stage for stage in group if not stage.done], cfg):
-            seconds[name] = duration
-            write_json(timings, seconds)
+            timings["stages"][name] = duration
+            timings["wall_seconds"] = before + time.perf_counter() - begin
+            write_json(path, timings)
     from trace_dist.cli.commands import report_command
 
     report_command(cfg)

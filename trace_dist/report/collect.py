@@ -51,9 +51,10 @@ def collect_results(cfg: RunConfig) -> dict[str, Any]:
         "target": _densities((name, mask_path(cfg, name)) for name in names),
     }
     stages = Path(cfg.run_dir) / "stages.json"
-    seconds = read_json(stages) if stages.is_file() else {}
+    timings = read_json(stages) if stages.is_file() else {}
     launched = {"launcher": cfg.launch.launcher, "num_ranks": cfg.launch.num_ranks, "backend": cfg.backend}
-    results["run_info"] = {**run_info(), "seconds": sum(seconds.values()), "stages": seconds, **launched}
+    measured = {"seconds": timings.get("wall_seconds"), "stages": timings.get("stages", {})}
+    results["run_info"] = {**run_info(), **measured, **launched}
     results["meta_info"] = meta_info()
     results["config"] = asdict(cfg)
     return results
