@@ -21,6 +21,7 @@ from PIL import Image
 from rich.console import Console
 
 from trace_dist.report import load_results, render_png, summary_table, write_report
+from trace_dist.report.markdown import insert, markdown_table
 from trace_dist.report.plots import label_ends
 from trace_dist.report.results import parse_results
 from trace_dist.report.tables import MISSING, count, duration, fixed, shorten_all, signed, size
@@ -432,3 +433,37 @@ def test_numbers_read_well() -> None:
         "5 min 12 s",
         "2 h 05 min",
     ]
+
+
+def test_held_out_text_is_shown_with_its_change(tmp_path: Path) -> None:
+    results = {
+        "tasks": ["a"],
+        "modes": {"full": {"R": [[0.0], [50.0]], "bits_per_byte": {"prose": [1.25, 1.5]}}},
+    }
+    text = Page(write_report(results, tmp_path / "report.html")).text
+    assert "Held-out text" in text
+    assert all(value in text for value in ("prose", "1.250", "1.500", "+0.250"))
+
+
+def test_confusion_has_a_column_for_the_base(tmp_path: Path) -> None:
+    retrieval = {"tasks": ["a", "b"], "columns": ["base", "a", "b"], "confusion": [[7, 193, 0], [0, 0, 200]]}
+    results = {"tasks": ["a", "b"], "modes": {"retrieved": {}}, "retrieval": retrieval}
+    text = Page(write_report(results, tmp_path / "report.html")).text
+    assert "193" in text
+    assert "base" in text
+
+
+def test_markdown_table_and_its_place() -> None:
+    results = {
+        "tasks": ["a"],
+        "modes": {"full": {"R": [[0.0], [50.0]], "just_trained": [50.0], "average_accuracy": 50.0}},
+        "run_info": {"date": "2026-01-02T03:04:05", "commit": "abc", "seconds": 61},
+        "meta_info": {"hardware": "one core"},
+    }
+    table = markdown_table(results)
+    assert "| full fine-tuning | 50.0 | 50.0 |" in table
+    assert "2026-01-02, commit abc, one core; 1 min 01 s in all." in table
+    document = "before\n<!-- x -->\nold\n<!-- /x -->\nafter"
+    assert insert(document, "x", table) == f"before\n<!-- x -->\n{table}<!-- /x -->\nafter"
+    with pytest.raises(ValueError, match="once each"):
+        insert(document, "y", table)

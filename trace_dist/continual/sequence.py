@@ -24,6 +24,7 @@ from trace_dist.train.loop import MetricLog, TrainResult
 from trace_dist.train.setup import Stream, Workbench
 from trace_dist.train.task import train_mask
 from trace_dist.utils import dist
+from trace_dist.utils.env import run_info
 from trace_dist.utils.files import write_json
 from trace_dist.utils.log import get_logger
 
@@ -77,6 +78,7 @@ def finish_mode(
         },
         "step_ms": sum(result.step_ms for result in trained) / len(trained),
         "seconds": sum(result.seconds for result in trained),
+        "measured": run_info(),
         **facts,
     }
     if dist.is_main():

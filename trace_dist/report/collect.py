@@ -15,7 +15,7 @@ from trace_dist.masks.format import Mask
 from trace_dist.models.roles import describe
 from trace_dist.probe.probe import probe_folder, proxy_mask_path
 from trace_dist.probe.project import mask_path
-from trace_dist.utils.env import meta_info, run_info
+from trace_dist.utils.env import meta_info
 from trace_dist.utils.files import read_json
 
 ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "embed", "head", "norm", "bias", "other")
@@ -54,7 +54,11 @@ def collect_results(cfg: RunConfig) -> dict[str, Any]:
     timings = read_json(stages) if stages.is_file() else {}
     launched = {"launcher": cfg.launch.launcher, "num_ranks": cfg.launch.num_ranks, "backend": cfg.backend}
     measured = {"seconds": timings.get("wall_seconds"), "stages": timings.get("stages", {})}
-    results["run_info"] = {**run_info(), **measured, **launched}
+    results["run_info"] = {
+        **first["measured"],
+        **measured,
+        **launched,
+    }  # when and from which commit, not of this report
     results["meta_info"] = meta_info()
     results["config"] = asdict(cfg)
     return results

@@ -135,7 +135,7 @@ def _text(view: RunView) -> list[tuple[str, list[str]]]:
     """Per mode and text set: bits per byte of the base, then after the last task."""
     rows = []
     for mode in view.modes:
-        for text_set, values in mapping(view.part("modes")[mode.name].get("bits_per_byte")).items():
+        for text_set, values in mapping(mapping(view.part("modes")[mode.name]).get("bits_per_byte")).items():
             curve = [number(value) for value in sequence(values)]
             if len(curve) > 1:
                 cells = [

@@ -7,6 +7,7 @@ writes the table of the results between ``<!-- quickstart -->`` and ``<!-- /quic
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +36,9 @@ def markdown_table(results: Mapping[str, Any]) -> str:
 def _provenance(results: Mapping[str, Any]) -> str:
     run, meta = results.get("run_info", {}), results.get("meta_info", {})
     facts = [str(run.get("date", ""))[:10], f"commit {run.get('commit')}", str(meta.get("hardware", ""))]
-    return f"{', '.join(fact for fact in facts if fact)}; {duration(number(run.get('seconds')))} in all."
+    seconds = number(run.get("seconds"))
+    took = "" if math.isnan(seconds) else f"; {duration(seconds)} in all"
+    return f"{', '.join(fact for fact in facts if fact)}{took}."
 
 
 def insert(document: str, section: str, text: str) -> str:
