@@ -464,6 +464,6 @@ def test_markdown_table_and_its_place() -> None:
     assert "| full fine-tuning | 50.0 | 50.0 |" in table
     assert "2026-01-02, commit abc, one core; 1 min 01 s in all." in table
     document = "before\n<!-- x -->\nold\n<!-- /x -->\nafter"
-    assert insert(document, "x", table) == f"before\n<!-- x -->\n{table}<!-- /x -->\nafter"
+    assert insert(document, "x", table) == f"before\n<!-- x -->\n\n{table}\n<!-- /x -->\nafter"
     with pytest.raises(ValueError, match="once each"):
         insert(document, "y", table)

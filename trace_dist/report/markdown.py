@@ -51,7 +51,7 @@ def insert(document: str, section: str, text: str) -> str:
     if document.count(start) != 1 or document.count(end) != 1:
         raise ValueError(f"document: needs {start} and {end} once each; add the two lines")
     head, rest = document.split(start)
-    return f"{head}{start}\n{text}{end}{rest.split(end)[1]}"
+    return f"{head}{start}\n\n{text}\n{end}{rest.split(end)[1]}"
 
 
 def main(results: str, document: str, section: str) -> None:
