@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trace_dist.data.encoding import check_context
+from trace_dist.models.forward import names_argument
 from trace_dist.utils import dist
 
 
@@ -24,8 +24,8 @@ def _right_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.devi
 def _mean_hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor, layer: int) -> Tensor:
     """[B, hidden] fp32 mean of hidden layer ``layer`` over the tokens that are not padding."""
     # logits of every token would dominate the memory, and nobody reads them
-    takes_kept = "logits_to_keep" in inspect.signature(model.forward).parameters
-    options = {"logits_to_keep": torch.zeros(1, dtype=torch.int64, device=ids.device)} if takes_kept else {}
+    first = torch.zeros(1, dtype=torch.int64, device=ids.device)
+    options = {"logits_to_keep": first} if names_argument(model, "logits_to_keep") else {}
     outputs = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False, **options)
     layers = outputs.hidden_states
     if not -len(layers) <= layer < len(layers):

@@ -6,7 +6,6 @@ of transformers' do), no others are computed: with a large vocabulary they would
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from trace_dist.data.batches import Step
 from trace_dist.data.encoding import IGNORE
+from trace_dist.models.forward import names_argument
 from trace_dist.utils import dist
 
 Forward = Callable[..., Any]
@@ -62,10 +62,7 @@ def _keeps_logits(forward: Forward) -> bool:
     """Whether the model behind a forward function takes ``logits_to_keep``."""
     owner = getattr(forward, "__self__", forward)
     module = getattr(owner, "module", owner)
-    return (
-        isinstance(module, nn.Module)
-        and "logits_to_keep" in inspect.signature(type(module).forward).parameters
-    )
+    return isinstance(module, nn.Module) and names_argument(module, "logits_to_keep")
 
 
 def accumulate(step: Step, forward: Forward, backward: Backward, device: torch.device) -> Tensor:
