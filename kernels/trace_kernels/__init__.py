@@ -1,24 +1,31 @@
-"""Kernels for masked training: Triton on GPUs, vectorised torch on CPU tensors, one file per op.
+"""Kernels for masked training: Triton on GPUs, C++ or vectorised torch on CPU tensors, one file per op.
 
 Depends on torch and triton alone.
 """
 
 from .bitmask import pack, unpack
-from .compact import compact_gather, compact_gather_sumsq, compact_scatter
+from .blockwise import Blockwise, dequantize_blockwise, quantize_blockwise
+from .compact import compact_gather, compact_gather_sumsq, compact_scatter, compact_sumsq
 from .delta_swap import delta_swap
 from .masked_adamw import masked_adamw
+from .masked_adamw_8bit import masked_adamw_8bit
 from .runs import Piece, Runs
 from .unit_reduce import unit_dot, unit_sumsq
 
 __all__ = [
+    "Blockwise",
     "Piece",
     "Runs",
     "compact_gather",
     "compact_gather_sumsq",
     "compact_scatter",
+    "compact_sumsq",
     "delta_swap",
+    "dequantize_blockwise",
     "masked_adamw",
+    "masked_adamw_8bit",
     "pack",
+    "quantize_blockwise",
     "unit_dot",
     "unit_sumsq",
     "unpack",

@@ -3,7 +3,7 @@
 `triton.compile` takes the target as a parameter and the wheel carries the assemblers, so that registers,
 spills and the width of memory accesses can be asserted on any machine. The specialisations are those of a
 launch with 16-byte aligned tensors, int32 unit ids and sizes of which nothing is known beyond what the tile
-promises.
+or the variant promises.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ from triton.backends.nvidia import __path__ as nvidia_path
 from triton.compiler import ASTSource
 
 from .bitmask import _pack_kernel, _unpack_kernel
+from .blockwise import BLOCK_SIZE
 from .compact import _compact_gather_kernel, _compact_scatter_kernel
 from .delta_swap import _delta_swap_kernel
 from .dispatch import NUM_THREADS, TILE
 from .masked_adamw import _masked_adamw_kernel
+from .masked_adamw_8bit import TILE as TILE_8BIT
+from .masked_adamw_8bit import _masked_adamw_8bit_kernel
 from .unit_reduce import SPLIT, _unit_dot_kernel
 
 TARGETS = {
@@ -52,6 +55,10 @@ _RUN_ARGS = {
     "skip": "i32",
 }
 
+_STEP_ARGS = dict.fromkeys(
+    ("step_size", "correction2_sqrt", "grad_scale", "decay", "weight1", "beta2", "weight2", "eps"), "fp32"
+) | {"key_1": "i32", "key_2": "i32"}
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -61,6 +68,8 @@ class Variant:
     kernel: Any
     signature: Mapping[str, str]
     constexprs: Mapping[str, Any]
+    multiples: tuple[str, ...] = ()
+    """Integers that are multiples of 16, as Triton finds out at a launch."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,7 @@ def compile_kernel(
 def variants() -> Iterator[Variant]:
     """Every kernel of the package in its typical specialisations."""
     for dtype in ("bf16", "fp32"):
+        yield from _adamw_8bit_variants(dtype)
         for granularity, tile in TILES.items():
             suffix = f"{dtype}.{granularity}"
             yield from _support_variants(dtype, suffix, tile)
@@ -153,9 +163,8 @@ def _support_variants(dtype: str, suffix: str, tile: dict[str, Any]) -> Iterator
     yield _variant(f"swap.{suffix}", _delta_swap_kernel, swap, tile)
 
     compacts = ("master_ptr", "grad_ptr", "exp_avg_ptr", "exp_avg_sq_ptr")
-    scalars = ("step_size", "correction2_sqrt", "grad_scale", "decay", "weight1", "beta2", "weight2", "eps")
-    adamw = {"weight_ptr": f"*{dtype}"} | dict.fromkeys(compacts, "*fp32") | dict.fromkeys(scalars, "fp32")
-    adamw |= {"last_age": "i32", "key_1": "i32", "key_2": "i32"} | _RUN_ARGS
+    adamw = {"weight_ptr": f"*{dtype}", "last_age": "i32"} | dict.fromkeys(compacts, "*fp32") | _STEP_ARGS
+    adamw |= _RUN_ARGS
     flags = {"SCALE_IS_POINTER": False, "STOCHASTIC": False} | tile
     yield _variant(f"adamw.{suffix}", _masked_adamw_kernel, adamw, flags)
     by_age = {"age_ptr": "*i32", "step_size": "*fp32", "correction2_sqrt": "*fp32", "grad_scale": "*fp32"}
@@ -169,7 +178,31 @@ def _support_variants(dtype: str, suffix: str, tile: dict[str, Any]) -> Iterator
         )
 
 
-def _variant(name: str, kernel: Any, signature: Mapping[str, str], constexprs: Mapping[str, Any]) -> Variant:
+def _adamw_8bit_variants(dtype: str) -> Iterator[Variant]:
+    floats = ["master_ptr", "grad_ptr"]
+    signature = {"weight_ptr": f"*{dtype}"} | _STEP_ARGS | _RUN_ARGS
+    for moment in (1, 2):
+        signature |= {f"codes_{moment}_ptr": "*u8", f"guess_{moment}_ptr": "*u8"}
+        floats += [f"{name}_{moment}_ptr" for name in ("absmax", "values", "midpoints")]
+    signature |= dict.fromkeys(floats, "*fp32")
+    tile = {"SCALE_IS_POINTER": False, "TILE": TILE_8BIT, "BLOCK_SIZE": BLOCK_SIZE}
+    options = tile | {"STOCHASTIC": False}
+    kernel = _masked_adamw_8bit_kernel
+    yield _variant(f"adamw_8bit.{dtype}.element", kernel, signature, options)
+    yield _variant(f"adamw_8bit.{dtype}.block64", kernel, signature, options, multiples=("num_entries",))
+    if dtype == "bf16":
+        del signature["master_ptr"]
+        options = tile | {"STOCHASTIC": True}
+        yield _variant(f"adamw_8bit_stochastic.{dtype}.element", kernel, signature, options)
+
+
+def _variant(
+    name: str,
+    kernel: Any,
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    multiples: tuple[str, ...] = (),
+) -> Variant:
     """Fills in None for pointers left out and 1 for the block of an element mask, as a launch would."""
     names = kernel.arg_names
     fixed = {argument: None for argument in names if argument not in signature} | dict(constexprs)
@@ -177,14 +210,14 @@ def _variant(name: str, kernel: Any, signature: Mapping[str, str], constexprs: M
     if fixed.get("LANES") == 0:
         fixed["block"] = 1
         signature.pop("block")
-    return Variant(name, kernel, signature, fixed)
+    return Variant(name, kernel, signature, fixed, multiples)
 
 
 def _report(variant: Variant, target: str) -> CompiledReport:
     names = variant.kernel.arg_names
-    pointers = [name for name, kind in variant.signature.items() if kind.startswith("*")]
+    aligned = [name for name, kind in variant.signature.items() if kind.startswith("*")]
     attrs: dict[tuple[int, ...], list[list[object]]] = {
-        (names.index(pointer),): [["tt.divisibility", 16]] for pointer in pointers
+        (names.index(name),): [["tt.divisibility", 16]] for name in (*aligned, *variant.multiples)
     }
     compiled = compile_kernel(variant.kernel, variant.signature, variant.constexprs, attrs, TARGETS[target])
     kind = "cubin" if "cubin" in compiled.asm else "hsaco"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import triton
 
-OPS = ("compact", "masked_adamw", "delta_swap", "unit_reduce", "bitmask")
+OPS = ("compact", "masked_adamw", "masked_adamw_8bit", "delta_swap", "unit_reduce", "bitmask")
 BLOCKS = (1, 64, 1024)
 
 

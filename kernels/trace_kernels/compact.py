@@ -2,9 +2,11 @@
 
     gather   out[p]          (+)= scale * src[local(p)]      and, on demand, sum_p out[p]^2
     scatter  dst[local(p)]    =  round(values[p])            every other element keeps its bits
+    sumsq    sum_p values[p]^2, in float64
 
 with ``local`` as in runs.py, [Note: compact order]. The sum of squares feeds the global clip norm. It is
-reduced per tile, then over tiles, without float atomics: the same bits on every run.
+reduced per tile, then over tiles, without float atomics: the same bits on every run, and in C++ on any number of
+threads. Values gathered and scattered have the same bits on every path.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import BenchCase, Impl, check_vector, launch, locate, plan, run_args, use_triton
+from . import cpu
+from .dispatch import BenchCase, Impl, check_vector, choose, launch, locate, plan, run_args
 from .rounding import round_bf16
-from .runs import Runs
+from .runs import CHUNK, Runs
 
 
 def compact_gather_ref(src: Tensor, runs: Runs, scale: float = 1.0) -> Tensor:
@@ -104,7 +107,10 @@ def compact_gather(
         ``out``.
     """
     out = _check_gather(src, runs, out, accumulate)
-    if not use_triton(impl, src, out, runs.units):
+    path = choose(impl, src, out, runs.units)
+    if path == "cpp":
+        cpu.gather(src, runs, out, scale, accumulate)
+    elif path == "torch":
         _gather_torch(src, runs, out, scale, accumulate)
     elif runs.num_entries:
         num_programs, tile = plan(runs)
@@ -128,7 +134,10 @@ def compact_gather_sumsq(
         ``out`` and its sum of squares, 0-dim, of the dtype of ``out``.
     """
     out = _check_gather(src, runs, out, accumulate)
-    if not use_triton(impl, src, out, runs.units):
+    path = choose(impl, src, out, runs.units)
+    if path == "cpp":
+        return out, cpu.gather(src, runs, out, scale, accumulate, sumsq=True).to(out.dtype)
+    if path == "torch":
         return out, _gather_torch(src, runs, out, scale, accumulate, sumsq=True)
     if runs.num_entries == 0:
         return out, out.new_zeros(())
@@ -150,12 +159,34 @@ def compact_scatter(dst: Tensor, runs: Runs, values: Tensor, *, impl: Impl = "au
     """
     check_vector("dst", dst, runs.numel)
     check_vector("values", values, runs.num_entries)
-    if not use_triton(impl, dst, values, runs.units):
+    path = choose(impl, dst, values, runs.units)
+    if path == "cpp":
+        cpu.scatter(dst, runs, values)
+    elif path == "torch":
         for piece in runs.pieces():
             piece.scatter(dst, values[piece.start : piece.stop].to(dst.dtype))
     elif runs.num_entries:
         num_programs, tile = plan(runs)
         launch(_compact_scatter_kernel, num_programs, dst.device, dst, values, *run_args(runs), **tile)
+
+
+def compact_sumsq(values: Tensor, *, impl: Impl = "auto") -> Tensor:
+    """Sum of squares in float64, without a float64 copy; of the accumulated gradients, for the global clip norm.
+
+    Args:
+        values: [n] bf16, fp16, fp32 or fp64.
+        impl: see dispatch.py; the op has no Triton kernel, a GPU tensor is reduced by torch.
+
+    Returns:
+        0-dim float64, on the device of ``values``.
+    """
+    check_vector("values", values, values.numel())
+    if not values.is_cuda and choose(impl, values) == "cpp":
+        return cpu.sumsq(values)
+    if values.is_cuda:
+        return torch.linalg.vector_norm(values, dtype=torch.float64).square()
+    squares = [chunk.double().square().sum() for chunk in values.split(CHUNK)]
+    return torch.stack(squares).sum()
 
 
 def bench_case(numel: int, density: float, block: int, dtype: torch.dtype, device: str) -> BenchCase:

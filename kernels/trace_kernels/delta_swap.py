@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import BenchCase, Impl, check_vector, launch, locate, plan, run_args, use_triton
+from . import cpu
+from .dispatch import BenchCase, Impl, check_vector, choose, launch, locate, plan, run_args
 from .runs import Runs
 
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -64,7 +65,10 @@ def delta_swap(weight: Tensor, runs: Runs, values: Tensor, *, impl: Impl = "auto
     check_vector("values", values, runs.num_entries, (weight.dtype,))
     word = _WORDS[weight.element_size()]
     weight, values = weight.view(word), values.view(word)
-    if not use_triton(impl, weight, values, runs.units):
+    path = choose(impl, weight, values, runs.units)
+    if path == "cpp":
+        cpu.swap(weight, runs, values)
+    elif path == "torch":
         for piece in runs.pieces():
             target = values[piece.start : piece.stop]
             old = piece.gather(weight).clone()

@@ -1,9 +1,9 @@
 """Which path runs an op, and how a support is cut into Triton programs. The one place that decides either.
 
-A CUDA or HIP tensor takes the Triton kernel, a CPU tensor the vectorised torch path, since offloaded states
-live there. float64 always takes the torch path: Triton passes Python floats as fp32. ``impl="triton"`` on a
-CPU tensor runs the kernel under Triton's interpreter and needs ``TRITON_INTERPRET=1`` before the first
-import.
+A CUDA or HIP tensor takes the Triton kernel. A CPU tensor takes the C++ path where the op has one, the operands
+are fp32 and bf16 and a compiler was found (cpu.py), else the vectorised torch path. float64 always takes the
+torch path: Triton passes Python floats as fp32. ``impl="triton"`` on a CPU tensor runs the kernel under
+Triton's interpreter and needs ``TRITON_INTERPRET=1`` before the first import.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import cpu
 from .runs import Runs
 
-Impl = Literal["auto", "triton", "torch"]
+Impl = Literal["auto", "triton", "cpp", "torch"]
+Path = Literal["triton", "cpp", "torch"]
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 TILE = 1024
@@ -125,8 +127,29 @@ def launch(kernel: Any, num_programs: int, device: torch.device, /, *args: objec
         kernel[(num_programs,)](*args, **options, num_warps=num_warps, enable_fp_fusion=False)
 
 
+def choose(impl: Impl, *tensors: Tensor) -> Path:
+    """The path that runs an op with all three, given the caller's wish and the operands.
+
+    Raises:
+        ValueError: see `use_triton`; or C++ asked for where it cannot run.
+    """
+    if use_triton("auto" if impl == "cpp" else impl, *tensors):
+        if impl == "cpp":
+            raise ValueError("impl = 'cpp' on a GPU tensor: runs on CPU tensors alone; use impl='auto'")
+        return "triton"
+    if impl == "torch":
+        return "torch"
+    if cpu.serves(tensors):
+        return "cpp"
+    if impl == "cpp":
+        raise ValueError(
+            "impl = 'cpp': needs fp32 and bf16 operands on the CPU, and a C++ compiler; use impl='auto'"
+        )
+    return "torch"
+
+
 def use_triton(impl: Impl, *tensors: Tensor) -> bool:
-    """Whether the Triton kernel runs, given the caller's wish and the operands.
+    """Whether the Triton kernel runs, given the caller's wish and the operands, for an op without a C++ path.
 
     Raises:
         ValueError: operands on several devices, an unknown ``impl``, or Triton asked for where it cannot run.
@@ -143,7 +166,7 @@ def use_triton(impl: Impl, *tensors: Tensor) -> bool:
     if impl == "torch":
         return False
     if impl != "triton":
-        raise ValueError(f"impl = {impl!r}: must be 'auto', 'triton' or 'torch'")
+        raise ValueError(f"impl = {impl!r}: must be 'auto', 'triton', 'torch' or, where an op has it, 'cpp'")
     if has_double:
         raise ValueError("impl = 'triton': float64 has no Triton path; use impl='auto'")
     if not on_gpu and isinstance(locate, triton.JITFunction):

@@ -8,9 +8,9 @@
 itself. Operations and their order are those of ``torch.optim.AdamW(foreach=False, capturable=False)``: at
 full density the torch path equals it bit for bit in fp32 and fp64. The Triton kernel rounds where torch
 rounds: a fused multiply-add in the two moments and nowhere else, square root and division correctly
-rounded. Its moments have the bits of the torch path on a CPU with FMA; its weights agree to 2 ulp (rtol
-2.4e-7), since the CPU's vectorised square root is not correctly rounded. Elements outside the support are
-never written.
+rounded. The C++ path does the same, bit for bit. Their moments have the bits of the torch path on a CPU with
+FMA; their weights agree with it to 2 ulp (rtol 2.4e-7), since torch's vectorised square root is not correctly
+rounded on a CPU. Elements outside the support are never written.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import BenchCase, Impl, check_vector, launch, locate, plan, run_args, use_triton
+from . import cpu
+from .dispatch import BenchCase, Impl, check_vector, choose, launch, locate, plan, run_args
 from .hyper import AdamWHyper
 from .rounding import round_bf16, seed_keys, stochastic_bf16, stochastic_noise, truncate_bf16
 from .runs import Runs
@@ -77,6 +78,25 @@ def masked_adamw_ref(
     weight[indices] = p.to(weight.dtype)
 
 
+@triton.jit
+def adamw_update(p, m, v, g, step_size, correction2_sqrt, decay, weight1, beta2, weight2, eps):  # type: ignore[no-untyped-def]
+    """The formula on fp32 tiles: the new ``p``, ``m`` and ``v``."""
+    p = p * decay
+    far = weight1 >= 0.5  # torch's lerp starts from the nearer end
+    m = tl.fma(tl.where(far, weight1 - 1, weight1) + tl.zeros_like(m), g - m, tl.where(far, g, m))
+    v = tl.fma(weight2 * g, g, v * beta2)
+    denom = tl.div_rn(tl.sqrt_rn(v), correction2_sqrt + tl.zeros_like(v)) + eps
+    return p - tl.div_rn(step_size * m, denom), m, v
+
+
+@triton.jit
+def store_weight(weight_ptr, local, p, valid, base, key_1, key_2, STOCHASTIC: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Writes fp32 ``p`` to the weight, rounded to its dtype."""
+    if weight_ptr.dtype.element_ty == tl.bfloat16:
+        p = truncate_bf16(p, stochastic_noise(local + base, key_1, key_2)) if STOCHASTIC else round_bf16(p)
+    tl.store(weight_ptr + local, p, mask=valid)
+
+
 @triton.jit(do_not_specialize=["key_1", "key_2"])
 def _masked_adamw_kernel(  # type: ignore[no-untyped-def]
     weight_ptr,
@@ -125,13 +145,7 @@ def _masked_adamw_kernel(  # type: ignore[no-untyped-def]
     else:
         p = tl.load(master_ptr + position, mask=valid, other=0.0)
 
-    p = p * decay
-    far = weight1 >= 0.5  # torch's lerp starts from the nearer end
-    m = tl.fma(tl.where(far, weight1 - 1, weight1) + tl.zeros_like(m), g - m, tl.where(far, g, m))
-    v = tl.fma(weight2 * g, g, v * beta2)
-    denom = tl.div_rn(tl.sqrt_rn(v), correction2_sqrt + tl.zeros_like(v)) + eps
-    p = p - tl.div_rn(step_size * m, denom)
-
+    p, m, v = adamw_update(p, m, v, g, step_size, correction2_sqrt, decay, weight1, beta2, weight2, eps)
     if exp_avg_ptr.dtype.element_ty == tl.bfloat16:
         m = round_bf16(m)
     if exp_avg_sq_ptr.dtype.element_ty == tl.bfloat16:
@@ -140,9 +154,7 @@ def _masked_adamw_kernel(  # type: ignore[no-untyped-def]
     tl.store(exp_avg_sq_ptr + position, v, mask=valid)
     if master_ptr is not None:
         tl.store(master_ptr + position, p, mask=valid)
-    if weight_ptr.dtype.element_ty == tl.bfloat16:
-        p = truncate_bf16(p, stochastic_noise(local + base, key_1, key_2)) if STOCHASTIC else round_bf16(p)
-    tl.store(weight_ptr + local, p, mask=valid)
+    store_weight(weight_ptr, local, p, valid, base, key_1, key_2, STOCHASTIC)
 
 
 def masked_adamw(
@@ -186,13 +198,16 @@ def masked_adamw(
     state = _State(weight, runs, master, grad, exp_avg, exp_avg_sq)
     hyper = AdamWHyper(lr, beta1, beta2, eps, weight_decay)
     _check_state(state, rounding)
-    _check_step(step, grad_scale, runs)
+    check_step(step, grad_scale, runs)
     grad_scale = grad_scale.to(state.dtype) if isinstance(grad_scale, Tensor) else float(grad_scale)
     operands = [weight, grad, exp_avg, exp_avg_sq, runs.units]
     operands += [t for t in (master, step, grad_scale) if isinstance(t, Tensor)]
     seed_or_none = seed if rounding == "stochastic" and weight.dtype == torch.bfloat16 else None
-    if not use_triton(impl, *operands):
+    path = choose(impl, *operands)
+    if path == "torch":
         _step_torch(state, hyper, step, grad_scale, seed_or_none)
+    elif path == "cpp":
+        _step_cpp(state, hyper, step, grad_scale, seed_or_none)
     elif runs.num_entries:
         _step_triton(state, hyper, step, grad_scale, seed_or_none)
 
@@ -233,6 +248,19 @@ def _step_triton(
     )
 
 
+def _step_cpp(
+    state: _State, hyper: AdamWHyper, step: int | Tensor, grad_scale: float | Tensor, seed: int | None
+) -> None:
+    by_age, corrections = None, (0.0, 0.0)
+    if isinstance(step, Tensor):
+        by_age = (step, *hyper.tables(step.device, torch.float32))
+    else:
+        corrections = (hyper.step_size(step), hyper.correction2_sqrt(step))
+    rates = (float(grad_scale), hyper.decay, 1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2, hyper.eps)
+    keys = None if seed is None else seed_keys(seed)
+    cpu.adamw(*state, by_age=by_age, keys=keys, scalars=(*corrections, *rates))
+
+
 def _step_torch(
     state: _State, hyper: AdamWHyper, step: int | Tensor, grad_scale: float | Tensor, seed: int | None
 ) -> None:
@@ -264,26 +292,33 @@ def _step_torch(
 
 
 def _check_state(state: _State, rounding: Rounding) -> None:
-    weight, num_entries = state.weight, state.runs.num_entries
-    check_vector("weight", weight, state.runs.numel)
-    check_vector("grad", state.grad, num_entries)
-    check_vector("exp_avg", state.exp_avg, num_entries, (state.dtype, torch.bfloat16))
-    check_vector("exp_avg_sq", state.exp_avg_sq, num_entries, (state.dtype, torch.bfloat16))
+    for name, moment in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
+        check_vector(name, moment, state.runs.num_entries, (state.dtype, torch.bfloat16))
+    check_operands(state.weight, state.runs, state.master, state.grad, state.dtype, rounding)
+
+
+def check_operands(
+    weight: Tensor, runs: Runs, master: Tensor | None, grad: Tensor, dtype: torch.dtype, rounding: Rounding
+) -> None:
+    """Raises ValueError unless all operands but the moments suit a step computed in ``dtype``."""
+    check_vector("weight", weight, runs.numel)
+    check_vector("grad", grad, runs.num_entries)
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"rounding = {rounding!r}: must be 'nearest' or 'stochastic'")
     if rounding == "stochastic" and weight.dtype == torch.float16:
         raise ValueError(
             "rounding = 'stochastic': needs a bf16 weight, got fp16; use 'nearest' with a master"
         )
-    if state.master is not None:
-        check_vector("master", state.master, num_entries, (state.dtype,))
-    elif weight.dtype != state.dtype and rounding != "stochastic":
+    if master is not None:
+        check_vector("master", master, runs.num_entries, (dtype,))
+    elif weight.dtype != dtype and rounding != "stochastic":
         raise ValueError(
             f"master = None: a {weight.dtype} weight would lose small updates; pass an fp32 master"
         )
 
 
-def _check_step(step: int | Tensor, grad_scale: float | Tensor, runs: Runs) -> None:
+def check_step(step: int | Tensor, grad_scale: float | Tensor, runs: Runs) -> None:
+    """Raises ValueError unless the step counts from 1 and the scale is one number."""
     if isinstance(step, Tensor):
         check_vector("step", step, runs.num_entries, (torch.int32,))
     elif step < 1:

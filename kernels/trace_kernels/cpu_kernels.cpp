@@ -1,0 +1,340 @@
+// The C++ path of the ops on CPU tensors; cpu.py builds and calls it. Plain C interface, no torch headers.
+//
+// Every op walks the support in tiles of TILE compact entries. A tile is widened to fp32 in L1 unless it is fp32
+// already, computed there by loops over contiguous floats, which the compiler vectorises, rounded in L1, and moved
+// to or from the local slice stretch by stretch. Meanwhile entries further on are fetched: the hardware stops
+// at the edge of each page and does not follow the mask. Built with -ffp-contract=off: a multiply and an
+// add fuse where std::fma says so and nowhere else.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <numeric>
+#include <vector>
+
+namespace {
+
+constexpr int64_t TILE = 256;   // entries: small enough that memory never idles while a tile is computed
+constexpr int64_t AHEAD = 512;  // entries between the fetch of a cache line and its use
+constexpr int64_t STRIP = 64;   // entries computed between two fetches
+constexpr int64_t CACHE_LINE = 64;
+
+typedef float Floats __attribute__((vector_size(16)));
+typedef double Doubles __attribute__((vector_size(32)));
+constexpr int64_t LANES = 4;  // of either
+constexpr int64_t SUMS = 4;   // independent ones, to hide the latency of an addition
+
+enum Dtype : int64_t { FP32 = 0, BF16 = 1 };
+
+float from_bits(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+uint32_t to_bits(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+// rounding.py: truncate_bf16, round_bf16, stochastic_noise
+uint16_t truncate_bf16(uint32_t bits, uint32_t noise) {
+    const uint32_t quiet = bits >> 16 | ((bits & 0x7FFFFF) != 0 ? 0x40 : 0);
+    return (bits & 0x7F800000) != 0x7F800000 ? (bits + noise) >> 16 : quiet;
+}
+
+uint32_t mix(uint32_t word) {
+    word = (word ^ word >> 16) * 0x7FEB352Du;
+    word = (word ^ word >> 15) * 0x846CA68Bu;
+    return word ^ word >> 16;
+}
+
+// Asks for the cache lines of [address, address + num_bytes): LEVEL 3 into L1; 2 into L2, for single elements, whose
+// lines would crowd out the rest.
+template <int LEVEL>
+void fetch(const void* address, int64_t num_bytes) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(address);
+    for (uintptr_t line = begin & -CACHE_LINE; line < begin + num_bytes; line += CACHE_LINE) {
+        __builtin_prefetch(reinterpret_cast<const void*>(line), 0, LEVEL);
+    }
+}
+
+const float* widen(const void* source, int64_t dtype, int64_t begin, int64_t n, float* buffer) {
+    if (dtype == FP32) return static_cast<const float*>(source) + begin;
+    const uint16_t* half = static_cast<const uint16_t*>(source) + begin;
+    for (int64_t i = 0; i < n; ++i) buffer[i] = from_bits(static_cast<uint32_t>(half[i]) << 16);
+    return buffer;
+}
+
+void round_nearest(const float* x, int64_t n, uint16_t* out) {
+    for (int64_t i = 0; i < n; ++i) {
+        const uint32_t bits = to_bits(x[i]);
+        out[i] = truncate_bf16(bits, 0x7FFF + (bits >> 16 & 1));
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Mirrors of the ctypes structures in cpu.py: 8-byte fields only, so that no padding can differ.
+struct Runs {
+    const void* units;
+    int64_t unit_bytes, num_entries, block, base, skip;
+};
+
+struct Step {
+    void *weight, *master, *exp_avg, *exp_avg_sq;  // master null: the weight is its own master copy
+    const void* grad;
+    const int32_t* ages;  // null: all entries share one step
+    const float *step_sizes, *corrections2_sqrt;  // by age; null without ages
+    int64_t weight_dtype, grad_dtype, exp_avg_dtype, exp_avg_sq_dtype;
+    int64_t last_age, stochastic, key_1, key_2;
+    double step_size, correction2_sqrt;  // without ages
+    double grad_scale, decay, weight1, beta2, weight2, eps;
+};
+}
+
+namespace {
+
+// Calls move(local, compact, n) for each stretch of the slice that holds compact positions [begin, end), and
+// fetches the cache lines of the entries AHEAD of it.
+template <class Unit, class Word, class Move>
+void walk_units(const Runs& runs, int64_t begin, int64_t end, const Word* slice, Move move) {
+    const Unit* units = static_cast<const Unit*>(runs.units);
+    if (runs.block == 1) {
+        const int64_t fetching = std::clamp(runs.num_entries - AHEAD, begin, end);
+        for (int64_t p = begin; p < fetching; ++p) {
+            fetch<2>(slice + (static_cast<int64_t>(units[p + AHEAD]) - runs.base), sizeof(Word));
+            move(static_cast<int64_t>(units[p]) - runs.base, p, 1);
+        }
+        for (int64_t p = fetching; p < end; ++p) move(static_cast<int64_t>(units[p]) - runs.base, p, 1);
+        return;
+    }
+    const int64_t units_ahead = std::max<int64_t>(1, AHEAD / runs.block);
+    const int64_t num_bytes = std::min<int64_t>(runs.block * sizeof(Word), 4 * CACHE_LINE);
+    int64_t index = (begin + runs.skip) / runs.block, lane = (begin + runs.skip) % runs.block;
+    for (int64_t p = begin; p < end; ++index, lane = 0) {
+        if (p + (units_ahead + 1) * runs.block < runs.num_entries) {
+            fetch<3>(slice + (static_cast<int64_t>(units[index + units_ahead]) * runs.block - runs.base), num_bytes);
+        }
+        const int64_t n = std::min(runs.block - lane, end - p);
+        move(static_cast<int64_t>(units[index]) * runs.block + lane - runs.base, p, n);
+        p += n;
+    }
+}
+
+template <class Word, class Move>
+void walk(const Runs& runs, int64_t begin, int64_t end, const Word* slice, Move move) {
+    if (runs.unit_bytes == 4) {
+        walk_units<int32_t>(runs, begin, end, slice, move);
+    } else {
+        walk_units<int64_t>(runs, begin, end, slice, move);
+    }
+}
+
+template <class Word>
+void take(const Runs& runs, int64_t begin, int64_t end, const void* slice, Word* out) {
+    const Word* words = static_cast<const Word*>(slice);
+    walk(runs, begin, end, words, [=](int64_t local, int64_t p, int64_t n) {
+        std::memcpy(out + (p - begin), words + local, n * sizeof(Word));
+    });
+}
+
+template <class Word>
+void put(const Runs& runs, int64_t begin, int64_t end, void* slice, const Word* values) {
+    Word* words = static_cast<Word*>(slice);
+    walk(runs, begin, end, words, [=](int64_t local, int64_t p, int64_t n) {
+        std::memcpy(words + local, values + (p - begin), n * sizeof(Word));
+    });
+}
+
+// Entries [begin, end) of the slice in fp32.
+void take_floats(const Runs& runs, int64_t begin, int64_t end, const void* slice, int64_t dtype, float* out) {
+    if (dtype == FP32) return take(runs, begin, end, slice, out);
+    uint16_t half[TILE];
+    take(runs, begin, end, slice, half);
+    widen(half, BF16, 0, end - begin, out);
+}
+
+// Rounds fp32 values to the dtype of the slice and writes them to its entries [begin, end).
+void put_floats(const Runs& runs, int64_t begin, int64_t end, void* slice, int64_t dtype, const float* values) {
+    if (dtype == FP32) return put(runs, begin, end, slice, values);
+    uint16_t half[TILE];
+    round_nearest(values, end - begin, half);
+    put(runs, begin, end, slice, half);
+}
+
+void put_stochastic(const Runs& runs, int64_t begin, int64_t end, const Step& step, const float* values) {
+    uint64_t global[TILE];
+    uint16_t half[TILE];
+    walk(runs, begin, end, static_cast<const uint16_t*>(step.weight), [&](int64_t local, int64_t p, int64_t n) {
+        for (int64_t i = 0; i < n; ++i) global[p - begin + i] = local + i + runs.base;
+    });
+    const uint32_t key_1 = step.key_1, key_2 = step.key_2;
+    for (int64_t i = 0; i < end - begin; ++i) {
+        const uint32_t low = global[i], high = global[i] >> 32;
+        half[i] = truncate_bf16(to_bits(values[i]), mix(mix(low ^ key_1) ^ high ^ key_2) & 0xFFFF);
+    }
+    put(runs, begin, end, step.weight, half);
+}
+
+// Runs body(tile, begin, end) over the tiles of num_entries. What a tile computes depends on its place alone, so
+// results have the same bits on any number of threads.
+template <class Body>
+void for_tiles(int64_t num_entries, int64_t num_threads, Body body) {
+    const int64_t num_tiles = (num_entries + TILE - 1) / TILE;
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+    for (int64_t tile = 0; tile < num_tiles; ++tile) {
+        body(tile, tile * TILE, std::min(num_entries, (tile + 1) * TILE));
+    }
+}
+
+double sum_of_squares(const float* x, int64_t n) {
+    Doubles sums[SUMS] = {};
+    int64_t i = 0;
+    for (; i + SUMS * LANES <= n; i += SUMS * LANES) {
+        for (int64_t k = 0; k < SUMS; ++k) {
+            Floats values;
+            std::memcpy(&values, x + i + k * LANES, sizeof values);
+            const Doubles wide = __builtin_convertvector(values, Doubles);
+            sums[k] += wide * wide;
+        }
+    }
+    const Doubles lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    double total = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+    for (; i < n; ++i) total += static_cast<double>(x[i]) * x[i];
+    return total;
+}
+
+// One partial sum per tile.
+std::vector<double> partials(int64_t num_entries) { return std::vector<double>((num_entries + TILE - 1) / TILE); }
+
+double total(const std::vector<double>& sums) { return std::accumulate(sums.begin(), sums.end(), 0.0); }
+
+// The formula of masked_adamw.py on contiguous fp32; correction(i) gives entry i's two bias corrections.
+template <class Correction>
+void update(const Step& step, int64_t n, float* __restrict p, const float* __restrict g, float* __restrict m,
+            float* __restrict v, Correction correction) {
+    const float grad_scale = step.grad_scale, decay = step.decay, beta2 = step.beta2, weight2 = step.weight2;
+    const float weight1 = step.weight1, eps = step.eps;
+    const bool far = weight1 >= 0.5f;  // torch's lerp starts from the nearer end
+    const float slope = far ? weight1 - 1 : weight1;
+    for (int64_t strip = 0; strip < n; strip += STRIP) {
+        for (int64_t i = strip + AHEAD; i < strip + AHEAD + STRIP; i += CACHE_LINE / sizeof(float)) {
+            for (const float* compact : std::initializer_list<const float*>{p, g, m, v}) {
+                __builtin_prefetch(compact + i, 0, 3);
+            }
+        }
+        for (int64_t i = strip; i < std::min(n, strip + STRIP); ++i) {
+            const float gradient = g[i] * grad_scale;
+            m[i] = std::fma(slope, gradient - m[i], far ? gradient : m[i]);
+            v[i] = std::fma(weight2 * gradient, gradient, v[i] * beta2);
+            const auto [step_size, correction2_sqrt] = correction(i);
+            const float denom = std::sqrt(v[i]) / correction2_sqrt + eps;
+            p[i] = p[i] * decay - step_size * m[i] / denom;
+        }
+    }
+}
+
+struct Corrections {
+    float step_size, correction2_sqrt;
+};
+
+void step_tile(const Runs& runs, const Step& step, int64_t begin, int64_t end) {
+    float p_tile[TILE], g_tile[TILE], m_tile[TILE], v_tile[TILE];
+    const int64_t n = end - begin;
+    float* p = p_tile;
+    if (step.master) {
+        p = static_cast<float*>(step.master) + begin;
+    } else {
+        take_floats(runs, begin, end, step.weight, step.weight_dtype, p);
+    }
+    const float* g = widen(step.grad, step.grad_dtype, begin, n, g_tile);
+    float* m = const_cast<float*>(widen(step.exp_avg, step.exp_avg_dtype, begin, n, m_tile));
+    float* v = const_cast<float*>(widen(step.exp_avg_sq, step.exp_avg_sq_dtype, begin, n, v_tile));
+    if (step.ages) {
+        const int32_t *ages = step.ages + begin, last = step.last_age;
+        const float *step_sizes = step.step_sizes, *corrections2_sqrt = step.corrections2_sqrt;
+        update(step, n, p, g, m, v, [=](int64_t i) {
+            const int32_t age = std::max(0, std::min(ages[i], last));
+            return Corrections{step_sizes[age], corrections2_sqrt[age]};
+        });
+    } else {
+        const Corrections shared{static_cast<float>(step.step_size), static_cast<float>(step.correction2_sqrt)};
+        update(step, n, p, g, m, v, [=](int64_t) { return shared; });
+    }
+    if (step.exp_avg_dtype == BF16) round_nearest(m, n, static_cast<uint16_t*>(step.exp_avg) + begin);
+    if (step.exp_avg_sq_dtype == BF16) round_nearest(v, n, static_cast<uint16_t*>(step.exp_avg_sq) + begin);
+    if (step.stochastic) {
+        put_stochastic(runs, begin, end, step, p);
+    } else {
+        put_floats(runs, begin, end, step.weight, step.weight_dtype, p);
+    }
+}
+
+template <class Word>
+void swap_words(const Runs& runs, void* slice, void* values, int64_t num_threads) {
+    Word *words = static_cast<Word*>(slice), *compact = static_cast<Word*>(values);
+    for_tiles(runs.num_entries, num_threads, [=, &runs](int64_t, int64_t begin, int64_t end) {
+        walk(runs, begin, end, words, [=](int64_t local, int64_t p, int64_t n) {
+            std::swap_ranges(words + local, words + local + n, compact + p);
+        });
+    });
+}
+
+}  // namespace
+
+extern "C" {
+
+void masked_adamw(const Runs* runs, const Step* step, int64_t num_threads) {
+    for_tiles(runs->num_entries, num_threads,
+              [=](int64_t, int64_t begin, int64_t end) { step_tile(*runs, *step, begin, end); });
+}
+
+void compact_gather(const Runs* runs, const void* src, int64_t src_dtype, float* out, double scale,
+                    int64_t accumulate, double* sumsq, int64_t num_threads) {
+    std::vector<double> sums = partials(sumsq ? runs->num_entries : 0);
+    const float factor = scale;
+    for_tiles(runs->num_entries, num_threads, [&](int64_t tile, int64_t begin, int64_t end) {
+        float values[TILE];
+        float* target = out + begin;
+        fetch<3>(target + AHEAD, TILE * sizeof(float));
+        take_floats(*runs, begin, end, src, src_dtype, values);
+        for (int64_t i = 0; i < end - begin; ++i) {
+            const float value = values[i] * factor;
+            target[i] = accumulate ? target[i] + value : value;
+        }
+        if (sumsq) sums[tile] = sum_of_squares(target, end - begin);
+    });
+    if (sumsq) *sumsq = total(sums);
+}
+
+void compact_scatter(const Runs* runs, void* dst, int64_t dst_dtype, const void* values, int64_t values_dtype,
+                     int64_t num_threads) {
+    for_tiles(runs->num_entries, num_threads, [=](int64_t, int64_t begin, int64_t end) {
+        float buffer[TILE];
+        put_floats(*runs, begin, end, dst, dst_dtype, widen(values, values_dtype, begin, end - begin, buffer));
+    });
+}
+
+double compact_sumsq(const void* values, int64_t dtype, int64_t num_entries, int64_t num_threads) {
+    std::vector<double> sums = partials(num_entries);
+    for_tiles(num_entries, num_threads, [&](int64_t tile, int64_t begin, int64_t end) {
+        float buffer[TILE];
+        const int64_t item_bytes = dtype == FP32 ? 4 : 2;
+        fetch<3>(static_cast<const char*>(values) + (begin + AHEAD) * item_bytes, TILE * item_bytes);
+        sums[tile] = sum_of_squares(widen(values, dtype, begin, end - begin, buffer), end - begin);
+    });
+    return total(sums);
+}
+
+void delta_swap(const Runs* runs, void* weight, void* values, int64_t bytes, int64_t num_threads) {
+    if (bytes == 2) swap_words<uint16_t>(*runs, weight, values, num_threads);
+    if (bytes == 4) swap_words<uint32_t>(*runs, weight, values, num_threads);
+    if (bytes == 8) swap_words<uint64_t>(*runs, weight, values, num_threads);
+}
+}
