@@ -69,6 +69,7 @@ class _Step(ctypes.Structure):
                 "eps",
             )
         ),
+        ("squares", c_void_p),
     )
 
 
@@ -150,6 +151,7 @@ def adamw(
     by_age: tuple[Tensor, Tensor, Tensor] | None,
     keys: tuple[int, int] | None,
     scalars: tuple[float, ...],
+    squares: Tensor | None,
 ) -> None:
     """One masked AdamW step; see masked_adamw.py.
 
@@ -166,6 +168,7 @@ def adamw(
         keys is not None,
         *(keys or (0, 0)),
         *scalars,
+        None if squares is None else squares.data_ptr(),
     )
     _loaded().masked_adamw(_runs(runs), step, _num_threads(runs.num_entries))
 

@@ -95,10 +95,30 @@ struct Step {
     int64_t last_age, stochastic, key_1, key_2;
     double step_size, correction2_sqrt;  // without ages
     double grad_scale, decay, weight1, beta2, weight2, eps;
+    double* squares;  // the gradient's sum of squares is added here, unless null
 };
 }
 
 namespace {
+
+// Where a compact position lies: in which unit, and how far into it.
+struct Place {
+    int64_t index, lane;
+
+    Place(const Runs& runs, int64_t position)
+        : index((position + runs.skip) / runs.block), lane((position + runs.skip) % runs.block) {}
+
+    template <class Unit>
+    int64_t local(const Runs& runs, const Unit* units) const {
+        return static_cast<int64_t>(units[index]) * runs.block + lane - runs.base;
+    }
+
+    // By at most what is left of the unit.
+    void advance(const Runs& runs, int64_t n) {
+        lane += n;
+        if (lane == runs.block) lane = 0, ++index;
+    }
+};
 
 // Calls move(local, compact, n) for each stretch of the slice that holds compact positions [begin, end), and
 // fetches the cache lines of the entries AHEAD of it.
@@ -114,15 +134,17 @@ void walk_units(const Runs& runs, int64_t begin, int64_t end, const Word* slice,
         for (int64_t p = fetching; p < end; ++p) move(static_cast<int64_t>(units[p]) - runs.base, p, 1);
         return;
     }
-    const int64_t units_ahead = std::max<int64_t>(1, AHEAD / runs.block);
-    const int64_t num_bytes = std::min<int64_t>(runs.block * sizeof(Word), 4 * CACHE_LINE);
-    int64_t index = (begin + runs.skip) / runs.block, lane = (begin + runs.skip) % runs.block;
-    for (int64_t p = begin; p < end; ++index, lane = 0) {
-        if (p + (units_ahead + 1) * runs.block < runs.num_entries) {
-            fetch<3>(slice + (static_cast<int64_t>(units[index + units_ahead]) * runs.block - runs.base), num_bytes);
+    Place here(runs, begin), ahead(runs, begin + AHEAD);
+    for (int64_t p = begin; p < end;) {
+        const int64_t n = std::min(runs.block - here.lane, end - p);
+        for (int64_t left = std::min(n, runs.num_entries - (p + AHEAD)); left > 0;) {
+            const int64_t k = std::min(runs.block - ahead.lane, left);
+            fetch<3>(slice + ahead.local(runs, units), k * sizeof(Word));
+            ahead.advance(runs, k);
+            left -= k;
         }
-        const int64_t n = std::min(runs.block - lane, end - p);
-        move(static_cast<int64_t>(units[index]) * runs.block + lane - runs.base, p, n);
+        move(here.local(runs, units), p, n);
+        here.advance(runs, n);
         p += n;
     }
 }
@@ -215,19 +237,22 @@ std::vector<double> partials(int64_t num_entries) { return std::vector<double>((
 
 double total(const std::vector<double>& sums) { return std::accumulate(sums.begin(), sums.end(), 0.0); }
 
-// The formula of masked_adamw.py on contiguous fp32; correction(i) gives entry i's two bias corrections.
+// The formula of masked_adamw.py on contiguous fp32; correction(i) gives entry i's two bias corrections. Fetches
+// what follows in the compact arrays; p may lie in the slice, which walk fetches.
 template <class Correction>
 void update(const Step& step, int64_t n, float* __restrict p, const float* __restrict g, float* __restrict m,
             float* __restrict v, Correction correction) {
+    const bool p_is_compact = step.master;
     const float grad_scale = step.grad_scale, decay = step.decay, beta2 = step.beta2, weight2 = step.weight2;
     const float weight1 = step.weight1, eps = step.eps;
     const bool far = weight1 >= 0.5f;  // torch's lerp starts from the nearer end
     const float slope = far ? weight1 - 1 : weight1;
     for (int64_t strip = 0; strip < n; strip += STRIP) {
         for (int64_t i = strip + AHEAD; i < strip + AHEAD + STRIP; i += CACHE_LINE / sizeof(float)) {
-            for (const float* compact : std::initializer_list<const float*>{p, g, m, v}) {
+            for (const float* compact : {static_cast<const float*>(m), static_cast<const float*>(v), g}) {
                 __builtin_prefetch(compact + i, 0, 3);
             }
+            if (p_is_compact) __builtin_prefetch(p + i, 0, 3);
         }
         for (int64_t i = strip; i < std::min(n, strip + STRIP); ++i) {
             const float gradient = g[i] * grad_scale;
@@ -244,31 +269,40 @@ struct Corrections {
     float step_size, correction2_sqrt;
 };
 
-void step_tile(const Runs& runs, const Step& step, int64_t begin, int64_t end) {
+void step_tile(const Runs& runs, const Step& step, int64_t begin, int64_t end, double* squares) {
     float p_tile[TILE], g_tile[TILE], m_tile[TILE], v_tile[TILE];
     const int64_t n = end - begin;
-    float* p = p_tile;
-    if (step.master) {
-        p = static_cast<float*>(step.master) + begin;
-    } else {
-        take_floats(runs, begin, end, step.weight, step.weight_dtype, p);
-    }
     const float* g = widen(step.grad, step.grad_dtype, begin, n, g_tile);
+    if (squares) *squares = sum_of_squares(g, n);
     float* m = const_cast<float*>(widen(step.exp_avg, step.exp_avg_dtype, begin, n, m_tile));
     float* v = const_cast<float*>(widen(step.exp_avg_sq, step.exp_avg_sq_dtype, begin, n, v_tile));
-    if (step.ages) {
-        const int32_t *ages = step.ages + begin, last = step.last_age;
-        const float *step_sizes = step.step_sizes, *corrections2_sqrt = step.corrections2_sqrt;
-        update(step, n, p, g, m, v, [=](int64_t i) {
-            const int32_t age = std::max(0, std::min(ages[i], last));
-            return Corrections{step_sizes[age], corrections2_sqrt[age]};
+    const auto update_stretch = [&](float* p, int64_t first, int64_t length) {
+        if (step.ages) {
+            const int32_t *ages = step.ages + begin + first, last = step.last_age;
+            const float *step_sizes = step.step_sizes, *corrections2_sqrt = step.corrections2_sqrt;
+            update(step, length, p, g + first, m + first, v + first, [=](int64_t i) {
+                const int32_t age = std::max(0, std::min(ages[i], last));
+                return Corrections{step_sizes[age], corrections2_sqrt[age]};
+            });
+        } else {
+            const Corrections shared{static_cast<float>(step.step_size), static_cast<float>(step.correction2_sqrt)};
+            update(step, length, p, g + first, m + first, v + first, [=](int64_t) { return shared; });
+        }
+    };
+    const bool in_place = !step.master && step.weight_dtype == FP32 && runs.block >= STRIP;
+    float* p = step.master ? static_cast<float*>(step.master) + begin : p_tile;
+    if (in_place) {
+        float* weight = static_cast<float*>(step.weight);
+        walk(runs, begin, end, weight, [&](int64_t local, int64_t position, int64_t length) {
+            update_stretch(weight + local, position - begin, length);
         });
     } else {
-        const Corrections shared{static_cast<float>(step.step_size), static_cast<float>(step.correction2_sqrt)};
-        update(step, n, p, g, m, v, [=](int64_t) { return shared; });
+        if (!step.master) take_floats(runs, begin, end, step.weight, step.weight_dtype, p);
+        update_stretch(p, 0, n);
     }
     if (step.exp_avg_dtype == BF16) round_nearest(m, n, static_cast<uint16_t*>(step.exp_avg) + begin);
     if (step.exp_avg_sq_dtype == BF16) round_nearest(v, n, static_cast<uint16_t*>(step.exp_avg_sq) + begin);
+    if (in_place) return;
     if (step.stochastic) {
         put_stochastic(runs, begin, end, step, p);
     } else {
@@ -291,8 +325,11 @@ void swap_words(const Runs& runs, void* slice, void* values, int64_t num_threads
 extern "C" {
 
 void masked_adamw(const Runs* runs, const Step* step, int64_t num_threads) {
-    for_tiles(runs->num_entries, num_threads,
-              [=](int64_t, int64_t begin, int64_t end) { step_tile(*runs, *step, begin, end); });
+    std::vector<double> sums = partials(step->squares ? runs->num_entries : 0);
+    for_tiles(runs->num_entries, num_threads, [&](int64_t tile, int64_t begin, int64_t end) {
+        step_tile(*runs, *step, begin, end, step->squares ? &sums[tile] : nullptr);
+    });
+    if (step->squares) *step->squares += total(sums);
 }
 
 void compact_gather(const Runs* runs, const void* src, int64_t src_dtype, float* out, double scale,

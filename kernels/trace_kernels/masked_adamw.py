@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import cpu
+from .compact import compact_sumsq
 from .dispatch import BenchCase, Impl, check_vector, choose, launch, locate, plan, run_args
 from .hyper import AdamWHyper
 from .rounding import round_bf16, seed_keys, stochastic_bf16, stochastic_noise, truncate_bf16
@@ -174,6 +175,7 @@ def masked_adamw(
     grad_scale: float | Tensor = 1.0,
     rounding: Rounding = "nearest",
     seed: int = 0,
+    squares: Tensor | None = None,
     impl: Impl = "auto",
 ) -> None:
     """Takes one step in place on ``weight``, ``master``, ``exp_avg`` and ``exp_avg_sq``.
@@ -190,6 +192,7 @@ def masked_adamw(
         rounding: how fp32 becomes a bf16 ``weight``; fp32 and fp64 are stored exactly.
         seed: of the stochastic rounding; use another one for each parameter and step. The bits depend on it
             and on the entries' global indices alone, not on the sharding.
+        squares: 0-dim float64 on the same device, to which the sum of squares of ``grad``, unscaled, is added.
         impl: see dispatch.py.
 
     Raises:
@@ -199,15 +202,20 @@ def masked_adamw(
     hyper = AdamWHyper(lr, beta1, beta2, eps, weight_decay)
     _check_state(state, rounding)
     check_step(step, grad_scale, runs)
+    if squares is not None:
+        _check_squares(squares, grad)
     grad_scale = grad_scale.to(state.dtype) if isinstance(grad_scale, Tensor) else float(grad_scale)
     operands = [weight, grad, exp_avg, exp_avg_sq, runs.units]
     operands += [t for t in (master, step, grad_scale) if isinstance(t, Tensor)]
     seed_or_none = seed if rounding == "stochastic" and weight.dtype == torch.bfloat16 else None
     path = choose(impl, *operands)
+    if path == "cpp":
+        _step_cpp(state, hyper, step, grad_scale, seed_or_none, squares)
+        return
+    if squares is not None:
+        squares.add_(compact_sumsq(grad))
     if path == "torch":
         _step_torch(state, hyper, step, grad_scale, seed_or_none)
-    elif path == "cpp":
-        _step_cpp(state, hyper, step, grad_scale, seed_or_none)
     elif runs.num_entries:
         _step_triton(state, hyper, step, grad_scale, seed_or_none)
 
@@ -249,7 +257,12 @@ def _step_triton(
 
 
 def _step_cpp(
-    state: _State, hyper: AdamWHyper, step: int | Tensor, grad_scale: float | Tensor, seed: int | None
+    state: _State,
+    hyper: AdamWHyper,
+    step: int | Tensor,
+    grad_scale: float | Tensor,
+    seed: int | None,
+    squares: Tensor | None,
 ) -> None:
     by_age, corrections = None, (0.0, 0.0)
     if isinstance(step, Tensor):
@@ -258,7 +271,7 @@ def _step_cpp(
         corrections = (hyper.step_size(step), hyper.correction2_sqrt(step))
     rates = (float(grad_scale), hyper.decay, 1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2, hyper.eps)
     keys = None if seed is None else seed_keys(seed)
-    cpu.adamw(*state, by_age=by_age, keys=keys, scalars=(*corrections, *rates))
+    cpu.adamw(*state, by_age=by_age, keys=keys, scalars=(*corrections, *rates), squares=squares)
 
 
 def _step_torch(
@@ -295,6 +308,14 @@ def _check_state(state: _State, rounding: Rounding) -> None:
     for name, moment in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
         check_vector(name, moment, state.runs.num_entries, (state.dtype, torch.bfloat16))
     check_operands(state.weight, state.runs, state.master, state.grad, state.dtype, rounding)
+
+
+def _check_squares(squares: Tensor, grad: Tensor) -> None:
+    if squares.dim() != 0 or squares.dtype != torch.float64 or squares.device != grad.device:
+        raise ValueError(
+            f"squares: {squares.dtype}, shape {tuple(squares.shape)}, on {squares.device}; must be a 0-dim float64 tensor on "
+            f"{grad.device}, where the gradient is"
+        )
 
 
 def check_operands(

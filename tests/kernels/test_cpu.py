@@ -106,7 +106,8 @@ def test_adamw_rounds_as_the_other_paths(
         assert same_bits(changed, expected)
         assert same_bits(one[0], other[0])  # type: ignore[arg-type]
     elif changed.dtype == torch.float32:
-        torch.testing.assert_close(changed, expected, rtol=2.4e-7, atol=1e-9)
+        # near zero an entry keeps the rounding of the larger terms that it is the difference of
+        torch.testing.assert_close(changed, expected, rtol=2.4e-7, atol=2e-8)
     else:
         assert (changed != expected).float().mean() < 1e-3
     frozen = torch.ones(runs.numel, dtype=torch.bool)

@@ -64,6 +64,22 @@ def test_equals_dense_float64_with_the_rest_restored(runs: Runs, with_master: bo
     torch.testing.assert_close(weight, theirs.detach(), rtol=0, atol=1e-12)
 
 
+def test_adds_the_squares_of_the_unscaled_gradient(runs: Runs, impl: Impl, device: str) -> None:
+    weight, grad = torch.randn(runs.numel, device=device), torch.randn(runs.num_entries, device=device)
+    moments = zeros(runs, 2)
+    squares = torch.tensor(3.0, dtype=torch.float64, device=device)
+    options = {"step": 1, "grad_scale": 0.5, "squares": squares, "impl": impl}
+    masked_adamw(weight, runs, None, grad, *moments, **HYPER, **options)
+    torch.testing.assert_close(squares, 3 + grad.double().square().sum(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(1, dtype=torch.float64), torch.zeros(())])
+def test_refuses_squares_it_cannot_add_to(bad: Tensor) -> None:
+    runs = Runs.random(40, 1, 0.5)
+    with pytest.raises(ValueError, match="must be a 0-dim float64"):
+        masked_adamw(torch.zeros(40), runs, None, *zeros(runs, 3), **HYPER, step=1, squares=bad)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_equals_the_reference(runs: Runs, impl: Impl, device: str, dtype: torch.dtype) -> None:
     weight = torch.randn(runs.numel, device=device).to(dtype)
@@ -97,7 +113,8 @@ def test_every_path_rounds_alike(runs: Runs, impl: Impl, device: str, rounding: 
         for (w, p, m, v), path in ((one, impl), (other, "torch")):
             options = {"rounding": rounding, "seed": 5, "impl": path}
             masked_adamw(w, runs, p, grad, m, v, **HYPER, step=step, **options)
-    torch.testing.assert_close(one[1], other[1], rtol=2.4e-7, atol=1e-9)
+    # near zero an entry keeps the rounding of the larger terms that it is the difference of
+    torch.testing.assert_close(one[1], other[1], rtol=2.4e-7, atol=2e-8)
     assert torch.equal(one[2], other[2])
     assert torch.equal(one[3], other[3])
     for w, p, _, _ in (one, other):
