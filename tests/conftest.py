@@ -19,11 +19,11 @@ SECTIONS: dict[int, tuple[Launcher, list[str]]] = {
     2: (
         "deepspeed",
         [
-            *("parity", "fsdp2", "traps", "interleaving", "attaching", "reduction", "toy"),
+            *("parity", "fsdp2", "traps", "interleaving", "attaching", "reduction", "toy", "depth"),
             *("cut_and_continue", "damaged", "hand_over", "deltas", "exporting", "loading"),
         ],
     ),
-    3: ("torchrun", ["parity", "fsdp2", "attaching", "reduction", "toy", "take_over"]),
+    3: ("torchrun", ["parity", "fsdp2", "prepared", "attaching", "reduction", "toy", "take_over"]),
 }
 
 
@@ -71,6 +71,17 @@ def continue_alone(relay: Path) -> None:
     from trace_dist import shard
 
     run(shard(PLAIN.model(), "single"), PLAIN, relay, last=7)
+
+
+@pytest.fixture
+def torch_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """CPU tensors take the torch path, which has torch's bits; the C++ path rounds square roots correctly, torch does not."""
+    from trace_kernels import cpu
+
+    monkeypatch.setenv("TRACE_KERNELS_CPU", "torch")
+    cpu.library.cache_clear()
+    yield
+    cpu.library.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Granularity = Literal["element", "block", "row", "head", "tensor"]
+Granularity = Literal["element", "block", "row", "column", "head", "tensor"]
 Placement = Literal["magnitude", "random", "refine", "narrow"]
 Score = Literal["l2", "fisher", "l2_fisher"]
 Backend = Literal["single", "zero3", "fsdp2"]
 Dtype = Literal["float32", "bfloat16"]
+StateDtype = Literal["float32", "bfloat16", "8bit"]
 Mode = Literal["retrieved", "merged", "random", "full", "lora"]
 
 
@@ -180,11 +181,11 @@ class MaskConfig:
     density: float = 0.05
     """Share of the maskable elements that are trained, in (0, 1]."""
     granularity: Granularity = "element"
-    """What is selected together: element, block, row, head or tensor."""
+    """What is selected together: element, block, row (output neuron), column (input neuron), head or tensor."""
     block: int = 32
     """Contiguous elements of one row per unit, for granularity block."""
     maskable: str = "linear"
-    """`linear` (every linear layer but the output head), `all`, or a regular expression over parameter names."""
+    """`linear` (every linear layer but the output head, fused experts too), `all`, or a regular expression over names."""
 
     def __post_init__(self) -> None:
         _check(
@@ -262,6 +263,12 @@ class TrainConfig:
     """Name of a transformers learning-rate schedule."""
     min_lr_ratio: float = 0.1
     """Final learning rate over the peak, for schedules with a minimum."""
+    state_dtype: StateDtype = "float32"
+    """Data type of AdamW's moments: float32, bfloat16, or 8bit (blockwise codes, 1 byte)."""
+    master: bool = True
+    """Keep an fp32 copy of masked bf16 weights; without it they are rounded stochastically."""
+    offload: Literal["none", "cpu"] = "none"
+    """Where moments and master live: none is beside the weights, cpu is host memory, where the update then runs."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     checkpoint_every: int = 0

@@ -16,7 +16,6 @@ VOCAB, LENGTH, ROWS = 101, 9, 6
 _LLAMA = {
     "vocab_size": VOCAB,
     "hidden_size": 36,
-    "num_hidden_layers": 2,
     "num_attention_heads": 3,
     "num_key_value_heads": 3,
     "intermediate_size": 51,
@@ -32,6 +31,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {**_LLAMA, "num_key_value_heads": 1, "tie_word_embeddings": False},
     "gpt_neox": {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"},
     "gpt2": {"vocab_size": VOCAB, "n_embd": 36, "n_layer": 2, "n_head": 3, "n_positions": 64, **_NO_DROPOUT},
+    # Norms that add 1, scaled embeddings, heads that do not tile the hidden size.
+    "gemma3_text": {**_LLAMA, "num_key_value_heads": 1, "head_dim": 8},
+    # Biases, learned positions, embeddings narrower than the layers.
+    "opt": {
+        **{key: value for key, value in _LLAMA.items() if key != "intermediate_size"},
+        "ffn_dim": 51,
+        "word_embed_proj_dim": 20,
+        "dropout": 0.0,
+    },
+    # Fused experts [5, ...], of which a rank's tokens leave some out (test_parity), and a shared one.
+    "qwen2_moe": {
+        **_LLAMA,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": False,
+        "num_experts": 5,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 12,
+        "shared_expert_intermediate_size": 7,
+    },
     # Weights of one row, a bias of one element: with three ranks some own nothing of them.
     "sliver": {**_LLAMA, "intermediate_size": 1, "mlp_bias": True, "attention_bias": True},
 }
@@ -54,6 +72,7 @@ class Case:
     steps: int = 6
     accumulation: int = 1
     checkpointing: bool = False
+    num_layers: int = 2
     threshold: int = 500
     max_grad_norm: float | None = 1.0
     lr: float = 1e-2
@@ -65,7 +84,7 @@ class Case:
         kind = "llama" if self.family == "sliver" else self.family
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            config = AutoConfig.for_model(kind, **FAMILIES[self.family])
+            config = AutoConfig.for_model(kind, **FAMILIES[self.family], num_hidden_layers=self.num_layers)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             for name, parameter in model.named_parameters():
                 mean = 1.0 if parameter.dim() == 1 and "bias" not in name else 0.0
@@ -91,12 +110,18 @@ CASES = {
             "everything-accumulated-recomputed", "block", maskable="all", accumulation=2, checkpointing=True
         ),
         Case("row", "row"),
+        Case("column", "column"),
         Case("head", "head"),
         Case("tensor", "tensor", maskable="q_proj|down_proj|norm", density=1.0),
         Case("qwen2-biases", "element", "qwen2", maskable="all"),
         Case("qwen2-rows", "row", "qwen2", maskable="all", density=0.6),
+        Case("qwen2-columns", "column", "qwen2", maskable="all", accumulation=2, checkpointing=True),
         Case("gpt2-conv1d", "block", "gpt2", maskable="all"),
         Case("neox", "element", "gpt_neox", maskable="all"),
+        Case("gemma", "row", "gemma3_text", maskable="all"),
+        Case("opt", "element", "opt", maskable="all"),
+        Case("experts", "element", "qwen2_moe", maskable="all"),
+        Case("experts-columns", "column", "qwen2_moe"),
         Case("sliver", "element", "sliver", maskable="all", density=0.6, threshold=0),
         Case("bf16", "element", dtype="bfloat16", maskable="all", steps=50),
     )

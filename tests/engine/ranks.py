@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 from engine.cases import CASES, Case, batches
+from engine.rank_depth import depth
 from engine.rank_files import cut_and_continue, damaged, deltas, exporting, hand_over, loading, take_over
+from engine.rank_prepared import prepared
 from engine.rank_reduction import reduction
 from engine.toy import train_toy
 from engine.training import make_optimizer, refused, save_state, train, train_reference, train_step
@@ -84,15 +86,15 @@ class WithoutRelease(Zero3Model):
 class WithoutRefresh(Zero3Model):
     """Leaves gathered copies as they were before the update."""
 
-    def refresh(self, names: Any) -> None:
+    def refresh(self, supports: Any) -> None:
         """Nothing."""
 
 
 class WithoutReleaseLenient(WithoutRelease):
     """Refreshes what is persistent only: what a release would have freed stays."""
 
-    def refresh(self, names: Any) -> None:
-        super().refresh([name for name in names if self._parameters[name].ds_persist])
+    def refresh(self, supports: Any) -> None:
+        super().refresh([s for s in supports if self._parameters[s.name].ds_persist])
 
 
 def traps(out: Path) -> Found:
@@ -188,12 +190,14 @@ def toy(out: Path) -> Found:
 
 SECTIONS: dict[str, Callable[[Path], Found]] = {
     "parity": parity,
+    "prepared": prepared,
     "fsdp2": fsdp2,
     "traps": traps,
     "interleaving": interleaving,
     "attaching": attaching,
     "reduction": reduction,
     "toy": toy,
+    "depth": depth,
     "cut_and_continue": cut_and_continue,
     "damaged": damaged,
     "hand_over": hand_over,

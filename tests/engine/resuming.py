@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from trace_dist.config import TrainConfig
 from trace_dist.data.batches import Batches, Step
+from trace_dist.optim.states import MOMENTS
 from trace_dist.sharding import ShardedModel
 from trace_dist.train.task import train_mask
 
@@ -91,8 +92,7 @@ def run(model: ShardedModel, case: Case, folder: Path | None, last: int = STEPS)
         )
     except Cut:
         return None
-    compact = learner.optimizer.compact()
-    tensors = [
-        t for _, master, state in compact for t in (master.data, state["exp_avg"], state["exp_avg_sq"])
-    ]
+    states = [state for _, state in learner.optimizer.compact()]
+    tensors = [state[moment] for state in states for moment in MOMENTS]
+    tensors += map(learner.optimizer.values, learner.optimizer.supports)
     return Resumed(dict(result.losses), model.full_state_dict(), tensors)

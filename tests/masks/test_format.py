@@ -71,8 +71,12 @@ def test_the_digest_sees_selection_and_layout_but_not_order_or_width(mask: Mask,
     renamed = Mask({"vector": int32(0)}, layouts, "block")
     other_shape = replace(mask, layouts={**layouts, "whole": UnitLayout((8, 6), 4)})
     other_unit = replace(mask, layouts={**layouts, "whole": UnitLayout((6, 8), 2)})
-    digests = {m.digest() for m in (mask, moved, renamed, other_shape, other_unit)}
-    assert len(digests) == 5
+    square = {"whole": UnitLayout((8, 8), 8)}
+    rows = Mask({"whole": int32(1)}, square, "row")
+    columns = Mask({"whole": int32(1)}, {"whole": UnitLayout((8, 8), 8, 8)}, "row")
+    assert torch.equal(rows.dense("whole"), columns.dense("whole").T)
+    digests = {m.digest() for m in (mask, moved, renamed, other_shape, other_unit, rows, columns)}
+    assert len(digests) == 7
 
 
 def test_equality_is_by_selection(mask: Mask, layouts: Layouts) -> None:

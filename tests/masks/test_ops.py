@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 from trace_dist.masks import Mask, UnitLayout
 from trace_dist.masks.ops import (
     combine,
+    global_budgets,
     layouts_for,
     mask_from_scores,
     overlap,
@@ -22,7 +23,7 @@ from trace_dist.masks.ops import (
     top_units,
 )
 
-GRANULARITIES = ("element", "block", "row", "head", "tensor")
+GRANULARITIES = ("element", "block", "row", "column", "head", "tensor")
 SHAPES = {"a": (6, 8), "b": (5, 10), "c": (7,)}
 
 
@@ -62,6 +63,16 @@ def test_a_short_budget_does_not_take_two_short_units() -> None:
 def test_ties_go_to_the_lower_index_and_the_count_stays_exact() -> None:
     layout = UnitLayout((100, 100), 1)
     assert top_units(torch.zeros(10_000), layout, 37).tolist() == list(range(37))
+
+
+def test_exact_beyond_two_to_the_24_elements() -> None:
+    """Where fp32 counts and ``torch.quantile`` end (pitfalls 6 and 7); the last of many ties is found too."""
+    num = 2**24 + 3
+    layouts = {"w": UnitLayout((num,), 1)}
+    scores = torch.zeros(num)
+    scores[::5] = 1
+    assert global_budgets({"w": scores}, layouts, (num - 2) / num) == {"w": num - 2}
+    assert torch.equal(top_units(scores, layouts["w"], num - 2), torch.arange(num - 2, dtype=torch.int32))
 
 
 def test_scores_tied_in_bf16_are_told_apart_in_fp32() -> None:
@@ -192,7 +203,12 @@ def test_a_tensor_without_a_budget_stays_empty() -> None:
     assert list(mask.units) == ["t2"]
 
 
-LAYOUTS = {"a": UnitLayout((6, 8), 4), "b": UnitLayout((5, 10), 4), "c": UnitLayout((7,), 1)}
+LAYOUTS = {
+    "a": UnitLayout((6, 8), 4),
+    "b": UnitLayout((5, 10), 4),
+    "c": UnitLayout((7,), 1),
+    "d": UnitLayout((2, 3, 4), 3, 4),
+}
 
 
 @st.composite

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from trace_dist.masks import Mask, UnitLayout
-from trace_dist.masks.storage import load_saliency, save_saliency
+from trace_dist.masks.storage import layouts_header, load_saliency, save_saliency
 
 
 @pytest.fixture
@@ -109,7 +109,20 @@ def test_a_newer_version(path: Path) -> None:
     assert "version 2, but this release reads 1; update trace_dist" in refused(path)
 
 
-@pytest.mark.parametrize("bad", [None, [], {"whole": 3}, {"whole": [[6, 8], 5]}, {"whole": [[6, 8], 49]}])
+def test_columns_round_trip_beside_what_old_files_hold(tmp_path: Path) -> None:
+    """Only columns write a third number: a file without them is what it was before there were columns."""
+    layouts = {"columns": UnitLayout((2, 6, 8), 6, 8), "vector": UnitLayout((7,), 1)}
+    mask = Mask({"columns": torch.tensor([3, 15], dtype=torch.int32)}, layouts, "column")
+    mask.save(tmp_path / "m.safetensors")
+    assert Mask.load(tmp_path / "m.safetensors") == mask
+    assert layouts_header(layouts) == {"columns": [[2, 6, 8], 6, 8], "vector": [[7], 1]}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [None, [], {"whole": 3}, {"whole": [[6, 8], 5]}, {"whole": [[6, 8], 49]}, {"whole": [[6, 8], 8, 6]},
+     {"whole": [[6, 8], 6, 8, 1]}],
+)  # fmt: skip
 def test_layouts_that_make_no_sense(path: Path, bad: Any) -> None:
     rewrite(path, layouts=bad)
     assert "header without valid layouts" in refused(path) or "'ragged' has units but no layout" in refused(

@@ -154,6 +154,15 @@ def test_linear_leaves_out_the_head_embeddings_norms_and_biases(make_model):
         assert names == [name for name in infos if name in names], "not in the model's order"
 
 
+def test_linear_takes_fused_experts_and_leaves_their_router_out(make_model):
+    for family, shared in (("mixtral", 0), ("qwen2_moe", 4)):
+        names = maskable(make_model(family), "linear")
+        assert len(names) == 2 * (4 + 2 + shared)
+        assert "model.layers.1.mlp.experts.gate_up_proj" in names
+        assert "model.layers.1.mlp.experts.down_proj" in names
+        assert not any(name.endswith("mlp.gate.weight") for name in names)
+
+
 def test_all_and_expressions(make_model):
     model = make_model("qwen2_moe")
     assert maskable(model, "all") == [name for name, _ in model.named_parameters()]

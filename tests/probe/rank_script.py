@@ -19,7 +19,7 @@ from trace_dist.sharding.build import shard
 from trace_dist.utils import dist
 from trace_dist.utils.files import save_tensors, write_json
 
-GRANULARITIES = ("element", "block", "row", "tensor")
+GRANULARITIES = ("element", "block", "row", "column", "tensor")
 
 
 def main(out: Path, backend: str) -> None:

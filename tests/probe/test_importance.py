@@ -38,6 +38,11 @@ def test_formulas(score: Score, unit: int, expected: list[float]) -> None:
     assert found.tolist() == pytest.approx(expected)
 
 
+def test_columns() -> None:
+    found = unit_importance(TRACE, {"w": UnitLayout((2, 3), 2, 3)}, "l2")["w"]
+    assert found.tolist() == pytest.approx([sqrt(10 / 2), sqrt(4 / 2), sqrt(16 / 2)])
+
+
 def test_small_products_do_not_underflow() -> None:
     """u = 1e-12 and F = 1e-30 give u^2 F = 1e-54, below fp32."""
     trace = Trace({"w": torch.tensor([1e-12, 2e-12])}, {"w": torch.tensor([1e-30, 1e-30])}, [])

@@ -29,10 +29,6 @@ class Slice(SingleModel):
         cuts = [0, *(min(edge, numel) for edge in self._edges), numel]
         return [PartitionView(a, b) for a, b in itertools.pairwise(cuts)]
 
-    def local(self, name: str) -> torch.Tensor:
-        view = self.views(name)[self.rank]
-        return super().local(name)[view.start : view.stop]
-
 
 class Weight(torch.nn.Module):
     """A module that is one matrix."""

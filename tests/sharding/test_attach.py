@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from engine.cases import CASES
+from engine.toy import WIDTH, Toy
 
 from trace_dist import Mask, MaskedAdamW, shard
 from trace_dist.bank.delta import check_base
@@ -43,6 +44,28 @@ def test_ranks_with_different_masks(world, num_ranks: int) -> None:
     """The error comes on every rank, so none waits for another."""
     for report in world(num_ranks).reports:
         assert "the ranks hold different masks" in report["attaching"]["different"]
+
+
+def test_a_second_mask_starts_anew_and_the_first_one_rests() -> None:
+    """The first step of Adam moves an entry by ``lr``, whatever its gradient, unless it is counted as a later one (pitfall 4);
+    entries that trained before are frozen now, momentum or not (pitfall 1)."""
+    model = shard(Toy(), "single")
+    first = Mask.random(model, 0.5, "element", seed=0, maskable="weight")
+    second = Mask.random(model, 1.0, "element", maskable="weight") - first
+    x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
+    for mask, num_steps in ((first, 20), (second, 1)):
+        before = model.full_state_dict()
+        optimizer = MaskedAdamW(model, mask, lr=1e-2, eps=1e-12)
+        for _ in range(num_steps):
+            model.backward(model(x).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+    for name in second:
+        moved = (model.full_state_dict()[name] - before[name]).abs()
+        assert not bool(moved[first.dense(name)].any())
+        torch.testing.assert_close(
+            moved[second.dense(name)], torch.full_like(moved[second.dense(name)], 1e-2), rtol=0.01, atol=0
+        )
 
 
 def test_empty_mask() -> None:

@@ -30,7 +30,7 @@ def compact_gradients(model: ShardedModel) -> dict[str, torch.Tensor]:
     return {support.name: support.grad for support in model._compactor.supports}
 
 
-@pytest.mark.parametrize("granularity", ["element", "row", "head"])
+@pytest.mark.parametrize("granularity", ["element", "row", "column", "head"])
 @pytest.mark.parametrize("maskable", ["linear", "all", r"layers\.1.*(up|norm)"])
 def test_compact_gradient_is_the_dense_one_at_the_mask(granularity: str, maskable: str) -> None:
     model, mask = attach(granularity, maskable=maskable)
@@ -45,9 +45,10 @@ def test_compact_gradient_is_the_dense_one_at_the_mask(granularity: str, maskabl
         assert model.module.get_parameter(name).grad is None
 
 
-def test_only_masked_rows_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a row mask no gradient has more rows than the mask."""
-    model, mask = attach("row")
+@pytest.mark.parametrize("granularity", ["row", "column"])
+def test_only_masked_rows_or_columns_are_computed(monkeypatch: pytest.MonkeyPatch, granularity: str) -> None:
+    """With a mask of rows (columns) no gradient has more of them than the mask."""
+    model, mask = attach(granularity)
     shapes = []
     original = torch.Tensor.__matmul__
 
@@ -59,8 +60,29 @@ def test_only_masked_rows_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "__matmul__", spy)
     model.backward(model(input_ids=IDS, labels=IDS).loss)
     gradients = {shape for shape in shapes if len(shape) == 2}
-    wanted = {(len(units), mask.layouts[name].shape[1]) for name, units in mask.units.items()}
+    axis = 0 if granularity == "row" else 1
+    wanted = set()
+    for name, units in mask.units.items():
+        shape = list(mask.layouts[name].shape)
+        shape[axis] = len(units)
+        wanted.add(tuple(shape))
     assert gradients == wanted
+
+
+def test_of_the_input_only_masked_columns_are_kept_for_backward() -> None:
+    kept: dict[str, list[int]] = {}
+    for granularity in ("element", "column"):
+        model, mask = attach(granularity, Toy(), maskable="last.weight")
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, out=saved: out.append(t.numel()) or t, lambda t: t
+        ):
+            loss = model(torch.randn(3, WIDTH)).sum()
+        model.backward(loss)
+        kept[granularity] = saved
+    columns = len(mask.units["last.weight"])
+    assert kept == {"element": [3 * WIDTH], "column": [3 * columns]}
+    assert 0 < columns < WIDTH
 
 
 def test_frozen_inputs_and_keyword_inputs() -> None:

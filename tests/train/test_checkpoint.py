@@ -33,8 +33,7 @@ def step(optimizer: MaskedAdamW, count: int = 1) -> None:
 
 
 def assert_equal(one: MaskedAdamW, other: MaskedAdamW) -> None:
-    for (_, mine, my_state), (_, theirs, state) in zip(one.compact(), other.compact(), strict=True):
-        assert torch.equal(mine, theirs)
+    for (_, my_state), (_, state) in zip(one.compact(), other.compact(), strict=True):
         assert torch.equal(my_state["exp_avg"], state["exp_avg"])
         assert torch.equal(my_state["exp_avg_sq"], state["exp_avg_sq"])
         assert my_state["step"] == state["step"]
@@ -100,10 +99,10 @@ def flip_a_bit(path: Path) -> None:
         (lambda f: (f / "rank-00000.safetensors").unlink(), "missing or damaged"),
         (lambda f: (f / "manifest.json").unlink(), "manifest.json: no such file"),
         (lambda f: (f / "manifest.json").write_text('{"format": '), "manifest.json: not valid JSON"),
-        (lambda f: (f / "manifest.json").write_text("[]"), "not a version 1 trace_dist checkpoint"),
+        (lambda f: (f / "manifest.json").write_text("[]"), "not a version 2 trace_dist checkpoint"),
         (
             lambda f: (f / "manifest.json").write_text('{"format": "x"}'),
-            "not a version 1 trace_dist checkpoint",
+            "not a version 2 trace_dist checkpoint",
         ),
     ],
 )

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as td
 from torch import Tensor
 from trace_kernels.compact import compact_gather, compact_scatter
 from trace_kernels.delta_swap import delta_swap
@@ -28,6 +27,7 @@ from trace_dist.masks.format import Mask
 from trace_dist.masks.storage import layouts_from_header, layouts_header
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.compaction import build_supports
+from trace_dist.utils import dist
 from trace_dist.utils.files import load_tensors, save_tensors
 
 VERSION = 1
@@ -126,21 +126,10 @@ def extract_delta(model: ShardedModel, mask: Mask, task: str) -> Delta:
     """Gather the model's present values at a mask's entries, on every rank. Collective."""
     values = {}
     for support in build_supports(model, mask):
-        local = model.local(support.name)
-        mine = compact_gather(local, support.runs).to(local.dtype)
-        values[support.name] = _gather_uneven(mine, support.splits).cpu()
+        local, runs = model.storage(support)
+        mine = compact_gather(local, runs).to(local.dtype)
+        values[support.name] = dist.all_gather_uneven(mine, support.splits).cpu()
     return Delta(mask, values, task)
-
-
-def _gather_uneven(mine: Tensor, splits: list[int]) -> Tensor:
-    """Concatenation over ranks of 1-D tensors with the given lengths."""
-    if len(splits) == 1:
-        return mine
-    padded = mine.new_zeros(max(splits))
-    padded[: len(mine)] = mine
-    everyone = [torch.empty_like(padded) for _ in splits]
-    td.all_gather(everyone, padded)
-    return torch.cat([part[:size] for part, size in zip(everyone, splits, strict=True)])
 
 
 @contextmanager
@@ -156,7 +145,7 @@ def applied(model: ShardedModel, delta: Delta | None) -> Iterator[None]:
     swapped: list[tuple[Any, Tensor]] = []
     for support in build_supports(model, delta.mask):
         values = delta.values[support.name]
-        local = model.local(support.name)
+        local = model.like(support.name)
         if values.dtype != local.dtype:
             raise ValueError(
                 f"delta {delta.task!r}: holds {values.dtype}, the model {local.dtype}; load the model in the same dtype"
@@ -172,12 +161,13 @@ def applied(model: ShardedModel, delta: Delta | None) -> Iterator[None]:
         yield
     finally:
         _swap(model, swapped)
+        model.release()
 
 
 def _swap(model: ShardedModel, swapped: list[tuple[Any, Tensor]]) -> None:
     for support, values in swapped:
-        delta_swap(model.local(support.name), support.runs, values)
-    model.refresh([support.name for support, _ in swapped])
+        delta_swap(*model.storage(support), values)
+    model.refresh([support for support, _ in swapped])
 
 
 class Snapshot:
@@ -191,15 +181,15 @@ class Snapshot:
     def __init__(self, model: ShardedModel, mask: Mask) -> None:
         self._model = model
         self._values = [
-            (support, compact_gather(model.local(support.name), support.runs))
-            for support in build_supports(model, mask)
+            (support, compact_gather(*model.storage(support))) for support in build_supports(model, mask)
         ]
 
     def restore(self) -> None:
         """Put the values back. Collective."""
         for support, values in self._values:
-            compact_scatter(self._model.local(support.name), support.runs, values)
-        self._model.refresh([support.name for support, _ in self._values])
+            compact_scatter(*self._model.storage(support), values)
+        self._model.refresh([support for support, _ in self._values])
+        self._model.release()
 
 
 def check_base(delta_or_mask: Mask, fingerprint: str, what: str) -> None:

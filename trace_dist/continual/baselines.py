@@ -21,14 +21,14 @@ from trace_dist.train.setup import Workbench
 
 
 def lora_rank(module: PreTrainedModel, cfg: RunConfig) -> int:
-    """The rank at which LoRA on every linear layer trains as many parameters as the masks do (at least 1)."""
+    """The rank at which LoRA on every linear layer (PEFT knows no fused experts) trains as many parameters as the masks do."""
     if cfg.continual.lora_rank is not None:
         return cfg.continual.lora_rank
     wanted = cfg.mask.density * sum(
         layout.numel for layout in layouts_for(module, "element", 1, cfg.mask.maskable).values()
     )
-    matrices = [layout.shape for layout in layouts_for(module, "element", 1, "linear").values()]
-    return max(1, round(wanted / sum(rows + cols for rows, cols in matrices)))
+    linear = layouts_for(module, "element", 1, "linear").values()
+    return max(1, round(wanted / sum(sum(layout.shape) for layout in linear if len(layout.shape) == 2)))
 
 
 def _with_lora(module: PreTrainedModel, cfg: RunConfig) -> nn.Module:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from trace_dist.config import RunConfig
 from trace_dist.data.batches import Step
@@ -79,18 +78,8 @@ def _masked(path: str, cfg: RunConfig, mask: Mask, step: Step) -> tuple[dict[str
         learner.accumulate(step)
         learner.step()
     learner.accumulate(step)
-    compact = learner.optimizer.compact()
     num_parameters = sum(torch.Size(model.shape(name)).numel() for name in model.names())
-    categories: dict[str, list[Tensor]] = {
-        "weights": [model.local(name) for name in model.names()],
-        "master": [master.data for _, master, _ in compact],
-        "exp_avg": [state["exp_avg"] for _, _, state in compact],
-        "exp_avg_sq": [state["exp_avg_sq"] for _, _, state in compact],
-        "gradients": [support.grad for support, _, _ in compact],
-        "indices": [support.whole.units for support, _, _ in compact]
-        + [support.runs.units for support, _, _ in compact],
-    }
-    counted = bytes_per_param(categories, num_parameters)
+    counted = bytes_per_param(learner.optimizer.model_states(), num_parameters)
     model.close()
     return counted, num_parameters
 

@@ -21,7 +21,7 @@ class Mask:
     Attributes:
         units: parameter name -> sorted unique unit indices, [k] int32 or int64 on the CPU; only parameters with k > 0.
         layouts: parameter name -> layout, for every *maskable* parameter, selected or not.
-        granularity: element, block, row, head or tensor.
+        granularity: element, block, row, column, head or tensor.
         meta: where it comes from: ``model`` (fingerprint), ``task``, ``method``.
 
     Raises:
@@ -92,7 +92,8 @@ class Mask:
         digest = hashlib.sha256(self.granularity.encode())
         for name in sorted(self.units):
             layout = self.layouts[name]
-            digest.update(f"{name}{layout.shape}{layout.unit}".encode())
+            stride = f"/{layout.stride}" if layout.stride > 1 else ""
+            digest.update(f"{name}{layout.shape}{layout.unit}{stride}".encode())
             digest.update(self.units[name].long().numpy().tobytes())
         return digest.hexdigest()
 

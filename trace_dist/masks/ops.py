@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trace_dist.masks.format import Mask
-from trace_dist.masks.units import UnitLayout, unit_size
+from trace_dist.masks.units import UnitLayout, unit_layout
 from trace_dist.models.roles import describe, head_layout, maskable
 
 SetOperation = Literal["union", "intersection", "difference"]
@@ -28,7 +28,7 @@ def layouts_for(model: Any, granularity: str, block: int, maskable_spec: str) ->
 
     Args:
         model: a transformers model, or a sharded model (its ``module`` is described).
-        granularity: element, block, row, head or tensor.
+        granularity: element, block, row, column, head or tensor.
         block: elements per unit for block.
         maskable_spec: ``linear``, ``all`` or a regular expression (``models.roles.maskable``).
 
@@ -38,10 +38,7 @@ def layouts_for(model: Any, granularity: str, block: int, maskable_spec: str) ->
     module = getattr(model, "module", model)
     infos = describe(module)
     return {
-        name: UnitLayout(
-            infos[name].shape,
-            unit_size(infos[name].shape, granularity, block, head_layout(module.config, infos[name])),
-        )
+        name: unit_layout(infos[name].shape, granularity, block, head_layout(module.config, infos[name]))
         for name in maskable(module, maskable_spec)
         if prod(infos[name].shape)
     }
@@ -81,10 +78,23 @@ def top_units(scores: Tensor, layout: UnitLayout, num_elements: float) -> Tensor
     if scores.dtype != torch.float32:
         raise AssertionError(f"scores are {scores.dtype}, not float32")
     _check_finite(scores)
-    order = torch.argsort(scores, descending=True, stable=True)
-    equal_sizes = max(0, floor(num_elements / layout.unit + 0.5))
-    keep = _num_fitting(layout.sizes(order), num_elements) if layout.ragged else equal_sizes
-    return order[:keep].sort().values.to(layout.index_dtype)
+    if layout.ragged:
+        order = torch.argsort(scores, descending=True, stable=True)
+        chosen = order[: _num_fitting(layout.sizes(order), num_elements)].sort().values
+    else:
+        chosen = _largest(scores, max(0, floor(num_elements / layout.unit + 0.5))).nonzero().flatten()
+    return chosen.to(layout.index_dtype)
+
+
+def _largest(scores: Tensor, num: int) -> Tensor:
+    """Where the ``num`` largest scores are, ties to the lower index: [n] bool. Linear in n; sorting takes ten times as long."""
+    if num < 1 or num >= len(scores):
+        return torch.full(scores.shape, num > 0, device=scores.device)
+    limit = scores.kthvalue(len(scores) - num + 1).values
+    chosen = scores > limit
+    ties = (scores == limit).nonzero().flatten()
+    chosen[ties[: num - int(chosen.sum())]] = True
+    return chosen
 
 
 def _num_fitting(sizes: Tensor, num_elements: float) -> int:
@@ -149,18 +159,22 @@ def global_budgets(
     scores: Mapping[str, Tensor], layouts: Mapping[str, UnitLayout], density: float
 ) -> dict[str, float]:
     """Elements each tensor receives when the units of all tensors compete for ``density``."""
-    names = list(layouts)
-    sizes = torch.cat([layouts[name].sizes(torch.arange(layouts[name].num_units)) for name in names])
-    flat = torch.cat([scores[name] for name in names])
+    flat = torch.cat([scores[name] for name in layouts])
     _check_finite(flat)
     target = density * sum(layout.numel for layout in layouts.values())
-    order = torch.argsort(flat, descending=True, stable=True)
-    chosen = order[: _num_fitting(sizes[order], target)]
-    owner = torch.repeat_interleave(
-        torch.arange(len(names)), torch.tensor([layouts[name].num_units for name in names])
-    )
-    totals = torch.zeros(len(names), dtype=torch.int64).index_add_(0, owner[chosen], sizes[chosen])
-    return {name: float(total) for name, total in zip(names, totals, strict=True)}
+    units = {layout.unit for layout in layouts.values()}
+    if len(units) == 1 and not any(layout.ragged for layout in layouts.values()):
+        chosen = _largest(flat, floor(target / units.pop() + 0.5))
+    else:
+        sizes = torch.cat([layout.sizes(torch.arange(layout.num_units)) for layout in layouts.values()])
+        order = torch.argsort(flat, descending=True, stable=True)
+        chosen = torch.zeros(len(flat), dtype=torch.bool)
+        chosen[order[: _num_fitting(sizes[order], target)]] = True
+    parts = chosen.split([layout.num_units for layout in layouts.values()])
+    return {
+        name: float(layout.sizes(part.nonzero()).sum())
+        for (name, layout), part in zip(layouts.items(), parts, strict=True)
+    }
 
 
 def random_mask(layouts: Mapping[str, UnitLayout], granularity: str, density: float, seed: int) -> Mask:

@@ -94,7 +94,7 @@ def load_model_zero3(
     Raises:
         ValueError: as ``load_model``; quantised weights; ZeRO options that keep more copies of the weights.
     """
-    _check_config(ds_config)
+    check_zero_config(ds_config)
     with open_checkpoint(path) as checkpoint:
         folder = checkpoint.folder
         config = _config(folder)
@@ -159,7 +159,8 @@ def _fsdp2_slot(param: Any) -> Slot:
     return Slot(param.to_local().view(-1), first_row * param[0].numel(), param.numel())
 
 
-def _check_config(ds_config: dict[str, Any]) -> None:
+def check_zero_config(ds_config: dict[str, Any]) -> None:
+    """Raise ValueError unless a DeepSpeed configuration is of ZeRO-3 with one copy of each weight, in memory."""
     zero = ds_config.get("zero_optimization", {})
     if zero.get("stage") != 3:
         raise ValueError(

@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from trace_dist.models.nf4 import NF4Linear, named_weights
+
 Role = Literal[
     "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "embed", "head", "norm", "bias", "other"
 ]  # fmt: skip
@@ -58,7 +60,7 @@ class ParamInfo:
     """layer / (num_layers - 1), in [0, 1]; 0 in a model of one layer; None outside the layers."""
 
 
-def full_shape(param: torch.Tensor) -> tuple[int, ...]:
+def full_shape(param: torch.Tensor | NF4Linear) -> tuple[int, ...]:
     """Shape of the whole parameter; under ZeRO-3 ``param.shape`` is empty and ``ds_shape`` holds it."""
     return tuple(getattr(param, "ds_shape", param.shape))
 
@@ -91,10 +93,10 @@ def describe(source: nn.Module | Mapping[str, Sequence[int]]) -> dict[str, Param
 
     Args:
         source: a module (tied parameters appear once, under their first name; under ``zero.Init`` the
-            full shapes are given) or a mapping from parameter name to shape.
+            full shapes are given, and of NF4 layers the logical weight) or a mapping from parameter name to shape.
     """
     if isinstance(source, nn.Module):
-        shapes = {name: full_shape(param) for name, param in source.named_parameters()}
+        shapes = {name: full_shape(weight) for name, weight in named_weights(source)}
     else:
         shapes = {name: tuple(shape) for name, shape in source.items()}
     places = {name: _stack_and_layer(name) for name in shapes}
@@ -116,21 +118,25 @@ def maskable(model: nn.Module, spec: str) -> list[str]:
 
     Args:
         model: any causal LM, sharded or not.
-        spec: ``linear`` (the weights of ``nn.Linear`` and ``Conv1D`` modules except the output head; expert
-            weights fused in one bare parameter are not Linear: name them by an expression), ``all``
-            (every floating-point parameter), or a regular expression searched in the names.
+        spec: ``linear`` (the weights of ``nn.Linear`` and ``Conv1D`` modules except the output head, and those of experts
+            fused in one bare parameter [num_experts, ...], which are linear layers in all but name; the router that
+            chooses among fused experts is not), ``all`` (every floating-point parameter), or a regular expression searched in
+            the names.
 
     Raises:
         ValueError: the expression is malformed, or nothing matches.
     """
-    floating = {name: param for name, param in model.named_parameters() if param.is_floating_point()}
+    floating = {name: weight for name, weight in named_weights(model) if weight.dtype.is_floating_point}
     if spec == "all":
         names = list(floating)
     elif spec == "linear":
         head = getattr(model, "get_output_embeddings", lambda: None)()
         excluded = {id(head.weight)} if head is not None else set()
         linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | Conv1D)} - excluded
-        names = [name for name, param in floating.items() if id(param) in linear]
+        linear |= {id(m) for m in model.modules() if isinstance(m, NF4Linear)}
+        names = [
+            name for name, param in floating.items() if id(param) in linear or _is_fused_experts(name, param)
+        ]
     else:
         try:
             pattern = re.compile(spec)
@@ -146,6 +152,10 @@ def maskable(model: nn.Module, spec: str) -> list[str]:
             f"names such as {examples}"
         )
     return names
+
+
+def _is_fused_experts(name: str, param: torch.Tensor | NF4Linear) -> bool:
+    return len(full_shape(param)) == 3 and role_of(name) in ("gate", "up", "gate_up", "down")
 
 
 def head_layout(config: Any, info: ParamInfo) -> int | None:

@@ -1,11 +1,10 @@
-"""AdamW (Loshchilov & Hutter, arXiv 1711.05101) on the masked entries of a sharded model.
+"""AdamW (Loshchilov & Hutter, arXiv 1711.05101) on the masked entries of a model.
 
 Gradients, both moments and the fp32 master copy are compact: they exist for masked entries only, on the rank that owns them.
 The update runs inside this rank's partition; every other weight stays bit-identical, weight decay included.
 
-    model = shard(AutoModelForCausalLM.from_pretrained(...), backend="zero3")
-    optimizer = MaskedAdamW(model, mask, lr=1e-3)
-    model.backward(model(**batch).loss)
+    optimizer = MaskedAdamW(model, mask, lr=1e-3)    # model: from shard(), plain, DDP, or fully_shard'ed
+    model(**batch).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
 """
@@ -13,13 +12,16 @@ The update runs inside this rank's partition; every other weight stays bit-ident
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from trace_kernels.compact import compact_gather, compact_scatter
-from trace_kernels.masked_adamw import masked_adamw
+from trace_kernels.compact import compact_gather, compact_scatter, compact_sumsq
 
+from trace_dist.config import StateDtype
+from trace_dist.optim.offload import HostEntries, Offload
+from trace_dist.optim.states import MOMENTS, State, StateOptions, new_state, tensors_of, update
+from trace_dist.sharding.prepared import as_sharded
 from trace_dist.utils import dist
 
 if TYPE_CHECKING:
@@ -28,63 +30,105 @@ if TYPE_CHECKING:
     from trace_dist.sharding.compaction import Support
 
 
+KINDS = ("master", *MOMENTS)
+
+
 class MaskedAdamW(torch.optim.Optimizer):
     """AdamW over a mask; a plain ``torch.optim.Optimizer`` to LR schedulers and training loops.
 
-    Each parameter group entry is a compact fp32 master copy, [entries of this rank]; its ``.grad`` is the compact
-    gradient that ``model.backward`` accumulates. State per entry: ``exp_avg`` and ``exp_avg_sq`` (fp32).
+    Each entry of the parameter group stands for the masked entries of one parameter on this rank: [n] without storage, its
+    ``.grad`` the compact gradient that backward passes accumulate. The first pass after a step begins from zero even where nobody
+    called ``zero_grad`` (Trainer calls that of the DDP model around it, which reaches no compact gradient).
 
     Args:
-        model: a sharded model; the mask is attached to it, replacing any other.
+        model: a sharded model, or a model that is plain, in DDP, sharded by ``fully_shard`` (by hand or by accelerate) or by a
+            DeepSpeed ZeRO-3 engine without an optimizer. It is frozen and the mask attached to it, replacing any other.
         mask: which entries to train.
         lr: learning rate.
         betas: decay rates of the two moments.
         eps: added to the denominator.
         weight_decay: decoupled, on masked entries only.
         max_grad_norm: global norm over the masked entries of all ranks above which gradients are scaled down; None for no limit.
+        state_dtype: of both moments: float32, bfloat16, or 8bit (blockwise codes).
+        master: keep an fp32 copy of masked half-precision weights; without it bf16 weights are rounded stochastically.
+        offload: ``cpu`` keeps moments and master in host memory and updates there.
 
     Raises:
-        ValueError: the mask does not fit the model, or a hyperparameter is out of range.
+        ValueError: the mask does not fit the model, something else owns the model's gradients, or an option is out of range.
     """
 
     def __init__(
         self,
-        model: ShardedModel,
+        model: ShardedModel | nn.Module,
         mask: Mask,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
+        state_dtype: StateDtype = "float32",
+        master: bool = True,
+        offload: Literal["none", "cpu"] = "none",
     ) -> None:
         _check_hyperparameters(lr, betas, eps, weight_decay, max_grad_norm)
-        self.model = model
+        options = StateOptions(state_dtype, master, offload)
+        self.model = as_sharded(model)
+        for name in set(mask.units).intersection(self.model.names()):
+            options.check_weight(name, self.model.like(name).dtype)
         self.mask = mask
         self.max_grad_norm = max_grad_norm
         self.grad_norm = 0.0
         """Global gradient norm over masked entries before clipping, at the last step."""
-        self.supports = model.attach(mask)
-        masters = [self._master(support) for support in self.supports]
-        super().__init__(masters, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
-        for master in masters:
-            self.state[master] = {
-                "step": 0,
-                "exp_avg": torch.zeros_like(master.data),
-                "exp_avg_sq": torch.zeros_like(master.data),
-            }
+        self.supports = self.model.attach(mask)
+        self._offload = Offload(self.supports, self.model.storage) if offload == "cpu" else None
+        entries = [_entries(support) for support in self.supports]
+        super().__init__(entries, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        for support, parameter in zip(self.supports, entries, strict=True):
+            self.state[parameter] = new_state(self._weights(support), options)
 
-    def _master(self, support: Support) -> nn.Parameter:
-        master = nn.Parameter(compact_gather(self.model.local(support.name), support.runs))
-        master.grad = support.grad
-        return master
+    def compact(self) -> list[tuple[Support, State]]:
+        """(support, state) per masked parameter, in the model's order."""
+        parameters = self.param_groups[0]["params"]
+        return [(s, self.state[parameter]) for s, parameter in zip(self.supports, parameters, strict=True)]
 
-    def compact(self) -> list[tuple[Support, nn.Parameter, dict[str, Any]]]:
-        """(support, master, state) per masked parameter, in the model's order."""
-        masters = self.param_groups[0]["params"]
-        return [
-            (support, master, self.state[master])
-            for support, master in zip(self.supports, masters, strict=True)
-        ]
+    def model_states(self) -> dict[str, list[Tensor]]:
+        """What training keeps between steps on this rank, by category, for counting bytes."""
+        states = [tensors_of(state) for _, state in self.compact()]
+        kept = {
+            name: [s[key] for s in states for key in s if key in (name, f"{name}_absmax")] for name in KINDS
+        }
+        staged = [] if self._offload is None else list(self._offload.entries.values())
+        return {
+            "weights": self.model.held(),
+            **kept,
+            "gradients": [support.grad for support in self.supports],
+            "indices": [runs.units for support in self.supports for runs in (support.whole, support.runs)],
+            "staging": [tensor for entries in staged for tensor in (entries.values, entries.grad)],
+        }
+
+    def _weights(self, support: Support) -> Tensor:
+        """What the weight holds at a support's entries, in its dtype, where the states live: [n]."""
+        if self._offload is not None:
+            return self._offload.entries[support.name].values
+        local, runs = self.model.storage(support)
+        return compact_gather(local, runs).to(local.dtype)
+
+    def values(self, support: Support) -> Tensor:
+        """Present values of a support's entries in full precision: the master copy, or the weights where there is none. [n]."""
+        parameter = self.param_groups[0]["params"][self.supports.index(support)]
+        return self.state[parameter].get("master", self._weights(support))
+
+    def set_values(self, values: list[Tensor]) -> None:
+        """Overwrite the masked entries, [n] per support in any precision: master copy and weights. Collective."""
+        for (support, state), new in zip(self.compact(), values, strict=True):
+            if "master" in state:
+                state["master"].copy_(new)
+            if self._offload is None:
+                compact_scatter(*self.model.storage(support), new)
+            else:
+                self._offload.entries[support.name].values.copy_(new)
+                self._offload.write_back(support)
+        self.model.refresh(self.supports)
 
     def _check_ready(self) -> None:
         if not self.model.is_attached(self.supports):
@@ -93,8 +137,8 @@ class MaskedAdamW(torch.optim.Optimizer):
             )
         if self.model.has_unreduced_gradients():
             raise ValueError(
-                "MaskedAdamW: some gradients were not summed over the ranks; call model.backward(loss) on the sharded "
-                "model instead of loss.backward()"
+                "MaskedAdamW: a backward pass was cut short and its gradients were not summed over the ranks; call zero_grad() "
+                "and run the pass again"
             )
 
     @torch.no_grad()
@@ -102,85 +146,104 @@ class MaskedAdamW(torch.optim.Optimizer):
         """One update from the accumulated gradients. Collective.
 
         Raises:
-            ValueError: another optimizer has taken over the model, or ``loss.backward()`` was called instead of
-                ``model.backward(loss)`` on several ranks.
+            ValueError: another optimizer has taken over the model, or a backward pass ended in an error.
         """
         self._check_ready()
         result = None
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        grad_scale = self._clip_scale()
-        group = self.param_groups[0]
-        for support, master, state in self.compact():
-            state["step"] += 1
-            masked_adamw(
-                self.model.local(support.name),
-                support.runs,
-                master.data,
-                support.grad,
-                state["exp_avg"],
-                state["exp_avg_sq"],
-                lr=float(group["lr"]),
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                step=state["step"],
-                grad_scale=grad_scale,
-            )
-        self.model.refresh([support.name for support in self.supports])
+        if self.max_grad_norm is None:
+            squares = torch.zeros((), dtype=torch.float64, device=self._updates_on)
+            self._update(1.0, squares)
+            self._record_norm(squares)
+        else:
+            norm = self._record_norm(_sum_of_squares(self.supports, self.model.device))
+            self._update(min(1.0, self.max_grad_norm / (norm + 1e-6)))
+        self.model.refresh(self.supports)
+        self.model.mark_gradients_spent()
         return result
 
-    def _clip_scale(self) -> float:
-        """Factor that brings the global norm over masked entries down to ``max_grad_norm``; records the norm."""
-        squares = torch.zeros((), dtype=torch.float64, device=self.model.device)
-        for support in self.supports:
-            squares += support.grad.double().square().sum()
-        self.grad_norm = float(dist.sum_over_ranks(squares).sqrt())
-        if self.max_grad_norm is None:
-            return 1.0
-        return min(1.0, self.max_grad_norm / (self.grad_norm + 1e-6))
+    @property
+    def _updates_on(self) -> torch.device:
+        """Where the states live and the update runs."""
+        return torch.device("cpu") if self._offload is not None else self.model.device
+
+    def _update(self, grad_scale: float, squares: Tensor | None = None) -> None:
+        """Update every support; the squares of its gradient are added to ``squares`` in the same pass over it."""
+        group = self.param_groups[0]
+        states = {support.name: state for support, state in self.compact()}
+
+        def on_host(support: Support, host: HostEntries) -> None:
+            state = states[support.name]
+            update(support.name, host.values, host.runs, host.grad, state, group, grad_scale, squares)
+
+        if self._offload is not None:
+            self._offload.step(self.supports, on_host)
+            return
+        for support, state in self.compact():
+            storage = self.model.storage(support)
+            update(support.name, *storage, support.grad, state, group, grad_scale, squares)
+
+    def _record_norm(self, squares: Tensor) -> float:
+        """The global norm from this rank's sum of squares."""
+        self.grad_norm = float(dist.sum_over_ranks(squares.to(self.model.device)).sqrt())
+        return self.grad_norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the compact gradients; the buffers stay."""
-        for support in self.supports:
-            support.grad.zero_()
+        if self.model.is_attached(self.supports):
+            self.model.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's state, master copy and mask digest; for resuming on another number of ranks use ``train.checkpoint``."""
+        """This rank's state, values and mask digest; for resuming on another number of ranks use ``train.checkpoint``."""
         packed = super().state_dict()
-        packed["masters"] = [master.data for _, master, _ in self.compact()]
+        packed["values"] = [self.values(support) for support in self.supports]
         packed["mask_digest"] = self.mask.digest()
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore ``state_dict`` and write the master copy back into the model.
+        """Restore ``state_dict`` and write the values back into the model.
 
         Raises:
-            ValueError: the state belongs to another mask, or to another partition of it.
+            ValueError: the state belongs to another mask, to another partition of it, or was kept with other options.
         """
         if state_dict.get("mask_digest") != self.mask.digest():
             raise ValueError(
                 "optimizer state: it was saved for another mask; build MaskedAdamW with the mask it was saved with"
             )
-        masters: list[Tensor] = state_dict["masters"]
-        if [saved.shape for saved in masters] != [master.shape for _, master, _ in self.compact()]:
+        mine = [state for _, state in self.compact()]
+        saved = [state_dict["state"][index] for index in range(len(mine))]
+        if list(map(_layout, saved)) != list(map(_layout, mine)):
             raise ValueError(
-                "optimizer state: it was saved on another rank or number of ranks; resume with train.checkpoint, which "
-                "loads on any number"
+                "optimizer state: it was saved on another rank or number of ranks, or with other state options; resume with "
+                "train.checkpoint, which loads on any number"
             )
-        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        for (_, master, _), saved in zip(self.compact(), masters, strict=True):
-            master.data.copy_(saved)
-        self.write_back()
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        for state, source, parameter in zip(mine, saved, self.param_groups[0]["params"], strict=True):
+            state["step"] = source["step"]
+            for name, tensor in tensors_of(state).items():
+                tensor.copy_(source[name])
+            self.state[parameter] = state
+        self.set_values(state_dict["values"])
 
-    @torch.no_grad()
-    def write_back(self) -> None:
-        """Round the master copy into the model's weights. Collective."""
-        for support, master, _ in self.compact():
-            compact_scatter(self.model.local(support.name), support.runs, master.data)
-        self.model.refresh([support.name for support in self.supports])
+
+def _entries(support: Support) -> nn.Parameter:
+    """Stands for a support's entries in the parameter group: their shape and gradient, without storage."""
+    parameter = nn.Parameter(support.grad.new_zeros(()).expand(support.runs.num_entries))
+    parameter.grad = support.grad
+    return parameter
+
+
+def _sum_of_squares(supports: list[Support], device: torch.device) -> Tensor:
+    squares = torch.zeros((), dtype=torch.float64, device=device)
+    for support in supports:
+        squares += compact_sumsq(support.grad)
+    return squares
+
+
+def _layout(state: State) -> dict[str, Any]:
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors_of(state).items()}
 
 
 def _check_hyperparameters(

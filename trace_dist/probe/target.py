@@ -45,19 +45,17 @@ def fisher_scores(
     small terms), and one bucket of gradients.
     """
     views = {name: model.views(name)[model.rank] for name in layouts}
-    first = {name: int(layouts[name].unit_of(torch.tensor(view.start))) for name, view in views.items()}
+    touched = {name: layouts[name].unit_range(view.start, view.stop) for name, view in views.items()}
     sums: dict[str, Tensor] = {}
     weight = 0.0
 
     def collect(support: Support, values: Tensor) -> None:
         layout, view = layouts[support.name], views[support.name]
-        units = (
-            layout.unit_of(torch.arange(view.start, view.stop, device=values.device)) - first[support.name]
-        )
+        nearby = touched[support.name]
+        units = layout.unit_of(torch.arange(view.start, view.stop, device=values.device)) - nearby.start
         dtype = torch.float32 if layout.unit == 1 else torch.float64
         if support.name not in sums:
-            size = int(units[-1]) + 1 if len(units) else 0
-            sums[support.name] = torch.zeros(size, dtype=dtype, device=values.device)
+            sums[support.name] = torch.zeros(len(nearby), dtype=dtype, device=values.device)
         sums[support.name].index_add_(0, units, values.to(dtype).square(), alpha=weight)
 
     model.attach(full_mask(layouts), collect)
@@ -70,8 +68,8 @@ def fisher_scores(
     model.detach()
 
     def scores(name: str, layout: UnitLayout) -> Tensor:
-        local = sums.get(name, torch.zeros(0, device=model.device))
-        units = torch.arange(first[name], first[name] + len(local), device=local.device)
+        units = torch.tensor(touched[name], device=model.device)
+        local = sums.get(name, torch.zeros(len(units), device=model.device))
         return reduce_units(model, name, layout, local, units, by_unit=True).sqrt()
 
     return scores
@@ -80,18 +78,18 @@ def fisher_scores(
 def narrow_scores(model: ShardedModel, pool: Mask, batches: Batches, cfg: RunConfig) -> Scores:
     """Importance of the pool's units after some masked steps on it; the model is put back bit for bit. Collective."""
     learner = MaskedLearner(model, pool, cfg.train, lr=cfg.projection.narrow_lr)
-    compact = learner.optimizer.compact()
-    start = [master.detach().clone() for _, master, _ in compact]
+    optimizer = learner.optimizer
+    start = [optimizer.values(support).clone() for support in optimizer.supports]
     train_steps(learner, batches, cfg.train, cfg.projection.narrow_steps, description="narrow")
     fisher = _compact_fisher(learner, batches, cfg.probe.fisher_batches)
     energy = {}
-    for (support, master, _), before, squares in zip(compact, start, fisher, strict=True):
-        local = element_energy(master.detach() - before, squares, cfg.probe.score)
+    for support, before, squares in zip(optimizer.supports, start, fisher, strict=True):
+        update = optimizer.values(support).float() - before.float()
+        local = element_energy(update.to(squares.device), squares, cfg.probe.score)
         offset = support.offset
         elements = pool.elements(support.name)[offset : offset + support.runs.num_entries]
         energy[support.name] = (local, elements)
-        master.data.copy_(before)
-    learner.optimizer.write_back()
+    optimizer.set_values(start)
     model.detach()
 
     def scores(name: str, layout: UnitLayout) -> Tensor:

@@ -48,7 +48,7 @@ def reduce_units(
 
 def magnitude_scores(model: ShardedModel) -> Scores:
     """Mean absolute weight of each unit."""
-    return lambda name, layout: reduce_units(model, name, layout, model.local(name).float().abs())
+    return lambda name, layout: reduce_units(model, name, layout, model.values(name).float().abs())
 
 
 def seeded_scores(seed: int) -> Scores:

@@ -8,14 +8,20 @@ was changed in place (``refresh``). Everything above (gradients, optimizer, delt
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from trace_kernels.runs import Runs
 
+from trace_dist.models.nf4 import NF4Linear, named_weights
+from trace_dist.models.roles import full_shape
+from trace_dist.sharding.overlay import Overlay, union
 from trace_dist.utils import dist
 
 if TYPE_CHECKING:
@@ -32,6 +38,17 @@ class PartitionView:
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+
+def flat_views(numel: int, size: int, world: int) -> list[PartitionView]:
+    """Every rank's view where the flattened parameter is cut after each ``size`` elements, as ZeRO-3 does."""
+    return [PartitionView(min(r * size, numel), min((r + 1) * size, numel)) for r in range(world)]
+
+
+def chunk_views(shape: Sequence[int], world: int) -> list[PartitionView]:
+    """Every rank's view where dimension 0 is cut into chunks as by ``torch.chunk``, as FSDP2 does."""
+    rows, *rest = shape
+    return flat_views(prod(shape), -(-rows // world) * prod(rest), world)
 
 
 @dataclass(frozen=True)
@@ -64,10 +81,14 @@ class ShardedModel(ABC):
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
+        self.roots: list[nn.Module] = [module]
+        """The model and what wraps it: any of them may be asked to reset the gradients."""
         self.rank, self.world = dist.rank(), dist.world_size()
         self._compactor: Compactor | None = None
         for parameter in module.parameters():
             parameter.requires_grad_(False)
+        self._parameters: dict[str, Any] = dict(module.named_parameters())
+        self._quantized = {name: w for name, w in named_weights(module) if isinstance(w, NF4Linear)}
 
     @classmethod
     @abstractmethod
@@ -75,27 +96,23 @@ class ShardedModel(ABC):
         """Load a checkpoint; where there are several ranks none holds more than its own shard. Collective."""
 
     @abstractmethod
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Full shape of a parameter."""
-
-    @abstractmethod
     def views(self, name: str) -> list[PartitionView]:
         """What every rank owns of a parameter, in rank order; together they tile it."""
 
     @abstractmethod
     def local(self, name: str) -> Tensor:
-        """This rank's slice, 1-D, sharing storage with the model: writes to it change the model."""
+        """This rank's slice, 1-D, sharing storage with the model: writes to it change the model. An NF4 weight has none."""
 
     @abstractmethod
-    def refresh(self, names: Iterable[str]) -> None:
-        """Make gathered copies agree with slices that were changed in place. Collective."""
+    def refresh(self, supports: Iterable[Support]) -> None:
+        """Make gathered copies agree with slices whose masked entries were changed in place. Collective."""
 
     @abstractmethod
-    def full_parameter(self, name: str) -> Tensor | None:
-        """The whole parameter on rank 0 (None elsewhere). Collective."""
+    def gathered(self, parameters: list[Any]) -> AbstractContextManager[list[Tensor]]:
+        """Parameters as a whole, on every rank, inside the block. Collective."""
 
     def after_backward(self) -> None:  # noqa: B027 - backends without leftovers need nothing here
-        """Called after each backward pass. Collective."""
+        """Called at the end of each backward pass. Collective."""
 
     @property
     def config(self) -> Any:
@@ -107,8 +124,79 @@ class ShardedModel(ABC):
         return dist.local_device()
 
     def names(self) -> list[str]:
-        """Parameter names, tied parameters once."""
-        return [name for name, _ in self.module.named_parameters()]
+        """Parameter names, tied parameters once; an NF4 layer has its logical weight ([Note: words] in models/nf4.py)."""
+        return [name for name, _ in named_weights(self.module)]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Full shape of a parameter."""
+        return full_shape(self._quantized[name] if name in self._quantized else self._parameters[name])
+
+    def _kept_as(self, name: str) -> list[str]:
+        """The parameters that hold a weight: itself, or the words of an NF4 weight."""
+        if name not in self._quantized:
+            return [name]
+        layer = name.removesuffix("weight")
+        return [f"{layer}packed", f"{layer}absmax"]
+
+    def dense(self, supports: Iterable[Support]) -> list[Support]:
+        """The supports of weights that are not quantised: only those can have gathered copies that grow stale."""
+        return [support for support in supports if support.name not in self._quantized]
+
+    def like(self, name: str) -> Tensor:
+        """An empty tensor of the dtype of a weight's values, on the device where this rank keeps them."""
+        return self.local(self._kept_as(name)[0])[:0]
+
+    def held(self) -> list[Tensor]:
+        """All that this rank keeps of the weights between steps."""
+        overlays = [layer.overlay.values for layer in self._quantized.values() if layer.overlay is not None]
+        return [*map(self.local, self._parameters), *overlays]
+
+    @contextmanager
+    def whole(self, name: str) -> Iterator[Tensor]:
+        """All present values of a weight, on every rank, inside the block. Collective."""
+        with self.gathered([self._parameters[part] for part in self._kept_as(name)]) as tensors:
+            yield self._quantized[name].present(*tensors) if name in self._quantized else tensors[0]
+
+    def full_parameter(self, name: str) -> Tensor | None:
+        """A whole weight on the CPU of rank 0 (None elsewhere). Collective."""
+        with self.whole(name) as full:
+            return full.detach().cpu().clone() if self.rank == 0 else None
+
+    def values(self, name: str) -> Tensor:
+        """This rank's slice of the present values, for reading: ``local``, or a copy for an NF4 weight. Collective."""
+        if name not in self._quantized:
+            return self.local(name)
+        view = self.views(name)[self.rank]
+        with self.whole(name) as full:
+            return full.view(-1)[view.start : view.stop].clone()
+
+    def storage(self, support: Support) -> tuple[Tensor, Runs]:
+        """Where the values of a support lie: a 1-D tensor and the entries in it; writes to them change the model. Collective.
+
+        Of an NF4 weight that is its overlay ([Note: overlay] in sharding/overlay.py), which is another one once other masks have
+        been used: ask anew each time.
+        """
+        name = support.name
+        if name not in self._quantized:
+            return self.local(name), support.runs
+        layer = self._quantized[name]
+        if layer.overlay is None or layer.overlay.find(support) is None:
+            entries = support.whole if layer.overlay is None else union(layer.overlay.whole, support.whole)
+            with self.whole(name) as full:
+                layer.overlay = Overlay(entries, self.views(name), full.view(-1))
+        return layer.overlay.values, layer.overlay.find(support)
+
+    def release(self) -> None:
+        """Drop the overlays of NF4 weights that hold what the codes say, as after a delta was taken off. Collective."""
+        for name, layer in self._quantized.items():
+            overlay, layer.overlay = layer.overlay, None
+            if overlay is not None:
+                with self.whole(name) as base:
+                    differs = not torch.equal(
+                        overlay.values, Overlay(overlay.whole, self.views(name), base.view(-1)).values
+                    )
+                if dist.max_over_ranks(differs):
+                    layer.overlay = overlay
 
     def shard(self, name: str) -> Shard:
         """This rank's part of a parameter."""
@@ -141,6 +229,7 @@ class ShardedModel(ABC):
         from trace_dist.sharding.compaction import Compactor
 
         self.detach()
+        self.release()
         self._compactor = Compactor(self, mask, accumulate)
         return self._compactor.supports
 
@@ -154,12 +243,24 @@ class ShardedModel(ABC):
         """Whether these supports, from ``attach``, still receive gradients."""
         return self._compactor is not None and self._compactor.supports is supports
 
+    def zero_grad(self) -> None:
+        """Reset the compact gradients of the attached mask."""
+        if self._compactor is not None:
+            self._compactor.zero_grad()
+
+    def mark_gradients_spent(self) -> None:
+        """The compact gradients have been used: the next backward pass begins from zero."""
+        if self._compactor is not None:
+            self._compactor.mark_spent()
+
     def has_unreduced_gradients(self) -> bool:
-        """Whether gradients were computed on this rank that ``backward`` did not see through (by ``loss.backward()``)."""
+        """Whether a backward pass was cut short, by an error, before its gradients were exchanged."""
         return self._compactor is not None and self._compactor.has_unreduced
 
     def backward(self, loss: Tensor, reduction: Literal["mean", "sum"] = "mean") -> None:
         """Backward pass; adds the gradients of all ranks, on the mask's entries only, to the compact buffers. Collective.
+
+        ``loss.backward()`` does the same with ``mean``, where every rank's loss depends on some masked entry.
 
         Args:
             loss: scalar of this rank.
@@ -173,7 +274,6 @@ class ShardedModel(ABC):
         if reduction not in ("mean", "sum"):
             raise ValueError(f"backward: reduction={reduction!r}: unknown; use 'mean' or 'sum'")
         self._compactor.run_backward(loss, 1.0 / self.world if reduction == "mean" else 1.0)
-        self.after_backward()
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """On rank 0 the whole model on the CPU under plain Hugging Face names (tied names share one tensor); elsewhere empty.
@@ -182,14 +282,14 @@ class ShardedModel(ABC):
         """
         state: dict[str, Tensor] = {}
         by_id: dict[int, str] = {}
-        for name, parameter in self.module.named_parameters(remove_duplicate=False):
-            if id(parameter) not in by_id:
-                by_id[id(parameter)] = name
+        for name, weight in named_weights(self.module, remove_duplicate=False):
+            if id(weight) not in by_id:
+                by_id[id(weight)] = name
                 full = self.full_parameter(name)
                 if full is not None:
                     state[name] = full
             elif self.rank == 0:
-                state[name] = state[by_id[id(parameter)]]
+                state[name] = state[by_id[id(weight)]]
         persistent = self.module.state_dict().keys()  # on every rank: FSDP2 drops its gathered copies here
         if self.rank == 0:
             state |= {k: v.detach().cpu().clone() for k, v in self.module.named_buffers() if k in persistent}

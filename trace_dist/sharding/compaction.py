@@ -2,7 +2,7 @@
 
 [Note: gradient path] All weights are frozen, so neither autograd nor the sharding library builds, keeps or reduces a dense
 gradient. A masked linear layer runs through ``masked_linear``, which forms the gradient of that one weight, keeps its support and
-frees the rest; for whole-row masks it computes the masked rows alone. Any other masked parameter (bias, norm,
+frees the rest; for masks of whole rows or columns it computes those alone. Any other masked parameter (bias, norm,
 embedding, fused experts) is unfrozen and caught by a post-accumulate hook. Both hand this rank's gradient at *all* masked
 entries of the parameter to the reducer, which exchanges them between ranks (``reduction``).
 """
@@ -20,7 +20,9 @@ from trace_kernels.compact import compact_gather
 from trace_kernels.runs import Runs
 
 from trace_dist.masks.format import Mask
-from trace_dist.sharding.masked_linear import patch_linear
+from trace_dist.masks.units import UnitLayout
+from trace_dist.models.nf4 import NF4Linear
+from trace_dist.sharding.masked_linear import Part, patch_linear
 from trace_dist.sharding.reduction import CompactReducer
 from trace_dist.utils import dist
 from trace_dist.utils.log import get_logger
@@ -40,6 +42,7 @@ class Support:
         shape: full shape of the parameter.
         whole: every masked entry of the parameter (base 0).
         runs: the masked entries inside this rank's view; a slice of ``whole`` without a copy.
+        part: the whole rows or columns that ``whole`` is made of; its entries are that part of the gradient, row-major.
         splits: entries per rank, in rank order; ``sum(splits) == whole.num_entries``.
         rank: this rank.
         grad: [runs.num_entries] fp32, the gradient that has accumulated (fp64 for an fp64 model); empty when the gradients
@@ -50,6 +53,7 @@ class Support:
     shape: tuple[int, ...]
     whole: Runs
     runs: Runs
+    part: Part
     splits: list[int]
     rank: int
     grad: Tensor
@@ -58,16 +62,6 @@ class Support:
     def offset(self) -> int:
         """Entries that belong to lower ranks."""
         return sum(self.splits[: self.rank])
-
-    @property
-    def rows(self) -> Tensor | None:
-        """Masked rows [k] int64 when the mask is made of whole rows of a matrix, else None."""
-        cols = self.shape[-1]
-        if len(self.shape) != 2 or self.whole.block % cols:
-            return None
-        rows_per_unit = self.whole.block // cols
-        lanes = torch.arange(rows_per_unit, device=self.whole.units.device)
-        return (self.whole.units.long()[:, None] * rows_per_unit + lanes).flatten()
 
 
 Accumulate = Callable[[Support, Tensor], None]
@@ -101,20 +95,34 @@ def build_supports(model: ShardedModel, mask: Mask) -> list[Support]:
 
 def _support(model: ShardedModel, mask: Mask, name: str) -> Support:
     layout = mask.layouts[name]
-    local = model.local(name)
-    units, block = layout.runs(mask.units[name].to(local.device))
+    like = model.like(name)
+    units, block = layout.runs(mask.units[name].to(like.device))
     clipped = [Runs.clip(units, block, view.start, view.stop, layout.numel) for view in model.views(name)]
     runs = clipped[model.rank]
-    dtype = torch.float64 if local.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return Support(
         name=name,
         shape=layout.shape,
         whole=Runs.clip(units, block, 0, layout.numel, layout.numel),
         runs=runs,
+        part=_part(layout, mask.units[name].to(like.device)),
         splits=[part.num_entries for part in clipped],
         rank=model.rank,
-        grad=torch.empty(0, dtype=dtype, device=local.device),
+        grad=torch.empty(0, dtype=dtype, device=like.device),
     )
+
+
+def _part(layout: UnitLayout, units: Tensor) -> Part:
+    """The rows or columns of a matrix that the units are; all of it for units inside rows, and where one unit is the matrix."""
+    if len(layout.shape) != 2:
+        return Part()
+    if layout.stride > 1:
+        return Part(columns=units.long())
+    if layout.unit % layout.cols or layout.unit == layout.numel:
+        return Part()
+    rows_per_unit = layout.unit // layout.cols
+    lanes = torch.arange(rows_per_unit, device=units.device)
+    return Part(rows=(units.long()[:, None] * rows_per_unit + lanes).flatten())
 
 
 class Compactor:
@@ -132,28 +140,30 @@ class Compactor:
                 support.grad = support.grad.new_zeros(support.runs.num_entries)
         self._accumulate = accumulate or add_to_grad
         self._reducer = CompactReducer(self.supports, self._accumulate)
-        self._hooks_see_slices = model.reduces_hooked_gradients
-        self._scale = 1.0
+        self._model = model
+        self._scale = self._mean = 1.0 / dist.world_size()
+        self._ended, self._spent = True, False
+        self._backward_pass = -1  # autograd's number of the pass whose end is awaited
         self._silent: set[str] | None = {support.name for support in self.supports}  # None after one backward
         self._undo: list[Callable[[], None]] = []
         parameters = dict(model.module.named_parameters())
         linears = _linear_modules(model.module)
-        self._undo.append(_join_zero_grad(model.module, self.supports))
+        self._undo += [_join_zero_grad(root, self.zero_grad) for root in model.roots]
         # Backward must reach the lowest masked layer even though its input needs no gradient.
         self._anchor = torch.zeros((), device=model.device, requires_grad=True)
+        self._undo.append(model.module.register_forward_pre_hook(_let_backward_stop).remove)
         for support in self.supports:
             linear = linears.get(support.name)
             if linear is not None:
-                self._undo.append(patch_linear(linear, self._anchor, support.rows, self._sink(support)))
+                self._undo.append(patch_linear(linear, self._anchor, support.part, self._sink(support)))
             else:
                 self._hook(parameters[support.name], support)
 
     def _sink(self, support: Support) -> Callable[[Tensor], None]:
-        """What a gradient source calls: with the dense gradient, or with the masked rows' gradient alone."""
+        """What a gradient source calls: with the dense gradient, or with the masked rows or columns of it."""
 
         def deliver(grad: Tensor) -> None:
-            if self._silent is not None:
-                self._silent.discard(support.name)
+            self._begin(support)
             flat = grad.reshape(-1)
             if flat.numel() != support.whole.numel:
                 self._reducer.add(support, flat.to(support.grad.dtype) * self._scale)
@@ -168,15 +178,14 @@ class Compactor:
         """Takes a gradient that the sharding library has reduced: this rank's slice of the mean over ranks."""
 
         def deliver(grad: Any) -> None:
-            if self._silent is not None:
-                self._silent.discard(support.name)
+            self._begin(support)
             scale = self._scale * dist.world_size()
             self._accumulate(support, compact_gather(grad.to_local().reshape(-1), support.runs, scale=scale))
 
         return deliver
 
     def _hook(self, parameter: nn.Parameter, support: Support) -> None:
-        deliver = self._deliver_slice(support) if self._hooks_see_slices else self._sink(support)
+        deliver = (self._deliver_slice if self._model.reduces_hooked_gradients else self._sink)(support)
 
         def caught(param: Tensor) -> None:
             if param.grad is not None:
@@ -192,12 +201,43 @@ class Compactor:
 
         self._undo.append(undo)
 
+    def zero_grad(self) -> None:
+        """Reset the gradients; what a pass that was cut short left behind goes too."""
+        self._spent = False
+        for support in self.supports:
+            support.grad.zero_()
+        self._reducer.discard()
+
+    def mark_spent(self) -> None:
+        """The gradients have been used: the next backward pass begins from zero."""
+        self._spent = True
+
     def run_backward(self, loss: Tensor, scale: float) -> None:
         """Backward pass whose gradients, times ``scale`` and summed over ranks, are added to the supports' buffers."""
-        self._scale = scale
-        loss.backward()
+        self._scale, self._ended = scale, False
+        try:
+            loss.backward()
+        finally:
+            self._scale = self._mean
+        if not self._ended:  # no gradient here; other ranks may have some
+            self._end()
+
+    def _begin(self, support: Support) -> None:
+        """A gradient has come: have the exchange finished when this backward pass, whoever runs it, is through."""
+        if self._spent:
+            self.zero_grad()
+        if self._silent is not None:
+            self._silent.discard(support.name)
+        current = torch._C._current_graph_task_id()
+        if current != self._backward_pass:
+            self._backward_pass = current
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)
+
+    def _end(self) -> None:
+        self._ended = True
         self._anchor.grad = None
         self._reducer.finish()
+        self._model.after_backward()
         if self._silent:
             logger.warning(
                 "no gradient reached %d of %d masked parameters in the first backward pass, such as %s: they do not train "
@@ -210,7 +250,7 @@ class Compactor:
 
     @property
     def has_unreduced(self) -> bool:
-        """Whether gradients wait for an exchange that only ``run_backward`` finishes."""
+        """Whether a backward pass was cut short, by an error, before its gradients were exchanged."""
         return self._reducer.has_unreduced
 
     def close(self) -> None:
@@ -220,14 +260,29 @@ class Compactor:
         self._undo.clear()
 
 
-def _join_zero_grad(module: nn.Module, supports: list[Support]) -> Callable[[], None]:
-    """Let ``module.zero_grad()`` reset the supports too (transformers' Trainer never calls the optimizer's); returns the undo."""
+def _let_backward_stop(module: nn.Module, _: Any) -> None:
+    """Take back what transformers does when it enables activation checkpointing: embeddings whose output requires grad.
+
+    It is there for reentrant checkpoints, which see a gradient in no other way; with all others it makes backward run, and
+    recompute, down to the embeddings, however high the lowest masked layer lies.
+    """
+    if getattr(module, "_require_grads_hooks", None) and not any(map(_is_reentrant, module.modules())):
+        module.disable_input_require_grads()  # type: ignore[operator]
+
+
+def _is_reentrant(module: nn.Module) -> bool:
+    """Whether this layer is checkpointed the reentrant way, torch's default when nothing is said."""
+    checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+    return checkpoint is not None and getattr(checkpoint, "keywords", {}).get("use_reentrant", True)
+
+
+def _join_zero_grad(module: nn.Module, reset: Callable[[], None]) -> Callable[[], None]:
+    """Let ``module.zero_grad()`` reset compact gradients too (transformers' Trainer calls no other); returns the undo."""
 
     def zero_grad(self: nn.Module, set_to_none: bool = True) -> None:
         type(self).zero_grad(self, set_to_none)
         if self is module:  # and not a deep copy of it
-            for support in supports:
-                support.grad.zero_()
+            reset()
 
     module.zero_grad = MethodType(zero_grad, module)  # type: ignore[method-assign]
 
@@ -237,7 +292,7 @@ def _join_zero_grad(module: nn.Module, supports: list[Support]) -> Callable[[], 
     return undo
 
 
-def _linear_modules(module: nn.Module) -> dict[str, nn.Linear]:
+def _linear_modules(module: nn.Module) -> dict[str, nn.Linear | NF4Linear]:
     """Parameter name -> the linear layer whose weight it is. Tied weights are left to hooks: two modules own them."""
     owners: dict[int, int] = {}
     for child in module.modules():
@@ -246,5 +301,5 @@ def _linear_modules(module: nn.Module) -> dict[str, nn.Linear]:
     return {
         f"{name}.weight" if name else "weight": child
         for name, child in module.named_modules()
-        if type(child) is nn.Linear and owners[id(child.weight)] == 1
+        if isinstance(child, NF4Linear) or (type(child) is nn.Linear and owners[id(child.weight)] == 1)
     }

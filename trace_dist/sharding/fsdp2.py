@@ -7,18 +7,22 @@ gradients); a parameter that a hook catches has been reduced by FSDP2 already, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import pairwise
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from trace_dist.models.loading import load_model_fsdp2
-from trace_dist.sharding.base import PartitionView, ShardedModel
+from trace_dist.sharding.base import PartitionView, ShardedModel, chunk_views
 from trace_dist.utils import dist
+
+if TYPE_CHECKING:
+    from trace_dist.sharding.compaction import Support
 
 
 def _wrap(module: nn.Module) -> None:
@@ -29,6 +33,23 @@ def _wrap(module: nn.Module) -> None:
         if type(child).__name__ in blocks:
             fully_shard(child, mesh=mesh)
     fully_shard(module, mesh=mesh)
+
+
+def _check_sharding(module: nn.Module) -> None:
+    """Raise ValueError unless every parameter is one chunk of rows per rank, on the device that computes."""
+    for name, parameter in module.named_parameters():
+        if not isinstance(parameter, DTensor):
+            raise ValueError(f"model: {name!r} is not sharded; call fully_shard on the whole model last")
+        if parameter.device_mesh.size() != dist.world_size() or list(parameter.placements) != [Shard(0)]:
+            raise ValueError(
+                f"model: {name!r} is placed {parameter.placements} on a mesh of {tuple(parameter.device_mesh.shape)}; masked "
+                f"training needs dimension 0 cut over all {dist.world_size()} ranks: fully_shard over a one-dimensional mesh"
+            )
+        if parameter.to_local().device.type not in (parameter.device_mesh.device_type, "meta"):
+            raise ValueError(
+                f"model: {name!r} is offloaded to the {parameter.to_local().device.type}; leave CPUOffloadPolicy out and use "
+                "MaskedAdamW(offload='cpu'), which moves the optimizer states"
+            )
 
 
 class Fsdp2Model(ShardedModel):
@@ -46,11 +67,12 @@ class Fsdp2Model(ShardedModel):
         if not isinstance(module, FSDPModule):
             module.to(dist.local_device())
             _wrap(module)
+        _check_sharding(module)
         super().__init__(module)
         # The first unshard settles where the shards live; `local` may be kept from then on.
         self.module.unshard()
         self.module.reshard()
-        self._parameters: dict[str, Any] = dict(module.named_parameters())
+        self._parameters = dict(module.named_parameters())
 
     @classmethod
     def from_pretrained(cls, path: str, dtype: torch.dtype) -> Fsdp2Model:
@@ -58,25 +80,18 @@ class Fsdp2Model(ShardedModel):
         dist.ensure_group()
         return cls(load_model_fsdp2(path, dtype, _wrap, dist.local_device()))
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._parameters[name].shape)
-
     def views(self, name: str) -> list[PartitionView]:
-        rows, *rest = self.shape(name)
-        row = torch.Size(rest).numel()
-        chunk = -(-rows // self.world)
-        edges = [min(r * chunk, rows) * row for r in range(self.world + 1)]
-        return [PartitionView(start, stop) for start, stop in pairwise(edges)]
+        return chunk_views(self.shape(name), self.world)
 
     def local(self, name: str) -> Tensor:
         return self._parameters[name].data.to_local().view(-1)
 
-    def refresh(self, names: Iterable[str]) -> None:
+    def refresh(self, supports: Iterable[Support]) -> None:
         """The root group stays gathered after a forward pass without backward; drop every gathered copy."""
         for child in self.module.modules():
             if isinstance(child, FSDPModule):
                 child.reshard()
 
-    def full_parameter(self, name: str) -> Tensor | None:
-        full = self._parameters[name].full_tensor()
-        return full.detach().cpu() if self.rank == 0 else None
+    @contextmanager
+    def gathered(self, parameters: list[Any]) -> Iterator[list[Tensor]]:
+        yield [parameter.full_tensor() for parameter in parameters]

@@ -1,22 +1,32 @@
 """A linear layer whose weight gradient never leaves the backward of that layer.
 
 Forward is the plain product ``y = x W^T + b``. Backward returns ``dy W`` for the input and hands the weight gradient to
-``deliver``: dense (``dy^T x``) where the mask has scattered entries, or the masked rows alone (``dy[:, rows]^T x``) where it is
-made of whole rows, so that the dense weight gradient and its FLOPs never exist. The weight itself stays frozen, hence
-ZeRO-3 and FSDP2 reduce nothing; they gather it again for the backward as for any frozen layer.
+``deliver``: dense (``dy^T x``) where the mask has scattered entries. Where it is made of whole rows or columns, only those are
+computed (``dy[:, rows]^T x``, ``dy^T x[:, columns]``): the dense weight gradient and its FLOPs never exist, and of the input
+only the masked columns are kept for backward. The weight itself stays frozen, hence ZeRO-3 and FSDP2 reduce nothing; they
+gather it again for the backward as for any frozen layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trace_dist.models.nf4 import NF4Linear
+
 Deliver = Callable[[Tensor], None]
+
+
+class Part(NamedTuple):
+    """Which part of a weight gradient is computed: indices [k] int64 of output and input neurons, None for all."""
+
+    rows: Tensor | None = None
+    columns: Tensor | None = None
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -26,12 +36,12 @@ class _MaskedLinear(torch.autograd.Function):
         x: Tensor,
         bias: Tensor | None,
         anchor: Tensor,
-        module: nn.Linear,
-        rows: Tensor | None,
+        module: nn.Linear | NF4Linear,
+        part: Part,
         deliver: Deliver,
     ) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.module, ctx.rows, ctx.deliver = module, rows, deliver
+        ctx.save_for_backward(x if part.columns is None else x[..., part.columns])
+        ctx.module, ctx.rows, ctx.deliver = module, part.rows, deliver
         return F.linear(x, module.weight, bias)
 
     @staticmethod
@@ -49,22 +59,24 @@ class _MaskedLinear(torch.autograd.Function):
 
 
 def patch_linear(
-    module: nn.Linear, anchor: Tensor, rows: Tensor | None, deliver: Deliver
+    module: nn.Linear | NF4Linear, anchor: Tensor, part: Part, deliver: Deliver
 ) -> Callable[[], None]:
     """Run ``module`` through the masked linear function.
 
     Args:
         module: the layer; its weight is frozen.
         anchor: scalar that requires grad, so that backward runs even for an input that does not.
-        rows: [k] int64 masked rows, or None for scattered entries.
-        deliver: receives [out, in], or [k, in] with rows, in the dtype of the activations.
+        part: the part of the weight gradient to compute.
+        deliver: receives that part, [rows or out, columns or in], in the dtype of the activations.
 
     Returns:
         A function that restores the layer.
     """
 
-    def forward(self: nn.Linear, input: Tensor) -> Tensor:
-        return _MaskedLinear.apply(input, self.bias, anchor, self, rows, deliver)
+    def forward(self: nn.Linear | NF4Linear, input: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return F.linear(input, self.weight, self.bias)
+        return _MaskedLinear.apply(input, self.bias, anchor, self, part, deliver)
 
     # A method, not a closure over the layer: a deep copy of the model must run on its own weights.
     module.forward = MethodType(forward, module)  # type: ignore[method-assign]

@@ -73,6 +73,11 @@ class CompactReducer:
         for index in late.nonzero().flatten().tolist():
             self._flush(self._buckets[index])
 
+    def discard(self) -> None:
+        """Forget the gradients of a backward pass that was cut short, on every rank."""
+        self._values.clear()
+        self._next = 0
+
     @property
     def has_unreduced(self) -> bool:
         """Whether gradients came since the last ``finish``."""

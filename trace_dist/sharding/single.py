@@ -1,18 +1,72 @@
-"""Backend ``single``: one process owns every parameter whole."""
+"""Whole weights on every rank: backend ``single`` (one process), and what plain or DDP models run on (``prepared``).
+
+[Note: replicated] Every rank holds every weight, but each owns one interval of each parameter: gradients, optimizer states and
+the update exist for the masked entries in it alone, and ``refresh`` sends the new values to the other ranks: only
+masked entries travel in either direction (ZeRO stage 2 on a mask).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from math import prod
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from trace_kernels.compact import compact_gather, compact_scatter
 
 from trace_dist.models.loading import load_model
 from trace_dist.sharding.base import PartitionView, ShardedModel
+from trace_dist.utils import dist
+
+if TYPE_CHECKING:
+    from trace_dist.sharding.compaction import Support
 
 
-class SingleModel(ShardedModel):
-    """An ordinary model in one process.
+class ReplicatedModel(ShardedModel):
+    """A model that every rank holds whole, on the device where it is.
+
+    Args:
+        module: an ordinary model with the same values on every rank.
+    """
+
+    backend = "replicated"
+
+    @classmethod
+    def from_pretrained(cls, path: str, dtype: torch.dtype) -> ReplicatedModel:
+        return cls(load_model(path, dtype))
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self._parameters.values())).device
+
+    def views(self, name: str) -> list[PartitionView]:
+        numel = prod(self.shape(name))
+        edges = [numel * rank // self.world for rank in range(self.world + 1)]
+        return [PartitionView(start, stop) for start, stop in pairwise(edges)]
+
+    def local(self, name: str) -> Tensor:
+        view = self.views(name)[self.rank]
+        return self._parameters[name].data.view(-1)[view.start : view.stop]
+
+    def refresh(self, supports: Iterable[Support]) -> None:
+        """Every rank receives what the others changed in their intervals."""
+        if self.world == 1:
+            return
+        for support in self.dense(supports):
+            flat = self._parameters[support.name].data.view(-1)
+            mine = compact_gather(self.local(support.name), support.runs).to(flat.dtype)
+            compact_scatter(flat, support.whole, dist.all_gather_uneven(mine, support.splits))
+
+    @contextmanager
+    def gathered(self, parameters: list[Any]) -> Iterator[list[Tensor]]:
+        yield [parameter.data for parameter in parameters]
+
+
+class SingleModel(ReplicatedModel):
+    """An ordinary model in one process, moved to this process's device.
 
     Raises:
         ValueError: started with more than one rank.
@@ -21,29 +75,8 @@ class SingleModel(ShardedModel):
     backend = "single"
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
-        if self.world > 1:
+        if dist.world_size() > 1:
             raise ValueError(
-                f"backend='single': {self.world} ranks were started; use backend zero3, or start one process"
+                f"backend='single': {dist.world_size()} ranks were started; use backend zero3 or fsdp2, or start one process"
             )
-        module.to(self.device)
-        self._parameters = dict(module.named_parameters())
-
-    @classmethod
-    def from_pretrained(cls, path: str, dtype: torch.dtype) -> SingleModel:
-        return cls(load_model(path, dtype))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._parameters[name].shape)
-
-    def views(self, name: str) -> list[PartitionView]:
-        return [PartitionView(0, self._parameters[name].numel())]
-
-    def local(self, name: str) -> Tensor:
-        return self._parameters[name].data.view(-1)
-
-    def refresh(self, names: Iterable[str]) -> None:
-        """Nothing is gathered, so nothing can be stale."""
-
-    def full_parameter(self, name: str) -> Tensor:
-        return self._parameters[name].detach().cpu().clone()
+        super().__init__(module.to(dist.local_device()))

@@ -13,15 +13,20 @@ and re-gathers the second; tests/sharding/test_zero3.py shows the drift without 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from math import prod
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from trace_dist.models.loading import load_model_zero3
-from trace_dist.sharding.base import PartitionView, ShardedModel
+from trace_dist.models.loading import check_zero_config, load_model_zero3
+from trace_dist.sharding.base import PartitionView, ShardedModel, flat_views
 from trace_dist.utils import dist
+
+if TYPE_CHECKING:
+    from trace_dist.sharding.compaction import Support
 
 PERSISTENCE_THRESHOLD = 10_000
 """Parameters with at most this many elements stay gathered (DeepSpeed's default is 100,000)."""
@@ -60,14 +65,36 @@ class Zero3Model(ShardedModel):
 
     def __init__(self, module: nn.Module, persistence_threshold: int = PERSISTENCE_THRESHOLD) -> None:
         deepspeed = _deepspeed()
-        super().__init__(module)
         dtype = next(module.parameters()).dtype
-        self._deepspeed = deepspeed
-        self._engine, *_ = deepspeed.initialize(
-            model=module, config=zero3_config(dtype, persistence_threshold)
-        )
-        self.module = self._engine.module
-        self._parameters: dict[str, Any] = dict(self.module.named_parameters())
+        for parameter in module.parameters():  # or DeepSpeed prepares buffers for gradients
+            parameter.requires_grad_(False)
+        engine, *_ = deepspeed.initialize(model=module, config=zero3_config(dtype, persistence_threshold))
+        self._own(engine)
+
+    @classmethod
+    def adopt(cls, engine: Any) -> Zero3Model:
+        """Take over a DeepSpeed engine of the caller's.
+
+        Raises:
+            ValueError: the engine is not ZeRO-3, has an optimizer, or keeps more copies of the weights.
+        """
+        if engine.zero_optimization_stage() != 3 or not isinstance(
+            engine.optimizer, _deepspeed().runtime.zero.parameter_offload.DeepSpeedZeRoOffload
+        ):
+            raise ValueError(
+                f"model: a DeepSpeed engine of ZeRO stage {engine.zero_optimization_stage()} with "
+                f"{type(engine.optimizer).__name__}; masked training needs stage 3 without an optimizer: call "
+                "deepspeed.initialize without optimizer, model_parameters and an 'optimizer' section, or "
+                "trace_dist.shard(model, backend='zero3')"
+            )
+        check_zero_config(engine.config)
+        adopted = cls.__new__(cls)
+        adopted._own(engine)
+        return adopted
+
+    def _own(self, engine: Any) -> None:
+        super().__init__(engine.module)
+        self._deepspeed, self._engine = _deepspeed(), engine
 
     @classmethod
     def from_pretrained(cls, path: str, dtype: torch.dtype) -> Zero3Model:
@@ -75,13 +102,9 @@ class Zero3Model(ShardedModel):
         _deepspeed()
         return cls(load_model_zero3(path, dtype, zero3_config(dtype)))
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._parameters[name].ds_shape)
-
     def views(self, name: str) -> list[PartitionView]:
-        parameter = self._parameters[name]
-        size, numel = parameter.ds_tensor.numel(), parameter.ds_numel
-        return [PartitionView(min(r * size, numel), min((r + 1) * size, numel)) for r in range(self.world)]
+        numel = prod(self.shape(name))
+        return flat_views(numel, -(-numel // self.world), self.world)
 
     def local(self, name: str) -> Tensor:
         return self._parameters[name].ds_tensor.data.view(-1)[: len(self.views(name)[self.rank])]
@@ -89,9 +112,10 @@ class Zero3Model(ShardedModel):
     def after_backward(self) -> None:
         self._engine.optimizer.release_backward_leftovers()
 
-    def refresh(self, names: Iterable[str]) -> None:
+    def refresh(self, supports: Iterable[Support]) -> None:
         status = self._deepspeed.zero.partition_parameters.ZeroParamStatus
-        gathered = [p for p in map(self._parameters.__getitem__, names) if p.ds_status == status.AVAILABLE]
+        changed = [self._parameters[support.name] for support in self.dense(supports)]
+        gathered = [parameter for parameter in changed if parameter.ds_status == status.AVAILABLE]
         if not gathered:
             return
         gathered[0].partition(param_list=gathered, has_been_updated=False)
@@ -99,10 +123,10 @@ class Zero3Model(ShardedModel):
         if persistent:
             persistent[0].all_gather(param_list=persistent)
 
-    def full_parameter(self, name: str) -> Tensor | None:
-        parameter = self._parameters[name]
-        with self._deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().cpu().clone() if self.rank == 0 else None
+    @contextmanager
+    def gathered(self, parameters: list[Any]) -> Iterator[list[Tensor]]:
+        with self._deepspeed.zero.GatheredParameters(parameters):
+            yield [parameter.data for parameter in parameters]
 
     def close(self) -> None:
         """Give DeepSpeed's hooks and buffers back; the model can no longer be used."""

@@ -64,6 +64,9 @@ class MaskedLearner(Learner):
             eps=cfg.eps,
             weight_decay=cfg.weight_decay,
             max_grad_norm=cfg.max_grad_norm,
+            state_dtype=cfg.state_dtype,
+            master=cfg.master,
+            offload=cfg.offload,
         )
 
     def backward(self, loss: Tensor) -> None:

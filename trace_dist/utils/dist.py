@@ -67,6 +67,22 @@ def max_over_ranks(value: float) -> float:
     return float(tensor)
 
 
+def all_gather_uneven(mine: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Concatenation over ranks of 1-D tensors, on every rank.
+
+    Args:
+        mine: [sizes[rank]] this rank's part.
+        sizes: length of every rank's part.
+    """
+    if len(sizes) == 1:
+        return mine
+    padded = mine.new_zeros(max(sizes))
+    padded[: len(mine)] = mine
+    everyone = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(everyone, padded)
+    return torch.cat([part[:size] for part, size in zip(everyone, sizes, strict=True)])
+
+
 def gather_objects(value: Any) -> list[Any]:
     """The values of all ranks, in rank order, on every rank."""
     if world_size() == 1:

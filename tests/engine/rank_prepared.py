@@ -1,0 +1,114 @@
+"""Models that something else has prepared, trained in a loop that knows nothing of trace_dist but the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from engine.cases import CASES, Case, batches
+from engine.training import make_optimizer, refused
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from trace_dist import Mask, MaskedAdamW, shard
+from trace_dist.train.loss import answer_nll_sum
+from trace_dist.utils import dist
+
+CASE = CASES["everything-accumulated-recomputed"]
+ROWS = CASES["row"]
+
+
+def plain_loop(
+    case: Case, model: nn.Module, optimizer: MaskedAdamW, run: nn.Module | None = None
+) -> list[float]:
+    """Losses over the global batch; ``run`` is called in place of the model where the caller wraps it later."""
+    losses = []
+    for batch in batches(case):
+        ids, labels = (part.tensor_split(dist.world_size())[dist.rank()] for part in batch)
+        num_tokens = int((batch[1][:, 1:] != -100).sum())
+        total = torch.zeros((), dtype=torch.float64)
+        for x, y in zip(
+            ids.tensor_split(case.accumulation), labels.tensor_split(case.accumulation), strict=True
+        ):
+            loss = answer_nll_sum((run or model)(input_ids=x).logits, y) / num_tokens
+            (dist.world_size() * loss).backward()  # data-parallel loops average over ranks
+            total += loss.detach().double()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(dist.sum_over_ranks(total)))
+    return losses
+
+
+def by_hand(case: Case) -> nn.Module:
+    """``fully_shard`` on every layer and on the whole, as its tutorial does."""
+    model = case.model()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def engine(case: Case, **config: Any) -> Any:
+    """A DeepSpeed engine as a user makes it."""
+    import deepspeed
+
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 500}
+    options = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "steps_per_print": 10**9}
+    return deepspeed.initialize(model=case.model(), config={**options, **config})[0]
+
+
+def prepared(out: Path) -> dict[str, Any]:
+    """Losses of every kind of preparation; what is refused, and why."""
+    found: dict[str, Any] = {}
+    makers: dict[str, Callable[[Case], nn.Module]] = {
+        "plain": lambda case: case.model(),
+        "ddp": lambda case: DistributedDataParallel(case.model()),
+        "fully_shard": by_hand,
+    }
+    for name, make in makers.items():
+        for case in (CASE, ROWS):
+            model = make(case)
+            optimizer = make_optimizer(case, model)
+            found[f"{name}/{case.name}"] = plain_loop(case, model, optimizer)
+            entries = sum(len(grad) for grad in optimizer.model_states()["gradients"])
+            found[f"{name}/{case.name} share"] = entries / optimizer.mask.num_entries
+            found[f"{name}/{case.name} dense"] = sum(p.grad is not None for p in model.parameters())
+
+    model = CASE.model()
+    optimizer = make_optimizer(CASE, model)
+    found["ddp later"] = plain_loop(CASE, model, optimizer, DistributedDataParallel(model))
+
+    for case in (CASE, ROWS):
+        theirs = engine(case)
+        optimizer = make_optimizer(case, theirs)
+        found[f"engine/{case.name}"] = plain_loop(case, theirs, optimizer, theirs.module)
+        optimizer.model.detach()
+
+    sharded = shard(CASE.model(), "zero3")
+    found["loss.backward on zero3"] = plain_loop(CASE, sharded, make_optimizer(CASE, sharded))
+    found["refused"] = refusals()
+    return found
+
+
+def refusals() -> dict[str, str]:
+    """What MaskedAdamW says to models that it must not touch."""
+
+    def attempt(model: nn.Module) -> str:
+        return refused(lambda: MaskedAdamW(model, Mask.random(CASE.model(), 0.3, "row", seed=0)))
+
+    adam = {"type": "AdamW", "params": {"torch_adam": True}}
+    grid = init_device_mesh("cpu", (1, dist.world_size()), mesh_dim_names=("replicate", "shard"))
+    partly = CASE.model()
+    fully_shard(partly.model.layers[0])
+    return {
+        "engine with an optimizer": attempt(engine(CASE, optimizer=adam, zero_allow_untested_optimizer=True)),
+        "engine of stage 1": attempt(
+            engine(CASE, optimizer=adam, zero_allow_untested_optimizer=True, zero_optimization={"stage": 1})
+        ),
+        "fsdp1": attempt(FullyShardedDataParallel(CASE.model(), device_id=torch.device("cpu"))),
+        "hybrid": attempt(fully_shard(CASE.model(), mesh=grid)),
+        "partly sharded": attempt(partly),
+    }

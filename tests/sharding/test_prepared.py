@@ -1,0 +1,99 @@
+"""MaskedAdamW on models that it did not shard: the caller's loop, the caller's preparation, the dense reference's losses."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from engine.cases import CASES
+from engine.rank_prepared import CASE, ROWS, plain_loop
+from engine.training import make_optimizer, train_reference
+
+from trace_dist.sharding import ReplicatedModel
+from trace_dist.sharding.prepared import as_sharded
+
+KINDS = ("plain", "ddp", "fully_shard", "engine")
+
+
+@functools.cache
+def expected(name: str) -> list[float]:
+    return train_reference(CASES[name]).losses
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("case", [CASE.name, ROWS.name])
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_are_those_of_the_reference(world, kind: str, case: str) -> None:
+    found = world(3).section("prepared")
+    assert found[f"{kind}/{case}"] == pytest.approx(expected(case), rel=2e-6)
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("kind", ["ddp later", "loss.backward on zero3"])
+def test_wrapped_after_the_optimizer_and_without_model_backward(world, kind: str) -> None:
+    assert world(3).section("prepared")[kind] == pytest.approx(expected(CASE.name), rel=2e-6)
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("kind", ["plain", "ddp"])
+@pytest.mark.parametrize("case", [CASE.name, ROWS.name])
+def test_replicated_ranks_share_the_states(world, kind: str, case: str) -> None:
+    """Each rank holds a part of the compact tensors, all of them together, and no dense gradient."""
+    found = [report["prepared"] for report in world(3).reports]
+    shares = [report[f"{kind}/{case} share"] for report in found]
+    assert sum(shares) == pytest.approx(1)
+    assert max(shares) < 0.5
+    assert not any(report[f"{kind}/{case} dense"] for report in found)
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            "engine with an optimizer",
+            "stage 3 with DeepSpeedZeroOptimizer_Stage3; masked training needs stage 3 without",
+        ),
+        ("engine of stage 1", "a DeepSpeed engine of ZeRO stage 1"),
+        ("fsdp1", "wrapped by FSDP1, .*; use fully_shard"),
+        ("hybrid", "on a mesh of (1, 3); masked training needs dimension 0 cut over all 3 ranks"),
+        ("partly sharded", "'model.layers.0' is sharded by fully_shard but the whole is not"),
+    ],
+)
+def test_what_is_refused(world, model: str, message: str) -> None:
+    for report in world(3).reports:
+        for part in message.split(".*"):
+            assert part in report["prepared"]["refused"][model]
+
+
+def test_a_plain_model_in_one_process() -> None:
+    model = CASE.model()
+    assert plain_loop(CASE, model, make_optimizer(CASE, model)) == pytest.approx(
+        expected(CASE.name), rel=2e-6
+    )
+
+
+def test_a_sharded_model_stays_what_it_is() -> None:
+    sharded = ReplicatedModel(CASE.model())
+    assert as_sharded(sharded) is sharded
+
+
+def test_an_error_in_a_backward_pass_does_not_spoil_the_next() -> None:
+    model, twin = CASE.model(), CASE.model()
+    optimizer, reference = make_optimizer(CASE, model), make_optimizer(CASE, twin)
+    ids = torch.arange(3, 12)[None]
+
+    def explode(grad: torch.Tensor) -> None:
+        raise RuntimeError("out of memory")
+
+    out = model.model(input_ids=ids).last_hidden_state
+    hidden = model.model.norm(out)
+    hidden.register_hook(explode)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        hidden.sum().backward()
+    optimizer.zero_grad()
+    for each, its in ((model, optimizer), (twin, reference)):
+        each(input_ids=ids, labels=ids).loss.backward()
+        its.step()
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))

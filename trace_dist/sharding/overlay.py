@@ -1,0 +1,91 @@
+"""Masked entries over a 4-bit base: values, not differences, that are written into the dequantised weight at each use.
+
+[Note: overlay] NF4 codes never change. Every entry that a mask, a delta or a snapshot has touched lives in the *overlay* of its
+weight: compact values in the model's dtype, each on the one rank whose view of the logical weight holds it. Gradient, master and
+moments lie beside them as for any weight. A forward or backward pass of the layer gathers the overlay of that one layer, so
+all ranks must run the same layers in the same order, as under ZeRO-3 anyway. A mask that brings new entries makes the
+overlay grow, by their dequantised values; ``ShardedModel.release`` drops one that says nothing the codes do not say.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from trace_kernels.compact import compact_gather, compact_scatter
+from trace_kernels.runs import Runs
+
+from trace_dist.utils import dist
+
+if TYPE_CHECKING:
+    from trace_dist.sharding.base import PartitionView
+    from trace_dist.sharding.compaction import Support
+
+
+class Overlay:
+    """Present values of some entries of one weight.
+
+    Args:
+        whole: the entries, in the flattened weight (base 0).
+        views: what every rank owns of it.
+        dense: [numel] the present weight.
+
+    Attributes:
+        values: [entries of this rank] in the dtype of the weight, in compact order.
+    """
+
+    def __init__(self, whole: Runs, views: list[PartitionView], dense: Tensor) -> None:
+        clipped = [Runs.clip(whole.units, whole.block, view.start, view.stop, whole.numel) for view in views]
+        view, mine = views[dist.rank()], clipped[dist.rank()]
+        self.whole = whole
+        self.values = compact_gather(dense[view.start : view.stop], mine).to(dense.dtype)
+        self._splits = [runs.num_entries for runs in clipped]
+        self._found: WeakKeyDictionary[Support, Runs] = WeakKeyDictionary()
+
+    def __call__(self, weight: Tensor) -> None:
+        """Write the values of all ranks into a dense weight. Collective."""
+        compact_scatter(weight.view(-1), self.whole, dist.all_gather_uneven(self.values, self._splits))
+
+    def find(self, support: Support) -> Runs | None:
+        """Where this rank's entries of a support lie in ``values``; None where some are missing.
+
+        The values of all ranks, end to end, are what the runs call the flattened parameter: where an entry lies there
+        does not depend on the number of ranks, nor does what is seeded by it (stochastic rounding).
+        """
+        if support not in self._found:
+            places = _places(support.whole, self.whole)
+            if places is None:
+                return None
+            start, total = sum(self._splits[: dist.rank()]), sum(self._splits)
+            self._found[support] = Runs.clip(*places, start, start + len(self.values), total)
+        return self._found[support]
+
+
+def _places(some: Runs, all_entries: Runs) -> tuple[Tensor, int] | None:
+    """Units, and their length, of ``some`` among the entries ``all_entries``; None where they are not a part of them."""
+    block = all_entries.block
+    if some.block != block and block != 1:
+        return None
+    units = some.units if some.block == block else _elements(some)
+    places = torch.searchsorted(all_entries.units, units)
+    found = all_entries.units[places.clamp(max=all_entries.num_units - 1)]
+    if not torch.equal(found, units.to(found.dtype)):
+        return None
+    if len(units) == all_entries.num_units:  # all of them: one stretch
+        return places[:1].to(units.dtype), all_entries.num_entries
+    return places.to(units.dtype), block
+
+
+def union(first: Runs, second: Runs) -> Runs:
+    """All entries of two masks of one whole parameter."""
+    if first.block == second.block:
+        units, block = torch.cat([first.units, second.units]), first.block
+    else:
+        units, block = torch.cat([_elements(first), _elements(second)]), 1
+    return Runs.clip(units.unique(), block, 0, first.numel, first.numel)
+
+
+def _elements(runs: Runs) -> Tensor:
+    return runs.indices().to(torch.int32 if runs.numel < 2**31 else torch.int64)

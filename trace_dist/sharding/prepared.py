@@ -1,0 +1,69 @@
+"""The engine on a model that something else has prepared: plain, DDP, sharded by ``fully_shard`` or by a DeepSpeed engine.
+
+The model stays what it is and keeps the caller's loop: ``loss.backward()`` on it fills compact gradients. Under DDP its own
+dense all-reduce is switched off; ours carries masked entries only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
+
+from trace_dist.sharding.base import ShardedModel
+from trace_dist.sharding.single import ReplicatedModel
+from trace_dist.utils import dist
+
+
+def as_sharded(model: ShardedModel | nn.Module) -> ShardedModel:
+    """The engine's view of a model, which it freezes.
+
+    Args:
+        model: a sharded model (returned as it is), or one that is plain, wrapped by DDP, sharded by ``fully_shard`` (by
+            hand or by accelerate) or by a DeepSpeed ZeRO-3 engine that has no optimizer.
+
+    Raises:
+        ValueError: DeepSpeed or FSDP1 already owns the gradients, or the model is sharded in a way with no single owner
+            per entry.
+    """
+    if isinstance(model, ShardedModel):
+        return model
+    dist.init_distributed()
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = False  # what `no_sync` sets: its reducer then stays idle
+        replicated = ReplicatedModel(model.module)
+        replicated.roots.append(model)
+        return replicated
+    if _is_deepspeed_engine(model):
+        from trace_dist.sharding.zero3 import Zero3Model
+
+        return Zero3Model.adopt(model)
+    if isinstance(model, FullyShardedDataParallel):
+        raise ValueError(
+            "model: wrapped by FSDP1, which owns the gradients of flattened groups; use fully_shard (FSDP2; in accelerate "
+            "fsdp_version: 2) or trace_dist.shard(model, backend='fsdp2')"
+        )
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError(
+            "model: built under deepspeed.zero.Init but not initialised; pass trace_dist.shard(model, backend='zero3')"
+        )
+    if isinstance(model, FSDPModule):
+        from trace_dist.sharding.fsdp2 import Fsdp2Model
+
+        return Fsdp2Model(model)
+    inner = [name for name, child in model.named_modules() if isinstance(child, FSDPModule)]
+    if inner:
+        raise ValueError(
+            f"model: {inner[0]!r} is sharded by fully_shard but the whole is not; call fully_shard(model) last"
+        )
+    return ReplicatedModel(model)
+
+
+def _is_deepspeed_engine(model: Any) -> bool:
+    """Without importing deepspeed, which takes seconds."""
+    return any(
+        f"{kind.__module__}.{kind.__name__}" == "deepspeed.runtime.engine.DeepSpeedEngine"
+        for kind in type(model).__mro__
+    )
