@@ -20,21 +20,22 @@ RANKS: dict[str, tuple[int, int]] = {
     "models": (2, 0),
     "data": (2, 1),
     "masks": (2, 2),
-    "profiling": (2, 3),
     "sharding": (3, 0),
     "projection": (3, 1),
     "optim": (4, 0),
     "bank": (4, 0),
     "evaluation": (4, 0),
     "train": (5, 0),
+    "profiling": (5, 1),
     "probe": (6, 0),
     "continual": (7, 0),
     "report": (8, 0),
+    "benchmarks": (8, 1),
     "cli": (9, 0),
 }
 ENTRY_POINTS = {"__init__", "__main__"}
 """Modules at the top of the package: they may import anything, and no module imports them."""
-DEEPSPEED_HOMES = {"sharding/zero3.py", "models/loading.py"}
+DEEPSPEED_HOMES = {"sharding/zero3.py", "models/loading.py", "benchmarks/peers.py"}
 
 
 def is_type_checking(node: ast.stmt) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from trace_dist.cli.parser import run_config
 from trace_dist.config import RunConfig
 from trace_dist.utils import dist
 from trace_dist.utils.files import write_json, write_text
@@ -141,9 +141,15 @@ def eval_command(cfg: RunConfig, bank_folder: str | None) -> None:
         Console().print(table)
 
 
-def memory_command(cfg: RunConfig) -> None:
+def memory_command(values: Any) -> None:
+    if values.action != "measure":
+        from trace_dist.cli.memory import run_action
+
+        run_action(values.action, values[values.action])
+        return
     from trace_dist.continual.memory import run_memory
 
+    cfg = run_config(values.measure)
     _start(cfg)
     run_memory(cfg)
 
@@ -213,14 +219,6 @@ def _export(bank: Any, arguments: Any) -> None:
 
 
 def bench_command(values: Any) -> None:
-    import torch
-    from trace_kernels.bench import run_bench
+    from trace_dist.cli import bench
 
-    from trace_dist.utils.env import meta_info, run_info
-
-    rows = run_bench("cuda" if torch.cuda.is_available() else "cpu")
-    report = {"run_info": run_info(), "meta_info": meta_info(), "rows": rows}
-    if values.out is None:
-        json.dump(report, sys.stdout, indent=1)
-    else:
-        write_json(Path(values.out), report)
+    bench.run_benchmark(values.action, values[values.action])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from trace_dist.cli.errors import report_error
 from trace_dist.config import RunConfig
+from trace_dist.profiling.setup import MemorySetup
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -20,7 +22,6 @@ RUN_COMMANDS = {
     "train": "train one task's mask on the sharded target and keep its delta",
     "continual": "run the sequence of tasks in the modes of the config",
     "eval": "score the target, as it is or with the bank's deltas",
-    "memory": "measure the model states of masked and of full training, in bytes per parameter",
     "report": "write results.json and report.html from what the other commands have left",
 }
 
@@ -82,15 +83,94 @@ def _fill_bank(parser: Parser) -> None:
     sub.add_subcommand("export", export, help="merge a delta into its base")
 
 
+@dataclass(frozen=True)
+class MemoryAction:
+    """An action of ``memory`` that takes a setup: its own arguments, and those of a setup that it has no use for."""
+
+    description: str
+    own: dict[str, tuple[Any, Any, str]]
+    skipped: frozenset[str] = frozenset()
+
+
+MEMORY_ARGUMENTS = {
+    "estimate": MemoryAction("predict the memory of masked training from a model's config alone", {}),
+    "profile": MemoryAction(
+        "train random weights on the ranks it is started on; memory beside its prediction",
+        {
+            "steps": (int, 4, "optimizer steps"),
+            "plot": (str | None, None, "PNG file with memory over time to write"),
+        },
+        frozenset({"world_size", "device"}),
+    ),
+    "plan": MemoryAction(
+        "list the ways of training that fit into given GPUs",
+        {
+            "gpu_gib": (float, 24.0, "memory of one GPU, in GiB"),
+            "gpus": (int, 1, "number of GPUs"),
+            "reserve_gib": (float, 1.0, "of that, for the CUDA context, communication and fragmentation"),
+        },
+        frozenset(
+            {
+                *("density", "state_dtype", "master", "offload", "micro_batch_size"),
+                *("activation_checkpointing", "world_size", "device"),
+            }
+        ),
+    ),
+}
+
+
+def _fill_memory(parser: Parser) -> None:
+    sub: Any = parser.add_subcommands(dest="action")
+    description = "measure the model states of masked and of full training, in bytes per parameter"
+    sub.add_subcommand("measure", _run_parser(description), help=description)
+    for name, action in MEMORY_ARGUMENTS.items():
+        child = Parser(description=action.description)
+        child.add_class_arguments(MemorySetup, nested_key=None, fail_untyped=True, skip=set(action.skipped))
+        for argument, (kind, default, text) in action.own.items():
+            child.add_argument(f"--{argument}", type=kind, default=default, help=text)
+        child.add_argument("--out", type=str | None, default=None, help="JSON file to write")
+        sub.add_subcommand(name, child, help=action.description)
+
+
+BENCHMARKS: dict[str, tuple[str, dict[str, tuple[Any, Any, str]]]] = {
+    "kernels": ("time every kernel on this machine's GPU, or CPU beside torch's fused AdamW", {}),
+    "optimizer": (
+        "time the optimizer step beside DeepSpeedCPUAdam and torch's fused AdamW over all parameters",
+        {
+            "density": (float, 0.05, "masked share"),
+            "rounds": (int, 15, "steps of each; the median counts"),
+        },
+    ),
+    "step": (
+        "time whole training steps under ZeRO-3 beside full fine-tuning, LoRA and SHiRA; count what they send",
+        {
+            "density": (float, 0.05, "masked share of the linear layers"),
+            "micro_batch": (int, 4, "examples per rank and step"),
+            "sequence": (int, 128, "tokens per example"),
+            "ranks": (int, 2, "ranks of each contestant, one thread each"),
+            "rounds": (int, 3, "how often each contestant is started"),
+            "steps": (int, 5, "steps timed per start"),
+        },
+    ),
+    "memory": ("compare predicted with measured memory on three models and one and two ranks", {}),
+}
+
+
 def _fill_bench(parser: Parser) -> None:
-    parser.add_argument("what", choices=["kernels"])
-    parser.add_argument("--out", type=str | None, default=None, help="JSON file to write")
+    sub: Any = parser.add_subcommands(dest="action")
+    for name, (description, arguments) in BENCHMARKS.items():
+        child = Parser(description=description)
+        for argument, (kind, default, text) in arguments.items():
+            child.add_argument(f"--{argument}", type=kind, default=default, help=text)
+        child.add_argument("--out", type=str | None, default=None, help="JSON file to write")
+        sub.add_subcommand(name, child, help=description)
 
 
 FILE_COMMANDS = {
     "mask": ("look at mask files and combine them", _fill_mask),
     "bank": ("look into a delta bank and export from it", _fill_bank),
-    "bench": ("time the kernels on this machine, beside torch's fused AdamW", _fill_bench),
+    "memory": ("predict, measure and plan the memory of training", _fill_memory),
+    "bench": ("measure kernels, optimizer, training step and memory beside their peers", _fill_bench),
 }
 
 

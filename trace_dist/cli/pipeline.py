@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,9 @@ def plan(cfg: RunConfig) -> list[list[Stage]]:
     launched = [mode for mode in cfg.continual.modes if mode in cfg.launch.launched_modes]
     alone = [_modes(cfg, [mode], one) for mode in cfg.continual.modes if mode not in launched]
     memory = (
-        [Stage("memory", ["memory"], [memory_path(cfg)], launched=True)] if cfg.backend == "zero3" else []
+        [Stage("memory", ["memory", "measure"], [memory_path(cfg)], launched=True)]
+        if cfg.backend == "zero3"
+        else []
     )
     project = Stage("project", ["project"], masks, launched=True)
     masked = _modes(cfg, launched, [], masks) if launched else project  # modes on all ranks project first
@@ -127,9 +130,10 @@ def _run_group(stages: list[Stage], cfg: RunConfig) -> Iterator[tuple[str, float
 def _start(stage: Stage, cfg: RunConfig, together: int) -> subprocess.Popen[bytes]:
     """Start a stage beside ``together - 1`` others."""
     logger.info("stage: %s", stage.name)
-    command = launch_command(cfg.launch, stage.launched) + stage.arguments[:1]
-    command += ["--config", str(Path(cfg.run_dir) / "config.yaml"), *stage.arguments[1:]]
-    environment = _environment(together * (cfg.launch.num_ranks if stage.launched else 1))
+    words = list(takewhile(lambda argument: not argument.startswith("-"), stage.arguments))
+    command = launch_command(cfg.launch, stage.launched) + words
+    command += ["--config", str(Path(cfg.run_dir) / "config.yaml"), *stage.arguments[len(words) :]]
+    environment = launch_environment(together * (cfg.launch.num_ranks if stage.launched else 1))
     # A session of its own: launchers do not pass signals on to their ranks, so the whole group is stopped.
     return subprocess.Popen(command, env=environment, start_new_session=True)
 
@@ -167,7 +171,8 @@ def launch_command(launch: LaunchConfig, launched: bool = True) -> list[str]:
     return [sys.executable, *start, "-m", "trace_dist"]
 
 
-def _environment(num_processes: int) -> dict[str, str]:
+def launch_environment(num_processes: int) -> dict[str, str]:
+    """The environment of each of some processes on this machine: they share its cores."""
     environment = dict(os.environ)
     environment["PATH"] = (
         str(Path(sys.executable).parent) + os.pathsep + environment.get("PATH", "")

@@ -1,0 +1,92 @@
+"""``trace-dist memory``: what is printed and written, and a measurement on two real ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli.program import error_line, run
+from launching import free_port
+from transformers import LlamaConfig
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    LlamaConfig(
+        vocab_size=2000, hidden_size=256, num_hidden_layers=3, num_attention_heads=4, intermediate_size=700
+    ).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_estimate_prints_a_table_and_writes_json(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "estimate.json"
+    arguments = ["--model", model / "config.json", "--world_size", 4, "--sequence_length", 64, "--out", out]
+    done = run("memory", "estimate", *arguments, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(out.read_text())
+    assert found["setup"]["world_size"] == 4
+    assert found["estimate"]["peak"] == sum(found["estimate"]["peak_parts"].values())
+    assert f"{found['estimate']['peak'] / 2**20:,.1f} MiB" in done.stdout
+    assert "zero3 on 4 ranks" in done.stdout
+
+
+def test_plan_lists_what_fits_or_says_what_would(model: Path, tmp_path: Path) -> None:
+    arguments = ["memory", "plan", "--model", model, "--sequence_length", 64, "--reserve_gib", 0]
+    done = run(*arguments, "--gpu_gib", 24, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    assert "one GPU of 24 GiB" in done.stdout
+    line = error_line(run(*arguments, "--gpu_gib", 0.001, cache=tmp_path / "cache"))
+    assert "gpu_gib=0.001: nothing fits: the leanest option (density 0.01, 8bit states" in line
+    assert "use GPUs of 1 GiB" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (["estimate", "--model", "./absent"], "model='./absent': no such file or folder; give a config.json"),
+        (["estimate", "--model", "MODEL", "--density", "2"], "density=2.0: must lie in (0, 1]"),
+        (["profile", "--model", "MODEL", "--steps", "1"], "steps=1: must be at least 2"),
+        (["estimate", "--model", "MODEL", "--state_dtype", "4bit"], "state_dtype"),
+        (["plan", "--model", "MODEL", "--density", "0.1"], "density"),
+    ],
+)
+def test_wrong_input_is_one_line(arguments: list[str], fragment: str, model: Path, tmp_path: Path) -> None:
+    words = [str(model) if word == "MODEL" else word for word in arguments]
+    assert fragment in error_line(run("memory", *words, cache=tmp_path / "cache"))
+
+
+@pytest.mark.launcher
+def test_two_ranks_hold_what_was_predicted(model: Path, tmp_path: Path) -> None:
+    launcher = [
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+        "--module",
+    ]
+    out, plot = tmp_path / "profile.json", tmp_path / "profile.png"
+    arguments = [
+        "--model",
+        model,
+        "--sequence_length",
+        64,
+        "--granularity",
+        "row",
+        "--out",
+        out,
+        "--plot",
+        plot,
+    ]
+    done = run("memory", "profile", *arguments, cache=tmp_path / "cache", launcher=launcher)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    found: dict[str, Any] = json.loads(out.read_text())
+    assert found["setup"]["world_size"] == 2
+    assert len(found["measured"]["rank_peaks"]) == 2
+    assert abs(found["errors"]["states"]) < 0.01
+    assert abs(found["errors"]["peak"]) < 0.4  # of 20 MB; the study in docs/results is within 10 %
+    assert [name for name, _, _ in found["timeline"]["phases"][:3]] == ["forward", "backward", "step"]
+    assert plot.read_bytes()[:4] == b"\x89PNG"

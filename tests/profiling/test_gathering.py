@@ -1,0 +1,70 @@
+"""What a rank holds gathered during a step, for a chain of layers worked out by hand."""
+
+from __future__ import annotations
+
+from trace_dist.profiling.activations import Moment
+from trace_dist.profiling.gathering import Zero3Limits, fsdp2_gathered, zero3_gathered
+
+LAYERS = ["a", "b", "c", "d"]
+NUMEL = dict.fromkeys(LAYERS, 100)
+
+
+def chain() -> list[Moment]:
+    """The root module, then four layers forward and backward."""
+    moments = [Moment("root", fetches=())]
+    for phase, layers in (("forward", LAYERS), ("backward", LAYERS[::-1])):
+        for name in layers:
+            moments += [Moment(f"{phase} {name}", fetches=(name,)), Moment("after", releases=(name,))]
+    return moments
+
+
+def limits(**changes: int) -> Zero3Limits:
+    return Zero3Limits(**{"persistence_threshold": 0, **changes})
+
+
+def test_one_rank_gathers_nothing() -> None:
+    assert set(zero3_gathered(chain(), NUMEL, 1)) == {0}
+
+
+def test_a_small_model_is_whole_and_its_flat_buffer_lives_until_the_last_layer() -> None:
+    gathered = zero3_gathered(chain(), NUMEL, 2, limits=limits())
+    #                     root  a         b         c         d         backward: d, c, b, a and after each
+    assert gathered == [400, 800, 800, 800, 800, 800, 800, 800, 400, 400, 300, 300, 200, 200, 100, 100, 0]
+
+
+def test_without_prefetch_and_reuse_one_layer_is_there_at_a_time() -> None:
+    gathered = zero3_gathered(chain(), NUMEL, 2, limits=limits(prefetch_bucket=0, max_reuse_distance=0))
+    assert gathered == [0, *[100, 0] * 8]
+
+
+def test_only_what_comes_again_soon_is_kept() -> None:
+    gathered = zero3_gathered(chain(), NUMEL, 2, limits=limits(prefetch_bucket=0, max_reuse_distance=300))
+    # c comes again after d, d: 200 elements; b after c, d, d, c: 400.
+    assert gathered == [0, 100, 0, 100, 0, 100, 100, 200, 200, 200, 100, 100, 0, 100, 0, 100, 0]
+
+
+def test_prefetching_stops_at_the_live_limit() -> None:
+    wide = limits(prefetch_bucket=100, max_reuse_distance=0)
+    # In backward d, what forward saw coming is kept: d itself, c, and b, which is fetched ahead now.
+    assert max(zero3_gathered(chain(), NUMEL, 2, limits=wide)) == 300
+    narrow = limits(prefetch_bucket=100, max_reuse_distance=0, max_live=100)
+    assert max(zero3_gathered(chain(), NUMEL, 2, limits=narrow)) == 100
+
+
+def test_small_parameters_stay() -> None:
+    assert set(zero3_gathered(chain(), NUMEL, 2, limits=limits(persistence_threshold=100))) == {400}
+
+
+def test_gloo_stages_what_nothing_has_waited_for() -> None:
+    staged = zero3_gathered(chain(), NUMEL, 2, True, limits())
+    plain = zero3_gathered(chain(), NUMEL, 2, False, limits())
+    assert [one - other for one, other in zip(staged, plain, strict=True)] == [400, *[0] * 16]
+
+
+def test_fsdp2_holds_the_root_this_block_and_the_next() -> None:
+    groups = {"a": None, "b": 0, "c": 1, "d": None}
+    gathered = fsdp2_gathered(chain(), NUMEL, groups)
+    forward, backward = gathered[3:7], gathered[11:15]
+    assert forward == [400, 400, 300, 300]  # c is followed by the root and itself
+    assert backward == [400, 400, 300, 300]
+    assert gathered[-1] == 200

@@ -1,0 +1,68 @@
+"""What fits, and what is said when nothing does."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from transformers import LlamaConfig
+
+from trace_dist.profiling.estimate import estimate
+from trace_dist.profiling.plan import GIB, plan
+from trace_dist.profiling.setup import MemorySetup
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> MemorySetup:
+    folder = tmp_path_factory.mktemp("model")
+    LlamaConfig(
+        vocab_size=4000, hidden_size=512, num_hidden_layers=2, num_attention_heads=8, intermediate_size=1024
+    ).save_pretrained(folder)
+    return MemorySetup(str(folder), backend="fsdp2", world_size=2, sequence_length=128)
+
+
+def test_every_option_fits_and_offers_something_new(base: MemorySetup) -> None:
+    options = plan(base, gpu_gib=0.055, reserve_gib=0.01)
+    assert len(options) > 1
+    assert [option.setup.density for option in options] == sorted(
+        (o.setup.density for o in options), reverse=True
+    )
+    for position, option in enumerate(options):
+        found = estimate(option.setup)
+        assert option.gib == pytest.approx(found.peak / GIB + 0.01)
+        assert option.headroom_gib == pytest.approx(0.055 - option.gib)
+        assert option.headroom_gib >= 0
+        assert option.host_gib == pytest.approx(sum(found.host.values()) / GIB)
+        for above in options[:position]:
+            slower = (
+                above.setup.micro_batch_size < option.setup.micro_batch_size
+                or above.setup.activation_checkpointing > option.setup.activation_checkpointing
+                or (above.setup.offload == "cpu" and option.setup.offload == "none")
+            )
+            assert slower
+
+
+def test_more_memory_and_more_gpus_never_offer_less(base: MemorySetup) -> None:
+    def best(gib: float, gpus: int) -> tuple[float, bool]:
+        setup = plan(
+            MemorySetup(base.model, backend="fsdp2", world_size=gpus, sequence_length=128), gib, 0.0
+        )[0].setup
+        return setup.density, not setup.activation_checkpointing
+
+    sizes = [best(gib, 2) for gib in (0.035, 0.04, 0.06, 0.1, 4.0)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1] == (0.2, True)
+    counts = [best(0.035, gpus) for gpus in (2, 4, 16)]
+    assert counts == sorted(counts)
+
+
+def test_nothing_fits_and_what_would(base: MemorySetup) -> None:
+    with pytest.raises(ValueError, match=r"nothing fits: the leanest option .* use GPUs of 1 GiB") as error:
+        plan(base, 0.026, 0.0)
+    found = re.search(r", (\d+) GPUs of this size", str(error.value))
+    assert found is not None
+    assert plan(
+        MemorySetup(base.model, backend="fsdp2", world_size=int(found[1]), sequence_length=128), 0.026, 0.0
+    )
+    with pytest.raises(ValueError, match=r"gpu_gib=1: must be more than reserve_gib=1"):
+        plan(base, 1, 1)

@@ -1,0 +1,1 @@
+"""Measuring training steps beside what a user would run instead."""

@@ -1,0 +1,109 @@
+"""docs/benchmarks.md: its tables are made from the results beside it, and a test compares them.
+
+python -m trace_dist.benchmarks.document docs/results docs/benchmarks.md
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trace_dist.report.markdown import insert
+from trace_dist.utils.files import read_json
+
+Result = Mapping[str, Any]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _with_origin(result: Result, table: str) -> str:
+    run, meta = result["run_info"], result["meta_info"]
+    return f"{table}\n\n{run['date'][:10]}, commit {run['commit']}, {meta['hardware']}.\n"
+
+
+def optimizer_table(result: Result) -> str:
+    """Speed-up over the faster peer first."""
+    rows = [
+        [row["name"], row["weights"], f"{row['speedup']:.1f}x", f"{row['step_ms']:.1f}"]
+        for row in result["rows"]
+    ]
+    return _with_origin(result, _table(["optimizer step", "weights", "speed-up", "ms"], rows))
+
+
+def step_table(result: Result) -> str:
+    """Ratios to full fine-tuning first."""
+    head = [
+        "",
+        "step / full",
+        "step / LoRA",
+        "gradient bytes / full",
+        "step, s",
+        "forward",
+        "backward",
+        "optimizer",
+    ]
+    rows = []
+    steps = {row["name"]: row.get("step_s") for row in result["rows"]}
+    for row in result["rows"]:
+        if "error" in row:
+            rows.append([row["name"], "does not run", *["–"] * 8])  # noqa: RUF001
+            continue
+        ratios = [f"{row['step_ratio']:.2f}x", f"{row['step_s'] / steps['LoRA']:.2f}x"]
+        sent = [f"{row['gradient_bytes_ratio']:.3f}x", f"{row['step_s']:.2f}"]
+        phases = [f"{seconds:.2f}" for seconds in row["phases_s"].values()]
+        memory = [f"{row['gradient_bytes_sent'] / 1e6:.1f}", f"{row['peak_rss_bytes'] / 2**30:.2f}"]
+        rows.append([row["name"], *ratios, *sent, *phases, *memory])
+    return _with_origin(result, _table([*head, "gradients sent, MB", "peak RSS, GiB"], rows))
+
+
+def memory_table(result: Result) -> str:
+    """Relative error first."""
+    rows = []
+    for row in result["rows"]:
+        setup, peak = row["setup"], row["measured"]["peak"]
+        cells = [f"{row['errors']['peak']:+.1%}", f"{row['errors']['states']:+.2%}"]
+        sizes = [f"{size / 2**20:,.0f}" for size in (row["estimate"]["peak"], peak)]
+        rows.append([f"{row['name']}, {setup['world_size']} rank(s)", *cells, *sizes])
+    return _with_origin(
+        result,
+        _table(["estimate / measured − 1", "peak", "model states", "estimate, MiB", "measured, MiB"], rows),  # noqa: RUF001
+    )
+
+
+def time_table(result: Result) -> str:
+    """Where the time of one step goes, in seconds of the profiled step."""
+    rows = [row for row in result["rows"] if "error" not in row]
+    kinds = list(rows[0]["time_s"])
+    cells = [[row["name"], *(f"{row['time_s'][kind]:.2f}" for kind in kinds)] for row in rows]
+    return _with_origin(result, _table(["seconds", *kinds], cells))
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
+    "optimizer": ("bench_optimizer.json", optimizer_table),
+    "step": ("bench_step.json", step_table),
+    "time": ("bench_step.json", time_table),
+    "memory": ("bench_memory.json", memory_table),
+}
+"""Section of the document -> its result file and table."""
+
+
+def render(document: str, results: Path) -> str:
+    """The document with every table made anew.
+
+    Args:
+        document: Markdown with the sections' markers.
+        results: folder of the result files.
+    """
+    for section, (file, table) in SECTIONS.items():
+        document = insert(document, section, table(read_json(results / file)))
+    return document
+
+
+if __name__ == "__main__":
+    page = Path(sys.argv[2])
+    page.write_text(render(page.read_text(encoding="utf-8"), Path(sys.argv[1])), encoding="utf-8")

@@ -1,0 +1,197 @@
+"""A training step from end to end under ZeRO-3: time, peak memory, bytes on the wire, and where the time goes.
+
+    trace-dist bench step --ranks 2 --out docs/results/bench_step.json
+
+Every contestant runs in processes of its own, all of them in turn, several rounds; the medians are over all rounds, so that a
+machine that slows down slows all of them down.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from trace_dist.benchmarks.contestants import CONTESTANTS, Contestant, Race, build
+from trace_dist.profiling.wire import WireCounter
+from trace_dist.utils import dist
+from trace_dist.utils.env import meta_info, run_info
+from trace_dist.utils.files import write_json
+from trace_dist.utils.log import get_logger
+
+logger = get_logger(__name__)
+
+WARM_UP = 2
+PHASES = ("forward", "backward", "optimizer")
+KINDS: dict[str, tuple[str, ...]] = {
+    "matmul": ("aten::mm", "aten::addmm", "aten::bmm", "aten::_addmm"),
+    "attention": ("scaled_dot_product", "flash_attention"),
+    "collectives": ("c10d::", "gloo:", "record_param_comms"),
+    "copies": ("aten::copy_", "aten::cat", "aten::fill_", "aten::index", "aten::clone"),
+    "optimizer": ("Optimizer.", "aten::_fused_adamw", "masked_adamw"),
+}
+"""Where time goes: kind -> beginnings or parts of operator names; the rest of the operators is ``other operators``."""
+
+
+def race_in_turn(race: Race, num_ranks: int, rounds: int, steps: int, out: Path | None) -> dict[str, Any]:
+    """Run all contestants and write the result; what a file at ``out`` already holds is kept, so a cut run continues.
+
+    Args:
+        race: model and batch.
+        num_ranks: ranks of each, one thread each.
+        rounds: how often each contestant is started.
+        steps: steps timed per start.
+        out: JSON file.
+    """
+    settings = {
+        **asdict(race),
+        "num_ranks": num_ranks,
+        "rounds": rounds,
+        "steps": steps,
+        "model": "SmolLM2-135M shape",
+    }
+    kept = json.loads(out.read_text()) if out is not None and out.is_file() else {}
+    runs: dict[str, list[dict[str, Any]]] = kept.get("runs", {}) if kept.get("settings") == settings else {}
+    result: dict[str, Any] = {}
+    for round_number in range(rounds):
+        for name in CONTESTANTS:
+            if len(runs.setdefault(name, [])) > round_number:
+                continue
+            logger.info("round %d of %d: %s", round_number + 1, rounds, name)
+            runs[name].append(_launch(race, name, num_ranks, steps))
+            rows = [_summary(n, found, runs.get("full", [])) for n, found in runs.items() if found]
+            info = {"run_info": run_info(), "meta_info": meta_info()}
+            result = {**info, "settings": settings, "rows": rows, "runs": runs}
+            if out is not None:
+                write_json(out, result)
+    return result or kept
+
+
+def _launch(race: Race, name: str, num_ranks: int, steps: int) -> dict[str, Any]:
+    """One contestant on fresh ranks, one thread each."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "found.json"
+        arguments = json.dumps({"race": asdict(race), "name": name, "steps": steps, "out": str(path)})
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment["PATH"] = str(Path(sys.executable).parent) + os.pathsep + environment.get("PATH", "")
+        if not torch.cuda.is_available():
+            environment.setdefault("DS_ACCELERATOR", "cpu")
+        done = subprocess.run(
+            [sys.executable, *launcher, "-m", __name__, arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            logger.warning("%s did not run: %s", name, _cause(done.stderr))
+            return {"error": _cause(done.stderr)}
+        return json.loads(path.read_text())
+
+
+def _cause(stderr: str) -> str:
+    """The last exception in the ranks' standard error."""
+    lines = [line for line in stderr.splitlines() if "Error: " in line and "ChildFailed" not in line]
+    return lines[-1].split("]: ")[-1][:200] if lines else "no message"
+
+
+def _summary(name: str, runs: Sequence[dict[str, Any]], full: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Medians of a contestant over all of its runs; ratios to full fine-tuning."""
+    whole = [run for run in runs if "error" not in run]
+    if not whole:
+        return {"name": name, "error": runs[0]["error"]}
+    row: dict[str, Any] = {"name": name, "num_trained": whole[0]["num_trained"]}
+    row["step_s"] = _median(whole, "step_s")
+    row["phases_s"] = {phase: _median(whole, f"{phase}_s") for phase in PHASES}
+    for key in ("peak_rss_bytes", "gradient_bytes_sent", "weight_bytes_sent"):
+        row[key] = statistics.median(run[key] for run in whole)
+    row["time_s"] = {
+        kind: statistics.median(run["time_s"][kind] for run in whole) for kind in whole[0]["time_s"]
+    }
+    dense = [run for run in full if "error" not in run]
+    if dense:
+        row["step_ratio"] = row["step_s"] / _median(dense, "step_s")
+        row["gradient_bytes_ratio"] = row["gradient_bytes_sent"] / dense[0]["gradient_bytes_sent"]
+        row["peak_rss_ratio"] = row["peak_rss_bytes"] / statistics.median(
+            run["peak_rss_bytes"] for run in dense
+        )
+    return row
+
+
+def _median(runs: Sequence[dict[str, Any]], key: str) -> float:
+    return statistics.median(value for run in runs for value in run[key])
+
+
+def measure(contestant: Contestant, steps: int) -> dict[str, Any]:
+    """Time some steps on this rank, then count one and profile one."""
+    times: dict[str, list[float]] = {f"{phase}_s": [] for phase in (*PHASES, "step")}
+    for index in range(WARM_UP + steps):
+        dist.barrier()
+        marks = [time.perf_counter()]
+        loss = contestant.forward()
+        marks.append(time.perf_counter())
+        contestant.backward(loss)
+        marks.append(time.perf_counter())
+        contestant.step()
+        marks.append(time.perf_counter())
+        if index >= WARM_UP:
+            for phase, begin, end in zip(PHASES, marks, marks[1:], strict=False):
+                times[f"{phase}_s"].append(end - begin)
+            times["step_s"].append(marks[-1] - marks[0])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with WireCounter() as wire:
+        _once(contestant)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        begin = time.perf_counter()
+        _once(contestant)
+        wall = time.perf_counter() - begin
+    return {
+        **times,
+        "num_trained": int(dist.sum_over_ranks(torch.tensor(contestant.num_trained))),
+        "peak_rss_bytes": dist.max_over_ranks(peak),
+        "gradient_bytes_sent": wire.reduced,
+        "weight_bytes_sent": wire.gathered,
+        "time_s": _time_by_kind(profiled, wall),
+    }
+
+
+def _once(contestant: Contestant) -> None:
+    contestant.backward(contestant.forward())
+    contestant.step()
+
+
+def _time_by_kind(profiled: Any, wall: float) -> dict[str, float]:
+    """Self time of operators by kind; what no operator accounts for is Python."""
+    spent = dict.fromkeys((*KINDS, "other operators"), 0.0)
+    for event in profiled.key_averages():
+        kind = next(
+            (k for k, parts in KINDS.items() if any(part in event.key for part in parts)), "other operators"
+        )
+        spent[kind] += event.self_cpu_time_total / 1e6
+    return spent | {"Python and waiting": max(0.0, wall - sum(spent.values()))}
+
+
+def main(arguments: dict[str, Any]) -> None:
+    """One rank of one contestant."""
+    dist.ensure_group()
+    found = measure(build(arguments["name"], Race(**arguments["race"])), arguments["steps"])
+    if dist.is_main():
+        write_json(Path(arguments["out"]), found)
+    dist.barrier()
+    os._exit(0)  # DeepSpeed's destructors take seconds and print
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,272 @@
+"""What one forward and backward pass allocates, found without memory: the real module runs on the meta device.
+
+Every storage that an operator makes is counted from its birth to its death (as ``torch.distributed._tools.MemTracker`` does under
+fake tensors), so activations kept for backward, gradients of activations, logits and temporaries are those of the real code,
+whatever the architecture. Weight gradients of masked linear layers are left out: they depend on the mask (``estimate``).
+
+[Note: stand-ins] Three things differ from a run on a device. Attention is replaced by a function that saves what fused kernels
+save (q, k, v, the output and fp32 log-sums), since on meta tensors torch would choose the unfused one. Questions about values
+(transformers asks whether an attention mask is all ones) are answered with yes. Every position bears loss.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from trace_dist.models.forward import names_argument
+from trace_dist.sharding.masked_linear import Part, patch_linear
+
+Phase = Literal["forward", "backward"]
+Kind = Literal["activations", "logits"]
+
+
+@dataclass
+class Moment:
+    """From one hook of a sharding library to the next.
+
+    Attributes:
+        where: such as ``forward of lm_head``.
+        fetches: parameters that must be gathered from here on; empty for a module without any, None where no module begins.
+        releases: parameters that are no longer used by this module.
+        peak: the most bytes alive, by kind.
+        delivers: masked linear weight whose gradient is formed here, or None.
+        at_delivery: bytes alive when it is.
+    """
+
+    where: str
+    fetches: tuple[str, ...] | None = None
+    releases: tuple[str, ...] = ()
+    peak: Mapping[Kind, int] | None = None
+    delivers: str | None = None
+    at_delivery: Mapping[Kind, int] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class StepTrace:
+    """One forward and backward pass.
+
+    Attributes:
+        moments: in order of time.
+        saved: bytes alive between forward and backward.
+    """
+
+    moments: list[Moment]
+    saved: int
+
+
+class _LiveStorages(TorchDispatchMode):
+    """Counts the bytes of storages made while it is entered."""
+
+    def __init__(self, known: Iterator[Tensor]) -> None:
+        super().__init__()
+        self.alive: dict[Kind, int] = {"activations": 0, "logits": 0}
+        self.kind: Kind = "activations"
+        self.moments = [Moment("forward")]
+        self._references: dict[int, Any] = {}
+        for tensor in known:
+            self._references[tensor.untyped_storage()._cdata] = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return True  # [Note: stand-ins]
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        moment = self.moments[-1]
+        if moment.peak is None or sum(self.alive.values()) > sum(moment.peak.values()):
+            moment.peak = dict(self.alive)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, kind, size = storage._cdata, self.kind, storage.nbytes()
+        if key in self._references:
+            return
+
+        def died(_: object) -> None:
+            self.alive[kind] -= size
+            del self._references[key]
+
+        self._references[key] = weakref.ref(storage, died)
+        self.alive[kind] += size
+
+    def mark(self, moment: Moment) -> None:
+        """Begin the next moment."""
+        moment.peak = dict(self.alive)
+        self.moments.append(moment)
+
+
+class _FusedAttention(torch.autograd.Function):
+    """[Note: stand-ins] Shapes: q [batch, heads, length, dim]; k and v may have fewer heads."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        shape = (*q.shape[:-1], v.shape[-1])
+        order = sorted(range(4), key=q.stride, reverse=True)  # the output lies in memory as the queries do
+        out = q.new_empty([shape[axis] for axis in order]).permute([order.index(axis) for axis in range(4)])
+        log_sums = q.new_empty(q.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, log_sums, *([] if mask is None else [mask]))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *_ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
+    return _FusedAttention.apply(query, key, value, attn_mask)
+
+
+def _replace_attention() -> Callable[[], None]:
+    original = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = _attend  # type: ignore[assignment]
+
+    def undo() -> None:
+        F.scaled_dot_product_attention = original
+
+    return undo
+
+
+def trace_step(
+    module: nn.Module,
+    masked: Mapping[str, int | None],
+    micro_batch_size: int,
+    sequence_length: int,
+    activation_checkpointing: bool = False,
+) -> StepTrace:
+    """Run one micro-batch forward and backward on the meta device.
+
+    Args:
+        module: a causal LM on the meta device; used up (it is frozen and set to training mode).
+        masked: parameter that a mask covers -> how many columns, where it is made of whole columns.
+        micro_batch_size: examples.
+        sequence_length: tokens per example.
+        activation_checkpointing: recompute decoder layers in backward, as ``train.activation_checkpointing`` does.
+    """
+    module.train()
+    _checkpoint(module, activation_checkpointing)
+    known = [*module.parameters(), *module.buffers()]
+    live = _LiveStorages(iter(known))
+    with warnings.catch_warnings(), _prepared(module, masked, live), live:
+        warnings.simplefilter("ignore")
+        loss = _loss(module, micro_batch_size, sequence_length, live)
+        saved = sum(live.alive.values())
+        loss.backward()
+    return StepTrace(live.moments, saved)
+
+
+def _checkpoint(module: Any, enabled: bool) -> None:
+    if not enabled:
+        module.gradient_checkpointing_disable()
+        return
+    module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _loss(module: Any, batch: int, length: int, live: _LiveStorages) -> Tensor:
+    """``train.loss.forward_nll_sum`` where every token has a label; boolean indexing has no shape on the meta device."""
+    ids = torch.empty(batch, length, dtype=torch.int64, device="meta")
+    targets = torch.empty(batch * (length - 1), dtype=torch.int64, device="meta")
+    if names_argument(module, "logits_to_keep"):
+        logits = module(input_ids=ids, logits_to_keep=targets[: length - 1]).logits
+    else:
+        logits = module(input_ids=ids).logits[:, :-1]
+    rows, columns = torch.empty_like(targets), torch.empty_like(targets)
+    loss = F.cross_entropy(logits[rows, columns].float(), targets, reduction="sum")
+    return loss / len(targets)
+
+
+@contextmanager
+def _prepared(module: nn.Module, masked: Mapping[str, int | None], live: _LiveStorages) -> Iterator[None]:
+    """Masked linear layers without their weight gradient, hooks on what a sharding library gathers, and both undone."""
+    head = getattr(module, "get_output_embeddings", lambda: None)()
+    anchor = torch.zeros((), requires_grad=True, device="meta")
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    owners: dict[int, list[nn.Module]] = {}
+    undo: list[Callable[[], None]] = []
+    undo.append(_replace_attention())
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    for path, child in module.named_modules():
+        own = tuple(names[id(parameter)] for parameter in child.parameters(recurse=False))
+        for parameter in child.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(child)
+        undo += _watch(child, path, own, live, child is head)
+    for parameter in module.parameters():
+        name = names[id(parameter)]
+        if name not in masked:
+            continue
+        users = owners[id(parameter)]
+        if len(users) == 1 and type(users[0]) is nn.Linear and users[0].weight is parameter:
+            undo.append(patch_linear(users[0], anchor, _part(masked[name]), _delivery(name, live)))
+        else:
+            parameter.requires_grad_(True)
+            undo.append(parameter.register_post_accumulate_grad_hook(_drop_grad).remove)
+    try:
+        yield
+    finally:
+        for step in undo:
+            step()
+
+
+def _part(columns: int | None) -> Part:
+    """No rows, so that no weight gradient is counted; the columns, since of the input only they are saved."""
+    indices = torch.empty(columns or 0, dtype=torch.int64, device="meta")
+    return Part(rows=indices[:0], columns=None if columns is None else indices)
+
+
+def _drop_grad(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _delivery(name: str, live: _LiveStorages) -> Callable[[Tensor], None]:
+    def deliver(_: Tensor) -> None:
+        live.moments[-1].delivers = name
+        live.moments[-1].at_delivery = dict(live.alive)
+
+    return deliver
+
+
+def _watch(
+    child: nn.Module, path: str, own: tuple[str, ...], live: _LiveStorages, is_head: bool
+) -> list[Callable[[], None]]:
+    """Mark when a module's parameters are needed and when they are not, as DeepSpeed's and FSDP2's hooks do."""
+
+    def begin(phase: Phase) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            if is_head:
+                live.kind = "logits"
+            live.mark(Moment(f"{phase} of {path}", fetches=own))
+
+        return hook
+
+    def end(phase: Phase) -> Callable[..., None]:
+        def hook(_: nn.Module, grad_input: Any, __: Any) -> None:
+            # Without an input that needs a gradient this fires before the module's backward has run.
+            if phase == "backward" and all(grad is None for grad in grad_input):
+                return
+            if is_head and phase == "backward":
+                live.kind = "activations"
+            live.mark(Moment(f"after {phase} of {path}", releases=own))
+
+        return hook
+
+    handles = [child.register_forward_pre_hook(begin("forward"))]
+    if own:
+        handles += [
+            child.register_forward_hook(end("forward")),
+            child.register_full_backward_pre_hook(begin("backward")),
+            child.register_full_backward_hook(end("backward")),
+        ]
+    return [handle.remove for handle in handles]

@@ -1,0 +1,283 @@
+"""Memory of masked training on one rank, from a model's config alone: no weights, no ranks, no accelerator.
+
+    peak = states + max over the moments of a step of (gathered + weight gradient + reduction + activations + logits)
+
+States follow from shapes (DESIGN.md, "Memory per parameter"), activations from running the module on the meta device
+(``activations``), gathered parameters from how the backend fetches them (``gathering``). Two things exist at one moment of each
+masked linear layer's backward pass: the gradient of its weight (dense for scattered masks, the masked rows or columns else), and
+compact gradients that wait for their exchange with the buffers of that exchange (``sharding.reduction``). The optimizer works in
+small chunks on what lies there between steps, so its own moment never is the peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from math import ceil, floor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from trace_dist.config import Backend, StateDtype
+from trace_dist.masks.ops import layouts_for
+from trace_dist.masks.units import UnitLayout
+from trace_dist.profiling.activations import Moment, StepTrace, trace_step
+from trace_dist.profiling.exchange import Exchange
+from trace_dist.profiling.gathering import fsdp2_gathered, zero3_gathered
+from trace_dist.profiling.setup import MemorySetup
+from trace_dist.sharding.base import chunk_views
+
+STATES = ("weights", "master", "exp_avg", "exp_avg_sq", "gradients", "indices", "staging")
+TRANSIENT = ("gathered", "weight_gradient", "reduction", "activations", "logits")
+QUANTIZATION_BLOCK = 256
+"""Entries that share one fp32 scale in 8-bit moments."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on one rank (the first, which never holds less than the others).
+
+    Attributes:
+        states: what lies there between steps, by category.
+        transient: the most of each category during a step; they do not all peak together.
+        peak: the most at one moment, states included.
+        peak_parts: what that is made of.
+        peak_where: when it is.
+        host: host memory beside the device's, by category (``offload``).
+        num_parameters: of the model.
+        num_entries: masked entries of the model.
+    """
+
+    states: dict[str, int]
+    transient: dict[str, int]
+    peak: int
+    peak_parts: dict[str, int]
+    peak_where: str
+    host: dict[str, int]
+    num_parameters: int
+    num_entries: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How much of one parameter a random mask selects."""
+
+    units: int
+    entries: int
+
+
+def selections(layouts: Mapping[str, UnitLayout], density: float) -> dict[str, Selection]:
+    """What ``masks.ops.random_mask`` selects of every parameter: exact, but for ragged layouts, where it is the expectation."""
+    found, carry = {}, 0.0
+    for name, layout in layouts.items():
+        budget = density * layout.numel + carry
+        size = layout.numel / layout.num_units
+        units = min(layout.num_units, max(0, floor(budget / size + 0.5)))
+        carry = budget - units * size
+        if units:
+            found[name] = Selection(units, round(units * size))
+    return found
+
+
+def load_config(model: str) -> Any:
+    """The transformers config of a model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    is_path = model.startswith((".", "~", "/")) or model.endswith(".json") or model.count("/") > 1
+    path = Path(model).expanduser()
+    if is_path and not path.exists():
+        raise ValueError(
+            f"model={model!r}: no such file or folder; give a config.json, a folder that holds one, or a hub id"
+        )
+    try:
+        return AutoConfig.from_pretrained(path if path.exists() else model)
+    except (OSError, ValueError, KeyError) as error:
+        cause = str(error).strip().partition("\n")[0][:200]
+        raise ValueError(
+            f"model={model!r}: no readable config ({cause}); give a config.json, a folder that holds one, or a hub id"
+        ) from None
+
+
+class Estimator:
+    """Estimates for one model; what several of them share is found once.
+
+    Raises:
+        ValueError: the model has no readable config.
+    """
+
+    def __init__(self, model: str, dtype: str) -> None:
+        with torch.device("meta"):
+            self.module: Any = AutoModelForCausalLM.from_config(
+                load_config(model), dtype=getattr(torch, dtype)
+            )
+        self.numel = {name: parameter.numel() for name, parameter in self.module.named_parameters()}
+        self.itemsize = next(self.module.parameters()).element_size()
+        self.layouts = lru_cache(None)(self._layouts)
+        self.trace = lru_cache(None)(self._trace)
+        self.gathered = lru_cache(None)(self._gathered)
+        self.fullest = lru_cache(None)(self._fullest)
+
+    def __call__(self, setup: MemorySetup) -> Estimate:
+        """The memory of one setup.
+
+        Raises:
+            ValueError: nothing is maskable, or the mask would select nothing.
+        """
+        layouts = self.layouts(setup.granularity, setup.block, setup.maskable)
+        selected = selections(layouts, setup.density)
+        if not selected:
+            raise ValueError(f"density={setup.density}: not one unit is selected; raise it")
+        states, host = self._states(setup, layouts, selected)
+        columns = tuple(
+            (name, chosen.units if layouts[name].stride > 1 else None) for name, chosen in selected.items()
+        )
+        step = _Step(columns, setup.micro_batch_size, setup.sequence_length, setup.activation_checkpointing)
+        gathered = self.gathered(step, setup.backend, setup.world_size, setup.device == "cpu")
+        sizes = tuple(
+            (name, _computed(layouts[name], chosen), chosen.entries) for name, chosen in selected.items()
+        )
+        transient, where, parts = self.fullest(self.trace(step), gathered, sizes, setup.world_size)
+        return Estimate(
+            states=states,
+            transient=transient,
+            peak=sum(states.values()) + sum(parts.values()),
+            peak_parts={**states, **parts},
+            peak_where=where,
+            host=host,
+            num_parameters=sum(self.numel.values()),
+            num_entries=sum(selection.entries for selection in selected.values()),
+        )
+
+    def _layouts(self, granularity: str, block: int, maskable: str) -> dict[str, UnitLayout]:
+        return layouts_for(self.module, granularity, block, maskable)
+
+    def _trace(self, step: _Step) -> StepTrace:
+        columns, batch, length, checkpointing = step
+        return trace_step(self.module, dict(columns), batch, length, checkpointing)
+
+    def _gathered(self, step: _Step, backend: Backend, world_size: int, staged: bool) -> tuple[int, ...]:
+        moments = self.trace(step).moments
+        if backend == "single":
+            return (0,) * len(moments)
+        if backend == "zero3":
+            elements = zero3_gathered(moments, self.numel, world_size, staged)
+        else:
+            elements = fsdp2_gathered(moments, self.numel, self._blocks)
+        return tuple(self.itemsize * count for count in elements)
+
+    @cached_property
+    def _blocks(self) -> dict[str, int | None]:
+        """Parameter -> the decoder block that holds it, as ``sharding.fsdp2`` wraps them."""
+        names = set(getattr(self.module, "_no_split_modules", None) or ())
+        blocks: dict[str, int | None] = dict.fromkeys(self.numel)
+        found = (path for path, child in self.module.named_modules() if type(child).__name__ in names)
+        for number, path in enumerate(found):
+            blocks |= {name: number for name in self.numel if name.startswith(f"{path}.")}
+        return blocks
+
+    def _share(self, setup: MemorySetup, name: str) -> tuple[int, float]:
+        """(elements of the first rank's shard, its share of the parameter's entries)."""
+        numel, world = self.numel[name], setup.world_size
+        chunk = chunk_views(self.module.get_parameter(name).shape, world)[0]
+        stored = len(chunk) if setup.backend == "fsdp2" else -(-numel // world)
+        return stored, stored / max(numel, 1)
+
+    def _states(
+        self, setup: MemorySetup, layouts: Mapping[str, UnitLayout], selected: Mapping[str, Selection]
+    ) -> tuple[dict[str, int], dict[str, int]]:
+        device, host = dict.fromkeys(STATES, 0), dict.fromkeys(STATES, 0)
+        offloads = setup.offload == "cpu"
+        place = host if offloads and setup.device != "cpu" else device
+        device["weights"] = sum(self._share(setup, name)[0] * self.itemsize for name in self.numel)
+        for name, selection in selected.items():
+            entries = round(selection.entries * self._share(setup, name)[1])
+            device["gradients"] += 4 * entries
+            device["indices"] += index_bytes(layouts[name], selection)
+            place["master"] += 4 * entries * (setup.master and self.itemsize < 4)
+            place["exp_avg"] += moment_bytes(entries, setup.state_dtype)
+            place["exp_avg_sq"] += moment_bytes(entries, setup.state_dtype)
+            place["staging"] += (self.itemsize + 4) * entries * offloads
+        return device, host
+
+    def _fullest(
+        self,
+        trace: StepTrace,
+        gathered: tuple[int, ...],
+        sizes: tuple[tuple[str, int, int], ...],
+        world_size: int,
+    ) -> tuple[dict[str, int], str, dict[str, int]]:
+        """(most of each transient category, the fullest moment, its categories)."""
+        exchange = Exchange(sizes, self.itemsize, world_size)
+        most, best, where = dict.fromkeys(TRANSIENT, 0), dict.fromkeys(TRANSIENT, 0), ""
+        for moment, gathered_bytes in zip(trace.moments, gathered, strict=True):
+            for candidate in _candidates(moment, gathered_bytes, exchange):
+                most = {name: max(most[name], candidate[name]) for name in TRANSIENT}
+                if sum(candidate.values()) > sum(best.values()):
+                    best, where = candidate, moment.where
+        return most, where, best
+
+
+class _Step(NamedTuple):
+    """What activations depend on; masked columns per parameter, since of the input only those are kept."""
+
+    columns: tuple[tuple[str, int | None], ...]
+    micro_batch_size: int
+    sequence_length: int
+    activation_checkpointing: bool
+
+
+def _computed(layout: UnitLayout, selection: Selection) -> int:
+    """Elements of a weight's gradient that are formed: the masked rows or columns, or all (``sharding.compaction``)."""
+    whole_rows = layout.unit % layout.cols == 0 and layout.unit < layout.numel
+    partial = len(layout.shape) == 2 and (layout.stride > 1 or whole_rows)
+    return selection.entries if partial else layout.numel
+
+
+def _candidates(moment: Moment, gathered: int, exchange: Exchange) -> list[dict[str, int]]:
+    """What lies there at the fullest of a moment, and at the delivery of its weight gradient."""
+    found = []
+    if moment.delivers is not None and moment.at_delivery is not None:
+        gradient, buffers = exchange.deliver(moment.delivers)
+        found.append(
+            {
+                "gathered": gathered,
+                "weight_gradient": gradient,
+                "reduction": buffers,
+                **{str(kind): size for kind, size in moment.at_delivery.items()},
+            }
+        )
+    usual = {str(kind): size for kind, size in (moment.peak or {}).items()}
+    base = {"gathered": gathered, "weight_gradient": 0, "reduction": exchange.held}
+    return [*found, {**base, "activations": 0, "logits": 0, **usual}]
+
+
+def index_bytes(layout: UnitLayout, selection: Selection) -> int:
+    """Bytes of one parameter's indices; every rank holds them all. Ragged layouts and columns are stored as single elements."""
+    if layout.ragged or layout.stride > 1:
+        return selection.entries * (4 if layout.numel < 2**31 else 8)
+    return selection.units * layout.index_dtype.itemsize
+
+
+def moment_bytes(entries: int, state_dtype: StateDtype) -> int:
+    """Bytes of one moment of AdamW for some entries of one parameter."""
+    if state_dtype == "8bit":
+        return entries + 4 * ceil(entries / QUANTIZATION_BLOCK)
+    return entries * (2 if state_dtype == "bfloat16" else 4)
+
+
+def estimate(setup: MemorySetup) -> Estimate:
+    """The memory of one setup.
+
+    Raises:
+        ValueError: the model has no readable config, or the mask would select nothing.
+    """
+    return Estimator(setup.model, setup.dtype)(setup)

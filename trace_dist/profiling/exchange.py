@@ -1,0 +1,55 @@
+"""Bytes of weight gradients, and of compact gradients on their way between ranks (``sharding.reduction``), in a backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from trace_dist.sharding.reduction import BUCKET_BYTES
+
+
+class Exchange:
+    """Follows the masked linear layers' gradients in the order in which they are formed.
+
+    Args:
+        sizes: (parameter, elements of its gradient that are formed, masked entries), in the order of the model.
+        itemsize: bytes of a gradient's element.
+        world_size: ranks.
+    """
+
+    def __init__(self, sizes: Sequence[tuple[str, int, int]], itemsize: int, world_size: int) -> None:
+        self.itemsize, self.world_size = itemsize, world_size
+        self.formed = {name: formed for name, formed, _ in sizes}
+        self.compact = {name: 4 * entries for name, _, entries in sizes}
+        self.held = 0
+        """Bytes of compact gradients that wait."""
+        self._buckets: list[list[str]] = []
+        size = BUCKET_BYTES
+        for name in reversed(self.compact):
+            if size + self.compact[name] > BUCKET_BYTES:
+                self._buckets.append([])
+                size = 0
+            self._buckets[-1].append(name)
+            size += self.compact[name]
+        self._delivered: set[str] = set()
+
+    def deliver(self, name: str) -> tuple[int, int]:
+        """A weight gradient is formed and handed on.
+
+        Returns:
+            Its bytes, and the most bytes of compact gradients and buffers while it exists.
+        """
+        compact, formed = self.compact[name], self.formed[name] * self.itemsize
+        whole_units = (
+            4 * self.formed[name] == compact
+        )  # then it is converted and scaled instead of picked from
+        converted = compact if whole_units and self.itemsize < 4 else 0
+        if self.world_size == 1:
+            return formed, (compact + converted) * whole_units
+        self._delivered.add(name)
+        self.held += compact
+        most = self.held + converted
+        while self._buckets and self._delivered.issuperset(self._buckets[0]):
+            size = sum(self.compact[other] for other in self._buckets.pop(0))
+            most = max(most, self.held + 2 * size + size // self.world_size)  # sent, received, summed
+            self.held -= size
+        return formed, most

@@ -1,0 +1,196 @@
+"""Bytes of gathered parameters at every moment of a step, beside the shards that a rank keeps.
+
+ZeRO-3 (DeepSpeed 0.19, ``partitioned_param_coordinator.py``), once the order of modules is known, from the second step on: before
+each module it gathers what the module needs and then *prefetches* parameters in the order of use, up to
+``stage3_prefetch_bucket_size`` elements while fewer than ``stage3_max_live_parameters`` are gathered; parameters gathered
+together pass through one flat buffer that lives until the last of them is used. After a module it frees those that do not
+come again within ``stage3_max_reuse_distance`` elements. So a model of less than that is whole on every
+rank between forward and backward. A single rank gathers nothing: its shard is the parameter. On a CPU, gloo stages one gather
+after another in a buffer of its own; which of those in flight is a race, and the largest is counted.
+
+FSDP2 gathers block by block: the root's group (embedding, last norm, head) stays from forward to backward; beside it lie the
+block in use and the flat buffer of the next one.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from trace_dist.profiling.activations import Moment
+
+
+@dataclass(frozen=True)
+class Zero3Limits:
+    """DeepSpeed's defaults, in elements, but for the persistence threshold (``sharding.zero3``)."""
+
+    max_live: int = 10**9
+    max_reuse_distance: int = 10**9
+    prefetch_bucket: int = 5 * 10**7
+    persistence_threshold: int = 10_000
+
+
+@dataclass
+class _Zero3:
+    """The coordinator's state; counts are elements."""
+
+    numel: Mapping[str, int]
+    order: Sequence[tuple[str, ...]]  # parameters of each fetch, in order
+    limits: Zero3Limits
+    staged: bool = False
+    step: int = 0
+    live: int = 0  # what DeepSpeed counts
+    held: int = 0  # what is really allocated
+    available: set[str] = field(default_factory=set)
+    bucket_of: dict[str, list[str]] = field(default_factory=dict)  # in flight -> what was gathered with it
+    last_use: dict[str, int] = field(default_factory=dict)  # as far as the prefetcher has looked
+
+    def __post_init__(self) -> None:
+        self.queue = deque((name, step) for step, names in enumerate(self.order) for name in names)
+        sizes = [sum(self.numel[name] for name in names) for names in self.order]
+        self.passed = [0, *accumulate(sizes)]
+        self.uses: dict[str, list[int]] = {}
+        for step, names in enumerate(self.order):
+            for name in names:
+                self.uses.setdefault(name, []).append(step)
+
+    def persists(self, name: str) -> bool:
+        return self.numel[name] <= self.limits.persistence_threshold
+
+    def fetch(self, names: Sequence[str]) -> int:
+        """Gather what a module needs, then prefetch; returns the most elements allocated meanwhile."""
+        names = [name for name in names if not self.persists(name)]
+        self._gather([name for name in names if name not in self.available and name not in self.bucket_of])
+        peak = self.held
+        for name in names:
+            peak = max(peak, self._wait(name))
+        self._drop_from_queue([name for name in names if self.last_use.get(name, -1) < self.step])
+        room = min(self.limits.max_live - self.live, self.limits.prefetch_bucket)
+        ahead: list[str] = []
+        while self.queue and sum(self.numel[name] for name in ahead) < room:
+            name, step = self.queue.popleft()
+            self.last_use[name] = max(self.last_use.get(name, -1), step)
+            if name not in self.available and name not in self.bucket_of and name not in ahead:
+                ahead += [] if self.persists(name) else [name]
+        self._gather(ahead)
+        self.step += 1
+        return max(peak, self.held) + self.staging
+
+    @property
+    def staging(self) -> int:
+        """Elements that gloo stages: of the largest bucket that nothing has waited for."""
+        if not self.staged:
+            return 0
+        waiting = {
+            id(bucket): bucket for name, bucket in self.bucket_of.items() if name not in self.available
+        }
+        sizes = [sum(self.numel[name] for name in bucket) for bucket in waiting.values()]
+        return max(sizes, default=0)
+
+    def _drop_from_queue(self, names: Sequence[str]) -> None:
+        missing = set(names)
+        while self.queue and missing:
+            name, step = self.queue.popleft()
+            self.last_use[name] = step
+            missing.discard(name)
+
+    def _gather(self, names: list[str]) -> None:
+        for name in names:
+            self.bucket_of[name] = names
+            self.live += self.numel[name]
+            self.held += self.numel[name]
+
+    def _wait(self, name: str) -> int:
+        """A bucket's first use copies all of it out of the flat buffer, which its last use frees; returns the elements held."""
+        bucket = self.bucket_of.pop(name, None)
+        if bucket is None:
+            return self.held
+        size = sum(self.numel[other] for other in bucket)
+        if len(bucket) > 1 and name not in self.available:
+            self.held += size
+        self.available.update(bucket)
+        held = self.held
+        if len(bucket) > 1 and not any(other in self.bucket_of for other in bucket):
+            self.held -= size
+        return held
+
+    def release(self, names: Sequence[str]) -> None:
+        for name in names:
+            if self.persists(name) or name not in self.available or name in self.bucket_of:
+                continue
+            if self.last_use.get(name, -1) > self.step or self._comes_again(name):
+                continue
+            self.available.discard(name)
+            self.live -= self.numel[name]
+            self.held -= self.numel[name]
+
+    def _comes_again(self, name: str) -> bool:
+        uses = self.uses[name]
+        following = bisect_left(uses, self.step)
+        if following == len(uses):
+            return False
+        distance = self.passed[uses[following]] - self.passed[self.step]
+        return distance < self.limits.max_reuse_distance
+
+
+def zero3_gathered(
+    moments: Sequence[Moment],
+    numel: Mapping[str, int],
+    world_size: int,
+    staged: bool = False,
+    limits: Zero3Limits | None = None,
+) -> list[int]:
+    """Elements gathered on a rank at each moment of a step, persistent parameters included.
+
+    Args:
+        moments: of one step.
+        numel: elements of every parameter.
+        world_size: ranks.
+        staged: whether gloo gathers.
+        limits: DeepSpeed's options; its defaults when None.
+    """
+    limits = limits or Zero3Limits()
+    if world_size == 1:
+        return [0] * len(moments)
+    order = [moment.fetches for moment in moments if moment.fetches is not None]
+    state = _Zero3(numel, order, limits, staged)
+    kept = sum(size for size in numel.values() if size <= limits.persistence_threshold)
+    gathered = []
+    for moment in moments:
+        state.release(moment.releases)
+        gathered.append(
+            kept + (state.held + state.staging if moment.fetches is None else state.fetch(moment.fetches))
+        )
+    return gathered
+
+
+def fsdp2_gathered(
+    moments: Sequence[Moment], numel: Mapping[str, int], groups: Mapping[str, int | None]
+) -> list[int]:
+    """Elements gathered on a rank at each moment of a step.
+
+    Args:
+        moments: of one step.
+        numel: elements of every parameter.
+        groups: parameter -> number of its block, or None for the root's group.
+    """
+    sizes: dict[int | None, int] = {}
+    for name, size in numel.items():
+        sizes[groups[name]] = sizes.get(groups[name], 0) + size
+    visits: list[int | None] = []
+    for moment in moments:
+        names = (*(moment.fetches or ()), *moment.releases)
+        visits.append(groups[names[0]] if names else visits[-1] if visits else None)
+    gathered: list[int] = []
+    current: int | None = None
+    following: int | None = None
+    for block in reversed(visits):
+        if block != current and current is not None:
+            following = current
+        current = block
+        parts = {group for group in (block, following) if group is not None}
+        gathered.append(sizes.get(None, 0) + sum(sizes[group] for group in parts))
+    return gathered[::-1]

@@ -1,0 +1,141 @@
+"""Which ways of training a model fit into given GPUs, the most faithful first.
+
+Two things are given up for memory: quality (density, the moments' precision, the fp32 master copy) and speed (offloading,
+recomputed activations, small micro-batches). The answer is the Pareto front of both: an option is listed when nothing
+that is listed above it offloads as little, recomputes as little and has as large a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Literal
+
+from trace_dist.config import StateDtype
+from trace_dist.profiling.estimate import Estimator
+from trace_dist.profiling.setup import MemorySetup
+
+GIB = 2**30
+DENSITIES = (0.2, 0.1, 0.05, 0.02, 0.01)
+STATES: tuple[tuple[StateDtype, bool], ...] = (
+    ("float32", True),
+    ("bfloat16", True),
+    ("8bit", True),
+    ("bfloat16", False),
+    ("8bit", False),
+)
+"""(state_dtype, master), from the most precise on."""
+WAYS: tuple[tuple[Literal["none", "cpu"], bool], ...] = (
+    ("none", False),
+    ("none", True),
+    ("cpu", False),
+    ("cpu", True),
+)
+"""(offload, activation_checkpointing)."""
+MICRO_BATCHES = (32, 16, 8, 4, 2, 1)
+MOST_GPUS = 4096
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way of training that fits.
+
+    Attributes:
+        setup: the way.
+        gib: peak on one GPU, the reserve included.
+        headroom_gib: what is left.
+        host_gib: host memory per rank.
+    """
+
+    setup: MemorySetup
+    gib: float
+    headroom_gib: float
+    host_gib: float
+
+
+def plan(base: MemorySetup, gpu_gib: float, reserve_gib: float = 1.0) -> list[Option]:
+    """The options that fit, most faithful first.
+
+    Args:
+        base: model, mask units, backend, number of GPUs (``world_size``) and length; what ``Option.setup`` varies is ignored.
+        gpu_gib: memory of one GPU.
+        reserve_gib: of that, for the CUDA context, communication buffers and fragmentation.
+
+    Raises:
+        ValueError: nothing fits; says what would.
+    """
+    if not 0 <= reserve_gib < gpu_gib:
+        raise ValueError(
+            f"gpu_gib={gpu_gib}: must be more than reserve_gib={reserve_gib}; give the memory of one GPU in GiB"
+        )
+    estimator = Estimator(base.model, base.dtype)
+    found: list[Option] = []
+    for quality in _qualities(base):
+        for way in _ways(quality):
+            sizes = (replace(way, micro_batch_size=size) for size in MICRO_BATCHES)
+            options = (_option(estimator, setup, gpu_gib, reserve_gib) for setup in sizes)
+            largest = next((option for option in options if option.headroom_gib >= 0), None)
+            if largest is not None and not any(
+                _at_least_as_fast(other.setup, largest.setup) for other in found
+            ):
+                found.append(largest)
+    if not found:
+        raise ValueError(_nothing_fits(estimator, _leanest(base), gpu_gib, reserve_gib))
+    return found
+
+
+def _qualities(base: MemorySetup) -> Iterator[MemorySetup]:
+    for density in DENSITIES:
+        for state_dtype, master in STATES:
+            if master or base.dtype == "bfloat16":
+                yield replace(base, density=density, state_dtype=state_dtype, master=master)
+
+
+def _ways(quality: MemorySetup) -> Iterator[MemorySetup]:
+    yield from (
+        replace(quality, offload=offload, activation_checkpointing=checkpointing)
+        for offload, checkpointing in WAYS
+    )
+
+
+def _at_least_as_fast(one: MemorySetup, other: MemorySetup) -> bool:
+    return (
+        one.micro_batch_size >= other.micro_batch_size
+        and one.activation_checkpointing <= other.activation_checkpointing
+        and (one.offload == "none" or other.offload == "cpu")
+    )
+
+
+def _leanest(base: MemorySetup) -> MemorySetup:
+    *_, quality = _qualities(base)
+    *_, way = _ways(quality)
+    return replace(way, micro_batch_size=1)
+
+
+def _option(estimator: Estimator, setup: MemorySetup, gpu_gib: float, reserve_gib: float) -> Option:
+    estimate = estimator(setup)
+    gib = estimate.peak / GIB + reserve_gib
+    return Option(setup, gib, gpu_gib - gib, sum(estimate.host.values()) / GIB)
+
+
+def _nothing_fits(estimator: Estimator, leanest: MemorySetup, gpu_gib: float, reserve_gib: float) -> str:
+    needed = _option(estimator, leanest, gpu_gib, reserve_gib).gib
+    gpus = gpus_now = leanest.world_size
+    while leanest.backend != "single" and gpus < MOST_GPUS:
+        gpus *= 2
+        setup = replace(leanest, world_size=gpus)
+        if _option(estimator, setup, gpu_gib, reserve_gib).headroom_gib >= 0:
+            break
+    else:
+        gpus = 0
+    cure = (
+        f"GPUs of {ceil(needed)} GiB"
+        + (f", {gpus} GPUs of this size" if gpus else "")
+        + " or shorter sequences"
+    )
+    return (
+        f"gpu_gib={gpu_gib:g}: nothing fits: the leanest option (density {leanest.density}, {leanest.state_dtype} states, "
+        f"master {str(leanest.master).lower()}, offload {leanest.offload}, recomputed activations, micro-batch 1) needs "
+        f"{needed:.1f} GiB on {'one GPU' if gpus_now == 1 else f'each of {gpus_now} GPUs'}; use {cure}"
+    )

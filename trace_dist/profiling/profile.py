@@ -1,0 +1,135 @@
+"""Real steps of masked training on random weights and tokens, their memory beside the estimate.
+
+    trace-dist memory profile --model config.json --backend zero3
+    deepspeed --num_gpus 2 --module trace_dist memory profile --model config.json --backend zero3
+
+Nothing is downloaded but a config. Every rank builds the whole model in host memory once, before it is sharded. A training of the
+model's first layer alone runs before, so that what libraries load and keep from their first use is in the baseline.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from trace_dist.masks.format import Mask
+from trace_dist.optim.masked_adamw import MaskedAdamW
+from trace_dist.profiling.estimate import Estimator, load_config
+from trace_dist.profiling.measure import Timeline, Watch, bytes_now, settle_allocator
+from trace_dist.profiling.memory import tensor_bytes
+from trace_dist.profiling.setup import MemorySetup
+from trace_dist.sharding.build import shard
+from trace_dist.train.loss import forward_nll_sum
+from trace_dist.utils import dist
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one rank saw, in bytes.
+
+    Attributes:
+        states: by category, from the tensors that are there after a backward pass; host memory of ``offload`` included.
+        timeline: memory over the steps beyond that before the model was built.
+    """
+
+    states: dict[str, int]
+    timeline: Timeline
+
+
+def run_profile(setup: MemorySetup, steps: int = 4) -> dict[str, Any]:
+    """Measure a setup on the ranks of this job. Collective.
+
+    Args:
+        setup: what to train; ``world_size`` and ``device`` are those of the job.
+        steps: optimizer steps; DeepSpeed prefetches from the second on.
+
+    Returns:
+        ``setup``, ``estimate``, ``measured`` and relative ``errors`` of states and peak, and the ``timeline`` of rank 0.
+
+    Raises:
+        ValueError: a value makes no sense, or the model has no readable config.
+    """
+    if steps < 2:
+        raise ValueError(
+            f"steps={steps}: must be at least 2, since ZeRO-3 prefetches from the second step on; raise it"
+        )
+    dist.init_distributed()
+    setup = replace(
+        setup, world_size=dist.world_size(), device="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    estimate = Estimator(setup.model, setup.dtype)(setup)
+    settle_allocator()
+    before = _baseline()
+    _train(_one_layer(load_config(setup.model)), setup, 3, before)
+    baseline = _baseline()
+    measured = _train(load_config(setup.model), setup, steps, baseline)
+    ranks = dist.gather_objects((measured.states, measured.timeline.peak))
+    states, peaks = [sum(found.values()) for found, _ in ranks], [peak for _, peak in ranks]
+    return {
+        "setup": asdict(setup),
+        "estimate": estimate.as_dict(),
+        "measured": {
+            "states": measured.states,
+            "peak": max(peaks),
+            "rank_states": states,
+            "rank_peaks": peaks,
+        },
+        "libraries": baseline - before,
+        "errors": {
+            "states": sum(estimate.states.values()) / max(states) - 1,
+            "peak": estimate.peak / max(peaks) - 1,
+        },
+        "timeline": asdict(measured.timeline),
+    }
+
+
+def _one_layer(config: Any) -> Any:
+    text = config.get_text_config()
+    text.num_hidden_layers = 1
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:1]
+    return config
+
+
+def _baseline() -> int:
+    gc.collect()
+    return bytes_now(dist.local_device())
+
+
+def _train(config: Any, setup: MemorySetup, steps: int, baseline: int) -> Measured:
+    torch.manual_seed(0)  # every rank builds the same model
+    module = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, setup.dtype))
+    module.train()
+    if setup.activation_checkpointing:
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = shard(module, setup.backend)
+    del module
+    mask = Mask.random(model, setup.density, setup.granularity, 0, setup.block, setup.maskable)
+    optimizer = MaskedAdamW(
+        model, mask, lr=1e-4, state_dtype=setup.state_dtype, master=setup.master, offload=setup.offload
+    )
+    ids = torch.randint(
+        config.get_text_config().vocab_size,
+        (setup.micro_batch_size, setup.sequence_length),
+        device=model.device,
+    )
+    states: dict[str, int] = {}
+    with Watch(model.device, baseline) as watch:
+        for _ in range(steps):
+            with watch.phase("forward"):
+                inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                loss = forward_nll_sum(model, inputs, ids) / ids.numel()
+            with watch.phase("backward"):
+                model.backward(loss)
+                del loss
+            states = {name: tensor_bytes(tensors) for name, tensors in optimizer.model_states().items()}
+            with watch.phase("step"):
+                optimizer.step()
+                optimizer.zero_grad()
+    close = getattr(model, "close", model.detach)
+    close()
+    return Measured(states, watch.timeline)

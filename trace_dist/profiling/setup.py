@@ -1,0 +1,55 @@
+"""What is asked of ``trace-dist memory``; apart from the arithmetic, so that parsing arguments imports no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from trace_dist.config import Backend, Dtype, Granularity, StateDtype
+
+
+@dataclass(frozen=True)
+class MemorySetup:
+    """A masked training whose memory is asked for."""
+
+    model: str
+    """A config.json, a folder that holds one, or a hub id; weights are neither needed nor read."""
+    density: float = 0.05
+    """Share of the maskable elements that are trained, in (0, 1]."""
+    granularity: Granularity = "element"
+    """What is selected together: element, block, row, column, head or tensor."""
+    block: int = 32
+    """Contiguous elements of one row per unit, for granularity block."""
+    maskable: str = "linear"
+    """`linear` (every linear layer but the output head), `all`, or a regular expression over parameter names."""
+    dtype: Dtype = "bfloat16"
+    """Data type of the weights."""
+    state_dtype: StateDtype = "float32"
+    """Of both moments."""
+    master: bool = True
+    """Keep an fp32 copy of the masked entries of half-precision weights."""
+    offload: Literal["none", "cpu"] = "none"
+    """Where moments and master live."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """What the ranks compute on; on a CPU offloaded states and gloo's staging buffers lie in the same memory."""
+    backend: Backend = "zero3"
+    """How the model is spread over the ranks."""
+    world_size: int = 1
+    """Number of ranks."""
+    micro_batch_size: int = 1
+    """Examples per forward and backward pass on one rank."""
+    sequence_length: int = 512
+    """Tokens per example."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density={self.density}: must lie in (0, 1]; use for example 0.05")
+        for name, least in (("block", 1), ("world_size", 1), ("micro_batch_size", 1), ("sequence_length", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}; raise it")
+        if self.backend == "single" and self.world_size > 1:
+            raise ValueError(
+                f"backend='single': {self.world_size} ranks; use backend zero3 or fsdp2, or world_size 1"
+            )
