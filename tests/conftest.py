@@ -19,11 +19,11 @@ SECTIONS: dict[int, tuple[Launcher, list[str]]] = {
     2: (
         "deepspeed",
         [
-            *("parity", "fsdp2", "traps", "interleaving", "attaching", "reduction", "toy", "depth"),
+            *("parity", "fsdp2", "traps", "interleaving", "attaching", "reduction", "toy", "depth", "wire"),
             *("cut_and_continue", "damaged", "hand_over", "deltas", "exporting", "loading"),
         ],
     ),
-    3: ("torchrun", ["parity", "fsdp2", "prepared", "attaching", "reduction", "toy", "take_over"]),
+    3: ("torchrun", ["parity", "fsdp2", "prepared", "attaching", "reduction", "toy", "wire", "take_over"]),
 }
 
 

@@ -47,7 +47,7 @@ def edited(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("mask.density", "much", ["mask.density", "float", "much"]),
         ("mask.density", 0, ["mask.density=0", "must lie in (0, 1]", "use for example 0.05"]),
         ("mask.density", 1.5, ["mask.density=1.5", "must lie in (0, 1]", "use for example 0.05"]),
-        ("mask.granularity", "column", ["mask.granularity", "'element', 'block', 'row'", "column"]),
+        ("mask.granularity", "diagonal", ["mask.granularity", "'element', 'block', 'row'", "diagonal"]),
         ("tasks.1.reasoning_gym", {"dataset": "spell_backward"}, ["tasks.twist", "exactly one of", "one source"]),
         ("launch.num_ranks", 2, ["launch.num_ranks=2", "needs a launcher", "set launch.launcher"]),
     ],

@@ -20,6 +20,7 @@ from engine.rank_depth import depth
 from engine.rank_files import cut_and_continue, damaged, deltas, exporting, hand_over, loading, take_over
 from engine.rank_prepared import prepared
 from engine.rank_reduction import reduction
+from engine.rank_wire import wire
 from engine.toy import train_toy
 from engine.training import make_optimizer, refused, save_state, train, train_reference, train_step
 from torch import Tensor
@@ -198,6 +199,7 @@ SECTIONS: dict[str, Callable[[Path], Found]] = {
     "reduction": reduction,
     "toy": toy,
     "depth": depth,
+    "wire": wire,
     "cut_and_continue": cut_and_continue,
     "damaged": damaged,
     "hand_over": hand_over,

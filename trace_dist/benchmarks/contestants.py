@@ -20,15 +20,27 @@ from trace_dist.optim.masked_adamw import MaskedAdamW
 from trace_dist.sharding.build import shard
 from trace_dist.utils import dist
 
-SMOLLM2_135M: dict[str, Any] = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
+SHAPES: dict[str, dict[str, Any]] = {
+    "SmolLM2-135M": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+    "tiny": {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
 }
+"""Model shapes: the one of the published results, and one that shows in seconds that everything runs."""
 MASKED = {"element": 1, "block 64": 64, "row": 0}
 """Masked contestants and their block size."""
 CONTESTANTS = (*MASKED, "full", "LoRA", "SHiRA")
@@ -39,31 +51,37 @@ class Race:
     """One model, one batch.
 
     Attributes:
+        shape: one of ``SHAPES``.
         density: masked share of the linear layers' weights.
         micro_batch: examples per rank and step.
         sequence: tokens per example.
     """
 
+    shape: str = "SmolLM2-135M"
     density: float = 0.05
     micro_batch: int = 4
     sequence: int = 128
 
+    def __post_init__(self) -> None:
+        if self.shape not in SHAPES:
+            raise ValueError(f"shape={self.shape!r}: unknown; use one of {', '.join(SHAPES)}")
+
     def model(self) -> PreTrainedModel:
         """Random weights, the same on every rank."""
         torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**SMOLLM2_135M)).bfloat16().train()
+        return LlamaForCausalLM(LlamaConfig(**SHAPES[self.shape])).bfloat16().train()
 
     def batch(self) -> dict[str, Tensor]:
         """This rank's batch."""
         generator = torch.Generator().manual_seed(dist.rank())
         shape = (self.micro_batch, self.sequence)
-        ids = torch.randint(SMOLLM2_135M["vocab_size"], shape, generator=generator)
+        ids = torch.randint(SHAPES[self.shape]["vocab_size"], shape, generator=generator)
         return {"input_ids": ids, "labels": ids}
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A training step in three phases, and how many parameters it trains."""
+    """A training step in three phases, and how many parameters all ranks together train."""
 
     forward: Callable[[], Tensor]
     backward: Callable[[Tensor], None]
@@ -72,13 +90,7 @@ class Contestant:
 
 
 def build(name: str, race: Race) -> Contestant:
-    """Set a contestant up on this job's ranks.
-
-    Raises:
-        ValueError: unknown contestant.
-    """
-    if name not in CONTESTANTS:
-        raise ValueError(f"contestants={name!r}: unknown; use some of {', '.join(CONTESTANTS)}")
+    """Set one of ``CONTESTANTS`` up on this job's ranks."""
     return _masked(name, race) if name in MASKED else _peer(name, race)
 
 
@@ -95,9 +107,8 @@ def _masked(name: str, race: Race) -> Contestant:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Contestant(
-        lambda: model(**batch).loss, model.backward, step, sum(len(s.grad) for s in optimizer.supports)
-    )
+    num_trained = sum(support.whole.num_entries for support in optimizer.supports)
+    return Contestant(lambda: model(**batch).loss, model.backward, step, num_trained)
 
 
 def _peer(name: str, race: Race) -> Contestant:

@@ -48,8 +48,12 @@ def race_optimizers(density: float, rounds: int) -> dict[str, Any]:
         density: masked share.
         rounds: steps timed of each; the median counts.
     """
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    rows = [row for dtype in (torch.bfloat16, torch.float32) for row in _race(dtype, density, rounds)]
+    try:
+        rows = [row for dtype in (torch.bfloat16, torch.float32) for row in _race(dtype, density, rounds)]
+    finally:
+        torch.set_num_threads(threads)
     return {
         "run_info": run_info(),
         "meta_info": meta_info(),

@@ -45,28 +45,31 @@ KINDS: dict[str, tuple[str, ...]] = {
 """Where time goes: kind -> beginnings or parts of operator names; the rest of the operators is ``other operators``."""
 
 
-def race_in_turn(race: Race, num_ranks: int, rounds: int, steps: int, out: Path | None) -> dict[str, Any]:
-    """Run all contestants and write the result; what a file at ``out`` already holds is kept, so a cut run continues.
+def race_in_turn(
+    race: Race, names: Sequence[str], num_ranks: int, rounds: int, steps: int, out: Path | None
+) -> dict[str, Any]:
+    """Run some contestants and write the result; what a file at ``out`` already holds is kept, so a cut run continues.
 
     Args:
         race: model and batch.
+        names: of ``CONTESTANTS``.
         num_ranks: ranks of each, one thread each.
         rounds: how often each contestant is started.
         steps: steps timed per start.
         out: JSON file.
+
+    Raises:
+        ValueError: a contestant is unknown.
     """
-    settings = {
-        **asdict(race),
-        "num_ranks": num_ranks,
-        "rounds": rounds,
-        "steps": steps,
-        "model": "SmolLM2-135M shape",
-    }
+    for name in names:
+        if name not in CONTESTANTS:
+            raise ValueError(f"contestants: {name!r} is unknown; use some of {', '.join(CONTESTANTS)}")
+    settings = {**asdict(race), "num_ranks": num_ranks, "steps": steps}
     kept = json.loads(out.read_text()) if out is not None and out.is_file() else {}
     runs: dict[str, list[dict[str, Any]]] = kept.get("runs", {}) if kept.get("settings") == settings else {}
     result: dict[str, Any] = {}
     for round_number in range(rounds):
-        for name in CONTESTANTS:
+        for name in names:
             if len(runs.setdefault(name, [])) > round_number:
                 continue
             logger.info("round %d of %d: %s", round_number + 1, rounds, name)
@@ -159,7 +162,7 @@ def measure(contestant: Contestant, steps: int) -> dict[str, Any]:
         wall = time.perf_counter() - begin
     return {
         **times,
-        "num_trained": int(dist.sum_over_ranks(torch.tensor(contestant.num_trained))),
+        "num_trained": contestant.num_trained,
         "peak_rss_bytes": dist.max_over_ranks(peak),
         "gradient_bytes_sent": wire.reduced,
         "weight_bytes_sent": wire.gathered,

@@ -45,11 +45,12 @@ def _optimizer(arguments: Any, out: Path | None) -> dict[str, Any]:
 
 
 def _step(arguments: Any, out: Path | None) -> dict[str, Any]:
-    from trace_dist.benchmarks.contestants import Race
+    from trace_dist.benchmarks.contestants import CONTESTANTS, Race
     from trace_dist.benchmarks.step import race_in_turn
 
-    race = Race(arguments.density, arguments.micro_batch, arguments.sequence)
-    return race_in_turn(race, arguments.ranks, arguments.rounds, arguments.steps, out)
+    race = Race(arguments.shape, arguments.density, arguments.micro_batch, arguments.sequence)
+    names = CONTESTANTS if arguments.contestants is None else arguments.contestants
+    return race_in_turn(race, names, arguments.ranks, arguments.rounds, arguments.steps, out)
 
 
 def _memory(arguments: Any, out: Path | None) -> dict[str, Any]:

@@ -144,6 +144,16 @@ BENCHMARKS: dict[str, tuple[str, dict[str, tuple[Any, Any, str]]]] = {
     "step": (
         "time whole training steps under ZeRO-3 beside full fine-tuning, LoRA and SHiRA; count what they send",
         {
+            "shape": (
+                str,
+                "SmolLM2-135M",
+                "of the model, whose weights are random; or tiny, to see that all runs",
+            ),
+            "contestants": (
+                list[str] | None,
+                None,
+                "who takes part, as [row, full, LoRA]; all when not given",
+            ),
             "density": (float, 0.05, "masked share of the linear layers"),
             "micro_batch": (int, 4, "examples per rank and step"),
             "sequence": (int, 128, "tokens per example"),
