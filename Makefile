@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: quickstart quickstart-smollm2 publish test lint format clean
+.PHONY: quickstart quickstart-smollm2 publish bench test lint format clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/trace-dist run --config configs/quickstart.yaml
@@ -18,6 +18,13 @@ publish: $(VENV)/.quickstart
 	$(BIN)/python -m trace_dist.report.markdown docs/results/quickstart.json README.md quickstart
 	test ! -f runs/smollm2/results.json || cp runs/smollm2/results.json docs/results/smollm2.json
 	$(BIN)/python -m trace_dist.report.markdown docs/results/smollm2.json README.md smollm2
+
+# Half an hour on a machine that does nothing else; a step race that was cut continues.
+bench: $(VENV)/.dev
+	$(BIN)/trace-dist bench optimizer --out docs/results/bench_optimizer.json
+	$(BIN)/trace-dist bench step --out docs/results/bench_step.json
+	$(BIN)/trace-dist bench memory --out docs/results/bench_memory.json
+	$(BIN)/python -m trace_dist.benchmarks.document docs/results docs/benchmarks.md
 
 # One thread per process: the tests start several.
 test: lint

@@ -19,11 +19,25 @@ SECTIONS: dict[int, tuple[Launcher, list[str]]] = {
     2: (
         "deepspeed",
         [
-            *("parity", "fsdp2", "traps", "interleaving", "attaching", "reduction", "toy", "depth", "wire"),
+            *(
+                "parity",
+                "fsdp2",
+                "traps",
+                "interleaving",
+                "attaching",
+                "reduction",
+                "toy",
+                "depth",
+                "wire",
+                "nf4",
+            ),
             *("cut_and_continue", "damaged", "hand_over", "deltas", "exporting", "loading"),
         ],
     ),
-    3: ("torchrun", ["parity", "fsdp2", "prepared", "attaching", "reduction", "toy", "wire", "take_over"]),
+    3: (
+        "torchrun",
+        ["parity", "fsdp2", "prepared", "attaching", "reduction", "toy", "wire", "nf4", "take_over"],
+    ),
 }
 
 

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from trace_dist.bank.bank import DeltaBank
     from trace_dist.bank.delta import Delta
     from trace_dist.masks.format import Mask
+    from trace_dist.models.nf4 import quantize_nf4
     from trace_dist.optim.masked_adamw import MaskedAdamW
     from trace_dist.sharding.build import load_sharded, shard
 
@@ -17,9 +18,10 @@ _HOMES = {
     "Mask": "masks.format",
     "MaskedAdamW": "optim.masked_adamw",
     "load_sharded": "sharding.build",
+    "quantize_nf4": "models.nf4",
     "shard": "sharding.build",
 }
-__all__ = ["Delta", "DeltaBank", "Mask", "MaskedAdamW", "load_sharded", "shard"]
+__all__ = ["Delta", "DeltaBank", "Mask", "MaskedAdamW", "load_sharded", "quantize_nf4", "shard"]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,6 +18,7 @@ import torch
 from engine.cases import CASES, Case, batches
 from engine.rank_depth import depth
 from engine.rank_files import cut_and_continue, damaged, deltas, exporting, hand_over, loading, take_over
+from engine.rank_nf4 import nf4
 from engine.rank_prepared import prepared
 from engine.rank_reduction import reduction
 from engine.rank_wire import wire
@@ -172,15 +173,12 @@ def disturb(model: Zero3Model, ids: Tensor, step: int) -> bool:
 
 
 def attaching(out: Path) -> Found:
-    """Masks that the ranks do not agree on, and gradients taken behind the model's back."""
+    """Masks that the ranks do not agree on."""
     case = CASES["element"]
     model = Zero3Model(case.model(), case.threshold)
     found: Found = {}
     mine = Mask.random(model, 0.3, "element", seed=dist.rank())
     found["different"] = refused(lambda: MaskedAdamW(model, mine))
-    optimizer = make_optimizer(case, model)
-    model(input_ids=batches(case)[0][0]).logits.square().mean().backward()
-    found["plain_backward"] = refused(optimizer.step)
     return found
 
 
@@ -200,6 +198,7 @@ SECTIONS: dict[str, Callable[[Path], Found]] = {
     "toy": toy,
     "depth": depth,
     "wire": wire,
+    "nf4": nf4,
     "cut_and_continue": cut_and_continue,
     "damaged": damaged,
     "hand_over": hand_over,

@@ -53,8 +53,9 @@ def test_single_process(name: str) -> None:
     assert_frozen_bits(name, outcome.state)
     assert_close(name, outcome)
     case = CASES[name]
-    same_operations = case.accumulation == 1 and case.family != "sliver" and case.granularity != "column"
-    if same_operations:
+    # not Gemma: its tied embedding sums two gradients in another order
+    same_operations = case.accumulation == 1 and case.family not in ("sliver", "gemma")
+    if same_operations and case.granularity != "column":
         assert all(torch.equal(outcome.state[key], value) for key, value in reference(name).state.items())
 
 

@@ -30,7 +30,7 @@ def _bitsandbytes() -> Any:
         import bitsandbytes.functional
     except ImportError as error:
         raise ValueError(
-            f"quantize='nf4': needs bitsandbytes ({error}); install it (pip install 'trace-dist[gpu]') or use "
+            f"quantize='nf4': needs bitsandbytes ({error}); install it (pip install 'trace-dist[nf4]') or use "
             "quantize='none'"
         ) from error
     return bitsandbytes.functional
