@@ -20,6 +20,7 @@ from deepspeed.runtime.zero import GatheredParameters
 from trace_dist.models.checkpoint import Checkpoint
 from trace_dist.models.fingerprint import fingerprint
 from trace_dist.models.loading import load_model, load_model_zero3
+from trace_dist.utils import dist
 
 COLLECTIVES = ("broadcast", "all_reduce", "all_gather_into_tensor", "all_gather", "reduce_scatter_tensor")
 
@@ -133,7 +134,7 @@ def main() -> None:
     reports = {Path(folder).name: examine(folder, dtype, spy) for folder in folders}
     reports["excess_rows"] = spy.excess_rows  # type: ignore[assignment]
     Path(out, f"{torch.distributed.get_rank()}.json").write_text(json.dumps(reports))
-    torch.distributed.destroy_process_group()
+    dist.close()
 
 
 if __name__ == "__main__":

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+DRAIN_SECONDS = 0.1
 
 
 def rank() -> int:
@@ -115,4 +119,16 @@ def ensure_group() -> None:
 def close() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
+        _drain()
         dist.destroy_process_group()
+
+
+@atexit.register
+def _drain() -> None:
+    """Let gloo's threads drop the tensors of their last collectives.
+
+    They take the GIL for that, and a thread that asks for it while the interpreter shuts down aborts the process
+    ("terminate called without an active exception"). Sleeping gives it away.
+    """
+    if world_size() > 1 and dist.get_backend() == "gloo":
+        time.sleep(DRAIN_SECONDS)
