@@ -15,6 +15,7 @@ Placement = Literal["magnitude", "random", "refine", "narrow"]
 Score = Literal["l2", "fisher", "l2_fisher"]
 Backend = Literal["single", "zero3", "fsdp2"]
 Dtype = Literal["float32", "bfloat16"]
+Quantize = Literal["none", "nf4"]
 StateDtype = Literal["float32", "bfloat16", "8bit"]
 Mode = Literal["retrieved", "merged", "random", "full", "lora"]
 
@@ -109,6 +110,8 @@ class ModelConfig:
     """Hugging Face id or folder with safetensors; with tiny, gguf or prune the folder they are written to."""
     dtype: Dtype = "float32"
     """Data type of the weights while training."""
+    quantize: Quantize = "none"
+    """`nf4`: linear layers keep frozen 4-bit codes and masked entries live beside them (target only)."""
     tiny: TinyConfig | None = None
     """Train a tiny Llama on the spot when the folder does not exist."""
     gguf: str | None = None

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from trace_dist.models.checkpoint import Checkpoint
 from trace_dist.models.naming import RESAVE, Pieces
+from trace_dist.models.nf4 import BLOCK_SIZE, NF4Linear, quantize_weight, words_per_block
 
 
 class Slot(NamedTuple):
@@ -46,19 +47,31 @@ def fill(model: PreTrainedModel, checkpoint: Checkpoint, pieces: Pieces, slot: C
 def _fill_parameters(
     model: PreTrainedModel, checkpoint: Checkpoint, pieces: Pieces, slot: Callable[[Any], Slot]
 ) -> None:
+    coded = {  # words of 4-bit layers: [Note: words] in models/nf4.py
+        f"{path}.{leaf}": (f"{path}.weight", layer)
+        for path, layer in model.named_modules()
+        if isinstance(layer, NF4Linear)
+        for leaf in ("packed", "absmax")
+    }
     names_of: dict[Any, list[str]] = {}  # several names where parameters are tied
     for name, param in model.named_parameters(remove_duplicate=False):
         names_of.setdefault(param, []).append(name)
-    stored = {param: [name for name in names if name in pieces] for param, names in names_of.items()}
-    missing = [names_of[param][0] for param, found in stored.items() if not found]
+    logical = {param: [coded.get(name, (name,))[0] for name in names] for param, names in names_of.items()}
+    stored = {param: [name for name in names if name in pieces] for param, names in logical.items()}
+    missing = [logical[param][0] for param, found in stored.items() if not found]
     if missing:
         raise ValueError(missing_parameters(checkpoint.folder, missing))
     for param, names in stored.items():
-        own = slot(param)
-        _fill_slot(own, checkpoint, pieces[names[0]])
+        own, inside = slot(param), names_of[param][0]
+        if inside in coded:
+            layer = coded[inside][1]
+            _fill_words(own, layer, inside.rpartition(".")[2], _Source(checkpoint, pieces[names[0]]))
+            param._is_hf_initialized = True
+            continue
+        _fill_slot(own, _Source(checkpoint, pieces[names[0]]))
         for name in names[1:]:
             twin = own._replace(flat=torch.empty_like(own.flat))
-            _fill_slot(twin, checkpoint, pieces[name])
+            _fill_slot(twin, _Source(checkpoint, pieces[name]))
             if not torch.equal(twin.flat, own.flat):
                 raise ValueError(
                     f"model.path={str(checkpoint.folder)!r}: {names[0]} and {name} are tied but stored with "
@@ -67,22 +80,53 @@ def _fill_parameters(
         param._is_hf_initialized = True
 
 
-def _fill_slot(slot: Slot, checkpoint: Checkpoint, sources: list[str]) -> None:
-    """Fill one slot of a parameter whose values are the sources, laid end to end."""
-    sizes = [math.prod(checkpoint.shape(source)) for source in sources]
-    if sum(sizes) != slot.numel:
-        raise ValueError(
-            f"model.path={str(checkpoint.folder)!r}: {sources[0]} has {sum(sizes)} elements but config.json "
-            f"asks for {slot.numel}; give the checkpoint its own config"
-        )
-    filled = offset = 0
-    for source, size in zip(sources, sizes, strict=True):
-        low = min(max(slot.start - offset, 0), size)
-        high = min(max(slot.start + slot.flat.numel() - offset, 0), size)
-        slot.flat[filled : filled + high - low].copy_(checkpoint.read(source, low, high))
-        filled += high - low
-        offset += size
-    slot.flat[filled:].zero_()
+class _Source:
+    """The values of one parameter: tensors of the files, flattened and laid end to end."""
+
+    def __init__(self, checkpoint: Checkpoint, names: list[str]) -> None:
+        self.checkpoint, self.names = checkpoint, names
+        self.sizes = [math.prod(checkpoint.shape(name)) for name in names]
+
+    def check(self, numel: int) -> None:
+        """Raise ValueError unless there are ``numel`` values."""
+        if sum(self.sizes) != numel:
+            raise ValueError(
+                f"model.path={str(self.checkpoint.folder)!r}: {self.names[0]} has {sum(self.sizes)} elements but "
+                f"config.json asks for {numel}; give the checkpoint its own config"
+            )
+
+    def copy(self, start: int, out: torch.Tensor) -> None:
+        """Fill ``out`` [n] with the values from ``start`` on; what exceeds the end becomes zero."""
+        filled = offset = 0
+        for name, size in zip(self.names, self.sizes, strict=True):
+            low = min(max(start - offset, 0), size)
+            high = min(max(start + out.numel() - offset, 0), size)
+            out[filled : filled + high - low].copy_(self.checkpoint.read(name, low, high))
+            filled += high - low
+            offset += size
+        out[filled:].zero_()
+
+
+def _fill_slot(slot: Slot, source: _Source) -> None:
+    """Fill one rank's part of a parameter."""
+    source.check(slot.numel)
+    source.copy(slot.start, slot.flat)
+
+
+def _fill_words(slot: Slot, layer: NF4Linear, leaf: str, source: _Source) -> None:
+    """Fill one rank's part of a layer's codes or scales; only the blocks that touch it are read and quantised."""
+    source.check(math.prod(layer.shape))
+    per_block = words_per_block(leaf, layer.dtype)
+    first = slot.start // per_block
+    stop = min(-(-(slot.start + slot.flat.numel()) // per_block), slot.numel // per_block)
+    slot.flat.zero_()
+    if stop <= first:
+        return
+    values = torch.empty((stop - first) * BLOCK_SIZE, dtype=layer.dtype, device=slot.flat.device)
+    source.copy(first * BLOCK_SIZE, values)
+    words = dict(zip(("packed", "absmax"), quantize_weight(values), strict=True))[leaf]
+    words = words[slot.start - first * per_block :][: slot.flat.numel()]
+    slot.flat[: words.numel()].copy_(words)
 
 
 def _fill_buffers(model: PreTrainedModel, checkpoint: Checkpoint, pieces: Pieces) -> None:

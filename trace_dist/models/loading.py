@@ -1,10 +1,10 @@
 """Loading tokenizers and models: whole in one process, or sharded so that no rank ever holds the whole.
 
 [Note: sharded while loading] Of every parameter, flattened in row-major order, ZeRO-3 keeps the interval
-[rank * n, (rank + 1) * n), n = ceil(numel / num_ranks), in ``param.ds_tensor`` (zero-padded at the end). The
-module is built under ``zero.Init`` without initialising or communicating values; then each rank reads exactly
-its intervals from the safetensors files. The largest thing it holds beside its share is one parameter, which
-is uninitialised.
+[rank * n, (rank + 1) * n), n = ceil(numel / num_ranks), in ``param.ds_tensor`` (zero-padded at the end); FSDP2 keeps
+rows. The module is built without storage, its linear layers become 4-bit where asked for, and it is sharded; then each
+rank reads exactly its intervals from the safetensors files. The largest thing it holds beside its share is one
+parameter, which is uninitialised.
 """
 
 from __future__ import annotations
@@ -24,14 +24,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.initialization import no_init_weights
-from transformers.integrations.deepspeed import prevent_arange_dtype_change
-from transformers.modeling_utils import set_zero3_state
 
-from trace_dist.config import Dtype
+from trace_dist.config import Dtype, Quantize
 from trace_dist.models.checkpoint import open_checkpoint, resolve
 from trace_dist.models.filling import Slot, fill, missing_parameters
 from trace_dist.models.naming import pieces_of
+from trace_dist.models.nf4 import quantize_nf4
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -53,17 +51,22 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(path: str | Path, dtype: Dtype | torch.dtype = "float32") -> PreTrainedModel:
+def load_model(
+    path: str | Path, dtype: Dtype | torch.dtype = "float32", quantize: Quantize = "none"
+) -> PreTrainedModel:
     """Load a causal LM on the CPU, in evaluation mode.
 
     Args:
         path: folder with safetensors weights, or a hub id.
         dtype: data type of the weights.
+        quantize: ``nf4`` keeps the linear layers as 4-bit codes (models/nf4.py), made layer by layer.
 
     Raises:
         ValueError: no such model, pickled or corrupt weights, or a parameter that the checkpoint lacks (which
             would otherwise be random).
     """
+    if quantize == "nf4":
+        return _load_in_shards(path, dtype, quantize, lambda model: model.to_empty(device="cpu"), _whole)
     with open_checkpoint(path) as checkpoint:  # refuses what must not or cannot be read
         folder = checkpoint.folder
     try:
@@ -80,7 +83,7 @@ def load_model(path: str | Path, dtype: Dtype | torch.dtype = "float32") -> PreT
 
 
 def load_model_zero3(
-    path: str | Path, dtype: Dtype | torch.dtype, ds_config: dict[str, Any]
+    path: str | Path, dtype: Dtype | torch.dtype, ds_config: dict[str, Any], quantize: Quantize = "none"
 ) -> PreTrainedModel:
     """Load a causal LM sharded by ZeRO-3, in evaluation mode; see [Note: sharded while loading].
 
@@ -90,11 +93,53 @@ def load_model_zero3(
         path: folder with safetensors weights, or a hub id.
         dtype: data type of the weights; overrides the sections ``bf16`` and ``fp16`` of ``ds_config`` here.
         ds_config: DeepSpeed configuration with ``zero_optimization.stage`` 3.
+        quantize: ``nf4`` keeps the linear layers as 4-bit codes (models/nf4.py).
 
     Raises:
         ValueError: as ``load_model``; quantised weights; ZeRO options that keep more copies of the weights.
     """
     check_zero_config(ds_config)
+    # On a CPU, zero.Init honours the data type of its configuration but not its argument `dtype`.
+    precision = {"bf16": {"enabled": _torch_dtype(dtype) == torch.bfloat16}, "fp16": {"enabled": False}}
+    return _load_in_shards(
+        path, dtype, quantize, lambda model: _partition(model, {**ds_config, **precision}), _zero3_slot
+    )
+
+
+def load_model_fsdp2(
+    path: str | Path,
+    dtype: Dtype | torch.dtype,
+    wrap: Callable[[nn.Module], None],
+    device: torch.device,
+    quantize: Quantize = "none",
+) -> PreTrainedModel:
+    """Load a causal LM sharded by FSDP2, in evaluation mode; see [Note: sharded while loading].
+
+    Args:
+        path: folder with safetensors weights, or a hub id.
+        dtype: data type of the weights.
+        wrap: applies ``fully_shard``; the parameters are on the meta device then.
+        device: where the shards live.
+        quantize: ``nf4`` keeps the linear layers as 4-bit codes (models/nf4.py).
+
+    Raises:
+        ValueError: as ``load_model``; quantised weights.
+    """
+
+    def give_storage(model: nn.Module) -> None:
+        wrap(model)
+        model.to_empty(device=device)
+
+    return _load_in_shards(path, dtype, quantize, give_storage, _fsdp2_slot)
+
+
+def _load_in_shards(
+    path: str | Path,
+    dtype: Dtype | torch.dtype,
+    quantize: Quantize,
+    give_storage: Callable[[nn.Module], object],
+    slot: Callable[[Any], Slot],
+) -> PreTrainedModel:
     with open_checkpoint(path) as checkpoint:
         folder = checkpoint.folder
         config = _config(folder)
@@ -103,37 +148,14 @@ def load_model_zero3(
                 f"model.path={str(path)!r}: its weights are quantised, which sharded loading cannot undo; "
                 "give a checkpoint in bfloat16 or float32"
             )
-        with set_zero3_state(), torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
-        pieces = pieces_of(skeleton, checkpoint.names())
-        model = _build_sharded(config, _torch_dtype(dtype), ds_config)
-        fill(model, checkpoint, pieces, _zero3_slot)
-    return _ready(model, folder)
-
-
-def load_model_fsdp2(
-    path: str | Path, dtype: Dtype | torch.dtype, wrap: Callable[[nn.Module], None], device: torch.device
-) -> PreTrainedModel:
-    """Load a causal LM sharded by FSDP2, in evaluation mode: built without storage, sharded, then filled shard by shard.
-
-    Args:
-        path: folder with safetensors weights, or a hub id.
-        dtype: data type of the weights.
-        wrap: applies ``fully_shard``; the parameters are on the meta device then.
-        device: where the shards live.
-
-    Raises:
-        ValueError: as ``load_model``.
-    """
-    with open_checkpoint(path) as checkpoint:
-        config = _config(checkpoint.folder)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=_torch_dtype(dtype))
         pieces = pieces_of(model, checkpoint.names())
-        wrap(model)
-        model.to_empty(device=device)
-        fill(model, checkpoint, pieces, _fsdp2_slot)
-    return _ready(model, checkpoint.folder)
+        if quantize == "nf4":
+            quantize_nf4(model)
+        give_storage(model)
+        fill(model, checkpoint, pieces, slot)
+    return _ready(model, folder)
 
 
 def _ready(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
@@ -144,6 +166,10 @@ def _ready(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 def _torch_dtype(dtype: Dtype | torch.dtype) -> torch.dtype:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def _whole(param: Any) -> Slot:
+    return Slot(param.data.view(-1), 0, param.numel())
 
 
 def _zero3_slot(param: Any) -> Slot:
@@ -186,12 +212,8 @@ def _config(folder: Path) -> Any:
         ) from error
 
 
-def _build_sharded(config: Any, dtype: torch.dtype, ds_config: dict[str, Any]) -> PreTrainedModel:
-    """The module with partitioned, uninitialised parameters.
-
-    Its classes must have been imported before: a class defined inside ``zero.Init`` loses its decorators when
-    that ends, which breaks every later model of the kind.
-    """
+def _partition(model: nn.Module, ds_config: dict[str, Any]) -> None:
+    """Replace parameters on the meta device by partitioned, uninitialised ones, and give the buffers storage."""
     from deepspeed.runtime.zero import Init
 
     class QuietInit(Init):
@@ -201,19 +223,17 @@ def _build_sharded(config: Any, dtype: torch.dtype, ds_config: dict[str, Any]) -
             self._convert_to_deepspeed_param(param)
             param.partition()
 
-    # On a CPU, zero.Init honours the data type of its configuration but not its argument `dtype`.
-    precision = {"bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": False}}
-    # zero.Init forces its data type on constructors, but rotary frequencies must stay fp32. And transformers
-    # would enter a second zero.Init where a Trainer has announced ZeRO-3.
-    with (
-        set_zero3_state(),
-        no_init_weights(),
-        prevent_arange_dtype_change(),
-        QuietInit(config_dict_or_path={**ds_config, **precision}),
-    ):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()
-    return model
+    init, made = QuietInit(config_dict_or_path=ds_config), {}
+    for module in model.modules():
+        for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
+            if param not in made:  # ties stay ties
+                made[param] = nn.Parameter(
+                    torch.empty_like(param, device=init.local_device), requires_grad=False
+                )
+                init._zero_init_param(made[param])
+            setattr(module, name, made[param])
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=init.local_device))
 
 
 def _first_line(error: Exception) -> str:

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 BLOCK_SIZE = 64
 """Elements that share a scale."""
+BYTES_PER_BLOCK = {"packed": BLOCK_SIZE // 2, "absmax": 4}
+"""Of a block's codes and of its scale."""
 
 
 def _bitsandbytes() -> Any:
@@ -36,11 +38,16 @@ def _bitsandbytes() -> Any:
     return bitsandbytes.functional
 
 
+def words_per_block(leaf: str, dtype: torch.dtype) -> int:
+    """How many words of ``dtype`` hold what ``leaf`` (packed or absmax) keeps of one block."""
+    return BYTES_PER_BLOCK[leaf] // dtype.itemsize
+
+
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The codes and scales of a weight, as words of its dtype; the last block is padded with zeros.
 
     Args:
-        weight: fp32, bf16 or fp16, any shape, on the device that computes.
+        weight: fp32, bf16 or fp16, any shape, on the device that computes; on the meta device only shapes follow.
 
     Returns:
         (packed, absmax), 1-D, of 32 and 4 bytes per block.
@@ -48,6 +55,12 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: fp64, or bitsandbytes is missing.
     """
+    if weight.is_meta:
+        num_blocks = -(-weight.numel() // BLOCK_SIZE)
+        packed, absmax = (
+            weight.new_empty(num_blocks * words_per_block(leaf, weight.dtype)) for leaf in BYTES_PER_BLOCK
+        )
+        return packed, absmax
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
             f"quantize='nf4': the weights are {weight.dtype}; load the model in bfloat16 or float32"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from trace_kernels.runs import Runs
 
+from trace_dist.config import Quantize
 from trace_dist.models.nf4 import NF4Linear, named_weights
 from trace_dist.models.roles import full_shape
 from trace_dist.sharding.overlay import Overlay, union
@@ -92,7 +93,7 @@ class ShardedModel(ABC):
 
     @classmethod
     @abstractmethod
-    def from_pretrained(cls, path: str, dtype: torch.dtype) -> ShardedModel:
+    def from_pretrained(cls, path: str, dtype: torch.dtype, quantize: Quantize = "none") -> ShardedModel:
         """Load a checkpoint; where there are several ranks none holds more than its own shard. Collective."""
 
     @abstractmethod

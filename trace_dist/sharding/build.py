@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from trace_dist.config import Quantize
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.single import SingleModel
 from trace_dist.utils import dist
@@ -46,14 +47,18 @@ def shard(model: nn.Module, backend: str = "single") -> ShardedModel:
     return kind(model)
 
 
-def load_sharded(path: str, dtype: str, backend: str = "single") -> ShardedModel:
+def load_sharded(path: str, dtype: str, backend: str = "single", quantize: Quantize = "none") -> ShardedModel:
     """Load a checkpoint straight into its shards.
 
     Args:
         path: Hugging Face id or folder with safetensors.
         dtype: ``float32`` or ``bfloat16``.
         backend: ``single``, ``zero3`` or ``fsdp2``; under the last two no rank ever holds the whole model.
+        quantize: ``nf4`` keeps the linear layers as frozen 4-bit codes; masked entries live beside them.
+
+    Raises:
+        ValueError: unknown backend; a checkpoint that cannot be loaded; ``nf4`` without bitsandbytes.
     """
     kind = _backend(backend)
     dist.init_distributed()
-    return kind.from_pretrained(path, getattr(torch, dtype))
+    return kind.from_pretrained(path, getattr(torch, dtype), quantize)

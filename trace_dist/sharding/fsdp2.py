@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from trace_dist.config import Quantize
 from trace_dist.models.loading import load_model_fsdp2
 from trace_dist.sharding.base import PartitionView, ShardedModel, chunk_views
 from trace_dist.utils import dist
@@ -75,10 +76,10 @@ class Fsdp2Model(ShardedModel):
         self._parameters = dict(module.named_parameters())
 
     @classmethod
-    def from_pretrained(cls, path: str, dtype: torch.dtype) -> Fsdp2Model:
+    def from_pretrained(cls, path: str, dtype: torch.dtype, quantize: Quantize = "none") -> Fsdp2Model:
         """Load a checkpoint so that no rank ever holds more than its own shard."""
         dist.ensure_group()
-        return cls(load_model_fsdp2(path, dtype, _wrap, dist.local_device()))
+        return cls(load_model_fsdp2(path, dtype, _wrap, dist.local_device(), quantize))
 
     def views(self, name: str) -> list[PartitionView]:
         return chunk_views(self.shape(name), self.world)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from trace_kernels.compact import compact_gather, compact_scatter
 
+from trace_dist.config import Quantize
 from trace_dist.models.loading import load_model
 from trace_dist.sharding.base import PartitionView, ShardedModel
 from trace_dist.utils import dist
@@ -35,8 +36,8 @@ class ReplicatedModel(ShardedModel):
     backend = "replicated"
 
     @classmethod
-    def from_pretrained(cls, path: str, dtype: torch.dtype) -> ReplicatedModel:
-        return cls(load_model(path, dtype))
+    def from_pretrained(cls, path: str, dtype: torch.dtype, quantize: Quantize = "none") -> ReplicatedModel:
+        return cls(load_model(path, dtype, quantize))
 
     @property
     def device(self) -> torch.device:

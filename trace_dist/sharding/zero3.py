@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from trace_dist.config import Quantize
 from trace_dist.models.loading import check_zero_config, load_model_zero3
 from trace_dist.sharding.base import PartitionView, ShardedModel, flat_views
 from trace_dist.utils import dist
@@ -97,10 +98,10 @@ class Zero3Model(ShardedModel):
         self._deepspeed, self._engine = _deepspeed(), engine
 
     @classmethod
-    def from_pretrained(cls, path: str, dtype: torch.dtype) -> Zero3Model:
+    def from_pretrained(cls, path: str, dtype: torch.dtype, quantize: Quantize = "none") -> Zero3Model:
         """Load a checkpoint so that no rank ever holds more than its own shard."""
         _deepspeed()
-        return cls(load_model_zero3(path, dtype, zero3_config(dtype)))
+        return cls(load_model_zero3(path, dtype, zero3_config(dtype), quantize))
 
     def views(self, name: str) -> list[PartitionView]:
         numel = prod(self.shape(name))
