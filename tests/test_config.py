@@ -23,6 +23,10 @@ def task(**changes: Any) -> c.TaskConfig:
     return c.TaskConfig(**{"name": "t", "path": "t.jsonl"} | changes)
 
 
+def nf4():
+    return c.ModelConfig("m", quantize="nf4")
+
+
 def run(**changes: Any) -> c.RunConfig:
     return c.RunConfig(**{"run_dir": "r", "target": c.ModelConfig("m"), "tasks": [task()]} | changes)
 
@@ -57,6 +61,13 @@ def run(**changes: Any) -> c.RunConfig:
         (lambda: run(tasks=[]), "tasks", "at least one task"),
         (lambda: run(general=[task()]), "tasks.name", "names must be unique"),
         (lambda: run(target=c.ModelConfig("m", prune=c.PruneConfig())), "target.prune", "only a proxy"),
+        (lambda: run(target=nf4()), "target.quantize", "probing trains every weight"),
+        (lambda: run(target=nf4(), proxy=nf4()), "proxy.quantize", "probing trains every weight"),
+        (
+            lambda: run(target=nf4(), proxy=c.ModelConfig("p"), continual=c.ContinualConfig(modes=["lora"])),
+            "continual.modes",
+            "train dense weights",
+        ),
         (lambda: run(launch=c.LaunchConfig("torchrun", 2)), "launch.num_ranks", "backend single runs in one"),
         (lambda: run(tasks=[task(metric="bits_per_byte")]), "tasks.metric", "bits_per_byte is for general"),
         (lambda: c.TinyConfig(num_layers=0), "tiny.num_layers", "must be at least 1"),

@@ -8,6 +8,7 @@ one clear error before any work starts.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Literal
 
 Granularity = Literal["element", "block", "row", "column", "head", "tensor"]
@@ -431,15 +432,31 @@ class RunConfig:
             "only a proxy can be pruned",
             "move it",
         )
+        if self.proxy is not None:
+            _check(self.proxy.quantize == "none", "proxy.quantize", self.proxy.quantize,
+                   "probing trains every weight, which 4-bit weights cannot", "leave it out")  # fmt: skip
         _check(self.launch.num_ranks == 1 or self.backend != "single", "launch.num_ranks", self.launch.num_ranks,
                "backend single runs in one process", "set backend: zero3 or fsdp2")  # fmt: skip
         unranked = [task.name for task in self.tasks if task.metric == "bits_per_byte"]
         _check(not unranked, "tasks.metric", unranked, "bits_per_byte is for general sets, accuracies are in percent",
                "use exact_match or choice for tasks")  # fmt: skip
+        if self.target.quantize != "none":
+            self._check_quantized()
         if self.projection.placement == "narrow" and self.proxy is not None:
             _check(self.projection.pool_density >= self.mask.density, "projection.pool_density",
                    self.projection.pool_density, f"must be at least mask.density={self.mask.density}",
                    "raise the pool or choose another placement")  # fmt: skip
+
+    def _check_quantized(self) -> None:
+        name, value = "target.quantize", self.target.quantize
+        _check(find_spec("bitsandbytes") is not None, name, value, "needs bitsandbytes",
+               "install it (pip install 'trace-dist[nf4]') or set none")  # fmt: skip
+        _check(self.proxy is not None, name, value, "probing trains every weight, which 4-bit weights cannot",
+               "name a proxy")  # fmt: skip
+        dense = [mode for mode in self.continual.modes if mode in ("full", "lora")]
+        _check(
+            not dense, "continual.modes", dense, f"train dense weights, but {name} is {value}", "remove them"
+        )
 
     @property
     def probed(self) -> ModelConfig:

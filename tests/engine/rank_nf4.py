@@ -13,12 +13,13 @@ from engine.training import train, train_step
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from trace_dist import Mask, MaskedAdamW, quantize_nf4
+from trace_dist import Mask, MaskedAdamW, load_sharded, quantize_nf4
 from trace_dist.bank.delta import applied, extract_delta
 from trace_dist.models.nf4 import NF4Linear
 from trace_dist.sharding import ShardedModel
 from trace_dist.sharding.fsdp2 import Fsdp2Model
 from trace_dist.sharding.zero3 import Zero3Model
+from trace_dist.utils import dist
 
 NAMES = ("element", "block-accumulated-recomputed", "row", "column", "qwen2-rows")
 
@@ -59,6 +60,10 @@ def nf4(out: Path) -> dict[str, Any]:
         "fsdp2": Fsdp2Model,
     }
     found: dict[str, Any] = {}
+    folder = out / "nf4-base"
+    if dist.is_main():
+        CASES["qwen2-rows"].model().save_pretrained(folder)
+    dist.barrier()
     for backend, build in backends.items():
         for name in NAMES:
             model = build(coded(name))
@@ -68,6 +73,8 @@ def nf4(out: Path) -> dict[str, Any]:
             found[f"{backend}/{name}"] |= {"codes": same(before, codes(model)), "num_codes": len(before)}
             if outcome.state:
                 torch.save(outcome.state, out / f"nf4-{backend}-{name}.pt")
+        loaded = load_sharded(str(folder), "float32", backend, "nf4")
+        found[f"{backend}/loaded"] = same(codes(loaded), codes(build(coded("qwen2-rows"))))
         found[f"{backend}/deltas"] = deltas(build(coded("element")))
     return found
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trace_dist import quantize_nf4
+from trace_dist.models.loading import load_model
 from trace_dist.models.nf4 import NF4Linear, dequantize_weight, named_weights, quantize_weight
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -79,3 +80,15 @@ def test_missing_bitsandbytes_is_one_error(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes.functional", None)
     with pytest.raises(ValueError, match=r"needs bitsandbytes .*'trace-dist\[nf4\]'"):
         quantize_weight(torch.ones(64))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_quantised_while_loading(saved, dtype: str) -> None:
+    loaded = load_model(saved("qwen2_moe"), dtype, "nf4").state_dict()
+    expected = quantize_nf4(load_model(saved("qwen2_moe"), dtype)).state_dict()
+    assert list(loaded) == list(expected)
+    assert any(name.endswith("packed") for name in loaded)
+    assert all(
+        torch.equal(loaded[name].view(torch.uint8), value.view(torch.uint8))
+        for name, value in expected.items()
+    )

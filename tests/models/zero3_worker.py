@@ -20,6 +20,7 @@ from deepspeed.runtime.zero import GatheredParameters
 from trace_dist.models.checkpoint import Checkpoint
 from trace_dist.models.fingerprint import fingerprint
 from trace_dist.models.loading import load_model, load_model_zero3
+from trace_dist.models.nf4 import quantize_nf4
 from trace_dist.utils import dist
 
 COLLECTIVES = ("broadcast", "all_reduce", "all_gather_into_tensor", "all_gather", "reduce_scatter_tensor")
@@ -86,7 +87,9 @@ def differences(model: torch.nn.Module, expected: torch.nn.Module) -> list[str]:
         model.named_parameters(), expected.named_parameters(), strict=True
     ):
         with GatheredParameters([param]):
-            if not (name == same and param.dtype == value.dtype and torch.equal(param.data, value.data)):
+            # bytes: 4-bit words may look like NaN
+            equal = torch.equal(param.data.view(torch.uint8), value.data.view(torch.uint8))
+            if not (name == same and param.dtype == value.dtype and equal):
                 wrong.append(name)
         shard = param.ds_tensor
         pad = max(0, min(shard.numel(), (torch.distributed.get_rank() + 1) * shard.numel() - param.ds_numel))
@@ -96,6 +99,15 @@ def differences(model: torch.nn.Module, expected: torch.nn.Module) -> list[str]:
         if not (name == same and buffer.dtype == value.dtype and torch.equal(buffer, value)):
             wrong.append(name)
     return wrong
+
+
+def coded_differences(folder: str, dtype: str, spy: Spy, report: dict[str, Any]) -> list[str]:
+    """What differs between a 4-bit model made in shards and one made of the whole model."""
+    spy.read.clear()
+    spy.collectives.clear()
+    model = load_model_zero3(folder, dtype, zero3(dtype), "nf4")
+    report["coded_read"], report["collectives"] = sum(spy.read.values()), list(spy.collectives)
+    return differences(model, quantize_nf4(load_model(folder, dtype)))
 
 
 def examine(folder: str, dtype: str, spy: Spy) -> dict[str, Any]:
@@ -115,6 +127,7 @@ def examine(folder: str, dtype: str, spy: Spy) -> dict[str, Any]:
     expected = load_model(folder, dtype)
     report["wrong"] = differences(model, expected)
     report["training"] = model.training
+    report["coded_wrong"] = [] if folder.endswith("gpt2") else coded_differences(folder, dtype, spy, report)
     report["generation_config"] = model.generation_config.to_dict() == expected.generation_config.to_dict()
 
     engine, *_ = deepspeed.initialize(model=model, config=zero3(dtype))  # gathers the persistent parameters

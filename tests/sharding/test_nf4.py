@@ -56,6 +56,14 @@ def test_on_ranks(world, num_ranks: int, backend: str, name: str) -> None:
         assert each["nf4"][f"{backend}/{name}"]["num_codes"] > 0
 
 
+@pytest.mark.launcher
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_quantised_while_loading(world, num_ranks: int, backend: str) -> None:
+    """Each rank quantises the blocks that touch its shards; they are those of the whole model."""
+    assert all(report["nf4"][f"{backend}/loaded"] for report in world(num_ranks).reports)
+
+
 def test_deltas_in_one_process() -> None:
     assert all(deltas(shard(coded("element"), "single")).values())
 

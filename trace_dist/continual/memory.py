@@ -16,6 +16,7 @@ import torch
 from trace_dist.config import RunConfig
 from trace_dist.data.batches import Step
 from trace_dist.masks.format import Mask
+from trace_dist.models.nf4 import BYTES_PER_ELEMENT, NF4Linear, named_weights
 from trace_dist.probe.project import mask_path
 from trace_dist.profiling.memory import bytes_per_param
 from trace_dist.sharding.zero3 import FullAdamW, Zero3Model
@@ -48,17 +49,20 @@ def run_memory(cfg: RunConfig) -> dict[str, Any]:
     mask = Mask.load(mask_path(cfg, cfg.tasks[0].name))
     batch_size = min(cfg.train.batch_size, 8 * dist.world_size())
     stream = bench.batches(bench.tasks[:1], batch_size)
-    masked, num_parameters = _masked(str(path), cfg, mask, next(stream))
+    masked, num_parameters, coded = _masked(str(path), cfg, mask, next(stream))
     gc.collect()
     full = _full(str(path), cfg, next(stream), num_parameters)
     share = mask.num_entries / num_parameters
     index_bytes = dist.world_size() * sum(units.nbytes for units in mask.units.values()) / num_parameters
+    base = 2 + coded / num_parameters * (BYTES_PER_ELEMENT - 2)
+    overlay = 2 if coded else 0  # [Note: overlay] in sharding/overlay.py
     measured = {"masked": sum(masked.values()), "full": sum(full.values())}
     result = {
         "bytes_per_param": measured,
-        "predicted_bytes_per_param": {"masked": 2 + 16 * share + index_bytes, "full": 16.0},
+        "predicted_bytes_per_param": {"masked": base + (16 + overlay) * share + index_bytes, "full": 16.0},
         "categories": {"masked": masked, "full": full},
         "dtype": "bfloat16",
+        "quantize": cfg.target.quantize,
         "density": mask.density,
         "trained_share": share,
         "granularity": mask.granularity,
@@ -71,17 +75,20 @@ def run_memory(cfg: RunConfig) -> dict[str, Any]:
     return result
 
 
-def _masked(path: str, cfg: RunConfig, mask: Mask, step: Step) -> tuple[dict[str, float], int]:
-    model = Zero3Model.from_pretrained(path, torch.bfloat16)
+def _masked(path: str, cfg: RunConfig, mask: Mask, step: Step) -> tuple[dict[str, float], int, int]:
+    """Bytes per parameter by category, the number of parameters, and how many of them are 4-bit codes."""
+    model = Zero3Model.from_pretrained(path, torch.bfloat16, cfg.target.quantize)
     learner = MaskedLearner(model, mask, replace(cfg.train, max_grad_norm=1.0))
     for _ in range(2):
         learner.accumulate(step)
         learner.step()
     learner.accumulate(step)
-    num_parameters = sum(torch.Size(model.shape(name)).numel() for name in model.names())
+    numel = {name: torch.Size(model.shape(name)).numel() for name in model.names()}
+    coded = sum(numel[name] for name, weight in named_weights(model.module) if isinstance(weight, NF4Linear))
+    num_parameters = sum(numel.values())
     counted = bytes_per_param(learner.optimizer.model_states(), num_parameters)
     model.close()
-    return counted, num_parameters
+    return counted, num_parameters, coded
 
 
 def _full(path: str, cfg: RunConfig, step: Step, num_parameters: int) -> dict[str, float]:

@@ -9,8 +9,7 @@ from trace_dist.continual.baselines import run_baseline
 from trace_dist.continual.sequence import Sequence, mode_path
 from trace_dist.models.fingerprint import fingerprint
 from trace_dist.probe.project import masks_missing, project_masks
-from trace_dist.sharding.build import load_sharded
-from trace_dist.train.bases import prepare_base
+from trace_dist.train.bases import load_target, prepare_base
 from trace_dist.train.setup import Workbench
 from trace_dist.utils import dist
 from trace_dist.utils.files import write_json
@@ -58,7 +57,7 @@ def run_continual(cfg: RunConfig) -> None:
     if dist.is_main():
         _describe_tasks(cfg, bench)
     if masked:
-        model = load_sharded(str(path), cfg.target.dtype, cfg.backend)
+        model = load_target(cfg, path)
         if masks_missing(cfg):
             project_masks(model, cfg, bench, fingerprint(path))
         sequence = Sequence(model, cfg, bench, fingerprint(path))

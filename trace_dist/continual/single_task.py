@@ -11,8 +11,7 @@ from trace_dist.continual.judge import Judge, Row
 from trace_dist.masks.format import Mask
 from trace_dist.models.fingerprint import check_same, fingerprint
 from trace_dist.probe.project import mask_path
-from trace_dist.sharding.build import load_sharded
-from trace_dist.train.bases import prepare_base
+from trace_dist.train.bases import load_target, prepare_base
 from trace_dist.train.loop import MetricLog
 from trace_dist.train.setup import Workbench
 from trace_dist.train.task import train_mask
@@ -45,7 +44,7 @@ def run_train(cfg: RunConfig, task_name: str | None, mask_file: str | None) -> P
     check_base(mask, model_id, str(source))
     bench = Workbench.load(cfg, path)
     stream = bench.tasks[names.index(name)]
-    model = load_sharded(str(path), cfg.target.dtype, cfg.backend)
+    model = load_target(cfg, path)
     log = MetricLog(Path(cfg.run_dir), f"train/{name}")
     checkpoints = Path(cfg.run_dir) / "checkpoints" / "train" / name if cfg.train.checkpoint_every else None
     batches = bench.batches([stream], cfg.train.batch_size)
@@ -80,7 +79,7 @@ def run_eval(cfg: RunConfig, folder: str | None) -> dict[str, float]:
     if bank is not None:
         check_same(bank.base, fingerprint(path), f"bank {folder}")
     bench = Workbench.load(cfg, path)
-    model = load_sharded(str(path), cfg.target.dtype, cfg.backend)
+    model = load_target(cfg, path)
     judge = Judge(cfg, bench)
     row: Row = judge.score(model.module) if bank is None else judge.score_retrieved(model, bank)
     names = [task.name for task in cfg.tasks] + judge.general_names + judge.text_names

@@ -228,7 +228,7 @@ def _partition(model: nn.Module, ds_config: dict[str, Any]) -> None:
         for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
             if param not in made:  # ties stay ties
                 made[param] = nn.Parameter(
-                    torch.empty_like(param, device=init.local_device), requires_grad=False
+                    torch.empty_like(param, device=init.local_device), requires_grad=param.requires_grad
                 )
                 init._zero_init_param(made[param])
             setattr(module, name, made[param])

@@ -24,6 +24,7 @@ BLOCK_SIZE = 64
 """Elements that share a scale."""
 BYTES_PER_BLOCK = {"packed": BLOCK_SIZE // 2, "absmax": 4}
 """Of a block's codes and of its scale."""
+BYTES_PER_ELEMENT = sum(BYTES_PER_BLOCK.values()) / BLOCK_SIZE
 
 
 def _bitsandbytes() -> Any:

@@ -19,8 +19,7 @@ from trace_dist.probe.target import fisher_scores, narrow_scores
 from trace_dist.projection.budget import project_budgets, scale_budgets
 from trace_dist.projection.placement import magnitude_scores, seeded_scores
 from trace_dist.sharding.base import ShardedModel
-from trace_dist.sharding.build import load_sharded
-from trace_dist.train.bases import prepare_base
+from trace_dist.train.bases import load_target, prepare_base
 from trace_dist.train.setup import Stream, Workbench
 from trace_dist.utils import dist
 from trace_dist.utils.log import get_logger
@@ -37,7 +36,7 @@ def mask_path(cfg: RunConfig, task: str, kind: str = "projected") -> Path:
 def run_project(cfg: RunConfig) -> None:
     """Project every task's mask onto the target. Collective."""
     path = prepare_base(cfg.target, cfg, "target")
-    model = load_sharded(str(path), cfg.target.dtype, cfg.backend)
+    model = load_target(cfg, path)
     project_masks(model, cfg, Workbench.load(cfg, path), fingerprint(path))
 
 

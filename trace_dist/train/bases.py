@@ -20,6 +20,8 @@ from trace_dist.models.loading import load_model, load_tokenizer
 from trace_dist.models.prune import depth_prune
 from trace_dist.models.tiny import build_tiny
 from trace_dist.models.tokenizer import char_tokenizer
+from trace_dist.sharding.base import ShardedModel
+from trace_dist.sharding.build import load_sharded
 from trace_dist.train.learner import DenseLearner
 from trace_dist.train.loop import MetricLog, train_steps
 from trace_dist.train.setup import Workbench
@@ -61,6 +63,15 @@ def prepare_base(model: ModelConfig, cfg: RunConfig, role: str) -> Path | str:
     else:
         return model.path
     return folder
+
+
+def load_target(cfg: RunConfig, path: Path | str) -> ShardedModel:
+    """The target at ``path``, in its data type, 4-bit where asked for, on the run's backend. Collective.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    return load_sharded(str(path), cfg.target.dtype, cfg.backend, cfg.target.quantize)
 
 
 def _make_tiny(tiny: TinyConfig, cfg: RunConfig, folder: Path, role: str) -> None:
