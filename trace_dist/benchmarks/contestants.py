@@ -1,7 +1,10 @@
 """What races: masked training, full fine-tuning, PEFT LoRA and PEFT SHiRA, each as its users run it under DeepSpeed ZeRO-3.
 
-All train one model of one shape in bf16 with an fp32 master, on the same random batch, under DeepSpeed's own settings for
-gathering weights. LoRA and SHiRA get the rank with which they train as many parameters as the masks do.
+All train one model of one shape in bf16 with an fp32 master, on the same random batch, with one way of gathering weights
+(``sharding.zero3.zero3_config``). LoRA and SHiRA get the rank with which they train as many parameters as the masks do.
+
+[Note: floor] A mask of one row in the lowest layer, which nobody wants to train. All that such a step does, every method does
+that trains all layers of a frozen model: the forward pass, and the gradients of activations back to the lowest layer.
 """
 
 from __future__ import annotations
@@ -15,8 +18,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from trace_dist.benchmarks.peers import dense_engine, with_adapters
+from trace_dist.masks.format import Mask
 from trace_dist.masks.ops import layouts_for, random_mask
 from trace_dist.optim.masked_adamw import MaskedAdamW
+from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.build import shard
 from trace_dist.utils import dist
 
@@ -43,7 +48,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Model shapes: the one of the published results, and one that shows in seconds that everything runs."""
 MASKED = {"element": 1, "block 64": 64, "row": 0}
 """Masked contestants and their block size."""
-CONTESTANTS = (*MASKED, "full", "LoRA", "SHiRA")
+FLOOR = "floor"  # [Note: floor]
+CONTESTANTS = (*MASKED, "full", "LoRA", "SHiRA", FLOOR)
 
 
 @dataclass(frozen=True)
@@ -91,16 +97,23 @@ class Contestant:
 
 def build(name: str, race: Race) -> Contestant:
     """Set one of ``CONTESTANTS`` up on this job's ranks."""
-    return _masked(name, race) if name in MASKED else _peer(name, race)
-
-
-def _masked(name: str, race: Race) -> Contestant:
+    if name not in (*MASKED, FLOOR):
+        return _peer(name, race)
     model = shard(race.model(), "zero3")
-    granularity = name.split()[0]
-    layouts = layouts_for(model, granularity, MASKED[name], "linear")
-    optimizer = MaskedAdamW(
-        model, random_mask(layouts, granularity, race.density, seed=0), lr=1e-4, max_grad_norm=1.0
-    )
+    if name == FLOOR:
+        layouts = layouts_for(model, "row", 1, "linear")
+        lowest = next(iter(layouts))
+        mask = Mask({lowest: torch.zeros(1, dtype=torch.int32)}, {lowest: layouts[lowest]}, "row")
+    else:
+        granularity = name.split()[0]
+        mask = random_mask(
+            layouts_for(model, granularity, MASKED[name], "linear"), granularity, race.density, 0
+        )
+    return _masked(model, mask, race)
+
+
+def _masked(model: ShardedModel, mask: Mask, race: Race) -> Contestant:
+    optimizer = MaskedAdamW(model, mask, lr=1e-4, max_grad_norm=1.0)
     batch = race.batch()
 
     def step() -> None:

@@ -5,8 +5,9 @@ each module it gathers what the module needs and then *prefetches* parameters in
 ``stage3_prefetch_bucket_size`` elements while fewer than ``stage3_max_live_parameters`` are gathered; parameters gathered
 together pass through one flat buffer that lives until the last of them is used. After a module it frees those that do not
 come again within ``stage3_max_reuse_distance`` elements. So a model of less than that is whole on every
-rank between forward and backward. A single rank gathers nothing: its shard is the parameter. On a CPU, gloo stages one gather
-after another in a buffer of its own; which of those in flight is a race, and the largest is counted.
+rank between forward and backward. A single rank gathers nothing: its shard is the parameter. On a CPU (``staged``) every
+parameter is gathered by itself, without a flat buffer (``stage3_allgather_sequential``), and gloo stages one after
+another in a buffer of its own; which of those in flight is a race, and the largest is counted.
 
 FSDP2 gathers block by block: the root's group (embedding, last norm, head) stays from forward to backward; beside it lie the
 block in use and the flat buffer of the next one.
@@ -81,14 +82,10 @@ class _Zero3:
 
     @property
     def staging(self) -> int:
-        """Elements that gloo stages: of the largest bucket that nothing has waited for."""
+        """Elements that gloo stages: of the largest parameter that nothing has waited for."""
         if not self.staged:
             return 0
-        waiting = {
-            id(bucket): bucket for name, bucket in self.bucket_of.items() if name not in self.available
-        }
-        sizes = [sum(self.numel[name] for name in bucket) for bucket in waiting.values()]
-        return max(sizes, default=0)
+        return max((self.numel[name] for name in self.bucket_of if name not in self.available), default=0)
 
     def _drop_from_queue(self, names: Sequence[str]) -> None:
         missing = set(names)
@@ -104,16 +101,19 @@ class _Zero3:
             self.held += self.numel[name]
 
     def _wait(self, name: str) -> int:
-        """A bucket's first use copies all of it out of the flat buffer, which its last use frees; returns the elements held."""
+        """A bucket's first use copies all of it out of the flat buffer, which its last use frees; returns the elements held.
+
+        What gloo gathers has no flat buffer.
+        """
         bucket = self.bucket_of.pop(name, None)
         if bucket is None:
             return self.held
-        size = sum(self.numel[other] for other in bucket)
-        if len(bucket) > 1 and name not in self.available:
+        size = 0 if self.staged or len(bucket) == 1 else sum(self.numel[other] for other in bucket)
+        if name not in self.available:
             self.held += size
         self.available.update(bucket)
         held = self.held
-        if len(bucket) > 1 and not any(other in self.bucket_of for other in bucket):
+        if not any(other in self.bucket_of for other in bucket):
             self.held -= size
         return held
 

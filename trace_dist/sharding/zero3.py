@@ -50,7 +50,12 @@ def zero3_config(dtype: torch.dtype, persistence_threshold: int = PERSISTENCE_TH
         "train_micro_batch_size_per_gpu": 1,  # required by DeepSpeed; batches are made by trace_dist
         "steps_per_print": 10**9,
         "bf16": {"enabled": dtype == torch.bfloat16},
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": persistence_threshold},
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": persistence_threshold,
+            # Straight into each weight: on a CPU a message costs less than two more copies of every bucket.
+            "stage3_allgather_sequential": not torch.cuda.is_available(),
+        },
     }
 
 
