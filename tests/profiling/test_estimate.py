@@ -12,7 +12,7 @@ from engine.cases import FAMILIES
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from trace_dist import Mask, MaskedAdamW, shard
+from trace_dist import Mask, MaskedAdamW, quantize_nf4, shard
 from trace_dist.profiling.activations import trace_step
 from trace_dist.profiling.estimate import Estimator, estimate
 from trace_dist.profiling.exchange import Exchange
@@ -46,6 +46,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"state_dtype": "8bit", "density": 0.4},
     {"offload": "cpu"},
     {"offload": "cpu", "state_dtype": "8bit", "granularity": "row"},
+    {"quantize": "nf4"},
+    {"quantize": "nf4", "granularity": "row", "maskable": "all", "dtype": "float32"},
 ]
 
 
@@ -53,7 +55,7 @@ OPTIONS: list[dict[str, Any]] = [
 def test_states_are_those_of_a_real_run(options: dict[str, Any], llama: str) -> None:
     setup = MemorySetup(llama, backend="single", device="cpu", **options)
     module = AutoModelForCausalLM.from_config(config_of("llama"), dtype=getattr(torch, setup.dtype))
-    model = shard(module, "single")
+    model = shard(quantize_nf4(module) if setup.quantize == "nf4" else module, "single")
     mask = Mask.random(model, setup.density, setup.granularity, 0, setup.block, setup.maskable)
     optimizer = MaskedAdamW(
         model, mask, state_dtype=setup.state_dtype, master=setup.master, offload=setup.offload
@@ -96,6 +98,22 @@ def test_activations_are_what_autograd_saves(family: str, dtype: torch.dtype) ->
     masked = dict.fromkeys(Mask.random(model, 1.0))
     traced = trace_step(meta, masked, BATCH, LENGTH)
     assert traced.saved == pytest.approx(saved_bytes(module, 1.0, "element"), rel=0.02)
+
+
+def test_activations_of_a_4bit_model_are_what_autograd_saves() -> None:
+    with torch.device("meta"):
+        meta = quantize_nf4(AutoModelForCausalLM.from_config(config_of("llama")))
+    module = quantize_nf4(AutoModelForCausalLM.from_config(config_of("llama")))
+    traced = trace_step(meta, dict.fromkeys(Mask.random(shard(module, "single"), 1.0)), BATCH, LENGTH)
+    assert traced.saved == pytest.approx(saved_bytes(module, 1.0, "element"), rel=0.02)
+    weight = module.get_submodule("model.layers.0.mlp.gate_proj").weight
+    gate = next(m for m in traced.moments if m.where == "forward of model.layers.0.mlp.gate_proj")
+    before = traced.moments[traced.moments.index(gate) - 1].peak
+    assert gate.peak is not None
+    assert before is not None
+    assert (
+        gate.peak["activations"] >= before["activations"] + weight.nbytes
+    )  # made anew, for this layer alone
 
 
 def test_recomputation_and_few_columns_keep_less(llama: str) -> None:

@@ -73,6 +73,8 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize_weight(packed: Tensor, absmax: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A weight from the words of its codes and scales: [*shape], in the dtype of the words."""
+    if packed.is_meta:
+        return packed.new_empty(shape)
     functional = _bitsandbytes()
     scales = absmax.clone().view(torch.float32)  # a gathered tensor may begin in the middle of an fp32 word
     state = functional.QuantState(

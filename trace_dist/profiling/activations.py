@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from trace_dist.models.forward import names_argument
+from trace_dist.models.nf4 import NF4Linear, named_weights
 from trace_dist.sharding.masked_linear import Part, patch_linear
 
 Phase = Literal["forward", "backward"]
@@ -203,16 +204,18 @@ def _prepared(module: nn.Module, masked: Mapping[str, int | None], live: _LiveSt
         for parameter in child.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(child)
         undo += _watch(child, path, own, live, child is head)
-    for parameter in module.parameters():
-        name = names[id(parameter)]
+    for name, weight in named_weights(module):
         if name not in masked:
             continue
-        users = owners[id(parameter)]
-        if len(users) == 1 and type(users[0]) is nn.Linear and users[0].weight is parameter:
+        if isinstance(weight, NF4Linear):
+            undo.append(patch_linear(weight, anchor, _part(masked[name]), _delivery(name, live)))
+            continue
+        users = owners[id(weight)]
+        if len(users) == 1 and type(users[0]) is nn.Linear and users[0].weight is weight:
             undo.append(patch_linear(users[0], anchor, _part(masked[name]), _delivery(name, live)))
         else:
-            parameter.requires_grad_(True)
-            undo.append(parameter.register_post_accumulate_grad_hook(_drop_grad).remove)
+            weight.requires_grad_(True)
+            undo.append(weight.register_post_accumulate_grad_hook(_drop_grad).remove)
     try:
         yield
     finally:

@@ -14,16 +14,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
-from math import ceil, floor
+from math import ceil, floor, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from trace_dist.config import Backend, StateDtype
+from trace_dist.config import Backend, Quantize, StateDtype
 from trace_dist.masks.ops import layouts_for
 from trace_dist.masks.units import UnitLayout
+from trace_dist.models.nf4 import NF4Linear, named_weights, quantize_nf4
+from trace_dist.models.roles import full_shape
 from trace_dist.profiling.activations import Moment, StepTrace, trace_step
 from trace_dist.profiling.exchange import Exchange
 from trace_dist.profiling.gathering import fsdp2_gathered, zero3_gathered
@@ -114,11 +116,14 @@ class Estimator:
         ValueError: the model has no readable config.
     """
 
-    def __init__(self, model: str, dtype: str) -> None:
+    def __init__(self, model: str, dtype: str, quantize: Quantize = "none") -> None:
         with torch.device("meta"):
             self.module: Any = AutoModelForCausalLM.from_config(
                 load_config(model), dtype=getattr(torch, dtype)
             )
+        if quantize == "nf4":
+            quantize_nf4(self.module)
+        self.weights = dict(named_weights(self.module))
         self.numel = {name: parameter.numel() for name, parameter in self.module.named_parameters()}
         self.itemsize = next(self.module.parameters()).element_size()
         self.layouts = lru_cache(None)(self._layouts)
@@ -153,7 +158,7 @@ class Estimator:
             peak_parts={**states, **parts},
             peak_where=where,
             host=host,
-            num_parameters=sum(self.numel.values()),
+            num_parameters=sum(prod(full_shape(weight)) for weight in self.weights.values()),
             num_entries=sum(selection.entries for selection in selected.values()),
         )
 
@@ -184,12 +189,11 @@ class Estimator:
             blocks |= {name: number for name in self.numel if name.startswith(f"{path}.")}
         return blocks
 
-    def _share(self, setup: MemorySetup, name: str) -> tuple[int, float]:
-        """(elements of the first rank's shard, its share of the parameter's entries)."""
-        numel, world = self.numel[name], setup.world_size
-        chunk = chunk_views(self.module.get_parameter(name).shape, world)[0]
-        stored = len(chunk) if setup.backend == "fsdp2" else -(-numel // world)
-        return stored, stored / max(numel, 1)
+    def _stored(self, setup: MemorySetup, shape: tuple[int, ...]) -> int:
+        """Elements of the first rank's shard of a parameter."""
+        if setup.backend == "fsdp2":
+            return len(chunk_views(shape, setup.world_size)[0])
+        return -(-prod(shape) // setup.world_size)
 
     def _states(
         self, setup: MemorySetup, layouts: Mapping[str, UnitLayout], selected: Mapping[str, Selection]
@@ -197,9 +201,14 @@ class Estimator:
         device, host = dict.fromkeys(STATES, 0), dict.fromkeys(STATES, 0)
         offloads = setup.offload == "cpu"
         place = host if offloads and setup.device != "cpu" else device
-        device["weights"] = sum(self._share(setup, name)[0] * self.itemsize for name in self.numel)
+        device["weights"] = self.itemsize * sum(
+            self._stored(setup, tuple(parameter.shape)) for parameter in self.module.parameters()
+        )
         for name, selection in selected.items():
-            entries = round(selection.entries * self._share(setup, name)[1])
+            weight = self.weights[name]
+            shape = full_shape(weight)
+            entries = round(selection.entries * self._stored(setup, shape) / max(prod(shape), 1))
+            device["weights"] += self.itemsize * entries * isinstance(weight, NF4Linear)  # the overlay
             device["gradients"] += 4 * entries
             device["indices"] += index_bytes(layouts[name], selection)
             place["master"] += 4 * entries * (setup.master and self.itemsize < 4)
@@ -280,4 +289,4 @@ def estimate(setup: MemorySetup) -> Estimate:
     Raises:
         ValueError: the model has no readable config, or the mask would select nothing.
     """
-    return Estimator(setup.model, setup.dtype)(setup)
+    return Estimator(setup.model, setup.dtype, setup.quantize)(setup)

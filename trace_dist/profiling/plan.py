@@ -69,7 +69,7 @@ def plan(base: MemorySetup, gpu_gib: float, reserve_gib: float = 1.0) -> list[Op
         raise ValueError(
             f"gpu_gib={gpu_gib}: must be more than reserve_gib={reserve_gib}; give the memory of one GPU in GiB"
         )
-    estimator = Estimator(base.model, base.dtype)
+    estimator = Estimator(base.model, base.dtype, base.quantize)
     found: list[Option] = []
     for quality in _qualities(base):
         for way in _ways(quality):

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from trace_dist.masks.format import Mask
+from trace_dist.models.nf4 import quantize_nf4
 from trace_dist.optim.masked_adamw import MaskedAdamW
 from trace_dist.profiling.estimate import Estimator, load_config
 from trace_dist.profiling.measure import Timeline, Watch, bytes_now, settle_allocator
@@ -61,7 +62,7 @@ def run_profile(setup: MemorySetup, steps: int = 4) -> dict[str, Any]:
     setup = replace(
         setup, world_size=dist.world_size(), device="cuda" if torch.cuda.is_available() else "cpu"
     )
-    estimate = Estimator(setup.model, setup.dtype)(setup)
+    estimate = Estimator(setup.model, setup.dtype, setup.quantize)(setup)
     settle_allocator()
     before = _baseline()
     _train(_one_layer(load_config(setup.model)), setup, 3, before)
@@ -103,6 +104,8 @@ def _baseline() -> int:
 def _train(config: Any, setup: MemorySetup, steps: int, baseline: int) -> Measured:
     torch.manual_seed(0)  # every rank builds the same model
     module = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, setup.dtype))
+    if setup.quantize == "nf4":
+        quantize_nf4(module)
     module.train()
     if setup.activation_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

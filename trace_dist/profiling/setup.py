@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from trace_dist.config import Backend, Dtype, Granularity, StateDtype
+from trace_dist.config import Backend, Dtype, Granularity, Quantize, StateDtype
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class MemorySetup:
     """`linear` (every linear layer but the output head), `all`, or a regular expression over parameter names."""
     dtype: Dtype = "bfloat16"
     """Data type of the weights."""
+    quantize: Quantize = "none"
+    """`nf4`: linear layers are frozen 4-bit codes, and masked entries live beside them."""
     state_dtype: StateDtype = "float32"
     """Of both moments."""
     master: bool = True
