@@ -8,6 +8,7 @@ import pytest
 import torch
 from engine.cases import CASES
 from engine.rank_nf4 import NAMES, Dequantized, coded, codes, deltas, same
+from engine.resuming import run
 from engine.training import Outcome, train, train_reference
 
 from trace_dist import MaskedAdamW, shard
@@ -62,6 +63,19 @@ def test_on_ranks(world, num_ranks: int, backend: str, name: str) -> None:
 def test_quantised_while_loading(world, num_ranks: int, backend: str) -> None:
     """Each rank quantises the blocks that touch its shards; they are those of the whole model."""
     assert all(report["nf4"][f"{backend}/loaded"] for report in world(num_ranks).reports)
+
+
+@pytest.mark.launcher
+def test_a_checkpoint_of_two_ranks_continues_on_one(world) -> None:
+    case = CASES["element"]
+    relay = world(2).folder / "nf4-relay"
+    continued = run(shard(coded("element"), "single"), case, relay)
+    whole = run(shard(coded("element"), "single"), case, None)
+    assert list(continued.losses) == [4, 5, 6, 7, 8, 9]
+    for step, loss in continued.losses.items():
+        assert loss == pytest.approx(whole.losses[step], rel=2e-6)
+    for name, value in whole.state.items():
+        torch.testing.assert_close(continued.state[name], value, rtol=0, atol=2e-5, msg=name)
 
 
 def test_deltas_in_one_process() -> None:
