@@ -10,7 +10,7 @@ from engine.cases import CASES, batches
 from torch import Tensor
 
 from trace_dist import Mask
-from trace_dist.sharding.compaction import build_supports
+from trace_dist.sharding.compaction import Support, build_supports
 from trace_dist.sharding.reduction import CompactReducer
 from trace_dist.sharding.zero3 import Zero3Model
 from trace_dist.utils import dist
@@ -23,7 +23,7 @@ def reduction(out: Path) -> dict[str, Any]:
     for support in supports:
         support.grad = torch.zeros(support.runs.num_entries)
     rank, world = dist.rank(), dist.world_size()
-    base = {s.name: torch.arange(s.whole.num_entries, dtype=torch.float32) for s in supports}
+    base = {s.name: torch.arange(s.num_entries, dtype=torch.float32) for s in supports}
 
     def contribution(name: str, of_rank: int) -> Tensor:
         return (base[name] % 13 + 1) * 10**of_rank  # integers: sums are exact
@@ -50,12 +50,26 @@ def reduction(out: Path) -> dict[str, Any]:
             wrong = 0
             for s in supports:
                 whole = sum(order(r).count(s) * contribution(s.name, r) for r in range(world))
-                whole = torch.as_tensor(whole, dtype=torch.float32).expand(s.whole.num_entries)
+                whole = torch.as_tensor(whole, dtype=torch.float32).expand(s.num_entries)
                 wrong += not torch.equal(s.grad, 2 * whole[s.offset : s.offset + s.runs.num_entries])
             found[f"{name}/{bucket_bytes}"] = wrong
     found["unreduced"] = reducer.has_unreduced
+    found["under way"] = exchanges_under_way([s for s in supports if 0 not in s.splits])
     found["bytes"] = {d: bytes_of_one_backward(d) for d in (0.05, 1.0)}
     return found
+
+
+def exchanges_under_way(supports: list[Support]) -> list[bool]:
+    """Whether each of two gradients, in buckets of their own, has been added up after the first, the second, and the end."""
+    reducer = CompactReducer(supports, lambda s, values: s.grad.add_(values), bucket_bytes=1)
+    for support in supports:
+        support.grad.zero_()
+    arrived, last_two = [], supports[:-3:-1]
+    for support in last_two:
+        reducer.add(support, torch.ones(support.num_entries))
+        arrived += [bool(s.grad.all()) for s in last_two]
+    reducer.finish()
+    return arrived + [bool(s.grad.all()) for s in last_two]
 
 
 def bytes_of_one_backward(density: float) -> int:

@@ -20,6 +20,12 @@ def test_sums_are_exact_in_every_order_of_arrival(world, num_ranks: int) -> None
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
+def test_an_exchange_travels_until_the_next_bucket_is_full(world, num_ranks: int) -> None:
+    for report in world(num_ranks).reports:
+        assert report["reduction"]["under way"] == [False, False, True, False, True, True]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
 def test_density_times_the_bytes_of_a_dense_reduce_scatter(world, num_ranks: int) -> None:
     from engine.cases import CASES
 

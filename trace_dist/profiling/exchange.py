@@ -21,7 +21,8 @@ class Exchange:
         self.formed = {name: formed for name, formed, _ in sizes}
         self.compact = {name: 4 * entries for name, _, entries in sizes}
         self.held = 0
-        """Bytes of compact gradients that wait."""
+        """Bytes of compact gradients that wait, and of the buffers of the exchange under way."""
+        self._under_way = 0
         self._buckets: list[list[str]] = []
         size = BUCKET_BYTES
         for name in reversed(self.compact):
@@ -50,6 +51,8 @@ class Exchange:
         most = self.held + converted
         while self._buckets and self._delivered.issuperset(self._buckets[0]):
             size = sum(self.compact[other] for other in self._buckets.pop(0))
-            most = max(most, self.held + 2 * size + size // self.world_size)  # sent, received, summed
-            self.held -= size
+            self.held -= self._under_way  # what it brought has been added up
+            self._under_way = 2 * size  # sent, received
+            most = max(most, self.held + self._under_way)
+            self.held += self._under_way - size
         return formed, most

@@ -2,7 +2,8 @@
 
 Each rank holds its own gradient at all masked entries of a parameter. The entries are sorted, so they are the concatenation of
 the ranks' supports: one all-to-all with uneven splits sends every entry to its owner, which adds the contributions in
-fp32 in rank order (deterministic). Parameters are exchanged in buckets during the backward pass.
+fp32 in rank order (deterministic). Parameters are exchanged in buckets during the backward pass: an exchange is started when its
+bucket is full and awaited when the next one is, so that on an accelerator it travels while backward goes on computing.
 
 Collectives must be called equally often, in one order, on every rank. So buckets are fixed when the mask is attached, are
 flushed in that order, each exactly once per backward; a gradient that arrives after its bucket was flushed (a module that
@@ -13,7 +14,8 @@ ZeRO-3 itself asks for more: every rank runs the same modules in the same order.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as td
@@ -25,6 +27,16 @@ if TYPE_CHECKING:
     from trace_dist.sharding.compaction import Accumulate, Support
 
 BUCKET_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """An all-to-all under way. ``received``: [world, entries of this rank]; ``sent`` lives until it has left."""
+
+    bucket: list[Support]
+    sent: Tensor
+    received: Tensor
+    work: Any
 
 
 class CompactReducer:
@@ -47,6 +59,7 @@ class CompactReducer:
         self._bucket_of = {id(support): i for i, bucket in enumerate(self._buckets) for support in bucket}
         self._values: dict[int, Tensor] = {}  # id(support) -> [whole entries], not yet exchanged
         self._next = 0
+        self._in_flight: _Exchange | None = None
 
     def add(self, support: Support, values: Tensor) -> None:
         """Take this rank's gradient at all masked entries of a parameter: [whole.num_entries] in the buffer's dtype."""
@@ -72,16 +85,20 @@ class CompactReducer:
         td.all_reduce(late, op=td.ReduceOp.MAX)
         for index in late.nonzero().flatten().tolist():
             self._flush(self._buckets[index])
+        self._complete()
 
     def discard(self) -> None:
         """Forget the gradients of a backward pass that was cut short, on every rank."""
+        if self._in_flight is not None:
+            self._in_flight.work.wait()
+            self._in_flight = None
         self._values.clear()
         self._next = 0
 
     @property
     def has_unreduced(self) -> bool:
         """Whether gradients came since the last ``finish``."""
-        return bool(self._values) or self._next > 0
+        return bool(self._values) or self._next > 0 or self._in_flight is not None
 
     @property
     def _device(self) -> torch.device:
@@ -91,27 +108,36 @@ class CompactReducer:
         return all(id(support) in self._values for support in bucket)
 
     def _flush(self, bucket: list[Support]) -> None:
-        """One all-to-all for the supports of a bucket; a gradient that never came counts as zero."""
+        """Start one all-to-all for the supports of a bucket; a gradient that never came counts as zero."""
+        self._complete()
         world, rank = dist.world_size(), dist.rank()
         dtype = bucket[0].grad.dtype
         parts: list[list[Tensor]] = [[] for _ in range(world)]
         for support in bucket:
             values = self._values.pop(id(support), None)
             if values is None:
-                values = torch.zeros(support.whole.num_entries, dtype=dtype, device=self._device)
+                values = torch.zeros(support.num_entries, dtype=dtype, device=self._device)
             for target, part in enumerate(values.split(support.splits)):
                 parts[target].append(part)
-        send = torch.cat([part for target in parts for part in target])
-        send_sizes = [sum(len(part) for part in target) for target in parts]
-        mine = send_sizes[rank]
-        received = torch.empty(world * mine, dtype=dtype, device=self._device)
-        td.all_to_all_single(received, send, [mine] * world, send_sizes)
-        self.bytes_sent += (len(send) - mine) * send.element_size()
-        contributions = received.view(world, mine)
-        total = contributions[0].clone()
-        for other in range(1, world):
-            total += contributions[other]
-        for support, part in zip(bucket, total.split([s.runs.num_entries for s in bucket]), strict=True):
+        sent = torch.cat([part for target in parts for part in target])
+        sizes = [sum(len(part) for part in target) for target in parts]
+        received = torch.empty(world, sizes[rank], dtype=dtype, device=self._device)
+        work = td.all_to_all_single(received.view(-1), sent, [sizes[rank]] * world, sizes, async_op=True)
+        self.bytes_sent += (len(sent) - sizes[rank]) * sent.element_size()
+        self._in_flight = _Exchange(bucket, sent, received, work)
+
+    def _complete(self) -> None:
+        """Wait for the exchange that is under way, if any, and add up what came."""
+        if self._in_flight is None:
+            return
+        exchange, self._in_flight = self._in_flight, None
+        exchange.work.wait()
+        total = exchange.received[0]
+        for contribution in exchange.received[1:]:
+            total += contribution
+        for support, part in zip(
+            exchange.bucket, total.split([s.runs.num_entries for s in exchange.bucket]), strict=True
+        ):
             self._accumulate(support, part)
 
 
@@ -119,7 +145,7 @@ def _fill_buckets(supports: list[Support], bucket_bytes: int) -> list[list[Suppo
     buckets: list[list[Support]] = []
     size = bucket_bytes
     for support in reversed(supports):
-        num_bytes = support.whole.num_entries * support.grad.element_size()
+        num_bytes = support.num_entries * support.grad.element_size()
         if size + num_bytes > bucket_bytes:
             buckets.append([])
             size = 0
