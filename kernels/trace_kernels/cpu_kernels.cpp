@@ -2,15 +2,14 @@
 //
 // Every op walks the support in tiles of TILE compact entries. A tile is widened to fp32 in L1 unless it is fp32
 // already, computed there by loops over contiguous floats, which the compiler vectorises, rounded in L1, and moved
-// to or from the local slice stretch by stretch. Meanwhile entries further on are fetched: the hardware stops
-// at the edge of each page and does not follow the mask. Built with -ffp-contract=off: a multiply and an
+// to or from the local slice stretch by stretch. Meanwhile the slice's entries further on are fetched: the hardware
+// stops at the edge of each page and does not follow the mask. Built with -ffp-contract=off: a multiply and an
 // add fuse where std::fma says so and nowhere else.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <initializer_list>
 #include <numeric>
 #include <vector>
 
@@ -18,12 +17,12 @@ namespace {
 
 constexpr int64_t TILE = 256;   // entries: small enough that memory never idles while a tile is computed
 constexpr int64_t AHEAD = 512;  // entries between the fetch of a cache line and its use
-constexpr int64_t STRIP = 64;   // entries computed between two fetches
+constexpr int64_t LONG = 64;    // entries from which a unit is computed or rounded where it lies
 constexpr int64_t CACHE_LINE = 64;
 
-typedef float Floats __attribute__((vector_size(16)));
-typedef double Doubles __attribute__((vector_size(32)));
-constexpr int64_t LANES = 4;  // of either
+typedef float Floats __attribute__((vector_size(32)));
+typedef double Doubles __attribute__((vector_size(64)));
+constexpr int64_t LANES = 8;  // of either
 constexpr int64_t SUMS = 4;   // independent ones, to hide the latency of an addition
 
 enum Dtype : int64_t { FP32 = 0, BF16 = 1 };
@@ -227,7 +226,7 @@ double sum_of_squares(const float* x, int64_t n) {
         }
     }
     const Doubles lanes = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    double total = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+    double total = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]));
     for (; i < n; ++i) total += static_cast<double>(x[i]) * x[i];
     return total;
 }
@@ -237,31 +236,21 @@ std::vector<double> partials(int64_t num_entries) { return std::vector<double>((
 
 double total(const std::vector<double>& sums) { return std::accumulate(sums.begin(), sums.end(), 0.0); }
 
-// The formula of masked_adamw.py on contiguous fp32; correction(i) gives entry i's two bias corrections. Fetches
-// what follows in the compact arrays; p may lie in the slice, which walk fetches.
+// The formula of masked_adamw.py on contiguous fp32; correction(i) gives entry i's two bias corrections.
 template <class Correction>
 void update(const Step& step, int64_t n, float* __restrict p, const float* __restrict g, float* __restrict m,
             float* __restrict v, Correction correction) {
-    const bool p_is_compact = step.master;
     const float grad_scale = step.grad_scale, decay = step.decay, beta2 = step.beta2, weight2 = step.weight2;
     const float weight1 = step.weight1, eps = step.eps;
     const bool far = weight1 >= 0.5f;  // torch's lerp starts from the nearer end
     const float slope = far ? weight1 - 1 : weight1;
-    for (int64_t strip = 0; strip < n; strip += STRIP) {
-        for (int64_t i = strip + AHEAD; i < strip + AHEAD + STRIP; i += CACHE_LINE / sizeof(float)) {
-            for (const float* compact : {static_cast<const float*>(m), static_cast<const float*>(v), g}) {
-                __builtin_prefetch(compact + i, 0, 3);
-            }
-            if (p_is_compact) __builtin_prefetch(p + i, 0, 3);
-        }
-        for (int64_t i = strip; i < std::min(n, strip + STRIP); ++i) {
-            const float gradient = g[i] * grad_scale;
-            m[i] = std::fma(slope, gradient - m[i], far ? gradient : m[i]);
-            v[i] = std::fma(weight2 * gradient, gradient, v[i] * beta2);
-            const auto [step_size, correction2_sqrt] = correction(i);
-            const float denom = std::sqrt(v[i]) / correction2_sqrt + eps;
-            p[i] = p[i] * decay - step_size * m[i] / denom;
-        }
+    for (int64_t i = 0; i < n; ++i) {
+        const float gradient = g[i] * grad_scale;
+        m[i] = std::fma(slope, gradient - m[i], far ? gradient : m[i]);
+        v[i] = std::fma(weight2 * gradient, gradient, v[i] * beta2);
+        const auto [step_size, correction2_sqrt] = correction(i);
+        const float denom = std::sqrt(v[i]) / correction2_sqrt + eps;
+        p[i] = p[i] * decay - step_size * m[i] / denom;
     }
 }
 
@@ -289,7 +278,7 @@ void step_tile(const Runs& runs, const Step& step, int64_t begin, int64_t end, d
             update(step, length, p, g + first, m + first, v + first, [=](int64_t) { return shared; });
         }
     };
-    const bool in_place = !step.master && step.weight_dtype == FP32 && runs.block >= STRIP;
+    const bool in_place = !step.master && step.weight_dtype == FP32 && runs.block >= LONG;
     float* p = step.master ? static_cast<float*>(step.master) + begin : p_tile;
     if (in_place) {
         float* weight = static_cast<float*>(step.weight);
@@ -305,6 +294,11 @@ void step_tile(const Runs& runs, const Step& step, int64_t begin, int64_t end, d
     if (in_place) return;
     if (step.stochastic) {
         put_stochastic(runs, begin, end, step, p);
+    } else if (step.weight_dtype == BF16 && runs.block >= LONG) {
+        uint16_t* weight = static_cast<uint16_t*>(step.weight);
+        walk(runs, begin, end, weight, [=](int64_t local, int64_t position, int64_t length) {
+            round_nearest(p + (position - begin), length, weight + local);
+        });
     } else {
         put_floats(runs, begin, end, step.weight, step.weight_dtype, p);
     }
