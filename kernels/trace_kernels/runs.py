@@ -146,6 +146,21 @@ class Runs:
         return cls(units, block, start, stop - start, units.numel() * block - skip - tail, skip)
 
     @classmethod
+    def whole(cls, units: Tensor, block: int, numel: int) -> Runs:
+        """All units of a whole parameter, unchecked: for units that were checked before, made anew at each use.
+
+        Args:
+            units: [num_units] int32 or int64, sorted, unique.
+            block: elements per unit.
+            numel: elements of the parameter.
+        """
+        runs = object.__new__(cls)
+        fields = (units, block, 0, numel, units.numel() * block, 0)
+        for name, value in zip(cls.__dataclass_fields__, fields, strict=True):
+            object.__setattr__(runs, name, value)
+        return runs
+
+    @classmethod
     def random(cls, numel: int, block: int, density: float, seed: int = 0, device: str = "cpu") -> Runs:
         """A Bernoulli support over a whole parameter of ``numel`` elements, for tests and benchmarks."""
         generator = torch.Generator().manual_seed(seed)

@@ -9,14 +9,12 @@ from typing import Any
 import pytest
 import torch
 from engine.cases import CASES, batches
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trace_dist import Delta, DeltaBank, Mask, shard
 from trace_dist.bank.bank import BASE, compose
-from trace_dist.bank.delta import Snapshot, applied, decode_gaps, encode_gaps, extract_delta
+from trace_dist.bank.delta import Snapshot, applied, extract_delta
 from trace_dist.bank.signature import Signature, fit_signature
 from trace_dist.masks import UnitLayout
 from trace_dist.models import fingerprint
@@ -134,7 +132,6 @@ def test_bytes_per_entry(dtype: str, limit: float) -> None:
         mask = Mask({"w": units.to(torch.int32)}, layouts, "element")
         delta = Delta(mask, {"w": torch.zeros(len(units), dtype=DTYPES[dtype][0])}, "t")
         assert delta.nbytes / mask.num_entries <= limit
-        assert torch.equal(decode_gaps(encode_gaps(mask.units["w"]), torch.int32), mask.units["w"])
 
 
 def test_bytes_on_disk(tmp_path: Path) -> None:
@@ -143,27 +140,6 @@ def test_bytes_on_disk(tmp_path: Path) -> None:
     delta.save(tmp_path / "d.safetensors")
     tensors = load_file(tmp_path / "d.safetensors")
     assert sum(tensor.nbytes for tensor in tensors.values()) == delta.nbytes <= 6 * delta.mask.num_entries
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    st.lists(
-        st.one_of(st.integers(0, 300), st.integers(0, 70_000), st.integers(0, 2**33)), min_size=1, max_size=40
-    )
-)
-def test_gaps_keep_every_index(steps: list[int]) -> None:
-    """Differences around the words' limits (255, 32767, 2^31 - 1), first index 0 included."""
-    units = torch.tensor(steps).cumsum(0) + torch.arange(len(steps))
-    encoded = encode_gaps(units)
-    assert torch.equal(decode_gaps(encoded, torch.int64), units)
-
-
-@pytest.mark.parametrize("limit", [255, 32767, 2**31 - 1])
-@pytest.mark.parametrize("offset", [-1, 0, 1])
-def test_gaps_at_the_limits(limit: int, offset: int) -> None:
-    for gap in (limit + offset, 2 * limit + offset):
-        units = torch.tensor([0, gap, gap + 1, 2 * gap + 1])
-        assert torch.equal(decode_gaps(encode_gaps(units), torch.int64), units)
 
 
 def test_delta_of_another_model() -> None:

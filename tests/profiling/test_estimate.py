@@ -62,7 +62,8 @@ def test_states_are_those_of_a_real_run(options: dict[str, Any], llama: str) -> 
     )
     real = {name: tensor_bytes(tensors) for name, tensors in optimizer.model_states().items()}
     predicted = estimate(setup)
-    if setup.granularity == "block":  # 12 does not divide 51: how many short units are drawn is chance
+    # Chance: how many short units are drawn, where 12 does not divide 51; how many gaps between entries are wide.
+    if setup.granularity == "block" or setup.quantize == "nf4":
         assert predicted.states == pytest.approx(real, rel=0.02)
     else:
         assert predicted.states == real
@@ -141,7 +142,8 @@ def test_the_peak_is_made_of_its_parts_and_ranks_share_states(llama: str) -> Non
     assert alone.transient["gathered"] == 0
     for name in ("weights", "master", "exp_avg", "gradients"):
         assert shared.states[name] == pytest.approx(alone.states[name] / 4, rel=0.01)
-    assert shared.states["indices"] == alone.states["indices"]
+    # Four bytes for an entry of one's own, one for each of the parameter's.
+    assert shared.states["indices"] == pytest.approx(alone.states["indices"] / 4 * (1 + 4 / 4), rel=0.02)
 
 
 def test_offloaded_states_leave_the_device_only_where_there_is_one(llama: str) -> None:
@@ -151,15 +153,16 @@ def test_offloaded_states_leave_the_device_only_where_there_is_one(llama: str) -
     assert sum(cpu.host.values()) == 0
 
 
-def test_exchange_holds_what_waits_and_three_buffers_when_a_bucket_leaves() -> None:
+def test_exchange_holds_what_waits_and_what_is_under_way() -> None:
     half = BUCKET_BYTES // 8
     exchange = Exchange([("a", 9 * half, half), ("b", 9 * half, half), ("c", half, half)], 2, world_size=2)
     assert exchange.deliver("c") == (2 * half, 8 * half)  # rows: the masked part itself, converted to fp32
     assert exchange.held == 4 * half
     size = 8 * half
-    assert exchange.deliver("b") == (18 * half, size + 2 * size + size // 2)
-    assert exchange.held == 0
-    assert exchange.deliver("a")[1] == 4 * half * (1 + 2.5)
+    assert exchange.deliver("b") == (18 * half, size + 2 * size)  # and what is sent and received
+    assert exchange.held == 2 * size  # until the next bucket is full
+    assert exchange.deliver("a")[1] == 4 * half + 2 * size
+    assert exchange.held == 2 * 4 * half
     alone = Exchange([("a", 9 * half, half)], 2, world_size=1)
     assert alone.deliver("a") == (18 * half, 0)
 

@@ -1,12 +1,8 @@
 """A task as a small sparse delta: the tuned values at a mask's entries.
 
-File: ``<param>/gaps`` (see [Note: gaps]) and ``<param>/values`` (tuned values in the model's dtype), plus a header with the base
-model's fingerprint and a checksum. At 5 % density an element costs 1.1 bytes of index at most; a bf16 entry 3.1 bytes, an
-fp32 entry 5.1.
-
-[Note: gaps] Sorted unit indices are stored as differences, in words of 1, 2 or 4 bytes, whichever takes least. A difference that
-reaches the word's largest value M is written as several words: M as often as it fits, then the rest. So one wide gap (a region
-that the mask leaves out) costs a few words, not a wider type for the whole parameter.
+File: ``<param>/gaps`` ([Note: gaps] in masks/gaps.py) and ``<param>/values`` (tuned values in the model's dtype), plus a header
+with the base model's fingerprint and a checksum. At 5 % density an element costs 1.1 bytes of index at most; a bf16 entry 3.1
+bytes, an fp32 entry 5.1.
 """
 
 from __future__ import annotations
@@ -24,6 +20,7 @@ from trace_kernels.compact import compact_gather, compact_scatter
 from trace_kernels.delta_swap import delta_swap
 
 from trace_dist.masks.format import Mask
+from trace_dist.masks.gaps import decode_gaps
 from trace_dist.masks.storage import layouts_from_header, layouts_header
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.compaction import build_supports
@@ -62,12 +59,11 @@ class Delta:
     @property
     def nbytes(self) -> int:
         """Bytes of indices and values on disk, without the header."""
-        gaps = sum(encode_gaps(units).nbytes for units in self.mask.units.values())
-        return gaps + sum(values.nbytes for values in self.values.values())
+        return self.mask.units.nbytes + sum(values.nbytes for values in self.values.values())
 
     def save(self, path: Path) -> None:
         """Write the delta file."""
-        tensors = {f"{name}/gaps": encode_gaps(units) for name, units in self.mask.units.items()}
+        tensors = {f"{name}/gaps": gaps.words for name, gaps in self.mask.units.gaps.items()}
         tensors |= {f"{name}/values": values for name, values in self.values.items()}
         header = {
             "format": "trace_dist.delta",
@@ -102,24 +98,6 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensors[name].dtype} ".encode())
         digest.update(tensors[name].detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def encode_gaps(units: Tensor) -> Tensor:
-    """Sorted unit indices [n] as words of uint8, int16 or int32 ([Note: gaps]), [at least n]."""
-    gaps = torch.diff(units.long(), prepend=torch.zeros(1, dtype=torch.int64))
-    words = (torch.uint8, torch.int16, torch.int32)
-    num_words = {word: len(gaps) + int((gaps // torch.iinfo(word).max).sum()) for word in words}
-    word = min(words, key=lambda word: num_words[word] * word.itemsize)
-    largest = torch.iinfo(word).max
-    encoded = torch.full((num_words[word],), largest, dtype=word)
-    encoded[(gaps // largest + 1).cumsum(0) - 1] = (gaps % largest).to(word)
-    return encoded
-
-
-def decode_gaps(gaps: Tensor, dtype: torch.dtype) -> Tensor:
-    """Inverse of ``encode_gaps``."""
-    ends = gaps != torch.iinfo(gaps.dtype).max
-    return gaps.long().cumsum(0)[ends].to(dtype)
 
 
 def extract_delta(model: ShardedModel, mask: Mask, task: str) -> Delta:

@@ -53,7 +53,9 @@ def run_memory(cfg: RunConfig) -> dict[str, Any]:
     gc.collect()
     full = _full(str(path), cfg, next(stream), num_parameters)
     share = mask.num_entries / num_parameters
-    index_bytes = dist.world_size() * sum(units.nbytes for units in mask.units.values()) / num_parameters
+    owned = sum(mask.layouts[name].runs(units)[0].nbytes for name, units in mask.units.items())
+    on_every_rank = mask.units.nbytes * dist.world_size() * (dist.world_size() > 1)
+    index_bytes = (owned + on_every_rank) / num_parameters
     base = 2 + coded / num_parameters * (BYTES_PER_ELEMENT - 2)
     overlay = 2 if coded else 0  # [Note: overlay] in sharding/overlay.py
     measured = {"masked": sum(masked.values()), "full": sum(full.values())}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trace_dist.masks.gaps import PackedUnits
 from trace_dist.masks.units import UnitLayout
 
 
@@ -19,7 +20,8 @@ class Mask:
     """Which entries of a model may be trained. Two masks are equal when they select the same units of the same layouts.
 
     Attributes:
-        units: parameter name -> sorted unique unit indices, [k] int32 or int64 on the CPU; only parameters with k > 0.
+        units: parameter name -> sorted unique unit indices, [k] int32 or int64 on the CPU; only parameters with k > 0. They lie
+            in memory as gaps and are decoded at each access: take them out once.
         layouts: parameter name -> layout, for every *maskable* parameter, selected or not.
         granularity: element, block, row, column, head or tensor.
         meta: where it comes from: ``model`` (fingerprint), ``task``, ``method``.
@@ -28,31 +30,22 @@ class Mask:
         ValueError: no unit is selected, or indices are unsorted, repeated or out of range.
     """
 
-    units: Mapping[str, Tensor]
+    units: PackedUnits
     layouts: Mapping[str, UnitLayout]
     granularity: str
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, Any]
 
-    def __post_init__(self) -> None:
-        if not self.units or all(len(indices) == 0 for indices in self.units.values()):
-            raise ValueError("mask: it selects nothing, so nothing would train; raise mask.density")
-        for name, indices in self.units.items():
-            layout = self.layouts.get(name)
-            if layout is None:
-                raise ValueError(f"mask: parameter {name!r} has units but no layout; make the mask again")
-            if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64):
-                raise ValueError(
-                    f"mask: units of {name!r} are {list(indices.shape)} {indices.dtype}, not a list of int32 or int64; "
-                    "make the mask again"
-                )
-            if len(indices) == 0:
-                raise ValueError(f"mask: parameter {name!r} is listed without units; leave it out")
-            if len(indices) > 1 and not bool((indices[1:] > indices[:-1]).all()):
-                raise ValueError(f"mask: units of {name!r} are not sorted and unique; make the mask again")
-            if int(indices[0]) < 0 or int(indices[-1]) >= layout.num_units:
-                raise ValueError(
-                    f"mask: a unit of {name!r} lies outside its {layout.num_units} units; make it again"
-                )
+    def __init__(
+        self,
+        units: Mapping[str, Tensor],
+        layouts: Mapping[str, UnitLayout],
+        granularity: str,
+        meta: Mapping[str, Any] | None = None,
+    ) -> None:
+        _check(units, layouts)
+        for name, value in (("layouts", layouts), ("granularity", granularity), ("meta", meta or {})):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "units", PackedUnits(units))
 
     @property
     def num_entries(self) -> int:
@@ -104,7 +97,7 @@ class Mask:
 
     def with_meta(self, **meta: Any) -> Mask:
         """The same mask with more metadata."""
-        return replace(self, meta={**self.meta, **meta})
+        return Mask(self.units, self.layouts, self.granularity, {**self.meta, **meta})
 
     def save(self, path: str | Path) -> None:
         """Write the mask file (format in docs/formats.md)."""
@@ -154,3 +147,26 @@ class Mask:
 
     def __len__(self) -> int:
         return len(self.units)
+
+
+def _check(units: Mapping[str, Tensor], layouts: Mapping[str, UnitLayout]) -> None:
+    """Raise ValueError unless the units make a mask of these layouts."""
+    if not units or all(len(indices) == 0 for indices in units.values()):
+        raise ValueError("mask: it selects nothing, so nothing would train; raise mask.density")
+    for name, indices in units.items():
+        layout = layouts.get(name)
+        if layout is None:
+            raise ValueError(f"mask: parameter {name!r} has units but no layout; make the mask again")
+        if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"mask: units of {name!r} are {list(indices.shape)} {indices.dtype}, not a list of int32 or int64; "
+                "make the mask again"
+            )
+        if len(indices) == 0:
+            raise ValueError(f"mask: parameter {name!r} is listed without units; leave it out")
+        if len(indices) > 1 and not bool((indices[1:] > indices[:-1]).all()):
+            raise ValueError(f"mask: units of {name!r} are not sorted and unique; make the mask again")
+        if int(indices[0]) < 0 or int(indices[-1]) >= layout.num_units:
+            raise ValueError(
+                f"mask: a unit of {name!r} lies outside its {layout.num_units} units; make it again"
+            )

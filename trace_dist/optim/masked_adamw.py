@@ -102,7 +102,8 @@ class MaskedAdamW(torch.optim.Optimizer):
             "weights": self.model.held(),
             **kept,
             "gradients": [support.grad for support in self.supports],
-            "indices": [runs.units for support in self.supports for runs in (support.whole, support.runs)],
+            "indices": [tensor for support in self.supports for tensor in support.indices()]
+            + [overlay.gaps.words for overlay in self.model.overlays()],
             "staging": [tensor for entries in staged for tensor in (entries.values, entries.grad)],
         }
 

@@ -38,7 +38,7 @@ class HostEntries:
         """Copy the present values of a support, the entries ``runs`` of ``local``, down."""
         pin = local.is_cuda
         count, start = support.runs.num_entries, support.offset
-        whole = max(support.whole.num_entries, 1)
+        whole = max(support.num_entries, 1)
         unit = torch.zeros(min(count, 1), dtype=torch.int32)
         values = torch.empty(count, dtype=local.dtype, pin_memory=pin)
         values.copy_(compact_gather(local, runs))

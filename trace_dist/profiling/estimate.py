@@ -22,6 +22,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trace_dist.config import Backend, Quantize, StateDtype
+from trace_dist.masks.gaps import expected_bytes
 from trace_dist.masks.ops import layouts_for
 from trace_dist.masks.units import UnitLayout
 from trace_dist.models.nf4 import NF4Linear, named_weights, quantize_nf4
@@ -208,9 +209,11 @@ class Estimator:
             weight = self.weights[name]
             shape = full_shape(weight)
             entries = round(selection.entries * self._stored(setup, shape) / max(prod(shape), 1))
-            device["weights"] += self.itemsize * entries * isinstance(weight, NF4Linear)  # the overlay
+            if isinstance(weight, NF4Linear):  # the overlay
+                device["weights"] += self.itemsize * entries
+                device["indices"] += overlay_index_bytes(layouts[name], selection)
             device["gradients"] += 4 * entries
-            device["indices"] += index_bytes(layouts[name], selection)
+            device["indices"] += index_bytes(layouts[name], selection, entries, setup.world_size)
             place["master"] += 4 * entries * (setup.master and self.itemsize < 4)
             place["exp_avg"] += moment_bytes(entries, setup.state_dtype)
             place["exp_avg_sq"] += moment_bytes(entries, setup.state_dtype)
@@ -269,11 +272,23 @@ def _candidates(moment: Moment, gathered: int, exchange: Exchange) -> list[dict[
     return [*found, {**base, "activations": 0, "logits": 0, **usual}]
 
 
-def index_bytes(layout: UnitLayout, selection: Selection) -> int:
-    """Bytes of one parameter's indices; every rank holds them all. Ragged layouts and columns are stored as single elements."""
+def index_bytes(layout: UnitLayout, selection: Selection, entries: int, world_size: int) -> int:
+    """Bytes of one parameter's indices on a rank that owns ``entries`` of the selected ones.
+
+    Where these are, and, between several ranks, where all are: encoded ([Note: gaps] in masks/gaps.py). Ragged layouts and
+    columns are stored as single elements.
+    """
+    scattered = layout.ragged or layout.stride > 1
+    owned = entries if scattered else ceil(selection.units * entries / max(selection.entries, 1))
+    itemsize = (4 if layout.numel < 2**31 else 8) if scattered else layout.index_dtype.itemsize
+    return owned * itemsize + (world_size > 1) * expected_bytes(selection.units, layout.num_units)
+
+
+def overlay_index_bytes(layout: UnitLayout, selection: Selection) -> int:
+    """Bytes of the encoded entries of a 4-bit weight's overlay."""
     if layout.ragged or layout.stride > 1:
-        return selection.entries * (4 if layout.numel < 2**31 else 8)
-    return selection.units * layout.index_dtype.itemsize
+        return expected_bytes(selection.entries, layout.numel)
+    return expected_bytes(selection.units, layout.num_units)
 
 
 def moment_bytes(entries: int, state_dtype: StateDtype) -> int:

@@ -149,8 +149,11 @@ class ShardedModel(ABC):
 
     def held(self) -> list[Tensor]:
         """All that this rank keeps of the weights between steps."""
-        overlays = [layer.overlay.values for layer in self._quantized.values() if layer.overlay is not None]
-        return [*map(self.local, self._parameters), *overlays]
+        return [*map(self.local, self._parameters), *(overlay.values for overlay in self.overlays())]
+
+    def overlays(self) -> list[Overlay]:
+        """Those of NF4 weights that have one."""
+        return [layer.overlay for layer in self._quantized.values() if layer.overlay is not None]
 
     @contextmanager
     def whole(self, name: str) -> Iterator[Tensor]:
@@ -182,7 +185,9 @@ class ShardedModel(ABC):
             return self.local(name), support.runs
         layer = self._quantized[name]
         if layer.overlay is None or layer.overlay.find(support) is None:
-            entries = support.whole if layer.overlay is None else union(layer.overlay.whole, support.whole)
+            entries = support.whole()
+            if layer.overlay is not None:
+                entries = union(layer.overlay.whole(), entries)
             with self.whole(name) as full:
                 layer.overlay = Overlay(entries, self.views(name), full.view(-1))
         return layer.overlay.values, layer.overlay.find(support)
@@ -194,7 +199,7 @@ class ShardedModel(ABC):
             if overlay is not None:
                 with self.whole(name) as base:
                     differs = not torch.equal(
-                        overlay.values, Overlay(overlay.whole, self.views(name), base.view(-1)).values
+                        overlay.values, Overlay(overlay.whole(), self.views(name), base.view(-1)).values
                     )
                 if dist.max_over_ranks(differs):
                     layer.overlay = overlay

@@ -10,7 +10,7 @@ entries of the parameter to the reducer, which exchanges them between ranks (``r
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from trace_kernels.compact import compact_gather
 from trace_kernels.runs import Runs
 
 from trace_dist.masks.format import Mask
+from trace_dist.masks.gaps import Gaps
 from trace_dist.masks.units import UnitLayout
 from trace_dist.models.nf4 import NF4Linear
 from trace_dist.sharding.masked_linear import Part, patch_linear
@@ -40,10 +41,11 @@ class Support:
     Attributes:
         name: parameter name.
         shape: full shape of the parameter.
-        whole: every masked entry of the parameter (base 0).
-        runs: the masked entries inside this rank's view; a slice of ``whole`` without a copy.
-        part: the whole rows or columns that ``whole`` is made of; its entries are that part of the gradient, row-major.
-        splits: entries per rank, in rank order; ``sum(splits) == whole.num_entries``.
+        runs: the masked entries inside this rank's view.
+        gaps: every selected unit of the parameter, encoded, where several ranks share them; see ``whole``.
+        layout: of the units.
+        part: the whole rows or columns that the mask selects; its entries are that part of the gradient, row-major.
+        splits: masked entries per rank, in rank order.
         rank: this rank.
         grad: [runs.num_entries] fp32, the gradient that has accumulated (fp64 for an fp64 model); empty when the gradients
             go elsewhere (``attach(mask, accumulate=...)``).
@@ -51,12 +53,32 @@ class Support:
 
     name: str
     shape: tuple[int, ...]
-    whole: Runs
     runs: Runs
+    gaps: Gaps | None
+    layout: UnitLayout
     part: Part
     splits: list[int]
     rank: int
     grad: Tensor
+
+    @property
+    def num_entries(self) -> int:
+        """Masked entries of the parameter, on all ranks."""
+        return sum(self.splits)
+
+    def whole(self) -> Runs:
+        """Every masked entry of the parameter (base 0), decoded anew where several ranks share them.
+
+        Every rank picks all ranks' entries out of its own gradient, one parameter at a time. Kept decoded, single elements would
+        take four bytes per entry of the model on every rank: with many ranks, more than the states.
+        """
+        if self.gaps is None:
+            return self.runs
+        return Runs.whole(*self.layout.runs(self.gaps.decode()), self.layout.numel)
+
+    def indices(self) -> list[Tensor]:
+        """What this rank keeps to know where the entries are."""
+        return [self.runs.units] if self.gaps is None else [self.runs.units, self.gaps.words]
 
     @property
     def offset(self) -> int:
@@ -96,16 +118,20 @@ def build_supports(model: ShardedModel, mask: Mask) -> list[Support]:
 def _support(model: ShardedModel, mask: Mask, name: str) -> Support:
     layout = mask.layouts[name]
     like = model.like(name)
-    units, block = layout.runs(mask.units[name].to(like.device))
+    gaps = mask.units.gaps[name].to(like.device)
+    selected = gaps.decode()
+    units, block = layout.runs(selected)
     clipped = [Runs.clip(units, block, view.start, view.stop, layout.numel) for view in model.views(name)]
     runs = clipped[model.rank]
+    shared = len(clipped) > 1
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return Support(
         name=name,
         shape=layout.shape,
-        whole=Runs.clip(units, block, 0, layout.numel, layout.numel),
-        runs=runs,
-        part=_part(layout, mask.units[name].to(like.device)),
+        runs=replace(runs, units=runs.units.clone()) if shared else runs,  # a copy: the rest goes
+        gaps=gaps if shared else None,
+        layout=layout,
+        part=_part(layout, selected),
         splits=[part.num_entries for part in clipped],
         rank=model.rank,
         grad=torch.empty(0, dtype=dtype, device=like.device),
@@ -165,12 +191,12 @@ class Compactor:
         def deliver(grad: Tensor) -> None:
             self._begin(support)
             flat = grad.reshape(-1)
-            if flat.numel() != support.whole.numel:
+            if flat.numel() != support.layout.numel:
                 self._reducer.add(support, flat.to(support.grad.dtype) * self._scale)
             elif self._reducer.local_only and self._accumulate is add_to_grad:
                 compact_gather(flat, support.runs, support.grad, scale=self._scale, accumulate=True)
             else:
-                self._reducer.add(support, compact_gather(flat, support.whole, scale=self._scale))
+                self._reducer.add(support, compact_gather(flat, support.whole(), scale=self._scale))
 
         return deliver
 

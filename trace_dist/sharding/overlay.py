@@ -17,6 +17,7 @@ from torch import Tensor
 from trace_kernels.compact import compact_gather, compact_scatter
 from trace_kernels.runs import Runs
 
+from trace_dist.masks.gaps import Gaps
 from trace_dist.utils import dist
 
 if TYPE_CHECKING:
@@ -28,25 +29,30 @@ class Overlay:
     """Present values of some entries of one weight.
 
     Args:
-        whole: the entries, in the flattened weight (base 0).
+        entries: in the flattened weight (base 0).
         views: what every rank owns of it.
         dense: [numel] the present weight.
 
     Attributes:
         values: [entries of this rank] in the dtype of the weight, in compact order.
+        gaps: the entries, encoded: every rank needs all of them, at each use.
     """
 
-    def __init__(self, whole: Runs, views: list[PartitionView], dense: Tensor) -> None:
-        clipped = [Runs.clip(whole.units, whole.block, view.start, view.stop, whole.numel) for view in views]
+    def __init__(self, entries: Runs, views: list[PartitionView], dense: Tensor) -> None:
+        clipped = [Runs.clip(entries.units, entries.block, v.start, v.stop, entries.numel) for v in views]
         view, mine = views[dist.rank()], clipped[dist.rank()]
-        self.whole = whole
+        self.gaps, self._block, self._numel = Gaps.of(entries.units), entries.block, entries.numel
         self.values = compact_gather(dense[view.start : view.stop], mine).to(dense.dtype)
         self._splits = [runs.num_entries for runs in clipped]
         self._found: WeakKeyDictionary[Support, Runs] = WeakKeyDictionary()
 
+    def whole(self) -> Runs:
+        """The entries, in the flattened weight (base 0)."""
+        return Runs.whole(self.gaps.decode(), self._block, self._numel)
+
     def __call__(self, weight: Tensor) -> None:
         """Write the values of all ranks into a dense weight. Collective."""
-        compact_scatter(weight.view(-1), self.whole, dist.all_gather_uneven(self.values, self._splits))
+        compact_scatter(weight.view(-1), self.whole(), dist.all_gather_uneven(self.values, self._splits))
 
     def find(self, support: Support) -> Runs | None:
         """Where this rank's entries of a support lie in ``values``; None where some are missing.
@@ -55,7 +61,7 @@ class Overlay:
         does not depend on the number of ranks, nor does what is seeded by it (stochastic rounding).
         """
         if support not in self._found:
-            places = _places(support.whole, self.whole)
+            places = _places(support.whole(), self.whole())
             if places is None:
                 return None
             start, total = sum(self._splits[: dist.rank()]), sum(self._splits)

@@ -59,7 +59,7 @@ class ReplicatedModel(ShardedModel):
         for support in self.dense(supports):
             flat = self._parameters[support.name].data.view(-1)
             mine = compact_gather(self.local(support.name), support.runs).to(flat.dtype)
-            compact_scatter(flat, support.whole, dist.all_gather_uneven(mine, support.splits))
+            compact_scatter(flat, support.whole(), dist.all_gather_uneven(mine, support.splits))
 
     @contextmanager
     def gathered(self, parameters: list[Any]) -> Iterator[list[Tensor]]:
