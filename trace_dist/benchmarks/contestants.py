@@ -1,7 +1,8 @@
 """What races: masked training, full fine-tuning, PEFT LoRA and PEFT SHiRA, each as its users run it under DeepSpeed ZeRO-3.
 
-All train one model of one shape in bf16 with an fp32 master, on the same random batch, with one way of gathering weights
-(``sharding.zero3.zero3_config``). LoRA and SHiRA get the rank with which they train as many parameters as the masks do.
+All train one model of one shape in bf16 with an fp32 master, on the same random batch. LoRA and SHiRA get the rank with which
+they train as many parameters as the masks do. Peers run with DeepSpeed's defaults, and as ``full, tuned`` and ``LoRA, tuned``
+with the options that masked training sets (``sharding.zero3.zero3_config``): what a user gains, and what the method alone does.
 
 [Note: floor] A mask of one row in the lowest layer, which nobody wants to train. All that such a step does, every method does
 that trains all layers of a frozen model: the forward pass, and the gradients of activations back to the lowest layer.
@@ -23,6 +24,7 @@ from trace_dist.masks.ops import layouts_for, random_mask
 from trace_dist.optim.masked_adamw import MaskedAdamW
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.build import shard
+from trace_dist.sharding.zero3 import zero3_config
 from trace_dist.utils import dist
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -49,7 +51,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 MASKED = {"element": 1, "block 64": 64, "row": 0}
 """Masked contestants and their block size."""
 FLOOR = "floor"  # [Note: floor]
-CONTESTANTS = (*MASKED, "full", "LoRA", "SHiRA", FLOOR)
+TUNED = ", tuned"
+CONTESTANTS = (*MASKED, "full", "LoRA", "SHiRA", f"full{TUNED}", f"LoRA{TUNED}", FLOOR)
 
 
 @dataclass(frozen=True)
@@ -120,14 +123,16 @@ def _masked(model: ShardedModel, mask: Mask, race: Race) -> Contestant:
         optimizer.step()
         optimizer.zero_grad()
 
-    num_trained = sum(support.whole.num_entries for support in optimizer.supports)
+    num_trained = sum(support.num_entries for support in optimizer.supports)
     return Contestant(lambda: model(**batch).loss, model.backward, step, num_trained)
 
 
 def _peer(name: str, race: Race) -> Contestant:
     module: Any = race.model()
-    if name != "full":
-        module = with_adapters(name, module, race.density).bfloat16()
-    engine, num_trained = dense_engine(module)
+    method = name.removesuffix(TUNED)
+    if method != "full":
+        module = with_adapters(method, module, race.density).bfloat16()
+    zero = {} if name == method else zero3_config(torch.bfloat16)["zero_optimization"]
+    engine, num_trained = dense_engine(module, zero)
     batch = race.batch()
     return Contestant(lambda: engine(**batch).loss, engine.backward, engine.step, num_trained)
