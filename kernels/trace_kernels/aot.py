@@ -42,6 +42,7 @@ TARGETS = {
 
 TILES: dict[str, dict[str, Any]] = {
     "element": {"UNITS": TILE, "LANES": 0, "ALIGNED": False},
+    "block16": {"UNITS": TILE // 16, "LANES": 16, "ALIGNED": True},
     "block64": {"UNITS": TILE // 64, "LANES": 64, "ALIGNED": True},
     "row": {"UNITS": 1, "LANES": TILE, "ALIGNED": True},
 }
@@ -89,6 +90,10 @@ class CompiledReport:
     """Widest global load of one thread."""
     store_bytes: int
     """Widest global store of one thread."""
+    narrow_loads: int
+    """Global loads of one thread that are narrower than 16 bytes: unit ids, table look-ups, single elements."""
+    narrow_stores: int
+    """Global stores likewise."""
 
 
 def compile_kernel(
@@ -224,10 +229,11 @@ def _report(variant: Variant, target: str) -> CompiledReport:
     binary = compiled.asm[kind]
     text = compiled.asm["ptx" if kind == "cubin" else "amdgcn"]
     num_regs, spilled = _nvidia_resources(binary) if kind == "cubin" else _amd_resources(text)
-    width = _ptx_width if kind == "cubin" else _gcn_width
-    return CompiledReport(
-        variant.name, target, kind, len(binary), num_regs, spilled, width(text, "load"), width(text, "store")
-    )
+    widths = _ptx_widths if kind == "cubin" else _gcn_widths
+    loads, stores = widths(text, "load"), widths(text, "store")
+    widest = (max(loads, default=0), max(stores, default=0))
+    narrow = (sum(width < 16 for width in loads), sum(width < 16 for width in stores))
+    return CompiledReport(variant.name, target, kind, len(binary), num_regs, spilled, *widest, *narrow)
 
 
 def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
@@ -246,21 +252,19 @@ def _amd_resources(assembly: str) -> tuple[int, int]:
     return usage["vgpr_count"], usage["private_segment_fixed_size"]
 
 
-def _ptx_width(ptx: str, access: str) -> int:
-    """E.g. ``ld.global.v4.b32`` = 16, ``st.global.b16`` = 2."""
+def _ptx_widths(ptx: str, access: str) -> list[int]:
+    """Bytes of each global access: e.g. ``ld.global.v4.b32`` = 16, ``st.global.b16`` = 2."""
     opcode = {"load": "ld", "store": "st"}[access]
     found = re.findall(rf"\b{opcode}\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\b", ptx)
-    return max((int(count or 1) * int(bits) // 8 for count, bits in found), default=0)
+    return [int(count or 1) * int(bits) // 8 for count, bits in found]
 
 
-def _gcn_width(assembly: str, access: str) -> int:
-    """E.g. ``global_load_dwordx4`` or ``buffer_load_dwordx4`` = 16, ``global_store_short`` = 2."""
+def _gcn_widths(assembly: str, access: str) -> list[int]:
+    """Bytes of each global access: e.g. ``global_load_dwordx4`` or ``buffer_load_dwordx4`` = 16, ``global_store_short`` = 2."""
     found = re.findall(
         rf"\b(?:global|buffer)_{access}_(dwordx(\d)|dword|[us]?short\w*|[us]?byte\w*)", assembly
     )
-    sizes = {"dword": 4, "dwordx": 4}
-    narrow = [sizes.get(word, 2 if "short" in word else 1) for word, count in found if not count]
-    return max([4 * int(count) for _, count in found if count] + narrow, default=0)
+    return [4 * int(count or 1) if "dword" in word else 2 if "short" in word else 1 for word, count in found]
 
 
 def main() -> None:
@@ -272,14 +276,14 @@ def main() -> None:
         "--target", choices=TARGETS, action="append", help="repeatable; all targets if left out"
     )
     targets = parser.parse_args().target or list(TARGETS)
-    columns = f"{'bytes':>8}{'regs':>6}{'spill':>7}{'load B':>8}{'store B':>9}"
+    columns = f"{'bytes':>8}{'regs':>6}{'spill':>7}{'load B':>8}{'store B':>9}{'narrow':>8}"
     print(f"{'kernel':<32}{'target':>8}{'kind':>7}{columns}")
     for target in targets:
         for r in compile_all(target):
             sizes = (
                 f"{r.num_bytes:>8}{r.num_regs:>6}{r.num_spilled_bytes:>7}{r.load_bytes:>8}{r.store_bytes:>9}"
             )
-            print(f"{r.name:<32}{r.target:>8}{r.kind:>7}{sizes}")
+            print(f"{r.name:<32}{r.target:>8}{r.kind:>7}{sizes}{r.narrow_loads + r.narrow_stores:>8}")
 
 
 if __name__ == "__main__":

@@ -160,6 +160,8 @@ def example_runs(density: float = 0.05, numel: int = 1 << 20) -> Iterator[tuple[
     """Supports of every granularity, and one of each kind inside a view that a ZeRO-3 cut leaves unaligned."""
     for name, block in (
         ("element", 1),
+        ("block 16", 16),
+        ("block 32", 32),
         ("block 64", 64),
         ("block 128", 128),
         ("row 1024", 1024),
