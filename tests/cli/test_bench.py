@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from cli.program import error_line, run
+from trace_kernels.bench import BLOCKS, OPS
 
 STEP = ("bench", "step", "--shape", "tiny", "--sequence", "24", "--micro_batch", "2")
 SHORT = ("--rounds", "1", "--steps", "2")
@@ -36,6 +37,16 @@ def test_a_race_of_training_steps(tmp_path: Path) -> None:
     runs = json.loads(out.read_text())["runs"]
     assert [len(found) for found in runs.values()] == [2, 2, 2]
     assert runs["full"][0] == first[0]
+
+
+def test_every_kernel_is_timed_at_every_granularity(tmp_path: Path) -> None:
+    out = tmp_path / "kernels.json"
+    done = run("bench", "kernels", "--out", out, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    timed = {(row["op"], row["block"]) for row in rows if "block" in row}
+    assert timed >= {(op, block) for op in OPS if op != "bitmask" for block in BLOCKS}
+    assert all(row["ms"] > 0 and row["gb_per_s"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize(
