@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine.cases import CASES, batches
+from engine.cases import CASES, Case, batches
 from engine.resuming import PLAIN, dropout_model, run
 from engine.training import refused, save_state, train
 from torch import Tensor
 
-from trace_dist import Delta, load_sharded
+from trace_dist import Delta, Mask, MaskedAdamW, load_sharded
 from trace_dist.bank.delta import Snapshot, applied, extract_delta
 from trace_dist.sharding.zero3 import PERSISTENCE_THRESHOLD, FullAdamW, Zero3Model
 from trace_dist.train.checkpoint import latest_checkpoint
@@ -125,6 +125,22 @@ def exporting(out: Path) -> Found:
     return {}
 
 
+def full_density(case: Case) -> list[float]:
+    """Losses of masked training with a mask that selects everything, at the settings of ``FullAdamW``."""
+    model = Zero3Model(case.model())
+    everything = Mask.random(model, 1.0, "element", maskable="all")
+    optimizer = MaskedAdamW(model, everything, lr=1e-3, weight_decay=1e-2, max_grad_norm=1.0)
+    losses = []
+    for ids, _ in batches(case):
+        mine = ids.tensor_split(dist.world_size())[dist.rank()]
+        loss = model(input_ids=mine, labels=mine).loss
+        model.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(dist.sum_over_ranks(loss.detach()) / dist.world_size()))
+    return losses
+
+
 def loading(out: Path) -> Found:
     """A checkpoint loaded into shards trains as the model does that was sharded; so does every parameter under DeepSpeed."""
     folder = out / "checkpoint"
@@ -146,6 +162,7 @@ def loading(out: Path) -> Found:
         dense.step()
         losses.append(float(dist.sum_over_ranks(loss.detach()) / dist.world_size()))
     found["full"] = losses
+    found["full density"] = full_density(base)
     found["full_states"] = {name: sum(t.nbytes for t in tensors) for name, tensors in dense.states().items()}
     dense.close()
     return found

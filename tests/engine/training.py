@@ -68,13 +68,14 @@ def train(case: Case, model: ShardedModel) -> Outcome:
 def train_reference(case: Case) -> Outcome:
     """Dense AdamW on the whole global batch; after each step everything outside the mask is put back.
 
-    The master copy is fp32 (the weight itself in an fp32 model), the gradient norm that of the masked entries.
+    The master copy is fp32 (the weight itself in an fp32 or fp64 model), the gradient norm that of the masked entries.
     """
+    wide = torch.float64 if case.dtype == "float64" else torch.float32
     model, outcome = case.model(), Outcome()
     mask = case.mask(model)
     weights = dict(model.named_parameters())
     start = {name: weight.detach().clone() for name, weight in weights.items()}
-    masters = {name: torch.nn.Parameter(weight.detach().float()) for name, weight in weights.items()}
+    masters = {name: torch.nn.Parameter(weight.detach().to(wide)) for name, weight in weights.items()}
     optimizer = torch.optim.AdamW(
         masters.values(), lr=case.lr, eps=case.eps, weight_decay=case.weight_decay, foreach=False
     )
@@ -83,12 +84,12 @@ def train_reference(case: Case) -> Outcome:
         for name, w in weights.items()
     }
     for ids, labels in batches(case):
-        logits = model(input_ids=ids).logits.float()
+        logits = model(input_ids=ids).logits.to(wide)
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         loss.backward()
         for name, weight in weights.items():
             grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            masters[name].grad = torch.where(chosen[name], grad.float(), 0.0)
+            masters[name].grad = torch.where(chosen[name], grad.to(wide), 0.0)
             weight.grad = None
         norm = float(torch.stack([m.grad.double().square().sum() for m in masters.values()]).sum().sqrt())
         if case.max_grad_norm is not None:
@@ -99,7 +100,7 @@ def train_reference(case: Case) -> Outcome:
         with torch.no_grad():
             for name, weight in weights.items():
                 weight.copy_(torch.where(chosen[name], masters[name].to(weight.dtype), start[name]))
-                masters[name].copy_(torch.where(chosen[name], masters[name], start[name].float()))
+                masters[name].copy_(torch.where(chosen[name], masters[name], start[name].to(wide)))
         outcome.losses.append(loss.item())
         outcome.norms.append(norm)
     outcome.state = {name: value.detach().clone() for name, value in model.state_dict().items()}

@@ -27,18 +27,20 @@ def answer_nll_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum of the negative log-likelihood of the labelled tokens.
 
     Args:
-        logits: [batch, length, vocabulary], any float dtype (upcast to fp32).
+        logits: [batch, length, vocabulary], any float dtype; half precision is upcast to fp32.
         labels: [batch, length] int64; -100 where there is no loss.
 
     Returns:
-        Scalar fp32, in nats; 0 with gradient when nothing is labelled.
+        Scalar, in nats, fp32 (fp64 for fp64 logits); 0 with gradient when nothing is labelled.
     """
     return _nll_sum(logits[:, :-1], labels[:, 1:])
 
 
 def _nll_sum(logits: Tensor, targets: Tensor) -> Tensor:
     kept = targets != IGNORE
-    return F.cross_entropy(logits[kept].float(), targets[kept], reduction="sum")
+    picked = logits[kept]
+    wide = picked if picked.dtype == torch.float64 else picked.float()
+    return F.cross_entropy(wide, targets[kept], reduction="sum")
 
 
 def forward_nll_sum(forward: Forward, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
