@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 RANKS = Path(__file__).parent / "engine" / "ranks.py"
 SECTIONS: dict[int, tuple[Launcher, list[str]]] = {
-    1: ("python", ["parity", "toy"]),
+    1: ("python", ["parity", "fsdp2", "toy"]),
     2: (
         "deepspeed",
         [

@@ -93,6 +93,14 @@ def prepared(out: Path) -> dict[str, Any]:
     return found
 
 
+def another_seed() -> nn.Module:
+    """One weight that was drawn on each rank."""
+    model = CASE.model()
+    with torch.no_grad():
+        model.model.norm.weight.add_(dist.rank())
+    return model
+
+
 def refusals() -> dict[str, str]:
     """What MaskedAdamW says to models that it must not touch."""
 
@@ -111,4 +119,6 @@ def refusals() -> dict[str, str]:
         "fsdp1": attempt(FullyShardedDataParallel(CASE.model(), device_id=torch.device("cpu"))),
         "hybrid": attempt(fully_shard(CASE.model(), mesh=grid)),
         "partly sharded": attempt(partly),
+        "data parallel": attempt(nn.DataParallel(CASE.model())),
+        "another seed": attempt(another_seed()),
     }

@@ -68,6 +68,7 @@ def fsdp2(out: Path) -> Found:
         outcome = train(case, model)
         save_state(out / f"fsdp2-{case.name}.safetensors", outcome.state)
         found[case.name] = {"losses": outcome.losses, "norms": outcome.norms}
+    found["hooks alone"] = hooks_alone()
     case = CASES["element-everything"]
     if dist.is_main():
         case.model().save_pretrained(out / "fsdp2-base")
@@ -76,6 +77,16 @@ def fsdp2(out: Path) -> Found:
     share = sum(len(shard.local) for shard in model.shards())
     found["loaded"] = {"losses": train(case, model).losses, "share": share}
     return found
+
+
+def hooks_alone() -> dict[str, Any]:
+    """A mask of norms, whose gradients FSDP2 reduces itself: what our exchange sends, and whether all entries have a gradient."""
+    model = Fsdp2Model(CASES["element"].model())
+    optimizer = MaskedAdamW(model, Mask.random(model, 1.0, "element", maskable="norm"))
+    model.backward(model(input_ids=batches(CASES["element"])[0][0]).logits.square().mean())
+    assert model._compactor is not None
+    sent = model._compactor._reducer.bytes_sent
+    return {"sent": sent, "trained": all(bool(s.grad.all()) for s in optimizer.supports)}
 
 
 class WithoutRelease(Zero3Model):

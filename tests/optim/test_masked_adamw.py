@@ -202,9 +202,17 @@ def test_state_of_another_mask_or_partition_is_refused() -> None:
     other = MaskedAdamW(model, Mask.random(model, 0.3, "element", seed=1))
     with pytest.raises(ValueError, match="saved for another mask"):
         other.load_state_dict(state)
-    state["state"][0]["exp_avg"] = state["state"][0]["exp_avg"][:-1]
-    with pytest.raises(ValueError, match="another rank or number of ranks"):
-        MaskedAdamW(model, one.mask).load_state_dict(state)
+    one = MaskedAdamW(model, one.mask)
+    elsewhere = {
+        **state,
+        "owned": [(first + 1, number) for first, number in state["owned"]],
+    }  # as many entries, but others
+    shorter = copy.deepcopy(state)
+    shorter["state"][0]["exp_avg"] = shorter["state"][0]["exp_avg"][:-1]
+    for wrong in (elsewhere, shorter):
+        with pytest.raises(ValueError, match="another rank or number of ranks"):
+            one.load_state_dict(wrong)
+    one.load_state_dict(state)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -142,6 +143,16 @@ def test_detach_restores_the_model() -> None:
     assert not any(getattr(p, "_post_accumulate_grad_hooks", None) for p in model.module.parameters())
     with pytest.raises(ValueError, match="no mask is attached"):
         model.backward(torch.zeros((), requires_grad=True))
+
+
+def test_detach_gives_back_a_forward_that_another_library_has_set() -> None:
+    module = CASES["element"].model()
+    layer = module.model.layers[0].mlp.up_proj
+    layer.forward = theirs = functools.partial(type(layer).forward, layer)
+    model, _ = attach(model=module)
+    assert layer.forward is not theirs
+    model.detach()
+    assert layer.forward is theirs
 
 
 def test_a_parameter_that_no_forward_uses_is_reported(caplog: pytest.LogCaptureFixture) -> None:

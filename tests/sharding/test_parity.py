@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,6 +60,20 @@ def test_single_process(name: str) -> None:
         assert all(torch.equal(outcome.state[key], value) for key, value in reference(name).state.items())
 
 
+@pytest.mark.parametrize("name", ["element-everything", "row", "qwen2-columns"])
+def test_fifty_steps_in_float64(name: str) -> None:
+    """Where rounding hides nothing: weight decay, momentum and clipping on, to twelve digits."""
+    case = replace(CASES[name], dtype="float64", steps=50)
+    outcome, expected = train(case, shard(case.model(), "single")), train_reference(case)
+    assert outcome.losses == pytest.approx(expected.losses, rel=1e-12)
+    assert outcome.norms == pytest.approx(expected.norms, rel=1e-10)
+    start = case.model().state_dict()
+    for parameter, value in expected.state.items():
+        torch.testing.assert_close(outcome.state[parameter], value, rtol=1e-10, atol=1e-12, msg=parameter)
+        frozen = value == start[parameter]  # the reference has put them back
+        assert torch.equal(outcome.state[parameter][frozen], start[parameter][frozen]), parameter
+
+
 def from_ranks(world, num_ranks: int, name: str) -> Outcome:
     report = world(num_ranks).section("parity")[name]
     assert report["mask"] == CASES[name].mask(CASES[name].model()).digest()
@@ -84,7 +99,7 @@ def test_zero3_in_bf16(world, num_ranks: int) -> None:
 
 
 @pytest.mark.launcher
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
 @pytest.mark.parametrize("name", CASES)
 def test_fsdp2(world, num_ranks: int, name: str) -> None:
     report = world(num_ranks).section("fsdp2")[name]
@@ -98,6 +113,13 @@ def test_fsdp2(world, num_ranks: int, name: str) -> None:
 
 @pytest.mark.launcher
 @pytest.mark.parametrize("num_ranks", [2, 3])
+def test_what_fsdp2_reduces_itself_is_not_exchanged_again(world, num_ranks: int) -> None:
+    for report in world(num_ranks).reports:
+        assert report["fsdp2"]["hooks alone"] == {"sent": 0, "trained": True}
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_fsdp2_loaded_in_shards(world, num_ranks: int) -> None:
     """A model that each rank read its own rows of trains like one that was whole before."""
     found = [report["fsdp2"] for report in world(num_ranks).reports]

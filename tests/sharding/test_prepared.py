@@ -57,6 +57,8 @@ def test_replicated_ranks_share_the_states(world, kind: str, case: str) -> None:
         ),
         ("engine of stage 1", "a DeepSpeed engine of ZeRO stage 1"),
         ("fsdp1", "wrapped by FSDP1, .*; use fully_shard"),
+        ("data parallel", "wrapped by nn.DataParallel, .*; start one process for each GPU"),
+        ("another seed", "model.norm.weight' differs between the ranks; load one checkpoint"),
         ("hybrid", "on a mesh of (1, 3); masked training needs dimension 0 cut over all 3 ranks"),
         ("partly sharded", "'model.layers.0' is sharded by fully_shard but the whole is not"),
     ],

@@ -198,8 +198,12 @@ def check_zero_config(ds_config: dict[str, Any]) -> None:
                 f"zero_optimization.{name}={zero[name]!r}: keeps a second copy of the weights, which masked "
                 "updates would not reach; remove it"
             )
-    if (zero.get("offload_param") or {}).get("device") == "nvme":
-        raise ValueError("zero_optimization.offload_param.device='nvme': not supported; use 'cpu' or 'none'")
+    device = (zero.get("offload_param") or {}).get("device")
+    if device not in (None, "none"):
+        raise ValueError(
+            f"zero_optimization.offload_param.device={str(device)!r}: shards must lie where the model computes; remove it and "
+            "use MaskedAdamW(offload='cpu'), which moves the optimizer states"
+        )
 
 
 def _config(folder: Path) -> Any:

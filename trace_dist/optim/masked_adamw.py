@@ -201,7 +201,12 @@ class MaskedAdamW(torch.optim.Optimizer):
         packed = super().state_dict()
         packed["values"] = [self.values(support) for support in self.supports]
         packed["mask_digest"] = self.mask.digest()
+        packed["owned"] = self._owned()
         return packed
+
+    def _owned(self) -> list[tuple[int, int]]:
+        """Which of the masked entries, in the order of all ranks', are this rank's: (first, number) per parameter."""
+        return [(support.offset, support.runs.num_entries) for support in self.supports]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore ``state_dict`` and write the values back into the model.
@@ -215,7 +220,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             )
         mine = [state for _, state in self.compact()]
         saved = [state_dict["state"][index] for index in range(len(mine))]
-        if list(map(_layout, saved)) != list(map(_layout, mine)):
+        if state_dict["owned"] != self._owned() or list(map(_layout, saved)) != list(map(_layout, mine)):
             raise ValueError(
                 "optimizer state: it was saved on another rank or number of ranks, or with other state options; resume with "
                 "train.checkpoint, which loads on any number"

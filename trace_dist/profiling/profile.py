@@ -81,7 +81,7 @@ def run_profile(setup: MemorySetup, steps: int = 4) -> dict[str, Any]:
         },
         "libraries": baseline - before,
         "errors": {
-            "states": sum(estimate.states.values()) / max(states) - 1,
+            "states": sum((*estimate.states.values(), *estimate.host.values())) / max(states) - 1,
             "peak": estimate.peak / max(peaks) - 1,
         },
         "timeline": asdict(measured.timeline),

@@ -165,15 +165,17 @@ class Compactor:
             for support in self.supports:
                 support.grad = support.grad.new_zeros(support.runs.num_entries)
         self._accumulate = accumulate or add_to_grad
-        self._reducer = CompactReducer(self.supports, self._accumulate)
         self._model = model
+        linears = _linear_modules(model.module)
+        # What the sharding library reduces itself must not be waited for: no bucket behind it would ever leave.
+        exchanged = [s for s in self.supports if s.name in linears or not model.reduces_hooked_gradients]
+        self._reducer = CompactReducer(exchanged, self._accumulate)
         self._scale = self._mean = 1.0 / dist.world_size()
         self._ended, self._spent = True, False
         self._backward_pass = -1  # autograd's number of the pass whose end is awaited
         self._silent: set[str] | None = {support.name for support in self.supports}  # None after one backward
         self._undo: list[Callable[[], None]] = []
         parameters = dict(model.module.named_parameters())
-        linears = _linear_modules(model.module)
         self._undo += [_join_zero_grad(root, self.zero_grad) for root in model.roots]
         # Backward must reach the lowest masked layer even though its input needs no gradient.
         self._anchor = torch.zeros((), device=model.device, requires_grad=True)

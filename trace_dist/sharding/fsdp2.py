@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from trace_dist.config import Quantize
@@ -30,10 +30,13 @@ def _wrap(module: nn.Module) -> None:
     """Shard every decoder block as one group, and what is left as the root's."""
     mesh = init_device_mesh(dist.local_device().type, (dist.world_size(),))
     blocks = set(getattr(module, "_no_split_modules", None) or ())
+    policy = MixedPrecisionPolicy(
+        reduce_dtype=torch.float32
+    )  # of what a hook catches; linear layers reduce nothing
     for child in list(module.modules()):
         if type(child).__name__ in blocks:
-            fully_shard(child, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+            fully_shard(child, mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
 def _check_sharding(module: nn.Module) -> None:
@@ -70,9 +73,13 @@ class Fsdp2Model(ShardedModel):
             _wrap(module)
         _check_sharding(module)
         super().__init__(module)
-        # The first unshard settles where the shards live; `local` may be kept from then on.
+        # The first unshard settles where the shards live, so that `local` may be kept from then on, and, from what is
+        # trainable at that moment, in which dtype gradients are reduced.
+        uniform = len({parameter.dtype for parameter in module.parameters()}) == 1  # FSDP2 asks for it
+        module.requires_grad_(uniform)
         self.module.unshard()
         self.module.reshard()
+        module.requires_grad_(False)
         self._parameters = dict(module.named_parameters())
 
     @classmethod

@@ -78,10 +78,13 @@ def patch_linear(
             return F.linear(input, self.weight, self.bias)
         return _MaskedLinear.apply(input, self.bias, anchor, self, part, deliver)
 
+    before = module.__dict__.get("forward")  # not None where another library has replaced it
     # A method, not a closure over the layer: a deep copy of the model must run on its own weights.
     module.forward = MethodType(forward, module)  # type: ignore[method-assign]
 
     def undo() -> None:
         del module.forward
+        if before is not None:
+            module.forward = before  # type: ignore[method-assign]
 
     return undo

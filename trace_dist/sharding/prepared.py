@@ -36,6 +36,11 @@ def as_sharded(model: ShardedModel | nn.Module) -> ShardedModel:
         replicated = ReplicatedModel(model.module)
         replicated.roots.append(model)
         return replicated
+    if isinstance(model, nn.DataParallel):
+        raise ValueError(
+            "model: wrapped by nn.DataParallel, whose copies of a layer get no gradients of their own; start one process for "
+            "each GPU (torchrun, deepspeed or accelerate launch)"
+        )
     if _is_deepspeed_engine(model):
         from trace_dist.sharding.zero3 import Zero3Model
 
@@ -58,7 +63,24 @@ def as_sharded(model: ShardedModel | nn.Module) -> ShardedModel:
         raise ValueError(
             f"model: {inner[0]!r} is sharded by fully_shard but the whole is not; call fully_shard(model) last"
         )
+    _check_same_weights(model)
     return ReplicatedModel(model)
+
+
+def _check_same_weights(model: nn.Module) -> None:
+    """Raise ValueError where the ranks hold different weights, of which only the masked ones would become equal. Collective.
+
+    Some values of each parameter are compared.
+    """
+    samples = {
+        name: p.detach().flatten()[:: max(1, p.numel() // 8)].tolist() for name, p in model.named_parameters()
+    }
+    everyone = dist.gather_objects(samples)
+    for name, values in everyone[0].items():
+        if any(other.get(name) != values for other in everyone):
+            raise ValueError(
+                f"model: {name!r} differs between the ranks; load one checkpoint, or set the same seed, on every rank"
+            )
 
 
 def _is_deepspeed_engine(model: Any) -> bool:

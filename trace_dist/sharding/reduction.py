@@ -74,7 +74,7 @@ class CompactReducer:
 
     def finish(self) -> None:
         """Exchange what is left; call once after each backward pass, on every rank."""
-        if self.local_only:
+        if self.local_only or not self._buckets:
             return
         for bucket in self._buckets[self._next :]:
             self._flush(bucket)
