@@ -17,7 +17,10 @@ before = {name: weight.detach().clone() for name, weight in model.named_paramete
 mask = Mask.random(model, density=0.1, granularity="element", seed=0, maskable="all")
 
 loader = DataLoader(torch.arange(64).view(4, 16), batch_size=1)
-model, loader = accelerator.prepare(model, loader)  # DDP, or FSDP2 where accelerate is configured for it
+if accelerator.is_fsdp2:  # it shards a model only together with an optimizer, which goes unused
+    model, _, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters()), loader)
+else:
+    model, loader = accelerator.prepare(model, loader)
 optimizer = MaskedAdamW(model, mask, lr=1e-2, max_grad_norm=1.0)  # last, and not prepared
 
 for epoch in range(10):

@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from engine.cases import CASES, batches
+from engine.training import train
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from trace_dist import Mask
@@ -26,7 +27,19 @@ def depth(out: Path) -> dict[str, Any]:
         case = replace(CASES["element"], num_layers=4, checkpointing=checkpointing)
         found[f"zero3-{checkpointing}"] = gathered_by_zero3(Zero3Model(case.model(), 0), batches(case)[0][0])
         found[f"fsdp2-{checkpointing}"] = gathered_by_fsdp2(Fsdp2Model(case.model()), batches(case)[0][0])
+    for kind in ("reentrant", "not reentrant"):
+        found[kind] = [
+            losses_recomputed(backend, kind == "reentrant") for backend in (Zero3Model, Fsdp2Model)
+        ]
     return found
+
+
+def losses_recomputed(backend: type[ShardedModel], reentrant: bool) -> list[float]:
+    """Training with activation checkpoints of one kind."""
+    case = CASES["block-accumulated-recomputed"]
+    module = case.model()
+    module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    return train(case, backend(module)).losses
 
 
 def gathered_by_zero3(model: Zero3Model, ids: Any) -> list[str]:

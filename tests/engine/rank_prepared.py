@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from engine.cases import CASES, Case, batches
 from engine.training import make_optimizer, refused
 from torch import nn
@@ -51,6 +54,23 @@ def by_hand(case: Case) -> nn.Module:
     return fully_shard(model)
 
 
+def by_accelerate(case: Case) -> nn.Module:
+    """As ``Accelerator.prepare`` does it with an FSDP2 plugin (off on a CPU): embedding, tail and layers in groups."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        reshard_after_forward=True,
+        cpu_ram_efficient_loading=False,
+        auto_wrap_policy="transformer_based_wrap",
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        mixed_precision="no",
+        device=torch.device("cpu"),
+        is_main_process=dist.is_main(),
+    )
+    return fsdp2_prepare_model(accelerator, case.model())
+
+
 def engine(case: Case, **config: Any) -> Any:
     """A DeepSpeed engine as a user makes it."""
     import deepspeed
@@ -67,6 +87,7 @@ def prepared(out: Path) -> dict[str, Any]:
         "plain": lambda case: case.model(),
         "ddp": lambda case: DistributedDataParallel(case.model()),
         "fully_shard": by_hand,
+        "accelerate": by_accelerate,
     }
     for name, make in makers.items():
         for case in (CASE, ROWS):

@@ -69,20 +69,29 @@ def test_a_masked_embedding_needs_the_whole_backward() -> None:
     assert len(products_of_backward("embed_tokens", 3)) > len(products_of_backward("embed_tokens", 1))
 
 
-def test_reentrant_checkpoints_keep_the_gradient_that_they_need() -> None:
-    """They run again only if an input requires grad, so for them backward goes to the bottom as before."""
+def test_reentrant_checkpoints_are_switched_to_the_other_kind(caplog: pytest.LogCaptureFixture) -> None:
     case = CASES["element"]
     gradients = []
-    for reentrant in (False, True):
+    for options in ({"use_reentrant": False}, {"use_reentrant": True}):
         module = case.model()
-        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         model = shard(module, "single")
         (support,) = model.attach(Mask.random(model, 0.3, "element", maskable=r"layers\.1.*q_proj"))
         ids = batches(case)[0][0]
-        model.backward(model(input_ids=ids, labels=ids).loss)
+        for _ in range(2):
+            model.backward(model(input_ids=ids, labels=ids).loss)
         gradients.append(support.grad)
     assert bool(gradients[0].any())
     assert torch.equal(*gradients)
+    (message,) = caplog.messages
+    assert "switched to use_reentrant=False" in message
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("num_ranks", [2])
+def test_reentrant_checkpoints_train_alike_on_ranks(world, num_ranks: int) -> None:
+    for report in world(num_ranks).reports:
+        assert report["depth"]["reentrant"] == report["depth"]["not reentrant"]
 
 
 @pytest.mark.launcher

@@ -13,7 +13,7 @@ from engine.training import make_optimizer, train_reference
 from trace_dist.sharding import ReplicatedModel
 from trace_dist.sharding.prepared import as_sharded
 
-KINDS = ("plain", "ddp", "fully_shard", "engine")
+KINDS = ("plain", "ddp", "fully_shard", "accelerate", "engine")
 
 
 @functools.cache

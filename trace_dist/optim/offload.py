@@ -1,8 +1,8 @@
 """Optimizer states in host memory: gradients come down, new values go up, and nothing else crosses the bus.
 
-Per masked entry the device keeps the gradient (4 bytes) alone; the host keeps master, moments and two staging buffers in pinned
-memory. All gradients are sent first, on a stream of their own; while the host updates one parameter, the gradients of the
-next ones arrive and the values of the one before leave.
+Per masked entry the device keeps the gradient (4 bytes) alone; the host keeps master and moments, and two staging buffers in
+pinned memory. All gradients are sent first, on a stream of their own; while the host updates one parameter, the gradients of
+the next ones arrive and the values of the one before leave.
 """
 
 from __future__ import annotations

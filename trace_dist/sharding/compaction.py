@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -179,7 +180,7 @@ class Compactor:
         self._undo += [_join_zero_grad(root, self.zero_grad) for root in model.roots]
         # Backward must reach the lowest masked layer even though its input needs no gradient.
         self._anchor = torch.zeros((), device=model.device, requires_grad=True)
-        self._undo.append(model.module.register_forward_pre_hook(_let_backward_stop).remove)
+        self._undo.append(model.module.register_forward_pre_hook(_settle_checkpoints).remove)
         for support in self.supports:
             linear = linears.get(support.name)
             if linear is not None:
@@ -288,14 +289,25 @@ class Compactor:
         self._undo.clear()
 
 
-def _let_backward_stop(module: nn.Module, _: Any) -> None:
-    """Take back what transformers does when it enables activation checkpointing: embeddings whose output requires grad.
+def _settle_checkpoints(module: nn.Module, _: Any) -> None:
+    """Make activation checkpoints that transformers has just enabled non-reentrant, and let backward stop above the embeddings.
 
-    It is there for reentrant checkpoints, which see a gradient in no other way; with all others it makes backward run, and
-    recompute, down to the embeddings, however high the lowest masked layer lies.
+    A reentrant checkpoint runs a backward pass of its own in every layer, behind the back of ZeRO-3 and of the exchange, and sees
+    a gradient only if its input requires one: so transformers makes the embeddings' output require it. With the other kind
+    that would make backward run, and recompute, down to the embeddings, however high the lowest masked layer lies.
     """
-    if getattr(module, "_require_grads_hooks", None) and not any(map(_is_reentrant, module.modules())):
-        module.disable_input_require_grads()  # type: ignore[operator]
+    if not getattr(module, "_require_grads_hooks", None):
+        return
+    module.disable_input_require_grads()  # type: ignore[operator]
+    reentrant = [child for child in module.modules() if _is_reentrant(child)]
+    for child in reentrant:
+        checkpoint: Any = child._gradient_checkpointing_func
+        keywords = {**getattr(checkpoint, "keywords", {}), "use_reentrant": False}
+        child._gradient_checkpointing_func = partial(getattr(checkpoint, "func", checkpoint), **keywords)  # type: ignore[assignment]
+    if reentrant:
+        logger.warning(
+            "activation checkpointing: use_reentrant=True hides each layer's backward pass; switched to use_reentrant=False"
+        )
 
 
 def _is_reentrant(module: nn.Module) -> bool:
