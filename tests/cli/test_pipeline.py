@@ -148,6 +148,8 @@ def test_results_have_the_shape_of_the_design(run: Run) -> None:
     assert 0 <= results["retrieval"]["accuracy"] <= 100
     memory = results["memory"]["bytes_per_param"]
     assert 2 < memory["masked"] < memory["full"]
+    for kind, predicted in results["memory"]["predicted_bytes_per_param"].items():
+        assert memory[kind] == pytest.approx(predicted, rel=0.05), kind
     assert {"run_info", "meta_info", "config", "masks", "specificity"} <= results.keys()
     assert results["run_info"]["num_ranks"] == 2
     assert results["modes"]["retrieved"]["density"] == pytest.approx(0.05, abs=1e-3)
