@@ -160,10 +160,17 @@ def adamw(
         keys: of the stochastic rounding, None to round to nearest.
         scalars: step size and root of the second correction (unused by age), grad_scale, decay, 1 - beta1, beta2, 1 - beta2, eps.
     """
-    operands = (weight, master, exp_avg, exp_avg_sq, grad, *(by_age or (None, None, None)))
     step = _Step(
-        *(None if tensor is None else tensor.data_ptr() for tensor in operands),
-        *(DTYPES[tensor.dtype] for tensor in (weight, grad, exp_avg, exp_avg_sq)),
+        weight.data_ptr(),
+        None if master is None else master.data_ptr(),
+        exp_avg.data_ptr(),
+        exp_avg_sq.data_ptr(),
+        grad.data_ptr(),
+        *(map(Tensor.data_ptr, by_age) if by_age else (None, None, None)),
+        DTYPES[weight.dtype],
+        DTYPES[grad.dtype],
+        DTYPES[exp_avg.dtype],
+        DTYPES[exp_avg_sq.dtype],
         by_age[1].numel() - 1 if by_age else 0,
         keys is not None,
         *(keys or (0, 0)),
@@ -212,9 +219,11 @@ def sumsq(values: Tensor) -> Tensor:
 
 
 def serves(tensors: Sequence[Tensor]) -> bool:
-    """Whether all float operands are of a dtype the C++ path computes on, and the library is there."""
-    floats = (tensor.dtype for tensor in tensors if tensor.is_floating_point())
-    return tensors[0].device.type == "cpu" and all(map(DTYPES.__contains__, floats)) and library() is not None
+    """Whether all operands are on the CPU, the floats of a dtype the C++ path computes on, and the library is there."""
+    for tensor in tensors:
+        if not tensor.is_cpu or (tensor.dtype not in DTYPES and tensor.is_floating_point()):
+            return False
+    return library() is not None
 
 
 def _loaded() -> ctypes.CDLL:

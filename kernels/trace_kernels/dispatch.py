@@ -133,14 +133,12 @@ def choose(impl: Impl, *tensors: Tensor) -> Path:
     Raises:
         ValueError: see `use_triton`; or C++ asked for where it cannot run.
     """
+    if impl in ("auto", "cpp") and cpu.serves(tensors):
+        return "cpp"
     if use_triton("auto" if impl == "cpp" else impl, *tensors):
         if impl == "cpp":
             raise ValueError("impl = 'cpp' on a GPU tensor: runs on CPU tensors alone; use impl='auto'")
         return "triton"
-    if impl == "torch":
-        return "torch"
-    if cpu.serves(tensors):
-        return "cpp"
     if impl == "cpp":
         raise ValueError(
             "impl = 'cpp': needs fp32 and bf16 operands on the CPU, and a C++ compiler; use impl='auto'"

@@ -35,6 +35,10 @@ class ReplicatedModel(ShardedModel):
 
     backend = "replicated"
 
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self._views: dict[str, list[PartitionView]] = {}  # asked for at every step
+
     @classmethod
     def from_pretrained(cls, path: str, dtype: torch.dtype, quantize: Quantize = "none") -> ReplicatedModel:
         return cls(load_model(path, dtype, quantize))
@@ -44,9 +48,11 @@ class ReplicatedModel(ShardedModel):
         return next(iter(self._parameters.values())).device
 
     def views(self, name: str) -> list[PartitionView]:
-        numel = prod(self.shape(name))
-        edges = [numel * rank // self.world for rank in range(self.world + 1)]
-        return [PartitionView(start, stop) for start, stop in pairwise(edges)]
+        if name not in self._views:
+            numel = prod(self.shape(name))
+            edges = [numel * rank // self.world for rank in range(self.world + 1)]
+            self._views[name] = [PartitionView(start, stop) for start, stop in pairwise(edges)]
+        return self._views[name]
 
     def local(self, name: str) -> Tensor:
         view = self.views(name)[self.rank]
