@@ -87,6 +87,9 @@ def test_two_ranks_hold_what_was_predicted(model: Path, tmp_path: Path) -> None:
     assert found["setup"]["world_size"] == 2
     assert len(found["measured"]["rank_peaks"]) == 2
     assert abs(found["errors"]["states"]) < 0.01
+    for name, predicted in found["estimate"]["between"].items():
+        assert found["measured"]["between"][name] == pytest.approx(predicted, rel=0.05), name
+        assert f"{name} after forward" in done.stdout
     assert abs(found["errors"]["peak"]) < 0.4  # of 20 MB; the study in docs/results is within 10 %
     assert [name for name, _, _ in found["timeline"]["phases"][:3]] == ["forward", "backward", "step"]
     assert plot.read_bytes()[:4] == b"\x89PNG"

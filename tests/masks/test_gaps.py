@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trace_dist import Mask
+from trace_dist.masks import gaps
 from trace_dist.masks.gaps import Gaps, PackedUnits, decode_gaps, encode_gaps, expected_bytes
 from trace_dist.masks.units import UnitLayout
 
@@ -19,11 +22,13 @@ from trace_dist.masks.units import UnitLayout
     )
 )
 def test_gaps_keep_every_index(steps: list[int]) -> None:
-    """Differences around the words' limits (255, 32767, 2^31 - 1), first index 0 included."""
+    """Differences around the words' limits (255, 32767, 2^31 - 1), first index 0 included; in chunks of every size."""
     units = torch.tensor(steps).cumsum(0) + torch.arange(len(steps))
     words = encode_gaps(units)
-    assert torch.equal(decode_gaps(words, torch.int64), units)
-    assert torch.equal(decode_gaps(words, torch.int64, len(units)), units)
+    for chunk in (1, 3, gaps.CHUNK):
+        with patch.object(gaps, "CHUNK", chunk):
+            assert torch.equal(decode_gaps(words, torch.int64), units)
+            assert torch.equal(decode_gaps(words, torch.int64, len(units)), units)
 
 
 @pytest.mark.parametrize("limit", [255, 32767, 2**31 - 1])

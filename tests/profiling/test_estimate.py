@@ -155,15 +155,19 @@ def test_offloaded_states_leave_the_device_only_where_there_is_one(llama: str) -
 
 def test_exchange_holds_what_waits_and_what_is_under_way() -> None:
     half = BUCKET_BYTES // 8
-    exchange = Exchange([("a", 9 * half, half), ("b", 9 * half, half), ("c", half, half)], 2, world_size=2)
+    sizes = [("a", 9 * half, half, 0), ("b", 9 * half, half, 5 * half), ("c", half, half, 0)]
+    exchange = Exchange(sizes, 2, world_size=2)
     assert exchange.deliver("c") == (2 * half, 8 * half)  # rows: the masked part itself, converted to fp32
     assert exchange.held == 4 * half
     size = 8 * half
-    assert exchange.deliver("b") == (18 * half, size + 2 * size)  # and what is sent and received
+    assert exchange.deliver("b") == (
+        18 * half,
+        size + 2 * size,
+    )  # and what is sent and received; indices are gone by then
     assert exchange.held == 2 * size  # until the next bucket is full
     assert exchange.deliver("a")[1] == 4 * half + 2 * size
     assert exchange.held == 2 * 4 * half
-    alone = Exchange([("a", 9 * half, half)], 2, world_size=1)
+    alone = Exchange([("a", 9 * half, half, 0)], 2, world_size=1)
     assert alone.deliver("a") == (18 * half, 0)
 
 

@@ -86,6 +86,9 @@ def comparison(result: Mapping[str, Any]) -> Table:
     table.add_row(
         "states", _mib(together), _mib(max(measured["rank_states"])), f"{result['errors']['states']:+.1%}"
     )
+    for name, size in measured["between"].items():
+        predicted = estimate["between"][name]
+        table.add_row(f"{name} after forward", _mib(predicted), _mib(size), _percent(predicted, size))
     table.add_row(
         "peak",
         _mib(estimate["peak"]),

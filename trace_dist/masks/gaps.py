@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 WORDS = (torch.uint8, torch.int16, torch.int32)
+CHUNK = 1 << 20
+"""Words decoded at a time; each takes some 25 bytes meanwhile."""
 
 
 def encode_gaps(units: Tensor) -> Tensor:
@@ -37,14 +39,20 @@ def decode_gaps(words: Tensor, dtype: torch.dtype, num_units: int | None = None)
         dtype: of the indices, int32 or int64.
         num_units: how many indices there are; given, an accelerator is not waited for.
     """
-    indices = words.cumsum(0, dtype=dtype)
     if len(words) == num_units:
-        return indices
-    ends = words != torch.iinfo(words.dtype).max
+        return words.cumsum(0, dtype=dtype)
+    largest = torch.iinfo(words.dtype).max
     if num_units is None:
-        return indices[ends]
-    places = torch.where(ends, ends.cumsum(0) - 1, num_units)  # what is no index goes into a slot of its own
-    return indices.new_empty(num_units + 1).scatter_(0, places, indices)[:num_units]
+        num_units = int((words != largest).sum())
+    units = torch.empty(num_units + 1, dtype=dtype, device=words.device)
+    index, place = units.new_zeros(()), torch.full((), -1, device=words.device)
+    for chunk in words.split(CHUNK):
+        ends = chunk != largest
+        indices, places = chunk.cumsum(0, dtype=dtype) + index, ends.cumsum(0) + place
+        # What is no index goes into the last slot.
+        units.scatter_(0, torch.where(ends, places, num_units), indices)
+        index, place = indices[-1], places[-1]
+    return units[:num_units]
 
 
 def expected_bytes(num_units: int, of: int) -> int:

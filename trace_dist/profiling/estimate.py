@@ -46,6 +46,7 @@ class Estimate:
     Attributes:
         states: what lies there between steps, by category.
         transient: the most of each category during a step; they do not all peak together.
+        between: what lies there between forward and backward: saved activations, gathered weights.
         peak: the most at one moment, states included.
         peak_parts: what that is made of.
         peak_where: when it is.
@@ -56,6 +57,7 @@ class Estimate:
 
     states: dict[str, int]
     transient: dict[str, int]
+    between: dict[str, int]
     peak: int
     peak_parts: dict[str, int]
     peak_where: str
@@ -149,12 +151,22 @@ class Estimator:
         step = _Step(columns, setup.micro_batch_size, setup.sequence_length, setup.activation_checkpointing)
         gathered = self.gathered(step, setup.backend, setup.world_size, setup.device == "cpu")
         sizes = tuple(
-            (name, _computed(layouts[name], chosen), chosen.entries) for name, chosen in selected.items()
+            (
+                name,
+                _computed(layouts[name], chosen),
+                chosen.entries,
+                _decoded(layouts[name], chosen, setup.world_size),
+            )
+            for name, chosen in selected.items()
         )
         transient, where, parts = self.fullest(self.trace(step), gathered, sizes, setup.world_size)
         return Estimate(
             states=states,
             transient=transient,
+            between={
+                "activations": self.trace(step).saved,
+                "gathered": self._kept(step, setup.backend, gathered),
+            },
             peak=sum(states.values()) + sum(parts.values()),
             peak_parts={**states, **parts},
             peak_where=where,
@@ -179,6 +191,15 @@ class Estimator:
         else:
             elements = fsdp2_gathered(moments, self.numel, self._blocks)
         return tuple(self.itemsize * count for count in elements)
+
+    def _kept(self, step: _Step, backend: Backend, gathered: tuple[int, ...]) -> int:
+        """Bytes gathered between forward and backward: under FSDP2 the root's group, under ZeRO-3 what comes again soon."""
+        if backend == "fsdp2":
+            return self.itemsize * sum(
+                self.numel[name] for name, block in self._blocks.items() if block is None
+            )
+        moments = self.trace(step).moments
+        return gathered[max(i for i, moment in enumerate(moments) if "backward" not in moment.where)]
 
     @cached_property
     def _blocks(self) -> dict[str, int | None]:
@@ -224,7 +245,7 @@ class Estimator:
         self,
         trace: StepTrace,
         gathered: tuple[int, ...],
-        sizes: tuple[tuple[str, int, int], ...],
+        sizes: tuple[tuple[str, int, int, int], ...],
         world_size: int,
     ) -> tuple[dict[str, int], str, dict[str, int]]:
         """(most of each transient category, the fullest moment, its categories)."""
@@ -252,6 +273,13 @@ def _computed(layout: UnitLayout, selection: Selection) -> int:
     whole_rows = layout.unit % layout.cols == 0 and layout.unit < layout.numel
     partial = len(layout.shape) == 2 and (layout.stride > 1 or whole_rows)
     return selection.entries if partial else layout.numel
+
+
+def _decoded(layout: UnitLayout, selection: Selection, world_size: int) -> int:
+    """Bytes of a mask's indices while entries are picked out of a whole gradient (``Support.whole``)."""
+    if world_size == 1 or _computed(layout, selection) != layout.numel:
+        return 0
+    return selection.entries * 4 if layout.ragged else selection.units * layout.index_dtype.itemsize
 
 
 def _candidates(moment: Moment, gathered: int, exchange: Exchange) -> list[dict[str, int]]:

@@ -11,15 +11,17 @@ class Exchange:
     """Follows the masked linear layers' gradients in the order in which they are formed.
 
     Args:
-        sizes: (parameter, elements of its gradient that are formed, masked entries), in the order of the model.
+        sizes: (parameter, elements of its gradient that are formed, masked entries, bytes of the mask's indices that are decoded
+            to pick the entries out), in the order of the model.
         itemsize: bytes of a gradient's element.
         world_size: ranks.
     """
 
-    def __init__(self, sizes: Sequence[tuple[str, int, int]], itemsize: int, world_size: int) -> None:
+    def __init__(self, sizes: Sequence[tuple[str, int, int, int]], itemsize: int, world_size: int) -> None:
         self.itemsize, self.world_size = itemsize, world_size
-        self.formed = {name: formed for name, formed, _ in sizes}
-        self.compact = {name: 4 * entries for name, _, entries in sizes}
+        self.formed = {name: formed for name, formed, _, _ in sizes}
+        self.compact = {name: 4 * entries for name, _, entries, _ in sizes}
+        self.decoded = {name: num_bytes for name, _, _, num_bytes in sizes}
         self.held = 0
         """Bytes of compact gradients that wait, and of the buffers of the exchange under way."""
         self._under_way = 0
@@ -48,7 +50,7 @@ class Exchange:
             return formed, (compact + converted) * whole_units
         self._delivered.add(name)
         self.held += compact
-        most = self.held + converted
+        most = self.held + converted + self.decoded[name]
         while self._buckets and self._delivered.issuperset(self._buckets[0]):
             size = sum(self.compact[other] for other in self._buckets.pop(0))
             self.held -= self._under_way  # what it brought has been added up

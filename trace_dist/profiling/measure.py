@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 _RETURNED_FROM = 1 << 16
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
@@ -102,6 +104,27 @@ class Watch:
         while not self._ended.wait(self._interval):
             self.timeline.seconds.append(time.perf_counter() - self._begin)
             self.timeline.bytes.append(bytes_now(self._device) - self._baseline)
+
+
+class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
+    """Counts what autograd keeps for backward while it is entered, but for the module's own parameters and buffers."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(self._pack, lambda tensor: tensor)
+        self._module = module
+        self._storages: dict[int, int] = {}
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        own = (t for t in (*self._module.parameters(), *self._module.buffers()) if not isinstance(t, DTensor))
+        if storage.data_ptr() not in (t.untyped_storage().data_ptr() for t in own):
+            self._storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storages kept; several views of one count once."""
+        return sum(self._storages.values())
 
 
 def _reset_peak(device: torch.device) -> None:

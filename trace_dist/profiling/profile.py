@@ -20,7 +20,7 @@ from trace_dist.masks.format import Mask
 from trace_dist.models.nf4 import quantize_nf4
 from trace_dist.optim.masked_adamw import MaskedAdamW
 from trace_dist.profiling.estimate import Estimator, load_config
-from trace_dist.profiling.measure import Timeline, Watch, bytes_now, settle_allocator
+from trace_dist.profiling.measure import SavedTensors, Timeline, Watch, bytes_now, settle_allocator
 from trace_dist.profiling.memory import tensor_bytes
 from trace_dist.profiling.setup import MemorySetup
 from trace_dist.sharding.build import shard
@@ -34,10 +34,13 @@ class Measured:
 
     Attributes:
         states: by category, from the tensors that are there after a backward pass; host memory of ``offload`` included.
+        between: activations that autograd keeps and gathered copies of weights, between forward and backward; without activations
+            where they are recomputed, since checkpoints keep theirs to themselves.
         timeline: memory over the steps beyond that before the model was built.
     """
 
     states: dict[str, int]
+    between: dict[str, int]
     timeline: Timeline
 
 
@@ -75,6 +78,7 @@ def run_profile(setup: MemorySetup, steps: int = 4) -> dict[str, Any]:
         "estimate": estimate.as_dict(),
         "measured": {
             "states": measured.states,
+            "between": measured.between,
             "peak": max(peaks),
             "rank_states": states,
             "rank_peaks": peaks,
@@ -120,11 +124,11 @@ def _train(config: Any, setup: MemorySetup, steps: int, baseline: int) -> Measur
         (setup.micro_batch_size, setup.sequence_length),
         device=model.device,
     )
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     states: dict[str, int] = {}
     with Watch(model.device, baseline) as watch:
         for _ in range(steps):
             with watch.phase("forward"):
-                inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
                 loss = forward_nll_sum(model, inputs, ids) / ids.numel()
             with watch.phase("backward"):
                 model.backward(loss)
@@ -133,6 +137,13 @@ def _train(config: Any, setup: MemorySetup, steps: int, baseline: int) -> Measur
             with watch.phase("step"):
                 optimizer.step()
                 optimizer.zero_grad()
+    saved = SavedTensors(model.module)
+    with saved:
+        loss = forward_nll_sum(model, inputs, ids) / ids.numel()
+    between = {"gathered": tensor_bytes(model.copies())}
+    if not setup.activation_checkpointing:
+        between = {"activations": saved.nbytes, **between}
+    model.backward(loss)
     close = getattr(model, "close", model.detach)
     close()
-    return Measured(states, watch.timeline)
+    return Measured(states, between, watch.timeline)

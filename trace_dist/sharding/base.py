@@ -151,6 +151,10 @@ class ShardedModel(ABC):
         """All that this rank keeps of the weights between steps."""
         return [*map(self.local, self._parameters), *(overlay.values for overlay in self.overlays())]
 
+    def copies(self) -> list[Tensor]:
+        """Gathered copies of weights that are there at this moment, beside what this rank owns."""
+        return []
+
     def overlays(self) -> list[Overlay]:
         """Those of NF4 weights that have one."""
         return [layer.overlay for layer in self._quantized.values() if layer.overlay is not None]

@@ -94,6 +94,9 @@ class Fsdp2Model(ShardedModel):
     def local(self, name: str) -> Tensor:
         return self._parameters[name].data.to_local().view(-1)
 
+    def copies(self) -> list[Tensor]:
+        return [p.data for p in self.module.parameters() if not isinstance(p, DTensor)]
+
     def refresh(self, supports: Iterable[Support]) -> None:
         """The root group stays gathered after a forward pass without backward; drop every gathered copy."""
         for child in self.module.modules():

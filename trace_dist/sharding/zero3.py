@@ -115,6 +115,12 @@ class Zero3Model(ShardedModel):
     def local(self, name: str) -> Tensor:
         return self._parameters[name].ds_tensor.data.view(-1)[: len(self.views(name)[self.rank])]
 
+    def copies(self) -> list[Tensor]:
+        if self.world == 1:  # a single rank's shard is the parameter
+            return []
+        status = self._deepspeed.zero.partition_parameters.ZeroParamStatus
+        return [p.data for p in self._parameters.values() if p.ds_status == status.AVAILABLE]
+
     def after_backward(self) -> None:
         self._engine.optimizer.release_backward_leftovers()
 

@@ -85,7 +85,7 @@ def _check_room(root: Path, optimizer: MaskedAdamW) -> None:
     mine = sum(
         t.nbytes for support, state in optimizer.compact() for t in _parts(optimizer, support, state).values()
     )
-    mask = sum(units.nbytes for units in optimizer.mask.units.values())  # as its file holds them
+    mask = sum(gaps.num_units * gaps.dtype.itemsize for gaps in optimizer.mask.units.gaps.values())
     overhead = 2**20 * (dist.world_size() + 1)  # headers
     needed = sum(dist.gather_objects(mine)) + mask + overhead
     problem = None
