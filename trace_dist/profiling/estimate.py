@@ -279,7 +279,23 @@ def _decoded(layout: UnitLayout, selection: Selection, world_size: int) -> int:
     """Bytes of a mask's indices while entries are picked out of a whole gradient (``Support.whole``)."""
     if world_size == 1 or _computed(layout, selection) != layout.numel:
         return 0
-    return selection.entries * 4 if layout.ragged else selection.units * layout.index_dtype.itemsize
+    runs = _runs(layout, selection)
+    return runs.num_runs * runs.itemsize
+
+
+class _Runs(NamedTuple):
+    """What ``UnitLayout.runs`` makes of selected units: how many runs, of how many, and the bytes of an index."""
+
+    num_runs: int
+    of: int
+    itemsize: int
+
+
+def _runs(layout: UnitLayout, selection: Selection) -> _Runs:
+    """Ragged layouts and columns are kept as single elements."""
+    if layout.ragged or layout.stride > 1:
+        return _Runs(selection.entries, layout.numel, 4 if layout.numel < 2**31 else 8)
+    return _Runs(selection.units, layout.num_units, layout.index_dtype.itemsize)
 
 
 def _candidates(moment: Moment, gathered: int, exchange: Exchange) -> list[dict[str, int]]:
@@ -303,20 +319,17 @@ def _candidates(moment: Moment, gathered: int, exchange: Exchange) -> list[dict[
 def index_bytes(layout: UnitLayout, selection: Selection, entries: int, world_size: int) -> int:
     """Bytes of one parameter's indices on a rank that owns ``entries`` of the selected ones.
 
-    Where these are, and, between several ranks, where all are: encoded ([Note: gaps] in masks/gaps.py). Ragged layouts and
-    columns are stored as single elements.
+    Where these are, and, between several ranks, where all are: encoded ([Note: gaps] in masks/gaps.py).
     """
-    scattered = layout.ragged or layout.stride > 1
-    owned = entries if scattered else ceil(selection.units * entries / max(selection.entries, 1))
-    itemsize = (4 if layout.numel < 2**31 else 8) if scattered else layout.index_dtype.itemsize
-    return owned * itemsize + (world_size > 1) * expected_bytes(selection.units, layout.num_units)
+    runs = _runs(layout, selection)
+    owned = ceil(runs.num_runs * entries / max(selection.entries, 1))
+    return owned * runs.itemsize + (world_size > 1) * expected_bytes(selection.units, layout.num_units)
 
 
 def overlay_index_bytes(layout: UnitLayout, selection: Selection) -> int:
     """Bytes of the encoded entries of a 4-bit weight's overlay."""
-    if layout.ragged or layout.stride > 1:
-        return expected_bytes(selection.entries, layout.numel)
-    return expected_bytes(selection.units, layout.num_units)
+    runs = _runs(layout, selection)
+    return expected_bytes(runs.num_runs, runs.of)
 
 
 def moment_bytes(entries: int, state_dtype: StateDtype) -> int:

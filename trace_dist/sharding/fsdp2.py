@@ -30,9 +30,8 @@ def _wrap(module: nn.Module) -> None:
     """Shard every decoder block as one group, and what is left as the root's."""
     mesh = init_device_mesh(dist.local_device().type, (dist.world_size(),))
     blocks = set(getattr(module, "_no_split_modules", None) or ())
-    policy = MixedPrecisionPolicy(
-        reduce_dtype=torch.float32
-    )  # of what a hook catches; linear layers reduce nothing
+    # Of what a hook catches; linear layers reduce nothing.
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for child in list(module.modules()):
         if type(child).__name__ in blocks:
             fully_shard(child, mesh=mesh, mp_policy=policy)

@@ -118,16 +118,17 @@ class Zero3Model(ShardedModel):
     def copies(self) -> list[Tensor]:
         if self.world == 1:  # a single rank's shard is the parameter
             return []
-        status = self._deepspeed.zero.partition_parameters.ZeroParamStatus
-        return [p.data for p in self._parameters.values() if p.ds_status == status.AVAILABLE]
+        return [parameter.data for parameter in self._parameters.values() if self._is_gathered(parameter)]
+
+    def _is_gathered(self, parameter: Any) -> bool:
+        return parameter.ds_status == self._deepspeed.zero.partition_parameters.ZeroParamStatus.AVAILABLE
 
     def after_backward(self) -> None:
         self._engine.optimizer.release_backward_leftovers()
 
     def refresh(self, supports: Iterable[Support]) -> None:
-        status = self._deepspeed.zero.partition_parameters.ZeroParamStatus
         changed = [self._parameters[support.name] for support in self.dense(supports)]
-        gathered = [parameter for parameter in changed if parameter.ds_status == status.AVAILABLE]
+        gathered = list(filter(self._is_gathered, changed))
         if not gathered:
             return
         gathered[0].partition(param_list=gathered, has_been_updated=False)
