@@ -27,6 +27,8 @@ from torch.utils._pytree import tree_iter
 from trace_dist.models.forward import names_argument
 from trace_dist.models.nf4 import NF4Linear, named_weights
 from trace_dist.sharding.masked_linear import Part, patch_linear
+from trace_dist.train.cross_entropy import nll_sum
+from trace_dist.train.loss import answer_nll_sum
 
 Phase = Literal["forward", "backward"]
 Kind = Literal["activations", "logits"]
@@ -176,16 +178,12 @@ def _checkpoint(module: Any, enabled: bool) -> None:
 
 
 def _loss(module: Any, batch: int, length: int, live: _LiveStorages) -> Tensor:
-    """``train.loss.forward_nll_sum`` where every token has a label; boolean indexing has no shape on the meta device."""
+    """``train.loss.forward_nll_sum`` where every token has a label; what it asks of labels has no answer on the meta device."""
     ids = torch.empty(batch, length, dtype=torch.int64, device="meta")
-    targets = torch.empty(batch * (length - 1), dtype=torch.int64, device="meta")
-    if names_argument(module, "logits_to_keep"):
-        logits = module(input_ids=ids, logits_to_keep=targets[: length - 1]).logits
-    else:
-        logits = module(input_ids=ids).logits[:, :-1]
-    rows, columns = torch.empty_like(targets), torch.empty_like(targets)
-    loss = F.cross_entropy(logits[rows, columns].float(), targets, reduction="sum")
-    return loss / len(targets)
+    if not names_argument(module, "logits_to_keep"):
+        return answer_nll_sum(module(input_ids=ids).logits, ids) / ids.numel()
+    logits = module(input_ids=ids, logits_to_keep=ids[0, 1:]).logits
+    return nll_sum(logits.flatten(0, 1), ids[:, 1:].flatten()) / ids.numel()
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trace_dist.data.batches import Step
 from trace_dist.data.encoding import IGNORE
 from trace_dist.models.forward import names_argument
+from trace_dist.train.cross_entropy import nll_sum
 from trace_dist.utils import dist
 
 Forward = Callable[..., Any]
@@ -27,20 +28,14 @@ def answer_nll_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum of the negative log-likelihood of the labelled tokens.
 
     Args:
-        logits: [batch, length, vocabulary], any float dtype; half precision is upcast to fp32.
+        logits: [batch, length, vocabulary], any float dtype.
         labels: [batch, length] int64; -100 where there is no loss.
 
     Returns:
         Scalar, in nats, fp32 (fp64 for fp64 logits); 0 with gradient when nothing is labelled.
     """
-    return _nll_sum(logits[:, :-1], labels[:, 1:])
-
-
-def _nll_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    kept = targets != IGNORE
-    picked = logits[kept]
-    wide = picked if picked.dtype == torch.float64 else picked.float()
-    return F.cross_entropy(wide, targets[kept], reduction="sum")
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # not logits[:, :-1], which would copy them
+    return nll_sum(logits.flatten(0, 1), targets.flatten())
 
 
 def forward_nll_sum(forward: Forward, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
@@ -57,7 +52,8 @@ def forward_nll_sum(forward: Forward, inputs: dict[str, Tensor], labels: Tensor)
     positions = (targets != IGNORE).any(0).nonzero().flatten()
     if len(positions) == 0:  # a filler batch: its backward pass must still run
         positions = positions.new_zeros(1)
-    return _nll_sum(forward(**inputs, logits_to_keep=positions).logits, targets[:, positions])
+    logits = forward(**inputs, logits_to_keep=positions).logits
+    return nll_sum(logits.flatten(0, 1), targets[:, positions].flatten())
 
 
 def _keeps_logits(forward: Forward) -> bool:

@@ -1,0 +1,73 @@
+"""Cross-entropy in chunks against torch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trace_dist.profiling.activations import _LiveStorages
+from trace_dist.train import cross_entropy
+from trace_dist.train.cross_entropy import nll_sum
+
+VOCABULARY = 37
+
+
+def batch(num_rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Logits with large and small values; about a third of the rows has no label."""
+    generator = torch.Generator().manual_seed(num_rows)
+    logits = (8 * torch.randn(num_rows, VOCABULARY, generator=generator)).to(dtype)
+    targets = torch.randint(VOCABULARY, (num_rows,), generator=generator)
+    targets[torch.rand(num_rows, generator=generator) < 0.3] = -100
+    return logits.requires_grad_(), targets
+
+
+@pytest.mark.parametrize("rows_at_a_time", [1, 3, 100])
+@pytest.mark.parametrize("num_rows", [1, 7, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_value_and_gradient_are_those_of_torch(
+    monkeypatch, dtype: torch.dtype, num_rows: int, rows_at_a_time: int
+) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", rows_at_a_time * VOCABULARY)
+    logits, targets = batch(num_rows, dtype)
+    loss = nll_sum(logits, targets)
+    (loss / 5).backward()
+    expected_logits = logits.detach().double().requires_grad_()
+    expected = F.cross_entropy(expected_logits, targets, ignore_index=-100, reduction="sum")
+    (expected / 5).backward()
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
+    assert logits.grad.dtype == dtype
+    step = max(torch.finfo(dtype).eps, tolerance)  # one rounding to the dtype of the logits
+    torch.testing.assert_close(
+        logits.grad.double(), expected_logits.grad, rtol=step, atol=1e-12 if dtype == torch.float64 else 1e-7
+    )
+    assert not logits.grad[targets == -100].any()
+
+
+def test_a_batch_without_labels_has_loss_and_gradient_zero() -> None:
+    logits, _ = batch(5, torch.float32)
+    loss = nll_sum(logits, torch.full((5,), -100))
+    loss.backward()
+    assert loss.item() == 0 and not logits.grad.any()
+
+
+def test_nothing_of_the_size_of_the_logits_lives_beside_them_but_their_gradient(monkeypatch) -> None:
+    """Counted on storages: torch's own holds six times the bytes of bf16 logits beside them."""
+    logits = torch.zeros(1000, VOCABULARY, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.zeros(1000, dtype=torch.int64)
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 10 * VOCABULARY)
+
+    def peak(loss_of) -> int:
+        logits.grad = None
+        live = _LiveStorages(iter([logits, targets]))
+        with live:
+            loss_of().backward()
+        return max(sum(moment.peak.values()) for moment in live.moments)
+
+    size = logits.numel() * logits.element_size()
+    rows = 40 * len(logits)  # a few numbers per row
+    assert peak(lambda: nll_sum(logits, targets)) < size + rows + 4 * 4 * 10 * VOCABULARY
+    assert peak(lambda: F.cross_entropy(logits.float(), targets, reduction="sum")) >= 6 * size
