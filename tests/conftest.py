@@ -28,6 +28,7 @@ SECTIONS: dict[int, tuple[Launcher, list[str]]] = {
                 "reduction",
                 "toy",
                 "depth",
+                "gathering",
                 "wire",
                 "nf4",
             ),

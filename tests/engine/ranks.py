@@ -18,6 +18,7 @@ import torch
 from engine.cases import CASES, Case, batches
 from engine.rank_depth import depth
 from engine.rank_files import cut_and_continue, damaged, deltas, exporting, hand_over, loading, take_over
+from engine.rank_gathering import gathering
 from engine.rank_nf4 import nf4
 from engine.rank_prepared import prepared
 from engine.rank_reduction import reduction
@@ -208,6 +209,7 @@ SECTIONS: dict[str, Callable[[Path], Found]] = {
     "reduction": reduction,
     "toy": toy,
     "depth": depth,
+    "gathering": gathering,
     "wire": wire,
     "nf4": nf4,
     "cut_and_continue": cut_and_continue,

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from trace_dist.profiling.activations import Moment
+from dataclasses import replace
+
+import pytest
+import torch
+from engine.rank_gathering import DISTANCES, KEPT
+from transformers import AutoModelForCausalLM
+
+from trace_dist import Mask, shard
+from trace_dist.profiling.activations import Moment, trace_step
 from trace_dist.profiling.gathering import Zero3Limits, fsdp2_gathered, zero3_gathered
 
 LAYERS = ["a", "b", "c", "d"]
@@ -51,6 +59,26 @@ def test_prefetching_stops_at_the_live_limit() -> None:
     assert max(zero3_gathered(chain(), NUMEL, 2, limits=narrow)) == 100
 
 
+def test_blocks_come_again_when_the_backward_pass_of_the_model_begins() -> None:
+    moments = [replace(moment, whole=bool(moment.fetches or moment.releases)) for moment in chain()]
+    moments.insert(9, Moment("backward of the model", fetches=(), whole=True))
+    gathered = zero3_gathered(moments, NUMEL, 2, limits=limits(prefetch_bucket=0, max_reuse_distance=300))
+    # From the end of forward a is 300 elements away and is freed, b is 200 away and stays.
+    forward, backward = gathered[:9], gathered[9:]
+    assert forward == [0, 100, 0, 100, 100, 200, 200, 300, 300]
+    assert backward == [300, 300, 200, 200, 100, 100, 0, 100, 0]
+
+
+def test_what_is_used_on_both_sides_of_the_blocks_stays() -> None:
+    """Such as a tied embedding: blocks do not count when DeepSpeed asks how far away its next use is."""
+    embed = [Moment("forward embed", fetches=("a",)), Moment("after", releases=("a",))]
+    block = [Moment("a block", fetches=("b",), whole=True), Moment("after", releases=("b",), whole=True)]
+    turn = Moment("backward of the model", fetches=(), whole=True)
+    moments = [*embed, *block, *embed, turn, *embed, *block]
+    gathered = zero3_gathered(moments, NUMEL, 2, limits=limits(prefetch_bucket=0, max_reuse_distance=1))
+    assert gathered == [100, 100, 200, 100, 100, 100, 100, 100, 0, 100, 0]
+
+
 def test_small_parameters_stay() -> None:
     assert set(zero3_gathered(chain(), NUMEL, 2, limits=limits(persistence_threshold=100))) == {400}
 
@@ -67,3 +95,23 @@ def test_fsdp2_holds_the_root_this_block_and_the_next() -> None:
     assert forward == [400, 400, 300, 300]  # c is followed by the root and itself
     assert backward == [400, 400, 300, 300]
     assert gathered[-1] == 200
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("name", KEPT)
+def test_deepspeed_keeps_what_is_foreseen_between_forward_and_backward(world, name: str) -> None:
+    module = KEPT[name].model()
+    masked = dict.fromkeys(Mask.random(shard(module, "single"), 0.3, "element"))
+    with torch.device("meta"):
+        meta = AutoModelForCausalLM.from_config(module.config)
+    moments = trace_step(meta, masked, 2, 7).moments
+    numel = {path: parameter.numel() for path, parameter in meta.named_parameters()}
+    turn = next(i for i, moment in enumerate(moments) if moment.where == "backward of the model")
+    foreseen = [
+        zero3_gathered(moments, numel, 2, True, limits(prefetch_bucket=0, max_reuse_distance=distance))[
+            turn - 1
+        ]
+        for distance in DISTANCES
+    ]
+    assert len(set(foreseen)) >= 4
+    assert world(2).section("gathering")[name] == foreseen

@@ -51,7 +51,8 @@ def test_a_batch_without_labels_has_loss_and_gradient_zero() -> None:
     logits, _ = batch(5, torch.float32)
     loss = nll_sum(logits, torch.full((5,), -100))
     loss.backward()
-    assert loss.item() == 0 and not logits.grad.any()
+    assert loss.item() == 0
+    assert not logits.grad.any()
 
 
 def test_nothing_of_the_size_of_the_logits_lives_beside_them_but_their_gradient(monkeypatch) -> None:

@@ -1,8 +1,10 @@
 """What races: masked training, full fine-tuning, PEFT LoRA and PEFT SHiRA, each as its users run it under DeepSpeed ZeRO-3.
 
 All train one model of one shape in bf16 with an fp32 master, on the same random batch. LoRA and SHiRA get the rank with which
-they train as many parameters as the masks do. Peers run with DeepSpeed's defaults, and as ``full, tuned`` and ``LoRA, tuned``
-with the options that masked training sets (``sharding.zero3.zero3_config``): what a user gains, and what the method alone does.
+they train as many parameters as the masks do. Peers run with DeepSpeed's defaults and the loss of transformers, and as
+``full, tuned`` and ``LoRA, tuned`` with the options and the loss of masked training (``sharding.zero3.zero3_config``,
+``train.cross_entropy``): what a user gains, and what the method alone does. LoRA is not gathered in whole blocks, on which
+DeepSpeed 0.19 crashes: adapters of the lowest block get a gradient after DeepSpeed has freed it.
 
 [Note: floor] A mask of one row in the lowest layer, which nobody wants to train. All that such a step does, every method does
 that trains all layers of a frozen model: the forward pass, and the gradients of activations back to the lowest layer.
@@ -21,10 +23,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from trace_dist.benchmarks.peers import dense_engine, with_adapters
 from trace_dist.masks.format import Mask
 from trace_dist.masks.ops import layouts_for, random_mask
+from trace_dist.models.blocks import decoder_blocks
 from trace_dist.optim.masked_adamw import MaskedAdamW
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.build import shard
 from trace_dist.sharding.zero3 import zero3_config
+from trace_dist.train.loss import forward_nll_sum
 from trace_dist.utils import dist
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -117,14 +121,20 @@ def build(name: str, race: Race) -> Contestant:
 
 def _masked(model: ShardedModel, mask: Mask, race: Race) -> Contestant:
     optimizer = MaskedAdamW(model, mask, lr=1e-4, max_grad_norm=1.0)
-    batch = race.batch()
 
     def step() -> None:
         optimizer.step()
         optimizer.zero_grad()
 
     num_trained = sum(support.num_entries for support in optimizer.supports)
-    return Contestant(lambda: model(**batch).loss, model.backward, step, num_trained)
+    return Contestant(_own_loss(model, race), model.backward, step, num_trained)
+
+
+def _own_loss(model: Any, race: Race) -> Callable[[], Tensor]:
+    """The mean loss of this rank's tokens, as trace_dist computes it."""
+    batch = race.batch()
+    labels = batch.pop("labels")
+    return lambda: forward_nll_sum(model, batch, labels) / labels[:, 1:].numel()
 
 
 def _peer(name: str, race: Race) -> Contestant:
@@ -132,7 +142,12 @@ def _peer(name: str, race: Race) -> Contestant:
     method = name.removesuffix(TUNED)
     if method != "full":
         module = with_adapters(method, module, race.density).bfloat16()
-    zero = {} if name == method else zero3_config(torch.bfloat16)["zero_optimization"]
-    engine, num_trained = dense_engine(module, zero)
-    batch = race.batch()
-    return Contestant(lambda: engine(**batch).loss, engine.backward, engine.step, num_trained)
+    if name == method:
+        engine, num_trained = dense_engine(module, {})
+        batch = race.batch()
+        return Contestant(lambda: engine(**batch).loss, engine.backward, engine.step, num_trained)
+    blocks = decoder_blocks(module).values() if method == "full" else ()
+    engine, num_trained = dense_engine(
+        module, zero3_config(torch.bfloat16, blocks=blocks)["zero_optimization"]
+    )
+    return Contestant(_own_loss(engine, race), engine.backward, engine.step, num_trained)

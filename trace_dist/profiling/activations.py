@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from trace_dist.models.blocks import decoder_blocks
 from trace_dist.models.forward import names_argument
 from trace_dist.models.nf4 import NF4Linear, named_weights
 from trace_dist.sharding.masked_linear import Part, patch_linear
@@ -42,6 +43,8 @@ class Moment:
         where: such as ``forward of lm_head``.
         fetches: parameters that must be gathered from here on; empty for a module without any, None where no module begins.
         releases: parameters that are no longer used by this module.
+        whole: whether they are those of a whole module, with its children: a decoder block, or, at the beginning of backward,
+            the model (which itself fetches nothing).
         peak: the most bytes alive, by kind.
         delivers: masked linear weight whose gradient is formed here, or None.
         at_delivery: bytes alive when it is.
@@ -50,6 +53,7 @@ class Moment:
     where: str
     fetches: tuple[str, ...] | None = None
     releases: tuple[str, ...] = ()
+    whole: bool = False
     peak: Mapping[Kind, int] | None = None
     delivers: str | None = None
     at_delivery: Mapping[Kind, int] | None = None
@@ -166,6 +170,7 @@ def trace_step(
         warnings.simplefilter("ignore")
         loss = _loss(module, micro_batch_size, sequence_length, live)
         saved = sum(live.alive.values())
+        live.mark(Moment("backward of the model", fetches=(), whole=True))
         loss.backward()
     return StepTrace(live.moments, saved)
 
@@ -192,16 +197,23 @@ def _prepared(module: nn.Module, masked: Mapping[str, int | None], live: _LiveSt
     head = getattr(module, "get_output_embeddings", lambda: None)()
     anchor = torch.zeros((), requires_grad=True, device="meta")
     names = {id(parameter): name for name, parameter in module.named_parameters()}
+    blocks = decoder_blocks(module)
+    within = tuple(f"{path}." for path in blocks)
     owners: dict[int, list[nn.Module]] = {}
     undo: list[Callable[[], None]] = []
     undo.append(_replace_attention())
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     for path, child in module.named_modules():
-        own = tuple(names[id(parameter)] for parameter in child.parameters(recurse=False))
         for parameter in child.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(child)
-        undo += _watch(child, path, own, live, child is head)
+        if path.startswith(within):
+            use = None if next(child.parameters(recurse=False), None) is None else _Use()
+        else:
+            used = child.parameters(recurse=path in blocks)
+            use = _Use(tuple(names[id(parameter)] for parameter in used), path in blocks)
+        if use is not None:
+            undo += _watch(child, path, use, live, child is head)
     for name, weight in named_weights(module):
         if name not in masked:
             continue
@@ -239,8 +251,15 @@ def _delivery(name: str, live: _LiveStorages) -> Callable[[Tensor], None]:
     return deliver
 
 
+class _Use(NamedTuple):
+    """What a module's hooks fetch and release: None inside a block, which is gathered as one; see ``Moment.whole``."""
+
+    names: tuple[str, ...] | None = None
+    whole: bool = False
+
+
 def _watch(
-    child: nn.Module, path: str, own: tuple[str, ...], live: _LiveStorages, is_head: bool
+    child: nn.Module, path: str, use: _Use, live: _LiveStorages, is_head: bool
 ) -> list[Callable[[], None]]:
     """Mark when a module's parameters are needed and when they are not, as DeepSpeed's and FSDP2's hooks do."""
 
@@ -248,7 +267,7 @@ def _watch(
         def hook(*_: Any) -> None:
             if is_head:
                 live.kind = "logits"
-            live.mark(Moment(f"{phase} of {path}", fetches=own))
+            live.mark(Moment(f"{phase} of {path}", fetches=use.names, whole=use.whole))
 
         return hook
 
@@ -259,12 +278,12 @@ def _watch(
                 return
             if is_head and phase == "backward":
                 live.kind = "activations"
-            live.mark(Moment(f"after {phase} of {path}", releases=own))
+            live.mark(Moment(f"after {phase} of {path}", releases=use.names or (), whole=use.whole))
 
         return hook
 
     handles = [child.register_forward_pre_hook(begin("forward"))]
-    if own:
+    if use.names != ():
         handles += [
             child.register_forward_hook(end("forward")),
             child.register_full_backward_pre_hook(begin("backward")),

@@ -25,6 +25,7 @@ from trace_dist.config import Backend, Quantize, StateDtype
 from trace_dist.masks.gaps import expected_bytes
 from trace_dist.masks.ops import layouts_for
 from trace_dist.masks.units import UnitLayout
+from trace_dist.models.blocks import decoder_blocks
 from trace_dist.models.nf4 import NF4Linear, named_weights, quantize_nf4
 from trace_dist.models.roles import full_shape
 from trace_dist.profiling.activations import Moment, StepTrace, trace_step
@@ -204,10 +205,8 @@ class Estimator:
     @cached_property
     def _blocks(self) -> dict[str, int | None]:
         """Parameter -> the decoder block that holds it, as ``sharding.fsdp2`` wraps them."""
-        names = set(getattr(self.module, "_no_split_modules", None) or ())
         blocks: dict[str, int | None] = dict.fromkeys(self.numel)
-        found = (path for path, child in self.module.named_modules() if type(child).__name__ in names)
-        for number, path in enumerate(found):
+        for number, path in enumerate(decoder_blocks(self.module)):
             blocks |= {name: number for name in self.numel if name.startswith(f"{path}.")}
         return blocks
 

@@ -4,10 +4,13 @@ ZeRO-3 (DeepSpeed 0.19, ``partitioned_param_coordinator.py``), once the order of
 each module it gathers what the module needs and then *prefetches* parameters in the order of use, up to
 ``stage3_prefetch_bucket_size`` elements while fewer than ``stage3_max_live_parameters`` are gathered; parameters gathered
 together pass through one flat buffer that lives until the last of them is used. After a module it frees those that do not
-come again within ``stage3_max_reuse_distance`` elements. So a model of less than that is whole on every
-rank between forward and backward. A single rank gathers nothing: its shard is the parameter. On a CPU (``staged``) every
-parameter is gathered by itself, without a flat buffer (``stage3_allgather_sequential``), and gloo stages one after
-another in a buffer of its own; which of those in flight is a race, and the largest is counted.
+come again within ``stage3_max_reuse_distance`` elements. So a model of less than that is whole on every rank between forward and
+backward. How far away that is, DeepSpeed counts by the parameters of the modules in between. Where it frees a decoder block,
+those are with the modules' children, and the whole model comes again as soon as backward begins (sharding/zero3.py,
+[Note: whole blocks]); where it frees another module, they are without, and blocks count nothing. A single rank gathers nothing:
+its shard is the parameter. On a CPU (``staged``) every parameter is gathered by itself, without a flat buffer
+(``stage3_allgather_sequential``), and gloo stages one after another in a buffer of its own; which of those in flight is a race,
+and the largest is counted.
 
 FSDP2 gathers block by block: the root's group (embedding, last norm, head) stays from forward to backward; beside it lie the
 block in use and the flat buffer of the next one.
@@ -17,21 +20,23 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import NamedTuple
 
 from trace_dist.profiling.activations import Moment
+from trace_dist.sharding.zero3 import MAX_REUSE_DISTANCE, PERSISTENCE_THRESHOLD
 
 
 @dataclass(frozen=True)
 class Zero3Limits:
-    """DeepSpeed's defaults, in elements, but for the persistence threshold (``sharding.zero3``)."""
+    """DeepSpeed's defaults, in elements, but for those that ``sharding.zero3`` sets."""
 
     max_live: int = 10**9
-    max_reuse_distance: int = 10**9
+    max_reuse_distance: int = MAX_REUSE_DISTANCE
     prefetch_bucket: int = 5 * 10**7
-    persistence_threshold: int = 10_000
+    persistence_threshold: int = PERSISTENCE_THRESHOLD
 
 
 @dataclass
@@ -39,7 +44,7 @@ class _Zero3:
     """The coordinator's state; counts are elements."""
 
     numel: Mapping[str, int]
-    order: Sequence[tuple[str, ...]]  # parameters of each fetch, in order
+    order: Sequence[Moment]  # those that fetch
     limits: Zero3Limits
     staged: bool = False
     step: int = 0
@@ -50,13 +55,10 @@ class _Zero3:
     last_use: dict[str, int] = field(default_factory=dict)  # as far as the prefetcher has looked
 
     def __post_init__(self) -> None:
-        self.queue = deque((name, step) for step, names in enumerate(self.order) for name in names)
-        sizes = [sum(self.numel[name] for name in names) for names in self.order]
-        self.passed = [0, *accumulate(sizes)]
-        self.uses: dict[str, list[int]] = {}
-        for step, names in enumerate(self.order):
-            for name in names:
-                self.uses.setdefault(name, []).append(step)
+        self.queue = deque(
+            (name, step) for step, moment in enumerate(self.order) for name in moment.fetches or ()
+        )
+        self.ahead = {whole: _Ahead.of(self.order, self.numel, whole) for whole in (True, False)}
 
     def persists(self, name: str) -> bool:
         return self.numel[name] <= self.limits.persistence_threshold
@@ -117,23 +119,46 @@ class _Zero3:
             self.held -= size
         return held
 
-    def release(self, names: Sequence[str]) -> None:
-        for name in names:
+    def release(self, moment: Moment) -> None:
+        for name in moment.releases:
             if self.persists(name) or name not in self.available or name in self.bucket_of:
                 continue
-            if self.last_use.get(name, -1) > self.step or self._comes_again(name):
+            if self.last_use.get(name, -1) > self.step or self._comes_again(name, moment.whole):
                 continue
             self.available.discard(name)
             self.live -= self.numel[name]
             self.held -= self.numel[name]
 
-    def _comes_again(self, name: str) -> bool:
-        uses = self.uses[name]
-        following = bisect_left(uses, self.step)
-        if following == len(uses):
-            return False
-        distance = self.passed[uses[following]] - self.passed[self.step]
-        return distance < self.limits.max_reuse_distance
+    def _comes_again(self, name: str, whole: bool) -> bool:
+        distance = self.ahead[whole].distance(name, self.step)
+        return distance is not None and distance < self.limits.max_reuse_distance
+
+
+class _Ahead(NamedTuple):
+    """The steps ahead as DeepSpeed sees them when it frees a whole block, or another module."""
+
+    passed: list[int]  # elements before each step
+    uses: dict[str, list[int]]
+
+    @classmethod
+    def of(cls, order: Sequence[Moment], numel: Mapping[str, int], whole: bool) -> _Ahead:
+        uses: dict[str, list[int]] = {}
+        sizes = []
+        for step, moment in enumerate(order):
+            if whole and moment.whole and not moment.fetches:  # the model itself
+                names: Iterable[str] = numel
+            else:
+                names = (moment.fetches or ()) if whole or not moment.whole else ()
+            for name in names:
+                uses.setdefault(name, []).append(step)
+            sizes.append(sum(numel[name] for name in names))
+        return cls([0, *accumulate(sizes)], uses)
+
+    def distance(self, name: str, step: int) -> int | None:
+        """Elements from a step to the next use of a parameter; None if there is none."""
+        uses = self.uses.get(name, [])
+        following = bisect_left(uses, step)
+        return None if following == len(uses) else self.passed[uses[following]] - self.passed[step]
 
 
 def zero3_gathered(
@@ -150,17 +175,17 @@ def zero3_gathered(
         numel: elements of every parameter.
         world_size: ranks.
         staged: whether gloo gathers.
-        limits: DeepSpeed's options; its defaults when None.
+        limits: DeepSpeed's options; those of masked training when None.
     """
     limits = limits or Zero3Limits()
     if world_size == 1:
         return [0] * len(moments)
-    order = [moment.fetches for moment in moments if moment.fetches is not None]
+    order = [moment for moment in moments if moment.fetches is not None]
     state = _Zero3(numel, order, limits, staged)
     kept = sum(size for size in numel.values() if size <= limits.persistence_threshold)
     gathered = []
     for moment in moments:
-        state.release(moment.releases)
+        state.release(moment)
         gathered.append(
             kept + (state.held + state.staging if moment.fetches is None else state.fetch(moment.fetches))
         )

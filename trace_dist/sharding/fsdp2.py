@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from trace_dist.config import Quantize
+from trace_dist.models.blocks import decoder_blocks
 from trace_dist.models.loading import load_model_fsdp2
 from trace_dist.sharding.base import PartitionView, ShardedModel, chunk_views
 from trace_dist.utils import dist
@@ -29,12 +30,10 @@ if TYPE_CHECKING:
 def _wrap(module: nn.Module) -> None:
     """Shard every decoder block as one group, and what is left as the root's."""
     mesh = init_device_mesh(dist.local_device().type, (dist.world_size(),))
-    blocks = set(getattr(module, "_no_split_modules", None) or ())
     # Of what a hook catches; linear layers reduce nothing.
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    for child in list(module.modules()):
-        if type(child).__name__ in blocks:
-            fully_shard(child, mesh=mesh, mp_policy=policy)
+    for block in decoder_blocks(module).values():
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
 
 

@@ -1,0 +1,45 @@
+"""One rank's check of what ZeRO-3 keeps gathered between forward and backward, for the estimate that foresees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from engine.cases import CASES, Case, batches
+
+from trace_dist import Mask
+from trace_dist.sharding import zero3
+
+DISTANCES = (1, 10_000, 20_000, 40_000, 10**6)
+"""Of reuse, in elements; a block has some 10,000."""
+KEPT = {name: replace(CASES[name], num_layers=4) for name in ("element", "qwen2-biases")}
+"""With tied and with untied embeddings."""
+
+
+def gathering(out: Path) -> dict[str, list[int]]:
+    """Case -> elements gathered, by distance."""
+    return {name: [kept(case, distance) for distance in DISTANCES] for name, case in KEPT.items()}
+
+
+def limited(distance: int, original: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """The configuration without prefetching, which in so small a model would find every parameter."""
+    config = original(*arguments)
+    config["zero_optimization"] |= {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": distance}
+    return config
+
+
+def kept(case: Case, distance: int) -> int:
+    """Elements gathered between forward and backward in the third step, when DeepSpeed knows the order of modules."""
+    with patch.object(zero3, "zero3_config", partial(limited, distance, zero3.zero3_config)):
+        model = zero3.Zero3Model(case.model(), persistence_threshold=0)
+    model.attach(Mask.random(model, 0.3, "element"))
+    for ids, _ in batches(case)[:3]:
+        loss = model(input_ids=ids, labels=ids).loss
+        gathered = sum(copy.numel() for copy in model.copies())
+        model.backward(loss)
+    model.close()
+    return gathered
