@@ -34,14 +34,16 @@ OVERRIDES = [
 
 @dataclass(frozen=True)
 class Run:
-    """What the three starts of one run left and said."""
+    """What the starts of one run left and said."""
 
     folder: Path
     names: list[str]
     killed: subprocess.CompletedProcess[str]
+    second: subprocess.CompletedProcess[str]
+    killed_hard: subprocess.CompletedProcess[str]
     continued: subprocess.CompletedProcess[str]
     again: subprocess.CompletedProcess[str]
-    orphans: list[int]
+    orphans: list[list[int]]
     kept_times: tuple[float, float]
     stage_files: tuple[str, str]
 
@@ -84,17 +86,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
 
     made = folder / "probe" / "specificity.json"
-    process = subprocess.Popen(command, **options, **pipes)
-    # Killed while the ranks of the next stage are at work, so that they must be stopped too.
-    found = wait_for(lambda: process.poll() is not None or made.is_file(), 300)
-    ranks = wait_for(lambda: len(processes_with(f"--config {folder}")) > 2, 60)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert found, output
-    assert ranks, output
-    killed = subprocess.CompletedProcess(command, process.returncode, output)
-    wait_for(lambda: not processes_with(str(folder)), 20)
-    orphans = processes_with(str(folder))
+    killed, orphans, second = [], [], None
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        process = subprocess.Popen(command, **options, **pipes)
+        # Killed while the ranks of the next stage are at work, so that they must be stopped too.
+        found = wait_for(lambda process=process: process.poll() is not None or made.is_file(), 300)
+        ranks = wait_for(lambda: len(processes_with(f"--config {folder}")) > 2, 60)
+        second = second or subprocess.run(command, **options, **pipes, timeout=60)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+        assert found, output
+        assert ranks, output
+        killed.append(subprocess.CompletedProcess(command, process.returncode, output))
+        wait_for(lambda: not processes_with(str(folder)), 20)
+        orphans.append(processes_with(str(folder)))
     before = made.stat().st_mtime
 
     continued = subprocess.run(command, **options, **pipes, timeout=500)
@@ -104,7 +109,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(
         folder,
         [task["name"] for task in config["tasks"]],
-        killed,
+        killed[0],
+        second,
+        killed[1],
         continued,
         again,
         orphans,
@@ -115,7 +122,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_a_killed_run_takes_its_ranks_with_it(run: Run) -> None:
     assert run.killed.returncode == 128 + signal.SIGTERM
-    assert run.orphans == []
+    assert run.killed_hard.returncode == -signal.SIGKILL
+    assert run.orphans == [[], []]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(run: Run) -> None:
+    assert run.second.returncode == 2
+    assert f"error: run_dir='{run.folder}': process " in run.second.stdout
+    assert "is at work in it; wait for it, end it, or choose another run_dir" in run.second.stdout
 
 
 def test_a_killed_run_continues_with_what_was_missing(run: Run) -> None:

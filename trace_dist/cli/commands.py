@@ -11,6 +11,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from trace_dist.cli.lifetime import only_run
 from trace_dist.cli.parser import run_config
 from trace_dist.config import RunConfig
 from trace_dist.utils import dist
@@ -80,10 +81,11 @@ def _differing(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 def run_command(cfg: RunConfig) -> None:
-    _start(cfg, whole_run=True)  # before the slow imports: it may refuse
-    from trace_dist.cli.pipeline import run_pipeline
+    with only_run(Path(cfg.run_dir)):
+        _start(cfg, whole_run=True)  # before the slow imports: it may refuse
+        from trace_dist.cli.pipeline import run_pipeline
 
-    run_pipeline(cfg)
+        run_pipeline(cfg)
 
 
 def base_command(cfg: RunConfig, which: str | None) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from trace_dist.cli.errors import StageFailed, report_error
+from trace_dist.cli.lifetime import end_with_run
 from trace_dist.cli.parser import OWN_ARGUMENTS, RUN_COMMANDS, build_parser, run_config
 
 
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [
         a for a in arguments if not a.startswith(("--local_rank", "--local-rank"))
     ]  # added by launchers
+    end_with_run()
     parser = build_parser()
     try:
         parsed = parser.instantiate_classes(parser.parse_args(arguments))

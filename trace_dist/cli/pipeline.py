@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from trace_dist.cli.errors import StageFailed
+from trace_dist.cli.lifetime import RUN_PID
 from trace_dist.config import LaunchConfig, RunConfig
 from trace_dist.continual.memory import memory_path
 from trace_dist.continual.sequence import mode_path
@@ -134,6 +135,7 @@ def _start(stage: Stage, cfg: RunConfig, together: int) -> subprocess.Popen[byte
     command = launch_command(cfg.launch, stage.launched) + words
     command += ["--config", str(Path(cfg.run_dir) / "config.yaml"), *stage.arguments[len(words) :]]
     environment = launch_environment(together * (cfg.launch.num_ranks if stage.launched else 1))
+    environment[RUN_PID] = str(os.getpid())
     # A session of its own: launchers do not pass signals on to their ranks, so the whole group is stopped.
     return subprocess.Popen(command, env=environment, start_new_session=True)
 
