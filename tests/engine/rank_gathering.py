@@ -12,6 +12,7 @@ from unittest.mock import patch
 from engine.cases import CASES, Case, batches
 
 from trace_dist import Mask
+from trace_dist.models import blocks
 from trace_dist.sharding import zero3
 
 DISTANCES = (1, 10_000, 20_000, 40_000, 10**6)
@@ -21,8 +22,13 @@ KEPT = {name: replace(CASES[name], num_layers=4) for name in ("element", "qwen2-
 
 
 def gathering(out: Path) -> dict[str, list[int]]:
-    """Case -> elements gathered, by distance."""
-    return {name: [kept(case, distance) for distance in DISTANCES] for name, case in KEPT.items()}
+    """``case-whole`` -> elements gathered, by distance; ``whole``: blocks are gathered whole."""
+    found = {}
+    for whole in (True, False):
+        with patch.object(blocks, "WHOLE_BLOCK_ELEMENTS", 10**6 * whole):
+            for name, case in KEPT.items():
+                found[f"{name}-{whole}"] = [kept(case, distance) for distance in DISTANCES]
+    return found
 
 
 def limited(distance: int, original: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from engine.rank_gathering import DISTANCES, KEPT
 from transformers import AutoModelForCausalLM
 
 from trace_dist import Mask, shard
+from trace_dist.models import blocks
 from trace_dist.profiling.activations import Moment, trace_step
 from trace_dist.profiling.gathering import Zero3Limits, fsdp2_gathered, zero3_gathered
 
@@ -98,8 +99,12 @@ def test_fsdp2_holds_the_root_this_block_and_the_next() -> None:
 
 
 @pytest.mark.launcher
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("name", KEPT)
-def test_deepspeed_keeps_what_is_foreseen_between_forward_and_backward(world, name: str) -> None:
+def test_deepspeed_keeps_what_is_foreseen_between_forward_and_backward(
+    world, monkeypatch: pytest.MonkeyPatch, name: str, whole: bool
+) -> None:
+    monkeypatch.setattr(blocks, "WHOLE_BLOCK_ELEMENTS", 10**6 * whole)
     module = KEPT[name].model()
     masked = dict.fromkeys(Mask.random(shard(module, "single"), 0.3, "element"))
     with torch.device("meta"):
@@ -114,4 +119,4 @@ def test_deepspeed_keeps_what_is_foreseen_between_forward_and_backward(world, na
         for distance in DISTANCES
     ]
     assert len(set(foreseen)) >= 4
-    assert world(2).section("gathering")[name] == foreseen
+    assert world(2).section("gathering")[f"{name}-{whole}"] == foreseen

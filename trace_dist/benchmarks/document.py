@@ -61,6 +61,22 @@ def step_table(result: Result) -> str:
     return _with_origin(result, _table([*head, "gradients sent, MB", "peak RSS, GiB"], rows))
 
 
+def batch_table(*results: Result) -> str:
+    """How the ratios depend on the tokens of a step: the fewer, the more a step's fixed costs weigh."""
+    rows = []
+    for result in results:
+        settings = result["settings"]
+        steps = {row["name"]: row["step_s"] for row in result["rows"] if "error" not in row}
+        ratios = [
+            f"{steps[name] / steps[peer]:.2f}x" for name in ("row", "element") for peer in ("full", "LoRA")
+        ]
+        seconds = [f"{steps[name]:.2f}" for name in ("row", "element", "full", "LoRA")]
+        rows.append([f"{settings['micro_batch']} × {settings['sequence']}", *ratios, *seconds])  # noqa: RUF001
+    ratios = ["row / full", "row / LoRA", "element / full", "element / LoRA"]
+    head = ["tokens per rank and step", *ratios, "row, s", "element, s", "full, s", "LoRA, s"]
+    return _with_origin(results[0], _table(head, rows))
+
+
 def memory_table(result: Result) -> str:
     """Relative error first."""
     rows = []
@@ -83,13 +99,15 @@ def time_table(result: Result) -> str:
     return _with_origin(result, _table(["seconds", *kinds], cells))
 
 
-SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
-    "optimizer": ("bench_optimizer.json", optimizer_table),
-    "step": ("bench_step.json", step_table),
-    "time": ("bench_step.json", time_table),
-    "memory": ("bench_memory.json", memory_table),
+STEP = "bench_step.json"
+SECTIONS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
+    "optimizer": (("bench_optimizer.json",), optimizer_table),
+    "batches": ((STEP, "bench_step_2.json", "bench_step_1.json"), batch_table),
+    "step": ((STEP,), step_table),
+    "time": ((STEP,), time_table),
+    "memory": (("bench_memory.json",), memory_table),
 }
-"""Section of the document -> its result file and table."""
+"""Section of the document -> its result files and its table."""
 
 
 def render(document: str, results: Path) -> str:
@@ -99,8 +117,8 @@ def render(document: str, results: Path) -> str:
         document: Markdown with the sections' markers.
         results: folder of the result files.
     """
-    for section, (file, table) in SECTIONS.items():
-        document = insert(document, section, table(read_json(results / file)))
+    for section, (files, table) in SECTIONS.items():
+        document = insert(document, section, table(*(read_json(results / file) for file in files)))
     return document
 
 

@@ -44,7 +44,9 @@ def only_run(folder: Path) -> Iterator[None]:
                 "wait for it, end it, or choose another run_dir"
             ) from None
         except OSError as error:  # some network file systems
-            logger.warning("run_dir %s: cannot be locked (%s); start no second run in it", folder, error.strerror)
+            logger.warning(
+                "run_dir %s: cannot be locked (%s); start no second run in it", folder, error.strerror
+            )
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {socket.gethostname()}")
         handle.flush()
@@ -63,6 +65,8 @@ def end_with_run() -> None:
 
     def wait() -> None:
         select.select([handle], [], [])
-        os._exit(1)  # from a thread, while the main thread may hang in a collective: nothing milder ends the process
+        os._exit(
+            1
+        )  # from a thread, while the main thread may hang in a collective: nothing milder ends the process
 
     threading.Thread(target=wait, daemon=True).start()

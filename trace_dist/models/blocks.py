@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
+
+WHOLE_BLOCK_ELEMENTS = 2**28
+"""Larger blocks are gathered module by module under ZeRO-3: 0.5 GiB in bf16; those of an 8B model have 0.22e9 elements."""
 
 
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Path -> block, by the classes that transformers says must not be split over devices; empty where it names none."""
     classes = set(getattr(model, "_no_split_modules", None) or ())
     return {path: child for path, child in model.named_modules() if type(child).__name__ in classes}
+
+
+def whole_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The decoder blocks if all are small enough to be gathered whole under ZeRO-3, else none."""
+    blocks = decoder_blocks(model)
+    largest = max((sum(map(_numel, block.parameters())) for block in blocks.values()), default=0)
+    return blocks if largest <= WHOLE_BLOCK_ELEMENTS else {}
+
+
+def _numel(parameter: Any) -> int:
+    """Elements of a parameter, partitioned by ZeRO-3 or not."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

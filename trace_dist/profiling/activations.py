@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from trace_dist.models.blocks import decoder_blocks
+from trace_dist.models.blocks import whole_blocks
 from trace_dist.models.forward import names_argument
 from trace_dist.models.nf4 import NF4Linear, named_weights
 from trace_dist.sharding.masked_linear import Part, patch_linear
@@ -197,7 +197,7 @@ def _prepared(module: nn.Module, masked: Mapping[str, int | None], live: _LiveSt
     head = getattr(module, "get_output_embeddings", lambda: None)()
     anchor = torch.zeros((), requires_grad=True, device="meta")
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    blocks = decoder_blocks(module)
+    blocks = whole_blocks(module)
     within = tuple(f"{path}." for path in blocks)
     owners: dict[int, list[nn.Module]] = {}
     undo: list[Callable[[], None]] = []

@@ -26,7 +26,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from trace_dist.profiling.activations import Moment
-from trace_dist.sharding.zero3 import MAX_REUSE_DISTANCE, PERSISTENCE_THRESHOLD
+from trace_dist.sharding.zero3 import PERSISTENCE_THRESHOLD, max_reuse_distance
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Zero3Limits:
     """DeepSpeed's defaults, in elements, but for those that ``sharding.zero3`` sets."""
 
     max_live: int = 10**9
-    max_reuse_distance: int = MAX_REUSE_DISTANCE
+    max_reuse_distance: int = max_reuse_distance(whole_blocks=True)
     prefetch_bucket: int = 5 * 10**7
     persistence_threshold: int = PERSISTENCE_THRESHOLD
 
@@ -177,9 +177,11 @@ def zero3_gathered(
         staged: whether gloo gathers.
         limits: DeepSpeed's options; those of masked training when None.
     """
-    limits = limits or Zero3Limits()
     if world_size == 1:
         return [0] * len(moments)
+    if limits is None:
+        whole = any(moment.whole and moment.fetches for moment in moments)
+        limits = Zero3Limits(max_reuse_distance=max_reuse_distance(whole))
     order = [moment for moment in moments if moment.fetches is not None]
     state = _Zero3(numel, order, limits, staged)
     kept = sum(size for size in numel.values() if size <= limits.persistence_threshold)

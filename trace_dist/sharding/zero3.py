@@ -10,9 +10,10 @@ silently wrong: a module fed an input without gradient is not released after bac
 and re-gathers the second; tests/sharding/test_zero3.py shows the drift without either.
 
 [Note: whole blocks] DeepSpeed's hooks cost Python time at every module, about 100 us each way. A decoder block is therefore one
-of DeepSpeed's *leaf modules*: gathered, prefetched and released as one, as FSDP2 does. When DeepSpeed asks how far away a
-block's next use is, it sees the root module's backward pass, which contains all blocks, right after forward; without leaf modules
-it would count to the end of forward and back. Half of its default distance keeps the same blocks gathered in between.
+of DeepSpeed's *leaf modules*: gathered, prefetched and released as one, as FSDP2 does, unless it is so large that its bytes count
+and its products hide the hooks. When DeepSpeed asks how far away a leaf's next use is, it sees the root module's backward pass,
+which contains all blocks, right after forward; without leaf modules it counts to the end of forward and back. Half of its default
+distance keeps the same blocks gathered in between.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from trace_dist.config import Quantize
-from trace_dist.models.blocks import decoder_blocks
+from trace_dist.models.blocks import whole_blocks
 from trace_dist.models.loading import check_zero_config, load_model_zero3
 from trace_dist.sharding.base import PartitionView, ShardedModel, flat_views
 from trace_dist.utils import dist
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 
 PERSISTENCE_THRESHOLD = 10_000
 """Parameters with at most this many elements stay gathered (DeepSpeed's default is 100,000)."""
-MAX_REUSE_DISTANCE = 500_000_000
-"""Parameters that come again within this many elements stay gathered; see [Note: whole blocks]."""
 
 
 def _deepspeed() -> Any:
@@ -50,6 +49,11 @@ def _deepspeed() -> Any:
 
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     return deepspeed
+
+
+def max_reuse_distance(whole_blocks: bool) -> int:
+    """Parameters that come again within this many elements stay gathered; see [Note: whole blocks]."""
+    return 500_000_000 if whole_blocks else 1_000_000_000
 
 
 def zero3_config(
@@ -65,6 +69,7 @@ def zero3_config(
         blocks: modules to gather as one ([Note: whole blocks]).
     """
     classes = sorted({type(block).__name__ for block in blocks})
+    whole = {"leaf_module": {"classes": classes}} if classes else {}
     return {
         "train_micro_batch_size_per_gpu": 1,  # required by DeepSpeed; batches are made by trace_dist
         "steps_per_print": 10**9,
@@ -74,8 +79,8 @@ def zero3_config(
             "stage3_param_persistence_threshold": persistence_threshold,
             # Straight into each weight: on a CPU a message costs less than two more copies of every bucket.
             "stage3_allgather_sequential": not torch.cuda.is_available(),
-            "stage3_max_reuse_distance": MAX_REUSE_DISTANCE,
-            **({"leaf_module": {"classes": classes}} if classes else {}),
+            "stage3_max_reuse_distance": max_reuse_distance(bool(classes)),
+            **whole,
         },
     }
 
@@ -95,7 +100,7 @@ class Zero3Model(ShardedModel):
         dtype = next(module.parameters()).dtype
         for parameter in module.parameters():  # or DeepSpeed prepares buffers for gradients
             parameter.requires_grad_(False)
-        config = zero3_config(dtype, persistence_threshold, decoder_blocks(module).values())
+        config = zero3_config(dtype, persistence_threshold, whole_blocks(module).values())
         engine, *_ = deepspeed.initialize(model=module, config=config)
         self._own(engine)
 
