@@ -19,10 +19,12 @@ publish: $(VENV)/.quickstart
 	test ! -f runs/smollm2/results.json || cp runs/smollm2/results.json docs/results/smollm2.json
 	$(BIN)/python -m trace_dist.report.markdown docs/results/smollm2.json README.md smollm2
 
-# Half an hour on a machine that does nothing else; a step race that was cut continues.
+# Three quarters of an hour on a machine that does nothing else; a step race that was cut continues.
 bench: $(VENV)/.dev
 	$(BIN)/trace-dist bench optimizer --out docs/results/bench_optimizer.json
 	$(BIN)/trace-dist bench step --out docs/results/bench_step.json
+	for micro_batch in 2 1; do $(BIN)/trace-dist bench step --micro_batch $$micro_batch \
+		--contestants '[row,element,full,LoRA]' --out docs/results/bench_step_$$micro_batch.json || exit 1; done
 	$(BIN)/trace-dist bench memory --out docs/results/bench_memory.json
 	$(BIN)/python -m trace_dist.benchmarks.document docs/results docs/benchmarks.md
 
