@@ -103,6 +103,7 @@ STEP = "bench_step.json"
 SECTIONS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "optimizer": (("bench_optimizer.json",), optimizer_table),
     "batches": ((STEP, "bench_step_2.json", "bench_step_1.json"), batch_table),
+    "fused": (("bench_step_fused.json",), batch_table),
     "step": ((STEP,), step_table),
     "time": ((STEP,), time_table),
     "memory": (("bench_memory.json",), memory_table),
