@@ -1,0 +1,65 @@
+"""Tables for the terminal and for Markdown, and how names and numbers read in them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from report.samples import LABELS, MINUS, make_results
+from rich.console import Console
+
+from trace_dist.report import summary_table
+from trace_dist.report.markdown import insert, markdown_table
+from trace_dist.report.tables import MISSING, count, duration, fixed, shorten_all, signed, size
+
+
+def test_summary_table_has_one_row_per_mode(tmp_path: Path) -> None:
+    with (tmp_path / "table.txt").open("w+", encoding="utf-8") as file:
+        Console(file=file, width=80).print(summary_table(make_results(["reverse", "spiral", "rotate"])))
+        file.seek(0)
+        lines = file.read().splitlines()
+    rows = {label: next(line for line in lines if line.strip().startswith(label)) for label in LABELS}
+    assert rows["retrieved"].split() == ["retrieved", "99.3", "99.3", "0.0", "0.0", "5.0", "2.81"]
+    assert rows["full fine-tuning"].split()[-6:] == ["98.7", "36.5", "93.3", f"{MINUS}67.5", "100.0", "16.00"]
+    assert rows["LoRA"].split()[-1] == MISSING  # its model states were not measured
+    assert all(len(line) <= 80 for line in lines)
+
+
+@given(st.lists(st.text("ab_", max_size=40), max_size=12), st.integers(8, 16))
+def test_shortened_names_keep_their_length_and_stay_apart(names: list[str], length: int) -> None:
+    distinct = list(dict.fromkeys(names))
+    short = shorten_all(distinct, length)
+    assert all(len(name) <= length for name in short)
+    assert len(set(short)) == len(short)
+
+
+def test_numbers_read_well() -> None:
+    assert [fixed(-0.04), fixed(-3.21), fixed(math.nan)] == ["0.0", f"{MINUS}3.2", MISSING]
+    assert [signed(1.26), signed(-1.0), signed(0.01)] == ["+1.3", f"{MINUS}1.0", "0.0"]
+    assert [count(860), count(43_000), count(70.6e9)] == ["860", "43.0 k", "70.6 B"]
+    assert [size(512), size(260_000), size(3 * 2**30)] == ["512 B", "253.9 KiB", "3.0 GiB"]
+    assert [duration(0.42), duration(59.7), duration(312), duration(7_500)] == [
+        "0.4 s",
+        "1 min 00 s",
+        "5 min 12 s",
+        "2 h 05 min",
+    ]
+
+
+def test_markdown_table_and_its_place() -> None:
+    results = {
+        "tasks": ["a"],
+        "modes": {"full": {"R": [[0.0], [50.0]], "just_trained": [50.0], "average_accuracy": 50.0}},
+        "run_info": {"date": "2026-01-02T03:04:05", "commit": "abc", "seconds": 61},
+        "meta_info": {"hardware": "one core"},
+    }
+    table = markdown_table(results)
+    assert "| full fine-tuning | 50.0 | 50.0 |" in table
+    assert "2026-01-02, commit abc, one core; 1 min 01 s in all." in table
+    document = "before\n<!-- x -->\nold\n<!-- /x -->\nafter"
+    assert insert(document, "x", table) == f"before\n<!-- x -->\n\n{table}\n<!-- /x -->\nafter"
+    with pytest.raises(ValueError, match="once each"):
+        insert(document, "y", table)
