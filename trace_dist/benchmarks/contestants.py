@@ -6,8 +6,8 @@ they train as many parameters as the masks do. Peers run with DeepSpeed's defaul
 ``train.cross_entropy``): what a user gains, and what the method alone does. LoRA is not gathered in whole blocks, on which
 DeepSpeed 0.19 crashes: adapters of the lowest block get a gradient after DeepSpeed has freed it.
 
-[Note: attention] On a CPU and for sequences this short, the backward pass of torch's fused attention takes three times as long as
-unfused attention; all contestants get the unfused one there.
+[Note: attention] On a CPU and for sequences this short, torch's fused attention is slower than transformers' unfused one, most of
+all backward; all contestants get the unfused one there.
 
 [Note: floor] A mask of one row in the lowest layer, which nobody wants to train. All that such a step does, every method does
 that trains all layers of a frozen model: the forward pass, and the gradients of activations back to the lowest layer.

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trace_dist.utils.files import writing
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
@@ -26,14 +27,9 @@ def only_run(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: another process holds it, or nothing can be written there.
     """
-    try:
+    with writing(f"run_dir={str(folder)!r}"):
         folder.mkdir(parents=True, exist_ok=True)
         handle = (folder / ".lock").open("a+", encoding="utf-8")
-    except OSError as error:
-        raise ValueError(
-            f"run_dir={str(folder)!r}: cannot be written ({error.strerror}); check permissions and free space, "
-            "or choose another folder"
-        ) from None
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

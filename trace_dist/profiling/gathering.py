@@ -34,7 +34,7 @@ class Zero3Limits:
     """DeepSpeed's defaults, in elements, but for those that ``sharding.zero3`` sets."""
 
     max_live: int = 10**9
-    max_reuse_distance: int = max_reuse_distance(whole_blocks=True)
+    max_reuse_distance: int = max_reuse_distance(whole=True)
     prefetch_bucket: int = 5 * 10**7
     persistence_threshold: int = PERSISTENCE_THRESHOLD
 
@@ -145,10 +145,9 @@ class _Ahead(NamedTuple):
         uses: dict[str, list[int]] = {}
         sizes = []
         for step, moment in enumerate(order):
-            if whole and moment.whole and not moment.fetches:  # the model itself
-                names: Iterable[str] = numel
-            else:
-                names = (moment.fetches or ()) if whole or not moment.whole else ()
+            own = () if moment.whole else moment.fetches or ()
+            everything = numel if moment.whole else ()  # of the model itself, which fetches nothing
+            names: Iterable[str] = (moment.fetches or everything) if whole else own
             for name in names:
                 uses.setdefault(name, []).append(step)
             sizes.append(sum(numel[name] for name in names))

@@ -9,7 +9,7 @@ silently wrong: a module fed an input without gradient is not released after bac
 ``stage3_param_persistence_threshold`` stay gathered on purpose. ``after_backward`` releases the first kind, ``refresh`` drops
 and re-gathers the second; tests/sharding/test_zero3.py shows the drift without either.
 
-[Note: whole blocks] DeepSpeed's hooks cost Python time at every module, about 100 us each way. A decoder block is therefore one
+[Note: whole blocks] DeepSpeed's hooks cost Python time at every module, forward and backward. A decoder block is therefore one
 of DeepSpeed's *leaf modules*: gathered, prefetched and released as one, as FSDP2 does, unless it is so large that its bytes count
 and its products hide the hooks. When DeepSpeed asks how far away a leaf's next use is, it sees the root module's backward pass,
 which contains all blocks, right after forward; without leaf modules it counts to the end of forward and back. Half of its default
@@ -51,9 +51,9 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
-def max_reuse_distance(whole_blocks: bool) -> int:
+def max_reuse_distance(whole: bool) -> int:
     """Parameters that come again within this many elements stay gathered; see [Note: whole blocks]."""
-    return 500_000_000 if whole_blocks else 1_000_000_000
+    return 500_000_000 if whole else 1_000_000_000
 
 
 def zero3_config(

@@ -20,24 +20,39 @@ from safetensors.torch import save_file
 
 
 @contextmanager
+def writing(what: object) -> Iterator[None]:
+    """Where something is written.
+
+    Args:
+        what: begins the message: a path, or ``field=value``.
+
+    Raises:
+        ValueError: it cannot be written: no permission, no space, a folder in its place.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"{what}: cannot be written ({reason}); check permissions and free space, or choose another folder"
+        ) from error
+
+
+@contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path``; renames it to ``path`` when the block succeeds.
 
     Raises:
-        ValueError: the file cannot be written: no permission, no space, a folder in its place.
+        ValueError: as ``writing``.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(
-            f"{path}: cannot be written ({reason}); check permissions and free space, or choose another folder"
-        ) from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with temporary.open("rb") as handle:
+                os.fsync(handle.fileno())
+            temporary.replace(path)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
