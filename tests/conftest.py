@@ -29,6 +29,7 @@ SECTIONS: dict[int, tuple[Launcher, list[str]]] = {
                 "toy",
                 "depth",
                 "gathering",
+                "gathering_over_gloo",
                 "wire",
                 "nf4",
             ),
@@ -37,7 +38,10 @@ SECTIONS: dict[int, tuple[Launcher, list[str]]] = {
     ),
     3: (
         "torchrun",
-        ["parity", "fsdp2", "prepared", "attaching", "reduction", "toy", "wire", "nf4", "take_over"],
+        [
+            *("parity", "fsdp2", "prepared", "attaching", "reduction", "toy"),
+            *("gathering_over_gloo", "wire", "nf4", "take_over"),
+        ],
     ),
 }
 

@@ -15,6 +15,7 @@ def test_bytes_by_collective(world, num_ranks: int) -> None:
     for rank, report in enumerate(world(num_ranks).reports):
         found = report["wire"]
         assert found["all_gather_into_tensor"] == found["all_gather"] == [others * N, 0]
+        assert found["message"] == [N, 0]
         assert found["reduce_scatter_tensor"] == [0, others * N]
         assert found["all_reduce"] == [0, 2 * others / num_ranks * N]
         assert found["broadcast"] == [N if rank == 0 else 0, 0]

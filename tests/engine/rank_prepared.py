@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from trace_dist import Mask, MaskedAdamW, shard
-from trace_dist.train.loss import answer_nll_sum
+from trace_dist.train.loss import answer_nll_sum_
 from trace_dist.utils import dist
 
 CASE = CASES["everything-accumulated-recomputed"]
@@ -37,7 +37,7 @@ def plain_loop(
         for x, y in zip(
             ids.tensor_split(case.accumulation), labels.tensor_split(case.accumulation), strict=True
         ):
-            loss = answer_nll_sum((run or model)(input_ids=x).logits, y) / num_tokens
+            loss = answer_nll_sum_((run or model)(input_ids=x).logits, y) / num_tokens
             (dist.world_size() * loss).backward()  # data-parallel loops average over ranks
             total += loss.detach().double()
         optimizer.step()

@@ -27,6 +27,7 @@ def wire(out: Path) -> dict[str, Any]:
         "reduce_scatter_tensor": lambda: td.reduce_scatter_tensor(mine, all_of_it),
         "all_reduce": lambda: td.all_reduce(mine),
         "broadcast": lambda: td.broadcast(mine, 0),
+        "message": lambda: _pass_on(mine, rank, world),
         "all_to_all": lambda: td.all_to_all_single(torch.empty(world * (rank + 1)), *_uneven(world, rank)),
     }
     found: dict[str, Any] = {}
@@ -42,6 +43,13 @@ def wire(out: Path) -> dict[str, Any]:
 
     found["unknown"] = refused(unknown)
     return found
+
+
+def _pass_on(mine: torch.Tensor, rank: int, world: int) -> None:
+    """Every rank to the next."""
+    sending = td.isend(mine, (rank + 1) % world)
+    td.irecv(torch.empty(LENGTH), (rank - 1) % world).wait()
+    sending.wait()
 
 
 def _uneven(world: int, rank: int) -> tuple[torch.Tensor, list[int], list[int]]:

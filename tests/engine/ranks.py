@@ -19,6 +19,7 @@ from engine.cases import CASES, Case, batches
 from engine.rank_depth import depth
 from engine.rank_files import cut_and_continue, damaged, deltas, exporting, hand_over, loading, take_over
 from engine.rank_gathering import gathering
+from engine.rank_gloo import gathering_over_gloo
 from engine.rank_nf4 import nf4
 from engine.rank_prepared import prepared
 from engine.rank_reduction import reduction
@@ -210,6 +211,7 @@ SECTIONS: dict[str, Callable[[Path], Found]] = {
     "toy": toy,
     "depth": depth,
     "gathering": gathering,
+    "gathering_over_gloo": gathering_over_gloo,
     "wire": wire,
     "nf4": nf4,
     "cut_and_continue": cut_and_continue,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trace_dist import MaskedAdamW
 from trace_dist.sharding import ShardedModel
-from trace_dist.train.loss import answer_nll_sum
+from trace_dist.train.loss import answer_nll_sum_
 from trace_dist.utils import dist
 
 
@@ -46,7 +46,7 @@ def train_step(
     num_tokens = int((batch[1][:, 1:] != -100).sum())
     total = torch.zeros((), dtype=torch.float64)
     for x, y in zip(ids.tensor_split(case.accumulation), labels.tensor_split(case.accumulation), strict=True):
-        loss = answer_nll_sum(model(input_ids=x).logits, y) / num_tokens
+        loss = answer_nll_sum_(model(input_ids=x).logits, y) / num_tokens
         model.backward(loss, reduction="sum")
         total += loss.detach().double()
     optimizer.step()

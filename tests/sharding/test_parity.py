@@ -14,7 +14,7 @@ from engine.training import Outcome, train, train_reference
 from trace_dist import shard
 
 LOSS_TOLERANCE = 2e-6  # relative, fp32
-WEIGHT_TOLERANCE = 2e-5  # absolute; a step moves a weight by up to 1e-2
+WEIGHT_TOLERANCE = 3e-5  # absolute; a step moves a weight by up to 1e-2, whatever the size of its gradient
 FP32 = [name for name, case in CASES.items() if case.dtype == "float32"]
 
 
@@ -73,7 +73,7 @@ SAME_OPERATIONS = [
 @pytest.mark.usefixtures("torch_kernels")
 def test_single_process_has_the_bits_of_the_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With torch's cross-entropy, as the reference has; that in chunks rounds otherwise."""
-    monkeypatch.setattr("engine.training.answer_nll_sum", torch_nll_sum)
+    monkeypatch.setattr("engine.training.answer_nll_sum_", torch_nll_sum)
     outcome = train(CASES[name], shard(CASES[name].model(), "single"))
     assert all(torch.equal(outcome.state[key], value) for key, value in reference(name).state.items())
 

@@ -2,9 +2,9 @@
 
 All train one model of one shape in bf16 with an fp32 master, on the same random batch. LoRA and SHiRA get the rank with which
 they train as many parameters as the masks do. Peers run with DeepSpeed's defaults and the loss of transformers, and as
-``full, tuned`` and ``LoRA, tuned`` with the options and the loss of masked training (``sharding.zero3.zero3_config``,
-``train.cross_entropy``): what a user gains, and what the method alone does. LoRA is not gathered in whole blocks, on which
-DeepSpeed 0.19 crashes: adapters of the lowest block get a gradient after DeepSpeed has freed it.
+``full, tuned`` and ``LoRA, tuned`` with what masked training has beside masks (``sharding.zero3.zero3_config``,
+``sharding.gloo``, ``train.cross_entropy``): what a user gains, and what the method alone does. LoRA is not gathered in whole
+blocks, on which DeepSpeed 0.19 crashes: adapters of the lowest block get a gradient after DeepSpeed has freed it.
 
 [Note: attention] On a CPU and for sequences this short, torch's fused attention is slower than transformers' unfused one, most of
 all backward; all contestants get the unfused one there.
@@ -30,7 +30,7 @@ from trace_dist.models.blocks import whole_blocks
 from trace_dist.optim.masked_adamw import MaskedAdamW
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.build import shard
-from trace_dist.sharding.zero3 import zero3_config
+from trace_dist.sharding.zero3 import load_deepspeed, zero3_config
 from trace_dist.train.loss import forward_nll_sum
 from trace_dist.utils import dist
 
@@ -139,7 +139,7 @@ def _own_loss(model: Any, race: Race) -> Callable[[], Tensor]:
     """The mean loss of this rank's tokens, as trace_dist computes it."""
     batch = race.batch()
     labels = batch.pop("labels")
-    return lambda: forward_nll_sum(model, batch, labels) / labels[:, 1:].numel()
+    return lambda: forward_nll_sum(model, batch, labels, 1 / labels[:, 1:].numel())
 
 
 def _peer(name: str, race: Race) -> Contestant:
@@ -151,6 +151,7 @@ def _peer(name: str, race: Race) -> Contestant:
         engine, num_trained = dense_engine(module, {})
         batch = race.batch()
         return Contestant(lambda: engine(**batch).loss, engine.backward, engine.step, num_trained)
+    load_deepspeed()  # with our all-gather
     blocks = whole_blocks(module).values() if method == "full" else ()
     engine, num_trained = dense_engine(
         module, zero3_config(torch.bfloat16, blocks=blocks)["zero_optimization"]

@@ -28,8 +28,8 @@ from trace_dist.models.blocks import whole_blocks
 from trace_dist.models.forward import names_argument
 from trace_dist.models.nf4 import NF4Linear, named_weights
 from trace_dist.sharding.masked_linear import Part, patch_linear
-from trace_dist.train.cross_entropy import nll_sum
-from trace_dist.train.loss import answer_nll_sum
+from trace_dist.train.cross_entropy import nll_sum_
+from trace_dist.train.loss import answer_nll_sum_
 
 Phase = Literal["forward", "backward"]
 Kind = Literal["activations", "logits"]
@@ -186,9 +186,9 @@ def _loss(module: Any, batch: int, length: int, live: _LiveStorages) -> Tensor:
     """``train.loss.forward_nll_sum`` where every token has a label; what it asks of labels has no answer on the meta device."""
     ids = torch.empty(batch, length, dtype=torch.int64, device="meta")
     if not names_argument(module, "logits_to_keep"):
-        return answer_nll_sum(module(input_ids=ids).logits, ids) / ids.numel()
+        return answer_nll_sum_(module(input_ids=ids).logits, ids, 1 / ids.numel())
     logits = module(input_ids=ids, logits_to_keep=ids[0, 1:]).logits
-    return nll_sum(logits.flatten(0, 1), ids[:, 1:].flatten()) / ids.numel()
+    return nll_sum_(logits.flatten(0, 1), ids[:, 1:].flatten(), 1 / ids.numel())
 
 
 @contextmanager

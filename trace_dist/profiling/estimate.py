@@ -183,12 +183,12 @@ class Estimator:
         columns, batch, length, checkpointing = step
         return trace_step(self.module, dict(columns), batch, length, checkpointing)
 
-    def _gathered(self, step: _Step, backend: Backend, world_size: int, staged: bool) -> tuple[int, ...]:
+    def _gathered(self, step: _Step, backend: Backend, world_size: int, sequential: bool) -> tuple[int, ...]:
         moments = self.trace(step).moments
         if backend == "single":
             return (0,) * len(moments)
         if backend == "zero3":
-            elements = zero3_gathered(moments, self.numel, world_size, staged)
+            elements = zero3_gathered(moments, self.numel, world_size, sequential)
         else:
             elements = fsdp2_gathered(moments, self.numel, self._blocks)
         return tuple(self.itemsize * count for count in elements)

@@ -8,9 +8,8 @@ come again within ``stage3_max_reuse_distance`` elements. So a model of less tha
 backward. How far away that is, DeepSpeed counts by the parameters of the modules in between. Where it frees a decoder block,
 those are with the modules' children, and the whole model comes again as soon as backward begins (sharding/zero3.py,
 [Note: whole blocks]); where it frees another module, they are without, and blocks count nothing. A single rank gathers nothing:
-its shard is the parameter. On a CPU (``staged``) every parameter is gathered by itself, without a flat buffer
-(``stage3_allgather_sequential``), and gloo stages one after another in a buffer of its own; which of those in flight is a race,
-and the largest is counted.
+its shard is the parameter. On a CPU (``sequential``) every parameter is gathered by itself, without a flat buffer
+(``stage3_allgather_sequential``).
 
 FSDP2 gathers block by block: the root's group (embedding, last norm, head) stays from forward to backward; beside it lie the
 block in use and the flat buffer of the next one.
@@ -46,7 +45,7 @@ class _Zero3:
     numel: Mapping[str, int]
     order: Sequence[Moment]  # those that fetch
     limits: Zero3Limits
-    staged: bool = False
+    sequential: bool = False
     step: int = 0
     live: int = 0  # what DeepSpeed counts
     held: int = 0  # what is really allocated
@@ -80,14 +79,7 @@ class _Zero3:
                 ahead += [] if self.persists(name) else [name]
         self._gather(ahead)
         self.step += 1
-        return max(peak, self.held) + self.staging
-
-    @property
-    def staging(self) -> int:
-        """Elements that gloo stages: of the largest parameter that nothing has waited for."""
-        if not self.staged:
-            return 0
-        return max((self.numel[name] for name in self.bucket_of if name not in self.available), default=0)
+        return max(peak, self.held)
 
     def _drop_from_queue(self, names: Sequence[str]) -> None:
         missing = set(names)
@@ -103,14 +95,11 @@ class _Zero3:
             self.held += self.numel[name]
 
     def _wait(self, name: str) -> int:
-        """A bucket's first use copies all of it out of the flat buffer, which its last use frees; returns the elements held.
-
-        What gloo gathers has no flat buffer.
-        """
+        """A bucket's first use copies all of it out of the flat buffer, which its last use frees; returns the elements held."""
         bucket = self.bucket_of.pop(name, None)
         if bucket is None:
             return self.held
-        size = 0 if self.staged or len(bucket) == 1 else sum(self.numel[other] for other in bucket)
+        size = 0 if self.sequential or len(bucket) == 1 else sum(self.numel[other] for other in bucket)
         if name not in self.available:
             self.held += size
         self.available.update(bucket)
@@ -164,7 +153,7 @@ def zero3_gathered(
     moments: Sequence[Moment],
     numel: Mapping[str, int],
     world_size: int,
-    staged: bool = False,
+    sequential: bool = False,
     limits: Zero3Limits | None = None,
 ) -> list[int]:
     """Elements gathered on a rank at each moment of a step, persistent parameters included.
@@ -173,7 +162,7 @@ def zero3_gathered(
         moments: of one step.
         numel: elements of every parameter.
         world_size: ranks.
-        staged: whether gloo gathers.
+        sequential: whether every parameter is gathered by itself.
         limits: DeepSpeed's options; those of masked training when None.
     """
     if world_size == 1:
@@ -182,14 +171,12 @@ def zero3_gathered(
         whole = any(moment.whole and moment.fetches for moment in moments)
         limits = Zero3Limits(max_reuse_distance=max_reuse_distance(whole))
     order = [moment for moment in moments if moment.fetches is not None]
-    state = _Zero3(numel, order, limits, staged)
+    state = _Zero3(numel, order, limits, sequential)
     kept = sum(size for size in numel.values() if size <= limits.persistence_threshold)
     gathered = []
     for moment in moments:
         state.release(moment)
-        gathered.append(
-            kept + (state.held + state.staging if moment.fetches is None else state.fetch(moment.fetches))
-        )
+        gathered.append(kept + (state.held if moment.fetches is None else state.fetch(moment.fetches)))
     return gathered
 
 

@@ -129,7 +129,7 @@ def _train(config: Any, setup: MemorySetup, steps: int, baseline: int) -> Measur
     with Watch(model.device, baseline) as watch:
         for _ in range(steps):
             with watch.phase("forward"):
-                loss = forward_nll_sum(model, inputs, ids) / ids.numel()
+                loss = forward_nll_sum(model, inputs, ids, 1 / ids.numel())
             with watch.phase("backward"):
                 model.backward(loss)
                 del loss
@@ -139,7 +139,7 @@ def _train(config: Any, setup: MemorySetup, steps: int, baseline: int) -> Measur
                 optimizer.zero_grad()
     saved = SavedTensors(model.module)
     with saved:
-        loss = forward_nll_sum(model, inputs, ids) / ids.numel()
+        loss = forward_nll_sum(model, inputs, ids, 1 / ids.numel())
     between = {"gathered": tensor_bytes(model.copies())}
     if not setup.activation_checkpointing:
         between = {"activations": saved.nbytes, **between}

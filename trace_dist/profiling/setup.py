@@ -33,7 +33,7 @@ class MemorySetup:
     offload: Literal["none", "cpu"] = "none"
     """Where moments and master live."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """What the ranks compute on; on a CPU offloaded states and gloo's staging buffers lie in the same memory."""
+    """What the ranks compute on; on a CPU offloaded states lie in the same memory."""
     backend: Backend = "zero3"
     """How the model is spread over the ranks."""
     world_size: int = 1

@@ -7,6 +7,7 @@ A rank sends, of a collective over W ranks whose operand has n bytes (bandwidth-
     all-reduce       2 (W - 1) / W n
     all-to-all       n minus what stays
     broadcast        n on the root
+    message          n
 """
 
 from __future__ import annotations
@@ -31,8 +32,13 @@ _SENT: dict[str, Callable[[int, tuple[Any, ...]], float]] = {
     "allreduce_coalesced_": lambda world, args: 2 * (world - 1) / world * _nbytes(args[0]),
     "alltoall_base_": lambda world, args: _others_share(args[1], args[4], world),
     "broadcast_": lambda world, args: _nbytes(args[0]) if args[2] == dist.rank() else 0,
+    "send": lambda world, args: _nbytes(args[0]),
+    "recv_": lambda world, args: 0,
     "barrier": lambda world, args: 0,
 }
+
+
+_OF_WEIGHTS = ("gather", "broadcast", "send")
 
 
 class WireCounter(TorchDispatchMode):
@@ -58,8 +64,8 @@ class WireCounter(TorchDispatchMode):
 
     @property
     def gathered(self) -> float:
-        """Bytes of weights: all-gathers and broadcasts."""
-        return sum(count for name, count in self.sent.items() if "gather" in name or "broadcast" in name)
+        """Bytes of weights: all-gathers, broadcasts, and messages (``sharding.gloo``)."""
+        return sum(count for name, count in self.sent.items() if any(part in name for part in _OF_WEIGHTS))
 
     @property
     def reduced(self) -> float:

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 from trace_dist.config import Quantize
 from trace_dist.models.blocks import decoder_blocks
 from trace_dist.models.loading import load_model_fsdp2
+from trace_dist.sharding import gloo
 from trace_dist.sharding.base import PartitionView, ShardedModel, chunk_views
 from trace_dist.utils import dist
 
@@ -32,9 +33,10 @@ def _wrap(module: nn.Module) -> None:
     mesh = init_device_mesh(dist.local_device().type, (dist.world_size(),))
     # Of what a hook catches; linear layers reduce nothing.
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    for block in decoder_blocks(module).values():
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(module, mesh=mesh, mp_policy=policy)
+    for part in (*decoder_blocks(module).values(), module):
+        sharded = fully_shard(part, mesh=mesh, mp_policy=policy)
+        if mesh.device_type == "cpu":
+            sharded.set_custom_all_gather(gloo.AllGather())  # type: ignore[arg-type]
 
 
 def _check_sharding(module: nn.Module) -> None:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from trace_dist.config import Quantize
 from trace_dist.models.blocks import whole_blocks
 from trace_dist.models.loading import check_zero_config, load_model_zero3
+from trace_dist.sharding import gloo
 from trace_dist.sharding.base import PartitionView, ShardedModel, flat_views
 from trace_dist.utils import dist
 
@@ -40,14 +41,16 @@ PERSISTENCE_THRESHOLD = 10_000
 """Parameters with at most this many elements stay gathered (DeepSpeed's default is 100,000)."""
 
 
-def _deepspeed() -> Any:
-    """The deepspeed module, with a process group for it to run in."""
+def load_deepspeed() -> Any:
+    """The deepspeed module, with a process group for it to run in and, on a CPU, our all-gather over gloo."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     dist.ensure_group()
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    if not torch.cuda.is_available():
+        deepspeed.comm.comm.cdb.all_gather_function = gloo.all_gather
     return deepspeed
 
 
@@ -96,7 +99,7 @@ class Zero3Model(ShardedModel):
     backend = "zero3"
 
     def __init__(self, module: nn.Module, persistence_threshold: int = PERSISTENCE_THRESHOLD) -> None:
-        deepspeed = _deepspeed()
+        deepspeed = load_deepspeed()
         dtype = next(module.parameters()).dtype
         for parameter in module.parameters():  # or DeepSpeed prepares buffers for gradients
             parameter.requires_grad_(False)
@@ -112,7 +115,7 @@ class Zero3Model(ShardedModel):
             ValueError: the engine is not ZeRO-3, has an optimizer, or keeps more copies of the weights.
         """
         if engine.zero_optimization_stage() != 3 or not isinstance(
-            engine.optimizer, _deepspeed().runtime.zero.parameter_offload.DeepSpeedZeRoOffload
+            engine.optimizer, load_deepspeed().runtime.zero.parameter_offload.DeepSpeedZeRoOffload
         ):
             raise ValueError(
                 f"model: a DeepSpeed engine of ZeRO stage {engine.zero_optimization_stage()} with "
@@ -127,12 +130,12 @@ class Zero3Model(ShardedModel):
 
     def _own(self, engine: Any) -> None:
         super().__init__(engine.module)
-        self._deepspeed, self._engine = _deepspeed(), engine
+        self._deepspeed, self._engine = load_deepspeed(), engine
 
     @classmethod
     def from_pretrained(cls, path: str, dtype: torch.dtype, quantize: Quantize = "none") -> Zero3Model:
         """Load a checkpoint so that no rank ever holds more than its own shard."""
-        _deepspeed()
+        load_deepspeed()
         return cls(load_model_zero3(path, dtype, zero3_config(dtype), quantize))
 
     def views(self, name: str) -> list[PartitionView]:
@@ -184,7 +187,7 @@ class FullAdamW:
     """
 
     def __init__(self, path: str, dtype: torch.dtype, lr: float) -> None:
-        deepspeed = _deepspeed()
+        deepspeed = load_deepspeed()
         config = zero3_config(dtype) | {"gradient_clipping": 1.0}
         module = load_model_zero3(path, dtype, config)
         optimizer = torch.optim.AdamW(module.parameters(), lr=lr)

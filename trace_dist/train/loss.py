@@ -17,43 +17,47 @@ from torch import Tensor, nn
 from trace_dist.data.batches import Step
 from trace_dist.data.encoding import IGNORE
 from trace_dist.models.forward import names_argument
-from trace_dist.train.cross_entropy import nll_sum
+from trace_dist.train.cross_entropy import nll_sum_
 from trace_dist.utils import dist
 
 Forward = Callable[..., Any]
 Backward = Callable[[Tensor], None]
 
 
-def answer_nll_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of the negative log-likelihood of the labelled tokens.
+def answer_nll_sum_(logits: Tensor, labels: Tensor, scale: float = 1.0) -> Tensor:
+    """Sum of the negative log-likelihood of the labelled tokens. Overwrites the logits (``nll_sum_``).
 
     Args:
         logits: [batch, length, vocabulary], any float dtype.
         labels: [batch, length] int64; -100 where there is no loss.
+        scale: factor of the loss.
 
     Returns:
         Scalar, in nats, fp32 (fp64 for fp64 logits); 0 with gradient when nothing is labelled.
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # not logits[:, :-1], which would copy them
-    return nll_sum(logits.flatten(0, 1), targets.flatten())
+    return nll_sum_(logits.flatten(0, 1), targets.flatten(), scale)
 
 
-def forward_nll_sum(forward: Forward, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
-    """Run the model on inputs [batch, length]; the rest is as in ``answer_nll_sum``.
+def forward_nll_sum(
+    forward: Forward, inputs: dict[str, Tensor], labels: Tensor, scale: float = 1.0
+) -> Tensor:
+    """Run the model on inputs [batch, length]; the rest is as in ``answer_nll_sum_``.
 
     Args:
         forward: the model, a sharded model, or a function of either that passes its arguments on.
         inputs: ``input_ids`` and ``attention_mask``.
         labels: as above.
+        scale: as above.
     """
     if not _keeps_logits(forward):
-        return answer_nll_sum(forward(**inputs).logits, labels)
+        return answer_nll_sum_(forward(**inputs).logits, labels, scale)
     targets = labels[:, 1:]
     positions = (targets != IGNORE).any(0).nonzero().flatten()
     if len(positions) == 0:  # a filler batch: its backward pass must still run
         positions = positions.new_zeros(1)
     logits = forward(**inputs, logits_to_keep=positions).logits
-    return nll_sum(logits.flatten(0, 1), targets[:, positions].flatten())
+    return nll_sum_(logits.flatten(0, 1), targets[:, positions].flatten(), scale)
 
 
 def _keeps_logits(forward: Forward) -> bool:
@@ -79,7 +83,7 @@ def accumulate(step: Step, forward: Forward, backward: Backward, device: torch.d
     for micro_batch in step.micro_batches:
         inputs = {key: value.to(device) for key, value in micro_batch.items()}
         labels = inputs.pop("labels")
-        loss = forward_nll_sum(forward, inputs, labels) / max(step.num_answer_tokens, 1)
+        loss = forward_nll_sum(forward, inputs, labels, 1 / max(step.num_answer_tokens, 1))
         backward(loss)
         total += loss.detach().double()
     return total
