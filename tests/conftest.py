@@ -33,7 +33,7 @@ SECTIONS: dict[int, tuple[Launcher, list[str]]] = {
                 "wire",
                 "nf4",
             ),
-            *("cut_and_continue", "damaged", "hand_over", "deltas", "exporting", "loading"),
+            *("cut_and_continue", "damaged", "hand_over", "deltas", "exporting", "loading", "shared_memory"),
         ],
     ),
     3: (

@@ -8,6 +8,7 @@ Each rank writes ``<out>/rank<k>.json``: section -> what it found; rank 0 also s
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -195,6 +196,13 @@ def attaching(out: Path) -> Found:
     return found
 
 
+def shared_memory(out: Path) -> Found:
+    """Files of this job under /dev/shm, and what the launcher said of it."""
+    port = os.environ.get("MASTER_PORT", "")
+    left = [path.name for path in Path("/dev/shm").glob(f"deepspeed*_{port}_*")]
+    return {"left": left, "LOCAL_SIZE": os.environ.get("LOCAL_SIZE")}
+
+
 def toy(out: Path) -> Found:
     """A layer used twice, a layer skipped on one rank."""
     return {granularity: train_toy(granularity) for granularity in ("element", "row")}
@@ -221,6 +229,7 @@ SECTIONS: dict[str, Callable[[Path], Found]] = {
     "deltas": deltas,
     "exporting": exporting,
     "loading": loading,
+    "shared_memory": shared_memory,
 }
 
 

@@ -91,3 +91,9 @@ def test_full_training_beside_it_is_dense_adamw(world) -> None:
     for report in world(2).reports:
         for name, num_bytes in report["loading"]["full_states"].items():
             assert num_bytes == pytest.approx(4 * numel / 2, rel=0.05), name
+
+
+def test_a_job_leaves_nothing_in_shared_memory(world) -> None:
+    """DeepSpeed's launcher asks for an all-reduce through shared memory, which nobody unlinks."""
+    for report in world(2).reports:
+        assert report["shared_memory"] == {"left": [], "LOCAL_SIZE": "2"}

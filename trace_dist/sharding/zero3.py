@@ -48,9 +48,16 @@ def load_deepspeed() -> Any:
     dist.ensure_group()
     import deepspeed
 
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-    if not torch.cuda.is_available():
-        deepspeed.comm.comm.cdb.all_gather_function = gloo.all_gather
+    if torch.cuda.is_available():
+        deepspeed.init_distributed(dist_backend="nccl", verbose=False)
+        return deepspeed
+    # Where DeepSpeed's launcher names it, every rank maps 66 MiB of /dev/shm for an all-reduce that masked training never
+    # calls, and leaves them there when the job is over.
+    local_size = os.environ.pop("LOCAL_SIZE", None)
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    if local_size is not None:
+        os.environ["LOCAL_SIZE"] = local_size
+    deepspeed.comm.comm.cdb.all_gather_function = gloo.all_gather
     return deepspeed
 
 
