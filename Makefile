@@ -25,6 +25,7 @@ bench: $(VENV)/.dev
 	$(BIN)/trace-dist bench step --out docs/results/bench_step.json
 	for micro_batch in 2 1; do $(BIN)/trace-dist bench step --micro_batch $$micro_batch \
 		--contestants '[row,element,full,LoRA]' --out docs/results/bench_step_$$micro_batch.json || exit 1; done
+	$(BIN)/trace-dist bench step --attention sdpa --contestants '[row,element,full,LoRA]' --out docs/results/bench_step_fused.json
 	$(BIN)/trace-dist bench memory --out docs/results/bench_memory.json
 	$(BIN)/python -m trace_dist.benchmarks.document docs/results docs/benchmarks.md
 

@@ -18,7 +18,7 @@ SHORT = ("--rounds", "1", "--steps", "2")
 def test_a_race_of_training_steps(tmp_path: Path) -> None:
     out = tmp_path / "step.json"
     names = ["block 64", "full", "LoRA"]
-    arguments = (*STEP, *SHORT, "--contestants", json.dumps(names), "--out", out)
+    arguments = (*STEP, *SHORT, "--attention", "sdpa", "--contestants", json.dumps(names), "--out", out)
     done = run(*arguments, cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(out.read_text())
@@ -30,6 +30,7 @@ def test_a_race_of_training_steps(tmp_path: Path) -> None:
     assert rows["full"]["num_trained"] > 10 * rows["block 64"]["num_trained"]
     for row in rows.values():
         assert row["weight_bytes_sent"] > 0
+        assert row["time_s"]["attention"] > 0  # as asked; the unfused one is other operators
         assert sum(row["phases_s"].values()) == pytest.approx(row["step_s"], rel=0.5)
     first = result["runs"]["full"]
     done = run(*arguments, "--rounds", "2", cache=tmp_path / "cache")  # goes on where it stopped
@@ -57,6 +58,10 @@ def test_every_kernel_is_timed_at_every_granularity(tmp_path: Path) -> None:
             "contestants: 'galore' is unknown; use some of element",
         ),
         (("bench", "step", "--shape", "huge"), "shape='huge': unknown; use one of SmolLM2-135M, tiny"),
+        (
+            ("bench", "step", "--attention", "flash"),
+            "attention='flash': unknown; use one of auto, eager, sdpa",
+        ),
         (("bench", "optimizer", "--rounds", "0"), "rounds=0: must be at least 1"),
     ],
 )

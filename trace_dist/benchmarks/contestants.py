@@ -7,7 +7,7 @@ they train as many parameters as the masks do. Peers run with DeepSpeed's defaul
 blocks, on which DeepSpeed 0.19 crashes: adapters of the lowest block get a gradient after DeepSpeed has freed it.
 
 [Note: attention] On a CPU and for sequences this short, torch's fused attention is slower than transformers' unfused one, most of
-all backward; all contestants get the unfused one there.
+all backward; unless told otherwise, all contestants get the unfused one there.
 
 [Note: floor] A mask of one row in the lowest layer, which nobody wants to train. All that such a step does, every method does
 that trains all layers of a frozen model: the forward pass, and the gradients of activations back to the lowest layer.
@@ -55,6 +55,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 """Model shapes: the one of the published results, and one that shows in seconds that everything runs."""
+ATTENTION = ("auto", "eager", "sdpa")
+"""transformers' unfused attention, and torch's fused one."""
 MASKED = {"element": 1, "block 64": 64, "row": 0}
 """Masked contestants and their block size."""
 FLOOR = "floor"  # [Note: floor]
@@ -71,21 +73,27 @@ class Race:
         density: masked share of the linear layers' weights.
         micro_batch: examples per rank and step.
         sequence: tokens per example.
+        attention: one of ``ATTENTION``; ``auto`` is what is faster ([Note: attention]).
     """
 
     shape: str = "SmolLM2-135M"
     density: float = 0.05
     micro_batch: int = 4
     sequence: int = 128
+    attention: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.attention not in ATTENTION:
+            raise ValueError(f"attention={self.attention!r}: unknown; use one of {', '.join(ATTENTION)}")
         if self.shape not in SHAPES:
             raise ValueError(f"shape={self.shape!r}: unknown; use one of {', '.join(SHAPES)}")
 
     def model(self) -> PreTrainedModel:
         """Random weights, the same on every rank."""
         torch.manual_seed(0)
-        attention = "sdpa" if torch.cuda.is_available() else "eager"  # [Note: attention]
+        attention = self.attention
+        if attention == "auto":
+            attention = "sdpa" if torch.cuda.is_available() else "eager"
         config = LlamaConfig(**SHAPES[self.shape])
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention).bfloat16().train()
 

@@ -48,7 +48,9 @@ def _step(arguments: Any, out: Path | None) -> dict[str, Any]:
     from trace_dist.benchmarks.contestants import CONTESTANTS, Race
     from trace_dist.benchmarks.step import race_in_turn
 
-    race = Race(arguments.shape, arguments.density, arguments.micro_batch, arguments.sequence)
+    race = Race(
+        arguments.shape, arguments.density, arguments.micro_batch, arguments.sequence, arguments.attention
+    )
     names = CONTESTANTS if arguments.contestants is None else arguments.contestants
     return race_in_turn(race, names, arguments.ranks, arguments.rounds, arguments.steps, out)
 

@@ -157,6 +157,7 @@ BENCHMARKS: dict[str, tuple[str, dict[str, tuple[Any, Any, str]]]] = {
             "density": (float, 0.05, "masked share of the linear layers"),
             "micro_batch": (int, 4, "examples per rank and step"),
             "sequence": (int, 128, "tokens per example"),
+            "attention": (str, "auto", "of all contestants: eager, sdpa (fused), or auto, what is faster"),
             "ranks": (int, 2, "ranks of each contestant, one thread each"),
             "rounds": (int, 3, "how often each contestant is started"),
             "steps": (int, 5, "steps timed per start"),
