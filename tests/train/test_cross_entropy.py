@@ -55,6 +55,14 @@ def test_a_batch_without_labels_has_loss_and_gradient_zero() -> None:
     assert not logits.grad.any()
 
 
+def test_no_rows_have_loss_zero() -> None:
+    logits = torch.empty(0, VOCABULARY, requires_grad=True)
+    loss = nll_sum_(logits, torch.empty(0, dtype=torch.int64))
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad is not None
+
+
 def test_a_later_factor_multiplies_the_gradient() -> None:
     gradients = []
     for scale, factor in ((0.75, 1.0), (0.25, 3.0)):

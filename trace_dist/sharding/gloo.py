@@ -1,8 +1,7 @@
 """All-gather on CPUs by messages from shard to gathered copy.
 
 torch's own over gloo receives into a buffer that it allocates for the purpose and copies that to the output, on threads that take
-turns with the one that computes. One message per peer moves the same bytes straight into their place, in a third of the time
-on two ranks of one machine.
+turns with the one that computes. One message per peer moves the same bytes straight into their place.
 """
 
 from __future__ import annotations

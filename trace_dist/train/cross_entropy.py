@@ -30,9 +30,11 @@ class _NllSum(torch.autograd.Function):
         targets = targets.where(kept, 0)[:, None]
         weights = (scale * kept.to(wide))[:, None]
         nll = torch.empty_like(weights)
-        buffer = logits.new_empty(_rows_at_a_time(logits), logits.shape[1], dtype=wide)
-        for rows in _chunks(logits):
-            chunk = buffer[: rows.stop - rows.start].copy_(logits[rows])
+        size = max(1, CHUNK_ELEMENTS.get(logits.device.type, DEFAULT_CHUNK_ELEMENTS) // logits.shape[1])
+        buffer = logits.new_empty(min(size, len(logits)), logits.shape[1], dtype=wide)
+        for start in range(0, len(logits), size):
+            rows = slice(start, start + size)
+            chunk = buffer[: len(logits[rows])].copy_(logits[rows])
             largest, picked = chunk.amax(1, keepdim=True), chunk.gather(1, targets[rows])
             sums = chunk.sub_(largest).exp_().sum(1, keepdim=True)
             nll[rows] = sums.log() + largest - picked
@@ -49,16 +51,6 @@ class _NllSum(torch.autograd.Function):
         if grad.device.type != "cpu" or grads[0] != 1:  # a GPU would have to be waited for
             grad.mul_(grads[0])
         return grad, None, None, None
-
-
-def _rows_at_a_time(logits: Tensor) -> int:
-    elements = CHUNK_ELEMENTS.get(logits.device.type, DEFAULT_CHUNK_ELEMENTS)
-    return min(max(1, elements // logits.shape[1]), len(logits))
-
-
-def _chunks(logits: Tensor) -> list[slice]:
-    size = _rows_at_a_time(logits)
-    return [slice(start, min(start + size, len(logits))) for start in range(0, len(logits), size)]
 
 
 def nll_sum_(logits: Tensor, targets: Tensor, scale: float = 1.0) -> Tensor:
