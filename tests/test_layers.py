@@ -16,7 +16,8 @@ KERNELS = ROOT / "kernels" / "trace_kernels"
 # (layer, place inside the layer): masks are made from models, and projections read a sharded model.
 RANKS: dict[str, tuple[int, int]] = {
     "utils": (0, 0),
-    "config": (1, 0),
+    "run_folder": (1, 0),
+    "config": (1, 1),
     "models": (2, 0),
     "data": (2, 1),
     "masks": (2, 2),

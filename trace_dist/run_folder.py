@@ -1,0 +1,142 @@
+"""Every path of a run and of a bank, in one place: docs/formats.md as code.
+
+Nothing here touches the disk; a path says where something lies, not that it is there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run.
+
+    Attributes:
+        root: the run's folder (``run_dir`` of its configuration).
+    """
+
+    root: Path
+
+    @classmethod
+    def of(cls, run_dir: str | Path) -> RunFolder:
+        """The folder that a configuration names."""
+        return cls(Path(run_dir))
+
+    @property
+    def config(self) -> Path:
+        """The run's configuration."""
+        return self.root / "config.yaml"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the command that writes into the folder."""
+        return self.root / ".lock"
+
+    @property
+    def logs(self) -> Path:
+        """What the stages, their launchers and libraries print: a file per stage."""
+        return self.root / "logs"
+
+    @property
+    def stages(self) -> Path:
+        """Wall time of the stages."""
+        return self.root / "stages.json"
+
+    @property
+    def tasks(self) -> Path:
+        """The tasks' trivial baselines: majority answer, overlap of training and test prompts."""
+        return self.root / "tasks.json"
+
+    @property
+    def memory(self) -> Path:
+        """Measured model states."""
+        return self.root / "memory.json"
+
+    @property
+    def metrics(self) -> Path:
+        """Scalars of all training, one JSON record a line."""
+        return self.root / "metrics.jsonl"
+
+    def tensorboard(self, tag: str) -> Path:
+        """TensorBoard files of one training run."""
+        return self.root / "tensorboard" / tag
+
+    @property
+    def results(self) -> Path:
+        """Everything that was measured."""
+        return self.root / "results.json"
+
+    @property
+    def report(self) -> Path:
+        """The page drawn from the results."""
+        return self.root / "report.html"
+
+    @property
+    def scores(self) -> Path:
+        """What ``evaluate`` found."""
+        return self.root / "eval.json"
+
+    @property
+    def specificity(self) -> Path:
+        """Cosines between the tasks' updates."""
+        return self.root / "probe" / "specificity.json"
+
+    def saliency(self, task: str) -> Path:
+        """The proxy's saliency map of a task."""
+        return self.root / "probe" / f"{task}.safetensors"
+
+    def proxy_mask(self, task: str) -> Path:
+        """The proxy's mask of a task."""
+        return self.root / "probe" / "masks" / f"{task}.safetensors"
+
+    def mask(self, task: str, kind: str = "projected") -> Path:
+        """A task's mask of the target; ``kind`` is projected or random."""
+        folder = self.root / "masks"
+        return (folder if kind == "projected" else folder / kind) / f"{task}.safetensors"
+
+    def delta(self, task: str) -> Path:
+        """The delta that training one task by itself leaves."""
+        return self.root / "deltas" / f"{task}.safetensors"
+
+    def bank(self, method: str = "retrieved") -> BankFolder:
+        """The bank that a method fills; the run's own is ``bank``."""
+        return BankFolder(self.root / ("bank" if method == "retrieved" else f"bank_{method}"))
+
+    def checkpoints(self, method: str, task: str) -> Path:
+        """Checkpoints of one task's training by a method."""
+        return self.root / "checkpoints" / method / task
+
+    def method(self, name: str) -> Path:
+        """A method's result."""
+        return self.root / "methods" / f"{name}.json"
+
+    def progress(self, name: str) -> Path:
+        """What a method has finished so far, until its result is written: scores and state after each task."""
+        return self.root / "progress" / name
+
+
+@dataclass(frozen=True)
+class BankFolder:
+    """The files of a bank.
+
+    Attributes:
+        root: the bank's folder.
+    """
+
+    root: Path
+
+    @property
+    def index(self) -> Path:
+        """What the bank holds: replaced whole at every change."""
+        return self.root / "bank.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the one process that writes."""
+        return self.root / ".lock"
+
+    def task(self, folder: str) -> Path:
+        """One task's files. ``folder`` is the name that the index gives it, never a path."""
+        return self.root / "tasks" / folder
