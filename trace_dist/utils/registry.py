@@ -1,9 +1,10 @@
 """Lazy dictionaries of drop-in parts: methods, isolations, placements, scores, compositions, exporters.
 
-[Note: drop-in parts] A part is one file plus one row ``name -> module path`` in the registry of its room. Its label, its colour, its
-flags and its functions stand in that file, and so do its options: a frozen dataclass called ``Options``, whose field docstrings are
-their help. Nothing is imported before a part is used, so that the command line answers at once. A name with a dot is the path of a
-module outside this package that holds a part of the same kind.
+[Note: drop-in parts] A part is one file plus one row ``name -> module path`` in the registry of its room. Its
+label, its colour, its flags and its functions stand in that file, and so do its options: a frozen dataclass called
+``Options``, whose field docstrings are their help. Nothing is imported before a part is used, so that the command
+line answers at once. A name with a dot is the path of a module outside this package that holds a part of the same
+kind.
 """
 
 from __future__ import annotations
