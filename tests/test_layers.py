@@ -17,6 +17,7 @@ KERNELS = ROOT / "kernels" / "trace_kernels"
 RANKS: dict[str, tuple[int, int]] = {
     "utils": (0, 0),
     "run_folder": (1, 0),
+    "parts": (1, 0),
     "config": (1, 1),
     "models": (2, 0),
     "data": (2, 1),

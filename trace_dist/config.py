@@ -18,7 +18,6 @@ Backend = Literal["single", "zero3", "fsdp2"]
 Dtype = Literal["float32", "bfloat16"]
 Quantize = Literal["none", "nf4"]
 StateDtype = Literal["float32", "bfloat16", "8bit"]
-Mode = Literal["retrieved", "merged", "random", "full", "lora"]
 
 
 def _check(ok: bool, name: str, value: object, rule: str, cure: str) -> None:
@@ -296,40 +295,19 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ContinualConfig:
-    """The sequence of tasks."""
+    """How the stream of tasks is learned."""
 
-    modes: list[Mode] = field(default_factory=lambda: ["retrieved", "merged", "random", "full", "lora"])
-    """retrieved (a delta per task), merged (one set of weights), random (retrieved with random masks), and the
-    baselines full (sequential full fine-tuning) and lora (sequential PEFT LoRA)."""
-    replay: float = 0.1
-    """Share of each batch drawn from earlier tasks and the general tasks in mode merged."""
-    replay_memory: float = 0.01
-    """Share of the training examples of each of those tasks that is kept for replay."""
-    full_lr: float = 1e-3
-    """Peak learning rate of sequential full fine-tuning."""
-    lora_lr: float = 3e-3
-    """Peak learning rate of LoRA."""
-    lora_rank: int | None = None
-    """Rank of LoRA; chosen to match the masked run's trainable entries when not set."""
+    methods: list[str] = field(default_factory=lambda: ["retrieved", "merged", "random", "full", "lora"])
+    """retrieved (a delta per task), merged (one set of weights), random (retrieved with random masks), and for comparison
+    full (full fine-tuning, task after task) and lora (PEFT LoRA, task after task); or the path of a module of your own."""
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Options by method, such as `merged: {replay: 0.1}`; the methods' files explain them."""
 
     def __post_init__(self) -> None:
-        _check(
-            0 <= self.replay < 1,
-            "continual.replay",
-            self.replay,
-            "must lie in [0, 1)",
-            "use for example 0.01",
-        )
-        _check(
-            0 < self.replay_memory <= 1,
-            "continual.replay_memory",
-            self.replay_memory,
-            "must lie in (0, 1]",
-            "use 0.01",
-        )
-        _at_least(1, self, "continual", "lora_rank")
-        _positive(self, "continual", "full_lr", "lora_lr")
-        _check(len(self.modes) >= 1, "continual.modes", self.modes, "must name at least one mode", "add one")
+        twice = sorted({name for name in self.methods if self.methods.count(name) > 1})
+        _check(not twice, "continual.methods", twice, "a method is named twice", "name it once")
+        _check(len(self.methods) >= 1, "continual.methods", self.methods, "must name at least one method",
+               "add one")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -370,17 +348,13 @@ class LaunchConfig:
     """Ranks on this machine."""
     parallel_stages: int = 1
     """Independent single-process stages that may run at the same time."""
-    launched_modes: list[Mode] = field(default_factory=lambda: ["retrieved", "merged", "random"])
-    """Masked modes that run on all ranks; the others run in one process each, beside the baselines."""
+    single_process: list[str] = field(default_factory=list)
+    """Methods that could use all ranks and yet run in one process each, beside those that always do."""
 
     def __post_init__(self) -> None:
         _at_least(1, self, "launch", "num_ranks", "parallel_stages")
         _check(self.launcher != "none" or self.num_ranks == 1, "launch.num_ranks", self.num_ranks,
                "needs a launcher", "set launch.launcher to deepspeed, torchrun or accelerate")  # fmt: skip
-        dense = [mode for mode in self.launched_modes if mode in ("full", "lora")]
-        _check(
-            not dense, "launch.launched_modes", dense, "full and lora run in one process", "leave them out"
-        )
 
 
 @dataclass(frozen=True)
@@ -412,7 +386,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     """Masked training."""
     continual: ContinualConfig = field(default_factory=ContinualConfig)
-    """The sequence of tasks and the baselines."""
+    """How the stream of tasks is learned."""
     bank: BankConfig = field(default_factory=BankConfig)
     """Deltas and retrieval."""
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -453,10 +427,6 @@ class RunConfig:
                "install it (pip install 'trace-dist[nf4]') or set none")  # fmt: skip
         _check(self.proxy is not None, name, value, "probing trains every weight, which 4-bit weights cannot",
                "name a proxy")  # fmt: skip
-        dense = [mode for mode in self.continual.modes if mode in ("full", "lora")]
-        _check(
-            not dense, "continual.modes", dense, f"train dense weights, but {name} is {value}", "remove them"
-        )
 
     @property
     def probed(self) -> ModelConfig:

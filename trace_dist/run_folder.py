@@ -104,13 +104,18 @@ class RunFolder:
         """The bank that a method fills; the run's own is ``bank``."""
         return BankFolder(self.root / ("bank" if method == "retrieved" else f"bank_{method}"))
 
-    def checkpoints(self, method: str, task: str) -> Path:
-        """Checkpoints of one task's training by a method."""
+    def checkpoints(self, method: str, task: str = "") -> Path:
+        """Checkpoints of one task's training by a method; the folder of all its tasks without one."""
         return self.root / "checkpoints" / method / task
+
+    @property
+    def methods(self) -> Path:
+        """Results of the methods, a file each."""
+        return self.root / "methods"
 
     def method(self, name: str) -> Path:
         """A method's result."""
-        return self.root / "methods" / f"{name}.json"
+        return self.methods / f"{name}.json"
 
     def progress(self, name: str) -> Path:
         """What a method has finished so far, until its result is written: scores and state after each task."""

@@ -53,7 +53,7 @@ def test_how_a_run_is_carried_out_may_differ(cfg: RunConfig) -> None:
         cfg,
         backend="zero3",
         launch=LaunchConfig("deepspeed", 2),
-        continual=ContinualConfig(modes=["full"]),
+        continual=ContinualConfig(methods=["full"]),
     )
     _start(launched)
     assert stored(cfg)["backend"] == "single"

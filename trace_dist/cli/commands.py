@@ -64,7 +64,7 @@ def _read_yaml(path: Path) -> Any:
         raise ValueError(f"{path}: cannot be read ({reason}); restore it or delete the run folder") from None
 
 
-HOW_IT_RUNS = ("launch", "backend", "continual.modes")
+HOW_IT_RUNS = ("launch", "backend", "continual.methods")
 """Fields that say how a run is carried out, not what it computes: they may differ between its commands."""
 
 
@@ -125,7 +125,7 @@ def train_command(cfg: RunConfig, task_name: str | None, mask_file: str | None) 
 
 
 def continual_command(cfg: RunConfig) -> None:
-    from trace_dist.continual.run import run_continual
+    from trace_dist.continual.driver import run_continual
 
     _start(cfg)
     run_continual(cfg)

@@ -94,7 +94,7 @@ def _masked(path: str, cfg: RunConfig, mask: Mask, step: Step) -> tuple[dict[str
 
 
 def _full(path: str, cfg: RunConfig, step: Step, num_parameters: int) -> dict[str, float]:
-    trainer = FullAdamW(path, torch.bfloat16, lr=cfg.continual.full_lr)
+    trainer = FullAdamW(path, torch.bfloat16, lr=cfg.train.lr)
     for _ in range(2):
         accumulate(step, trainer.module, trainer.backward, dist.local_device())
         trainer.step()
