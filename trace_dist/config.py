@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal
 
+from trace_dist.utils.names import check_task_name
+
 Granularity = Literal["element", "block", "row", "column", "head", "tensor"]
 Placement = Literal["magnitude", "random", "refine", "narrow"]
 Score = Literal["l2", "fisher", "l2_fisher"]
@@ -153,8 +155,7 @@ class TaskConfig:
         _check((self.path is None) != (self.reasoning_gym is None), f"tasks.{self.name}",
                {"path": self.path, "reasoning_gym": self.reasoning_gym},
                "exactly one of path and reasoning_gym must be set", "give the task one source")  # fmt: skip
-        _check(bool(self.name) and "/" not in self.name, "tasks.name", self.name,
-               "must be a non-empty name without '/'", "rename the task")  # fmt: skip
+        check_task_name(self.name)
         if self.reasoning_gym is not None:
             _check("dataset" in self.reasoning_gym, f"tasks.{self.name}.reasoning_gym", self.reasoning_gym,
                    "needs the key 'dataset'", "name the reasoning-gym dataset")  # fmt: skip

@@ -122,6 +122,10 @@ class RunFolder:
         return self.root / "progress" / name
 
 
+DELTA, SIGNATURE, SKETCH = (f"{kind}.safetensors" for kind in ("delta", "signature", "sketch"))
+"""Files of one task in a bank."""
+
+
 @dataclass(frozen=True)
 class BankFolder:
     """The files of a bank.
@@ -142,6 +146,25 @@ class BankFolder:
         """Held by the one process that writes."""
         return self.root / ".lock"
 
+    @property
+    def tasks(self) -> Path:
+        """A folder for each task."""
+        return self.root / "tasks"
+
     def task(self, folder: str) -> Path:
         """One task's files. ``folder`` is the name that the index gives it, never a path."""
-        return self.root / "tasks" / folder
+        return self.tasks / folder
+
+    @property
+    def old_signatures(self) -> Path:
+        """All signatures of a bank of version 1."""
+        return self.root / "signatures.safetensors"
+
+    @property
+    def old_deltas(self) -> Path:
+        """The deltas of a bank of version 1."""
+        return self.root / "deltas"
+
+    def old_delta(self, task: str) -> Path:
+        """A delta of a bank of version 1."""
+        return self.old_deltas / f"{task}.safetensors"
