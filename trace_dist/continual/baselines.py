@@ -58,10 +58,13 @@ def run_baseline(cfg: RunConfig, bench: Workbench, path: Path | str, mode: str) 
     for stream in bench.tasks:
         name = f"{mode}/{stream.task.name}"
         lr = cfg.continual.lora_lr if mode == "lora" else cfg.continual.full_lr
+        rate = f"continual.{mode}_lr"
         learner = DenseLearner(module, parameters, cfg.train, lr, cfg.target.dtype)
         log = MetricLog(Path(cfg.run_dir), name)
         batches = bench.batches([stream], cfg.train.batch_size)
-        trained.append(train_steps(learner, batches, cfg.train, stream.steps, description=name, log=log))
+        trained.append(
+            train_steps(learner, batches, cfg.train, stream.steps, description=name, rate=rate, log=log)
+        )
         log.close()
         with autocast(cfg.target.dtype):
             rows.append(judge.score(module))

@@ -116,9 +116,7 @@ class Sequence:
     def _train(self, mode: str, stream: Stream, mask: Mask, batches: Any) -> TrainResult:
         name = f"{mode}/{stream.task.name}"
         log = MetricLog(Path(self.cfg.run_dir), name)
-        checkpoints = (
-            Path(self.cfg.run_dir) / "checkpoints" / name if self.cfg.train.checkpoint_every else None
-        )
+        checkpoints = Path(self.cfg.run_dir) / "checkpoints" / name
         result, _ = train_mask(
             self.model,
             mask,

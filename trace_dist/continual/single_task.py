@@ -46,7 +46,7 @@ def run_train(cfg: RunConfig, task_name: str | None, mask_file: str | None) -> P
     stream = bench.tasks[names.index(name)]
     model = load_target(cfg, path)
     log = MetricLog(Path(cfg.run_dir), f"train/{name}")
-    checkpoints = Path(cfg.run_dir) / "checkpoints" / "train" / name if cfg.train.checkpoint_every else None
+    checkpoints = Path(cfg.run_dir) / "checkpoints" / "train" / name
     batches = bench.batches([stream], cfg.train.batch_size)
     train_mask(
         model,
