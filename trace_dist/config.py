@@ -275,22 +275,28 @@ class TrainConfig:
     """Where moments and master live: none is beside the weights, cpu is host memory, where the update then runs."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass."""
-    checkpoint_every: int = 0
-    """Steps between checkpoints; 0 keeps none."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; null: by time, 0 keeps none."""
+    checkpoint_minutes: float = 3.0
+    """Minutes of work between checkpoints by time; more where writing one would take over 5 % of them."""
     log_every: int = 10
     """Steps between log lines and TensorBoard points."""
 
     def __post_init__(self) -> None:
         _at_least(1, self, "train", "steps", "batch_size", "micro_batch_size", "log_every")
         _at_least(0, self, "train", "warmup_steps", "checkpoint_every")
-        _positive(self, "train", "eps", "max_grad_norm")
+        _positive(self, "train", "eps", "max_grad_norm", "checkpoint_minutes")
         _check(all(0 <= beta < 1 for beta in self.betas), "train.betas", self.betas, "both must lie in [0, 1)",
                "use for example [0.9, 0.98]")  # fmt: skip
         _check(0 <= self.min_lr_ratio <= 1, "train.min_lr_ratio", self.min_lr_ratio, "must lie in [0, 1]",
                "use for example 0.1")  # fmt: skip
-        _check(self.lr > 0, "train.lr", self.lr, "must be positive", "use for example 1e-3")
+        _check(0 < self.lr < float("inf"), "train.lr", self.lr, "must be positive", "use for example 1e-3")
         _check(
-            self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "must not be negative", "use 0"
+            0 <= self.weight_decay < float("inf"),
+            "train.weight_decay",
+            self.weight_decay,
+            "must not be negative",
+            "use 0",
         )
 
 

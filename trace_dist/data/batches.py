@@ -110,6 +110,11 @@ class Batches(Iterator[Step]):
         micro_batches = [self._collate(share[i * size : (i + 1) * size]) for i in range(num_micro)]
         return Step(micro_batches, num_tokens)
 
+    def last_rows(self) -> list[int]:
+        """Rows of the main dataset in the batch that was given last, over all ranks, rising."""
+        slots = [self._slot(p) for p in range(max(0, self._consumed - self._batch_size), self._consumed)]
+        return sorted(row for source, row in slots if source == 0)
+
     def state_dict(self) -> dict[str, int]:
         """Position in the stream, and what the stream is made of."""
         return {

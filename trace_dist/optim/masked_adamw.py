@@ -23,6 +23,7 @@ from trace_dist.optim.offload import HostEntries, Offload
 from trace_dist.optim.states import MOMENTS, State, StateOptions, new_state, tensors_of, update
 from trace_dist.sharding.prepared import as_sharded
 from trace_dist.utils import dist
+from trace_dist.utils.finite import check_finite
 
 if TYPE_CHECKING:
     from trace_dist.masks.format import Mask
@@ -148,6 +149,8 @@ class MaskedAdamW(torch.optim.Optimizer):
 
         Raises:
             ValueError: another optimizer has taken over the model, or a backward pass ended in an error.
+            NotFinite: the gradient norm is infinite or NaN, on all ranks together; where gradients are clipped, before any
+                weight has changed.
         """
         self._check_ready()
         result = None
@@ -189,6 +192,7 @@ class MaskedAdamW(torch.optim.Optimizer):
     def _record_norm(self, squares: Tensor) -> float:
         """The global norm from this rank's sum of squares."""
         self.grad_norm = float(dist.sum_over_ranks(squares.to(self.model.device)).sqrt())
+        check_finite(self.grad_norm, "the gradient norm")
         return self.grad_norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -108,4 +108,4 @@ def _scores(
         return fisher_scores(model, layouts, batches, cfg.probe.fisher_batches)
     pool_budgets = scale_budgets(budgets, layouts, cfg.projection.pool_density)
     pool = place(layouts, mask.granularity, pool_budgets, magnitude_scores(model))
-    return narrow_scores(model, pool, batches, cfg)
+    return narrow_scores(model, pool, batches, cfg, f"narrow {stream.task.name}")

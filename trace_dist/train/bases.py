@@ -88,7 +88,7 @@ def _make_tiny(tiny: TinyConfig, cfg: RunConfig, folder: Path, role: str) -> Non
     with atomic_folder(folder) as partial:
         tokenizer.save_pretrained(partial)
         module.save_pretrained(partial)
-        _pretrain(module, partial, cfg, tiny.steps, tiny.lr, tiny.batch_size, role)
+        _pretrain(module, partial, cfg, tiny.steps, tiny.lr, tiny.batch_size, f"{role}.tiny.lr")
         module.save_pretrained(partial)
 
 
@@ -105,7 +105,9 @@ def _make_pruned(prune: PruneConfig, cfg: RunConfig, folder: Path) -> None:
         pruned = Path(scratch) / "pruned"
         depth_prune(target, prune.keep_layers, pruned)
         module = load_model(pruned, torch.float32)
-        _pretrain(module, pruned, cfg, prune.heal_steps, prune.heal_lr, cfg.train.batch_size, "proxy")
+        _pretrain(
+            module, pruned, cfg, prune.heal_steps, prune.heal_lr, cfg.train.batch_size, "proxy.prune.heal_lr"
+        )
         with atomic_folder(folder) as partial:
             load_tokenizer(pruned).save_pretrained(partial)
             module.save_pretrained(partial)
@@ -118,9 +120,13 @@ def _pretrain(
     steps: int,
     lr: float,
     batch_size: int,
-    role: str,
+    rate: str,
 ) -> None:
-    """Train a base on the general tasks, in one process; reads all tasks first, so that one too long fails at once."""
+    """Train a base on the general tasks, in one process; reads all tasks first, so that one too long fails at once.
+
+    ``rate`` is the field that sets the learning rate; it begins with the role.
+    """
+    role = rate.partition(".")[0]
     bench = Workbench.load(cfg, tokenizer_folder)
     learner = DenseLearner(module, module.parameters(), cfg.train, lr=lr)
     log = MetricLog(Path(cfg.run_dir), f"base/{role}")
@@ -130,6 +136,7 @@ def _pretrain(
         cfg.train,
         steps,
         description=f"pretrain {role}",
+        rate=rate,
         log=log,
     )
     log.close()

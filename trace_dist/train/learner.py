@@ -7,19 +7,22 @@ tiny bases, warm starts of the probe, and the baselines (full fine-tuning, LoRA)
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from trace_kernels.compact import compact_gather
 
 from trace_dist.config import TrainConfig
 from trace_dist.data.batches import Step
 from trace_dist.masks.format import Mask
 from trace_dist.optim.masked_adamw import MaskedAdamW
+from trace_dist.optim.states import tensors_of
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.loss import accumulate, autocast
 from trace_dist.utils import dist
+from trace_dist.utils.finite import check_finite
 
 
 class Learner(ABC):
@@ -34,7 +37,15 @@ class Learner(ABC):
 
     @abstractmethod
     def step(self) -> float:
-        """Update, reset gradients, and return the global gradient norm before clipping."""
+        """Update, reset gradients, and return the global gradient norm before clipping.
+
+        Raises:
+            NotFinite: the norm is infinite or NaN; on all ranks together.
+        """
+
+    @abstractmethod
+    def tensors(self) -> Iterator[Tensor]:
+        """What an update changes on this rank: weights, master copies, moments."""
 
     def forward(self, **inputs: Tensor) -> Any:
         """Run the model on the inputs of a micro-batch."""
@@ -77,6 +88,11 @@ class MaskedLearner(Learner):
         self.optimizer.zero_grad()
         return self.optimizer.grad_norm
 
+    def tensors(self) -> Iterator[Tensor]:
+        for support, state in self.optimizer.compact():
+            yield compact_gather(*self.model.storage(support))
+            yield from tensors_of(state).values()
+
 
 class DenseLearner(Learner):
     """Ordinary AdamW over the given fp32 parameters, in one process; ``dtype`` is that of matmuls (mixed precision)."""
@@ -112,7 +128,13 @@ class DenseLearner(Learner):
 
     def step(self) -> float:
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        check_finite(norm, "the gradient norm")
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(norm)
+        return norm
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.parameters
+        for state in self.optimizer.state.values():
+            yield from state.values()
