@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from trace_dist.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from trace_dist.config import TrainConfig
 from trace_dist.data.batches import Batches
 from trace_dist.masks.format import Mask
 from trace_dist.sharding.base import ShardedModel
-from trace_dist.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from trace_dist.train.learner import MaskedLearner
 from trace_dist.train.loop import MetricLog, TrainResult, make_schedule, train_steps
 from trace_dist.utils.log import get_logger

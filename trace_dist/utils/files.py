@@ -58,6 +58,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def sync_folder(path: Path) -> None:
+    """Flush a folder to the disk: which names are in it, after files in it were written or renamed."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic_path(path) as temporary:
@@ -85,7 +94,7 @@ def read_json(path: Path) -> Any:
         raise ValueError(
             f"{path}: cannot be read ({error.strerror}); fix the path or its permissions"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # bytes that are no text, numbers too long, nested too deeply
         raise ValueError(
             f"{path}: not valid JSON ({error}); restore the file or delete it and run again"
         ) from None
