@@ -27,6 +27,7 @@ RANKS: dict[str, tuple[int, int]] = {
     "optim": (4, 0),
     "bank": (4, 0),
     "evaluation": (4, 0),
+    "checkpoint": (4, 1),
     "train": (5, 0),
     "profiling": (5, 1),
     "probe": (6, 0),

@@ -92,7 +92,7 @@ def test_two_ranks_bit_for_bit(world) -> None:
         assert continued == whole
         assert found["weights"]
         assert found["optimizer"]
-        assert found["kept"] == [f"step-{STEPS:08d}"]
+        assert found["kept"] == [f"step-{STEPS - 3:08d}", f"step-{STEPS:08d}"]
 
 
 @pytest.mark.launcher
@@ -117,6 +117,10 @@ def test_global_token_mean(world) -> None:
 
 
 @pytest.mark.launcher
-def test_a_damaged_file_is_an_error_on_every_rank(world) -> None:
+def test_a_fault_of_one_rank_is_an_error_on_every_rank(world) -> None:
     for report in world(2).reports:
-        assert "rank-00001.safetensors: missing or damaged; delete" in report["damaged"]["error"]
+        found = report["damaged"]
+        assert "rank-00001.safetensors: missing or damaged; delete" in found["error"]
+        assert found["latest"] == "None"
+        assert "is not finite, and nothing was written" in found["unwritten"]
+        assert found["unwritten"].endswith("False")

@@ -6,12 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from trace_dist.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from trace_dist.config import TrainConfig
 from trace_dist.data.batches import Batches
 from trace_dist.masks.format import Mask
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.cadence import Cadence
-from trace_dist.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from trace_dist.train.learner import MaskedLearner
 from trace_dist.train.loop import MetricLog, TrainResult, continue_schedule, make_schedule, train_steps
 from trace_dist.utils.agreement import agree
