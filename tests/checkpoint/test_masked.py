@@ -296,7 +296,7 @@ def test_the_folder_is_on_the_disk_before_it_is_announced(
     monkeypatch.setattr(Path, "rename", renamed)
     monkeypatch.setattr(shutil, "rmtree", removed)
     save_checkpoint(tmp_path, 3, optimizer, {})
-    assert "manifest" in events[-5]
+    assert any("manifest" in event for event in events[:-4])
     assert events[-4:] == [
         "sync .step-00000003.partial",
         "rename step-00000003",

@@ -12,8 +12,8 @@ import torch
 from engine.resuming import CONFIG, PLAIN, STEPS, make_batches
 
 from trace_dist import shard
+from trace_dist.checkpoint import latest_checkpoint
 from trace_dist.config import TrainConfig
-from trace_dist.train.checkpoint import latest_checkpoint
 from trace_dist.train.learner import DenseLearner, Learner, MaskedLearner
 from trace_dist.train.loop import TrainResult, train_steps
 from trace_dist.train.task import train_mask

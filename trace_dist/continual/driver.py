@@ -13,7 +13,7 @@ from typing import Any
 
 from trace_dist.config import RunConfig
 from trace_dist.continual.methods.base import Method
-from trace_dist.continual.progress import Progress, data_digest, keep_trained
+from trace_dist.continual.progress import Progress, examples_digest, keep_trained
 from trace_dist.continual.result import result_of
 from trace_dist.continual.setting import Setting
 from trace_dist.parts import METHODS
@@ -21,6 +21,7 @@ from trace_dist.run_folder import RunFolder
 from trace_dist.utils import dist
 from trace_dist.utils.files import write_json
 from trace_dist.utils.log import get_logger
+from trace_dist.utils.together import on_main
 
 logger = get_logger(__name__)
 
@@ -100,7 +101,7 @@ def run_method(setting: Setting, entry: Entry) -> None:
     options = {} if entry.options is None else vars(entry.options)
     about = {
         "model": setting.fingerprint,
-        "data": data_digest(setting.bench),
+        "examples": examples_digest([*setting.bench.tasks, *setting.bench.general]),
         "options": {key: value for key, value in options.items() if key != "lr"},
     }
     progress = Progress(folder.progress(name), about)
@@ -118,7 +119,7 @@ def run_method(setting: Setting, entry: Entry) -> None:
         _drop_checkpoints(folder, name, [task])
     method.close()
     result = result_of(method, progress)
-    dist.on_main(lambda: write_json(folder.method(name), result))
+    on_main(lambda: write_json(folder.method(name), result))
     _drop_leftovers(folder, name)
     logger.info("%s: %s", name, " / ".join(f"{score:.1f}" for score in progress.record.rows[-1].tasks))
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.delta import Snapshot, extract_delta
-from trace_dist.continual.progress import keep_trained, kept_trained
+from trace_dist.continual.progress import examples_digest, keep_trained, kept_trained
 from trace_dist.continual.setting import Setting
 from trace_dist.data.batches import Batches
 from trace_dist.masks.format import Mask
-from trace_dist.train.loop import MetricLog, TrainResult
+from trace_dist.train.loop import TrainResult
 from trace_dist.train.setup import Stream
 from trace_dist.train.task import train_mask
 
@@ -20,7 +20,7 @@ def learn_task(
 ) -> TrainResult:
     """Learn one task into a bank, which may hold tasks of other runs. Collective.
 
-    A task that the bank holds on this mask is not trained again. One whose training was cut goes on from its newest checkpoint.
+    A task that the bank holds is not trained again. One whose training was cut goes on from its newest checkpoint.
 
     Args:
         setting: the run; its model holds the base, before and after.
@@ -34,11 +34,11 @@ def learn_task(
         What the training measured; empty for a task that another run trained.
 
     Raises:
-        ValueError: the bank holds a task of this name on another mask.
+        ValueError: the bank holds another task of this name.
     """
     task, kept = stream.task.name, setting.folder.progress(name)
     if task in bank.tasks:
-        _check_mask(bank, task, mask)
+        _check_same(bank, stream, mask)
         return kept_trained(kept, task) or TrainResult()
     signature = setting.judge.signature(setting.model, [stream], task)
     before = Snapshot(setting.model, mask)
@@ -48,15 +48,20 @@ def learn_task(
     before.restore()
     # Before the delta: what lies in the bank is never trained again, so nothing could measure it later.
     keep_trained(kept, task, result)
-    bank.add(signature, delta)
+    rate = setting.cfg.train.lr if lr is None else lr
+    facts = {"lr": rate, "steps": stream.steps, "examples": examples_digest([stream])}
+    bank.add(signature, delta, facts=facts)
     return result
 
 
-def _check_mask(bank: DeltaBank, task: str, mask: Mask) -> None:
-    delta = bank.delta(task)
-    if delta is None or delta.mask != mask:
+def _check_same(bank: DeltaBank, stream: Stream, mask: Mask) -> None:
+    """Raise ValueError where a task in the bank has the name of this one alone."""
+    task = stream.task.name
+    examples = bank.facts(task).get("training", {}).get("examples")
+    differs = "mask" if bank.mask(task) != mask else "examples"
+    if differs == "mask" or examples not in (None, examples_digest([stream])):
         raise ValueError(
-            f"tasks.name={task!r}: the bank {bank.folder} holds a task of this name on another mask; "
+            f"tasks.name={task!r}: the bank {bank.folder} holds a task of this name with other {differs}; "
             "rename the task, or remove the one in the bank"
         )
 
@@ -68,19 +73,16 @@ def train_stream(
 
     Collective. Arguments as ``learn_task``; ``batches`` are the task's.
     """
-    cfg, task = setting.cfg, stream.task.name
-    setting.seed(task)
-    log = MetricLog(setting.folder.root, f"{name}/{task}")
-    result, _ = train_mask(
-        setting.model,
-        mask,
-        batches,
-        cfg.train if lr is None else replace(cfg.train, lr=lr),
-        stream.steps,
-        description=f"{name}/{task}",
-        log=log,
-        checkpoints=setting.folder.checkpoints(name, task) if cfg.train.checkpoint_every != 0 else None,
-    )
-    log.close()
+    cfg = setting.cfg.train
+    with setting.training(name, stream.task.name) as options:
+        result, _ = train_mask(
+            setting.model,
+            mask,
+            batches,
+            cfg if lr is None else replace(cfg, lr=lr),
+            stream.steps,
+            rate="train.lr" if lr is None else f"continual.options.{name}.lr",
+            **options,
+        )
     setting.model.detach()
     return result

@@ -14,17 +14,18 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from trace_dist.continual.judge import Row
 from trace_dist.train.loop import TrainResult
-from trace_dist.train.setup import Workbench
+from trace_dist.train.setup import Stream
 from trace_dist.utils import dist
-from trace_dist.utils.files import read_json, sha256, write_json
+from trace_dist.utils.files import flush_folder, read_json, sha256, write_json
+from trace_dist.utils.sealed import json_checksum
+from trace_dist.utils.together import on_main
 
 VERSION = 1
 
@@ -63,32 +64,26 @@ class Progress:
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
         self.folder, self._about = folder, json.loads(json.dumps(about))
-        self.record = Record()
-        dist.on_main(self._read)
-        self.record = dist.broadcast_object(self.record)
+        self.record = on_main(self._read)
 
-    def _read(self) -> None:
+    def _read(self) -> Record:
         path = self.folder / "progress.json"
         if not path.is_file():
-            return
+            return Record()
         found = read_json(path)
-        try:
-            known = (found["format"], found["version"]) == ("trace_dist.progress", VERSION)
-            record = Record(**found["record"])
-            about = {key: found["about"][key] for key in self._about}
-            self.record = replace(record, rows=[Row(**row) for row in record.rows])
-        except (KeyError, TypeError):
-            known = False
-        if not known:
+        checksum = found.pop("checksum", None) if isinstance(found, dict) else None
+        if checksum != json_checksum(found) or found.get("version") != VERSION:
             raise ValueError(f"{path}: damaged, or of another version; delete {self.folder} to begin anew")
+        about, record = found["about"], Record(**found["record"])
         for key, value in self._about.items():
-            if about[key] != value and self.record.tasks:
+            if about.get(key) != value and record.tasks:
                 raise ValueError(
-                    f"{path}: its tasks were learned with {key}={about[key]!r}, not {value!r}; "
+                    f"{path}: its tasks were learned with {key}={about.get(key)!r}, not {value!r}; "
                     f"set it back, choose another run_dir, or delete {self.folder} to begin anew"
                 )
         if about != self._about:
-            self.record = Record()
+            return Record()
+        return replace(record, rows=[Row(**row) for row in found["record"]["rows"]])
 
     def begin(self, base: Row) -> None:
         """Keep the scores of the base."""
@@ -109,13 +104,10 @@ class Progress:
         record = self.record
         final = self.folder / f"state-{len(record.tasks) + 1:05d}"
         partial = final.with_name(f".{final.name}.partial")
-        dist.on_main(lambda: _make_empty(partial))
+        on_main(lambda: _make_empty(partial))
         state(partial)
         dist.barrier()
-        files = dist.broadcast_object(_digests(partial) if dist.is_main() else {})
-        if dist.is_main():
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
+        files = on_main(lambda: _announce(partial, final))
         tasks, rows, rates = [*record.tasks, task], [*record.rows, row], {**record.rates, task: rate}
         self._write(Record(tasks, rows, rates, facts, final.name, files))
         if dist.is_main():
@@ -125,9 +117,11 @@ class Progress:
         dist.barrier()
 
     def _write(self, record: Record) -> None:
-        value = {"format": "trace_dist.progress", "version": VERSION, "about": self._about}
+        value: dict[str, Any] = {"format": "trace_dist.progress", "version": VERSION, "about": self._about}
         value["record"] = asdict(record)
-        dist.on_main(lambda: write_json(self.folder / "progress.json", value))
+        # as it will be read: JSON has no tuples
+        value["checksum"] = json_checksum(json.loads(json.dumps(value)))
+        on_main(lambda: write_json(self.folder / "progress.json", value))
         self.record = record
 
     @property
@@ -140,21 +134,12 @@ class Progress:
         if self.record.state is None:
             raise AssertionError("no task is finished, so there is no state")
         folder = self.folder / self.record.state
-        dist.on_main(lambda: _check(folder, self.record.files))
+        on_main(lambda: _check(folder, self.record.files))
         return folder
 
     def trained(self) -> list[TrainResult]:
         """What the training of the finished tasks measured."""
         return [kept_trained(self.folder, task) or TrainResult() for task in self.record.tasks]
-
-    def discard(self) -> None:
-        """Nothing of this is needed any more."""
-        if dist.is_main():
-            shutil.rmtree(self.folder, ignore_errors=True)
-            # the folder of all methods, once it is empty
-            with suppress(OSError):
-                self.folder.parent.rmdir()
-        dist.barrier()
 
 
 def _make_empty(folder: Path) -> None:
@@ -162,8 +147,12 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    return {file.name: sha256(file) for file in sorted(folder.iterdir())}
+def _announce(partial: Path, final: Path) -> dict[str, str]:
+    """Give a whole state its name; SHA-256 of its files."""
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    flush_folder(final.parent)
+    return {file.name: sha256(file) for file in sorted(final.iterdir())}
 
 
 def _check(folder: Path, files: dict[str, str]) -> None:
@@ -174,7 +163,7 @@ def _check(folder: Path, files: dict[str, str]) -> None:
 
 def keep_trained(folder: Path, task: str, result: TrainResult) -> None:
     """Keep what the training of a task measured. Collective."""
-    dist.on_main(lambda: write_json(folder / "trained" / f"{task}.json", asdict(result)))
+    on_main(lambda: write_json(folder / "trained" / f"{task}.json", asdict(result)))
 
 
 def kept_trained(folder: Path, task: str) -> TrainResult | None:
@@ -182,17 +171,13 @@ def kept_trained(folder: Path, task: str) -> TrainResult | None:
     path = folder / "trained" / f"{task}.json"
     if not path.is_file():
         return None
-    found = read_json(path)
-    known = {each.name for each in fields(TrainResult)}
-    result = TrainResult(**{key: value for key, value in found.items() if key in known})
-    result.losses = [(int(step), float(loss)) for step, loss in result.losses]
-    return result
+    return TrainResult.from_json(read_json(path))
 
 
-def data_digest(bench: Workbench) -> str:
-    """SHA-256 of all examples, in order: scores of one matrix must come from the same ones."""
+def examples_digest(streams: Sequence[Stream]) -> str:
+    """SHA-256 of tasks' examples, in order."""
     digest = hashlib.sha256()
-    for stream in (*bench.tasks, *bench.general):
-        for part in (stream.task.train, stream.task.test):
-            digest.update(json.dumps([stream.task.name, part["prompt"][:], part["answer"][:]]).encode())
+    for task in (stream.task for stream in streams):
+        for part in (task.train, task.test):
+            digest.update(json.dumps([task.name, part["prompt"][:], part["answer"][:]]).encode())
     return digest.hexdigest()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +21,7 @@ from trace_dist.probe.project import project_stream
 from trace_dist.run_folder import RunFolder
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.bases import load_target, prepare_base
+from trace_dist.train.loop import MetricLog
 from trace_dist.train.setup import Stream, Workbench
 from trace_dist.utils import dist
 
@@ -84,6 +88,15 @@ class Setting:
         mask = Mask.load(self.folder.mask(task, kind))
         check_base(mask, self.fingerprint, str(self.folder.mask(task, kind)))
         return mask
+
+    @contextmanager
+    def training(self, method: str, task: str) -> Iterator[dict[str, Any]]:
+        """What every training of a task is given: its label, its log, where its checkpoints lie; its random numbers begin."""
+        self.seed(task)
+        tag = f"{method}/{task}"
+        log = MetricLog(self.folder.root, tag)
+        yield {"description": tag, "log": log, "checkpoints": self.folder.checkpoints(method, task)}
+        log.close()
 
     def seed(self, task: str) -> None:
         """Begin a task's random numbers (dropout), so that they do not depend on what ran before it in this process."""

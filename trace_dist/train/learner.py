@@ -1,19 +1,21 @@
 """What the training loop drives: a model, its backward pass and its optimizer step.
 
 ``MaskedLearner`` trains a mask on a sharded model. ``DenseLearner`` trains ordinary parameters in one process: pretraining of
-tiny bases, warm starts of the probe, and the baselines (full fine-tuning, LoRA).
+tiny bases, warm starts of the probe, full fine-tuning and LoRA.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from trace_kernels.compact import compact_gather
 
+from trace_dist.checkpoint import load_checkpoint, load_dense, save_checkpoint, save_dense
 from trace_dist.config import TrainConfig
 from trace_dist.data.batches import Step
 from trace_dist.masks.format import Mask
@@ -46,6 +48,14 @@ class Learner(ABC):
     @abstractmethod
     def tensors(self) -> Iterator[Tensor]:
         """What an update changes on this rank: weights, master copies, moments."""
+
+    @abstractmethod
+    def save(self, root: Path, step: int, state: dict[str, Any]) -> object:
+        """Write a checkpoint of weights and optimizer after some steps; ``root`` is the folder of checkpoints. Collective."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Continue from a checkpoint that ``save`` wrote; its manifest (``step``, ``state``). Collective."""
 
     def forward(self, **inputs: Tensor) -> Any:
         """Run the model on the inputs of a micro-batch."""
@@ -93,6 +103,12 @@ class MaskedLearner(Learner):
             yield compact_gather(*self.model.storage(support))
             yield from tensors_of(state).values()
 
+    def save(self, root: Path, step: int, state: dict[str, Any]) -> object:
+        return save_checkpoint(root, step, self.optimizer, state)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        return load_checkpoint(folder, self.optimizer)
+
 
 class DenseLearner(Learner):
     """Ordinary AdamW over the given fp32 parameters, in one process; ``dtype`` is that of matmuls (mixed precision)."""
@@ -138,3 +154,14 @@ class DenseLearner(Learner):
         yield from self.parameters
         for state in self.optimizer.state.values():
             yield from state.values()
+
+    def save(self, root: Path, step: int, state: dict[str, Any]) -> object:
+        return save_dense(root, step, self._named(), self.optimizer, state)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        return load_dense(folder, self._named(), self.optimizer)
+
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        """What is trained, with its names in the model."""
+        trained = set(map(id, self.parameters))
+        return [(name, each) for name, each in self.module.named_parameters() if id(each) in trained]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -136,19 +135,6 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def on_main(action: Callable[[], object]) -> None:
-    """Run something on rank 0 alone; every rank raises the ValueError that it raises there. Collective."""
-    problem = None
-    if is_main():
-        try:
-            action()
-        except ValueError as error:
-            problem = str(error)
-    problem = broadcast_object(problem)
-    if problem is not None:
-        raise ValueError(problem)
 
 
 def ensure_group() -> None:

@@ -15,9 +15,10 @@ from trace_dist.continual.judge import Row
 from trace_dist.continual.methods.base import Method
 from trace_dist.models.loading import load_model
 from trace_dist.train.learner import DenseLearner
-from trace_dist.train.loop import MetricLog, TrainResult, train_steps
+from trace_dist.train.loop import TrainResult
 from trace_dist.train.loss import autocast
 from trace_dist.train.setup import Stream
+from trace_dist.train.task import train_learner
 from trace_dist.utils import dist
 from trace_dist.utils.files import load_tensors, save_tensors
 
@@ -44,7 +45,8 @@ class Dense(Method):
     def _models(self) -> tuple[nn.Module, int]:
         """The model, and the number of the base's parameters."""
         # in fp32 whatever the target's type: a bf16 copy without a master would stall; see `autocast`
-        base = load_model(self.setting.base, torch.float32).to(dist.local_device())
+        base: Any = load_model(self.setting.base, torch.float32)
+        base = base.to(dist.local_device())
         total = sum(parameter.numel() for parameter in base.parameters())
         return self.prepare(base), total
 
@@ -57,17 +59,14 @@ class Dense(Method):
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
     def learn(self, stream: Stream) -> TrainResult:
-        setting, task = self.setting, stream.task.name
-        cfg = setting.cfg
-        setting.seed(task)
-        learner = DenseLearner(self.module, self._trained().values(), cfg.train, self.lr, cfg.target.dtype)
-        log = MetricLog(setting.folder.root, f"{self.name}/{task}")
-        batches = setting.bench.batches([stream], cfg.train.batch_size)
-        result = train_steps(
-            learner, batches, cfg.train, stream.steps, description=f"{self.name}/{task}", log=log
+        cfg, batches = (
+            self.setting.cfg,
+            self.setting.bench.batches([stream], self.setting.cfg.train.batch_size),
         )
-        log.close()
-        return result
+        learner = DenseLearner(self.module, self._trained().values(), cfg.train, self.lr, cfg.target.dtype)
+        rate = f"continual.options.{self.name}.lr"
+        with self.setting.training(self.name, stream.task.name) as options:
+            return train_learner(learner, batches, cfg.train, stream.steps, rate=rate, **options)
 
     def score(self) -> Row:
         with autocast(self.setting.cfg.target.dtype):

@@ -18,8 +18,8 @@ from trace_dist.continual.setting import Setting
 from trace_dist.masks.format import Mask
 from trace_dist.train.loop import TrainResult
 from trace_dist.train.setup import Stream
-from trace_dist.utils import dist
 from trace_dist.utils.files import read_json, write_json
+from trace_dist.utils.together import on_main
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Merged(Method):
             self.options.replay_memory,
         )
         self._undo.callback(Snapshot(setting.model, mask).restore)
-        result = train_stream(setting, stream, mask, batches, name=self.name, lr=self.lr)
+        result = train_stream(setting, stream, mask, batches, name=self.name, lr=self.options.lr)
         self._union = mask if self._union is None else self._union | mask
         self._sizes.append({"entries": mask.num_entries, "density": mask.density})
         return result
@@ -91,8 +91,8 @@ class Merged(Method):
         if self._union is None:
             raise AssertionError("merged: there is no state before the first task")
         delta = extract_delta(self.setting.model, self._union, self.name)
-        dist.on_main(lambda: delta.save(folder / "delta.safetensors"))
-        dist.on_main(lambda: write_json(folder / "sizes.json", self._sizes))
+        on_main(lambda: delta.save(folder / "delta.safetensors"))
+        on_main(lambda: write_json(folder / "sizes.json", self._sizes))
 
     def load_state(self, folder: Path) -> None:
         delta = Delta.load(folder / "delta.safetensors")

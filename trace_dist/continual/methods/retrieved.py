@@ -19,8 +19,8 @@ from trace_dist.continual.methods.base import Method, require_rate
 from trace_dist.continual.setting import Setting
 from trace_dist.train.loop import TrainResult
 from trace_dist.train.setup import Stream
-from trace_dist.utils import dist
 from trace_dist.utils.files import read_json, write_json
+from trace_dist.utils.together import on_main
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Retrieved(Method):
 
     def learn(self, stream: Stream) -> TrainResult:
         mask = self.setting.mask_for(stream, self.masks)
-        result = learn_task(self.setting, self.bank, stream, mask, name=self.name, lr=self.lr)
+        result = learn_task(self.setting, self.bank, stream, mask, name=self.name, lr=self.options.lr)
         delta = self.bank.delta(stream.task.name)
         if delta is None:
             raise AssertionError(f"{stream.task.name}: was learned, but the bank holds no delta of it")
@@ -106,7 +106,7 @@ class Retrieved(Method):
 
     def state(self, folder: Path) -> None:
         value = {"scored": self._scored.to_json(), "sizes": self._sizes}
-        dist.on_main(lambda: write_json(folder / "bank.json", value))
+        on_main(lambda: write_json(folder / "bank.json", value))
 
     def load_state(self, folder: Path) -> None:
         found = read_json(folder / "bank.json")
