@@ -111,6 +111,13 @@ class DeltaBank:
         """Where a task's delta lies."""
         return self._path(self._record(task), DELTA)
 
+    def delta_bytes(self, task: str) -> int | None:
+        """Size of a task's delta file; None for the base model."""
+        if task == BASE:
+            return None
+        member = self._record(task).files.get(DELTA)
+        return member.num_bytes if member else self.path(task).stat().st_size
+
     def facts(self, task: str) -> Mapping[str, Any]:
         """What the index says of a task: as ``bank.facts.describe`` has it."""
         record = self._record(task)
@@ -135,7 +142,8 @@ class DeltaBank:
         """
         if task == BASE:
             raise ValueError(f"task={task!r}: the base model has no mask; leave it out")
-        return self._read(task, DELTA, lambda path, _: Delta.load_mask(path))
+        known = self._record(task).facts.get("mask")
+        return self._read(task, DELTA, lambda path, _: Delta.load_mask(path, known))
 
     def signature(self, task: str) -> Signature:
         """A task's signature. Raises ValueError as ``delta`` does."""

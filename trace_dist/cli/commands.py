@@ -191,33 +191,9 @@ def mask_command(values: Any) -> None:
 
 
 def bank_command(values: Any) -> None:
-    from trace_dist.bank.bank import DeltaBank
+    from trace_dist.cli.bank_commands import run_action
 
-    arguments = values[values.action]
-    bank = DeltaBank(arguments.folder)
-    if values.action == "export":
-        _export(bank, arguments)
-        return
-    table = Table("task", "clusters", "delta", "entries")
-    for signature in bank.retriever.signatures:
-        delta = bank.delta(signature.task)
-        size = (
-            ("-", "-") if delta is None else (f"{delta.nbytes / 2**20:.2f} MiB", str(delta.mask.num_entries))
-        )
-        table.add_row(signature.task, str(len(signature.weights)), *size)
-    Console().print(table)
-
-
-def _export(bank: Any, arguments: Any) -> None:
-    from trace_dist.models.fingerprint import check_same, fingerprint
-    from trace_dist.models.loading import load_tokenizer
-    from trace_dist.sharding.build import load_sharded
-
-    check_same(bank.base, fingerprint(arguments.base), "bank")
-    model = load_sharded(arguments.base, arguments.dtype)
-    with bank.activated(model, arguments.task):
-        model.save_pretrained(Path(arguments.out))
-    load_tokenizer(arguments.base).save_pretrained(arguments.out)
+    run_action(values.action, values[values.action])
 
 
 def bench_command(values: Any) -> None:
