@@ -26,6 +26,7 @@ from trace_dist.train.learner import DenseLearner
 from trace_dist.train.loop import MetricLog, train_steps
 from trace_dist.train.setup import Workbench
 from trace_dist.utils import dist
+from trace_dist.utils.locks import hold
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
@@ -54,15 +55,22 @@ def prepare_base(model: ModelConfig, cfg: RunConfig, role: str) -> Path | str:
             f"{role}.path={model.path!r}: the base model is not there yet, and one process makes it, not "
             f"{dist.world_size()} ranks; start `trace-dist base --config ...` without a launcher first"
         )
+    if not made_here:
+        return model.path
+    with hold(folder.with_name(f".{folder.name}.lock"), f"{role}.path={model.path!r}", wait=True):
+        # Another run may have made it meanwhile.
+        if not (folder / "config.json").is_file():
+            _make(model, cfg, folder, role)
+    return folder
+
+
+def _make(model: ModelConfig, cfg: RunConfig, folder: Path, role: str) -> None:
     if model.tiny is not None:
         _make_tiny(model.tiny, cfg, folder, role)
     elif model.gguf is not None:
         convert_gguf(model.gguf, folder)
     elif model.prune is not None:
         _make_pruned(model.prune, cfg, folder)
-    else:
-        return model.path
-    return folder
 
 
 def load_target(cfg: RunConfig, path: Path | str) -> ShardedModel:
