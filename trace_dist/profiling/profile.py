@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from trace_dist.masks.format import Mask
+from trace_dist.masks.mask import Mask
 from trace_dist.models.nf4 import quantize_nf4
 from trace_dist.optim.masked_adamw import MaskedAdamW
 from trace_dist.profiling.estimate import Estimator, load_config

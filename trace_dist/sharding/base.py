@@ -26,7 +26,7 @@ from trace_dist.sharding.overlay import Overlay, union
 from trace_dist.utils import dist
 
 if TYPE_CHECKING:
-    from trace_dist.masks.format import Mask
+    from trace_dist.masks.mask import Mask
     from trace_dist.sharding.compaction import Accumulate, Compactor, Support
 
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from trace_kernels.compact import compact_gather
 from trace_kernels.runs import Runs
 
-from trace_dist.masks.format import Mask
 from trace_dist.masks.gaps import Gaps
+from trace_dist.masks.mask import Mask
 from trace_dist.masks.units import UnitLayout
 from trace_dist.models.nf4 import NF4Linear
 from trace_dist.sharding.masked_linear import Part, patch_linear
