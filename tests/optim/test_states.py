@@ -12,7 +12,7 @@ from engine.cases import CASES, batches
 from torch import Tensor
 
 from trace_dist import Mask, MaskedAdamW, shard
-from trace_dist.profiling.memory import tensor_bytes
+from trace_dist.profiling.states import tensor_bytes
 from trace_dist.train.checkpoint import load_checkpoint, save_checkpoint
 
 CASE = CASES["bf16"]

@@ -27,7 +27,7 @@ from trace_kernels.masked_adamw_8bit import BLOCK_SIZE, Blockwise, dequantize_bl
 from trace_dist.masks.format import Mask
 from trace_dist.optim.masked_adamw import MaskedAdamW
 from trace_dist.optim.states import MOMENTS, SIGNED, State, is_quantized, set_moment, tensors_of
-from trace_dist.sharding.compaction import Support
+from trace_dist.sharding.support import Support
 from trace_dist.utils import dist
 from trace_dist.utils.files import check_free_space, read_json, save_tensors, sha256, write_json
 
