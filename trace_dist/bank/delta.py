@@ -19,9 +19,9 @@ from trace_kernels.delta_swap import delta_swap
 
 from trace_dist.masks.format import Mask
 from trace_dist.masks.gaps import decode_gaps
-from trace_dist.masks.storage import layouts_from_header, layouts_header
+from trace_dist.masks.header import layouts_from_header, layouts_header
 from trace_dist.sharding.base import ShardedModel
-from trace_dist.sharding.compaction import build_supports
+from trace_dist.sharding.support import build_supports
 from trace_dist.utils import dist
 from trace_dist.utils.files import corrupt, load_tensors
 from trace_dist.utils.sealed import check_header, load_sealed, save_sealed

@@ -22,7 +22,7 @@ from trace_dist.checkpoint.writer import Contents, FileBeside, write_checkpoint
 from trace_dist.masks.format import Mask
 from trace_dist.optim.masked_adamw import MaskedAdamW
 from trace_dist.optim.states import MOMENTS, State, set_moment, tensors_of
-from trace_dist.sharding.compaction import Support
+from trace_dist.sharding.support import Support
 
 
 def save_checkpoint(

@@ -15,7 +15,7 @@ from torch import Tensor
 from trace_kernels.masked_adamw_8bit import BLOCK_SIZE, Blockwise, dequantize_blockwise
 
 from trace_dist.optim.states import SIGNED, State, is_quantized
-from trace_dist.sharding.compaction import Support
+from trace_dist.sharding.support import Support
 
 
 @dataclass(frozen=True)

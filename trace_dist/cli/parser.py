@@ -9,7 +9,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from trace_dist.cli.errors import report_error
 from trace_dist.config import RunConfig
-from trace_dist.profiling.setup import MemorySetup
+from trace_dist.profiling.memory_setup import MemorySetup
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 

@@ -22,13 +22,12 @@ from trace_dist.config import StateDtype
 from trace_dist.optim.offload import HostEntries, Offload
 from trace_dist.optim.states import MOMENTS, State, StateOptions, new_state, tensors_of, update
 from trace_dist.sharding.prepared import as_sharded
-from trace_dist.utils import dist
 from trace_dist.utils.finite import check_finite
 
 if TYPE_CHECKING:
     from trace_dist.masks.format import Mask
     from trace_dist.sharding.base import ShardedModel
-    from trace_dist.sharding.compaction import Support
+    from trace_dist.sharding.support import Support
 
 
 KINDS = ("master", *MOMENTS)
@@ -191,7 +190,7 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def _record_norm(self, squares: Tensor) -> float:
         """The global norm from this rank's sum of squares."""
-        self.grad_norm = float(dist.sum_over_ranks(squares.to(self.model.device)).sqrt())
+        self.grad_norm = float(self.model.comm.sum(squares.to(self.model.device)).sqrt())
         check_finite(self.grad_norm, "the gradient norm")
         return self.grad_norm
 

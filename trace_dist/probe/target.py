@@ -18,7 +18,7 @@ from trace_dist.masks.units import UnitLayout
 from trace_dist.probe.importance import element_energy
 from trace_dist.projection.placement import reduce_units
 from trace_dist.sharding.base import ShardedModel
-from trace_dist.sharding.compaction import Support
+from trace_dist.sharding.support import Support
 from trace_dist.train.learner import MaskedLearner
 from trace_dist.train.loop import train_steps
 from trace_dist.train.loss import accumulate
