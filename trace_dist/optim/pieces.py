@@ -1,7 +1,7 @@
-"""One rank's part of a parameter's masked entries, put together from the files of another number of ranks.
+"""One rank's part of a parameter's masked entries, put together from what another number of ranks kept.
 
-A rank's support is a contiguous slice of the mask's sorted entries, so each file states one interval [start, stop) per
-parameter, and any other partition reads the slices that it needs.
+A rank's support is a contiguous slice of the mask's sorted entries, so each file (or part of a state dict) states one interval
+[start, stop) per parameter, and any other partition reads the slices that it needs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from trace_kernels.masked_adamw_8bit import BLOCK_SIZE, Blockwise, dequantize_blockwise
 
-from trace_dist.optim.states import SIGNED, State, is_quantized
+from trace_dist.optim.states import MOMENTS, SIGNED, State, is_quantized, set_moment
 from trace_dist.sharding.support import Support
 
 
@@ -30,7 +30,7 @@ class Piece:
     high: int
 
     def read(self, part: str) -> Tensor:
-        """The part's values, in full precision: [high - low] on the CPU."""
+        """The part's values, in full precision: [high - low], on the device where the file has them."""
         stored = self.file.get_slice(f"{self.name}/{part}")
         if f"{self.name}/{part}_absmax" not in self.file.keys():  # noqa: SIM118 - not a mapping
             return stored[self.low : self.high]
@@ -62,12 +62,33 @@ def covers(support: Support, pieces: list[Piece]) -> bool:
     return expected == support.offset + support.runs.num_entries
 
 
-def join(support: Support, pieces: list[Piece], part: str) -> Tensor:
-    """A part of this rank's entries: [support.runs.num_entries] on the CPU."""
+def restore(
+    entries: Sequence[tuple[Support, State]], found: dict[str, list[Piece]], steps: dict[str, int]
+) -> list[Tensor]:
+    """Set step counts and moments, and give the values: [support.runs.num_entries] each, for ``set_values``.
+
+    Args:
+        entries: the optimizer's supports and states.
+        found: the pieces of each parameter, which cover its support.
+        steps: step count of each parameter.
+    """
+    values = []
+    for support, state in entries:
+        pieces = found[support.name]
+        state["step"] = steps[support.name]
+        values.append(_join(support, pieces, "values"))
+        for moment in MOMENTS:
+            if not _copy_exactly(support, state, moment, pieces):
+                set_moment(state, moment, _join(support, pieces, moment))
+    return values
+
+
+def _join(support: Support, pieces: list[Piece], part: str) -> Tensor:
+    """A part of this rank's entries: [support.runs.num_entries]."""
     return torch.cat([piece.read(part) for piece in pieces]) if pieces else support.grad.cpu()[:0]
 
 
-def copy_exactly(support: Support, state: State, moment: str, pieces: list[Piece]) -> bool:
+def _copy_exactly(support: Support, state: State, moment: str, pieces: list[Piece]) -> bool:
     """Copy a moment as it is stored, codes and scales included; False where the partition or the kind differs."""
     if len(pieces) != 1 or pieces[0].length != support.runs.num_entries:
         return False
