@@ -16,7 +16,8 @@ from torch import Tensor
 
 from trace_dist.masks.format import Mask
 from trace_dist.masks.units import UnitLayout, unit_layout
-from trace_dist.models.roles import describe, head_layout, maskable
+from trace_dist.models.heads import head_rows
+from trace_dist.models.roles import describe, maskable
 
 SetOperation = Literal["union", "intersection", "difference"]
 Scores = Callable[[str, UnitLayout], Tensor]
@@ -33,12 +34,15 @@ def layouts_for(model: Any, granularity: str, block: int, maskable_spec: str) ->
         maskable_spec: ``linear``, ``all`` or a regular expression (``models.roles.maskable``).
 
     Raises:
-        ValueError: nothing is maskable.
+        ValueError: nothing is maskable; for ``head``, the size of a weight's heads is not known.
     """
     module = getattr(model, "module", model)
     infos = describe(module)
+    by_head = granularity == "head"
     return {
-        name: unit_layout(infos[name].shape, granularity, block, head_layout(module.config, infos[name]))
+        name: unit_layout(
+            infos[name].shape, granularity, block, head_rows(module, infos[name]) if by_head else None
+        )
         for name in maskable(module, maskable_spec)
         if prod(infos[name].shape)
     }
