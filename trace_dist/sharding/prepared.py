@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
+from trace_dist.models.quantised import refuse_quantised_module
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.single import ReplicatedModel
 from trace_dist.utils import dist
@@ -40,10 +41,11 @@ def as_sharded(model: ShardedModel | nn.Module) -> ShardedModel:
 
     Raises:
         ValueError: DeepSpeed or FSDP1 already owns the gradients, or the model is sharded in a way with no single owner
-            per entry.
+            per entry, or its weights are quantised.
     """
     if isinstance(model, ShardedModel):
         return model
+    refuse_quantised_module(model)
     dist.init_distributed()
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = False  # what `no_sync` sets: its reducer then stays idle

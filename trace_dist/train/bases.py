@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from trace_dist.config import ModelConfig, PruneConfig, RunConfig, TinyConfig
 from trace_dist.data.tasks import load_task
-from trace_dist.models.folder import atomic_folder
 from trace_dist.models.gguf import convert_gguf
 from trace_dist.models.loading import load_model, load_tokenizer
 from trace_dist.models.prune import depth_prune
@@ -26,6 +25,7 @@ from trace_dist.train.learner import DenseLearner
 from trace_dist.train.loop import MetricLog, train_steps
 from trace_dist.train.setup import Workbench
 from trace_dist.utils import dist
+from trace_dist.utils.files import atomic_folder
 from trace_dist.utils.locks import hold
 from trace_dist.utils.log import get_logger
 

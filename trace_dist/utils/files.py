@@ -69,6 +69,31 @@ def flush_folder(folder: Path) -> None:
             os.close(handle)
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty temporary folder beside ``path``; renames it to ``path`` when the block succeeds.
+
+    Raises:
+        ValueError: ``path`` exists already, or as ``writing``.
+    """
+    if path.exists():
+        raise ValueError(f"{path}: exists already; delete it or choose another folder")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Left by a killed process that had the same id.
+    shutil.rmtree(temporary, ignore_errors=True)
+    with writing(path):
+        temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with atomic_path(path) as temporary:
