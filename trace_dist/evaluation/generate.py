@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from trace_dist.data.encoding import check_context, encode_pairs, encode_prompt, pad_id, stop_ids
 from trace_dist.evaluation.inputs import config_of, device_of, last, left_pad, positions, supported
 from trace_dist.evaluation.score import Score, accuracy, evaluating, map_over_ranks
+from trace_dist.evaluation.wording import Wording
 from trace_dist.utils import dist
 
 
@@ -27,7 +28,9 @@ def exact_match(
     max_new_tokens: int | None = None,
     max_prompt_tokens: int | None = None,
 ) -> Score:
-    """Percent of prompts whose greedily decoded text equals the reference (both stripped).
+    """Percent of prompts whose greedily decoded text equals the reference, without outer white space.
+
+    A thinking block at the beginning of either, which a model with a chat template may write, is not compared.
 
     Args:
         model: causal LM, possibly sharded; every rank must call this with the same examples.
@@ -49,8 +52,13 @@ def exact_match(
         max_new_tokens = max(len(pair.answer) for pair in pairs) + 1
     prompts = encode_prompt(prompt_texts, tokenizer, max_prompt_tokens)
     outputs = greedy_decode(model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    texts = tokenizer.batch_decode(outputs, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return accuracy([text.strip() == ref.strip() for text, ref in zip(texts, references, strict=True)])
+    wording = Wording.of(tokenizer)
+    return accuracy(
+        [
+            wording.said(ids) == wording.taught(reference)
+            for ids, reference in zip(outputs, references, strict=True)
+        ]
+    )
 
 
 def greedy_decode(
