@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from transformers import Cache, PreTrainedConfig
-from transformers.cache_utils import DummyLayer, DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+_ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
@@ -51,18 +53,27 @@ def last(tokens: torch.Tensor, num: int) -> torch.Tensor:
 
 def check_decoder(model: torch.nn.Module) -> None:
     """Raise ValueError unless a model continues the text that it reads."""
-    if getattr(config_of(model), "is_encoder_decoder", False):
+    told = [name for name in ("langs", "perm_mask") if _names(_inner(model), name)]
+    if getattr(config_of(model), "is_encoder_decoder", False) or told:
         raise ValueError(
-            f"model={type(model).__name__}: an encoder-decoder does not continue its prompt; give a causal LM"
+            f"model={type(_inner(model)).__name__}: it does not continue the text that it reads (it is an encoder-decoder, or "
+            "fills in masked positions); give a causal LM"
         )
 
 
 def may_pad_left(model: torch.nn.Module) -> bool:
-    """Whether a model takes a cache of keys and values, and does not say that it carries a state.
+    """Whether a model can be told to leave out padding on the left: all its layers attend, and it takes positions.
 
     ``_is_stateful`` is transformers' own word for recurrent models.
     """
-    return cache_argument(model) is not None and not getattr(_inner(model), "_is_stateful", False)
+    inner = _inner(model)
+    kinds = getattr(config_of(model).get_text_config(), "layer_types", None) or ()
+    return (
+        not getattr(inner, "_is_stateful", False)
+        and all(kind in _ATTENTION for kind in kinds)
+        and cache_argument(model) is not None
+        and _names(inner, "position_ids")
+    )
 
 
 def cache_argument(model: torch.nn.Module) -> str | None:
@@ -71,11 +82,9 @@ def cache_argument(model: torch.nn.Module) -> str | None:
 
 
 def keeps_keys_alone(cache: Any) -> bool:
-    """Whether a cache holds the keys and values of attention and nothing else; padding can be masked in these alone."""
-    return isinstance(cache, Cache) and all(
-        isinstance(layer, (DynamicLayer, DummyLayer))
-        and not isinstance(layer, LinearAttentionCacheLayerMixin)
-        for layer in getattr(cache, "layers", [None])
+    """Whether a cache holds the keys and values of attention and nothing else; a subclass may hold more."""
+    return type(cache) is DynamicCache and not any(
+        isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers
     )
 
 
