@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+from trace_dist.models.forward import names_argument
 
 _ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
@@ -53,7 +54,7 @@ def last(tokens: torch.Tensor, num: int) -> torch.Tensor:
 
 def check_decoder(model: torch.nn.Module) -> None:
     """Raise ValueError unless a model continues the text that it reads."""
-    told = [name for name in ("langs", "perm_mask") if _names(_inner(model), name)]
+    told = [name for name in ("langs", "perm_mask") if names_argument(_inner(model), name)]
     if getattr(config_of(model), "is_encoder_decoder", False) or told:
         raise ValueError(
             f"model={type(_inner(model)).__name__}: it does not continue the text that it reads (it is an encoder-decoder, or "
@@ -72,13 +73,13 @@ def may_pad_left(model: torch.nn.Module) -> bool:
         not getattr(inner, "_is_stateful", False)
         and all(kind in _ATTENTION for kind in kinds)
         and cache_argument(model) is not None
-        and _names(inner, "position_ids")
+        and names_argument(inner, "position_ids")
     )
 
 
 def cache_argument(model: torch.nn.Module) -> str | None:
     """What the forward method and its output call the cache of keys and values; None where it takes none."""
-    return next((name for name in ("cache", "past_key_values") if _names(_inner(model), name)), None)
+    return next((name for name in ("cache", "past_key_values") if names_argument(_inner(model), name)), None)
 
 
 def keeps_keys_alone(cache: Any) -> bool:
@@ -93,10 +94,6 @@ def _inner(model: torch.nn.Module) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _names(model: torch.nn.Module, argument: str) -> bool:
-    return argument in inspect.signature(model.forward).parameters
-
-
 def supported(model: torch.nn.Module, **kwargs: Any) -> dict[str, Any]:
     """Those of the keyword arguments that the model's forward names."""
-    return {name: value for name, value in kwargs.items() if _names(_inner(model), name)}
+    return {name: value for name, value in kwargs.items() if names_argument(_inner(model), name)}
