@@ -58,6 +58,8 @@ class Merged(Method):
 
     def learn(self, stream: Stream) -> TrainResult:
         setting, bench = self.setting, self.setting.bench
+        if self._union is None:
+            self._project()
         mask = setting.mask_for(stream)
         earlier = bench.tasks[: len(self._sizes)]
         batches = bench.batches(
@@ -72,6 +74,11 @@ class Merged(Method):
         self._union = mask if self._union is None else self._union | mask
         self._sizes.append({"entries": mask.num_entries, "density": mask.density})
         return result
+
+    def _project(self) -> None:
+        """Masks are projected onto the base, which the model holds only now."""
+        for stream in self.setting.bench.tasks:
+            self.setting.mask_for(stream)
 
     def score(self) -> Row:
         if self._union is None:
@@ -95,6 +102,7 @@ class Merged(Method):
         on_main(lambda: write_json(folder / "sizes.json", self._sizes))
 
     def load_state(self, folder: Path) -> None:
+        self._project()
         delta = Delta.load(folder / "delta.safetensors")
         self._union, self._sizes = delta.mask, read_json(folder / "sizes.json")
         self._undo.enter_context(applied(self.setting.model, delta))
