@@ -56,7 +56,9 @@ def load_sealed(path: Path, kind: str, digest: str | None = None) -> tuple[dict[
     """
     if digest is not None and path.is_file() and sha256(path) != digest:
         raise corrupt(path, kind, "its bytes are not those that were written")
-    tensors, header = load_tensors(path, kind)
+    mapped, header = load_tensors(path, kind)
+    # the mapped pages of a file that somebody cuts short would end this process later
+    tensors = {name: tensor.clone() for name, tensor in mapped.items()}
     if digest is None:
         check_header(header, path, kind)
         if header.get("checksum") != tensors_checksum(tensors):
