@@ -16,22 +16,25 @@ KERNELS = ROOT / "kernels" / "trace_kernels"
 # (layer, place inside the layer): masks are made from models, and projections read a sharded model.
 RANKS: dict[str, tuple[int, int]] = {
     "utils": (0, 0),
+    "parts": (1, 0),
     "run_folder": (1, 0),
     "config": (1, 1),
+    "launching": (1, 2),
     "models": (2, 0),
     "data": (2, 1),
     "masks": (2, 2),
     "sharding": (3, 0),
-    "projection": (3, 1),
     "optim": (4, 0),
     "bank": (4, 0),
     "evaluation": (4, 0),
     "train": (5, 0),
     "profiling": (5, 1),
     "probe": (6, 0),
+    "projection": (6, 1),
     "continual": (7, 0),
-    "report": (8, 0),
-    "benchmarks": (8, 1),
+    "report": (7, 1),
+    "benchmarks": (8, 0),
+    "stages": (8, 1),
     "cli": (9, 0),
 }
 ENTRY_POINTS = {"__init__", "__main__"}

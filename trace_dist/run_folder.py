@@ -83,6 +83,10 @@ class RunFolder:
         """Cosines between the tasks' updates."""
         return self.root / "probe" / "specificity.json"
 
+    def trace(self, task: str) -> Path:
+        """What the warm start of a task left: its update and unit scores, with which other tasks are compared."""
+        return self.root / "probe" / "traces" / f"{task}.safetensors"
+
     def saliency(self, task: str) -> Path:
         """The proxy's saliency map of a task."""
         return self.root / "probe" / f"{task}.safetensors"
@@ -108,9 +112,14 @@ class RunFolder:
         """Checkpoints of one task's training by a method."""
         return self.root / "checkpoints" / method / task
 
+    @property
+    def methods(self) -> Path:
+        """The methods' results."""
+        return self.root / "methods"
+
     def method(self, name: str) -> Path:
         """A method's result."""
-        return self.root / "methods" / f"{name}.json"
+        return self.methods / f"{name}.json"
 
     def progress(self, name: str) -> Path:
         """What a method has finished so far, until its result is written: scores and state after each task."""

@@ -36,7 +36,7 @@ def make_config(folder: Path) -> dict[str, Any]:
         "tasks": [{"name": name, "path": str(folder / f"{name}.jsonl")} for name in ("copy", "twist")],
         "general": [{"name": "base", "path": str(folder / "base.jsonl")}],
         "probe": {"steps": 2, "batch_size": 8, "fisher_batches": 1},
-        "projection": {"narrow_steps": 2},
+        "projection": {"options": {"steps": 2}},
         "train": {"steps": 4, "batch_size": 8, "micro_batch_size": 8, "warmup_steps": 1},
         "bank": {"num_prompts": 20, "clusters": 1},
     }

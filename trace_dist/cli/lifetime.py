@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import select
 import socket
@@ -11,13 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from trace_dist.launching import RUN_PID
+from trace_dist.run_folder import RunFolder
 from trace_dist.utils.files import writing
-from trace_dist.utils.log import get_logger
 
-logger = get_logger(__name__)
-
-RUN_PID = "TRACE_DIST_RUN_PID"
-"""Environment variable of a run's stages, which their launchers pass on: the process that must live while they do."""
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -29,7 +28,7 @@ def only_run(folder: Path) -> Iterator[None]:
     """
     with writing(f"run_dir={str(folder)!r}"):
         folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / ".lock").open("a+", encoding="utf-8")
+        handle = RunFolder(folder).lock.open("a+", encoding="utf-8")
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,8 +60,7 @@ def end_with_run() -> None:
 
     def wait() -> None:
         select.select([handle], [], [])
-        os._exit(
-            1
-        )  # from a thread, while the main thread may hang in a collective: nothing milder ends the process
+        # From a thread, while the main thread may hang in a collective: nothing milder ends the process.
+        os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

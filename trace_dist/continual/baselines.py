@@ -14,6 +14,7 @@ from trace_dist.continual.judge import Judge
 from trace_dist.continual.sequence import finish_mode
 from trace_dist.masks.ops import layouts_for
 from trace_dist.models.loading import load_model
+from trace_dist.parts import METHODS
 from trace_dist.train.learner import DenseLearner
 from trace_dist.train.loop import MetricLog, train_steps
 from trace_dist.train.loss import autocast
@@ -22,8 +23,9 @@ from trace_dist.train.setup import Workbench
 
 def lora_rank(module: PreTrainedModel, cfg: RunConfig) -> int:
     """The rank at which LoRA on every linear layer (PEFT knows no fused experts) trains as many parameters as the masks do."""
-    if cfg.continual.lora_rank is not None:
-        return cfg.continual.lora_rank
+    rank = METHODS.options("lora", cfg.continual.options.get("lora")).rank
+    if rank is not None:
+        return int(rank)
     wanted = cfg.mask.density * sum(
         layout.numel for layout in layouts_for(module, "element", 1, cfg.mask.maskable).values()
     )
@@ -57,7 +59,7 @@ def run_baseline(cfg: RunConfig, bench: Workbench, path: Path | str, mode: str) 
     trained = []
     for stream in bench.tasks:
         name = f"{mode}/{stream.task.name}"
-        lr = cfg.continual.lora_lr if mode == "lora" else cfg.continual.full_lr
+        lr = METHODS.options(mode, cfg.continual.options.get(mode)).lr
         learner = DenseLearner(module, parameters, cfg.train, lr, cfg.target.dtype)
         log = MetricLog(Path(cfg.run_dir), name)
         batches = bench.batches([stream], cfg.train.batch_size)

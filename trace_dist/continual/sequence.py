@@ -18,7 +18,7 @@ from trace_dist.config import RunConfig
 from trace_dist.continual.judge import Judge, Row
 from trace_dist.continual.metrics import summarise
 from trace_dist.masks.format import Mask
-from trace_dist.probe.project import mask_path
+from trace_dist.parts import METHODS
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.loop import MetricLog, TrainResult
 from trace_dist.train.setup import Stream, Workbench
@@ -33,12 +33,12 @@ logger = get_logger(__name__)
 
 def mode_path(cfg: RunConfig, mode: str) -> Path:
     """Where a mode's result lies."""
-    return Path(cfg.run_dir) / "modes" / f"{mode}.json"
+    return cfg.folder.method(mode)
 
 
 def bank_folder(cfg: RunConfig, mode: str = "retrieved") -> Path:
     """The bank of a mode; the run's own is ``bank``."""
-    return Path(cfg.run_dir) / ("bank" if mode == "retrieved" else f"bank_{mode}")
+    return cfg.folder.bank(mode).root
 
 
 def load_masks(cfg: RunConfig, mode: str, fingerprint: str) -> list[Mask]:
@@ -49,7 +49,7 @@ def load_masks(cfg: RunConfig, mode: str, fingerprint: str) -> list[Mask]:
     """
     masks = []
     for task in cfg.tasks:
-        path = mask_path(cfg, task.name, "random" if mode == "random" else "projected")
+        path = cfg.folder.mask(task.name, "random" if mode == "random" else "projected")
         mask = Mask.load(path)
         check_base(mask, fingerprint, str(path))
         masks.append(mask)
@@ -184,11 +184,14 @@ class Sequence:
         """Mode ``merged``: masks on one set of weights, with replay. Collective."""
         cfg, bench = self.cfg, self.bench
         masks = load_masks(cfg, "merged", self.fingerprint)
+        options = METHODS.options("merged", cfg.continual.options.get("merged"))
         rows, trained, snapshots = [self.base_row()], [], []
         for index, (stream, mask) in enumerate(zip(bench.tasks, masks, strict=True)):
             replay = [*bench.general, *bench.tasks[:index]]
             snapshots.append(Snapshot(self.model, mask))
-            batches = bench.batches([stream], cfg.train.batch_size, replay, cfg.continual.replay)
+            batches = bench.batches(
+                [stream], cfg.train.batch_size, replay, options.replay, options.replay_memory
+            )
             trained.append(self._train("merged", stream, mask, batches))
             rows.append(self.judge.score(self.model.module))
         for snapshot in reversed(snapshots):
@@ -196,8 +199,8 @@ class Sequence:
         facts = {
             "density": sum(mask.density for mask in masks) / len(masks),
             "trainable": sum(mask.num_entries for mask in masks) // len(masks),
-            "replay": cfg.continual.replay,
-            "replay_memory": cfg.continual.replay_memory,
+            "replay": options.replay,
+            "replay_memory": options.replay_memory,
         }
         finish_mode(cfg, "merged", self.judge, rows, trained, facts)
 
