@@ -15,8 +15,8 @@ from trace_dist.masks.ops import layouts_for, place
 from trace_dist.projection.placements.magnitude import magnitude_scores
 from trace_dist.projection.placements.random import seeded_scores
 from trace_dist.projection.unit_means import reduce_units
-from trace_dist.sharding.base import PartitionView
 from trace_dist.sharding.single import SingleModel
+from trace_dist.sharding.views import PartitionView
 
 
 class Slice(SingleModel):

@@ -160,10 +160,86 @@ BENCHMARKS = {
 }
 MASK = "runs/quickstart/masks/reverse.safetensors"
 BANK = "runs/quickstart/bank"
-EXPORT = f"bank export {BANK} --base runs/quickstart/models/target --task reverse --out reverse-merged"
+Options = dict[str, dict[str, Any]]
+"""Argument -> options of ``add_argument``; a name without dashes stands alone on the command line."""
+MASK_ACTIONS: dict[str, tuple[Command, Options]] = {
+    "show": (
+        Command(
+            "show granularity, density and origin of a mask, and its density per tensor", f"mask show {MASK}"
+        ),
+        {"file": {"help": "mask file"}},
+    ),
+    "combine": (
+        Command(
+            "make the union, intersection or difference of two masks of one model",
+            f"mask combine union {MASK} runs/quickstart/masks/spiral.safetensors --out both.safetensors",
+        ),
+        {
+            "operation": {"choices": ["union", "intersection", "difference"]},
+            "left": {"help": "mask file"},
+            "right": {"help": "mask file"},
+            "--out": {"required": True, "help": "mask file to write"},
+        },
+    ),
+}
+_FOLDER: Options = {"folder": {"help": "folder of the bank"}}
+_TASK: Options = {"task": {"help": "name of the task"}}
+BANK_ACTIONS: dict[str, tuple[Command, Options]] = {
+    "show": (
+        Command("list what a bank holds: tasks, sizes of their deltas, clusters", f"bank show {BANK}"),
+        _FOLDER,
+    ),
+    "verify": (
+        Command("read every file of a bank and say what is not as it was written", f"bank verify {BANK}"),
+        _FOLDER,
+    ),
+    "add": (
+        Command(
+            "add a task that lies in a folder, as tasks/<name> of another bank",
+            f"bank add {BANK} runs/other/bank/tasks/spell",
+        ),
+        _FOLDER | {"source": {"help": "folder with delta.safetensors and signature.safetensors"}},
+    ),
+    "remove": (
+        Command("take a task out of a bank and delete its files", f"bank remove {BANK} reverse"),
+        _FOLDER | _TASK,
+    ),
+    "rename": (
+        Command("give a task another name", f"bank rename {BANK} reverse backwards"),
+        _FOLDER | _TASK | {"name": {"help": "its new name"}},
+    ),
+    "merge": (
+        Command(
+            "make a new bank of two banks of one base model", f"bank merge {BANK} runs/other/bank --out both"
+        ),
+        _FOLDER
+        | {
+            "other": {"help": "folder of the other bank"},
+            "--out": {"required": True, "help": "folder of the new bank"},
+        },
+    ),
+    "export": (
+        Command(
+            "write base + delta for another tool, as an ordinary Hugging Face checkpoint for example",
+            f"bank export {BANK} --base runs/quickstart/models/target --task reverse --out reverse-merged",
+        ),
+        _FOLDER
+        | {
+            "--base": {"required": True, "help": "the base model: folder or hub id"},
+            "--task": {
+                "required": True,
+                "nargs": "+",
+                "help": "task whose delta is applied; the changes of several add up",
+            },
+            "--out": {"required": True, "help": "folder to write"},
+            "--dtype": {"default": "float32", "choices": ["float32", "bfloat16"], "help": "of the weights"},
+            "--exporter": {"default": "hf", "help": "hf, or the path of a module of your own"},
+        },
+    ),
+}
 FILE_COMMANDS = {
     "mask": Command("look at mask files and combine them", f"mask show {MASK}"),
-    "bank": Command("look into a bank of deltas and export from it", f"bank show {BANK}"),
+    "bank": Command("look into a bank of deltas, keep it in order, and export from it", f"bank show {BANK}"),
     "memory": Command("predict, measure and plan the memory of training", MEMORY_ACTIONS["plan"].example),
     "bench": Command(
         "measure kernels, optimizer, training step and memory beside their peers",

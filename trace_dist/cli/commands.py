@@ -5,64 +5,61 @@ A command checks its configuration before the slow imports of its stage, since i
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from trace_dist.cli.lifetime import only_run
 from trace_dist.config import RunConfig
-from trace_dist.stages.start import start
+from trace_dist.stages.start import start, take_folder
 from trace_dist.utils import dist
 
 
 def run_command(cfg: RunConfig) -> None:
-    with only_run(Path(cfg.run_dir)):
-        start(cfg, whole_run=True)
-        from trace_dist.stages.pipeline import run_pipeline
+    start(cfg, "run")
+    from trace_dist.stages.pipeline import run_pipeline
 
-        run_pipeline(cfg)
-        report_command(cfg)
+    run_pipeline(cfg)
+    report_command(cfg)
 
 
 def base_command(cfg: RunConfig, which: str | None) -> None:
-    start(cfg)
+    start(cfg, "base", which=which)
     from trace_dist.stages.base import run_base
 
     run_base(cfg, which)
 
 
 def probe_command(cfg: RunConfig) -> None:
-    start(cfg)
+    start(cfg, "probe")
     from trace_dist.stages.probe import run_probe
 
     run_probe(cfg)
 
 
 def project_command(cfg: RunConfig) -> None:
-    start(cfg)
+    start(cfg, "project")
     from trace_dist.stages.project import run_project
 
     run_project(cfg)
 
 
 def train_command(cfg: RunConfig, task_name: str | None, mask_file: str | None) -> None:
-    start(cfg)
+    start(cfg, "train", task_name=task_name, mask_file=mask_file)
     from trace_dist.stages.train import run_train
 
     run_train(cfg, task_name, mask_file)
 
 
 def continual_command(cfg: RunConfig) -> None:
-    start(cfg)
+    start(cfg, "continual")
     from trace_dist.stages.continual import run_continual
 
     run_continual(cfg)
 
 
 def eval_command(cfg: RunConfig, bank_folder: str | None) -> None:
-    start(cfg)
+    start(cfg, "eval", bank_folder=bank_folder)
     from trace_dist.stages.evaluate import run_evaluate
 
     scores = run_evaluate(cfg, bank_folder)
@@ -77,6 +74,7 @@ def report_command(cfg: RunConfig, picture: str | None = None) -> None:
     from trace_dist.report import summary_table
     from trace_dist.stages.report import run_report
 
+    take_folder(cfg)
     results = run_report(cfg, picture)
     Console(width=max(100, Console().width)).print(summary_table(results))
     print(f"report: {cfg.folder.report}")

@@ -48,7 +48,7 @@ def _run(words: Sequence[str]) -> int:
         report_error(error)
         return 2
     _quiet()
-    from trace_dist.utils import dist
+    from trace_dist.utils import dist, locks
     from trace_dist.utils.log import get_logger, setup_logging
 
     setup_logging()
@@ -61,6 +61,7 @@ def _run(words: Sequence[str]) -> int:
         get_logger(__name__).error(error)
         return 2
     finally:
+        locks.release()
         dist.close()
     return 0
 
@@ -81,9 +82,10 @@ def _command(name: str, values: Any) -> None:
 
         bench_command(values)
     else:
-        from trace_dist.cli.file_commands import bank_command, mask_command
+        from trace_dist.cli import bank_commands, mask_commands
 
-        {"mask": mask_command, "bank": bank_command}[name](values)
+        rooms = {"mask": mask_commands.mask_command, "bank": bank_commands.bank_command}
+        rooms[name](values)
 
 
 def _quiet() -> None:

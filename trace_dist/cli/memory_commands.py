@@ -8,7 +8,7 @@ from typing import Any
 
 from trace_dist.cli.arguments import NOT_ASKED
 from trace_dist.cli.parser import run_config
-from trace_dist.profiling.setup import MemorySetup
+from trace_dist.profiling.memory_setup import MemorySetup
 from trace_dist.utils import dist
 from trace_dist.utils.files import write_json
 
@@ -25,7 +25,7 @@ def memory_command(values: Any) -> None:
         from trace_dist.stages.start import start
 
         cfg = run_config(arguments)
-        start(cfg)
+        start(cfg, "memory measure")
         run_memory(cfg)
         return
     names = MemorySetup.__dataclass_fields__.keys() - NOT_ASKED[action]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, NoReturn
 
@@ -23,7 +23,7 @@ from trace_dist.cli.arguments import Argument, Command
 from trace_dist.cli.errors import report_error
 from trace_dist.config import RunConfig
 from trace_dist.config.renamed import explain
-from trace_dist.profiling.setup import MemorySetup
+from trace_dist.profiling.memory_setup import MemorySetup
 from trace_dist.utils.yaml import check_yaml
 
 PROGRAM = "trace-dist"
@@ -63,6 +63,10 @@ class Parser(ArgumentParser):
         program = self.prog.replace("[options] ", "") if self.prog.startswith(PROGRAM) else PROGRAM
         report_error(f"{explain(message)}; see {program} --help")
         raise SystemExit(2)
+
+
+Fill = Callable[[Parser, Command], None]
+"""Gives a command its arguments."""
 
 
 def _sentence(text: str) -> str:
@@ -127,38 +131,18 @@ def _add(parser: Parser, own: dict[str, Argument]) -> None:
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
 
 
-def _fill_mask(parser: Parser, _: Command) -> None:
-    sub: Any = parser.add_subcommands(dest="action")
-    show = Parser(
-        Command("show granularity, density and origin of a mask, and its density per tensor", SHOW_MASK)
-    )
-    show.add_argument("file", type=str, help="mask file")
-    sub.add_subcommand("show", show, help="what a mask holds")
-    combine = Parser(Command("make the union, intersection or difference of two masks of one model", COMBINE))
-    combine.add_argument("operation", choices=["union", "intersection", "difference"])
-    combine.add_argument("left", type=str, help="mask file")
-    combine.add_argument("right", type=str, help="mask file")
-    combine.add_argument("--out", type=str, required=True, help="mask file to write")
-    sub.add_subcommand("combine", combine, help="set operations")
+def _fill_actions(actions: Mapping[str, tuple[Command, known.Options]]) -> Fill:
+    """What gives a command its actions and their arguments."""
 
+    def fill(parser: Parser, _: Command) -> None:
+        sub: Any = parser.add_subcommands(dest="action")
+        for name, (command, arguments) in actions.items():
+            child = Parser(command)
+            for argument, options in arguments.items():
+                child.add_argument(argument, type=str, **options)
+            sub.add_subcommand(name, child, help=command.purpose)
 
-SHOW_MASK = f"mask show {known.MASK}"
-COMBINE = f"mask combine union {known.MASK} runs/quickstart/masks/spiral.safetensors --out both.safetensors"
-
-
-def _fill_bank(parser: Parser, _: Command) -> None:
-    sub: Any = parser.add_subcommands(dest="action")
-    show = Parser(Command("show tasks, sizes of deltas and clusters of a bank", f"bank show {known.BANK}"))
-    show.add_argument("folder", type=str, help="folder of the bank")
-    sub.add_subcommand("show", show, help="what a bank holds")
-    export = Parser(Command("write base + delta as an ordinary Hugging Face checkpoint", known.EXPORT))
-    export.add_argument("folder", type=str, help="folder of the bank")
-    export.add_argument("--base", type=str, required=True, help="the base model: folder or hub id")
-    export.add_argument("--task", type=str, required=True, help="task whose delta is applied")
-    export.add_argument("--out", type=str, required=True, help="folder to write")
-    dtypes = ["float32", "bfloat16"]
-    export.add_argument("--dtype", type=str, default="float32", choices=dtypes, help="of the weights")
-    sub.add_subcommand("export", export, help="merge a delta into its base")
+    return fill
 
 
 def _fill_memory(parser: Parser, _: Command) -> None:
@@ -182,5 +166,10 @@ def _fill_bench(parser: Parser, _: Command) -> None:
         sub.add_subcommand(name, child, help=command.purpose)
 
 
-FILL = {"mask": _fill_mask, "bank": _fill_bank, "memory": _fill_memory, "bench": _fill_bench}
+FILL: dict[str, Fill] = {
+    "mask": _fill_actions(known.MASK_ACTIONS),
+    "bank": _fill_actions(known.BANK_ACTIONS),
+    "memory": _fill_memory,
+    "bench": _fill_bench,
+}
 """What the arguments of a command are; those of the others are a run's configuration."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from trace_dist.config.checks import Section, check
+from trace_dist.utils.names import check_task_name
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,7 @@ class TaskConfig(Section):
         sources = {"path": self.path, "reasoning_gym": self.reasoning_gym}
         rule = "exactly one of path and reasoning_gym must be set"
         check(list(sources.values()).count(None) == 1, self.where, sources, rule, "give the task one source")
-        named = bool(self.name) and "/" not in self.name
-        check(named, "tasks.name", self.name, "must be a non-empty name without '/'", "rename the task")
+        check_task_name(self.name)
         if self.reasoning_gym is not None:
             options, cure = self.reasoning_gym, "name the reasoning-gym dataset"
             name = f"{self.where}.reasoning_gym"

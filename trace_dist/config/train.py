@@ -46,15 +46,17 @@ class TrainConfig(Section):
     """Where moments and master live: none is beside the weights, cpu is host memory, where the update then runs."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass."""
-    checkpoint_every: int = 0
-    """Steps between checkpoints; 0 keeps none."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; null: by time, 0 keeps none."""
+    checkpoint_minutes: float = 3.0
+    """Minutes of work between checkpoints by time; more where writing one would take over 5 % of them."""
     log_every: int = 10
     """Steps between log lines and TensorBoard points."""
 
     def check(self) -> None:
         self.at_least(1, "steps", "batch_size", "micro_batch_size", "log_every")
         self.at_least(0, "warmup_steps", "checkpoint_every")
-        self.positive("eps", "max_grad_norm")
+        self.positive("eps", "max_grad_norm", "checkpoint_minutes")
         rates = all(0 <= beta < 1 for beta in self.betas)
         check(rates, "train.betas", self.betas, "both must lie in [0, 1)", "use for example [0.9, 0.98]")
         ratio, inside = self.min_lr_ratio, 0 <= self.min_lr_ratio <= 1

@@ -68,6 +68,7 @@ def probe_task(
     probe: ProbeConfig,
     train: TrainConfig,
     dtype: str = "float32",
+    description: str = "warm start",
 ) -> Probed:
     """Warm-start the proxy on one task, score its units and put it back bit for bit.
 
@@ -78,6 +79,7 @@ def probe_task(
         probe: steps, learning rate, Fisher batches and score.
         train: the remaining options of the loop.
         dtype: data type of matmuls; the weights are fp32.
+        description: label of progress and errors.
     """
-    trace = warm_start(module, list(layouts), batches, probe, train, dtype)
+    trace = warm_start(module, list(layouts), batches, probe, train, dtype, description)
     return Probed(unit_importance(trace, dict(layouts), probe.score), trace.update, trace.losses)

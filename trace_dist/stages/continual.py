@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from trace_dist.config import RunConfig
-from trace_dist.continual.run import run_continual as run_methods
-from trace_dist.parts import METHODS
+from trace_dist.continual.driver import method_class
+from trace_dist.continual.driver import run_continual as run_methods
 from trace_dist.stages.base import prepare_base
 from trace_dist.stages.project import describe as describe_project
 from trace_dist.stages.stage import ALONE, Stage
@@ -14,7 +14,7 @@ from trace_dist.stages.stage import ALONE, Stage
 
 def runs_on_ranks(cfg: RunConfig, method: str) -> bool:
     """Whether a method starts under the launcher: where it can, unless the configuration wants one process."""
-    return bool(METHODS.load(method).on_ranks) and method not in cfg.launch.single_process
+    return method_class(method).on_ranks and method not in cfg.launch.single_process
 
 
 def describe(cfg: RunConfig, methods: Sequence[str]) -> Stage:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.config import RunConfig
-from trace_dist.continual.judge import Judge
-from trace_dist.models.fingerprint import check_same, fingerprint
+from trace_dist.continual.setting import Setting
+from trace_dist.models.fingerprint import check_same
 from trace_dist.stages.base import prepare_base
-from trace_dist.train.setup import Workbench
-from trace_dist.train.target import load_target
 from trace_dist.utils import dist
 from trace_dist.utils.files import write_json
 
@@ -22,14 +20,13 @@ def run_evaluate(cfg: RunConfig, bank_folder: str | None) -> dict[str, float]:
     Raises:
         ValueError: the bank is missing or of another base model.
     """
-    path = prepare_base(cfg, "target")
+    prepare_base(cfg, "target")
+    setting = Setting.load(cfg)
     bank = None if bank_folder is None else DeltaBank(bank_folder)
     if bank is not None:
-        check_same(bank.base, fingerprint(path), f"bank {bank_folder}")
-    bench = Workbench.load(cfg, path)
-    model = load_target(cfg.target, cfg.backend)
-    judge = Judge(cfg, bench)
-    row = judge.score(model.module) if bank is None else judge.score_retrieved(model, bank)
+        check_same(bank.base, setting.fingerprint, f"bank {bank_folder}")
+    judge = setting.judge
+    row = setting.base_row if bank is None else judge.score_retrieved(setting.model, bank)
     names = [task.name for task in cfg.tasks] + judge.general_names + judge.text_names
     scores = dict(zip(names, [*row.tasks, *row.general, *row.bits_per_byte], strict=True))
     if dist.is_main():

@@ -16,7 +16,7 @@ from trace_dist.config import RunConfig
 from trace_dist.data.batches import Step
 from trace_dist.masks.format import Mask
 from trace_dist.models.nf4 import BYTES_PER_ELEMENT, NF4Linear, named_weights
-from trace_dist.profiling.memory import bytes_per_param
+from trace_dist.profiling.states import bytes_per_param
 from trace_dist.sharding.zero3 import FullAdamW, Zero3Model
 from trace_dist.stages.base import prepare_base
 from trace_dist.stages.stage import Stage

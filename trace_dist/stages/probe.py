@@ -72,7 +72,9 @@ class Proxy:
             logger.info("probe %s: kept the trace %s", task, path)
             return found
         batches = self.bench.batches([stream], cfg.probe.batch_size)
-        found = probe_task(self.module, self.layouts, batches, cfg.probe, cfg.train, cfg.probed.dtype)
+        found = probe_task(
+            self.module, self.layouts, batches, cfg.probe, cfg.train, cfg.probed.dtype, f"probe {task}"
+        )
         found.save(path, self.model_id, cfg.probe)
         return found
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from trace_dist.config import RunConfig
-from trace_dist.continual.masks import mask_for
-from trace_dist.models.fingerprint import fingerprint
+from trace_dist.continual.masks import is_projected
+from trace_dist.continual.setting import Setting
 from trace_dist.stages.base import prepare_base
 from trace_dist.stages.stage import Stage
-from trace_dist.train.setup import Workbench
-from trace_dist.train.target import load_target
+from trace_dist.utils import dist
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
@@ -30,13 +29,14 @@ def run_project(cfg: RunConfig) -> None:
         ValueError: the proxy has not been probed.
     """
     describe(cfg).check_inputs()
-    path = prepare_base(cfg, "target")
-    bench = Workbench.load(cfg, path)
-    model = load_target(cfg.target, cfg.backend)
+    prepare_base(cfg, "target")
+    setting = Setting.load(cfg)
     if cfg.proxy is None:
         logger.info(
             "project: the target was probed itself; its masks are kept, the section projection is not used"
         )
-    for stream in bench.tasks:
-        for kind in KINDS:
-            mask_for(cfg, model, bench, stream, fingerprint(path), kind)
+    for stream in setting.bench.tasks:
+        if dist.broadcast_object(is_projected(cfg, stream.task.name, setting.fingerprint)):
+            logger.info("project %s: kept its masks", stream.task.name)
+        else:
+            setting.project(stream)

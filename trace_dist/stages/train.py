@@ -6,13 +6,10 @@ from pathlib import Path
 
 from trace_dist.bank.delta import check_base, extract_delta
 from trace_dist.config import RunConfig
+from trace_dist.continual.learn import train_stream
+from trace_dist.continual.setting import Setting
 from trace_dist.masks.format import Mask
-from trace_dist.models.fingerprint import fingerprint
 from trace_dist.stages.base import prepare_base
-from trace_dist.train.loop import MetricLog
-from trace_dist.train.setup import Workbench
-from trace_dist.train.target import load_target
-from trace_dist.train.task import train_mask
 from trace_dist.utils import dist
 from trace_dist.utils.log import get_logger
 
@@ -40,26 +37,13 @@ def run_train(cfg: RunConfig, task_name: str | None, mask_file: str | None) -> P
     source = Path(mask_file) if mask_file else cfg.folder.mask(name)
     # Read before a base is made, which may take long.
     mask = Mask.load(source)
-    path = prepare_base(cfg, "target")
-    model_id = fingerprint(path)
-    check_base(mask, model_id, str(source))
-    bench = Workbench.load(cfg, path)
-    stream = bench.tasks[names.index(name)]
-    model = load_target(cfg.target, cfg.backend)
-    label = f"train/{name}"
-    log = MetricLog(cfg.folder.root, label)
-    train_mask(
-        model,
-        mask,
-        bench.batches([stream], cfg.train.batch_size),
-        cfg.train,
-        stream.steps,
-        description=label,
-        log=log,
-        checkpoints=cfg.folder.checkpoints("train", name) if cfg.train.checkpoint_every else None,
-    )
-    log.close()
-    delta = extract_delta(model, mask.with_meta(model=model_id), name)
+    prepare_base(cfg, "target")
+    setting = Setting.load(cfg)
+    check_base(mask, setting.fingerprint, str(source))
+    stream = setting.bench.tasks[names.index(name)]
+    batches = setting.bench.batches([stream], cfg.train.batch_size)
+    train_stream(setting, stream, mask, batches, name="train")
+    delta = extract_delta(setting.model, mask.with_meta(model=setting.fingerprint), name)
     out = cfg.folder.delta(name)
     if dist.is_main():
         delta.save(out)

@@ -81,7 +81,13 @@ class Workbench:
     ) -> Batches:
         """Batches over the union of some streams, with a share of replayed examples from others.
 
-        ``replay_memory`` is the share of each of the others' examples that is kept for replay.
+        Args:
+            streams: what is learned.
+            batch_size: examples per global batch.
+            replay: what is replayed.
+            replay_share: share of each batch that is replayed.
+            replay_memory: share of the training examples of each of them that is kept for it.
+            seed: of the order; the run's when None.
         """
         encoded = [stream.encoded for stream in streams]
         return Batches(

@@ -1,5 +1,1 @@
-"""The methods: ways to learn a stream of tasks and to answer from it; ours and the baselines are peers.
-
-A file says of its method: ``label`` and ``colour`` (of the report's palette), ``masked`` (trains a mask inside the shards),
-``on_ranks`` (runs under a launcher, on any number of ranks), and its ``Options``, where it has any.
-"""
+"""Ways to learn a stream of tasks and to answer from what was learned; one file and one row in ``parts.METHODS`` each."""

@@ -1,23 +1,35 @@
-"""Sequential full fine-tuning, dense, in one process."""
+"""``full``: full fine-tuning, task after task. What a user without masks would do, for comparison."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
-from trace_dist.config.checks import Section
+from torch import nn
 
-label, colour, masked, on_ranks = "full fine-tuning", "vermillion", False, False
+from trace_dist.continual.methods.base import require_rate
+from trace_dist.continual.methods.dense import Dense
 
 
 @dataclass(frozen=True)
-class Options(Section):
-    """Options of the method."""
-
-    section: ClassVar[str] = "continual.options.full"
+class Options:
+    """Of ``full``."""
 
     lr: float = 1e-3
     """Peak learning rate."""
 
-    def check(self) -> None:
-        self.positive("lr")
+    def __post_init__(self) -> None:
+        require_rate("full.lr", self.lr)
+
+
+class Full(Dense):
+    """Full fine-tuning."""
+
+    label = "full fine-tuning"
+    colour = "vermillion"
+
+    def prepare(self, module: Any) -> nn.Module:
+        return module
+
+
+METHOD = Full

@@ -63,7 +63,7 @@ def scores(site: Site, options: Options) -> Scores:
     """Scores of every unit of the target. Collective."""
     pool_budgets = scale_budgets(site.budgets, site.layouts, options.pool_density)
     pool = place(site.layouts, site.granularity, pool_budgets, magnitude_scores(site.model))
-    return narrow_scores(site.model, pool, site.batches(), options, site.probe, site.train)
+    return narrow_scores(site.model, pool, site.batches(), options, site.probe, site.train, site.task)
 
 
 def narrow_scores(
@@ -73,6 +73,7 @@ def narrow_scores(
     options: Options,
     probe: ProbeConfig,
     train: TrainConfig,
+    task: str = "",
 ) -> Scores:
     """Importance of the pool's units after some masked steps on it; the model is put back bit for bit. Collective.
 
@@ -83,11 +84,13 @@ def narrow_scores(
         options: steps and learning rate.
         probe: how importance is read from the trace.
         train: the remaining options of the loop.
+        task: its name, for progress and errors.
     """
     learner = MaskedLearner(model, pool, train, lr=options.lr)
     optimizer = learner.optimizer
     start = [optimizer.values(support).clone() for support in optimizer.supports]
-    train_steps(learner, batches, train, options.steps, description="narrow")
+    label, rate = f"narrow {task}".rstrip(), f"{options.where}.lr"
+    train_steps(learner, batches, train, options.steps, description=label, rate=rate)
     fisher = _compact_fisher(learner, batches, probe.fisher_batches)
     energy = {}
     for support, before, squares in zip(optimizer.supports, start, fisher, strict=True):

@@ -12,7 +12,7 @@ from trace_dist.masks.units import UnitLayout
 from trace_dist.projection.site import Site
 from trace_dist.projection.unit_means import reduce_units
 from trace_dist.sharding.base import ShardedModel
-from trace_dist.sharding.compaction import Support
+from trace_dist.sharding.support import Support
 from trace_dist.train.loss import accumulate
 
 label = "root of the target's mean squared gradient"
