@@ -22,8 +22,8 @@ from trace_dist.sharding import ShardedModel
 DTYPES = {"float32": (torch.float32, torch.int32), "bfloat16": (torch.bfloat16, torch.int16)}
 
 
-def base_model(dtype: str = "float32", family: str = "llama") -> ShardedModel:
-    return shard(replace(CASES["element"], dtype=dtype, family=family).model(), "single")
+def base_model(dtype: str = "float32", family: str = "llama", backend: str = "single") -> ShardedModel:
+    return shard(replace(CASES["element"], dtype=dtype, family=family).model(), backend)
 
 
 def make_delta(model: ShardedModel, task: str = "tuned", seed: int = 0, **options: Any) -> Delta:

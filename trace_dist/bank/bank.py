@@ -12,7 +12,7 @@ without any delta. How a bank changes, and what a cut leaves, says [Note: change
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -234,19 +234,22 @@ class DeltaBank:
 
     def _read(self, task: str, file: str, load: Callable[[Path, str | None], T]) -> T:
         """One of a task's files, of the bank as it was opened; an old bank may have been upgraded since."""
+        record = self._record(task)
         try:
-            return self._load(self._record(task), file, load)
+            return self._load(record, file, load)
         except ValueError:
-            now = read_index(self.files)
-            record = now.get(task)
+            now = self._index
+            with suppress(ValueError):
+                now = read_index(self.files)
             if now.generation == self.generation:
                 raise
-            if record is not None and self._index.version == 1:
-                return self._load(record, file, load)
-            raise ValueError(
-                f"{self.folder}: the bank was changed since it was opened (generation {self.generation}, now "
-                f"{now.generation}) and {task!r} is not there as it was; open the bank again"
-            ) from None
+        moved = now.get(task)
+        if moved is not None and self._index.version == 1:
+            return self._load(moved, file, load)
+        raise ValueError(
+            f"{self.folder}: the bank was changed since it was opened (generation {self.generation}, now "
+            f"{now.generation}) and {task!r} is not there as it was; open the bank again"
+        )
 
     def _load(self, record: Record, file: str, load: Callable[[Path, str | None], T]) -> T:
         if not record.folder and file == SIGNATURE:

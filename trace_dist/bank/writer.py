@@ -72,7 +72,7 @@ class Writer:
         Returns:
             The record with its files.
         """
-        folder = self._temporary(record)
+        folder = self.temporary(record)
         with writing(self.files.root):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -87,15 +87,16 @@ class Writer:
 
     def discard(self, record: Record) -> None:
         """Delete what was staged."""
-        shutil.rmtree(self._temporary(record), ignore_errors=True)
+        shutil.rmtree(self.temporary(record), ignore_errors=True)
 
     def publish(self, record: Record) -> None:
         """Give a task's folder its name; ``commit`` makes it part of the bank."""
         with writing(self.files.root):
-            self._temporary(record).rename(self.files.task(record.folder))
+            self.temporary(record).rename(self.files.task(record.folder))
             flush_folder(self.files.tasks)
 
-    def _temporary(self, record: Record) -> Path:
+    def temporary(self, record: Record) -> Path:
+        """Where a task is staged."""
         return self.files.tasks / f".{record.folder}.tmp"
 
     def _move_old(self, record: Record, before: Index) -> Record:
@@ -143,7 +144,9 @@ def hand_over(source: BankFolder, record: Record, folder: Path, place: Callable[
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a file and flush it."""
+    """Copy a file and flush it. Raises ValueError where it is missing."""
+    if not source.is_file():
+        raise ValueError(f"{source}: no such file; restore it from a copy")
     shutil.copyfile(source, target)
     with target.open("rb") as handle:
         os.fsync(handle.fileno())
