@@ -22,9 +22,9 @@ from trace_dist.config import (
     TinyConfig,
     TrainConfig,
 )
-from trace_dist.probe.probe import run_probe
 from trace_dist.run_folder import RunFolder
-from trace_dist.train.bases import prepare_base
+from trace_dist.stages.base import prepare_base
+from trace_dist.stages.probe import run_probe
 
 TASKS = ("first", "last")
 STEPS = 8
@@ -47,7 +47,7 @@ def make_config(folder: Path, methods: Sequence[str], run: str = "run", **change
         ],
         "mask": MaskConfig(density=0.1),
         "probe": ProbeConfig(steps=3, batch_size=16, fisher_batches=1),
-        "projection": ProjectionConfig(narrow_steps=2, pool_density=0.3),
+        "projection": ProjectionConfig(options={"steps": 2, "pool_density": 0.3}),
         "train": TrainConfig(
             steps=STEPS,
             lr=2e-2,
@@ -73,7 +73,7 @@ def prepare(folder: Path) -> None:
         rows = [{"prompt": f"{name}: {w}", "answer": a} for w, a in zip(words, answers, strict=True)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     cfg = make_config(folder, ["retrieved"], "probed")
-    prepare_base(cfg.target, cfg, "target")
+    prepare_base(cfg, "target")
     about = folder / "target" / "config.json"
     about.write_text(json.dumps(json.loads(about.read_text()) | {"attention_dropout": 0.2}))
     run_probe(cfg)

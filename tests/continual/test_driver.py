@@ -24,14 +24,14 @@ from trace_dist.config import (
     TrainConfig,
 )
 from trace_dist.continual.driver import run_continual
-from trace_dist.continual.single_task import run_eval, run_train
 from trace_dist.masks.format import Mask
 from trace_dist.models.loading import load_model
-from trace_dist.probe.probe import run_probe
-from trace_dist.probe.project import mask_path, run_project
-from trace_dist.report.collect import collect_results
-from trace_dist.run_folder import RunFolder
 from trace_dist.sharding.build import load_sharded
+from trace_dist.stages.evaluate import run_evaluate
+from trace_dist.stages.probe import run_probe
+from trace_dist.stages.project import run_project
+from trace_dist.stages.report import collect_results
+from trace_dist.stages.train import run_train
 
 TASKS = ("copy", "twist")
 
@@ -57,7 +57,7 @@ def cfg(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         ],
         mask=MaskConfig(density=0.1),
         probe=ProbeConfig(steps=4, batch_size=16, fisher_batches=2),
-        projection=ProjectionConfig(narrow_steps=4, pool_density=0.3),
+        projection=ProjectionConfig(options={"steps": 4, "pool_density": 0.3}),
         train=TrainConfig(steps=12, lr=1e-2, batch_size=16, micro_batch_size=16, warmup_steps=2),
         continual=ContinualConfig(options={"merged": {"replay": 0.2, "replay_memory": 0.1}}),
         bank=BankConfig(clusters=2, num_prompts=40, layer=0),
@@ -69,7 +69,7 @@ def cfg(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 
 def result(cfg: RunConfig, mode: str) -> dict:
-    return json.loads(RunFolder.of(cfg.run_dir).method(mode).read_text())
+    return json.loads(cfg.folder.method(mode).read_text())
 
 
 @pytest.mark.parametrize("mode", ["retrieved", "random", "merged", "full", "lora"])
@@ -94,12 +94,12 @@ def test_base_scores_agree_between_modes(cfg: RunConfig) -> None:
 
 
 def test_bank_holds_what_was_trained_and_nothing_else(cfg: RunConfig) -> None:
-    bank = DeltaBank(RunFolder.of(cfg.run_dir).bank().root)
+    bank = DeltaBank(cfg.folder.bank().root)
     assert bank.tasks == [BASE, *TASKS]
     base = load_model(cfg.target.path, torch.float32).state_dict()
     model = load_sharded(cfg.target.path, "float32")
     for task in TASKS:
-        mask = Mask.load(mask_path(cfg, task))
+        mask = Mask.load(cfg.folder.mask(task))
         with bank.activated(model, task):
             tuned = model.full_state_dict()
         for name, values in base.items():
@@ -112,7 +112,7 @@ def test_bank_holds_what_was_trained_and_nothing_else(cfg: RunConfig) -> None:
 
 def test_retrieval_counts_every_test_prompt(cfg: RunConfig) -> None:
     retrieval = result(cfg, "retrieved")["retrieval"]
-    num_test = json.loads(RunFolder.of(cfg.run_dir).tasks.read_text())["num_test"]
+    num_test = json.loads(cfg.folder.tasks.read_text())["num_test"]
     assert retrieval["columns"] == [BASE, *TASKS]
     assert [sum(row) for row in retrieval["confusion"]] == num_test
     right = sum(retrieval["confusion"][i][i + 1] for i in range(2))
@@ -128,10 +128,10 @@ def test_lora_trains_as_many_parameters_as_the_mask(cfg: RunConfig) -> None:
 def test_train_and_eval_commands_reproduce_the_sequence(cfg: RunConfig) -> None:
     """`train` from the same base, mask and seed gives the delta that the sequence put into the bank."""
     path = run_train(cfg, "copy", None)
-    assert path.read_bytes() == DeltaBank(RunFolder.of(cfg.run_dir).bank().root).path("copy").read_bytes()
-    scores = run_eval(cfg, str(RunFolder.of(cfg.run_dir).bank().root))
+    assert path.read_bytes() == DeltaBank(cfg.folder.bank().root).path("copy").read_bytes()
+    scores = run_evaluate(cfg, str(cfg.folder.bank().root))
     assert [scores[task] for task in TASKS] == pytest.approx(result(cfg, "retrieved")["R"][-1])
-    plain = run_eval(cfg, None)
+    plain = run_evaluate(cfg, None)
     assert [plain[task] for task in TASKS] == pytest.approx(result(cfg, "retrieved")["R"][0])
 
 
@@ -147,13 +147,13 @@ def test_results_are_collected(cfg: RunConfig) -> None:
 
 
 def test_a_mode_with_a_result_is_kept(cfg: RunConfig) -> None:
-    before = RunFolder.of(cfg.run_dir).method("retrieved").stat().st_mtime_ns
+    before = cfg.folder.method("retrieved").stat().st_mtime_ns
     run_continual(replace(cfg, continual=replace(cfg.continual, methods=["retrieved"])))
-    assert RunFolder.of(cfg.run_dir).method("retrieved").stat().st_mtime_ns == before
+    assert cfg.folder.method("retrieved").stat().st_mtime_ns == before
 
 
 def test_mask_of_another_model_is_refused(cfg: RunConfig, tmp_path: Path) -> None:
-    mask = Mask.load(mask_path(cfg, "copy")).with_meta(model="somebody-else")
+    mask = Mask.load(cfg.folder.mask("copy")).with_meta(model="somebody-else")
     mask.save(tmp_path / "mask.safetensors")
     with pytest.raises(ValueError, match="somebody-else"):
         run_train(cfg, "copy", str(tmp_path / "mask.safetensors"))

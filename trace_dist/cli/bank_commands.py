@@ -1,4 +1,4 @@
-"""What the actions of ``bank`` do."""
+"""``trace-dist bank``: look into a bank of deltas, keep it in order, export from it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ from trace_dist.bank.sketch import Sketch
 from trace_dist.run_folder import DELTA, SIGNATURE, SKETCH
 
 
-def run_action(action: str, arguments: Any) -> None:
-    """Run one action of ``bank``."""
-    ACTIONS[action](DeltaBank(arguments.folder), arguments)
+def bank_command(values: Any) -> None:
+    """One action of ``bank``, with the parsed arguments.
+
+    Raises:
+        ValueError: the folder is no bank, or as the action says.
+    """
+    arguments = values[values.action]
+    ACTIONS[values.action](DeltaBank(arguments.folder), arguments)
 
 
 def _show(bank: DeltaBank, arguments: Any) -> None:

@@ -11,10 +11,6 @@ GRACE_SECONDS = 10
 """How long other ranks than 0 wait before they speak up: a launcher ends them sooner where rank 0 has the same error."""
 
 
-class StageFailed(Exception):
-    """A stage of a run, a process of its own, has failed and said why."""
-
-
 def report_error(message: object) -> None:
     """Print ``error: <message>`` on standard error, as one line."""
     rank = launched_rank()

@@ -6,8 +6,7 @@ import os
 import select
 import threading
 
-RUN_PID = "TRACE_DIST_RUN_PID"
-"""Environment variable of a run's stages, which their launchers pass on: the process that must live while they do."""
+from trace_dist.launching import RUN_PID
 
 
 def end_with_run() -> None:
@@ -22,8 +21,7 @@ def end_with_run() -> None:
 
     def wait() -> None:
         select.select([handle], [], [])
-        os._exit(
-            1
-        )  # from a thread, while the main thread may hang in a collective: nothing milder ends the process
+        # From a thread, while the main thread may hang in a collective: nothing milder ends the process.
+        os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

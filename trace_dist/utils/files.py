@@ -12,11 +12,12 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    import torch
 
 
 @contextmanager
@@ -151,6 +152,9 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mappin
     Raises:
         ValueError: the disk has no room.
     """
+    # Loads torch, which the command line can do without.
+    from safetensors.torch import save_file
+
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     check_free_space(path.parent, sum(tensor.nbytes for tensor in tensors.values()) + 2**20)
     with atomic_path(path) as temporary:
