@@ -21,9 +21,9 @@ from trace_dist.config import (
     TinyConfig,
     TrainConfig,
 )
-from trace_dist.stages.probe import run_probe
 from trace_dist.run_folder import RunFolder
 from trace_dist.stages.base import prepare_base
+from trace_dist.stages.probe import run_probe
 
 TASKS = ("one", "two")
 METHODS = ("retrieved", "random", "merged", "full", "lora")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from continual.small import TASKS, result
+from trace_dist.continual.single_task import run_eval, run_train
 
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.config import RunConfig
-from trace_dist.continual.single_task import run_eval, run_train
 from trace_dist.masks.format import Mask
 from trace_dist.run_folder import RunFolder
 
