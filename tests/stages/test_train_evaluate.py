@@ -6,21 +6,22 @@ from pathlib import Path
 
 import pytest
 from continual.small import TASKS, result
-from trace_dist.continual.single_task import run_eval, run_train
 
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.config import RunConfig
 from trace_dist.masks.format import Mask
 from trace_dist.run_folder import RunFolder
+from trace_dist.stages.evaluate import run_evaluate
+from trace_dist.stages.train import run_train
 
 
 def test_train_and_eval_commands_reproduce_the_stream(whole: RunConfig) -> None:
     """`train` from the same base, mask and seed gives the delta that the driver put into the bank."""
     path = run_train(whole, TASKS[0], None)
     assert path.read_bytes() == DeltaBank(RunFolder.of(whole.run_dir).bank().root).path(TASKS[0]).read_bytes()
-    scores = run_eval(whole, str(RunFolder.of(whole.run_dir).bank().root))
+    scores = run_evaluate(whole, str(RunFolder.of(whole.run_dir).bank().root))
     assert [scores[task] for task in TASKS] == pytest.approx(result(whole, "retrieved")["R"][-1])
-    plain = run_eval(whole, None)
+    plain = run_evaluate(whole, None)
     assert [plain[task] for task in TASKS] == pytest.approx(result(whole, "retrieved")["R"][0])
 
 
