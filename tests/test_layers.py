@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -16,24 +18,26 @@ KERNELS = ROOT / "kernels" / "trace_kernels"
 # (layer, place inside the layer): masks are made from models, and projections read a sharded model.
 RANKS: dict[str, tuple[int, int]] = {
     "utils": (0, 0),
-    "run_folder": (1, 0),
     "parts": (1, 0),
+    "run_folder": (1, 0),
     "config": (1, 1),
+    "launching": (1, 2),
     "models": (2, 0),
     "data": (2, 1),
+    "evaluation": (2, 2),
     "masks": (2, 2),
     "sharding": (3, 0),
-    "projection": (3, 1),
     "optim": (4, 0),
     "bank": (4, 0),
-    "evaluation": (4, 0),
     "checkpoint": (4, 1),
     "train": (5, 0),
     "profiling": (5, 1),
     "probe": (6, 0),
+    "projection": (6, 1),
     "continual": (7, 0),
-    "report": (8, 0),
-    "benchmarks": (8, 1),
+    "report": (7, 1),
+    "benchmarks": (8, 0),
+    "stages": (8, 1),
     "cli": (9, 0),
 }
 ENTRY_POINTS = {"__init__", "__main__"}
@@ -50,6 +54,12 @@ def is_type_checking(node: ast.stmt) -> bool:
     return name == "TYPE_CHECKING"
 
 
+def source_of(node: ast.ImportFrom, package: str) -> str:
+    """The module that ``from ... import`` names, in full."""
+    up = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+    return ".".join([*up, *([node.module] if node.module else [])])
+
+
 def imports(tree: ast.AST, package: str = "", lazy: bool = False) -> Iterator[tuple[str, int, bool]]:
     """(module, line, inside a function) of every import that runs, wherever it stands in the file."""
     for node in ast.iter_child_nodes(tree):
@@ -59,8 +69,7 @@ def imports(tree: ast.AST, package: str = "", lazy: bool = False) -> Iterator[tu
         elif isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno, lazy) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            up = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            base = ".".join([*up, *([node.module] if node.module else [])])
+            base = source_of(node, package)
             yield base, node.lineno, lazy
             # `from trace_dist import cli` names a module too.
             yield from ((f"{base}.{alias.name}", node.lineno, lazy) for alias in node.names)
@@ -72,6 +81,33 @@ def imports(tree: ast.AST, package: str = "", lazy: bool = False) -> Iterator[tu
 def imports_of(path: Path) -> list[tuple[str, int, bool]]:
     package = ".".join(path.relative_to(ROOT).parent.parts)
     return list(imports(ast.parse(path.read_text(encoding="utf-8")), package))
+
+
+def module_of(path: Path) -> str:
+    """``trace_dist/masks/__init__.py`` -> ``trace_dist.masks``."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_files(tree: ast.AST, package: str, files: Collection[str]) -> set[str]:
+    """Which of ``files`` are imported, anywhere and for types alone too; of ``from a import b`` the file a.b, if there is one."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = source_of(node, package)
+            names = (f"{base}.{alias.name}" for alias in node.names)
+            found.update(name if name in files else base for name in names)
+    return found.intersection(files)
+
+
+def circle(edges: Mapping[str, set[str]]) -> list[str]:
+    """Files that import each other in a circle, the first of them again at the end; none when there is no circle."""
+    try:
+        TopologicalSorter(edges).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def part_of(module: str) -> str:
@@ -104,6 +140,54 @@ def test_every_part_has_a_layer() -> None:
 
 def test_imports_go_down() -> None:
     assert [line for path in sources() for line in upward(path)] == []
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    files = {module_of(path): path for path in sources()}
+    edges = {
+        module: imported_files(
+            ast.parse(path.read_text(encoding="utf-8")), ".".join(path.relative_to(ROOT).parent.parts), files
+        )
+        for module, path in files.items()
+    }
+    assert circle(edges) == []
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "from trace_dist.room.a import A",
+        "from trace_dist.room import a",
+        "from . import a",
+        "def f():\n    import trace_dist.room.a",
+        "if TYPE_CHECKING:\n    from trace_dist.room.a import A",
+    ],
+)
+def test_a_circle_is_found_however_it_is_imported(back: str) -> None:
+    sources = {"trace_dist.room.a": "from trace_dist.room.b import B", "trace_dist.room.b": back}
+    edges = {
+        name: imported_files(ast.parse(source), "trace_dist.room", sources)
+        for name, source in sources.items()
+    }
+    assert set(circle(edges)) == set(sources)
+
+
+def test_the_page_shows_the_layers() -> None:
+    """The table in docs/how-it-works.md names every room in the layer that the test puts it into."""
+    page = (ROOT / "docs/how-it-works.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| (.*?) \|", page, re.MULTILINE)
+    shown = {int(layer): set(re.findall(r"`(\w+)`", rooms)) for layer, rooms in rows}
+    layers: dict[int, set[str]] = {}
+    for room, (layer, _) in RANKS.items():
+        layers.setdefault(layer, set()).add(room)
+    assert shown == layers
+
+
+def test_the_whole_configuration_goes_to_stages_alone() -> None:
+    """Everything below takes its section, or plain arguments."""
+    above = {"config", "continual", "stages", "cli"}
+    found = {module_of(path) for path in sources() if "RunConfig" in path.read_text(encoding="utf-8")}
+    assert {module for module in found if part_of(module) not in above} == set()
 
 
 def test_nothing_imports_the_entry_points() -> None:

@@ -7,10 +7,15 @@ from __future__ import annotations
 
 from trace_dist.utils.registry import Registry
 
-METHODS = Registry(
-    "continual.methods",
-    {
-        name: f"trace_dist.continual.methods.{name}"
-        for name in ("retrieved", "merged", "random", "full", "lora")
-    },
-)
+
+def _rows(field: str, package: str, *names: str) -> Registry:
+    return Registry(field, {name: f"trace_dist.{package}.{name}" for name in names})
+
+
+METHODS = _rows(
+    "continual.methods", "continual.methods", "retrieved", "merged", "random", "full", "lora"
+)  # fmt: skip
+SCORES = _rows("probe.score", "probe.importance", "l2", "fisher", "l2_fisher")
+PLACEMENTS = _rows(
+    "projection.placement", "projection.placements", "magnitude", "random", "refine", "narrow"
+)  # fmt: skip

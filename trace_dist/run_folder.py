@@ -83,6 +83,10 @@ class RunFolder:
         """Cosines between the tasks' updates."""
         return self.root / "probe" / "specificity.json"
 
+    def trace(self, task: str) -> Path:
+        """What the warm start of a task left: its update and unit scores, with which other tasks are compared."""
+        return self.root / "probe" / "traces" / f"{task}.safetensors"
+
     def saliency(self, task: str) -> Path:
         """The proxy's saliency map of a task."""
         return self.root / "probe" / f"{task}.safetensors"

@@ -21,9 +21,9 @@ from trace_dist.config import (
     TinyConfig,
     TrainConfig,
 )
-from trace_dist.probe.probe import run_probe
 from trace_dist.run_folder import RunFolder
-from trace_dist.train.bases import prepare_base
+from trace_dist.stages.base import prepare_base
+from trace_dist.stages.probe import run_probe
 
 TASKS = ("one", "two")
 METHODS = ("retrieved", "random", "merged", "full", "lora")
@@ -54,7 +54,7 @@ def make_config(folder: Path, methods: Sequence[str], run: str = "run", **change
         ],
         "mask": MaskConfig(density=0.3, maskable="all"),
         "probe": ProbeConfig(steps=3, batch_size=16, fisher_batches=1),
-        "projection": ProjectionConfig(narrow_steps=2, pool_density=0.5),
+        "projection": ProjectionConfig(options={"steps": 2, "pool_density": 0.5}),
         "train": TrainConfig(
             steps=STEPS,
             lr=1e-2,

@@ -14,9 +14,9 @@ from trace_dist.config import RunConfig
 from trace_dist.continual.driver import run_continual
 from trace_dist.masks.format import Mask
 from trace_dist.models.loading import load_model
-from trace_dist.report.collect import collect_results
 from trace_dist.run_folder import RunFolder
 from trace_dist.sharding.build import load_sharded
+from trace_dist.stages.report import collect_results
 
 
 @pytest.mark.parametrize("method", METHODS)

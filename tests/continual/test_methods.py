@@ -13,8 +13,8 @@ from continual.small import TASKS, make_config, result
 from trace_dist.config import ContinualConfig, RunConfig
 from trace_dist.continual.driver import check_methods, run_continual
 from trace_dist.parts import METHODS
-from trace_dist.report.collect import collect_results
 from trace_dist.run_folder import RunFolder
+from trace_dist.stages.report import collect_results
 from trace_dist.utils import dist
 
 OF_THEIR_OWN = '''

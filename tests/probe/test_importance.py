@@ -7,7 +7,6 @@ from math import sqrt
 import pytest
 import torch
 
-from trace_dist.config import Score
 from trace_dist.masks.units import UnitLayout
 from trace_dist.probe.importance import unit_importance
 from trace_dist.probe.specificity import cosine_matrix, specificity, tensor_specificity
@@ -32,7 +31,7 @@ TRACE = Trace({"w": U}, {"w": F}, [])
         ("l2_fisher", 6, [sqrt((4 + 36 + 16) / 6)]),
     ],
 )
-def test_formulas(score: Score, unit: int, expected: list[float]) -> None:
+def test_formulas(score: str, unit: int, expected: list[float]) -> None:
     found = unit_importance(TRACE, {"w": UnitLayout((2, 3), unit)}, score)["w"]
     assert found.dtype == torch.float32
     assert found.tolist() == pytest.approx(expected)

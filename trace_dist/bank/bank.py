@@ -12,7 +12,7 @@ without any delta. How a bank changes, and what a cut leaves, says [Note: change
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -111,6 +111,13 @@ class DeltaBank:
         """Where a task's delta lies."""
         return self._path(self._record(task), DELTA)
 
+    def delta_bytes(self, task: str) -> int | None:
+        """Size of a task's delta file; None for the base model."""
+        if task == BASE:
+            return None
+        member = self._record(task).files.get(DELTA)
+        return member.num_bytes if member else self.path(task).stat().st_size
+
     def facts(self, task: str) -> Mapping[str, Any]:
         """What the index says of a task: as ``bank.facts.describe`` has it."""
         record = self._record(task)
@@ -135,7 +142,8 @@ class DeltaBank:
         """
         if task == BASE:
             raise ValueError(f"task={task!r}: the base model has no mask; leave it out")
-        return self._read(task, DELTA, lambda path, _: Delta.load_mask(path))
+        known = self._record(task).facts.get("mask")
+        return self._read(task, DELTA, lambda path, _: Delta.load_mask(path, known))
 
     def signature(self, task: str) -> Signature:
         """A task's signature. Raises ValueError as ``delta`` does."""
@@ -226,19 +234,22 @@ class DeltaBank:
 
     def _read(self, task: str, file: str, load: Callable[[Path, str | None], T]) -> T:
         """One of a task's files, of the bank as it was opened; an old bank may have been upgraded since."""
+        record = self._record(task)
         try:
-            return self._load(self._record(task), file, load)
+            return self._load(record, file, load)
         except ValueError:
-            now = read_index(self.files)
-            record = now.get(task)
+            now = self._index
+            with suppress(ValueError):
+                now = read_index(self.files)
             if now.generation == self.generation:
                 raise
-            if record is not None and self._index.version == 1:
-                return self._load(record, file, load)
-            raise ValueError(
-                f"{self.folder}: the bank was changed since it was opened (generation {self.generation}, now "
-                f"{now.generation}) and {task!r} is not there as it was; open the bank again"
-            ) from None
+        moved = now.get(task)
+        if moved is not None and self._index.version == 1:
+            return self._load(moved, file, load)
+        raise ValueError(
+            f"{self.folder}: the bank was changed since it was opened (generation {self.generation}, now "
+            f"{now.generation}) and {task!r} is not there as it was; open the bank again"
+        )
 
     def _load(self, record: Record, file: str, load: Callable[[Path, str | None], T]) -> T:
         if not record.folder and file == SIGNATURE:

@@ -15,6 +15,7 @@ from trace_dist.bank.sketch import Sketch
 from trace_dist.bank.writer import Writer, locked, read_index
 from trace_dist.run_folder import DELTA, SIGNATURE, SKETCH, BankFolder
 from trace_dist.utils.names import BASE, check_task_name
+from trace_dist.utils.sealed import same_content
 
 
 @dataclass(frozen=True)
@@ -113,14 +114,22 @@ def add(writer: Writer, task: Task) -> None:
         writer.publish(new)
         writer.commit(replace(writer.index, records=(*writer.index.records, new)))
         return
+    differing = [file for file in new.files if not _same(writer, present, new, file)]
     writer.discard(new)
-    differing = [file for file, member in new.files.items() if present.files.get(file) != member]
     if differing:
         raise ValueError(
             f"task={name!r}: in the bank {writer.files.root} already, with another "
             f"{' and another '.join(file.split('.')[0] for file in differing)}; "
             "rename or remove the older one, or give the new one another name"
         )
+
+
+def _same(writer: Writer, present: Record, new: Record, file: str) -> bool:
+    """Whether a file that was staged is the one that the bank holds."""
+    if present.files.get(file) == new.files[file]:
+        return True
+    paths = (writer.files.task(present.folder) / file, writer.temporary(new) / file)
+    return file in present.files and same_content(*paths, file.split(".")[0])
 
 
 def _check_dim(writer: Writer, signature: Signature) -> None:

@@ -29,6 +29,7 @@ def describe(
     facts: dict[str, Any] = {"clusters": signature.num_clusters, "dim": signature.dim}
     if delta is not None:
         facts |= {
+            "mask": delta.mask.digest(),
             "entries": delta.mask.num_entries,
             "density": delta.mask.density,
             "granularity": delta.mask.granularity,

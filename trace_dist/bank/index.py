@@ -50,7 +50,7 @@ class Record:
     files: Mapping[str, Member] = field(default_factory=dict)
     """File name -> size and checksum; empty in a bank of version 1."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """Small JSON values: clusters, dim, entries, density, granularity, dtype, training (``bank.facts``)."""
+    """Small JSON values: clusters, dim, digest of the mask, entries, density, granularity, dtype, training (``bank.facts``)."""
 
 
 @dataclass(frozen=True)

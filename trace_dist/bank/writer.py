@@ -72,7 +72,7 @@ class Writer:
         Returns:
             The record with its files.
         """
-        folder = self._temporary(record)
+        folder = self.temporary(record)
         with writing(self.files.root):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -87,30 +87,24 @@ class Writer:
 
     def discard(self, record: Record) -> None:
         """Delete what was staged."""
-        shutil.rmtree(self._temporary(record), ignore_errors=True)
+        shutil.rmtree(self.temporary(record), ignore_errors=True)
 
     def publish(self, record: Record) -> None:
         """Give a task's folder its name; ``commit`` makes it part of the bank."""
         with writing(self.files.root):
-            self._temporary(record).rename(self.files.task(record.folder))
+            self.temporary(record).rename(self.files.task(record.folder))
             flush_folder(self.files.tasks)
 
-    def _temporary(self, record: Record) -> Path:
+    def temporary(self, record: Record) -> Path:
+        """Where a task is staged."""
         return self.files.tasks / f".{record.folder}.tmp"
 
     def _move_old(self, record: Record, before: Index) -> Record:
         """Make the folder of a task of version 1. Its delta gets a second name; the first one goes with the old layout."""
-        source = self.files.old_delta(record.name)
-        signature = legacy.signature(self.files, record.name)
-        delta = None if record.name == BASE else Delta.load(source)
-
-        def fill(folder: Path) -> None:
-            signature.save(folder / SIGNATURE)
-            if delta is not None:
-                link(source, folder / DELTA)
-
-        facts = describe(delta, signature)
-        staged = self.stage(replace(record, folder=before.folder_for(record.name), facts=facts), fill)
+        delta = None if record.name == BASE else Delta.load(self.files.old_delta(record.name))
+        facts = describe(delta, legacy.signature(self.files, record.name))
+        new = replace(record, folder=before.folder_for(record.name), facts=facts)
+        staged = self.stage(new, lambda folder: hand_over(self.files, record, folder, link))
         self.publish(staged)
         return staged
 
@@ -132,14 +126,38 @@ class Writer:
                 path.unlink()
 
 
+def hand_over(source: BankFolder, record: Record, folder: Path, place: Callable[[Path, Path], None]) -> None:
+    """Put the files of a task into a folder.
+
+    Args:
+        source: the bank that holds the task, of any version.
+        record: the task.
+        folder: where its files go.
+        place: ``copy`` or ``link``.
+    """
+    for file in record.files:
+        place(source.task(record.folder) / file, folder / file)
+    if not record.folder:
+        legacy.signature(source, record.name).save(folder / SIGNATURE)
+        if record.name != BASE:
+            place(source.old_delta(record.name), folder / DELTA)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file and flush it. Raises ValueError where it is missing."""
+    if not source.is_file():
+        raise ValueError(f"{source}: no such file; restore it from a copy")
+    shutil.copyfile(source, target)
+    with target.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
 def link(source: Path, target: Path) -> None:
     """Give a file a second name, or make a copy where the file system has no such thing."""
     try:
         os.link(source, target)
     except OSError:
-        shutil.copyfile(source, target)
-        with target.open("rb") as handle:
-            os.fsync(handle.fileno())
+        copy(source, target)
 
 
 @contextmanager

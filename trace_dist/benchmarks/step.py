@@ -21,10 +21,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 from trace_dist.benchmarks.contestants import CONTESTANTS, Contestant, Race, build
+from trace_dist.config import LaunchConfig
+from trace_dist.launching import launch_command, launch_environment
 from trace_dist.profiling.wire import WireCounter
 from trace_dist.utils import dist
 from trace_dist.utils.env import meta_info, run_info
@@ -87,14 +88,10 @@ def _launch(race: Race, name: str, num_ranks: int, steps: int) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.json"
         arguments = json.dumps({"race": asdict(race), "name": name, "steps": steps, "out": str(path)})
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        environment["PATH"] = str(Path(sys.executable).parent) + os.pathsep + environment.get("PATH", "")
-        if not torch.cuda.is_available():
-            environment.setdefault("DS_ACCELERATOR", "cpu")
+        command = launch_command(LaunchConfig("torchrun", num_ranks), __name__)
         done = subprocess.run(
-            [sys.executable, *launcher, "-m", __name__, arguments],
-            env=environment,
+            [*command, arguments],
+            env=launch_environment(num_threads=1),
             capture_output=True,
             text=True,
         )
@@ -193,7 +190,8 @@ def main(arguments: dict[str, Any]) -> None:
     if dist.is_main():
         write_json(Path(arguments["out"]), found)
     dist.barrier()
-    os._exit(0)  # DeepSpeed's destructors take seconds and print
+    # DeepSpeed's destructors take seconds and print.
+    os._exit(0)
 
 
 if __name__ == "__main__":

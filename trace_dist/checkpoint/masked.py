@@ -1,8 +1,8 @@
 """Checkpoints of masked training: only what the mask holds, loadable on any number of ranks.
 
-Beside the random state, a rank's file has ``<param>/values`` and AdamW's moments at this rank's entries (``pieces``). The base
-model is referenced by its fingerprint, never copied. On the same number of ranks a resumed run repeats the uninterrupted one bit
-for bit, dropout included; on another number the random state starts anew, and 8-bit moments are coded again.
+Beside the random state, a rank's file has ``<param>/values`` and AdamW's moments at this rank's entries (``optim.pieces``).
+The base model is referenced by its fingerprint, never copied. On the same number of ranks a resumed run repeats the uninterrupted
+one bit for bit, dropout included; on another number the random state starts anew, and 8-bit moments are coded again.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from trace_dist.checkpoint.agreement import agreed
 from trace_dist.checkpoint.format import MANIFEST, MASK, damaged, is_count, is_map, read_checked
-from trace_dist.checkpoint.pieces import Piece, copy_exactly, covers, join, pieces_of
 from trace_dist.checkpoint.random_state import restore_random_state
 from trace_dist.checkpoint.retention import KEEP
 from trace_dist.checkpoint.writer import Contents, FileBeside, write_checkpoint
 from trace_dist.masks.format import Mask
 from trace_dist.optim.masked_adamw import MaskedAdamW
-from trace_dist.optim.states import MOMENTS, State, set_moment, tensors_of
-from trace_dist.sharding.compaction import Support
+from trace_dist.optim.pieces import Piece, covers, pieces_of, restore
+from trace_dist.optim.states import State, tensors_of
+from trace_dist.sharding.support import Support
 
 
 def save_checkpoint(
@@ -81,14 +81,7 @@ def load_checkpoint(folder: Path, optimizer: MaskedAdamW) -> dict[str, Any]:
         name: safe_open(str(folder / name), framework="pt") for name in manifest["files"] if name != MASK
     }
     found = agreed(lambda: _locate(folder, manifest, optimizer, files))
-    values = []
-    for support, state in optimizer.compact():
-        pieces = found[support.name]
-        state["step"] = manifest["param_steps"][support.name]
-        values.append(join(support, pieces, "values"))
-        for moment in MOMENTS:
-            if not copy_exactly(support, state, moment, pieces):
-                set_moment(state, moment, join(support, pieces, moment))
+    values = restore(optimizer.compact(), found, manifest["param_steps"])
     optimizer.set_values(values)
     restore_random_state(files)
     return manifest

@@ -14,15 +14,15 @@ import torch
 from trace_dist.bank.delta import check_base
 from trace_dist.config import RunConfig
 from trace_dist.continual.judge import Judge, Row
+from trace_dist.continual.masks import project_stream
 from trace_dist.masks.format import Mask
 from trace_dist.masks.ops import tensor_seed
 from trace_dist.models.fingerprint import fingerprint
-from trace_dist.probe.project import project_stream
 from trace_dist.run_folder import RunFolder
 from trace_dist.sharding.base import ShardedModel
-from trace_dist.train.bases import load_target, prepare_base
 from trace_dist.train.loop import MetricLog
 from trace_dist.train.setup import Stream, Workbench
+from trace_dist.train.target import base_path, load_target
 from trace_dist.utils import dist
 
 
@@ -44,8 +44,8 @@ class Setting:
 
     @classmethod
     def load(cls, cfg: RunConfig) -> Setting:
-        """Read the data and find the base, or make it. Collective."""
-        path = prepare_base(cfg.target, cfg, "target")
+        """Read the data and find the base, which must be there. Collective."""
+        path = base_path(cfg.target)
         return cls(cfg, Workbench.load(cfg, path), path, fingerprint(path))
 
     @property
@@ -56,7 +56,7 @@ class Setting:
     @cached_property
     def model(self) -> ShardedModel:
         """The target on the run's backend, loaded when first used. Collective."""
-        return load_target(self.cfg, self.base)
+        return load_target(self.cfg.target, self.cfg.backend)
 
     @cached_property
     def judge(self) -> Judge:
@@ -83,11 +83,19 @@ class Setting:
         task = stream.task.name
         paths = [self.folder.mask(task, each) for each in ("projected", "random")]
         if dist.broadcast_object(not all(path.is_file() for path in paths)):
-            self.seed(task)
-            project_stream(self.model, self.cfg, self.bench, stream, self.fingerprint)
+            self.project(stream)
         mask = Mask.load(self.folder.mask(task, kind))
         check_base(mask, self.fingerprint, str(self.folder.mask(task, kind)))
         return mask
+
+    def project(self, stream: Stream) -> None:
+        """Write a task's projected and random mask of the target, which is left as it was. Collective.
+
+        Raises:
+            ValueError: the proxy was not probed.
+        """
+        self.seed(stream.task.name)
+        project_stream(self.model, self.cfg, self.bench, stream, self.fingerprint)
 
     @contextmanager
     def training(self, method: str, task: str) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ from trace_dist.config import DataConfig, EvalConfig
 from trace_dist.data.encoding import encode_pairs
 from trace_dist.data.tasks import Task
 from trace_dist.evaluation.choice import choice_accuracy
-from trace_dist.evaluation.generate import exact_match
+from trace_dist.evaluation.match import exact_match
 from trace_dist.evaluation.score import Score
 from trace_dist.evaluation.text import answer_bits_per_byte
 

@@ -12,6 +12,7 @@ The update runs inside this rank's partition; every other weight stays bit-ident
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -20,15 +21,19 @@ from trace_kernels.compact import compact_gather, compact_scatter, compact_sumsq
 
 from trace_dist.config import StateDtype
 from trace_dist.optim.offload import HostEntries, Offload
+from trace_dist.optim.part_server import PartServer, Source
+from trace_dist.optim.parts import locate, owned
+from trace_dist.optim.pieces import restore
 from trace_dist.optim.states import MOMENTS, State, StateOptions, new_state, tensors_of, update
 from trace_dist.sharding.prepared import as_sharded
+from trace_dist.sharding.single import ReplicatedModel
 from trace_dist.utils import dist
 from trace_dist.utils.finite import check_finite
 
 if TYPE_CHECKING:
     from trace_dist.masks.format import Mask
     from trace_dist.sharding.base import ShardedModel
-    from trace_dist.sharding.compaction import Support
+    from trace_dist.sharding.support import Support
 
 
 KINDS = ("master", *MOMENTS)
@@ -86,6 +91,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         super().__init__(entries, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         for support, parameter in zip(self.supports, entries, strict=True):
             self.state[parameter] = new_state(self._weights(support), options)
+        self._server = self._serve() if dist.world_size() > 1 else None
 
     def compact(self) -> list[tuple[Support, State]]:
         """(support, state) per masked parameter, in the model's order."""
@@ -108,6 +114,12 @@ class MaskedAdamW(torch.optim.Optimizer):
             "staging": [tensor for entries in staged for tensor in (entries.values, entries.grad)],
         }
 
+    def _serve(self) -> PartServer:
+        """Let other ranks ask for this rank's part. Collective."""
+        values = partial(_host_values, self.model, self._offload)
+        source = Source(owned(self.supports), self.compact(), values)
+        return PartServer(self, source, self._updates_on, linger=isinstance(self.model, ReplicatedModel))
+
     def _weights(self, support: Support) -> Tensor:
         """What the weight holds at a support's entries, in its dtype, where the states live: [n]."""
         if self._offload is not None:
@@ -118,7 +130,8 @@ class MaskedAdamW(torch.optim.Optimizer):
     def values(self, support: Support) -> Tensor:
         """Present values of a support's entries in full precision: the master copy, or the weights where there is none. [n]."""
         parameter = self.param_groups[0]["params"][self.supports.index(support)]
-        return self.state[parameter].get("master", self._weights(support))
+        state = self.state[parameter]
+        return state["master"] if "master" in state else self._weights(support)
 
     def set_values(self, values: list[Tensor]) -> None:
         """Overwrite the masked entries, [n] per support in any precision: master copy and weights. Collective."""
@@ -126,7 +139,8 @@ class MaskedAdamW(torch.optim.Optimizer):
             if "master" in state:
                 state["master"].copy_(new)
             if self._offload is None:
-                compact_scatter(*self.model.storage(support), new)
+                local, runs = self.model.storage(support)
+                compact_scatter(local, runs, new.to(local.device))
             else:
                 self._offload.entries[support.name].values.copy_(new)
                 self._offload.write_back(support)
@@ -147,6 +161,8 @@ class MaskedAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One update from the accumulated gradients. Collective.
 
+        A parameter that no rank's loss depended on stays as it is: no weight decay, no momentum, and it grows no older.
+
         Raises:
             ValueError: another optimizer has taken over the model, or a backward pass ended in an error.
             NotFinite: the gradient norm is infinite or NaN, on all ranks together; where gradients are clipped, before any
@@ -157,24 +173,36 @@ class MaskedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
+        reached = self._reached()
         if self.max_grad_norm is None:
             squares = torch.zeros((), dtype=torch.float64, device=self._updates_on)
-            self._update(1.0, squares)
+            self._update(reached, 1.0, squares)
             self._record_norm(squares)
         else:
-            norm = self._record_norm(_sum_of_squares(self.supports, self.model.device))
-            self._update(min(1.0, self.max_grad_norm / (norm + 1e-6)))
-        self.model.refresh(self.supports)
+            norm = self._record_norm(_sum_of_squares(reached, self.model.device))
+            self._update(reached, min(1.0, self.max_grad_norm / (norm + 1e-6)))
+        self.model.refresh(reached)
         self.model.mark_gradients_spent()
+        if self._server is not None:
+            self._server.clock.tick()
         return result
+
+    def _reached(self) -> list[Support]:
+        """The supports with a gradient, from backward or by the caller's hand; the same on every rank. Collective."""
+        silent = [support for support in self.supports if not support.reached]
+        if silent:
+            written = torch.stack([support.grad.any() for support in silent]).to(torch.int32)
+            for support, flag in zip(silent, self.model.comm.max(written).tolist(), strict=True):
+                support.reached = bool(flag)
+        return [support for support in self.supports if support.reached]
 
     @property
     def _updates_on(self) -> torch.device:
         """Where the states live and the update runs."""
         return torch.device("cpu") if self._offload is not None else self.model.device
 
-    def _update(self, grad_scale: float, squares: Tensor | None = None) -> None:
-        """Update every support; the squares of its gradient are added to ``squares`` in the same pass over it."""
+    def _update(self, supports: list[Support], grad_scale: float, squares: Tensor | None = None) -> None:
+        """Update some supports; the squares of their gradients are added to ``squares`` in the same pass over them."""
         group = self.param_groups[0]
         states = {support.name: state for support, state in self.compact()}
 
@@ -183,15 +211,15 @@ class MaskedAdamW(torch.optim.Optimizer):
             update(support.name, host.values, host.runs, host.grad, state, group, grad_scale, squares)
 
         if self._offload is not None:
-            self._offload.step(self.supports, on_host)
+            self._offload.step(supports, on_host)
             return
-        for support, state in self.compact():
-            storage = self.model.storage(support)
+        for support in supports:
+            storage, state = self.model.storage(support), states[support.name]
             update(support.name, *storage, support.grad, state, group, grad_scale, squares)
 
     def _record_norm(self, squares: Tensor) -> float:
         """The global norm from this rank's sum of squares."""
-        self.grad_norm = float(dist.sum_over_ranks(squares.to(self.model.device)).sqrt())
+        self.grad_norm = float(self.model.comm.sum(squares.to(self.model.device)).sqrt())
         check_finite(self.grad_norm, "the gradient norm")
         return self.grad_norm
 
@@ -201,41 +229,49 @@ class MaskedAdamW(torch.optim.Optimizer):
             self.model.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's state, values and mask digest; for resuming on another number of ranks use ``train.checkpoint``."""
+        """This rank's state and values, and a stand-in for those of the other ranks.
+
+        It is local, as Trainer calls it on rank 0 alone. When it is pickled (``torch.save``) or deep-copied, the stand-in
+        becomes the other ranks' states, on the CPU, for which ``part_server`` asks them then; nobody is held up. So the rank
+        that saves needs memory for all states: where that is too much, ``trace_dist.checkpoint`` lets each rank write its own.
+        """
         packed = super().state_dict()
         packed["values"] = [self.values(support) for support in self.supports]
         packed["mask_digest"] = self.mask.digest()
-        packed["owned"] = self._owned()
+        packed["owned"] = owned(self.supports)
+        if self._server is not None:
+            packed["others"] = self._server.others
         return packed
 
-    def _owned(self) -> list[tuple[int, int]]:
-        """Which of the masked entries, in the order of all ranks', are this rank's: (first, number) per parameter."""
-        return [(support.offset, support.runs.num_entries) for support in self.supports]
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore ``state_dict`` and write the values back into the model.
+        """Restore ``state_dict``, one that was kept in memory or a saved one of any number of ranks, and write its values into
+        the model. Collective.
 
         Raises:
-            ValueError: the state belongs to another mask, to another partition of it, or was kept with other options.
+            ValueError: the state belongs to another mask, lacks a part, or was kept with other options.
         """
         if state_dict.get("mask_digest") != self.mask.digest():
             raise ValueError(
                 "optimizer state: it was saved for another mask; build MaskedAdamW with the mask it was saved with"
             )
-        mine = [state for _, state in self.compact()]
-        saved = [state_dict["state"][index] for index in range(len(mine))]
-        if state_dict["owned"] != self._owned() or list(map(_layout, saved)) != list(map(_layout, mine)):
-            raise ValueError(
-                "optimizer state: it was saved on another rank or number of ranks, or with other state options; resume with "
-                "train.checkpoint, which loads on any number"
-            )
+        others = state_dict.get("others", {})
+        parts = [state_dict, *(others.values() if isinstance(others, dict) else ())]
+        entries = self.compact()
+        found = locate(entries, parts)
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        for state, source, parameter in zip(mine, saved, self.param_groups[0]["params"], strict=True):
-            state["step"] = source["step"]
-            for name, tensor in tensors_of(state).items():
-                tensor.copy_(source[name])
+        steps = {support.name: state_dict["state"][i]["step"] for i, support in enumerate(self.supports)}
+        for (_, state), parameter in zip(entries, self.param_groups[0]["params"], strict=True):
             self.state[parameter] = state
-        self.set_values(state_dict["values"])
+        self.set_values(restore(entries, found, steps))
+
+
+def _host_values(model: ShardedModel, offload: Offload | None, support: Support) -> Tensor:
+    """What a weight holds at a support's entries, on the CPU; copies alone, as ``part_server`` asks: [n] in its dtype."""
+    if offload is not None:
+        return offload.entries[support.name].values
+    local, runs = model.storage(support)
+    local = local.cpu()
+    return compact_gather(local, runs.to(local.device)).to(local.dtype)
 
 
 def _entries(support: Support) -> nn.Parameter:
@@ -250,10 +286,6 @@ def _sum_of_squares(supports: list[Support], device: torch.device) -> Tensor:
     for support in supports:
         squares += compact_sumsq(support.grad)
     return squares
-
-
-def _layout(state: State) -> dict[str, Any]:
-    return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors_of(state).items()}
 
 
 def _check_hyperparameters(

@@ -1,19 +1,35 @@
-"""From a run's configuration to tokenised tasks and batches."""
+"""From the configuration's sections to tokenised tasks and batches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import datasets
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from trace_dist.config import RunConfig, TaskConfig
+from trace_dist.config import DataConfig, TaskConfig, TrainConfig
 from trace_dist.data.batches import Batches
 from trace_dist.data.encoding import check_context, encode, pad_id
 from trace_dist.data.tasks import Task, load_task
 from trace_dist.models.loading import load_tokenizer
+
+
+class Sections(Protocol):
+    """What is read of a run's configuration."""
+
+    @property
+    def tasks(self) -> list[TaskConfig]: ...
+    @property
+    def general(self) -> list[TaskConfig]: ...
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def train(self) -> TrainConfig: ...
+    @property
+    def seed(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -25,7 +41,7 @@ class Stream:
     steps: int
 
 
-def load_stream(task: TaskConfig, cfg: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Stream:
+def load_stream(task: TaskConfig, cfg: Sections, tokenizer: PreTrainedTokenizerBase) -> Stream:
     """Load and tokenise one task.
 
     Raises:
@@ -39,13 +55,13 @@ def load_stream(task: TaskConfig, cfg: RunConfig, tokenizer: PreTrainedTokenizer
 class Workbench:
     """Everything about data that the stages of a run share."""
 
-    cfg: RunConfig
+    cfg: Sections
     tokenizer: PreTrainedTokenizerBase
     tasks: list[Stream]
     general: list[Stream]
 
     @classmethod
-    def load(cls, cfg: RunConfig, model_path: str | Path) -> Workbench:
+    def load(cls, cfg: Sections, model_path: str | Path) -> Workbench:
         """Read all tasks with a model's tokenizer, and check that they fit its context."""
         tokenizer = load_tokenizer(model_path)
         tasks = [load_stream(task, cfg, tokenizer) for task in cfg.tasks]

@@ -48,28 +48,30 @@ def agree(what: Mapping[str, object]) -> None:
 
 
 def on_main(action: Callable[[], T]) -> T | None:
-    """Do something on rank 0; every rank learns of its refusal. Collective.
+    """Do something on rank 0; when it fails, no rank waits for it in vain. Collective.
 
     Args:
-        action: may raise ValueError.
+        action: what to do.
 
     Returns:
         What it returned, on rank 0; None elsewhere.
 
     Raises:
-        ValueError: rank 0's, on every rank.
+        Exception: rank 0's; on other ranks a ValueError where it is one, or else a RuntimeError.
     """
     result, problem = None, None
     if dist.is_main():
         try:
             result = action()
-        except ValueError as error:
+        except Exception as error:
             problem = error
-    found = dist.broadcast_object(problem and str(problem))
+    kind, text = dist.broadcast_object(
+        (ValueError if isinstance(problem, ValueError) else RuntimeError, problem and str(problem))
+    )
     if problem is not None:
         raise problem
-    if found is not None:
-        raise ValueError(found)
+    if text is not None:
+        raise kind(text)
     return result
 
 

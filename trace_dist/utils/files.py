@@ -12,11 +12,12 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    import torch
 
 
 @contextmanager
@@ -67,6 +68,31 @@ def flush_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty temporary folder beside ``path``; renames it to ``path`` when the block succeeds.
+
+    Raises:
+        ValueError: ``path`` exists already, or as ``writing``.
+    """
+    if path.exists():
+        raise ValueError(f"{path}: exists already; delete it or choose another folder")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Left by a killed process that had the same id.
+    shutil.rmtree(temporary, ignore_errors=True)
+    with writing(path):
+        temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -126,6 +152,9 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mappin
     Raises:
         ValueError: the disk has no room.
     """
+    # Loads torch, which the command line can do without.
+    from safetensors.torch import save_file
+
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     check_free_space(path.parent, sum(tensor.nbytes for tensor in tensors.values()) + 2**20)
     with atomic_path(path) as temporary:

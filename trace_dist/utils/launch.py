@@ -115,8 +115,9 @@ def adopt_launch() -> int:
 
 
 def job_size() -> int:
-    """Number of tasks that the Slurm job around this process asked for; 1 outside one."""
-    return _number("SLURM_NTASKS") if "SLURM_NTASKS" in os.environ else 1
+    """Number of tasks that the Slurm job around this shell asked for; 1 outside one and in a step."""
+    in_shell = "SLURM_NTASKS" in os.environ and not _is_step()
+    return _number("SLURM_NTASKS") if in_shell else 1
 
 
 def _torch_size(launcher: Launcher | None) -> int:
