@@ -17,6 +17,8 @@ from trace_dist.sharding.support import Support, build_supports
 from trace_dist.sharding.zero3 import Zero3Model
 from trace_dist.utils import dist
 
+CPU = torch.device("cpu")
+
 
 def reduction(out: Path) -> dict[str, Any]:
     """Sums over ranks in several orders of arrival; bytes on the wire."""
@@ -41,14 +43,14 @@ def reduction(out: Path) -> dict[str, Any]:
     }
     found: dict[str, Any] = {}
     for bucket_bytes in (64, 2000, 2**25):
-        reducer = CompactReducer(supports, lambda s, values: s.grad.add_(values), Comm(), bucket_bytes)
+        reducer = CompactReducer(supports, lambda s, values: s.grad.add_(values), Comm(), CPU, bucket_bytes)
         for name, order in orders.items():
             for support in supports:
                 support.grad.zero_()
             for _ in range(2):  # a second backward adds to the first
                 for support in order(rank):
                     reducer.add(support, contribution(support.name, rank))
-                reducer.finish()
+                reducer.finish([])
             wrong = 0
             for s in supports:
                 whole = sum(order(r).count(s) * contribution(s.name, r) for r in range(world))
@@ -63,14 +65,14 @@ def reduction(out: Path) -> dict[str, Any]:
 
 def exchanges_under_way(supports: list[Support]) -> list[bool]:
     """Whether each of two gradients, in buckets of their own, has been added up after the first, the second, and the end."""
-    reducer = CompactReducer(supports, lambda s, values: s.grad.add_(values), Comm(), bucket_bytes=1)
+    reducer = CompactReducer(supports, lambda s, values: s.grad.add_(values), Comm(), CPU, bucket_bytes=1)
     for support in supports:
         support.grad.zero_()
     arrived, last_two = [], supports[:-3:-1]
     for support in last_two:
         reducer.add(support, torch.ones(support.num_entries))
         arrived += [bool(s.grad.all()) for s in last_two]
-    reducer.finish()
+    reducer.finish([])
     return arrived + [bool(s.grad.all()) for s in last_two]
 
 

@@ -25,6 +25,7 @@ from engine.rank_gloo import gathering_over_gloo
 from engine.rank_nf4 import nf4
 from engine.rank_prepared import prepared
 from engine.rank_reduction import reduction
+from engine.rank_unreached import unreached
 from engine.rank_wire import wire
 from engine.toy import train_toy
 from engine.training import make_optimizer, refused, save_state, train, train_reference, train_step
@@ -220,6 +221,7 @@ SECTIONS: dict[str, Callable[[Path], Found]] = {
     "depth": depth,
     "gathering": gathering,
     "gathering_over_gloo": gathering_over_gloo,
+    "unreached": unreached,
     "wire": wire,
     "nf4": nf4,
     "cut_and_continue": cut_and_continue,

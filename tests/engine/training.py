@@ -88,14 +88,14 @@ def train_reference(case: Case) -> Outcome:
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         loss.backward()
         for name, weight in weights.items():
-            grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            masters[name].grad = torch.where(chosen[name], grad.to(wide), 0.0)
-            weight.grad = None
-        norm = float(torch.stack([m.grad.double().square().sum() for m in masters.values()]).sum().sqrt())
+            grad, weight.grad = weight.grad, None
+            masters[name].grad = None if grad is None else torch.where(chosen[name], grad.to(wide), 0.0)
+        grads = [master.grad for master in masters.values() if master.grad is not None]
+        norm = float(torch.stack([grad.double().square().sum() for grad in grads]).sum().sqrt())
         if case.max_grad_norm is not None:
             scale = min(1.0, case.max_grad_norm / (norm + 1e-6))
-            for master in masters.values():
-                master.grad *= scale
+            for grad in grads:
+                grad *= scale
         optimizer.step()
         with torch.no_grad():
             for name, weight in weights.items():

@@ -47,7 +47,10 @@ def lower(section: str, name: str, value: Any) -> Callable[[RunConfig], RunConfi
         (lower("train", "max_grad_norm", 0.5), [*BASES, *PROBED, *MASKS, "memory.json"]),
         (lower("projection", "options", {"lr": 1e-4}), [*BASES, *PROBED]),
         (lower("probe", "lr", 1e-4), BASES),
-        (lower("continual", "options", {"full": {"lr": 1e-4}}), [*BASES, *PROBED, *MASKS, "methods/retrieved.json", "bank/bank.json"]),
+        (
+            lower("continual", "options", {"full": {"lr": 1e-4}}),
+            [*BASES, *PROBED, *MASKS, "methods/retrieved.json", "bank/bank.json"],
+        ),
         (lambda cfg: replace(cfg, seed=1), []),
         (lambda cfg: replace(cfg, proxy=ModelConfig(cfg.proxy.path, dtype="bfloat16")), BASES[:1]),
         (lambda cfg: replace(cfg, target=ModelConfig(cfg.target.path, dtype="bfloat16")), [BASES[1], *PROBED]),

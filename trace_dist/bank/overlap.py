@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from trace_dist.bank.bank import DeltaBank
@@ -17,27 +21,32 @@ def overlap(bank: DeltaBank) -> tuple[list[str], Tensor]:
         Names of the T tasks, without the base model, and [T, T] fp64: shared entries / entries of the row's task.
     """
     names = [name for name in bank.tasks if name != BASE]
-    masks = [bank.mask(name) for name in names]
-    shared = torch.zeros(len(names), len(names), dtype=torch.float64)
-    for row, left in enumerate(masks):
-        for column, right in enumerate(masks[: row + 1]):
-            shared[row, column] = shared[column, row] = num_shared(left, right)
+    shared = shared_entries([bank.mask(name) for name in names])
     return names, shared / shared.diagonal()[:, None]
 
 
-def num_shared(left: Mask, right: Mask) -> int:
-    """Entries that two masks of one model have in common, whatever their granularities."""
-    total = 0
-    for name in left.units.keys() & right.units.keys():
-        layout = left.layouts[name]
-        if layout == right.layouts[name]:
-            total += int(layout.sizes(_both(left.units[name], right.units[name])).sum())
-        else:
-            total += len(_both(left.elements(name), right.elements(name)))
+def shared_entries(masks: Sequence[Mask]) -> Tensor:
+    """Entries that each two of T masks of one model have in common, whatever their granularities: [T, T] fp64."""
+    total = torch.zeros(len(masks), len(masks), dtype=torch.float64)
+    for name in dict.fromkeys(name for mask in masks for name in mask):
+        total += torch.from_numpy(_shared_in(masks, name))
     return total
 
 
-def _both(one: Tensor, other: Tensor) -> Tensor:
-    """What two sorted lists without repeats have in common: sorted."""
-    place = torch.searchsorted(other, one.to(other.dtype)).clamp_(max=len(other) - 1)
-    return one[other[place] == one]
+def _shared_in(masks: Sequence[Mask], name: str) -> np.ndarray:
+    """The same within one parameter: M diag(sizes) M^T with M [T, units], sparse, 1 where a mask selects a unit."""
+    layouts = [mask.layouts[name] for mask in masks if name in mask.units]
+    alike = all(layout == layouts[0] for layout in layouts)
+    chosen = []
+    for mask in masks:
+        units = torch.empty(0, dtype=torch.int64)
+        if name in mask.units:
+            units = mask.units[name].long() if alike else mask.elements(name)
+        chosen.append(units)
+    columns = torch.cat(chosen)
+    sizes = layouts[0].sizes(columns) if alike else torch.ones_like(columns)
+    starts = np.cumsum([0, *map(len, chosen)])
+    shape = (len(masks), layouts[0].num_units if alike else layouts[0].numel)
+    weighted = csr_array((sizes.double().numpy(), columns.numpy(), starts), shape)
+    plain = csr_array((np.ones(len(columns)), columns.numpy(), starts), shape)
+    return (weighted @ plain.T).toarray()

@@ -97,6 +97,7 @@ def _masked_step(name: str, density: float, dtype: torch.dtype) -> Callable[[], 
     optimizer = MaskedAdamW(model, random_mask(layouts, granularity, density, seed=0), lr=1e-4)
     for support in optimizer.supports:
         support.grad.normal_(std=1e-3)
+        support.reached = True
     return optimizer.step
 
 

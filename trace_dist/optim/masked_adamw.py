@@ -161,6 +161,8 @@ class MaskedAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One update from the accumulated gradients. Collective.
 
+        A parameter that no rank's loss depended on stays as it is: no weight decay, no momentum, and it grows no older.
+
         Raises:
             ValueError: another optimizer has taken over the model, or a backward pass ended in an error.
             NotFinite: the gradient norm is infinite or NaN, on all ranks together; where gradients are clipped, before any
@@ -171,26 +173,36 @@ class MaskedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
+        reached = self._reached()
         if self.max_grad_norm is None:
             squares = torch.zeros((), dtype=torch.float64, device=self._updates_on)
-            self._update(1.0, squares)
+            self._update(reached, 1.0, squares)
             self._record_norm(squares)
         else:
-            norm = self._record_norm(_sum_of_squares(self.supports, self.model.device))
-            self._update(min(1.0, self.max_grad_norm / (norm + 1e-6)))
-        self.model.refresh(self.supports)
+            norm = self._record_norm(_sum_of_squares(reached, self.model.device))
+            self._update(reached, min(1.0, self.max_grad_norm / (norm + 1e-6)))
+        self.model.refresh(reached)
         self.model.mark_gradients_spent()
         if self._server is not None:
             self._server.clock.tick()
         return result
+
+    def _reached(self) -> list[Support]:
+        """The supports with a gradient, from backward or by the caller's hand; the same on every rank. Collective."""
+        silent = [support for support in self.supports if not support.reached]
+        if silent:
+            written = torch.stack([support.grad.any() for support in silent]).to(torch.int32)
+            for support, flag in zip(silent, self.model.comm.max(written).tolist(), strict=True):
+                support.reached = bool(flag)
+        return [support for support in self.supports if support.reached]
 
     @property
     def _updates_on(self) -> torch.device:
         """Where the states live and the update runs."""
         return torch.device("cpu") if self._offload is not None else self.model.device
 
-    def _update(self, grad_scale: float, squares: Tensor | None = None) -> None:
-        """Update every support; the squares of its gradient are added to ``squares`` in the same pass over it."""
+    def _update(self, supports: list[Support], grad_scale: float, squares: Tensor | None = None) -> None:
+        """Update some supports; the squares of their gradients are added to ``squares`` in the same pass over them."""
         group = self.param_groups[0]
         states = {support.name: state for support, state in self.compact()}
 
@@ -199,10 +211,10 @@ class MaskedAdamW(torch.optim.Optimizer):
             update(support.name, host.values, host.runs, host.grad, state, group, grad_scale, squares)
 
         if self._offload is not None:
-            self._offload.step(self.supports, on_host)
+            self._offload.step(supports, on_host)
             return
-        for support, state in self.compact():
-            storage = self.model.storage(support)
+        for support in supports:
+            storage, state = self.model.storage(support), states[support.name]
             update(support.name, *storage, support.grad, state, group, grad_scale, squares)
 
     def _record_norm(self, squares: Tensor) -> float:

@@ -227,7 +227,7 @@ class ShardedModel(ABC):
             reduction: ``mean`` averages the ranks' losses, as data-parallel training does; ``sum`` adds them.
 
         Raises:
-            ValueError: no mask is attached, or the reduction is unknown.
+            ValueError: no mask is attached, no rank's loss depends on a masked entry, or the reduction is unknown.
         """
         if self._compactor is None:
             raise ValueError("backward: no mask is attached; build MaskedAdamW(sharded, mask, ...) first")

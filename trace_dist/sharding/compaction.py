@@ -63,11 +63,11 @@ class Compactor:
         linears = _linear_modules(model.module)
         # What the sharding library reduces itself must not be waited for: no bucket behind it would ever leave.
         exchanged = [s for s in self.supports if s.name in linears or not model.reduces_hooked_gradients]
-        self._reducer = CompactReducer(exchanged, self._accumulate, model.comm)
+        self._reducer = CompactReducer(exchanged, self._accumulate, model.comm, model.device)
         self._scale = self._mean = 1.0 / model.comm.world
-        self._ended, self._spent = True, False
+        self._ended, self._spent, self._has_graph = True, False, True
         self._backward_pass = -1  # autograd's number of the pass whose end is awaited
-        self._silent: set[str] | None = {support.name for support in self.supports}  # None after one backward
+        self._is_first = True
         self._undo: list[Callable[[], None]] = []
         parameters = dict(model.module.named_parameters())
         self._undo += [_join_zero_grad(root, self.zero_grad) for root in model.roots]
@@ -128,6 +128,7 @@ class Compactor:
         self._spent = False
         for support in self.supports:
             support.grad.zero_()
+            support.reached = False
         self._reducer.discard()
 
     def mark_spent(self) -> None:
@@ -137,8 +138,11 @@ class Compactor:
     def run_backward(self, loss: Tensor, scale: float) -> None:
         """Backward pass whose gradients, times ``scale`` and summed over ranks, are added to the supports' buffers."""
         self._scale, self._ended = scale, False
+        self._has_graph = loss.requires_grad
         try:
-            loss.backward()
+            # Not where no masked entry took part here: others may wait for this rank's share of the exchange.
+            if loss.requires_grad:
+                loss.backward()
         finally:
             self._scale = self._mean
         if not self._ended:  # no gradient here; other ranks may have some
@@ -148,8 +152,7 @@ class Compactor:
         """A gradient has come: have the exchange finished when this backward pass, whoever runs it, is through."""
         if self._spent:
             self.zero_grad()
-        if self._silent is not None:
-            self._silent.discard(support.name)
+        support.reached = True
         current = torch._C._current_graph_task_id()
         if current != self._backward_pass:
             self._backward_pass = current
@@ -158,17 +161,30 @@ class Compactor:
     def _end(self) -> None:
         self._ended = True
         self._anchor.grad = None
-        self._reducer.finish()
+        # No gradient came here that would have begun anew; some may come from other ranks now.
+        if self._spent:
+            self.zero_grad()
+        flags = [support.reached for support in self.supports]
+        *agreed, has_graph = self._reducer.finish([*flags, self._has_graph])
+        self._has_graph = True
+        for support, reached in zip(self.supports, agreed, strict=True):
+            support.reached = reached
         self._model.after_backward()
-        if self._silent:
-            logger.warning(
-                "no gradient reached %d of %d masked parameters in the first backward pass, such as %s: they do not train "
-                "unless later batches use them",
-                len(self._silent),
-                len(self.supports),
-                min(self._silent),
+        if not has_graph:
+            raise ValueError(
+                "backward: no rank's loss depends on a masked entry; compute it with gradients enabled, from batches that use "
+                "a masked parameter"
             )
-        self._silent = None
+        unreached = [support.name for support in self.supports if not support.reached]
+        if unreached and self._is_first:
+            logger.warning(
+                "no gradient reached %d of %d masked parameters in the first backward pass, such as %s: they stay as they are "
+                "until a batch uses them",
+                len(unreached),
+                len(self.supports),
+                min(unreached),
+            )
+        self._is_first = False
 
     @property
     def has_unreduced(self) -> bool:

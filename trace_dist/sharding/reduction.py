@@ -44,6 +44,7 @@ class CompactReducer:
         supports: in parameter order; buckets are filled from the last (backward runs from the end).
         accumulate: receives each support's reduced gradient at this rank's entries.
         comm: the ranks.
+        device: where the gradients lie.
         bucket_bytes: fp32 bytes of one rank's contribution to one exchange.
     """
 
@@ -52,9 +53,10 @@ class CompactReducer:
         supports: list[Support],
         accumulate: Accumulate,
         comm: Comm,
+        device: torch.device,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
-        self._accumulate, self._comm = accumulate, comm
+        self._accumulate, self._comm, self._device = accumulate, comm, device
         self.local_only = comm.world == 1
         sizes = [support.num_entries * support.grad.element_size() for support in supports]
         self._buckets = [[supports[i] for i in bucket] for bucket in cut_buckets(sizes, bucket_bytes)]
@@ -74,19 +76,30 @@ class CompactReducer:
             self._flush(self._buckets[self._next])
             self._next += 1
 
-    def finish(self) -> None:
-        """Exchange what is left; call once after each backward pass, on every rank."""
-        if self.local_only or not self._buckets:
-            return
+    def finish(self, flags: Sequence[bool]) -> list[bool]:
+        """Exchange what is left; call once after each backward pass, on every rank.
+
+        Args:
+            flags: as many on every rank; they travel with the message that is sent anyway.
+
+        Returns:
+            Which of the flags some rank has set.
+        """
+        if self.local_only:
+            return list(flags)
         for bucket in self._buckets[self._next :]:
             self._flush(bucket)
         self._next = 0
-        late = torch.zeros(len(self._buckets), dtype=torch.int32, device=self._device)
+        late = [False] * len(self._buckets)
         for key in self._values:
-            late[self._bucket_of[key]] = 1
-        for index in self._comm.max(late).nonzero().flatten().tolist():
-            self._flush(self._buckets[index])
+            late[self._bucket_of[key]] = True
+        said = torch.tensor([*late, *flags], dtype=torch.int32).to(self._device)
+        agreed = [bool(flag) for flag in self._comm.max(said).tolist()]
+        for bucket, is_late in zip(self._buckets, agreed, strict=False):
+            if is_late:
+                self._flush(bucket)
         self._complete()
+        return agreed[len(late) :]
 
     def discard(self) -> None:
         """Forget the gradients of a backward pass that was cut short, on every rank."""
@@ -100,10 +113,6 @@ class CompactReducer:
     def has_unreduced(self) -> bool:
         """Whether gradients came since the last ``finish``."""
         return bool(self._values) or self._next > 0 or self._in_flight is not None
-
-    @property
-    def _device(self) -> torch.device:
-        return self._buckets[0][0].grad.device
 
     def _is_ready(self, bucket: list[Support]) -> bool:
         return all(id(support) in self._values for support in bucket)

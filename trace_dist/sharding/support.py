@@ -52,6 +52,8 @@ class Support:
         rank: this rank.
         grad: [runs.num_entries] fp32, the gradient that has accumulated (fp64 for an fp64 model); empty when the gradients
             go elsewhere (``attach(mask, accumulate=...)``).
+        reached: whether some rank's loss has depended on the parameter since the gradients were reset, as it is known on every
+            rank after a backward pass. One that was not reached is not updated, as torch's optimizers skip ``grad is None``.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Support:
     splits: list[int]
     rank: int
     grad: Tensor
+    reached: bool = False
 
     @property
     def num_entries(self) -> int:
