@@ -17,7 +17,7 @@ from trace_dist.models.loading import load_model
 from trace_dist.train.learner import DenseLearner
 from trace_dist.train.loop import MetricLog, train_steps
 from trace_dist.train.loss import autocast
-from trace_dist.train.setup import Workbench
+from trace_dist.train.workbench import Workbench
 
 
 def lora_rank(module: PreTrainedModel, cfg: RunConfig) -> int:

@@ -23,7 +23,7 @@ from trace_dist.sharding.zero3 import FullAdamW, Zero3Model
 from trace_dist.train.bases import prepare_base
 from trace_dist.train.learner import MaskedLearner
 from trace_dist.train.loss import accumulate
-from trace_dist.train.setup import Workbench
+from trace_dist.train.workbench import Workbench
 from trace_dist.utils import dist
 from trace_dist.utils.files import write_json
 from trace_dist.utils.log import get_logger

@@ -10,7 +10,7 @@ from trace_dist.continual.sequence import Sequence, mode_path
 from trace_dist.models.fingerprint import fingerprint
 from trace_dist.probe.project import masks_missing, project_masks
 from trace_dist.train.bases import load_target, prepare_base
-from trace_dist.train.setup import Workbench
+from trace_dist.train.workbench import Workbench
 from trace_dist.utils import dist
 from trace_dist.utils.files import write_json
 from trace_dist.utils.log import get_logger

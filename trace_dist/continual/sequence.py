@@ -21,8 +21,8 @@ from trace_dist.masks.format import Mask
 from trace_dist.probe.project import mask_path
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.loop import MetricLog, TrainResult
-from trace_dist.train.setup import Stream, Workbench
 from trace_dist.train.task import train_mask
+from trace_dist.train.workbench import Stream, Workbench
 from trace_dist.utils import dist
 from trace_dist.utils.env import run_info
 from trace_dist.utils.files import write_json

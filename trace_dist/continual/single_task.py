@@ -13,8 +13,8 @@ from trace_dist.models.fingerprint import check_same, fingerprint
 from trace_dist.probe.project import mask_path
 from trace_dist.train.bases import load_target, prepare_base
 from trace_dist.train.loop import MetricLog
-from trace_dist.train.setup import Workbench
 from trace_dist.train.task import train_mask
+from trace_dist.train.workbench import Workbench
 from trace_dist.utils import dist
 from trace_dist.utils.files import write_json
 from trace_dist.utils.log import get_logger

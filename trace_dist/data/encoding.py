@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import datasets
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -54,7 +54,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         ValueError: there is neither, or the template cannot be rendered.
     """
     end = end_token(tokenizer) if tokenizer.chat_template else None
-    found = [] if end is None else [int(tokenizer.convert_tokens_to_ids(end))]
+    found = [] if end is None else [cast(int, tokenizer.convert_tokens_to_ids(end))]
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in found:
         found.append(int(tokenizer.eos_token_id))
     if not found:

@@ -89,7 +89,7 @@ def keeps_keys_alone(cache: Any) -> bool:
     )
 
 
-def _inner(model: torch.nn.Module) -> Any:
+def _inner(model: Any) -> Any:
     """The model inside PEFT's wrapper, or the model."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

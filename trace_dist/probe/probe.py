@@ -23,7 +23,7 @@ from trace_dist.probe.importance import unit_importance
 from trace_dist.probe.specificity import cosine_matrix, specificity, tensor_specificity
 from trace_dist.probe.warm_start import Trace, warm_start
 from trace_dist.train.bases import prepare_base
-from trace_dist.train.setup import Workbench
+from trace_dist.train.workbench import Workbench
 from trace_dist.utils.files import write_json
 from trace_dist.utils.log import get_logger
 

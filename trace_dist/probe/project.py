@@ -20,7 +20,7 @@ from trace_dist.projection.budget import project_budgets, scale_budgets
 from trace_dist.projection.placement import magnitude_scores, seeded_scores
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.bases import load_target, prepare_base
-from trace_dist.train.setup import Stream, Workbench
+from trace_dist.train.workbench import Stream, Workbench
 from trace_dist.utils import dist
 from trace_dist.utils.log import get_logger
 
