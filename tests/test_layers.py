@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ KERNELS = ROOT / "kernels" / "trace_kernels"
 RANKS: dict[str, tuple[int, int]] = {
     "utils": (0, 0),
     "run_folder": (1, 0),
+    "parts": (1, 0),
     "config": (1, 1),
     "models": (2, 0),
     "data": (2, 1),
@@ -26,6 +28,7 @@ RANKS: dict[str, tuple[int, int]] = {
     "projection": (3, 1),
     "optim": (4, 0),
     "bank": (4, 0),
+    "checkpoint": (4, 1),
     "train": (5, 0),
     "profiling": (5, 1),
     "probe": (6, 0),
@@ -39,6 +42,10 @@ ENTRY_POINTS = {"__init__", "__main__"}
 DEEPSPEED_HOMES = {"sharding/zero3.py", "models/loading.py", "benchmarks/peers.py"}
 
 
+CIRCLE_FREE = set(RANKS) - {"cli"}
+"""Rooms in which no files import each other in a circle."""
+
+
 def is_type_checking(node: ast.stmt) -> bool:
     """Whether a statement is ``if TYPE_CHECKING:``."""
     if not isinstance(node, ast.If):
@@ -46,6 +53,12 @@ def is_type_checking(node: ast.stmt) -> bool:
     test = node.test
     name = test.attr if isinstance(test, ast.Attribute) else getattr(test, "id", None)
     return name == "TYPE_CHECKING"
+
+
+def source_of(node: ast.ImportFrom, package: str) -> str:
+    """The module that ``from ... import`` names, in full."""
+    up = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+    return ".".join([*up, *([node.module] if node.module else [])])
 
 
 def imports(tree: ast.AST, package: str = "", lazy: bool = False) -> Iterator[tuple[str, int, bool]]:
@@ -57,8 +70,7 @@ def imports(tree: ast.AST, package: str = "", lazy: bool = False) -> Iterator[tu
         elif isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno, lazy) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            up = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            base = ".".join([*up, *([node.module] if node.module else [])])
+            base = source_of(node, package)
             yield base, node.lineno, lazy
             # `from trace_dist import cli` names a module too.
             yield from ((f"{base}.{alias.name}", node.lineno, lazy) for alias in node.names)
@@ -70,6 +82,33 @@ def imports(tree: ast.AST, package: str = "", lazy: bool = False) -> Iterator[tu
 def imports_of(path: Path) -> list[tuple[str, int, bool]]:
     package = ".".join(path.relative_to(ROOT).parent.parts)
     return list(imports(ast.parse(path.read_text(encoding="utf-8")), package))
+
+
+def module_of(path: Path) -> str:
+    """``trace_dist/masks/__init__.py`` -> ``trace_dist.masks``."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_files(tree: ast.AST, package: str, files: Collection[str]) -> set[str]:
+    """Which of ``files`` are imported, anywhere and for types alone too; of ``from a import b`` the file a.b, if there is one."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = source_of(node, package)
+            names = (f"{base}.{alias.name}" for alias in node.names)
+            found.update(name if name in files else base for name in names)
+    return found.intersection(files)
+
+
+def circle(edges: Mapping[str, set[str]]) -> list[str]:
+    """Files that import each other in a circle, the first of them again at the end; none when there is no circle."""
+    try:
+        TopologicalSorter(edges).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def part_of(module: str) -> str:
@@ -102,6 +141,36 @@ def test_every_part_has_a_layer() -> None:
 
 def test_imports_go_down() -> None:
     assert [line for path in sources() for line in upward(path)] == []
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    files = {module_of(path): path for path in sources() if part_of(module_of(path)) in CIRCLE_FREE}
+    edges = {
+        module: imported_files(
+            ast.parse(path.read_text(encoding="utf-8")), ".".join(path.relative_to(ROOT).parent.parts), files
+        )
+        for module, path in files.items()
+    }
+    assert circle(edges) == []
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "from trace_dist.room.a import A",
+        "from trace_dist.room import a",
+        "from . import a",
+        "def f():\n    import trace_dist.room.a",
+        "if TYPE_CHECKING:\n    from trace_dist.room.a import A",
+    ],
+)
+def test_a_circle_is_found_however_it_is_imported(back: str) -> None:
+    sources = {"trace_dist.room.a": "from trace_dist.room.b import B", "trace_dist.room.b": back}
+    edges = {
+        name: imported_files(ast.parse(source), "trace_dist.room", sources)
+        for name, source in sources.items()
+    }
+    assert set(circle(edges)) == set(sources)
 
 
 def test_nothing_imports_the_entry_points() -> None:

@@ -40,7 +40,7 @@ def shrink(config: dict) -> dict:
     config["probe"] = {"steps": 2, "batch_size": 8, "fisher_batches": 1}
     config["projection"] = {"narrow_steps": 2}
     config["bank"] = {"layer": 0, "num_prompts": 20, "clusters": 1}
-    config["continual"] = {"modes": ["retrieved"]}
+    config["continual"] = {"methods": ["retrieved"]}
     return config
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trace_dist.bank.bank import DeltaBank
     from trace_dist.bank.delta import Delta
-    from trace_dist.masks.format import Mask
+    from trace_dist.masks.mask import Mask
     from trace_dist.models.nf4 import quantize_nf4
     from trace_dist.optim.masked_adamw import MaskedAdamW
     from trace_dist.sharding.build import load_sharded, shard
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Delta": "bank.delta",
     "DeltaBank": "bank.bank",
-    "Mask": "masks.format",
+    "Mask": "masks.mask",
     "MaskedAdamW": "optim.masked_adamw",
     "load_sharded": "sharding.build",
     "quantize_nf4": "models.nf4",

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal
 
+from trace_dist.utils.names import check_task_name
+
 Granularity = Literal["element", "block", "row", "column", "head", "tensor"]
 Placement = Literal["magnitude", "random", "refine", "narrow"]
 Score = Literal["l2", "fisher", "l2_fisher"]
@@ -18,7 +20,6 @@ Backend = Literal["single", "zero3", "fsdp2"]
 Dtype = Literal["float32", "bfloat16"]
 Quantize = Literal["none", "nf4"]
 StateDtype = Literal["float32", "bfloat16", "8bit"]
-Mode = Literal["retrieved", "merged", "random", "full", "lora"]
 
 
 def _check(ok: bool, name: str, value: object, rule: str, cure: str) -> None:
@@ -154,8 +155,7 @@ class TaskConfig:
         _check((self.path is None) != (self.reasoning_gym is None), f"tasks.{self.name}",
                {"path": self.path, "reasoning_gym": self.reasoning_gym},
                "exactly one of path and reasoning_gym must be set", "give the task one source")  # fmt: skip
-        _check(bool(self.name) and "/" not in self.name, "tasks.name", self.name,
-               "must be a non-empty name without '/'", "rename the task")  # fmt: skip
+        check_task_name(self.name)
         if self.reasoning_gym is not None:
             _check("dataset" in self.reasoning_gym, f"tasks.{self.name}.reasoning_gym", self.reasoning_gym,
                    "needs the key 'dataset'", "name the reasoning-gym dataset")  # fmt: skip
@@ -275,61 +275,46 @@ class TrainConfig:
     """Where moments and master live: none is beside the weights, cpu is host memory, where the update then runs."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass."""
-    checkpoint_every: int = 0
-    """Steps between checkpoints; 0 keeps none."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; null: by time, 0 keeps none."""
+    checkpoint_minutes: float = 3.0
+    """Minutes of work between checkpoints by time; more where writing one would take over 5 % of them."""
     log_every: int = 10
     """Steps between log lines and TensorBoard points."""
 
     def __post_init__(self) -> None:
         _at_least(1, self, "train", "steps", "batch_size", "micro_batch_size", "log_every")
         _at_least(0, self, "train", "warmup_steps", "checkpoint_every")
-        _positive(self, "train", "eps", "max_grad_norm")
+        _positive(self, "train", "eps", "max_grad_norm", "checkpoint_minutes")
         _check(all(0 <= beta < 1 for beta in self.betas), "train.betas", self.betas, "both must lie in [0, 1)",
                "use for example [0.9, 0.98]")  # fmt: skip
         _check(0 <= self.min_lr_ratio <= 1, "train.min_lr_ratio", self.min_lr_ratio, "must lie in [0, 1]",
                "use for example 0.1")  # fmt: skip
-        _check(self.lr > 0, "train.lr", self.lr, "must be positive", "use for example 1e-3")
+        _check(0 < self.lr < float("inf"), "train.lr", self.lr, "must be positive", "use for example 1e-3")
         _check(
-            self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "must not be negative", "use 0"
+            0 <= self.weight_decay < float("inf"),
+            "train.weight_decay",
+            self.weight_decay,
+            "must not be negative",
+            "use 0",
         )
 
 
 @dataclass(frozen=True)
 class ContinualConfig:
-    """The sequence of tasks."""
+    """How the stream of tasks is learned."""
 
-    modes: list[Mode] = field(default_factory=lambda: ["retrieved", "merged", "random", "full", "lora"])
-    """retrieved (a delta per task), merged (one set of weights), random (retrieved with random masks), and the
-    baselines full (sequential full fine-tuning) and lora (sequential PEFT LoRA)."""
-    replay: float = 0.1
-    """Share of each batch drawn from earlier tasks and the general tasks in mode merged."""
-    replay_memory: float = 0.01
-    """Share of the training examples of each of those tasks that is kept for replay."""
-    full_lr: float = 1e-3
-    """Peak learning rate of sequential full fine-tuning."""
-    lora_lr: float = 3e-3
-    """Peak learning rate of LoRA."""
-    lora_rank: int | None = None
-    """Rank of LoRA; chosen to match the masked run's trainable entries when not set."""
+    methods: list[str] = field(default_factory=lambda: ["retrieved", "merged", "random", "full", "lora"])
+    """retrieved (a delta per task), merged (one set of weights), random (retrieved with random masks), and for comparison
+    full (full fine-tuning, task after task) and lora (PEFT LoRA, task after task); or the path of a module of your own."""
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Options by method, such as `merged: {replay: 0.1}`; the methods' files explain them."""
 
     def __post_init__(self) -> None:
-        _check(
-            0 <= self.replay < 1,
-            "continual.replay",
-            self.replay,
-            "must lie in [0, 1)",
-            "use for example 0.01",
-        )
-        _check(
-            0 < self.replay_memory <= 1,
-            "continual.replay_memory",
-            self.replay_memory,
-            "must lie in (0, 1]",
-            "use 0.01",
-        )
-        _at_least(1, self, "continual", "lora_rank")
-        _positive(self, "continual", "full_lr", "lora_lr")
-        _check(len(self.modes) >= 1, "continual.modes", self.modes, "must name at least one mode", "add one")
+        twice = sorted({name for name in self.methods if self.methods.count(name) > 1})
+        _check(not twice, "continual.methods", twice, "a method is named twice", "name it once")
+        _check(len(self.methods) >= 1, "continual.methods", self.methods, "must name at least one method",
+               "add one")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -370,17 +355,13 @@ class LaunchConfig:
     """Ranks on this machine."""
     parallel_stages: int = 1
     """Independent single-process stages that may run at the same time."""
-    launched_modes: list[Mode] = field(default_factory=lambda: ["retrieved", "merged", "random"])
-    """Masked modes that run on all ranks; the others run in one process each, beside the baselines."""
+    single_process: list[str] = field(default_factory=list)
+    """Methods that could use all ranks and yet run in one process each, beside those that always do."""
 
     def __post_init__(self) -> None:
         _at_least(1, self, "launch", "num_ranks", "parallel_stages")
         _check(self.launcher != "none" or self.num_ranks == 1, "launch.num_ranks", self.num_ranks,
                "needs a launcher", "set launch.launcher to deepspeed, torchrun or accelerate")  # fmt: skip
-        dense = [mode for mode in self.launched_modes if mode in ("full", "lora")]
-        _check(
-            not dense, "launch.launched_modes", dense, "full and lora run in one process", "leave them out"
-        )
 
 
 @dataclass(frozen=True)
@@ -412,7 +393,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     """Masked training."""
     continual: ContinualConfig = field(default_factory=ContinualConfig)
-    """The sequence of tasks and the baselines."""
+    """How the stream of tasks is learned."""
     bank: BankConfig = field(default_factory=BankConfig)
     """Deltas and retrieval."""
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -453,10 +434,6 @@ class RunConfig:
                "install it (pip install 'trace-dist[nf4]') or set none")  # fmt: skip
         _check(self.proxy is not None, name, value, "probing trains every weight, which 4-bit weights cannot",
                "name a proxy")  # fmt: skip
-        dense = [mode for mode in self.continual.modes if mode in ("full", "lora")]
-        _check(
-            not dense, "continual.modes", dense, f"train dense weights, but {name} is {value}", "remove them"
-        )
 
     @property
     def probed(self) -> ModelConfig:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trace_dist.cli.commands import _start
+from trace_dist.cli.start import start
 from trace_dist.config import ContinualConfig, LaunchConfig, ModelConfig, RunConfig, TaskConfig
 
 
@@ -23,24 +23,24 @@ def stored(cfg: RunConfig) -> dict:
 
 
 def test_the_configuration_is_kept_beside_the_results(cfg: RunConfig) -> None:
-    _start(cfg)
+    start(cfg, "base")
     assert stored(cfg)["target"]["path"] == "m"
     before = (Path(cfg.run_dir) / "config.yaml").stat().st_mtime_ns
-    _start(cfg)
+    start(cfg, "base")
     assert (Path(cfg.run_dir) / "config.yaml").stat().st_mtime_ns == before
 
 
 def test_other_values_are_refused_once_there_is_a_result(cfg: RunConfig) -> None:
-    _start(cfg)
-    _start(replace(cfg, seed=1))  # nothing was made yet: a mistake may be mended
+    start(cfg, "base")
+    start(replace(cfg, seed=1), "base")  # nothing was made yet: a mistake may be mended
     assert stored(cfg)["seed"] == 1
     (Path(cfg.run_dir) / "models" / "target").mkdir(parents=True)
-    _start(cfg)
+    start(cfg, "base")
     (Path(cfg.run_dir) / "models" / "target" / "config.json").write_text("{}")
     with pytest.raises(
         ValueError, match=r"run_dir='.*/run': .* other values of data\.max_length, seed; choose"
     ):
-        _start(replace(cfg, seed=1, data=replace(cfg.data, max_length=9)))
+        start(replace(cfg, seed=1, data=replace(cfg.data, max_length=9)), "base")
     assert stored(cfg)["seed"] == 0
 
 
@@ -48,26 +48,26 @@ def test_how_a_run_is_carried_out_may_differ(cfg: RunConfig) -> None:
     """A stage leaves the file alone; `run` writes its own values, since its stages read them there."""
     (Path(cfg.run_dir)).mkdir()
     (Path(cfg.run_dir) / "metrics.jsonl").write_text("")
-    _start(cfg)
+    start(cfg, "base")
     launched = replace(
         cfg,
         backend="zero3",
         launch=LaunchConfig("deepspeed", 2),
-        continual=ContinualConfig(modes=["full"]),
+        continual=ContinualConfig(methods=["full"]),
     )
-    _start(launched)
+    start(launched, "base")
     assert stored(cfg)["backend"] == "single"
-    _start(launched, whole_run=True)
+    start(launched, "run")
     assert stored(cfg)["backend"] == "zero3"
     assert stored(cfg)["launch"]["num_ranks"] == 2
-    _start(cfg)
+    start(cfg, "base")
     assert stored(cfg)["backend"] == "zero3"
 
 
 def test_a_damaged_configuration_is_one_line(cfg: RunConfig) -> None:
-    _start(cfg)
+    start(cfg, "base")
     (Path(cfg.run_dir) / "config.yaml").write_text("{{{")
     with pytest.raises(
         ValueError, match=r"config\.yaml: cannot be read .*; restore it or delete the run folder"
     ):
-        _start(cfg)
+        start(cfg, "base")

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from engine.cases import CASES, batches
+from engine.comms import CountedComm
 from torch import Tensor
 
 from trace_dist import Mask
-from trace_dist.sharding.compaction import Support, build_supports
+from trace_dist.sharding.comm import Comm
 from trace_dist.sharding.reduction import CompactReducer
+from trace_dist.sharding.support import Support, build_supports
 from trace_dist.sharding.zero3 import Zero3Model
 from trace_dist.utils import dist
 
@@ -39,7 +41,7 @@ def reduction(out: Path) -> dict[str, Any]:
     }
     found: dict[str, Any] = {}
     for bucket_bytes in (64, 2000, 2**25):
-        reducer = CompactReducer(supports, lambda s, values: s.grad.add_(values), bucket_bytes)
+        reducer = CompactReducer(supports, lambda s, values: s.grad.add_(values), Comm(), bucket_bytes)
         for name, order in orders.items():
             for support in supports:
                 support.grad.zero_()
@@ -61,7 +63,7 @@ def reduction(out: Path) -> dict[str, Any]:
 
 def exchanges_under_way(supports: list[Support]) -> list[bool]:
     """Whether each of two gradients, in buckets of their own, has been added up after the first, the second, and the end."""
-    reducer = CompactReducer(supports, lambda s, values: s.grad.add_(values), bucket_bytes=1)
+    reducer = CompactReducer(supports, lambda s, values: s.grad.add_(values), Comm(), bucket_bytes=1)
     for support in supports:
         support.grad.zero_()
     arrived, last_two = [], supports[:-3:-1]
@@ -76,8 +78,7 @@ def bytes_of_one_backward(density: float) -> int:
     """What this rank sends for the gradients of the linear layers."""
     case = CASES["element"]
     model = Zero3Model(case.model(), 0)
+    model.comm = comm = CountedComm()
     model.attach(Mask.random(model, density, "element", seed=1))
-    assert model._compactor is not None
-    reducer = model._compactor._reducer
     model.backward(model(input_ids=batches(case)[0][0]).logits.square().mean())
-    return reducer.bytes_sent
+    return comm.bytes_sent

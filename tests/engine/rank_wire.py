@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as td
 from engine.cases import CASES, batches
+from engine.comms import CountedComm
 from engine.training import make_optimizer, refused, train_step
 
 from trace_dist.profiling.wire import WireCounter
@@ -18,7 +19,7 @@ LENGTH = 12
 
 
 def wire(out: Path) -> dict[str, Any]:
-    """Bytes by collective; those of one masked step beside what the reducer says it sent; one that is not known."""
+    """Bytes by collective; those of one masked step beside what the engine hands over; one that is not known."""
     world, rank = dist.world_size(), dist.rank()
     mine, all_of_it = torch.zeros(LENGTH), torch.zeros(world * LENGTH)
     calls = {
@@ -61,11 +62,11 @@ def _uneven(world: int, rank: int) -> tuple[torch.Tensor, list[int], list[int]]:
 def _step() -> list[float]:
     case = CASES["element"]
     model = Zero3Model(case.model(), 0)
+    model.comm = comm = CountedComm()
     optimizer = make_optimizer(case, model)
     batch = batches(case)[0]
     train_step(case, model, optimizer, batch)
-    assert model._compactor is not None
-    before = model._compactor._reducer.bytes_sent
+    before = comm.bytes_sent
     with WireCounter() as counter:
         train_step(case, model, optimizer, batch)
-    return [counter.sent["alltoall_base_"], model._compactor._reducer.bytes_sent - before]
+    return [counter.sent["alltoall_base_"], comm.bytes_sent - before]

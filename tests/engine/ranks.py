@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from engine.cases import CASES, Case, batches
+from engine.comms import CountedComm
 from engine.rank_depth import depth
 from engine.rank_files import cut_and_continue, damaged, deltas, exporting, hand_over, loading, take_over
 from engine.rank_gathering import gathering
@@ -31,8 +32,8 @@ from torch import Tensor
 
 from trace_dist import Delta, Mask, MaskedAdamW
 from trace_dist.bank.delta import applied, extract_delta
-from trace_dist.sharding.compaction import build_supports
 from trace_dist.sharding.fsdp2 import Fsdp2Model
+from trace_dist.sharding.support import build_supports
 from trace_dist.sharding.zero3 import Zero3Model
 from trace_dist.utils import dist
 
@@ -77,7 +78,7 @@ def fsdp2(out: Path) -> Found:
         case.model().save_pretrained(out / "fsdp2-base")
     dist.barrier()
     model = Fsdp2Model.from_pretrained(str(out / "fsdp2-base"), torch.float32)
-    share = sum(len(shard.local) for shard in model.shards())
+    share = sum(len(model.local(name)) for name in model.names())
     found["loaded"] = {"losses": train(case, model).losses, "share": share}
     return found
 
@@ -85,11 +86,10 @@ def fsdp2(out: Path) -> Found:
 def hooks_alone() -> dict[str, Any]:
     """A mask of norms, whose gradients FSDP2 reduces itself: what our exchange sends, and whether all entries have a gradient."""
     model = Fsdp2Model(CASES["element"].model())
+    model.comm = comm = CountedComm()
     optimizer = MaskedAdamW(model, Mask.random(model, 1.0, "element", maskable="norm"))
     model.backward(model(input_ids=batches(CASES["element"])[0][0]).logits.square().mean())
-    assert model._compactor is not None
-    sent = model._compactor._reducer.bytes_sent
-    return {"sent": sent, "trained": all(bool(s.grad.all()) for s in optimizer.supports)}
+    return {"sent": comm.bytes_sent, "trained": all(bool(s.grad.all()) for s in optimizer.supports)}
 
 
 class WithoutRelease(Zero3Model):

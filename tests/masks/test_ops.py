@@ -11,17 +11,8 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from trace_dist.masks import Mask, UnitLayout
-from trace_dist.masks.ops import (
-    combine,
-    global_budgets,
-    layouts_for,
-    mask_from_scores,
-    overlap,
-    place,
-    random_mask,
-    random_scores,
-    top_units,
-)
+from trace_dist.masks.ops import combine, layouts_for, mask_from_scores, overlap, place, random_mask
+from trace_dist.masks.select import global_budgets, random_scores, top_units
 
 GRANULARITIES = ("element", "block", "row", "column", "head", "tensor")
 SHAPES = {"a": (6, 8), "b": (5, 10), "c": (7,)}

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from trace_dist.masks import Mask, UnitLayout
-from trace_dist.masks.storage import layouts_header, load_saliency, save_saliency
+from trace_dist.masks.header import layouts_header
+from trace_dist.masks.storage import load_saliency, save_saliency
 
 
 @pytest.fixture

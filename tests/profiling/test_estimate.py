@@ -16,8 +16,8 @@ from trace_dist import Mask, MaskedAdamW, quantize_nf4, shard
 from trace_dist.profiling.activations import trace_step
 from trace_dist.profiling.estimate import Estimator, estimate
 from trace_dist.profiling.exchange import Exchange
-from trace_dist.profiling.memory import tensor_bytes
-from trace_dist.profiling.setup import MemorySetup
+from trace_dist.profiling.memory_setup import MemorySetup
+from trace_dist.profiling.states import tensor_bytes
 from trace_dist.sharding.reduction import BUCKET_BYTES
 from trace_dist.train.loss import forward_nll_sum
 

@@ -8,8 +8,8 @@ import pytest
 from transformers import LlamaConfig
 
 from trace_dist.profiling.estimate import estimate
+from trace_dist.profiling.memory_setup import MemorySetup
 from trace_dist.profiling.plan import GIB, plan
-from trace_dist.profiling.setup import MemorySetup
 
 
 @pytest.fixture(scope="module")

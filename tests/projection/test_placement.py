@@ -13,8 +13,8 @@ from probe.setting import make_model
 from trace_dist.masks import UnitLayout
 from trace_dist.masks.ops import layouts_for, place
 from trace_dist.projection.placement import magnitude_scores, reduce_units, seeded_scores
-from trace_dist.sharding.base import PartitionView
 from trace_dist.sharding.single import SingleModel
+from trace_dist.sharding.views import PartitionView
 
 
 class Slice(SingleModel):

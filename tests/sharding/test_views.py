@@ -13,7 +13,7 @@ from trace_kernels.compact import compact_gather
 from trace_kernels.runs import Runs
 
 from trace_dist.masks.units import UnitLayout, unit_layout
-from trace_dist.sharding.base import PartitionView, chunk_views, flat_views
+from trace_dist.sharding.views import PartitionView, chunk_views, flat_views
 
 shapes = st.lists(st.integers(1, 11), min_size=1, max_size=3).map(tuple)
 worlds = st.integers(1, 9)

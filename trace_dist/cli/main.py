@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     _quiet()
     from trace_dist.cli import commands
-    from trace_dist.utils import dist
+    from trace_dist.utils import dist, locks
     from trace_dist.utils.log import get_logger, setup_logging
 
     setup_logging()
@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         get_logger(__name__).error(error)
         return 2
     finally:
+        locks.release()
         dist.close()
     return 0
 

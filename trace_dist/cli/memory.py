@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trace_dist.cli.parser import MEMORY_ARGUMENTS
-from trace_dist.profiling.setup import MemorySetup
+from trace_dist.profiling.memory_setup import MemorySetup
 from trace_dist.utils import dist
 from trace_dist.utils.files import write_json
 

@@ -9,7 +9,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from trace_dist.cli.errors import report_error
 from trace_dist.config import RunConfig
-from trace_dist.profiling.setup import MemorySetup
+from trace_dist.profiling.memory_setup import MemorySetup
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -67,20 +67,49 @@ def _fill_mask(parser: Parser) -> None:
     sub.add_subcommand("combine", combine, help="set operations")
 
 
+BANK_ACTIONS: dict[str, tuple[str, dict[str, tuple[str, dict[str, Any]]]]] = {
+    "show": ("list what a bank holds: tasks, delta sizes, clusters", {}),
+    "verify": ("read every file of a bank and say what is not as it was written", {}),
+    "add": (
+        "add a task that lies in a folder, as tasks/<name> of another bank",
+        {"source": ("folder with delta.safetensors and signature.safetensors", {})},
+    ),
+    "remove": ("take a task out of a bank and delete its files", {"task": ("name of the task", {})}),
+    "rename": (
+        "give a task another name",
+        {"task": ("name of the task", {}), "name": ("its new name", {})},
+    ),
+    "merge": (
+        "make a new bank of two banks of one base model",
+        {
+            "other": ("folder of the other bank", {}),
+            "--out": ("folder of the new bank", {"required": True}),
+        },
+    ),
+    "export": (
+        "write base + delta for another tool, as an ordinary Hugging Face checkpoint for example",
+        {
+            "--base": ("the base model: folder or hub id", {"required": True}),
+            "--task": (
+                "task whose delta is applied; the changes of several add up",
+                {"required": True, "nargs": "+"},
+            ),
+            "--out": ("folder to write", {"required": True}),
+            "--dtype": ("of the weights", {"default": "float32", "choices": ["float32", "bfloat16"]}),
+            "--exporter": ("hf, or the path of a module of your own", {"default": "hf"}),
+        },
+    ),
+}
+
+
 def _fill_bank(parser: Parser) -> None:
     sub: Any = parser.add_subcommands(dest="action")
-    show = Parser(description="tasks, delta sizes and clusters of a bank")
-    show.add_argument("folder", type=str, help="folder of the bank")
-    sub.add_subcommand("show", show, help="what a bank holds")
-    export = Parser(description="write base + delta as an ordinary Hugging Face checkpoint")
-    export.add_argument("folder", type=str, help="folder of the bank")
-    export.add_argument("--base", type=str, required=True, help="the base model: folder or hub id")
-    export.add_argument("--task", type=str, required=True, help="task whose delta is applied")
-    export.add_argument("--out", type=str, required=True, help="folder to write")
-    export.add_argument(
-        "--dtype", type=str, default="float32", choices=["float32", "bfloat16"], help="of the weights"
-    )
-    sub.add_subcommand("export", export, help="merge a delta into its base")
+    for name, (description, arguments) in BANK_ACTIONS.items():
+        child = Parser(description=description)
+        child.add_argument("folder", type=str, help="folder of the bank")
+        for argument, (text, options) in arguments.items():
+            child.add_argument(argument, type=str, help=text, **options)
+        sub.add_subcommand(name, child, help=description)
 
 
 @dataclass(frozen=True)
@@ -179,7 +208,7 @@ def _fill_bench(parser: Parser) -> None:
 
 FILE_COMMANDS = {
     "mask": ("look at mask files and combine them", _fill_mask),
-    "bank": ("look into a delta bank and export from it", _fill_bank),
+    "bank": ("look into a delta bank, keep it in order, and export from it", _fill_bank),
     "memory": ("predict, measure and plan the memory of training", _fill_memory),
     "bench": ("measure kernels, optimizer, training step and memory beside their peers", _fill_bench),
 }

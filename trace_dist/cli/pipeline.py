@@ -24,10 +24,11 @@ import torch
 from trace_dist.cli.errors import StageFailed
 from trace_dist.cli.lifetime import RUN_PID
 from trace_dist.config import LaunchConfig, RunConfig
+from trace_dist.continual.driver import check_methods
 from trace_dist.continual.memory import memory_path
-from trace_dist.continual.sequence import mode_path
 from trace_dist.probe.probe import probe_folder
 from trace_dist.probe.project import mask_path
+from trace_dist.run_folder import RunFolder
 from trace_dist.utils.files import read_json, write_json
 from trace_dist.utils.log import get_logger
 
@@ -62,15 +63,19 @@ def plan(cfg: RunConfig) -> list[list[Stage]]:
     target = Stage("base target", ["base", "--which", "target", *one], [_made(cfg.target.path)])
     probe = Stage("probe", ["probe", *one], [probe_folder(cfg) / "specificity.json"])
     masks = [mask_path(cfg, name, kind) for name in names for kind in ("projected", "random")]
-    launched = [mode for mode in cfg.continual.modes if mode in cfg.launch.launched_modes]
-    alone = [_modes(cfg, [mode], one) for mode in cfg.continual.modes if mode not in launched]
+    launched = [
+        entry.name
+        for entry in check_methods(cfg)
+        if entry.kind.on_ranks and entry.name not in cfg.launch.single_process
+    ]
+    alone = [_methods(cfg, [name], one) for name in cfg.continual.methods if name not in launched]
     memory = (
         [Stage("memory", ["memory", "measure"], [memory_path(cfg)], launched=True)]
         if cfg.backend == "zero3"
         else []
     )
     project = Stage("project", ["project"], masks, launched=True)
-    masked = _modes(cfg, launched, [], masks) if launched else project  # modes on all ranks project first
+    masked = _methods(cfg, launched, [], masks) if launched else project  # methods on all ranks project first
     make = [target, probe] if cfg.proxy is not None and cfg.proxy.prune is None else [target]
     return [make, [probe], [masked], [*memory, *alone]]
 
@@ -79,11 +84,13 @@ def _made(path: str) -> Path:
     return Path(path) / "config.json"
 
 
-def _modes(cfg: RunConfig, modes: Sequence[str], options: list[str], masks: Sequence[Path] = ()) -> Stage:
-    """Some modes of the sequence; with ``masks`` on all ranks, which project them where they are missing."""
-    arguments = ["continual", "--continual.modes", "[" + ",".join(modes) + "]", *options]
-    name = " ".join(["project", *modes] if masks else modes)
-    return Stage(name, arguments, [*masks, *(mode_path(cfg, mode) for mode in modes)], bool(masks))
+def _methods(cfg: RunConfig, methods: Sequence[str], options: list[str], masks: Sequence[Path] = ()) -> Stage:
+    """Some methods; with ``masks`` on all ranks, which project them where they are missing."""
+    arguments = ["continual", "--continual.methods", "[" + ",".join(methods) + "]", *options]
+    name = " ".join(["project", *methods] if masks else methods)
+    return Stage(
+        name, arguments, [*masks, *(RunFolder.of(cfg.run_dir).method(name) for name in methods)], bool(masks)
+    )
 
 
 def run_pipeline(cfg: RunConfig) -> None:

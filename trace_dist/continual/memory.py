@@ -18,7 +18,7 @@ from trace_dist.data.batches import Step
 from trace_dist.masks.format import Mask
 from trace_dist.models.nf4 import BYTES_PER_ELEMENT, NF4Linear, named_weights
 from trace_dist.probe.project import mask_path
-from trace_dist.profiling.memory import bytes_per_param
+from trace_dist.profiling.states import bytes_per_param
 from trace_dist.sharding.zero3 import FullAdamW, Zero3Model
 from trace_dist.train.bases import prepare_base
 from trace_dist.train.learner import MaskedLearner
@@ -94,7 +94,7 @@ def _masked(path: str, cfg: RunConfig, mask: Mask, step: Step) -> tuple[dict[str
 
 
 def _full(path: str, cfg: RunConfig, step: Step, num_parameters: int) -> dict[str, float]:
-    trainer = FullAdamW(path, torch.bfloat16, lr=cfg.continual.full_lr)
+    trainer = FullAdamW(path, torch.bfloat16, lr=cfg.train.lr)
     for _ in range(2):
         accumulate(step, trainer.module, trainer.backward, dist.local_device())
         trainer.step()

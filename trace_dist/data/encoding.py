@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache as once
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -141,10 +142,15 @@ def encode(
         )
     num_cut = sum(n > 0 for n in encoded["num_cut"])
     if num_cut:
-        logger.warning(
-            "cut %d of %d prompts to data.max_length=%d tokens", num_cut, len(encoded), cfg.max_length
-        )
+        _say_cut(cache.stem, num_cut, len(encoded), cfg.max_length)
     return encoded.remove_columns("num_cut")
+
+
+@once
+def _say_cut(data: str, num_cut: int, num: int, max_length: int) -> None:
+    """Said once for the same data (``data`` is their digest), which a stage may encode for several models."""
+    del data
+    logger.warning("cut %d of %d prompts to data.max_length=%d tokens", num_cut, num, max_length)
 
 
 def check_context(tokens_needed: int, model_config: PreTrainedConfig) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, prod
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -68,6 +69,23 @@ class UnitLayout:
         return self.stride == 1 and self.unit < self.cols and self.cols % self.unit != 0
 
     @property
+    def scattered(self) -> bool:
+        """Whether units are not equal, contiguous runs."""
+        return self.ragged or self.stride > 1
+
+    @property
+    def lines(self) -> Literal["rows", "columns"] | None:
+        """What of a matrix the units are made of, where each is some whole rows or columns of it and none is all of it.
+
+        Of a gradient only those lines need be formed. None for units inside rows and for parameters that are not matrices.
+        """
+        if len(self.shape) != 2:
+            return None
+        if self.stride > 1:
+            return "columns"
+        return None if self.unit % self.cols or self.unit == self.numel else "rows"
+
+    @property
     def units_per_row(self) -> int:
         """Units in one row; meaningful for ``unit <= cols``."""
         return ceil(self.cols / self.unit)
@@ -80,6 +98,11 @@ class UnitLayout:
     def index_dtype(self) -> torch.dtype:
         """int32 where every unit index fits, else int64."""
         return torch.int32 if self.num_units < 2**31 else torch.int64
+
+    @property
+    def element_dtype(self) -> torch.dtype:
+        """int32 where every flat element index fits, else int64."""
+        return torch.int32 if self.numel < 2**31 else torch.int64
 
     def sizes(self, units: Tensor) -> Tensor:
         """Elements in each of the given units: [n] int64."""
@@ -110,10 +133,9 @@ class UnitLayout:
         A ragged layout and columns fall back to single elements, so that whoever reads the runs never meets a short or a
         scattered one.
         """
-        if not self.ragged and self.stride == 1:
+        if not self.scattered:
             return units, self.unit
-        dtype = torch.int32 if self.numel < 2**31 else torch.int64
-        return self.elements(units).to(dtype), 1
+        return self.elements(units).to(self.element_dtype), 1
 
     def unit_of(self, elements: Tensor) -> Tensor:
         """Unit index of each flat element index: int64."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from trace_kernels.compact import compact_gather, compact_scatter
 from trace_kernels.runs import Runs
 
-from trace_dist.sharding.compaction import Support
+from trace_dist.sharding.support import Support
 
 
 @dataclass(eq=False)

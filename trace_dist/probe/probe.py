@@ -51,8 +51,9 @@ def run_probe(cfg: RunConfig) -> None:
     traces = {}
     for stream in bench.tasks:
         batches = bench.batches([stream], cfg.probe.batch_size)
-        traces[stream.task.name] = warm_start(
-            module, list(layouts), batches, cfg.probe, cfg.train, cfg.probed.dtype
+        task = stream.task.name
+        traces[task] = warm_start(
+            module, list(layouts), batches, cfg.probe, cfg.train, cfg.probed.dtype, f"probe {task}"
         )
     names = list(layouts)
     weights = tensor_specificity([trace.update for trace in traces.values()], names)

@@ -40,12 +40,6 @@ def run_project(cfg: RunConfig) -> None:
     project_masks(model, cfg, Workbench.load(cfg, path), fingerprint(path))
 
 
-def masks_missing(cfg: RunConfig) -> bool:
-    """Whether a task has no mask of the target yet. Collective: every rank answers as rank 0 does."""
-    paths = [mask_path(cfg, task.name, kind) for task in cfg.tasks for kind in ("projected", "random")]
-    return dist.broadcast_object(not all(path.is_file() for path in paths))
-
-
 def project_masks(model: ShardedModel, cfg: RunConfig, bench: Workbench, model_id: str) -> None:
     """Write every task's projected and random mask of a sharded target, which is left as it was. Collective.
 
@@ -58,20 +52,27 @@ def project_masks(model: ShardedModel, cfg: RunConfig, bench: Workbench, model_i
     Raises:
         ValueError: the proxy has not been probed.
     """
-    mask = cfg.mask
-    layouts = layouts_for(model, mask.granularity, mask.block, mask.maskable)
     if cfg.proxy is None:
         logger.info(
             "project: the target was probed itself, so its masks are kept; the section projection is not used"
         )
-    for index, stream in enumerate(bench.tasks):
-        task = stream.task.name
-        projected = project_task(model, cfg, bench, stream)
-        random = random_mask(layouts, mask.granularity, mask.density, cfg.seed + index)
-        if dist.is_main():
-            projected.with_meta(task=task, model=model_id).save(mask_path(cfg, task))
-            random.with_meta(task=task, model=model_id).save(mask_path(cfg, task, "random"))
-        logger.info("project %s: %s, density %.4f", task, projected.meta["method"], projected.density)
+    for stream in bench.tasks:
+        project_stream(model, cfg, bench, stream, model_id)
+
+
+def project_stream(
+    model: ShardedModel, cfg: RunConfig, bench: Workbench, stream: Stream, model_id: str
+) -> None:
+    """Write one task's projected and random mask; arguments and errors as ``project_masks``. Collective."""
+    mask, task = cfg.mask, stream.task.name
+    layouts = layouts_for(model, mask.granularity, mask.block, mask.maskable)
+    index = [other.task.name for other in bench.tasks].index(task)
+    projected = project_task(model, cfg, bench, stream)
+    random = random_mask(layouts, mask.granularity, mask.density, cfg.seed + index)
+    if dist.is_main():
+        projected.with_meta(task=task, model=model_id).save(mask_path(cfg, task))
+        random.with_meta(task=task, model=model_id).save(mask_path(cfg, task, "random"))
+    logger.info("project %s: %s, density %.4f", task, projected.meta["method"], projected.density)
     dist.barrier()
 
 
@@ -107,4 +108,4 @@ def _scores(
         return fisher_scores(model, layouts, batches, cfg.probe.fisher_batches)
     pool_budgets = scale_budgets(budgets, layouts, cfg.projection.pool_density)
     pool = place(layouts, mask.granularity, pool_budgets, magnitude_scores(model))
-    return narrow_scores(model, pool, batches, cfg)
+    return narrow_scores(model, pool, batches, cfg, f"narrow {stream.task.name}")

@@ -18,7 +18,7 @@ from trace_dist.masks.units import UnitLayout
 from trace_dist.probe.importance import element_energy
 from trace_dist.projection.placement import reduce_units
 from trace_dist.sharding.base import ShardedModel
-from trace_dist.sharding.compaction import Support
+from trace_dist.sharding.support import Support
 from trace_dist.train.learner import MaskedLearner
 from trace_dist.train.loop import train_steps
 from trace_dist.train.loss import accumulate
@@ -75,12 +75,15 @@ def fisher_scores(
     return scores
 
 
-def narrow_scores(model: ShardedModel, pool: Mask, batches: Batches, cfg: RunConfig) -> Scores:
+def narrow_scores(
+    model: ShardedModel, pool: Mask, batches: Batches, cfg: RunConfig, description: str = "narrow"
+) -> Scores:
     """Importance of the pool's units after some masked steps on it; the model is put back bit for bit. Collective."""
     learner = MaskedLearner(model, pool, cfg.train, lr=cfg.projection.narrow_lr)
     optimizer = learner.optimizer
     start = [optimizer.values(support).clone() for support in optimizer.supports]
-    train_steps(learner, batches, cfg.train, cfg.projection.narrow_steps, description="narrow")
+    steps, rate = cfg.projection.narrow_steps, "projection.narrow_lr"
+    train_steps(learner, batches, cfg.train, steps, description=description, rate=rate)
     fisher = _compact_fisher(learner, batches, cfg.probe.fisher_batches)
     energy = {}
     for support, before, squares in zip(optimizer.supports, start, fisher, strict=True):

@@ -2,7 +2,7 @@
 
     peak = states + max over the moments of a step of (gathered + weight gradient + reduction + activations + logits)
 
-States follow from shapes (DESIGN.md, "Memory per parameter"), activations from running the module on the meta device
+States follow from shapes (docs/how-it-works.md, "Memory"), activations from running the module on the meta device
 (``activations``), gathered parameters from how the backend fetches them (``gathering``). Two things exist at one moment of each
 masked linear layer's backward pass: the gradient of its weight (dense for scattered masks, the masked rows or columns else), and
 compact gradients that wait for their exchange with the buffers of that exchange (``sharding.reduction``). The optimizer works in
@@ -31,8 +31,8 @@ from trace_dist.models.roles import full_shape
 from trace_dist.profiling.activations import Moment, StepTrace, trace_step
 from trace_dist.profiling.exchange import Exchange
 from trace_dist.profiling.gathering import fsdp2_gathered, zero3_gathered
-from trace_dist.profiling.setup import MemorySetup
-from trace_dist.sharding.base import chunk_views
+from trace_dist.profiling.memory_setup import MemorySetup
+from trace_dist.sharding.views import chunk_views
 
 STATES = ("weights", "master", "exp_avg", "exp_avg_sq", "gradients", "indices", "staging")
 TRANSIENT = ("gathered", "weight_gradient", "reduction", "activations", "logits")
@@ -268,10 +268,8 @@ class _Step(NamedTuple):
 
 
 def _computed(layout: UnitLayout, selection: Selection) -> int:
-    """Elements of a weight's gradient that are formed: the masked rows or columns, or all (``sharding.compaction``)."""
-    whole_rows = layout.unit % layout.cols == 0 and layout.unit < layout.numel
-    partial = len(layout.shape) == 2 and (layout.stride > 1 or whole_rows)
-    return selection.entries if partial else layout.numel
+    """Elements of a weight's gradient that are formed: the masked rows or columns, or all."""
+    return layout.numel if layout.lines is None else selection.entries
 
 
 def _decoded(layout: UnitLayout, selection: Selection, world_size: int) -> int:
@@ -292,8 +290,8 @@ class _Runs(NamedTuple):
 
 def _runs(layout: UnitLayout, selection: Selection) -> _Runs:
     """Ragged layouts and columns are kept as single elements."""
-    if layout.ragged or layout.stride > 1:
-        return _Runs(selection.entries, layout.numel, 4 if layout.numel < 2**31 else 8)
+    if layout.scattered:
+        return _Runs(selection.entries, layout.numel, layout.element_dtype.itemsize)
     return _Runs(selection.units, layout.num_units, layout.index_dtype.itemsize)
 
 

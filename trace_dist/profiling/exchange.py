@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trace_dist.sharding.reduction import BUCKET_BYTES
+from trace_dist.sharding.reduction import cut_buckets
 
 
 class Exchange:
@@ -25,14 +25,10 @@ class Exchange:
         self.held = 0
         """Bytes of compact gradients that wait, and of the buffers of the exchange under way."""
         self._under_way = 0
-        self._buckets: list[list[str]] = []
-        size = BUCKET_BYTES
-        for name in reversed(self.compact):
-            if size + self.compact[name] > BUCKET_BYTES:
-                self._buckets.append([])
-                size = 0
-            self._buckets[-1].append(name)
-            size += self.compact[name]
+        names = list(self.compact)
+        self._buckets = [
+            [names[place] for place in bucket] for bucket in cut_buckets(list(self.compact.values()))
+        ]
         self._delivered: set[str] = set()
 
     def deliver(self, name: str) -> tuple[int, int]:
@@ -42,9 +38,8 @@ class Exchange:
             Its bytes, and the most bytes of compact gradients and buffers while it exists.
         """
         compact, formed = self.compact[name], self.formed[name] * self.itemsize
-        whole_units = (
-            4 * self.formed[name] == compact
-        )  # then it is converted and scaled instead of picked from
+        # Whole units are converted and scaled instead of picked out.
+        whole_units = 4 * self.formed[name] == compact
         converted = compact if whole_units and self.itemsize < 4 else 0
         if self.world_size == 1:
             return formed, (compact + converted) * whole_units

@@ -14,7 +14,7 @@ from typing import Literal
 
 from trace_dist.config import StateDtype
 from trace_dist.profiling.estimate import Estimator
-from trace_dist.profiling.setup import MemorySetup
+from trace_dist.profiling.memory_setup import MemorySetup
 
 GIB = 2**30
 DENSITIES = (0.2, 0.1, 0.05, 0.02, 0.01)

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from trace_dist.masks.format import Mask
+from trace_dist.masks.mask import Mask
 from trace_dist.models.nf4 import quantize_nf4
 from trace_dist.optim.masked_adamw import MaskedAdamW
 from trace_dist.profiling.estimate import Estimator, load_config
 from trace_dist.profiling.measure import SavedTensors, Timeline, Watch, bytes_now, settle_allocator
-from trace_dist.profiling.memory import tensor_bytes
-from trace_dist.profiling.setup import MemorySetup
+from trace_dist.profiling.memory_setup import MemorySetup
+from trace_dist.profiling.states import tensor_bytes
 from trace_dist.sharding.build import shard
 from trace_dist.train.loss import forward_nll_sum
 from trace_dist.utils import dist

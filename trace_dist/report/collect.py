@@ -9,29 +9,31 @@ from typing import Any
 
 from trace_dist.config import RunConfig
 from trace_dist.continual.memory import memory_path
-from trace_dist.continual.run import tasks_path
-from trace_dist.continual.sequence import mode_path
 from trace_dist.masks.format import Mask
 from trace_dist.models.roles import describe
+from trace_dist.parts import METHODS
 from trace_dist.probe.probe import probe_folder, proxy_mask_path
 from trace_dist.probe.project import mask_path
+from trace_dist.run_folder import RunFolder
 from trace_dist.utils.env import meta_info
 from trace_dist.utils.files import read_json
 
 ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "embed", "head", "norm", "bias", "other")
-MODES = ("retrieved", "merged", "random", "full", "lora")
 
 
 def collect_results(cfg: RunConfig) -> dict[str, Any]:
     """The results of a run, with everything that has been measured so far.
 
     Raises:
-        ValueError: no mode has a result yet.
+        ValueError: no method has a result yet.
     """
-    modes = {mode: read_json(mode_path(cfg, mode)) for mode in MODES if mode_path(cfg, mode).is_file()}
+    folder = RunFolder.of(cfg.run_dir)
+    paths = {path.stem: path for path in sorted(folder.methods.glob("*.json"))}
+    known = [name for name in METHODS if name in paths]
+    modes = {name: read_json(paths[name]) for name in dict.fromkeys([*known, *paths])}
     if not modes:
         raise ValueError(
-            f"run_dir={cfg.run_dir!r}: no mode has a result; start `trace-dist continual` (or `run`) first"
+            f"run_dir={cfg.run_dir!r}: no method has a result; start `trace-dist continual` (or `run`) first"
         )
     first = next(iter(modes.values()))
     names = [task.name for task in cfg.tasks]
@@ -42,7 +44,7 @@ def collect_results(cfg: RunConfig) -> dict[str, Any]:
     for key, path in (
         ("specificity", probe_folder(cfg) / "specificity.json"),
         ("memory", memory_path(cfg)),
-        ("baselines", tasks_path(cfg)),
+        ("baselines", folder.tasks),
     ):
         if path.is_file():
             results[key] = read_json(path)

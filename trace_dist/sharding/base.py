@@ -8,65 +8,25 @@ was changed in place (``refresh``). Everything above (gradients, optimizer, delt
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from trace_kernels.runs import Runs
 
 from trace_dist.config import Quantize
+from trace_dist.masks.mask import Mask
 from trace_dist.models.nf4 import NF4Linear, named_weights
 from trace_dist.models.roles import full_shape
+from trace_dist.sharding.comm import Comm
+from trace_dist.sharding.compaction import Compactor
 from trace_dist.sharding.overlay import Overlay, union
+from trace_dist.sharding.support import Accumulate, Support
+from trace_dist.sharding.views import PartitionView
 from trace_dist.utils import dist
-
-if TYPE_CHECKING:
-    from trace_dist.masks.format import Mask
-    from trace_dist.sharding.compaction import Accumulate, Compactor, Support
-
-
-@dataclass(frozen=True)
-class PartitionView:
-    """The half-open interval [start, stop) of a row-major flattened parameter that one rank owns."""
-
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-
-def flat_views(numel: int, size: int, world: int) -> list[PartitionView]:
-    """Every rank's view where the flattened parameter is cut after each ``size`` elements, as ZeRO-3 does."""
-    return [PartitionView(min(r * size, numel), min((r + 1) * size, numel)) for r in range(world)]
-
-
-def chunk_views(shape: Sequence[int], world: int) -> list[PartitionView]:
-    """Every rank's view where dimension 0 is cut into chunks as by ``torch.chunk``, as FSDP2 does."""
-    rows, *rest = shape
-    return flat_views(prod(shape), -(-rows // world) * prod(rest), world)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One rank's part of one parameter.
-
-    Attributes:
-        name: Hugging Face parameter name.
-        shape: full shape.
-        view: which part of the flattened parameter this is.
-        local: [len(view)] the values, a 1-D view of the live storage.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    view: PartitionView
-    local: Tensor
 
 
 class ShardedModel(ABC):
@@ -84,7 +44,8 @@ class ShardedModel(ABC):
         self.module: Any = module
         self.roots: list[nn.Module] = [module]
         """The model and what wraps it: any of them may be asked to reset the gradients."""
-        self.rank, self.world = dist.rank(), dist.world_size()
+        self.comm = Comm()
+        self.rank, self.world = self.comm.rank, self.comm.world
         self._compactor: Compactor | None = None
         for parameter in module.parameters():
             parameter.requires_grad_(False)
@@ -193,7 +154,7 @@ class ShardedModel(ABC):
             if layer.overlay is not None:
                 entries = union(layer.overlay.whole(), entries)
             with self.whole(name) as full:
-                layer.overlay = Overlay(entries, self.views(name), full.view(-1))
+                layer.overlay = Overlay(entries, self.views(name), full.view(-1), self.comm)
         return layer.overlay.values, layer.overlay.find(support)
 
     def release(self) -> None:
@@ -202,19 +163,10 @@ class ShardedModel(ABC):
             overlay, layer.overlay = layer.overlay, None
             if overlay is not None:
                 with self.whole(name) as base:
-                    differs = not torch.equal(
-                        overlay.values, Overlay(overlay.whole(), self.views(name), base.view(-1)).values
-                    )
-                if dist.max_over_ranks(differs):
+                    said = Overlay(overlay.whole(), self.views(name), base.view(-1), self.comm)
+                differs = not torch.equal(overlay.values, said.values)
+                if self.comm.max(torch.tensor(differs, dtype=torch.int32, device=self.device)):
                     layer.overlay = overlay
-
-    def shard(self, name: str) -> Shard:
-        """This rank's part of a parameter."""
-        return Shard(name, self.shape(name), self.views(name)[self.rank], self.local(name))
-
-    def shards(self) -> Iterator[Shard]:
-        """This rank's parts of all parameters."""
-        return (self.shard(name) for name in self.names())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
@@ -236,8 +188,6 @@ class ShardedModel(ABC):
         Raises:
             ValueError: the mask is of another model, or the ranks hold different masks.
         """
-        from trace_dist.sharding.compaction import Compactor
-
         self.detach()
         self.release()
         self._compactor = Compactor(self, mask, accumulate)
@@ -314,4 +264,4 @@ class ShardedModel(ABC):
                 twin = type(self.module)(self.module.config)
             twin.generation_config = self.module.generation_config
             twin.save_pretrained(folder, state_dict=state)
-        dist.barrier()
+        self.comm.barrier()

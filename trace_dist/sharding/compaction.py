@@ -1,4 +1,4 @@
-"""Where gradients shrink to the mask: one support and one compact buffer per parameter, fed during the backward pass.
+"""Where gradients shrink to the mask: compact buffers, one per support, fed during the backward pass.
 
 [Note: gradient path] All weights are frozen, so neither autograd nor the sharding library builds, keeps or reduces a dense
 gradient. A masked linear layer runs through ``masked_linear``, which forms the gradient of that one weight, keeps its support and
@@ -10,153 +10,46 @@ entries of the parameter to the reducer, which exchanges them between ranks (``r
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from trace_kernels.compact import compact_gather
-from trace_kernels.runs import Runs
 
-from trace_dist.masks.format import Mask
-from trace_dist.masks.gaps import Gaps
-from trace_dist.masks.units import UnitLayout
+from trace_dist.masks.mask import Mask
 from trace_dist.models.nf4 import NF4Linear
-from trace_dist.sharding.masked_linear import Part, patch_linear
+from trace_dist.sharding.comm import Comm
+from trace_dist.sharding.masked_linear import patch_linear
 from trace_dist.sharding.reduction import CompactReducer
-from trace_dist.utils import dist
+from trace_dist.sharding.support import Accumulate, Partitioned, Support, add_to_grad, build_supports
 from trace_dist.utils.log import get_logger
-
-if TYPE_CHECKING:
-    from trace_dist.sharding.base import ShardedModel
 
 logger = get_logger(__name__)
 
 
-@dataclass(eq=False)
-class Support:
-    """The masked entries of one parameter, seen from one rank.
+class Attachable(Partitioned, Protocol):
+    """What a compactor must know of a sharded model (``sharding.base.ShardedModel``)."""
 
-    Attributes:
-        name: parameter name.
-        shape: full shape of the parameter.
-        runs: the masked entries inside this rank's view.
-        gaps: every selected unit of the parameter, encoded, where several ranks share them; see ``whole``.
-        layout: of the units.
-        part: the whole rows or columns that the mask selects; its entries are that part of the gradient, row-major.
-        splits: masked entries per rank, in rank order.
-        rank: this rank.
-        grad: [runs.num_entries] fp32, the gradient that has accumulated (fp64 for an fp64 model); empty when the gradients
-            go elsewhere (``attach(mask, accumulate=...)``).
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    runs: Runs
-    gaps: Gaps | None
-    layout: UnitLayout
-    part: Part
-    splits: list[int]
-    rank: int
-    grad: Tensor
+    module: Any
+    roots: list[nn.Module]
+    comm: Comm
+    reduces_hooked_gradients: bool
 
     @property
-    def num_entries(self) -> int:
-        """Masked entries of the parameter, on all ranks."""
-        return sum(self.splits)
+    def device(self) -> torch.device:
+        """Where the model computes."""
 
-    def whole(self) -> Runs:
-        """Every masked entry of the parameter (base 0), decoded anew where several ranks share them.
-
-        Every rank picks all ranks' entries out of its own gradient, one parameter at a time. Kept decoded, single elements would
-        take four bytes per entry of the model on every rank: with many ranks, more than the states.
-        """
-        if self.gaps is None:
-            return self.runs
-        return Runs.whole(*self.layout.runs(self.gaps.decode()), self.layout.numel)
-
-    def indices(self) -> list[Tensor]:
-        """What this rank keeps to know where the entries are."""
-        return [self.runs.units] if self.gaps is None else [self.runs.units, self.gaps.words]
-
-    @property
-    def offset(self) -> int:
-        """Entries that belong to lower ranks."""
-        return sum(self.splits[: self.rank])
-
-
-Accumulate = Callable[[Support, Tensor], None]
-"""What happens to the reduced gradient at this rank's entries of a support: [runs.num_entries]."""
-
-
-def add_to_grad(support: Support, values: Tensor) -> None:
-    """The usual case: gradients add up in the support's buffer."""
-    support.grad.add_(values)
-
-
-def build_supports(model: ShardedModel, mask: Mask) -> list[Support]:
-    """The supports of a mask on this rank, in the model's parameter order; their gradient buffers are still empty.
-
-    Raises:
-        ValueError: a parameter is missing or has another shape: the mask is of another model.
-    """
-    known = set(model.names())
-    for name in mask.units:
-        if name not in known:
-            raise ValueError(
-                f"mask: parameter {name!r} is not in the model; give the mask that was made for this model"
-            )
-        if tuple(mask.layouts[name].shape) != model.shape(name):
-            raise ValueError(
-                f"mask: {name!r} has shape {tuple(mask.layouts[name].shape)} in the mask but {model.shape(name)} in the model; "
-                "give the mask that was made for this model, or project it"
-            )
-    return [_support(model, mask, name) for name in model.names() if name in mask.units]
-
-
-def _support(model: ShardedModel, mask: Mask, name: str) -> Support:
-    layout = mask.layouts[name]
-    like = model.like(name)
-    gaps = mask.units.gaps[name].to(like.device)
-    selected = gaps.decode()
-    units, block = layout.runs(selected)
-    clipped = [Runs.clip(units, block, view.start, view.stop, layout.numel) for view in model.views(name)]
-    runs = clipped[model.rank]
-    shared = len(clipped) > 1
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return Support(
-        name=name,
-        shape=layout.shape,
-        runs=replace(runs, units=runs.units.clone()) if shared else runs,  # a copy: the rest goes
-        gaps=gaps if shared else None,
-        layout=layout,
-        part=_part(layout, selected),
-        splits=[part.num_entries for part in clipped],
-        rank=model.rank,
-        grad=torch.empty(0, dtype=dtype, device=like.device),
-    )
-
-
-def _part(layout: UnitLayout, units: Tensor) -> Part:
-    """The rows or columns of a matrix that the units are; all of it for units inside rows, and where one unit is the matrix."""
-    if len(layout.shape) != 2:
-        return Part()
-    if layout.stride > 1:
-        return Part(columns=units.long())
-    if layout.unit % layout.cols or layout.unit == layout.numel:
-        return Part()
-    rows_per_unit = layout.unit // layout.cols
-    lanes = torch.arange(rows_per_unit, device=units.device)
-    return Part(rows=(units.long()[:, None] * rows_per_unit + lanes).flatten())
+    def after_backward(self) -> None:
+        """Called at the end of each backward pass."""
 
 
 class Compactor:
     """Catches gradients of one mask on one model until it is closed."""
 
-    def __init__(self, model: ShardedModel, mask: Mask, accumulate: Accumulate | None = None) -> None:
-        digests = dist.gather_objects(mask.digest())
+    def __init__(self, model: Attachable, mask: Mask, accumulate: Accumulate | None = None) -> None:
+        digests = model.comm.objects(mask.digest())
         if len(set(digests)) != 1:
             raise ValueError(
                 f"mask: the ranks hold different masks ({digests}); load one mask file on every rank"
@@ -170,8 +63,8 @@ class Compactor:
         linears = _linear_modules(model.module)
         # What the sharding library reduces itself must not be waited for: no bucket behind it would ever leave.
         exchanged = [s for s in self.supports if s.name in linears or not model.reduces_hooked_gradients]
-        self._reducer = CompactReducer(exchanged, self._accumulate)
-        self._scale = self._mean = 1.0 / dist.world_size()
+        self._reducer = CompactReducer(exchanged, self._accumulate, model.comm)
+        self._scale = self._mean = 1.0 / model.comm.world
         self._ended, self._spent = True, False
         self._backward_pass = -1  # autograd's number of the pass whose end is awaited
         self._silent: set[str] | None = {support.name for support in self.supports}  # None after one backward
@@ -208,7 +101,7 @@ class Compactor:
 
         def deliver(grad: Any) -> None:
             self._begin(support)
-            scale = self._scale * dist.world_size()
+            scale = self._scale * self._model.comm.world
             self._accumulate(support, compact_gather(grad.to_local().reshape(-1), support.runs, scale=scale))
 
         return deliver

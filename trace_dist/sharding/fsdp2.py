@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,10 @@ from trace_dist.config import Quantize
 from trace_dist.models.blocks import decoder_blocks
 from trace_dist.models.loading import load_model_fsdp2
 from trace_dist.sharding import gloo
-from trace_dist.sharding.base import PartitionView, ShardedModel, chunk_views
+from trace_dist.sharding.base import ShardedModel
+from trace_dist.sharding.support import Support
+from trace_dist.sharding.views import PartitionView, chunk_views
 from trace_dist.utils import dist
-
-if TYPE_CHECKING:
-    from trace_dist.sharding.compaction import Support
 
 
 def _wrap(module: nn.Module) -> None:

@@ -9,7 +9,6 @@ overlay grow, by their dequantised values; ``ShardedModel.release`` drops one th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,11 +17,9 @@ from trace_kernels.compact import compact_gather, compact_scatter
 from trace_kernels.runs import Runs
 
 from trace_dist.masks.gaps import Gaps
-from trace_dist.utils import dist
-
-if TYPE_CHECKING:
-    from trace_dist.sharding.base import PartitionView
-    from trace_dist.sharding.compaction import Support
+from trace_dist.sharding.comm import Comm
+from trace_dist.sharding.support import Support
+from trace_dist.sharding.views import PartitionView
 
 
 class Overlay:
@@ -32,15 +29,17 @@ class Overlay:
         entries: in the flattened weight (base 0).
         views: what every rank owns of it.
         dense: [numel] the present weight.
+        comm: the ranks.
 
     Attributes:
         values: [entries of this rank] in the dtype of the weight, in compact order.
         gaps: the entries, encoded: every rank needs all of them, at each use.
     """
 
-    def __init__(self, entries: Runs, views: list[PartitionView], dense: Tensor) -> None:
+    def __init__(self, entries: Runs, views: list[PartitionView], dense: Tensor, comm: Comm) -> None:
+        self._comm = comm
         clipped = [Runs.clip(entries.units, entries.block, v.start, v.stop, entries.numel) for v in views]
-        view, mine = views[dist.rank()], clipped[dist.rank()]
+        view, mine = views[comm.rank], clipped[comm.rank]
         self.gaps, self._block, self._numel = Gaps.of(entries.units), entries.block, entries.numel
         self.values = compact_gather(dense[view.start : view.stop], mine).to(dense.dtype)
         self._splits = [runs.num_entries for runs in clipped]
@@ -52,7 +51,7 @@ class Overlay:
 
     def __call__(self, weight: Tensor) -> None:
         """Write the values of all ranks into a dense weight. Collective."""
-        compact_scatter(weight.view(-1), self.whole(), dist.all_gather_uneven(self.values, self._splits))
+        compact_scatter(weight.view(-1), self.whole(), self._comm.all_gather(self.values, self._splits))
 
     def find(self, support: Support) -> Runs | None:
         """Where this rank's entries of a support lie in ``values``; None where some are missing.
@@ -64,7 +63,7 @@ class Overlay:
             places = _places(support.whole(), self.whole())
             if places is None:
                 return None
-            start, total = sum(self._splits[: dist.rank()]), sum(self._splits)
+            start, total = sum(self._splits[: self._comm.rank]), sum(self._splits)
             self._found[support] = Runs.clip(*places, start, start + len(self.values), total)
         return self._found[support]
 

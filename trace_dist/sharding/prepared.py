@@ -2,19 +2,34 @@
 
 The model stays what it is and keeps the caller's loop: ``loss.backward()`` on it fills compact gradients. Under DDP its own
 dense all-reduce is switched off; ours carries masked entries only.
+
+[Note: DDP comes later] Trainer and accelerate wrap a model in DDP after the optimizer was built. DDP refuses a model without a
+parameter that requires a gradient, as a mask of linear layers leaves it; so the smallest masked weight claims to require one.
+Its layer runs through ``masked_linear``, where none arises. DDP keeps buckets for that weight alone, and each forward pass
+through DDP tells it that this step is not its to reduce.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
+from trace_dist.models.quantised import refuse_quantised_module
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.single import ReplicatedModel
 from trace_dist.utils import dist
+
+if TYPE_CHECKING:
+    from trace_dist.masks.format import Mask
+    from trace_dist.sharding.compaction import Accumulate, Support
+
+
+IGNORED = "_ddp_params_and_buffers_to_ignore"
+"""Where DDP looks for the names of what it must leave alone."""
 
 
 def as_sharded(model: ShardedModel | nn.Module) -> ShardedModel:
@@ -26,14 +41,15 @@ def as_sharded(model: ShardedModel | nn.Module) -> ShardedModel:
 
     Raises:
         ValueError: DeepSpeed or FSDP1 already owns the gradients, or the model is sharded in a way with no single owner
-            per entry.
+            per entry, or its weights are quantised.
     """
     if isinstance(model, ShardedModel):
         return model
+    refuse_quantised_module(model)
     dist.init_distributed()
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = False  # what `no_sync` sets: its reducer then stays idle
-        replicated = ReplicatedModel(model.module)
+        replicated = PreparedModel(model.module)
         replicated.roots.append(model)
         return replicated
     if isinstance(model, nn.DataParallel):
@@ -64,7 +80,61 @@ def as_sharded(model: ShardedModel | nn.Module) -> ShardedModel:
             f"model: {inner[0]!r} is sharded by fully_shard but the whole is not; call fully_shard(model) last"
         )
     _check_same_weights(model)
-    return ReplicatedModel(model)
+    return PreparedModel(model)
+
+
+class PreparedModel(ReplicatedModel):
+    """A model of the caller's that every rank holds whole; DDP may be put around it at any time ([Note: DDP comes later])."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self._undo: list[Callable[[], None]] = []
+
+    def attach(self, mask: Mask, accumulate: Accumulate | None = None) -> list[Support]:
+        supports = super().attach(mask, accumulate)
+        self._undo.append(self.module.register_forward_pre_hook(self._before_forward).remove)
+        self._attached_on = self.device
+        if self.world > 1:
+            self._undo.append(self._suit_ddp(supports))
+        return supports
+
+    def detach(self) -> None:
+        super().detach()
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
+
+    def _suit_ddp(self, supports: Sequence[Support]) -> Callable[[], None]:
+        """Let DDP accept the model and keep buckets for no more than one parameter; returns the undo."""
+        weights = [self._parameters[s.name] for s in self.dense(supports)] or [
+            parameter for parameter in self._parameters.values() if parameter.is_floating_point()
+        ]
+        claims = min(weights, key=lambda weight: (not weight.requires_grad, weight.numel()))
+        before = getattr(self.module, IGNORED, ())
+        claims.requires_grad_(True)
+        dropped = claims.register_post_accumulate_grad_hook(_drop)
+        ignored = {*before, *(name for name, p in self._parameters.items() if p is not claims)}
+        setattr(self.module, IGNORED, sorted(ignored))
+
+        def undo() -> None:
+            dropped.remove()
+            claims.requires_grad_(False)
+            setattr(self.module, IGNORED, before)
+
+        return undo
+
+    def _before_forward(self, *_: Any) -> None:
+        around = DistributedDataParallel._get_active_ddp_module()
+        if around is not None and around.module is self.module:
+            around.require_backward_grad_sync = False
+        if self.device != self._attached_on:
+            raise ValueError(
+                f"model: moved to {self.device} after MaskedAdamW was built on {self._attached_on}; move it first"
+            )
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 def _check_same_weights(model: nn.Module) -> None:

@@ -14,17 +14,15 @@ ZeRO-3 itself asks for more: every rank runs the same modules in the same order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.distributed as td
 from torch import Tensor
 
-from trace_dist.utils import dist
-
-if TYPE_CHECKING:
-    from trace_dist.sharding.compaction import Accumulate, Support
+from trace_dist.sharding.comm import Comm
+from trace_dist.sharding.support import Accumulate, Support
 
 BUCKET_BYTES = 32 * 2**20
 
@@ -45,17 +43,21 @@ class CompactReducer:
     Args:
         supports: in parameter order; buckets are filled from the last (backward runs from the end).
         accumulate: receives each support's reduced gradient at this rank's entries.
+        comm: the ranks.
         bucket_bytes: fp32 bytes of one rank's contribution to one exchange.
     """
 
     def __init__(
-        self, supports: list[Support], accumulate: Accumulate, bucket_bytes: int = BUCKET_BYTES
+        self,
+        supports: list[Support],
+        accumulate: Accumulate,
+        comm: Comm,
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
-        self._accumulate = accumulate
-        self.local_only = dist.world_size() == 1
-        self.bytes_sent = 0
-        """Bytes this rank has handed to collectives for other ranks."""
-        self._buckets = _fill_buckets(supports, bucket_bytes)
+        self._accumulate, self._comm = accumulate, comm
+        self.local_only = comm.world == 1
+        sizes = [support.num_entries * support.grad.element_size() for support in supports]
+        self._buckets = [[supports[i] for i in bucket] for bucket in cut_buckets(sizes, bucket_bytes)]
         self._bucket_of = {id(support): i for i, bucket in enumerate(self._buckets) for support in bucket}
         self._values: dict[int, Tensor] = {}  # id(support) -> [whole entries], not yet exchanged
         self._next = 0
@@ -82,8 +84,7 @@ class CompactReducer:
         late = torch.zeros(len(self._buckets), dtype=torch.int32, device=self._device)
         for key in self._values:
             late[self._bucket_of[key]] = 1
-        td.all_reduce(late, op=td.ReduceOp.MAX)
-        for index in late.nonzero().flatten().tolist():
+        for index in self._comm.max(late).nonzero().flatten().tolist():
             self._flush(self._buckets[index])
         self._complete()
 
@@ -110,7 +111,7 @@ class CompactReducer:
     def _flush(self, bucket: list[Support]) -> None:
         """Start one all-to-all for the supports of a bucket; a gradient that never came counts as zero."""
         self._complete()
-        world, rank = dist.world_size(), dist.rank()
+        world, rank = self._comm.world, self._comm.rank
         dtype = bucket[0].grad.dtype
         parts: list[list[Tensor]] = [[] for _ in range(world)]
         for support in bucket:
@@ -122,8 +123,7 @@ class CompactReducer:
         sent = torch.cat([part for target in parts for part in target])
         sizes = [sum(len(part) for part in target) for target in parts]
         received = torch.empty(world, sizes[rank], dtype=dtype, device=self._device)
-        work = td.all_to_all_single(received.view(-1), sent, [sizes[rank]] * world, sizes, async_op=True)
-        self.bytes_sent += (len(sent) - sizes[rank]) * sent.element_size()
+        work = self._comm.all_to_all(received.view(-1), sent, [sizes[rank]] * world, sizes)
         self._in_flight = _Exchange(bucket, sent, received, work)
 
     def _complete(self) -> None:
@@ -141,14 +141,14 @@ class CompactReducer:
             self._accumulate(support, part)
 
 
-def _fill_buckets(supports: list[Support], bucket_bytes: int) -> list[list[Support]]:
-    buckets: list[list[Support]] = []
-    size = bucket_bytes
-    for support in reversed(supports):
-        num_bytes = support.num_entries * support.grad.element_size()
-        if size + num_bytes > bucket_bytes:
+def cut_buckets(sizes: Sequence[int], bucket_bytes: int = BUCKET_BYTES) -> list[list[int]]:
+    """Places in ``sizes`` (bytes per parameter, in the model's order) by bucket, from the last, where backward begins."""
+    buckets: list[list[int]] = []
+    filled = bucket_bytes
+    for place in reversed(range(len(sizes))):
+        if filled + sizes[place] > bucket_bytes:
             buckets.append([])
-            size = 0
-        buckets[-1].append(support)
-        size += num_bytes
+            filled = 0
+        buckets[-1].append(place)
+        filled += sizes[place]
     return buckets

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,10 @@ from trace_kernels.compact import compact_gather, compact_scatter
 
 from trace_dist.config import Quantize
 from trace_dist.models.loading import load_model
-from trace_dist.sharding.base import PartitionView, ShardedModel
+from trace_dist.sharding.base import ShardedModel
+from trace_dist.sharding.support import Support
+from trace_dist.sharding.views import PartitionView
 from trace_dist.utils import dist
-
-if TYPE_CHECKING:
-    from trace_dist.sharding.compaction import Support
 
 
 class ReplicatedModel(ShardedModel):
@@ -65,7 +64,7 @@ class ReplicatedModel(ShardedModel):
         for support in self.dense(supports):
             flat = self._parameters[support.name].data.view(-1)
             mine = compact_gather(self.local(support.name), support.runs).to(flat.dtype)
-            compact_scatter(flat, support.whole(), dist.all_gather_uneven(mine, support.splits))
+            compact_scatter(flat, support.whole(), self.comm.all_gather(mine, support.splits))
 
     @contextmanager
     def gathered(self, parameters: list[Any]) -> Iterator[list[Tensor]]:

@@ -22,7 +22,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +31,10 @@ from trace_dist.config import Quantize
 from trace_dist.models.blocks import whole_blocks
 from trace_dist.models.loading import check_zero_config, load_model_zero3
 from trace_dist.sharding import gloo
-from trace_dist.sharding.base import PartitionView, ShardedModel, flat_views
+from trace_dist.sharding.base import ShardedModel
+from trace_dist.sharding.support import Support
+from trace_dist.sharding.views import PartitionView, flat_views
 from trace_dist.utils import dist
-
-if TYPE_CHECKING:
-    from trace_dist.sharding.compaction import Support
 
 PERSISTENCE_THRESHOLD = 10_000
 """Parameters with at most this many elements stay gathered (DeepSpeed's default is 100,000)."""

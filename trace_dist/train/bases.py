@@ -13,7 +13,6 @@ import torch
 from transformers import PreTrainedModel
 
 from trace_dist.config import ModelConfig, PruneConfig, RunConfig, TinyConfig
-from trace_dist.models.folder import atomic_folder
 from trace_dist.models.gguf import convert_gguf
 from trace_dist.models.loading import load_model, load_tokenizer
 from trace_dist.models.prune import depth_prune
@@ -24,6 +23,8 @@ from trace_dist.train.learner import DenseLearner
 from trace_dist.train.loop import MetricLog, train_steps
 from trace_dist.train.workbench import Tasks, Workbench
 from trace_dist.utils import dist
+from trace_dist.utils.files import atomic_folder
+from trace_dist.utils.locks import hold
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
@@ -52,6 +53,16 @@ def prepare_base(model: ModelConfig, cfg: RunConfig, role: str) -> Path | str:
             f"{role}.path={model.path!r}: the base model is not there yet, and one process makes it, not "
             f"{dist.world_size()} ranks; start `trace-dist base --config ...` without a launcher first"
         )
+    if not made_here:
+        return model.path
+    with hold(folder.with_name(f".{folder.name}.lock"), f"{role}.path={model.path!r}", wait=True):
+        # Another run may have made it meanwhile.
+        if not (folder / "config.json").is_file():
+            _make(model, cfg, folder, role)
+    return folder
+
+
+def _make(model: ModelConfig, cfg: RunConfig, folder: Path, role: str) -> None:
     if model.tiny is not None:
         _make_tiny(model.tiny, cfg, folder, role)
     elif model.gguf is not None:
@@ -59,9 +70,6 @@ def prepare_base(model: ModelConfig, cfg: RunConfig, role: str) -> Path | str:
         convert_gguf(model.gguf, folder)
     elif model.prune is not None:
         _make_pruned(model.prune, cfg, folder)
-    else:
-        return model.path
-    return folder
 
 
 def load_target(cfg: RunConfig, path: Path | str) -> ShardedModel:
@@ -83,7 +91,7 @@ def _make_tiny(tiny: TinyConfig, cfg: RunConfig, folder: Path, role: str) -> Non
     with atomic_folder(folder) as partial:
         tokenizer.save_pretrained(partial)
         module.save_pretrained(partial)
-        _pretrain(module, partial, cfg, tiny.steps, tiny.lr, tiny.batch_size, role)
+        _pretrain(module, partial, cfg, tiny.steps, tiny.lr, tiny.batch_size, f"{role}.tiny.lr")
         module.save_pretrained(partial)
 
 
@@ -101,7 +109,9 @@ def _make_pruned(prune: PruneConfig, cfg: RunConfig, folder: Path) -> None:
         pruned = Path(scratch) / "pruned"
         depth_prune(target, prune.keep_layers, pruned)
         module = load_model(pruned, torch.float32)
-        _pretrain(module, pruned, cfg, prune.heal_steps, prune.heal_lr, cfg.train.batch_size, "proxy")
+        _pretrain(
+            module, pruned, cfg, prune.heal_steps, prune.heal_lr, cfg.train.batch_size, "proxy.prune.heal_lr"
+        )
         with atomic_folder(folder) as partial:
             load_tokenizer(pruned).save_pretrained(partial)
             module.save_pretrained(partial)
@@ -114,9 +124,13 @@ def _pretrain(
     steps: int,
     lr: float,
     batch_size: int,
-    role: str,
+    rate: str,
 ) -> None:
-    """Train a base on the general tasks, in one process; reads all tasks first, so that one too long fails at once."""
+    """Train a base on the general tasks, in one process; reads all tasks first, so that one too long fails at once.
+
+    ``rate`` is the field that sets the learning rate; it begins with the role.
+    """
+    role = rate.partition(".")[0]
     bench = Workbench.load(cfg, tokenizer_folder)
     learner = DenseLearner(module, module.parameters(), cfg.train, lr=lr)
     log = MetricLog(Path(cfg.run_dir), f"base/{role}")
@@ -126,6 +140,7 @@ def _pretrain(
         cfg.train,
         steps,
         description=f"pretrain {role}",
+        rate=rate,
         log=log,
     )
     log.close()

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from trace_dist.bank.bank import BASE
 from trace_dist.bank.signature import MIN_PROMPTS
 from trace_dist.config import BankConfig, DataConfig, EvalConfig
 from trace_dist.data.encoding import encode
 from trace_dist.data.tasks import Task
 from trace_dist.evaluation.lengths import tokens_needed
-from trace_dist.utils.names import check_names
+from trace_dist.utils.names import check_distinct
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ def check_tasks(
     *,
     data: DataConfig,
     evaluation: EvalConfig,
-    bank: BankConfig | None,
+    bank: BankConfig,
 ) -> None:
     """Check names, counts, empty texts and lengths of all examples.
 
@@ -49,20 +48,17 @@ def check_tasks(
         readers: the models that will read them; none that is not made yet and not known.
         data: longest example and truncation.
         evaluation: generation cap.
-        bank: number of prompts and layer of signatures; None where the run makes none.
+        bank: number of prompts and layer of signatures.
 
     Raises:
         ValueError: the first fault found, with its task.
     """
-    check_names("tasks.name", [task.name for task in tasks], reserved=[BASE])
-    check_names("tasks.name", [task.name for task in (*tasks, *general)])
+    check_distinct(task.name for task in (*tasks, *general))
     for task in (*tasks, *general):
         _check_texts(task)
-    if bank is not None:
-        _check_counts(tasks, general, bank)
-        for reader in readers:
-            _check_layer(reader, bank)
+    _check_counts(tasks, general, bank)
     for reader in readers:
+        _check_layer(reader, bank)
         for task in (*tasks, *general):
             with _of(task):
                 _check_lengths(task, reader, data, evaluation)

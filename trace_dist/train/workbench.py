@@ -46,14 +46,13 @@ class Tasks:
             [load_task(task, cfg.seed) for task in cfg.tasks],
             [load_task(task, cfg.seed) for task in cfg.general],
         )
-        signs = {"retrieved", "random"} & set(cfg.continual.modes)
         check_tasks(
             loaded.tasks,
             loaded.general,
             list(loaded._readers(cfg)),
             data=cfg.data,
             evaluation=cfg.eval,
-            bank=cfg.bank if signs else None,
+            bank=cfg.bank,
         )
         return loaded
 
@@ -112,9 +111,19 @@ class Workbench:
         batch_size: int,
         replay: Sequence[Stream] = (),
         replay_share: float = 0.0,
+        replay_memory: float = 1.0,
         seed: int | None = None,
     ) -> Batches:
-        """Batches over the union of some streams, with a share of replayed examples from others."""
+        """Batches over the union of some streams, with a share of replayed examples from others.
+
+        Args:
+            streams: what is learned.
+            batch_size: examples per global batch.
+            replay: what is replayed.
+            replay_share: share of each batch that is replayed.
+            replay_memory: share of the training examples of each of them that is kept for it.
+            seed: of the order; the run's when None.
+        """
         encoded = [stream.encoded for stream in streams]
         return Batches(
             encoded[0] if len(encoded) == 1 else datasets.concatenate_datasets(encoded),
@@ -122,7 +131,7 @@ class Workbench:
             micro_batch_size=self.cfg.train.micro_batch_size,
             seed=self.cfg.seed if seed is None else seed,
             pad_id=pad_id(self.tokenizer),
-            replay=[(_remembered(stream, self.cfg.continual.replay_memory), 1.0) for stream in replay],
+            replay=[(_remembered(stream, replay_memory), 1.0) for stream in replay],
             replay_share=replay_share if replay else 0.0,
         )
 

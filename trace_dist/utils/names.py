@@ -1,49 +1,59 @@
-"""Names that become files: of tasks, of general sets."""
+"""What a task may be called: its name becomes the name of files and the key of tables."""
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable
 
-MAX_BYTES = 100
-"""Longest name in UTF-8; a file name has room for 255 bytes, and endings and temporary names are added."""
+BASE = "base"
+"""Stands for the base model wherever tasks are listed: prompts like the general sets are answered by it."""
+
+RESERVED = frozenset({BASE})
+MAX_BYTES = 150
+"""A file name has 255 bytes; suffixes and temporary names take their part."""
 
 
-def check_names(field: str, names: Sequence[str], reserved: Sequence[str] = ()) -> None:
-    """Check that names can be file names, each of its own, on every file system.
+def check_task_name(name: object, field: str = "tasks.name") -> None:
+    """Refuse a name that is reserved or could not be the name of a file.
 
     Args:
-        field: what holds them, for errors.
-        names: the names.
-        reserved: names that mean something else.
+        name: any value; what was read from a file may be of any type.
+        field: begins the message.
 
     Raises:
-        ValueError: a name is empty, holds a part of a path or a control character, begins with a dot or a blank, is too
-            long or reserved, or differs from another one in case alone.
+        ValueError: it is no name of a task.
     """
-    taken = {_key(name): "is reserved" for name in reserved}
+    rule = _broken_rule(name)
+    if rule is not None:
+        raise ValueError(f"{field}={name!r:.200}: {rule}; rename the task")
+
+
+def check_distinct(names: Iterable[str], field: str = "tasks.name") -> None:
+    """Raise ValueError where two names are the same file on a file system that knows no case."""
+    taken: dict[str, str] = {}
     for name in names:
-        fault = _fault(name) or taken.get(_key(name))
-        if fault is not None:
-            raise ValueError(f"{field}={name!r}: {fault}; rename it")
-        taken[_key(name)] = f"names the same file as {name!r} where case makes no difference"
+        key = _seen(name)
+        if key in taken:
+            raise ValueError(
+                f"{field}={name!r}: some file systems do not tell it from {taken[key]!r}; rename one"
+            )
+        taken[key] = name
 
 
-def _key(name: str) -> str:
-    """Equal for names that a file system without case (or with composed accents) takes for one."""
-    return unicodedata.normalize("NFC", name).casefold()
+def _seen(name: str) -> str:
+    """Letters of another width or case look the same to a reader and to some file systems."""
+    return unicodedata.normalize("NFKC", name).casefold().strip()
 
 
-def _fault(name: str) -> str | None:
-    size = len(name.encode(errors="surrogatepass"))
-    rules = {
-        "must not be empty": not name.strip(),
-        "must not hold / or \\": bool({"/", "\\"} & set(name)),
-        "must not begin with a dot": name.startswith("."),
-        "must not begin or end with a blank": name != name.strip(),
-        "must not hold a control character or half of a character": any(
-            unicodedata.category(character) in ("Cc", "Cs") for character in name
-        ),
-        f"must be at most {MAX_BYTES} bytes long, it has {size}": size > MAX_BYTES,
-    }
-    return next((rule for rule, broken in rules.items() if broken), None)
+def _broken_rule(name: object) -> str | None:
+    if not isinstance(name, str) or not name:
+        return "must be a non-empty text"
+    if any(unicodedata.category(letter).startswith("C") for letter in name):
+        return "must not hold control characters"
+    if name != name.strip() or name.startswith(".") or "/" in name or "\\" in name:
+        return "must not hold '/' or '\\', begin with '.', or begin or end with a space"
+    if len(name.encode()) > MAX_BYTES:
+        return f"must have at most {MAX_BYTES} bytes"
+    if _seen(name) in RESERVED:
+        return "is reserved for the base model"
+    return None

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from trace_dist.models.checkpoint import INDEX, WEIGHTS, open_checkpoint, resolve
 from trace_dist.models.loading import load_model, load_tokenizer
+from trace_dist.models.weight_files import INDEX, WEIGHTS, open_weights, resolve
 
 SHAPES = [(), (1,), (7,), (5, 3), (1, 9), (3, 4, 5), (2, 3, 1, 4)]
 
@@ -31,20 +31,20 @@ def folder(tmp_path_factory) -> Path:
 def test_any_interval_is_read(folder, shape, data):
     start = data.draw(st.integers(0, math.prod(shape)))
     stop = data.draw(st.integers(start, math.prod(shape)))
-    with open_checkpoint(folder) as checkpoint:
-        assert checkpoint.shape(str(shape)) == shape
-        assert checkpoint.read(str(shape), start, stop).tolist() == list(range(start, stop))
+    with open_weights(folder) as files:
+        assert files.shape(str(shape)) == shape
+        assert files.read(str(shape), start, stop).tolist() == list(range(start, stop))
 
 
 def test_headers_tell_types(folder):
-    with open_checkpoint(folder) as checkpoint:
-        assert checkpoint.is_floating_point("(7,)")
-        assert not checkpoint.is_floating_point("counts")
+    with open_weights(folder) as files:
+        assert files.is_floating_point("(7,)")
+        assert not files.is_floating_point("counts")
 
 
 def test_an_interval_outside_is_a_broken_invariant(folder):
-    with open_checkpoint(folder) as checkpoint, pytest.raises(AssertionError, match="outside"):
-        checkpoint.read("(7,)", 0, 8)
+    with open_weights(folder) as files, pytest.raises(AssertionError, match="outside"):
+        files.read("(7,)", 0, 8)
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./nothing", "runs/base/model", "~/nothing-here"])

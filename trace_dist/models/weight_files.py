@@ -1,4 +1,7 @@
-"""A safetensors checkpoint on disk: where it is, what it holds, and parts of its tensors."""
+"""The safetensors files of a model on disk: where they are, what they hold, and parts of their tensors.
+
+These are the checkpoints that transformers reads, not what a training run keeps to continue from.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
+from trace_dist.models.quantised import refuse_quantised_config, refuse_quantised_tensors
 from trace_dist.utils.files import read_json
 
 WEIGHTS = "model.safetensors"
@@ -28,26 +32,29 @@ def resolve(path: str | Path) -> Path:
     Raises:
         ValueError: neither a folder with a ``config.json`` nor a model that can be fetched.
     """
-    folder = Path(path).expanduser()
+    folder, what = Path(path).expanduser(), f"model.path={str(path)!r}"
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ValueError(
-                f"model.path={str(path)!r}: the folder has no config.json; give a checkpoint's folder"
-            )
+        _check_folder(folder, what)
         return folder
+    if folder.suffix == ".gguf":
+        raise ValueError(
+            f"{what}: a GGUF file, with quantised weights; name it as model.gguf and a folder for the converted one as model.path"
+        )
+    if folder.is_file():
+        raise ValueError(f"{what}: a file; give the folder that holds it")
     if folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1:
-        raise ValueError(f"model.path={str(path)!r}: no such folder; fix the path or make the model first")
+        raise ValueError(f"{what}: no such folder; fix the path or make the model first")
     try:
         return Path(snapshot_download(str(path), allow_patterns=_DOWNLOADED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
-            f"model.path={str(path)!r}: neither a local folder nor a model that the hub delivers "
+            f"{what}: neither a local folder nor a model that the hub delivers "
             f"({type(error).__name__}); fix the path or the id, or download the model first"
         ) from None
 
 
-class Checkpoint:
-    """The tensors of one checkpoint folder, read lazily. Open with ``open_checkpoint``."""
+class WeightFiles:
+    """The tensors of one checkpoint folder, read lazily. Open with ``open_weights``."""
 
     def __init__(self, folder: Path, files: ExitStack) -> None:
         self.folder = folder
@@ -81,6 +88,10 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
         return tuple(self._view(name).get_shape())
+
+    def dtypes(self) -> dict[str, str]:
+        """Types of the tensors as the headers name them, such as ``BF16``."""
+        return {name: self._view(name).get_dtype() for name in self._file_of}
 
     def is_floating_point(self, name: str) -> bool:
         """Whether a tensor holds floating-point numbers, from the header."""
@@ -119,14 +130,33 @@ def _read_rows(
 
 
 @contextmanager
-def open_checkpoint(path: str | Path) -> Iterator[Checkpoint]:
+def open_weights(path: str | Path) -> Iterator[WeightFiles]:
     """Open a checkpoint for reading.
 
     Raises:
-        ValueError: no such model, no safetensors weights (pickled ones are refused), or a corrupt file.
+        ValueError: no such model, no safetensors weights (pickled ones are refused), a corrupt file, or quantised weights.
     """
-    with ExitStack() as files:
-        yield Checkpoint(resolve(path), files)
+    folder, what = resolve(path), f"model.path={str(path)!r}"
+    refuse_quantised_config(folder, what)
+    with ExitStack() as stack:
+        files = WeightFiles(folder, stack)
+        refuse_quantised_tensors(files.dtypes(), what)
+        yield files
+
+
+def _check_folder(folder: Path, what: str) -> None:
+    """Raise ValueError unless a folder can hold a whole model."""
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{what}: holds a PEFT adapter; merge it into its base (merge_and_unload, save_pretrained) and give that folder"
+        )
+    if (folder / "config.json").is_file():
+        return
+    if any(folder.glob("*.gguf")):
+        raise ValueError(
+            f"{what}: holds GGUF files, whose weights are quantised; name one as model.gguf and another folder as model.path"
+        )
+    raise ValueError(f"{what}: the folder has no config.json; give a checkpoint's folder")
 
 
 def _no_weights(folder: Path) -> str:

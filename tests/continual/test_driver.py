@@ -1,4 +1,4 @@
-"""The sequence runner on a real tiny model: the base survives, deltas are what was trained, results add up."""
+"""The driver and every method on a real tiny model: the base survives, deltas are what was trained, results add up."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ from trace_dist.config import (
     TinyConfig,
     TrainConfig,
 )
-from trace_dist.continual.baselines import lora_rank
-from trace_dist.continual.run import run_continual, tasks_path
-from trace_dist.continual.sequence import bank_folder, mode_path
+from trace_dist.continual.driver import run_continual
 from trace_dist.continual.single_task import run_eval, run_train
 from trace_dist.masks.format import Mask
 from trace_dist.models.loading import load_model
 from trace_dist.probe.probe import run_probe
 from trace_dist.probe.project import mask_path, run_project
 from trace_dist.report.collect import collect_results
+from trace_dist.run_folder import RunFolder
 from trace_dist.sharding.build import load_sharded
 
 TASKS = ("copy", "twist")
@@ -60,7 +59,7 @@ def cfg(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         probe=ProbeConfig(steps=4, batch_size=16, fisher_batches=2),
         projection=ProjectionConfig(narrow_steps=4, pool_density=0.3),
         train=TrainConfig(steps=12, lr=1e-2, batch_size=16, micro_batch_size=16, warmup_steps=2),
-        continual=ContinualConfig(replay=0.2, replay_memory=0.1),
+        continual=ContinualConfig(options={"merged": {"replay": 0.2, "replay_memory": 0.1}}),
         bank=BankConfig(clusters=2, num_prompts=40, layer=0),
     )
     run_probe(config)
@@ -70,7 +69,7 @@ def cfg(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 
 def result(cfg: RunConfig, mode: str) -> dict:
-    return json.loads(mode_path(cfg, mode).read_text())
+    return json.loads(RunFolder.of(cfg.run_dir).method(mode).read_text())
 
 
 @pytest.mark.parametrize("mode", ["retrieved", "random", "merged", "full", "lora"])
@@ -89,13 +88,13 @@ def test_base_scores_agree_between_modes(cfg: RunConfig) -> None:
     """Row 0 is the untouched base in every mode: masked modes leave it as it was for the next one."""
     rows = {
         json.dumps([result(cfg, mode)["R"][0], result(cfg, mode)["general"][0]])
-        for mode in cfg.continual.modes
+        for mode in cfg.continual.methods
     }
     assert len(rows) == 1
 
 
 def test_bank_holds_what_was_trained_and_nothing_else(cfg: RunConfig) -> None:
-    bank = DeltaBank(bank_folder(cfg))
+    bank = DeltaBank(RunFolder.of(cfg.run_dir).bank().root)
     assert bank.tasks == [BASE, *TASKS]
     base = load_model(cfg.target.path, torch.float32).state_dict()
     model = load_sharded(cfg.target.path, "float32")
@@ -113,7 +112,7 @@ def test_bank_holds_what_was_trained_and_nothing_else(cfg: RunConfig) -> None:
 
 def test_retrieval_counts_every_test_prompt(cfg: RunConfig) -> None:
     retrieval = result(cfg, "retrieved")["retrieval"]
-    num_test = json.loads(tasks_path(cfg).read_text())["num_test"]
+    num_test = json.loads(RunFolder.of(cfg.run_dir).tasks.read_text())["num_test"]
     assert retrieval["columns"] == [BASE, *TASKS]
     assert [sum(row) for row in retrieval["confusion"]] == num_test
     right = sum(retrieval["confusion"][i][i + 1] for i in range(2))
@@ -121,19 +120,16 @@ def test_retrieval_counts_every_test_prompt(cfg: RunConfig) -> None:
 
 
 def test_lora_trains_as_many_parameters_as_the_mask(cfg: RunConfig) -> None:
-    module = load_model(cfg.target.path, torch.float32)
-    rank = lora_rank(module, cfg)
     trained = result(cfg, "lora")["trainable"]
-    per_rank = trained / rank
+    per_rank = trained / result(cfg, "lora")["lora_rank"]
     assert abs(trained - result(cfg, "retrieved")["trainable"]) <= per_rank / 2 + 1
-    assert lora_rank(module, replace(cfg, continual=replace(cfg.continual, lora_rank=7))) == 7
 
 
 def test_train_and_eval_commands_reproduce_the_sequence(cfg: RunConfig) -> None:
     """`train` from the same base, mask and seed gives the delta that the sequence put into the bank."""
     path = run_train(cfg, "copy", None)
-    assert path.read_bytes() == DeltaBank(bank_folder(cfg)).path("copy").read_bytes()
-    scores = run_eval(cfg, str(bank_folder(cfg)))
+    assert path.read_bytes() == DeltaBank(RunFolder.of(cfg.run_dir).bank().root).path("copy").read_bytes()
+    scores = run_eval(cfg, str(RunFolder.of(cfg.run_dir).bank().root))
     assert [scores[task] for task in TASKS] == pytest.approx(result(cfg, "retrieved")["R"][-1])
     plain = run_eval(cfg, None)
     assert [plain[task] for task in TASKS] == pytest.approx(result(cfg, "retrieved")["R"][0])
@@ -141,7 +137,7 @@ def test_train_and_eval_commands_reproduce_the_sequence(cfg: RunConfig) -> None:
 
 def test_results_are_collected(cfg: RunConfig) -> None:
     results = collect_results(cfg)
-    assert set(results["modes"]) == set(cfg.continual.modes)
+    assert set(results["modes"]) == set(cfg.continual.methods)
     assert set(results["masks"]["target"]) == set(TASKS)
     heat = results["masks"]["target"]["copy"]
     density = [cell for row in heat["density"] for cell in row if cell is not None]
@@ -151,9 +147,9 @@ def test_results_are_collected(cfg: RunConfig) -> None:
 
 
 def test_a_mode_with_a_result_is_kept(cfg: RunConfig) -> None:
-    before = mode_path(cfg, "retrieved").stat().st_mtime_ns
-    run_continual(replace(cfg, continual=replace(cfg.continual, modes=["retrieved"])))
-    assert mode_path(cfg, "retrieved").stat().st_mtime_ns == before
+    before = RunFolder.of(cfg.run_dir).method("retrieved").stat().st_mtime_ns
+    run_continual(replace(cfg, continual=replace(cfg.continual, methods=["retrieved"])))
+    assert RunFolder.of(cfg.run_dir).method("retrieved").stat().st_mtime_ns == before
 
 
 def test_mask_of_another_model_is_refused(cfg: RunConfig, tmp_path: Path) -> None:

@@ -1,0 +1,34 @@
+"""The unit layouts of a model's parameters."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+from trace_dist.masks.units import UnitLayout, unit_layout
+from trace_dist.models.heads import head_rows
+from trace_dist.models.roles import describe, maskable
+
+
+def layouts_for(model: Any, granularity: str, block: int, maskable_spec: str) -> dict[str, UnitLayout]:
+    """Unit layouts of a model's maskable parameters; parameters without elements have none.
+
+    Args:
+        model: a transformers model, or a sharded model (its ``module`` is described).
+        granularity: element, block, row, column, head or tensor.
+        block: elements per unit for block.
+        maskable_spec: ``linear``, ``all`` or a regular expression (``models.roles.maskable``).
+
+    Raises:
+        ValueError: nothing is maskable; for ``head``, the size of a weight's heads is not known.
+    """
+    module = getattr(model, "module", model)
+    infos = describe(module)
+    by_head = granularity == "head"
+    return {
+        name: unit_layout(
+            infos[name].shape, granularity, block, head_rows(module, infos[name]) if by_head else None
+        )
+        for name in maskable(module, maskable_spec)
+        if prod(infos[name].shape)
+    }

@@ -1,0 +1,202 @@
+"""A mask: for every maskable parameter the layout of its units, and the sorted indices of the selected ones."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trace_dist.masks import storage
+from trace_dist.masks.gaps import PackedUnits
+from trace_dist.masks.layouts import layouts_for
+from trace_dist.masks.select import SetOperation, combined_units, random_units
+from trace_dist.masks.units import UnitLayout
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Which entries of a model may be trained. Two masks are equal when they select the same units of the same layouts.
+
+    Attributes:
+        units: parameter name -> sorted unique unit indices, [k] int32 or int64 on the CPU; only parameters with k > 0. They lie
+            in memory as gaps and are decoded at each access: take them out once.
+        layouts: parameter name -> layout, for every *maskable* parameter, selected or not.
+        granularity: element, block, row, column, head or tensor.
+        meta: where it comes from: ``model`` (fingerprint), ``task``, ``method``.
+
+    Raises:
+        ValueError: no unit is selected, or indices are unsorted, repeated or out of range.
+    """
+
+    units: PackedUnits
+    layouts: Mapping[str, UnitLayout]
+    granularity: str
+    meta: Mapping[str, Any]
+
+    def __init__(
+        self,
+        units: Mapping[str, Tensor],
+        layouts: Mapping[str, UnitLayout],
+        granularity: str,
+        meta: Mapping[str, Any] | None = None,
+    ) -> None:
+        _check(units, layouts)
+        for name, value in (("layouts", layouts), ("granularity", granularity), ("meta", meta or {})):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "units", PackedUnits(units))
+
+    @property
+    def num_entries(self) -> int:
+        """Selected elements."""
+        return sum(int(self.layouts[name].sizes(indices).sum()) for name, indices in self.units.items())
+
+    @property
+    def num_maskable(self) -> int:
+        """Elements of all maskable parameters."""
+        return sum(layout.numel for layout in self.layouts.values())
+
+    @property
+    def density(self) -> float:
+        """Selected elements / elements of maskable parameters."""
+        return self.num_entries / self.num_maskable
+
+    def tensor_density(self, name: str) -> float:
+        """Density inside one maskable parameter."""
+        indices = self.units.get(name)
+        layout = self.layouts[name]
+        return 0.0 if indices is None else int(layout.sizes(indices).sum()) / layout.numel
+
+    def elements(self, name: str) -> Tensor:
+        """Flat indices of the selected elements of one parameter: [k] int64, sorted."""
+        return self.layouts[name].elements(self.units[name])
+
+    def dense(self, name: str) -> Tensor:
+        """Boolean mask with the parameter's shape (for tests and small models)."""
+        layout = self.layouts[name]
+        out = torch.zeros(layout.numel, dtype=torch.bool)
+        if name in self.units:
+            out[self.elements(name)] = True
+        return out.view(layout.shape)
+
+    def digest(self) -> str:
+        """SHA-256 over names, layouts and indices: equal on every rank, or the ranks disagree."""
+        digest = hashlib.sha256(self.granularity.encode())
+        for name in sorted(self.units):
+            layout = self.layouts[name]
+            stride = f"/{layout.stride}" if layout.stride > 1 else ""
+            digest.update(f"{name}{layout.shape}{layout.unit}{stride}".encode())
+            digest.update(self.units[name].long().numpy().tobytes())
+        return digest.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        return dict(self.layouts) == dict(other.layouts) and self.digest() == other.digest()
+
+    def with_meta(self, **meta: Any) -> Mask:
+        """The same mask with more metadata."""
+        return Mask(self.units, self.layouts, self.granularity, {**self.meta, **meta})
+
+    def save(self, path: str | Path) -> None:
+        """Write the mask file (format in docs/formats.md)."""
+        fields = {
+            "granularity": self.granularity,
+            "density": self.density,
+            "digest": self.digest(),
+            "meta": dict(self.meta),
+        }
+        storage.save(Path(path), "mask", self.units, self.layouts, fields)
+
+    @staticmethod
+    def load(path: str | Path) -> Mask:
+        """Read a mask file. Raises ValueError when it is missing, corrupt or not a mask."""
+        tensors, layouts, fields = storage.load(Path(path), "mask", ("granularity", "digest", "meta"))
+        try:
+            mask = Mask(tensors, layouts, fields["granularity"], fields["meta"])
+        except ValueError as error:
+            raise ValueError(f"{path}: corrupt mask file ({error})") from None
+        if mask.digest() != fields["digest"]:
+            raise ValueError(
+                f"{path}: corrupt mask file (its indices do not match their digest); restore it from a copy or make it again"
+            )
+        return mask
+
+    @staticmethod
+    def random(
+        model: Any,
+        density: float,
+        granularity: str = "element",
+        seed: int = 0,
+        block: int = 32,
+        maskable: str = "linear",
+    ) -> Mask:
+        """A uniformly random mask of a model or sharded model."""
+        layouts = layouts_for(model, granularity, block, maskable)
+        return random_mask(layouts, granularity, density, seed)
+
+    def __or__(self, other: Mask) -> Mask:
+        return combine(self, other, "union")
+
+    def __and__(self, other: Mask) -> Mask:
+        return combine(self, other, "intersection")
+
+    def __sub__(self, other: Mask) -> Mask:
+        return combine(self, other, "difference")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.units)
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+
+def random_mask(layouts: Mapping[str, UnitLayout], granularity: str, density: float, seed: int) -> Mask:
+    """A random mask with the same density in every tensor, as far as whole units allow."""
+    meta = {"method": "random", "seed": seed}
+    return Mask(random_units(layouts, density, seed), layouts, granularity, meta)
+
+
+def combine(left: Mask, right: Mask, operation: SetOperation) -> Mask:
+    """Union, intersection or difference of two masks of one model.
+
+    Raises:
+        ValueError: granularity, layouts or models differ, or nothing is left.
+    """
+    models = {mask.meta["model"] for mask in (left, right) if mask.meta.get("model") is not None}
+    if len(models) > 1:
+        raise ValueError(
+            f"mask: the two masks were made for the models {' and '.join(sorted(models))}; combine masks of one model"
+        )
+    if left.granularity != right.granularity or dict(left.layouts) != dict(right.layouts):
+        raise ValueError("mask: the two masks differ in granularity or shapes; combine masks of one model")
+    units = combined_units(left.units, right.units, left.layouts, operation)
+    meta = {"model": next(iter(models), None), "method": operation}
+    return Mask(units, left.layouts, left.granularity, meta)
+
+
+def _check(units: Mapping[str, Tensor], layouts: Mapping[str, UnitLayout]) -> None:
+    """Raise ValueError unless the units make a mask of these layouts."""
+    if not units or all(len(indices) == 0 for indices in units.values()):
+        raise ValueError("mask: it selects nothing, so nothing would train; raise mask.density")
+    for name, indices in units.items():
+        layout = layouts.get(name)
+        if layout is None:
+            raise ValueError(f"mask: parameter {name!r} has units but no layout; make the mask again")
+        if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"mask: units of {name!r} are {list(indices.shape)} {indices.dtype}, not a list of int32 or int64; "
+                "make the mask again"
+            )
+        if len(indices) == 0:
+            raise ValueError(f"mask: parameter {name!r} is listed without units; leave it out")
+        if len(indices) > 1 and not bool((indices[1:] > indices[:-1]).all()):
+            raise ValueError(f"mask: units of {name!r} are not sorted and unique; make the mask again")
+        if int(indices[0]) < 0 or int(indices[-1]) >= layout.num_units:
+            raise ValueError(
+                f"mask: a unit of {name!r} lies outside its {layout.num_units} units; make it again"
+            )

@@ -1,0 +1,59 @@
+"""The collectives that the engine itself calls; gathering weights is the sharding library's.
+
+Replace ``ShardedModel.comm`` before a mask is attached to count them, to let them fail, or to stand for ranks that are not there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as td
+from torch import Tensor
+
+from trace_dist.utils import dist
+
+
+class Comm:
+    """All ranks of this job, through ``torch.distributed``. Every method is collective."""
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        return dist.rank()
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return dist.world_size()
+
+    def all_to_all(
+        self, received: Tensor, sent: Tensor, receive_sizes: list[int], send_sizes: list[int]
+    ) -> Any:
+        """Begin to send each rank its part of ``sent``, [sum of send_sizes], and to fill ``received``, [sum of receive_sizes].
+
+        Returns:
+            Something whose ``wait()`` ends when everything has arrived.
+        """
+        return td.all_to_all_single(received, sent, receive_sizes, send_sizes, async_op=True)
+
+    def all_gather(self, mine: Tensor, sizes: list[int]) -> Tensor:
+        """Every rank's 1-D tensor, of ``sizes[rank]`` elements, end to end."""
+        return dist.all_gather_uneven(mine, sizes)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        return dist.sum_over_ranks(tensor)
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """Largest value over ranks, in place."""
+        if self.world > 1:
+            td.all_reduce(tensor, op=td.ReduceOp.MAX)
+        return tensor
+
+    def objects(self, value: Any) -> list[Any]:
+        """The values of all ranks, in rank order."""
+        return dist.gather_objects(value)
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        dist.barrier()

@@ -1,0 +1,152 @@
+"""A rank's support: the masked entries of one parameter that it owns, and where their gradient adds up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from trace_kernels.runs import Runs
+
+from trace_dist.masks.gaps import Gaps
+from trace_dist.masks.mask import Mask
+from trace_dist.masks.units import UnitLayout
+from trace_dist.sharding.masked_linear import Part
+from trace_dist.sharding.views import PartitionView
+
+
+class Partitioned(Protocol):
+    """What a support must know of a sharded model (``sharding.base.ShardedModel``)."""
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+
+    def names(self) -> list[str]:
+        """Parameter names."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Full shape of a parameter."""
+
+    def views(self, name: str) -> list[PartitionView]:
+        """What every rank owns of a parameter."""
+
+    def like(self, name: str) -> Tensor:
+        """An empty tensor of the dtype of a weight's values, on the device where this rank keeps them."""
+
+
+@dataclass(eq=False)
+class Support:
+    """The masked entries of one parameter, seen from one rank.
+
+    Attributes:
+        name: parameter name.
+        shape: full shape of the parameter.
+        runs: the masked entries inside this rank's view.
+        gaps: every selected unit of the parameter, encoded, where several ranks share them; see ``whole``.
+        layout: of the units.
+        part: the whole rows or columns that the mask selects; its entries are that part of the gradient, row-major.
+        splits: masked entries per rank, in rank order.
+        rank: this rank.
+        grad: [runs.num_entries] fp32, the gradient that has accumulated (fp64 for an fp64 model); empty when the gradients
+            go elsewhere (``attach(mask, accumulate=...)``).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    runs: Runs
+    gaps: Gaps | None
+    layout: UnitLayout
+    part: Part
+    splits: list[int]
+    rank: int
+    grad: Tensor
+
+    @property
+    def num_entries(self) -> int:
+        """Masked entries of the parameter, on all ranks."""
+        return sum(self.splits)
+
+    def whole(self) -> Runs:
+        """Every masked entry of the parameter (base 0), decoded anew where several ranks share them.
+
+        Every rank picks all ranks' entries out of its own gradient, one parameter at a time. Kept decoded, single elements would
+        take four bytes per entry of the model on every rank: with many ranks, more than the states.
+        """
+        if self.gaps is None:
+            return self.runs
+        return Runs.whole(*self.layout.runs(self.gaps.decode()), self.layout.numel)
+
+    def indices(self) -> list[Tensor]:
+        """What this rank keeps to know where the entries are."""
+        return [self.runs.units] if self.gaps is None else [self.runs.units, self.gaps.words]
+
+    @property
+    def offset(self) -> int:
+        """Entries that belong to lower ranks."""
+        return sum(self.splits[: self.rank])
+
+
+Accumulate = Callable[[Support, Tensor], None]
+"""What happens to the reduced gradient at this rank's entries of a support: [runs.num_entries]."""
+
+
+def add_to_grad(support: Support, values: Tensor) -> None:
+    """The usual case: gradients add up in the support's buffer."""
+    support.grad.add_(values)
+
+
+def build_supports(model: Partitioned, mask: Mask) -> list[Support]:
+    """The supports of a mask on this rank, in the model's parameter order; their gradient buffers are still empty.
+
+    Raises:
+        ValueError: a parameter is missing or has another shape: the mask is of another model.
+    """
+    known = set(model.names())
+    for name in mask.units:
+        if name not in known:
+            raise ValueError(
+                f"mask: parameter {name!r} is not in the model; give the mask that was made for this model"
+            )
+        if tuple(mask.layouts[name].shape) != model.shape(name):
+            raise ValueError(
+                f"mask: {name!r} has shape {tuple(mask.layouts[name].shape)} in the mask but {model.shape(name)} in the model; "
+                "give the mask that was made for this model, or project it"
+            )
+    return [_support(model, mask, name) for name in model.names() if name in mask.units]
+
+
+def _support(model: Partitioned, mask: Mask, name: str) -> Support:
+    layout = mask.layouts[name]
+    like = model.like(name)
+    gaps = mask.units.gaps[name].to(like.device)
+    selected = gaps.decode()
+    units, block = layout.runs(selected)
+    clipped = [Runs.clip(units, block, view.start, view.stop, layout.numel) for view in model.views(name)]
+    runs = clipped[model.rank]
+    shared = len(clipped) > 1
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return Support(
+        name=name,
+        shape=layout.shape,
+        runs=replace(runs, units=runs.units.clone()) if shared else runs,  # a copy: the rest goes
+        gaps=gaps if shared else None,
+        layout=layout,
+        part=_part(layout, selected),
+        splits=[part.num_entries for part in clipped],
+        rank=model.rank,
+        grad=torch.empty(0, dtype=dtype, device=like.device),
+    )
+
+
+def _part(layout: UnitLayout, units: Tensor) -> Part:
+    """The rows or columns of a matrix that the units are; all of it where they are neither."""
+    if layout.lines == "columns":
+        return Part(columns=units.long())
+    if layout.lines is None:
+        return Part()
+    rows_per_unit = layout.unit // layout.cols
+    lanes = torch.arange(rows_per_unit, device=units.device)
+    return Part(rows=(units.long()[:, None] * rows_per_unit + lanes).flatten())
