@@ -142,14 +142,13 @@ def encode(
         )
     num_cut = sum(n > 0 for n in encoded["num_cut"])
     if num_cut:
-        _say_cut(cache.stem, num_cut, len(encoded), cfg.max_length)
+        _say_cut(num_cut, len(encoded), cfg.max_length)
     return encoded.remove_columns("num_cut")
 
 
 @once
-def _say_cut(data: str, num_cut: int, num: int, max_length: int) -> None:
-    """Said once for the same data (``data`` is their digest), which a stage may encode for several models."""
-    del data
+def _say_cut(num_cut: int, num: int, max_length: int) -> None:
+    """Said once: a stage encodes the same data for several models."""
     logger.warning("cut %d of %d prompts to data.max_length=%d tokens", num_cut, num, max_length)
 
 
