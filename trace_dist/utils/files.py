@@ -94,7 +94,8 @@ def read_json(path: Path) -> Any:
         raise ValueError(
             f"{path}: cannot be read ({error.strerror}); fix the path or its permissions"
         ) from None
-    except (ValueError, RecursionError) as error:  # bytes that are no text, numbers too long, nested too deeply
+    # The bytes are no text, a number is too long, or all is nested too deeply.
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: not valid JSON ({error}); restore the file or delete it and run again"
         ) from None
