@@ -53,9 +53,8 @@ class Retrieved(Method):
     def bank(self) -> DeltaBank:
         """The bank, with a signature of the general sets where it is new."""
         setting = self.setting
-        bank = DeltaBank.create(
-            setting.folder.bank(self.name).root, setting.fingerprint, setting.cfg.bank.layer
-        )
+        folder = setting.cfg.bank_of(self.name).root
+        bank = DeltaBank.create(folder, setting.fingerprint, setting.cfg.bank.layer)
         if setting.bench.general and not bank.tasks:
             bank.add(setting.judge.signature(setting.model, setting.bench.general, BASE), None)
         return bank
