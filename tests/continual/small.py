@@ -80,7 +80,7 @@ def prepare(folder: Path) -> None:
         rows = [{"prompt": f"{name}: {w}", "answer": a} for w, a in zip(words, answers, strict=True)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     cfg = make_config(folder, ["retrieved"], "probed")
-    prepare_base(cfg.target, cfg, "target")
+    prepare_base(cfg, "target")
     about = folder / "target" / "config.json"
     about.write_text(json.dumps(json.loads(about.read_text()) | {"attention_dropout": 0.2}))
     run_probe(cfg)
