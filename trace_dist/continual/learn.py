@@ -11,8 +11,8 @@ from trace_dist.continual.setting import Setting
 from trace_dist.data.batches import Batches
 from trace_dist.masks.format import Mask
 from trace_dist.train.loop import TrainResult
-from trace_dist.train.setup import Stream
 from trace_dist.train.task import train_mask
+from trace_dist.train.workbench import Stream
 
 
 def learn_task(

@@ -21,8 +21,8 @@ from trace_dist.models.fingerprint import fingerprint
 from trace_dist.run_folder import RunFolder
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.loop import MetricLog
-from trace_dist.train.setup import Stream, Workbench
 from trace_dist.train.target import base_path, load_target
+from trace_dist.train.workbench import Stream, Workbench
 from trace_dist.utils import dist
 
 

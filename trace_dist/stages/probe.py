@@ -21,7 +21,7 @@ from trace_dist.probe.specificity import cosine_matrix, specificity, tensor_spec
 from trace_dist.probe.task import Probed, probe_task
 from trace_dist.stages.base import prepare_base
 from trace_dist.stages.stage import ALONE, Stage
-from trace_dist.train.setup import Stream, Workbench
+from trace_dist.train.workbench import Stream, Workbench
 from trace_dist.utils import dist
 from trace_dist.utils.files import write_json
 from trace_dist.utils.log import get_logger
