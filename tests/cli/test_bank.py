@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,18 +9,12 @@ from bank.samples import drawn, small_delta
 
 from trace_dist import DeltaBank
 from trace_dist.bank.bank import BASE
-from trace_dist.cli.bank_commands import ACTIONS, run_action
-from trace_dist.cli.parser import Parser, build_parser
-
-
-@cache
-def parser() -> Parser:
-    return build_parser()
+from trace_dist.cli.bank_commands import ACTIONS, bank_command
+from trace_dist.cli.parser import parse
 
 
 def command(*arguments: object) -> None:
-    values = parser().parse_args(["bank", *map(str, arguments)]).bank
-    run_action(values.action, values[values.action])
+    bank_command(parse(["bank", *map(str, arguments)]).bank)
 
 
 @pytest.fixture

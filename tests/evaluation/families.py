@@ -32,6 +32,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 32,
         "max_position_embeddings": 64, "forced_eos_token_id": None,
     },
+    "cpmant": {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "dim_head": 8, "dim_ff": 48,
+    },
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
     "falcon_mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
     "mamba2": {

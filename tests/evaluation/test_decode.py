@@ -43,7 +43,8 @@ def test_every_family_decodes_as_generate_does(family: str, tokenizer: PreTraine
     assert greedy_decode(model, tokenizer, PROMPTS, batch_size=4, max_new_tokens=CAP) == expected
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# CPM-Ant's prompt sees all of itself, so it has no likelihood from left to right.
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"cpmant"}))
 def test_likelihoods_do_not_depend_on_the_batch(family: str) -> None:
     model = tiny(family)
     pairs = [Pair(prompt, [7, 8, 9][: 1 + i % 3]) for i, prompt in enumerate(PROMPTS)]

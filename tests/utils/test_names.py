@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trace_dist.utils.names import check_task_name
+from trace_dist.utils.names import check_distinct, check_task_name
 
 
 @pytest.mark.parametrize("name", ["copy", "a b: ü", "database", "base2", "-x", "x.y", "a" * 150, "数学"])
@@ -27,3 +27,10 @@ def test_refusals(name: object, rule: str) -> None:
         check_task_name(name)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("tasks.name=")
+
+
+def test_names_that_some_file_systems_do_not_tell_apart() -> None:
+    check_distinct(["copy", "copy2", "cafe", "caf\u00e9"])
+    for one, other in (("copy", "Copy"), ("caf\u00e9", "cafe\u0301"), ("stra\u00dfe", "STRASSE"), ("a", "a")):
+        with pytest.raises(ValueError, match=f"tasks.name='{other}': .* from '{one}'; rename one"):
+            check_distinct([one, "else", other])

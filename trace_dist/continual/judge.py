@@ -16,7 +16,7 @@ from trace_dist.data.encoding import encode_prompt, pad_id
 from trace_dist.data.tasks import Task
 from trace_dist.evaluation import evaluate_task
 from trace_dist.sharding.base import ShardedModel
-from trace_dist.train.setup import Stream, Workbench
+from trace_dist.train.workbench import Stream, Workbench
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from trace_dist.masks.mask import Mask
 from trace_dist.masks.ops import layouts_for, random_mask
 from trace_dist.projection.project import project_task
 from trace_dist.sharding.base import ShardedModel
-from trace_dist.train.setup import Stream, Workbench
+from trace_dist.train.workbench import Stream, Workbench
 from trace_dist.utils.log import get_logger
 from trace_dist.utils.together import on_main
 

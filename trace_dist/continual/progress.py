@@ -21,7 +21,7 @@ from typing import Any
 
 from trace_dist.continual.judge import Row
 from trace_dist.train.loop import TrainResult
-from trace_dist.train.setup import Stream
+from trace_dist.train.workbench import Stream
 from trace_dist.utils import dist
 from trace_dist.utils.files import flush_folder, read_json, sha256, write_json
 from trace_dist.utils.sealed import json_checksum

@@ -16,8 +16,9 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache as once
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import datasets
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -54,7 +55,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         ValueError: there is neither, or the template cannot be rendered.
     """
     end = end_token(tokenizer) if tokenizer.chat_template else None
-    found = [] if end is None else [int(tokenizer.convert_tokens_to_ids(end))]
+    found = [] if end is None else [cast(int, tokenizer.convert_tokens_to_ids(end))]
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in found:
         found.append(int(tokenizer.eos_token_id))
     if not found:
@@ -141,10 +142,14 @@ def encode(
         )
     num_cut = sum(n > 0 for n in encoded["num_cut"])
     if num_cut:
-        logger.warning(
-            "cut %d of %d prompts to data.max_length=%d tokens", num_cut, len(encoded), cfg.max_length
-        )
+        _say_cut(num_cut, len(encoded), cfg.max_length)
     return encoded.remove_columns("num_cut")
+
+
+@once
+def _say_cut(num_cut: int, num: int, max_length: int) -> None:
+    """Said once: a stage encodes the same data for several models."""
+    logger.warning("cut %d of %d prompts to data.max_length=%d tokens", num_cut, num, max_length)
 
 
 def check_context(tokens_needed: int, model_config: PreTrainedConfig) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache as once
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +73,20 @@ def _without(train: list[Example], test: list[Example], name: str) -> list[Examp
     kept = [example for example in train if example["prompt"] not in tested]
     num_dropped = len(train) - len(kept)
     if 2 * num_dropped > len(train):
-        logger.warning(
-            "tasks.%s: %d of %d training examples have a prompt that is tested too; the task has too few "
-            "prompts to separate them, so they are kept and its scores include recall",
-            name, num_dropped, len(train),
-        )  # fmt: skip
+        _say_kept(name, num_dropped, len(train))
         return train
     if num_dropped:
         logger.debug("tasks.%s: dropped %d training examples whose prompt is tested", name, num_dropped)
     return kept
+
+
+@once
+def _say_kept(name: str, num_tested: int, num: int) -> None:
+    logger.warning(
+        "tasks.%s: %d of %d training examples have a prompt that is tested too; the task has too few "
+        "prompts to separate them, so they are kept and its scores include recall",
+        name, num_tested, num,
+    )  # fmt: skip
 
 
 def _examples(rows: Iterable[Mapping[str, Any]], task: TaskConfig, where: str) -> list[Example]:

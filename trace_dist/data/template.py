@@ -16,13 +16,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 _MARK = "theanswergoeshere"
 _SWITCHES = ("enable_thinking", "thinking")
 """Template variables that turn thinking off: Qwen3, GLM and SmolLM3 read the first, DeepSeek and Kimi the second."""
+_CURE = (
+    "give the tokenizer a chat_template that takes one user turn and one answer, "
+    "or remove the template to train on plain prompts"
+)
 _OPENING = r"(<\|?|\[|◁)([\w:.-]*(?:think|thought|reason)[\w:.-]*)(\|?>|\]|▷)"
 _OPEN_AT_END = re.compile(_OPENING + r"\s*$", re.IGNORECASE)
 _OPEN_AT_START = re.compile(r"\s*" + _OPENING, re.IGNORECASE)
@@ -43,9 +47,7 @@ def frames(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[F
         ValueError: the template cannot be rendered, or does not write what the user says.
     """
     if _generation_prompt("a", tokenizer) == _generation_prompt("b", tokenizer):
-        raise ValueError(
-            f"{_name(tokenizer)}: it writes the same text whatever the user says; {_CURE.format('text')}"
-        )
+        raise ValueError(f"{_name(tokenizer)}: it writes the same text whatever the user says; {_CURE}")
     return [_frame(prompt, tokenizer) for prompt in prompts]
 
 
@@ -107,18 +109,12 @@ def _answered(prompt: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str
     return (before, after) if found else ("", "")
 
 
-_CURE = (
-    "give the tokenizer a chat_template that takes the {} of one user turn and one answer, "
-    "or remove the template to train on plain prompts"
-)
-
-
 def _render(
     turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool
 ) -> str:
     try:
         template = tokenizer.get_chat_template()
-        switches = {name: False for name in _SWITCHES if re.search(rf"\b{name}\b", template)}
+        switches: dict[str, Any] = {name: False for name in _SWITCHES if re.search(rf"\b{name}\b", template)}
         return str(
             tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=add_generation_prompt, **switches
@@ -131,8 +127,7 @@ def _render(
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         roles = " and ".join(turn["role"] for turn in turns)
         raise ValueError(
-            f"{_name(tokenizer)}: it cannot be rendered for {roles} turns ({where}{reason}); "
-            f"{_CURE.format('texts')}"
+            f"{_name(tokenizer)}: it cannot be rendered for {roles} turns ({where}{reason}); {_CURE}"
         ) from error
 
 

@@ -7,7 +7,8 @@ number of decoding steps.
 Attention can be told to leave out positions, so prompts are padded on the left and their keys and values are kept.
 Recurrent layers (Mamba, RWKV, short convolutions) carry padding on the left into their state, and each family keeps
 that state in its own way. Nothing to the right of a token reaches it in any causal model: where a model does not
-keep keys and values alone, prompts are padded on the right, and every step reads the whole text again.
+keep keys and values alone, prompts are padded on the right, and every step reads the whole text again. A model that
+padding on the right changes all the same decodes one prompt at a time.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from trace_dist.evaluation.inputs import (
     may_pad_left,
     pad,
     positions,
+    safe_batch_size,
     supported,
 )
 from trace_dist.evaluation.passes import evaluating, map_over_ranks
@@ -76,7 +78,8 @@ def greedy_decode(
     check_context(max(lengths) + max_new_tokens - 1, config_of(model))
     decoder = _Decoder(model, stop_ids(tokenizer), pad_id(tokenizer), max_new_tokens)
     with evaluating(model):
-        return map_over_ranks(lengths, batch_size, lambda batch: decoder([prompts[i] for i in batch]))
+        size = safe_batch_size(model, prompts, pad_id(tokenizer), batch_size)
+        return map_over_ranks(lengths, size, lambda batch: decoder([prompts[i] for i in batch]))
 
 
 class _Decoder:

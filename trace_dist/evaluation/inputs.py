@@ -11,6 +11,8 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from trace_dist.models.forward import names_argument
 
+_ROUNDING = 0.02
+"""Share of the range of logits that rounding may move them by; bf16 rounds to 0.4 %."""
 _ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
 
@@ -77,6 +79,25 @@ def may_pad_left(model: torch.nn.Module) -> bool:
     )
 
 
+def safe_batch_size(model: torch.nn.Module, rows: Sequence[Sequence[int]], fill: int, batch_size: int) -> int:
+    """``batch_size``, or 1 where rows must not be padded at all. Collective: it may make two forward passes.
+
+    Padding on the right changes nothing in a causal model, but some let a prompt see all of itself and read no mask
+    (CPM-Ant).
+    """
+    if batch_size == 1 or may_pad_left(model) or len({len(row) for row in rows}) == 1:
+        return batch_size
+    row = min(rows, key=len)
+    found = []
+    for num_fill in (0, 3):
+        tokens = torch.tensor([[*row, *[fill] * num_fill]], device=device_of(model))
+        mask = torch.tensor([[1] * len(row) + [0] * num_fill], device=tokens.device)
+        options = supported(model, attention_mask=mask, use_cache=False)
+        found.append(model(input_ids=tokens, **options).logits[0, len(row) - 1].float())
+    alone, padded = found
+    return batch_size if (alone - padded).abs().max() <= _ROUNDING * (alone.max() - alone.min()) else 1
+
+
 def cache_argument(model: torch.nn.Module) -> str | None:
     """What the forward method and its output call the cache of keys and values; None where it takes none."""
     return next((name for name in ("cache", "past_key_values") if names_argument(_inner(model), name)), None)
@@ -89,7 +110,7 @@ def keeps_keys_alone(cache: Any) -> bool:
     )
 
 
-def _inner(model: torch.nn.Module) -> Any:
+def _inner(model: Any) -> Any:
     """The model inside PEFT's wrapper, or the model."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

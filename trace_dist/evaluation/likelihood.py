@@ -16,6 +16,7 @@ from trace_dist.evaluation.inputs import (
     may_pad_left,
     pad,
     positions,
+    safe_batch_size,
     supported,
 )
 from trace_dist.evaluation.passes import evaluating, map_over_ranks
@@ -55,7 +56,8 @@ def log_likelihoods(
         return _score_batch(model, [pairs[i] for i in indices], pad_id, left)
 
     with evaluating(model):
-        return map_over_ranks(lengths, min(batch_size, limit), run)
+        rows = [pair.prompt + pair.answer for pair in pairs]
+        return map_over_ranks(lengths, safe_batch_size(model, rows, pad_id, min(batch_size, limit)), run)
 
 
 def _score_batch(model: torch.nn.Module, pairs: list[Pair], pad_id: int, left: bool) -> list[float]:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from trace_dist.data.encoding import encode_pairs, encode_prompt
+from trace_dist.data.encoding import encode_prompt
 from trace_dist.evaluation.decode import greedy_decode
+from trace_dist.evaluation.lengths import longest_answer
 from trace_dist.evaluation.score import Score, accuracy
 from trace_dist.evaluation.wording import Wording
 
@@ -42,8 +43,7 @@ def exact_match(
         raise ValueError("exact_match: there are no examples; give at least one")
     prompt_texts, references = [row["prompt"] for row in rows], [row["answer"] for row in rows]
     if max_new_tokens is None:
-        pairs = encode_pairs(prompt_texts, references, tokenizer)
-        max_new_tokens = max(len(pair.answer) for pair in pairs) + 1
+        max_new_tokens = longest_answer(tokenizer, rows) + 1
     prompts = encode_prompt(prompt_texts, tokenizer, max_prompt_tokens)
     outputs = greedy_decode(model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens)
     wording = Wording.of(tokenizer)

@@ -46,7 +46,7 @@ class Wording:
     def _decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return str(
             self.tokenizer.decode(
-                ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+                list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
             )
         )
 

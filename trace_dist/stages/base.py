@@ -14,16 +14,14 @@ import torch
 from transformers import PreTrainedModel
 
 from trace_dist.config import ModelConfig, PruneConfig, RunConfig, TinyConfig
-from trace_dist.data.tasks import load_task
 from trace_dist.models.gguf import convert_gguf
 from trace_dist.models.loading import load_model, load_tokenizer
 from trace_dist.models.prune import depth_prune
 from trace_dist.models.tiny import build_tiny
-from trace_dist.models.tokenizer import char_tokenizer
 from trace_dist.stages.stage import ALONE, Stage
 from trace_dist.train.learner import DenseLearner
 from trace_dist.train.loop import MetricLog, train_steps
-from trace_dist.train.setup import Workbench
+from trace_dist.train.workbench import Tasks, Workbench
 from trace_dist.utils import dist
 from trace_dist.utils.files import atomic_folder
 from trace_dist.utils.locks import hold
@@ -87,6 +85,8 @@ def _make(model: ModelConfig, cfg: RunConfig, folder: Path, role: Role) -> None:
     if model.tiny is not None:
         _make_tiny(model.tiny, cfg, folder, role)
     elif model.gguf is not None:
+        # Its checks come before the conversion.
+        Tasks.load(cfg)
         convert_gguf(model.gguf, folder)
     elif model.prune is not None:
         _make_pruned(model.prune, cfg, folder)
@@ -101,11 +101,7 @@ def _make_tiny(tiny: TinyConfig, cfg: RunConfig, folder: Path, role: Role) -> No
         raise ValueError(
             f"{role}.tiny: a tiny base is pretrained on the general tasks, but there are none; add some to general"
         )
-    tasks = [load_task(task, cfg.seed) for task in (*cfg.general, *cfg.tasks)]
-    tokenizer = char_tokenizer(
-        {task.name: [*task.train["prompt"], *task.test["prompt"]] for task in tasks},
-        [answer for task in tasks for answer in (*task.train["answer"], *task.test["answer"])],
-    )
+    tokenizer = Tasks.load(cfg).characters()
     module = build_tiny(tiny, len(tokenizer), cfg.seed)
     with atomic_folder(folder) as partial:
         tokenizer.save_pretrained(partial)
@@ -120,6 +116,8 @@ def _make_pruned(prune: PruneConfig, cfg: RunConfig, folder: Path) -> None:
             "proxy.prune.heal_steps: healing needs general tasks, but there are none; add some, or use 0"
         )
     target = Path(prepare_base(cfg, "target"))
+    # Its checks come before the cut.
+    Tasks.load(cfg)
     if not prune.heal_steps:
         depth_prune(target, prune.keep_layers, folder)
         return

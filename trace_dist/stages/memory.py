@@ -22,7 +22,7 @@ from trace_dist.stages.base import prepare_base
 from trace_dist.stages.stage import Stage
 from trace_dist.train.learner import MaskedLearner
 from trace_dist.train.loss import accumulate
-from trace_dist.train.setup import Workbench
+from trace_dist.train.workbench import Workbench
 from trace_dist.utils import dist
 from trace_dist.utils.files import write_json
 from trace_dist.utils.log import get_logger

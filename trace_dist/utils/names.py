@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
 
 BASE = "base"
 """Stands for the base model wherever tasks are listed: prompts like the general sets are answered by it."""
@@ -27,6 +28,23 @@ def check_task_name(name: object, field: str = "tasks.name") -> None:
         raise ValueError(f"{field}={name!r:.200}: {rule}; rename the task")
 
 
+def check_distinct(names: Iterable[str], field: str = "tasks.name") -> None:
+    """Raise ValueError where two names are the same file on a file system that knows no case."""
+    taken: dict[str, str] = {}
+    for name in names:
+        key = _seen(name)
+        if key in taken:
+            raise ValueError(
+                f"{field}={name!r}: some file systems do not tell it from {taken[key]!r}; rename one"
+            )
+        taken[key] = name
+
+
+def _seen(name: str) -> str:
+    """Letters of another width or case look the same to a reader and to some file systems."""
+    return unicodedata.normalize("NFKC", name).casefold().strip()
+
+
 def _broken_rule(name: object) -> str | None:
     if not isinstance(name, str) or not name:
         return "must be a non-empty text"
@@ -36,7 +54,6 @@ def _broken_rule(name: object) -> str | None:
         return "must not hold '/' or '\\', begin with '.', or begin or end with a space"
     if len(name.encode()) > MAX_BYTES:
         return f"must have at most {MAX_BYTES} bytes"
-    # letters of another width or case look the same to a reader and to some file systems
-    if unicodedata.normalize("NFKC", name).casefold().strip() in RESERVED:
+    if _seen(name) in RESERVED:
         return "is reserved for the base model"
     return None

@@ -15,7 +15,7 @@ from trace_dist.config import RunConfig
 from trace_dist.continual.judge import Row
 from trace_dist.continual.setting import Setting
 from trace_dist.train.loop import TrainResult
-from trace_dist.train.setup import Stream
+from trace_dist.train.workbench import Stream
 
 
 class Method(ABC):

@@ -17,8 +17,8 @@ from trace_dist.models.loading import load_model
 from trace_dist.train.learner import DenseLearner
 from trace_dist.train.loop import TrainResult
 from trace_dist.train.loss import autocast
-from trace_dist.train.setup import Stream
 from trace_dist.train.task import train_learner
+from trace_dist.train.workbench import Stream
 from trace_dist.utils import dist
 from trace_dist.utils.files import load_tensors, save_tensors
 

@@ -18,7 +18,7 @@ from trace_dist.continual.methods.base import Method
 from trace_dist.continual.setting import Setting
 from trace_dist.masks.format import Mask
 from trace_dist.train.loop import TrainResult
-from trace_dist.train.setup import Stream
+from trace_dist.train.workbench import Stream
 from trace_dist.utils.files import read_json, write_json
 from trace_dist.utils.together import on_main
 

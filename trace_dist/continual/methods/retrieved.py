@@ -19,7 +19,7 @@ from trace_dist.continual.learn import learn_task
 from trace_dist.continual.methods.base import Method
 from trace_dist.continual.setting import Setting
 from trace_dist.train.loop import TrainResult
-from trace_dist.train.setup import Stream
+from trace_dist.train.workbench import Stream
 from trace_dist.utils.files import read_json, write_json
 from trace_dist.utils.together import on_main
 
@@ -56,9 +56,8 @@ class Retrieved(Method):
     def bank(self) -> DeltaBank:
         """The bank, with a signature of the general sets where it is new."""
         setting = self.setting
-        bank = DeltaBank.create(
-            setting.folder.bank(self.name).root, setting.fingerprint, setting.cfg.bank.layer
-        )
+        folder = setting.cfg.bank_of(self.name).root
+        bank = DeltaBank.create(folder, setting.fingerprint, setting.cfg.bank.layer)
         if setting.bench.general and not bank.tasks:
             bank.add(setting.judge.signature(setting.model, setting.bench.general, BASE), None)
         return bank
