@@ -30,6 +30,7 @@ SECTIONS: dict[int, tuple[Launcher, list[str]]] = {
                 "depth",
                 "gathering",
                 "gathering_over_gloo",
+                "by_weight",
                 "unreached",
                 "wire",
                 "nf4",

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from trace_dist.config import LaunchConfig
+from trace_dist.utils.launch import LAUNCHERS
 
 RUN_PID = "TRACE_DIST_RUN_PID"
 """Environment variable of a run's stages, which their launchers pass on: the process that must live while they do."""
@@ -52,6 +53,27 @@ def launch_environment(num_processes: int = 1, num_threads: int | None = None) -
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
     return environment
+
+
+def alone_environment() -> dict[str, str]:
+    """The environment of a process of its own, started by a rank: no launcher is to be seen in it."""
+    environment = launch_environment()
+    names = {name for launcher in LAUNCHERS for name in (launcher.rank, launcher.size, launcher.local_rank)}
+    names |= {
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "GROUP_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    }
+    hidden = ("TORCHELASTIC_", "SLURM_STEP")
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in names and not name.startswith(hidden)
+    }
 
 
 def free_port() -> int:

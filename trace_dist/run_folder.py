@@ -84,8 +84,12 @@ class RunFolder:
         return self.root / "probe" / "specificity.json"
 
     def trace(self, task: str) -> Path:
-        """What the warm start of a task left: its update and unit scores, with which other tasks are compared."""
+        """What the warm start of a task left: the scores of its units, and its losses."""
         return self.root / "probe" / "traces" / f"{task}.safetensors"
+
+    def sketch(self, task: str) -> Path:
+        """A sketch of the warm start's update, with which other tasks are compared."""
+        return self.root / "probe" / "sketches" / f"{task}.safetensors"
 
     def saliency(self, task: str) -> Path:
         """The proxy's saliency map of a task."""

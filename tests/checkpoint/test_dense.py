@@ -91,6 +91,21 @@ def test_before_the_first_step(tmp_path: Path) -> None:
     assert step(other, 2) == losses
 
 
+def test_names_that_share_a_weight(tmp_path: Path) -> None:
+    """As a module lists them that ties its head to the embedding."""
+    run, other = make("full"), make("full")
+    step(run, 1)
+    for each in (run, other):
+        each[0].double_name = each[0].get_parameter("transformer.wte.weight")  # type: ignore[assignment]
+
+    def twice(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        return list(module.named_parameters(remove_duplicate=False))
+
+    assert len(twice(run[0])) > len(trained(run))
+    load_dense(save_dense(tmp_path, 1, twice(run[0]), run[1], {}), twice(other[0]), other[1])
+    assert all(torch.equal(p, q) for (_, p), (_, q) in zip(trained(run), trained(other), strict=True))
+
+
 def test_two_are_kept_and_a_damaged_one_is_passed_over(tmp_path: Path) -> None:
     run = make("full")
     folders = [save(tmp_path, number, run) for number in (1, 2, 3)]

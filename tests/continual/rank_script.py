@@ -45,7 +45,8 @@ def run_until(cfg: RunConfig, number: int) -> None:
 def main() -> None:
     """One run that is whole, and one that is cut."""
     dist.init_distributed()
-    folder = Path(sys.argv[-1])  # deepspeed puts --local_rank before it
+    # deepspeed puts --local_rank before it
+    folder = Path(sys.argv[-1])
     run_continual(replace(make_config(folder, METHODS, "ranks-whole"), backend="zero3"))
     for method in METHODS:
         cfg = replace(make_config(folder, [method], "ranks-cut"), backend="zero3")

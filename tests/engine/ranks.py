@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from engine.cases import CASES, Case, batches
 from engine.comms import CountedComm
+from engine.rank_by_weight import by_weight
 from engine.rank_depth import depth
 from engine.rank_files import cut_and_continue, damaged, deltas, exporting, hand_over, loading, take_over
 from engine.rank_gathering import gathering
@@ -194,6 +195,8 @@ def attaching(out: Path) -> Found:
     found: Found = {}
     mine = Mask.random(model, 0.3, "element", seed=dist.rank())
     found["different"] = refused(lambda: MaskedAdamW(model, mine))
+    same = Mask.random(model, 0.3, "element", seed=0)
+    found["rate"] = refused(lambda: MaskedAdamW(model, same, lr=0.1 + dist.rank()))
     return found
 
 
@@ -221,6 +224,7 @@ SECTIONS: dict[str, Callable[[Path], Found]] = {
     "depth": depth,
     "gathering": gathering,
     "gathering_over_gloo": gathering_over_gloo,
+    "by_weight": by_weight,
     "unreached": unreached,
     "wire": wire,
     "nf4": nf4,

@@ -55,7 +55,7 @@ def run(tmp_path: Path, *tasks: TaskConfig, **options: Any) -> RunConfig:
 
 def refused(cfg: RunConfig, message: str) -> None:
     """Refused when read, and before the base is made."""
-    for call in (lambda: Tasks.load(cfg), lambda: prepare_base(cfg.target, cfg, "target")):
+    for call in (lambda: Tasks.load(cfg), lambda: prepare_base(cfg, "target")):
         with pytest.raises(ValueError, match=message) as error:
             call()
         assert "\n" not in str(error.value)

@@ -15,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile
 
 from trace_dist.benchmarks.contestants import CONTESTANTS, Contestant, Race, build
+from trace_dist.benchmarks.timing import now
 from trace_dist.config import LaunchConfig
 from trace_dist.launching import launch_command, launch_environment
 from trace_dist.profiling.wire import WireCounter
@@ -139,13 +139,13 @@ def measure(contestant: Contestant, steps: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {f"{phase}_s": [] for phase in (*PHASES, "step")}
     for index in range(WARM_UP + steps):
         dist.barrier()
-        marks = [time.perf_counter()]
+        marks = [now()]
         loss = contestant.forward()
-        marks.append(time.perf_counter())
+        marks.append(now())
         contestant.backward(loss)
-        marks.append(time.perf_counter())
+        marks.append(now())
         contestant.step()
-        marks.append(time.perf_counter())
+        marks.append(now())
         if index >= WARM_UP:
             for phase, begin, end in zip(PHASES, marks, marks[1:], strict=False):
                 times[f"{phase}_s"].append(end - begin)
@@ -153,17 +153,19 @@ def measure(contestant: Contestant, steps: int) -> dict[str, Any]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     with WireCounter() as wire:
         _once(contestant)
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        begin = time.perf_counter()
+    on_gpu = dist.local_device().type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as profiled:
+        begin = now()
         _once(contestant)
-        wall = time.perf_counter() - begin
+        wall = now() - begin
     return {
         **times,
         "num_trained": contestant.num_trained,
         "peak_rss_bytes": dist.max_over_ranks(peak),
         "gradient_bytes_sent": wire.reduced,
         "weight_bytes_sent": wire.gathered,
-        "time_s": _time_by_kind(profiled, wall),
+        "time_s": _time_by_kind(profiled, wall, on_gpu),
     }
 
 
@@ -172,14 +174,14 @@ def _once(contestant: Contestant) -> None:
     contestant.step()
 
 
-def _time_by_kind(profiled: Any, wall: float) -> dict[str, float]:
-    """Self time of operators by kind; what no operator accounts for is Python."""
+def _time_by_kind(profiled: Any, wall: float, on_gpu: bool) -> dict[str, float]:
+    """Self time of operators by kind, on the GPU where they run there; what no operator accounts for is Python."""
     spent = dict.fromkeys((*KINDS, "other operators"), 0.0)
     for event in profiled.key_averages():
         kind = next(
             (k for k, parts in KINDS.items() if any(part in event.key for part in parts)), "other operators"
         )
-        spent[kind] += event.self_cpu_time_total / 1e6
+        spent[kind] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
     return spent | {"Python and waiting": max(0.0, wall - sum(spent.values()))}
 
 

@@ -118,8 +118,19 @@ def _begin(partial: Path, contents: Contents) -> None:
 def _write_rank(partial: Path, contents: Contents) -> tuple[str, dict[str, Any]]:
     """Write this rank's file: its name and what the manifest says of it."""
     name = rank_file()
-    save_tensors(partial / name, random_state() | contents.tensors, {"format": FORMAT})
+    save_tensors(partial / name, random_state() | _apart(contents.tensors), {"format": FORMAT})
     return name, _entry(partial / name, contents.intervals)
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, copied where they share memory with others (tied weights), which safetensors refuses."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return apart
 
 
 def _entry(path: Path, intervals: dict[str, list[int]] | None = None) -> dict[str, Any]:

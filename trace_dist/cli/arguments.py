@@ -35,6 +35,11 @@ RUN_COMMANDS = {
         "everything, from the base models to the report; a run that was cut continues where it stopped",
         f"run {CONFIG}",
     ),
+    "learn": Command(
+        "learn new tasks into a bank that outlives its runs; the configuration names models and the new tasks alone",
+        "learn --config task.yaml --bank runs/quickstart/bank",
+        {"mask_file": _text("mask of the target for the one new task; probed and projected when not given")},
+    ),
     "base": Command(
         "make the base models that the config describes (tiny, GGUF, pruned); those that are there are kept",
         f"base {CONFIG} --which proxy",

@@ -17,10 +17,18 @@ from trace_dist.utils import dist
 
 def run_command(cfg: RunConfig) -> None:
     start(cfg, "run")
-    from trace_dist.stages.pipeline import run_pipeline
+    from trace_dist.stages.pipeline import run_pipeline, stage_groups
 
-    run_pipeline(cfg)
+    run_pipeline(cfg, stage_groups(cfg))
     report_command(cfg)
+
+
+def learn_command(cfg: RunConfig, mask_file: str | None) -> None:
+    from trace_dist.stages.learn import as_learned, run_learn
+
+    cfg = as_learned(cfg)
+    start(cfg, "learn", mask_file=mask_file)
+    run_learn(cfg, mask_file)
 
 
 def base_command(cfg: RunConfig, which: str | None) -> None:
@@ -84,6 +92,7 @@ def report_command(cfg: RunConfig, picture: str | None = None) -> None:
 
 RUN: dict[str, Any] = {
     "run": run_command,
+    "learn": learn_command,
     "base": base_command,
     "probe": probe_command,
     "project": project_command,

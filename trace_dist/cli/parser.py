@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, NoReturn
 
@@ -97,6 +97,7 @@ def parse(words: Sequence[str]) -> Any:
         ValueError: a value makes no sense.
         SystemExit: the command line is wrong, or asks for help.
     """
+    words = [*_with_bank(words)]
     parser = build_parser(words)
     try:
         parsed = parser.parse_args(words)
@@ -107,6 +108,14 @@ def parse(words: Sequence[str]) -> Any:
         return parser.instantiate_classes(parsed)
     except OverflowError as error:
         raise ValueError(f"{error}; give a smaller number") from None
+
+
+def _with_bank(words: Sequence[str]) -> Iterator[str]:
+    """``--bank DIR`` is short for ``--bank.path DIR``, as all else of the bank is about learning and retrieval."""
+    for word in words:
+        if word == "--bank" or word.startswith("--bank="):
+            word = word.replace("--bank", "--bank.path", 1)
+        yield word
 
 
 def run_config(values: Any) -> RunConfig:

@@ -14,6 +14,8 @@ class BankConfig(Section):
 
     section: ClassVar[str] = "bank"
 
+    path: str | None = None
+    """Folder of the bank that tasks are learned into (`--bank DIR` for short); `<run_dir>/bank` when not set."""
     clusters: int = 4
     """Largest number of clusters per task; the number used is chosen by held-out likelihood."""
     num_prompts: int = 400

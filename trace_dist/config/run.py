@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from trace_dist.config.bank import BankConfig
@@ -18,7 +19,7 @@ from trace_dist.config.probe import ProbeConfig
 from trace_dist.config.projection import ProjectionConfig
 from trace_dist.config.task import TaskConfig
 from trace_dist.config.train import TrainConfig
-from trace_dist.run_folder import RunFolder
+from trace_dist.run_folder import BankFolder, RunFolder
 
 Backend = Literal["single", "zero3", "fsdp2"]
 
@@ -29,12 +30,13 @@ class RunConfig(Section):
 
     section: ClassVar[str] = ""
 
-    run_dir: str
-    """Folder that receives config.yaml, metrics.jsonl, results.json, report.html and the files of every stage."""
     target: ModelConfig
     """The large model that is trained."""
     tasks: list[TaskConfig]
     """The tasks, in the order in which they arrive."""
+    run_dir: str = ""
+    """Folder that receives config.yaml, metrics.jsonl, results.json, report.html and the files of every stage; with a bank of
+    its own (`bank.path`) it may be left out, and is then `<bank.path>.work/<first task>`."""
     proxy: ModelConfig | None = None
     """The small model that is probed; the target itself is probed when not set."""
     general: list[TaskConfig] = field(default_factory=list)
@@ -63,6 +65,8 @@ class RunConfig(Section):
     """How `run` starts distributed stages."""
 
     def check(self) -> None:
+        rule, cure = "must be set where bank.path is not", "name a folder, for example runs/mine"
+        check(bool(self.run_dir or self.bank.path), "run_dir", self.run_dir, rule, cure)
         check(len(self.tasks) >= 1, "tasks", self.tasks, "must hold at least one task", "add a task")
         names = [task.name for task in (*self.tasks, *self.general)]
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -74,6 +78,9 @@ class RunConfig(Section):
         rule = "bits_per_byte is for general sets, accuracies are in percent"
         check(not unranked, "tasks.metric", unranked, rule, "use exact_match or choice for tasks")
         self._check_models()
+        if not self.run_dir:
+            # The one value that is worked out from others; the object is not shared yet.
+            object.__setattr__(self, "run_dir", f"{self.bank.path}.work/{self.tasks[0].name}")
 
     def _check_models(self) -> None:
         prune = self.target.prune
@@ -98,3 +105,8 @@ class RunConfig(Section):
     def folder(self) -> RunFolder:
         """The files of the run."""
         return RunFolder.of(self.run_dir)
+
+    def bank_of(self, method: str = "retrieved") -> BankFolder:
+        """The bank that a method fills: ``bank.path`` for the run's own, where it is set."""
+        own = self.bank.path is not None and method == "retrieved"
+        return BankFolder(Path(str(self.bank.path))) if own else self.folder.bank(method)

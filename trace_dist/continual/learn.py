@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.delta import Snapshot, extract_delta
+from trace_dist.bank.sketch import Sketch
 from trace_dist.continual.progress import examples_digest, keep_trained, kept_trained
 from trace_dist.continual.setting import Setting
 from trace_dist.data.batches import Batches
@@ -13,6 +14,8 @@ from trace_dist.masks.format import Mask
 from trace_dist.train.loop import TrainResult
 from trace_dist.train.task import train_mask
 from trace_dist.train.workbench import Stream
+from trace_dist.utils.env import code_version
+from trace_dist.utils.together import on_all
 
 
 def learn_task(
@@ -49,8 +52,18 @@ def learn_task(
     # Before the delta: what lies in the bank is never trained again, so nothing could measure it later.
     keep_trained(kept, task, result)
     rate = setting.cfg.train.lr if lr is None else lr
-    facts = {"lr": rate, "steps": stream.steps, "examples": examples_digest([stream])}
-    bank.add(signature, delta, facts=facts)
+    facts = {
+        "lr": rate,
+        "steps": stream.steps,
+        "seconds": round(result.seconds, 1),
+        "examples": examples_digest([stream]),
+        "mask": dict(mask.meta),
+        "code": code_version(),
+    }
+    # A mask that was given comes without a probe.
+    path = setting.folder.sketch(task)
+    sketch = on_all(lambda: Sketch.load(path) if path.is_file() else None)
+    bank.add(signature, delta, sketch=sketch, facts=facts)
     return result
 
 

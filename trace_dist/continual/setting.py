@@ -81,11 +81,11 @@ class Setting:
             ValueError: the proxy was not probed, or the mask is corrupt or of another model.
         """
         task = stream.task.name
-        paths = [self.folder.mask(task, each) for each in ("projected", "random")]
-        if dist.broadcast_object(not all(path.is_file() for path in paths)):
+        path = self.folder.mask(task, kind)
+        if dist.broadcast_object(not path.is_file()):
             self.project(stream)
-        mask = Mask.load(self.folder.mask(task, kind))
-        check_base(mask, self.fingerprint, str(self.folder.mask(task, kind)))
+        mask = Mask.load(path)
+        check_base(mask, self.fingerprint, str(path))
         return mask
 
     def project(self, stream: Stream) -> None:

@@ -11,9 +11,17 @@ WHOLE_BLOCK_ELEMENTS = 2**28
 
 
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> block, by the classes that transformers says must not be split over devices; empty where it names none."""
+    """Path -> block, by the classes that transformers says must not be split over devices; empty where it names none.
+
+    Some name a block's parts too (Mamba its mixer): the outermost counts.
+    """
     classes = set(getattr(model, "_no_split_modules", None) or ())
-    return {path: child for path, child in model.named_modules() if type(child).__name__ in classes}
+    blocks: dict[str, nn.Module] = {}
+    for path, child in model.named_modules():
+        parents = (path[:end] for end, letter in enumerate(path) if letter == ".")
+        if type(child).__name__ in classes and not any(parent in blocks for parent in parents):
+            blocks[path] = child
+    return blocks
 
 
 def whole_blocks(model: nn.Module) -> dict[str, nn.Module]:

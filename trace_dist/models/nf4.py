@@ -114,7 +114,9 @@ class NF4Linear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The present weight, [out, in], made anew at each use: never kept. Collective where there is an overlay."""
-        return self.present(self.packed, self.absmax)
+        weight = self.present(self.packed, self.absmax)
+        catch = self.__dict__.get("catch")  # not None iff a mask covers the layer (sharding.masked_linear)
+        return weight if catch is None else catch(weight)
 
     def present(self, packed: Tensor, absmax: Tensor) -> Tensor:
         """The present weight from gathered words."""

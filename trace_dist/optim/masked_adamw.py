@@ -28,6 +28,7 @@ from trace_dist.optim.states import MOMENTS, State, StateOptions, new_state, ten
 from trace_dist.sharding.prepared import as_sharded
 from trace_dist.sharding.single import ReplicatedModel
 from trace_dist.utils import dist
+from trace_dist.utils.agreement import agree
 from trace_dist.utils.finite import check_finite
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         offload: ``cpu`` keeps moments and master in host memory and updates there.
 
     Raises:
-        ValueError: the mask does not fit the model, something else owns the model's gradients, or an option is out of range.
+        ValueError: the mask does not fit the model, something else owns the model's gradients, an option is out of range, or
+            the ranks were given different ones.
     """
 
     def __init__(
@@ -86,9 +88,11 @@ class MaskedAdamW(torch.optim.Optimizer):
         self.grad_norm = 0.0
         """Global gradient norm over masked entries before clipping, at the last step."""
         self.supports = self.model.attach(mask)
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        agree({**defaults, "max_grad_norm": max_grad_norm, **vars(options)})
         self._offload = Offload(self.supports, self.model.storage) if offload == "cpu" else None
         entries = [_entries(support) for support in self.supports]
-        super().__init__(entries, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        super().__init__(entries, defaults)
         for support, parameter in zip(self.supports, entries, strict=True):
             self.state[parameter] = new_state(self._weights(support), options)
         self._server = self._serve() if dist.world_size() > 1 else None

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from trace_dist.bank.sketch import Sketch, sketch_update
 from trace_dist.config import ProbeConfig, TrainConfig
 from trace_dist.data.batches import Batches
 from trace_dist.masks.units import UnitLayout
@@ -17,6 +18,8 @@ from trace_dist.probe.warm_start import warm_start
 from trace_dist.utils.files import load_tensors, save_tensors
 
 KIND = "trace"
+SKETCH_SEED = 0
+"""Of all sketches: only those of one seed compare, and a bank outlives the seeds of its runs."""
 
 
 @dataclass(frozen=True)
@@ -25,44 +28,40 @@ class Probed:
 
     Attributes:
         scores: parameter -> importance of its units, [num_units] fp32.
-        update: parameter -> fp32 weight after minus weight before, with which other tasks are compared.
+        sketch: of the update, with which other tasks are compared, also those that come when its data are gone.
         losses: (step, nats per answer token).
     """
 
     scores: dict[str, Tensor]
-    update: dict[str, Tensor]
+    sketch: Sketch
     losses: list[tuple[int, float]]
 
-    def save(self, path: Path, model: str, probe: ProbeConfig) -> None:
-        """Write it, with the fingerprint of the proxy and how it was probed."""
-        tensors = {f"{name}/scores": values for name, values in self.scores.items()}
-        tensors |= {f"{name}/update": values for name, values in self.update.items()}
-        header: dict[str, Any] = {"format": f"trace_dist.{KIND}", "model": model, "probe": asdict(probe)}
-        header["losses"] = self.losses
-        save_tensors(path, tensors, header)
+    def save(self, path: Path, sketch_path: Path, probe: ProbeConfig) -> None:
+        """Write the scores and, before them, the sketch; with the fingerprint of the proxy and how it was probed."""
+        self.sketch.save(sketch_path)
+        header: dict[str, Any] = {"format": f"trace_dist.{KIND}", "model": self.sketch.model}
+        header |= {"probe": asdict(probe), "losses": self.losses}
+        save_tensors(path, self.scores, header)
 
     @classmethod
-    def load(cls, path: Path, model: str, probe: ProbeConfig) -> Probed | None:
+    def load(cls, path: Path, sketch_path: Path, model: str, probe: ProbeConfig) -> Probed | None:
         """Read it; None where there is none of this proxy, probed in this way.
 
         Raises:
             ValueError: the file is damaged.
         """
-        if not path.is_file():
+        if not (path.is_file() and sketch_path.is_file()):
             return None
         tensors, header = load_tensors(path, KIND)
         if (header.get("model"), header.get("probe")) != (model, asdict(probe)):
             return None
-        parts: dict[str, dict[str, Tensor]] = {"scores": {}, "update": {}}
-        for key, values in tensors.items():
-            name, _, part = key.rpartition("/")
-            parts[part][name] = values
         losses = [(int(step), float(loss)) for step, loss in header["losses"]]
-        return cls(parts["scores"], parts["update"], losses)
+        return cls(tensors, Sketch.load(sketch_path), losses)
 
 
 def probe_task(
     module: nn.Module,
+    model_id: str,
     layouts: Mapping[str, UnitLayout],
     batches: Batches,
     probe: ProbeConfig,
@@ -74,6 +73,7 @@ def probe_task(
 
     Args:
         module: the proxy.
+        model_id: its fingerprint.
         layouts: its maskable parameters; all others stay frozen.
         batches: the task's, of ``probe.batch_size``.
         probe: steps, learning rate, Fisher batches and score.
@@ -82,4 +82,5 @@ def probe_task(
         description: label of progress and errors.
     """
     trace = warm_start(module, list(layouts), batches, probe, train, dtype, description)
-    return Probed(unit_importance(trace, dict(layouts), probe.score), trace.update, trace.losses)
+    sketch = sketch_update(trace.update, SKETCH_SEED, model_id)
+    return Probed(unit_importance(trace, dict(layouts), probe.score), sketch, trace.losses)

@@ -21,7 +21,7 @@ from trace_kernels.compact import compact_gather
 from trace_dist.masks.mask import Mask
 from trace_dist.models.nf4 import NF4Linear
 from trace_dist.sharding.comm import Comm
-from trace_dist.sharding.masked_linear import patch_linear
+from trace_dist.sharding.masked_linear import MaskedLinear, RunningPass, patch_linear
 from trace_dist.sharding.reduction import CompactReducer
 from trace_dist.sharding.support import Accumulate, Partitioned, Support, add_to_grad, build_supports
 from trace_dist.utils.log import get_logger
@@ -74,10 +74,13 @@ class Compactor:
         # Backward must reach the lowest masked layer even though its input needs no gradient.
         self._anchor = torch.zeros((), device=model.device, requires_grad=True)
         self._undo.append(model.module.register_forward_pre_hook(_settle_checkpoints).remove)
+        running = RunningPass(model.module)
+        self._undo.append(running.close)
         for support in self.supports:
             linear = linears.get(support.name)
             if linear is not None:
-                self._undo.append(patch_linear(linear, self._anchor, support.part, self._sink(support)))
+                sink = self._sink(support)
+                self._undo.append(patch_linear(linear, self._anchor, support.part, sink, running))
             else:
                 self._hook(parameters[support.name], support)
 
@@ -250,5 +253,6 @@ def _linear_modules(module: nn.Module) -> dict[str, nn.Linear | NF4Linear]:
     return {
         f"{name}.weight" if name else "weight": child
         for name, child in module.named_modules()
-        if isinstance(child, NF4Linear) or (type(child) is nn.Linear and owners[id(child.weight)] == 1)
+        if isinstance(child, NF4Linear)
+        or (type(child) in (nn.Linear, MaskedLinear) and owners[id(child._parameters["weight"])] == 1)
     }

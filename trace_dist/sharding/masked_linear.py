@@ -5,6 +5,10 @@ Forward is the plain product ``y = x W^T + b``. Backward returns ``dy W`` for th
 computed (``dy[:, rows]^T x``, ``dy^T x[:, columns]``): the dense weight gradient and its FLOPs never exist, and of the input
 only the masked columns are kept for backward. The weight itself stays frozen, hence ZeRO-3 and FSDP2 reduce nothing; they
 gather it again for the backward as for any frozen layer.
+
+[Note: used by weight] Some models use the ``.weight`` of a linear layer: ``dt_proj`` of Mamba and Jamba, fused kernels. So while
+a pass runs, ``.weight`` of a masked layer is a tensor with the same storage whose dense gradient goes to ``deliver`` too. At any
+other time it is the parameter.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from torch import Tensor, nn
 from trace_dist.models.nf4 import NF4Linear
 
 Deliver = Callable[[Tensor], None]
+Catch = Callable[[Tensor], Tensor]
 
 
 class Part(NamedTuple):
@@ -58,8 +63,66 @@ class _MaskedLinear(torch.autograd.Function):
         return grad_x, grad_bias, None, None, None, None
 
 
+class _CaughtWeight(torch.autograd.Function):
+    """A weight as it is; its gradient is delivered."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, anchor: Tensor, deliver: Deliver) -> Tensor:
+        ctx.deliver = deliver
+        return weight.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        ctx.deliver(grads[0])
+        return None, None, None
+
+
+class MaskedLinear(nn.Linear):
+    """What an ``nn.Linear`` is while a mask covers it ([Note: used by weight])."""
+
+    catch: Catch
+
+    @property
+    def weight(self) -> Any:  # type: ignore[override]
+        """The parameter, or, while a pass runs, what stands for it."""
+        return self.catch(self._parameters["weight"])  # type: ignore[arg-type]
+
+
+class RunningPass:
+    """Whether a model runs forward or backward at this moment; hooks on the model and on its children know of the first.
+
+    Args:
+        module: the model. Whoever runs its body alone, as for a loss of one's own on the hidden states, runs a child.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._depth = 0
+        self._handles = []
+        for part in (module, *module.children()):
+            self._handles.append(part.register_forward_pre_hook(self._enter))
+            self._handles.append(part.register_forward_hook(self._leave, always_call=True))
+
+    def __bool__(self) -> bool:
+        return self._depth > 0 or torch._C._current_graph_task_id() != -1
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, *_: Any) -> None:
+        self._depth += 1
+
+    def _leave(self, *_: Any) -> None:
+        self._depth -= 1
+
+
 def patch_linear(
-    module: nn.Linear | NF4Linear, anchor: Tensor, part: Part, deliver: Deliver
+    module: nn.Linear | NF4Linear,
+    anchor: Tensor,
+    part: Part,
+    deliver: Deliver,
+    running: RunningPass | bool = True,
 ) -> Callable[[], None]:
     """Run ``module`` through the masked linear function.
 
@@ -67,7 +130,9 @@ def patch_linear(
         module: the layer; its weight is frozen.
         anchor: scalar that requires grad, so that backward runs even for an input that does not.
         part: the part of the weight gradient to compute.
-        deliver: receives that part, [rows or out, columns or in], in the dtype of the activations.
+        deliver: receives that part, [rows or out, columns or in], in the dtype of the activations; or, where the model uses the
+            weight itself, the whole, in the dtype of the weight.
+        running: whether a use of ``.weight`` at this moment is the model's.
 
     Returns:
         A function that restores the layer.
@@ -78,13 +143,24 @@ def patch_linear(
             return F.linear(input, self.weight, self.bias)
         return _MaskedLinear.apply(input, self.bias, anchor, self, part, deliver)
 
-    before = module.__dict__.get("forward")  # not None where another library has replaced it
+    def catch(weight: Tensor) -> Tensor:
+        return _CaughtWeight.apply(weight, anchor, deliver) if torch.is_grad_enabled() and running else weight
+
+    # Not None where another library, or another mask, has replaced it.
+    before, caught = module.__dict__.get("forward"), module.__dict__.get("catch")
     # A method, not a closure over the layer: a deep copy of the model must run on its own weights.
     module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+    module.catch = catch
+    if isinstance(module, nn.Linear):
+        module.__class__ = MaskedLinear
 
     def undo() -> None:
-        del module.forward
+        del module.forward, module.catch
         if before is not None:
             module.forward = before  # type: ignore[method-assign]
+        if caught is not None:
+            module.catch = caught
+        elif isinstance(module, MaskedLinear):
+            module.__class__ = nn.Linear
 
     return undo

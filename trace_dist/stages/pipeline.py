@@ -17,9 +17,16 @@ from itertools import takewhile
 from typing import Any
 
 from trace_dist.config import LaunchConfig, RunConfig
-from trace_dist.launching import RUN_PID, ProcessFailed, launch_command, launch_environment
+from trace_dist.launching import (
+    RUN_PID,
+    ProcessFailed,
+    alone_environment,
+    launch_command,
+    launch_environment,
+)
 from trace_dist.stages import base, continual, memory, probe, project
 from trace_dist.stages.stage import Stage
+from trace_dist.utils import dist
 from trace_dist.utils.files import read_json, write_json
 from trace_dist.utils.log import get_logger
 
@@ -38,8 +45,12 @@ def stage_groups(cfg: RunConfig) -> list[list[Stage]]:
     return [make, [probed], [masked], [*states, *alone]]
 
 
-def run_pipeline(cfg: RunConfig) -> None:
+def run_pipeline(cfg: RunConfig, groups: list[list[Stage]]) -> None:
     """Run what is missing.
+
+    Args:
+        cfg: the run.
+        groups: its stages in order; those of one group are independent of each other.
 
     Raises:
         ProcessFailed: a stage failed; its own error is printed above.
@@ -47,7 +58,7 @@ def run_pipeline(cfg: RunConfig) -> None:
     signal.signal(signal.SIGTERM, _on_terminate)
     path = cfg.folder.stages
     timings: dict[str, Any] = read_json(path) if path.is_file() else {"stages": {}, "wall_seconds": 0.0}
-    for group in stage_groups(cfg):
+    for group in groups:
         begin, before = time.perf_counter(), timings["wall_seconds"]
         for name, duration in _run_group([stage for stage in group if not stage.done], cfg):
             timings["stages"][name] = duration
@@ -62,33 +73,39 @@ def _run_group(stages: list[Stage], cfg: RunConfig) -> Iterator[tuple[str, float
     try:
         while waiting or running:
             while waiting and len(running) < together:
-                running.append((waiting[0], time.perf_counter(), _start(waiting.pop(0), cfg, together)))
+                running.append((waiting[0], time.perf_counter(), start_stage(waiting.pop(0), cfg, together)))
             time.sleep(0.1)
             for stage, begin, process in [entry for entry in running if entry[2].poll() is not None]:
                 running.remove((stage, begin, process))
                 if process.returncode != 0:
-                    raise ProcessFailed(
-                        f"stage {stage.name}: failed with exit code {process.returncode}; its error is above. "
-                        "Mend it and start the same command again: finished stages are kept"
-                    )
+                    raise failure(stage, process.returncode)
                 yield stage.name, time.perf_counter() - begin
     finally:
         for _, _, process in running:
             _stop(process)
 
 
-def _start(stage: Stage, cfg: RunConfig, together: int) -> subprocess.Popen[bytes]:
-    """Start a stage beside ``together - 1`` others."""
+def start_stage(stage: Stage, cfg: RunConfig, together: int = 1) -> subprocess.Popen[bytes]:
+    """Start a stage beside ``together - 1`` others; from inside a job, one of a single process."""
     logger.info("stage: %s", stage.name)
     stage.check_inputs()
     launch = cfg.launch if stage.launched else LaunchConfig()
     words = list(takewhile(lambda argument: not argument.startswith("-"), stage.arguments))
     command = launch_command(launch) + words
     command += ["--config", str(cfg.folder.config), *stage.arguments[len(words) :]]
-    environment = launch_environment(together * launch.num_ranks)
+    in_job = dist.world_size() > 1
+    environment = alone_environment() if in_job else launch_environment(together * launch.num_ranks)
     environment[RUN_PID] = str(os.getpid())
     # A session of its own: launchers do not pass signals on to their ranks, so the whole group is stopped.
     return subprocess.Popen(command, env=environment, start_new_session=True)
+
+
+def failure(stage: Stage, code: int) -> ProcessFailed:
+    """What is said of a stage that failed."""
+    return ProcessFailed(
+        f"stage {stage.name}: failed with exit code {code}; its error is above. "
+        "Mend it and start the same command again: finished stages are kept"
+    )
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from trace_dist.bank.bank import BASE, DeltaBank
+from trace_dist.bank.sketch import Sketch, cosines
 from trace_dist.config import RunConfig
 from trace_dist.masks.ops import layouts_for, mask_from_scores
 from trace_dist.masks.storage import save_saliency
@@ -32,7 +34,8 @@ logger = get_logger(__name__)
 def describe(cfg: RunConfig) -> Stage:
     """Probe all tasks; the proxy is made where it is missing."""
     folder, names = cfg.folder, [task.name for task in cfg.tasks]
-    masks = [path for name in names for path in (folder.saliency(name), folder.proxy_mask(name))]
+    kinds = (folder.sketch, folder.saliency, folder.proxy_mask)
+    masks = [path(name) for name in names for path in kinds]
     return Stage("probe", ["probe", *ALONE], [*masks, folder.specificity])
 
 
@@ -66,16 +69,23 @@ class Proxy:
     def probe(self, stream: Stream) -> Probed:
         """What the proxy shows of one task; kept in the run folder, and measured once."""
         cfg, task = self.cfg, stream.task.name
-        path = cfg.folder.trace(task)
-        found = Probed.load(path, self.model_id, cfg.probe)
+        path, sketch = cfg.folder.trace(task), cfg.folder.sketch(task)
+        found = Probed.load(path, sketch, self.model_id, cfg.probe)
         if found is not None:
             logger.info("probe %s: kept the trace %s", task, path)
             return found
         batches = self.bench.batches([stream], cfg.probe.batch_size)
         found = probe_task(
-            self.module, self.layouts, batches, cfg.probe, cfg.train, cfg.probed.dtype, f"probe {task}"
+            self.module,
+            self.model_id,
+            self.layouts,
+            batches,
+            cfg.probe,
+            cfg.train,
+            cfg.probed.dtype,
+            f"probe {task}",
         )
-        found.save(path, self.model_id, cfg.probe)
+        found.save(path, sketch, cfg.probe)
         return found
 
     def write(self, task: str, scores: Mapping[str, Tensor]) -> None:
@@ -102,20 +112,41 @@ def run_probe(cfg: RunConfig) -> None:
         )
     proxy = Proxy.load(cfg)
     found = {stream.task.name: proxy.probe(stream) for stream in proxy.bench.tasks}
-    names, updates = list(proxy.layouts), [probed.update for probed in found.values()]
-    weights = tensor_specificity(updates, names)
-    for (task, probed), weight in zip(found.items(), weights, strict=True):
+    sketches = {task: probed.sketch for task, probed in found.items()}
+    earlier = _earlier(cfg, list(sketches.values()), exclude=list(found))
+    for task, probed in found.items():
+        others = [sketch for name, sketch in (earlier | sketches).items() if name != task]
+        weight = tensor_specificity(probed.sketch, others)
         proxy.write(task, _weighted(probed.scores, weight, cfg.probe.specificity_weight))
-    cosine = cosine_matrix(updates, names)
+    cosine = cosine_matrix(list((earlier | sketches).values()))
     write_json(
         cfg.folder.specificity,
         {
-            "tasks": list(found),
+            "tasks": [*earlier, *sketches],
             "cosine": cosine.tolist(),
             "specificity": specificity(cosine).tolist(),
             "losses": {task: probed.losses for task, probed in found.items()},
         },
     )
+
+
+def _earlier(cfg: RunConfig, new: list[Sketch], exclude: list[str]) -> dict[str, Sketch]:
+    """Sketches of the bank's tasks that this proxy was probed with; the others are named in the log."""
+    folder = cfg.bank_of()
+    if not folder.index.is_file():
+        return {}
+    bank, found = DeltaBank(folder.root), dict[str, Sketch]()
+    for task in bank.tasks:
+        sketch = None if task in (BASE, *exclude) else bank.sketch(task)
+        if sketch is None:
+            continue
+        try:
+            cosines(new[0], [sketch])
+        except ValueError as error:
+            logger.warning("probe: not compared with %s of the bank (%s)", task, error)
+        else:
+            found[task] = sketch
+    return found
 
 
 def _weighted(scores: dict[str, Tensor], weight: Mapping[str, float], exponent: float) -> dict[str, Tensor]:

@@ -17,17 +17,20 @@ from trace_dist.launching import RUN_PID
 from trace_dist.parts import PLACEMENTS, SCORES
 from trace_dist.stages.changes import differing_fields, forbidden
 from trace_dist.utils import dist
-from trace_dist.utils.agreement import agree, on_main
+from trace_dist.utils.agreement import agree
 from trace_dist.utils.env import code_version
 from trace_dist.utils.files import write_text
 from trace_dist.utils.launch import adopt_launch, job_size
 from trace_dist.utils.locks import hold_until_exit, process_name
 from trace_dist.utils.log import get_logger
+from trace_dist.utils.together import on_main
 from trace_dist.utils.yaml import load_yaml
 
 logger = get_logger(__name__)
 IN_ONE_PROCESS = ("run", "probe")
 """Commands that refuse several ranks: ``run`` starts its own, and the proxy is small."""
+STARTS_STAGES = ("run", "learn")
+"""Commands that start others, unless a launcher started them."""
 ON_ALL_RANKS = ("project", "train", "continual", "eval", "memory measure")
 """Commands that work on as many ranks as the configuration asks for."""
 
@@ -55,7 +58,7 @@ def start(cfg: RunConfig, command: str, **own: str | None) -> None:
     if dist.world_size() > 1:
         agree({"command": command, "code": code_version(), **own, **dict(_flat(asdict(cfg)))})
     on_main(lambda: take_folder(cfg))
-    on_main(lambda: _keep_config(cfg, whole_run=command == "run"))
+    on_main(lambda: _keep_config(cfg, whole_run=command in STARTS_STAGES))
 
 
 def check_parts(cfg: RunConfig) -> None:
@@ -86,7 +89,8 @@ def _check_number_of_ranks(cfg: RunConfig, command: str) -> None:
         raise ValueError(
             f"backend='single': {found} ranks were started; set --backend zero3, or start one process"
         )
-    if command not in ON_ALL_RANKS or cfg.backend == "single":
+    on_ranks = command in ON_ALL_RANKS or (command == "learn" and found > 1)
+    if not on_ranks or cfg.backend == "single":
         return
     if found < asked:
         raise ValueError(

@@ -176,7 +176,7 @@ def train_steps(
     schedule = schedule or make_schedule(learner.optimizer, cfg, steps)
     result = result or TrainResult()
     begin = time.perf_counter() - result.seconds
-    diagnose = partial(_diagnosis, description, rate, schedule.base_lrs[0], steps, batches)
+    diagnose = partial(_diagnosis, description, rate, float(schedule.base_lrs[0]), steps, batches)
     learner.module.train()
     _checkpoint_activations(learner, cfg.activation_checkpointing)
     stream: Iterator[Any] = iter(batches)

@@ -7,7 +7,7 @@ a collective notices either.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TypeVar
 
 from trace_dist.utils import dist
@@ -45,34 +45,6 @@ def agree(what: Mapping[str, object]) -> None:
     raise ValueError(
         f"{shown}{more}: the ranks differ; start every rank with the same command, configuration, code and data"
     )
-
-
-def on_main(action: Callable[[], T]) -> T | None:
-    """Do something on rank 0; when it fails, no rank waits for it in vain. Collective.
-
-    Args:
-        action: what to do.
-
-    Returns:
-        What it returned, on rank 0; None elsewhere.
-
-    Raises:
-        Exception: rank 0's; on other ranks a ValueError where it is one, or else a RuntimeError.
-    """
-    result, problem = None, None
-    if dist.is_main():
-        try:
-            result = action()
-        except Exception as error:
-            problem = error
-    kind, text = dist.broadcast_object(
-        (ValueError if isinstance(problem, ValueError) else RuntimeError, problem and str(problem))
-    )
-    if problem is not None:
-        raise problem
-    if text is not None:
-        raise kind(text)
-    return result
 
 
 def _who_has_what(values: list[str | None]) -> str:

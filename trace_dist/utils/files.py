@@ -122,6 +122,7 @@ def read_json(path: Path) -> Any:
         raise ValueError(
             f"{path}: cannot be read ({error.strerror}); fix the path or its permissions"
         ) from None
+    # The bytes are no text, a number is too long, or all is nested too deeply.
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: not valid JSON ({error}); restore the file or delete it and run again"

@@ -1,8 +1,8 @@
 """The seam between the driver and a way of learning.
 
 [Note: a method's file] A file holds one subclass of ``Method`` under the name ``METHOD`` and, where it has options, a frozen
-dataclass ``Options`` whose field docstrings are their help. The driver makes one object for a run, lets it learn the tasks in
-order, and after each task keeps its scores, its facts and its state, so that a run that was cut goes on from there.
+dataclass ``Options``, a ``Section`` whose field docstrings are their help. The driver makes one object for a run, lets it learn
+the tasks in order, and after each task keeps its scores, its facts and its state, so that a run that was cut goes on from there.
 """
 
 from __future__ import annotations
@@ -73,16 +73,3 @@ class Method(ABC):
 
     def close(self) -> None:  # noqa: B027 - most methods leave the shared model as it was
         """Put the shared model back; called when all tasks are learned."""
-
-
-def require(ok: bool, name: str, value: object, rule: str, cure: str) -> None:
-    """Raise ValueError unless an option, such as ``merged.replay``, follows its rule."""
-    if not ok:
-        raise ValueError(f"continual.options.{name}={value!r}: {rule}; {cure}")
-
-
-def require_rate(name: str, lr: float | None) -> None:
-    """Raise ValueError unless a learning rate, if there is one, is positive and finite."""
-    require(
-        lr is None or 0 < lr < float("inf"), name, lr, "must be positive and finite", "use for example 1e-3"
-    )

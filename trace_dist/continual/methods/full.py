@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
-from trace_dist.continual.methods.base import require_rate
+from trace_dist.config.checks import Section
 from trace_dist.continual.methods.dense import Dense
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Section):
     """Of ``full``."""
+
+    section: ClassVar[str] = "continual.options.full"
 
     lr: float = 1e-3
     """Peak learning rate."""
 
-    def __post_init__(self) -> None:
-        require_rate("full.lr", self.lr)
+    def check(self) -> None:
+        self.positive("lr")
 
 
 class Full(Dense):

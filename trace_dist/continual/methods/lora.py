@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from trace_dist.continual.methods.base import require, require_rate
+from trace_dist.config.checks import Section
 from trace_dist.continual.methods.dense import Dense
 from trace_dist.masks.ops import layouts_for
 from trace_dist.models.adapters import lora_rank
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Section):
     """Of ``lora``."""
+
+    section: ClassVar[str] = "continual.options.lora"
 
     lr: float = 3e-3
     """Peak learning rate."""
     rank: int | None = None
     """Rank of the adapters; when not set, the one that trains as many parameters as a task's mask."""
 
-    def __post_init__(self) -> None:
-        require_rate("lora.lr", self.lr)
-        require(self.rank is None or self.rank >= 1, "lora.rank", self.rank, "must be at least 1", "raise it")
+    def check(self) -> None:
+        self.positive("lr")
+        self.at_least(1, "rank")
 
 
 class LoRA(Dense):

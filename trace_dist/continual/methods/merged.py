@@ -8,12 +8,13 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from trace_dist.bank.delta import Delta, Snapshot, applied, extract_delta
+from trace_dist.config.checks import Section, check
 from trace_dist.continual.judge import Row
 from trace_dist.continual.learn import train_stream
-from trace_dist.continual.methods.base import Method, require, require_rate
+from trace_dist.continual.methods.base import Method
 from trace_dist.continual.setting import Setting
 from trace_dist.masks.format import Mask
 from trace_dist.train.loop import TrainResult
@@ -23,8 +24,10 @@ from trace_dist.utils.together import on_main
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Section):
     """Of ``merged``."""
+
+    section: ClassVar[str] = "continual.options.merged"
 
     replay: float = 0.1
     """Share of each batch that is drawn from earlier tasks and the general tasks, in [0, 1)."""
@@ -33,13 +36,19 @@ class Options:
     lr: float | None = None
     """Peak learning rate; `train.lr` when not set."""
 
-    def __post_init__(self) -> None:
-        require(
-            0 <= self.replay < 1, "merged.replay", self.replay, "must lie in [0, 1)", "use for example 0.1"
+    def check(self) -> None:
+        kept = self.replay_memory
+        check(
+            0 <= self.replay < 1,
+            f"{self.where}.replay",
+            self.replay,
+            "must lie in [0, 1)",
+            "use for example 0.1",
         )
-        require(0 < self.replay_memory <= 1, "merged.replay_memory", self.replay_memory, "must lie in (0, 1]",
-                "use for example 0.01")  # fmt: skip
-        require_rate("merged.lr", self.lr)
+        check(
+            0 < kept <= 1, f"{self.where}.replay_memory", kept, "must lie in (0, 1]", "use for example 0.01"
+        )
+        self.positive("lr")
 
 
 class Merged(Method):

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from trace_dist.continual.methods.retrieved import Options, Retrieved
+from dataclasses import dataclass
+from typing import ClassVar
 
-__all__ = ["METHOD", "Options", "Random"]
+from trace_dist.continual.methods import retrieved
 
 
-class Random(Retrieved):
+@dataclass(frozen=True)
+class Options(retrieved.Options):
+    """Of ``random``: those of ``retrieved``."""
+
+    section: ClassVar[str] = "continual.options.random"
+
+
+class Random(retrieved.Retrieved):
     """A bank of deltas on random masks."""
 
     label = "random mask"

@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 
 from trace_dist.bank.bank import BASE, DeltaBank
 from trace_dist.bank.bound import error_bound
+from trace_dist.config.checks import Section
 from trace_dist.continual.judge import Row, Scored
 from trace_dist.continual.learn import learn_task
-from trace_dist.continual.methods.base import Method, require_rate
+from trace_dist.continual.methods.base import Method
 from trace_dist.continual.setting import Setting
 from trace_dist.train.loop import TrainResult
 from trace_dist.train.workbench import Stream
@@ -24,14 +25,16 @@ from trace_dist.utils.together import on_main
 
 
 @dataclass(frozen=True)
-class Options:
-    """Of ``retrieved`` and ``random``."""
+class Options(Section):
+    """Of ``retrieved``."""
+
+    section: ClassVar[str] = "continual.options.retrieved"
 
     lr: float | None = None
     """Peak learning rate; `train.lr` when not set."""
 
-    def __post_init__(self) -> None:
-        require_rate("lr", self.lr)
+    def check(self) -> None:
+        self.positive("lr")
 
 
 class Retrieved(Method):
@@ -53,9 +56,8 @@ class Retrieved(Method):
     def bank(self) -> DeltaBank:
         """The bank, with a signature of the general sets where it is new."""
         setting = self.setting
-        bank = DeltaBank.create(
-            setting.folder.bank(self.name).root, setting.fingerprint, setting.cfg.bank.layer
-        )
+        folder = setting.cfg.bank_of(self.name).root
+        bank = DeltaBank.create(folder, setting.fingerprint, setting.cfg.bank.layer)
         if setting.bench.general and not bank.tasks:
             bank.add(setting.judge.signature(setting.model, setting.bench.general, BASE), None)
         return bank
