@@ -150,8 +150,8 @@ def test_help_shows_the_docstrings_of_fields(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
-        (["train"], "required: train.run_dir, train.target.path, train.tasks"),
-        ([], "{run,base,probe"),
+        (["train"], "required: train.target.path, train.tasks"),
+        ([], "{run,learn,base"),
         (["mask", "show"], "file"),
         (["mask", "combine", "xor", "a", "b", "--out", "c"], "invalid choice: 'xor'"),
     ],

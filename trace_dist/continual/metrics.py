@@ -105,7 +105,7 @@ def general_delta(general: ArrayLike) -> float:
 def summarise(
     R: ArrayLike, general: ArrayLike | None = None
 ) -> dict[str, float | list[float] | list[list[float]]]:
-    """All numbers of one mode, ready for `results.json` (plain floats, not rounded).
+    """All numbers of one method, ready for `results.json` (plain floats, not rounded).
 
     Args:
         R: [T + 1, T] percent, see [Note: the accuracy matrix].

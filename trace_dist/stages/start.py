@@ -12,7 +12,6 @@ from typing import Any
 import yaml
 
 from trace_dist.config import RunConfig
-from trace_dist.continual.driver import check_methods
 from trace_dist.launching import RUN_PID
 from trace_dist.parts import PLACEMENTS, SCORES
 from trace_dist.stages.changes import differing_fields, forbidden
@@ -52,17 +51,20 @@ def start(cfg: RunConfig, command: str, **own: str | None) -> None:
         raise ValueError(
             f"{command}: works in one process, but {adopt_launch()} ranks were started; start one"
         )
-    check_parts(cfg)
     dist.init_distributed()
     _check_number_of_ranks(cfg, command)
     if dist.world_size() > 1:
         agree({"command": command, "code": code_version(), **own, **dict(_flat(asdict(cfg)))})
     on_main(lambda: take_folder(cfg))
+    # After that, since it imports the parts, which takes seconds, and a folder that is taken is refused at once.
+    check_parts(cfg)
     on_main(lambda: _keep_config(cfg, whole_run=command in STARTS_STAGES))
 
 
 def check_parts(cfg: RunConfig) -> None:
     """Raise ``ValueError`` where the drop-in parts or their options do not exist or do not fit."""
+    from trace_dist.continual.driver import check_methods
+
     SCORES.load(cfg.probe.score)
     placement = PLACEMENTS.load(cfg.projection.placement)
     options = PLACEMENTS.options(cfg.projection.placement, cfg.projection.options)
