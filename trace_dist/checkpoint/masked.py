@@ -41,7 +41,8 @@ def save_checkpoint(
         ValueError: a value is not finite, or the disk has no room; the older checkpoints are then still there.
     """
     mask = optimizer.mask
-    tensors, intervals = {}, {}
+    tensors: dict[str, Tensor] = {}
+    intervals: dict[str, list[int]] = {}
     for support, entries in optimizer.compact():
         intervals[support.name] = [support.offset, support.offset + support.runs.num_entries]
         parts = _parts(optimizer, support, entries)
@@ -92,7 +93,7 @@ def _locate(
 ) -> dict[str, list[Piece]]:
     """Where each parameter's entries lie; raises ValueError where the checkpoint is of something else."""
     steps, kept_model = manifest.get("param_steps"), manifest.get("model")
-    if not (isinstance(kept_model, str | None) and is_map(steps, is_count)):
+    if not isinstance(kept_model, str | None) or not isinstance(steps, dict) or not is_map(steps, is_count):
         raise damaged(folder / MANIFEST)
     if manifest.get("mask_digest") != optimizer.mask.digest():
         raise ValueError(f"{folder}: the checkpoint is of another mask; resume with {folder / MASK}")

@@ -32,6 +32,9 @@ class Row:
 class Scored:
     """What a bank's deltas have been scored on: a delta never changes, and neither do the scores of what it answers.
 
+    It is kept between the lives of a run: to generate the answers again would cost the more the more tasks there are, and in
+    batches of other examples a score could come out differently.
+
     Attributes:
         examples: delta (or ``base``) -> test set -> example -> score.
         texts: test set -> bits per byte of the base, with which running text is always read.

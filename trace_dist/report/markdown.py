@@ -24,11 +24,11 @@ def markdown_table(results: Mapping[str, Any]) -> str:
         ValueError: `results` lacks "tasks" or "modes".
     """
     view = parse_results(results)
-    cells = {method.label: method_cells(view, method) for method in view.methods}
-    shown = [i for i in range(len(COLUMNS)) if any(row[i] != MISSING for row in cells.values())]
+    cells = [(method.label, method_cells(view, method)) for method in view.methods]
+    shown = [i for i in range(len(COLUMNS)) if any(row[i] != MISSING for _, row in cells)]
     heads = [f"{COLUMNS[i].head}, {COLUMNS[i].unit}" for i in shown]
     lines = ["| method | " + " | ".join(heads) + " |", "|---" + "|---:" * len(heads) + "|"]
-    lines += ["| " + " | ".join([label, *(row[i] for i in shown)]) + " |" for label, row in cells.items()]
+    lines += ["| " + " | ".join([label, *(row[i] for i in shown)]) + " |" for label, row in cells]
     return "\n".join(lines) + "\n\n" + _provenance(results) + "\n"
 
 
