@@ -9,7 +9,6 @@ from typing import Any
 
 import datasets
 import pytest
-from trace_dist.train.bases import prepare_base
 
 from trace_dist.config import (
     BankConfig,
@@ -21,6 +20,7 @@ from trace_dist.config import (
     TinyConfig,
 )
 from trace_dist.models.tiny import build_tiny
+from trace_dist.stages.base import prepare_base
 from trace_dist.train.workbench import Tasks, Workbench
 
 Write = Callable[..., TaskConfig]
@@ -81,12 +81,8 @@ def test_counts(tmp_path: Path, write: Write) -> None:
     refused(run(tmp_path, capped, general=general), r"tasks\.capped: 7 training prompts.*num_train")
 
 
-def test_names_and_layer(tmp_path: Path, write: Write) -> None:
+def test_layer(tmp_path: Path, write: Write) -> None:
     general = [write("g", rows(20), rows(2, 50))]
-    for name, message in (("G", "do not tell it from"), ("\uff27", "do not tell it from")):
-        task = write("a", rows(20), rows(2, 50))
-        cfg = run(tmp_path, TaskConfig(name=name, path=task.path), general=general)
-        refused(cfg, rf"tasks\.name='.+': .*{message}")
     task = write("a", rows(20), rows(2, 50))
     refused(
         run(tmp_path, task, general=general, bank=BankConfig(layer=2)),
