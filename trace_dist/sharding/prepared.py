@@ -50,8 +50,9 @@ def as_sharded(model: ShardedModel | nn.Module) -> ShardedModel:
     refuse_quantised_module(layers[-1])
     dist.init_distributed()
     around = [layer for layer in layers if isinstance(layer, DistributedDataParallel)]
-    for layer in around:
-        layer.require_backward_grad_sync = False  # what `no_sync` sets: its reducer then stays idle
+    for outer in around:
+        # What `no_sync` sets: its reducer then stays idle.
+        outer.require_backward_grad_sync = False
     if any(isinstance(layer, nn.DataParallel) for layer in layers):
         raise ValueError(
             "model: wrapped by nn.DataParallel, whose copies of a layer get no gradients of their own; start one process for "
