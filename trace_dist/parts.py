@@ -1,4 +1,4 @@
-"""Rows of the drop-in parts that a configuration or a command names ([Note: drop-in parts] in utils/registry.py): ``name -> module``.
+"""Rows of the drop-in parts ([Note: drop-in parts] in utils/registry.py) that a configuration or a command names.
 
 The rows lie below the configuration, which checks names against them and imports no part.
 """
