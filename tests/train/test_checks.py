@@ -9,7 +9,6 @@ from typing import Any
 
 import datasets
 import pytest
-from trace_dist.train.bases import prepare_base
 
 from trace_dist.config import (
     BankConfig,
@@ -21,6 +20,7 @@ from trace_dist.config import (
     TinyConfig,
 )
 from trace_dist.models.tiny import build_tiny
+from trace_dist.stages.base import prepare_base
 from trace_dist.train.workbench import Tasks, Workbench
 
 Write = Callable[..., TaskConfig]
