@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from engine.cases import CASES, Case, batches
 from engine.resuming import PLAIN, dropout_model, run
+from engine.savable import make
 from engine.training import refused, save_state, train
 from torch import Tensor
 
 from trace_dist import Delta, Mask, MaskedAdamW, load_sharded
 from trace_dist.bank.delta import Snapshot, applied, extract_delta
 from trace_dist.checkpoint import latest_checkpoint, load_checkpoint, load_mask, save_checkpoint
+from trace_dist.sharding.fsdp2 import Fsdp2Model
 from trace_dist.sharding.zero3 import PERSISTENCE_THRESHOLD, FullAdamW, Zero3Model
 from trace_dist.utils import dist
 
@@ -135,6 +137,9 @@ def exporting(out: Path) -> Found:
     model = Zero3Model(module, 0)
     model.save_pretrained(out / "exported")
     save_state(out / "exported.safetensors", model.full_state_dict())
+    for backend, kind in (("zero3", Zero3Model), ("fsdp2", Fsdp2Model)):
+        for name in ("causal", "classifier", "encoder without pooler"):
+            kind(make(name, torch.bfloat16)).save_pretrained(out / f"saved-{backend}-{name}")
     return {}
 
 

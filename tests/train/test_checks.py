@@ -81,12 +81,8 @@ def test_counts(tmp_path: Path, write: Write) -> None:
     refused(run(tmp_path, capped, general=general), r"tasks\.capped: 7 training prompts.*num_train")
 
 
-def test_names_and_layer(tmp_path: Path, write: Write) -> None:
+def test_layer(tmp_path: Path, write: Write) -> None:
     general = [write("g", rows(20), rows(2, 50))]
-    for name, message in (("G", "do not tell it from"), ("\uff27", "do not tell it from")):
-        task = write("a", rows(20), rows(2, 50))
-        cfg = run(tmp_path, TaskConfig(name=name, path=task.path), general=general)
-        refused(cfg, rf"tasks\.name='.+': .*{message}")
     task = write("a", rows(20), rows(2, 50))
     refused(
         run(tmp_path, task, general=general, bank=BankConfig(layer=2)),

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 from launching import free_port, rank_environment
 
-from trace_dist.utils.agreement import agree, on_main
+from trace_dist.utils.agreement import agree
+from trace_dist.utils.together import on_all, on_main
 
 RANKS = """
 import json, sys
 from trace_dist.utils import dist
-from trace_dist.utils.agreement import agree, on_main
+from trace_dist.utils.agreement import agree
+from trace_dist.utils.together import on_all, on_main
 dist.init_distributed()
 rank = dist.rank()
 def refused(action):
@@ -37,6 +39,9 @@ found = {
     "user": refused(lambda: on_main(lambda: fail(ValueError("field=1: wrong; mend it")))),
     "fault": refused(lambda: on_main(lambda: fail(OSError("disk")))),
     "value": on_main(lambda: 7),
+    "own": on_all(lambda: rank),
+    "one of all": refused(lambda: on_all(lambda: fail(ValueError("mine")) if rank == 1 else rank)),
+    "fault of all": refused(lambda: on_all(lambda: fail(KeyError("mine")) if rank == 1 else rank)),
 }
 with open(f"{sys.argv[1]}/{rank}.json", "w") as out:
     json.dump(found, out)
@@ -81,9 +86,16 @@ def test_every_rank_is_told_the_same(reports: list[dict[str, Any]]) -> None:
 
 def test_what_rank_0_does_is_known_to_all(reports: list[dict[str, Any]]) -> None:
     assert [report["fault"] for report in reports] == ["OSError: disk", *["RuntimeError: disk"] * 2]
-    assert [report["value"] for report in reports] == [7, None, None]
+    assert [report["value"] for report in reports] == [7, 7, 7]
+
+
+def test_what_fails_on_one_rank_fails_on_all(reports: list[dict[str, Any]]) -> None:
+    assert [report["own"] for report in reports] == [0, 1, 2]
+    assert [report["one of all"] for report in reports] == ["ValueError: mine"] * 3
+    theirs = "RuntimeError: 'mine'"
+    assert [report["fault of all"] for report in reports] == [theirs, "KeyError: 'mine'", theirs]
 
 
 def test_one_process_agrees_with_itself() -> None:
     agree({"a": 1})
-    assert on_main(lambda: "done") == "done"
+    assert on_main(lambda: "done") == on_all(lambda: "done") == "done"

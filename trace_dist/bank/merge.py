@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -10,9 +9,9 @@ import torch
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.index import Index, Member, Record
 from trace_dist.bank.signature import TENSORS
-from trace_dist.bank.writer import Writer, copy, hand_over, locked
+from trace_dist.bank.writer import Writer, copy, hand_over
 from trace_dist.run_folder import BankFolder
-from trace_dist.utils.files import corrupt, flush_folder, writing
+from trace_dist.utils.files import atomic_folder, corrupt
 from trace_dist.utils.names import BASE
 
 
@@ -34,21 +33,16 @@ def merge(left: DeltaBank, right: DeltaBank, out: Path | str) -> DeltaBank:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out={str(out)!r}: holds something already; choose a new folder")
     added = _check(left, right)
-    files = BankFolder(out.absolute().with_name(f".{out.absolute().name}.tmp"))
-    with writing(out), locked(files):
-        try:
-            shutil.rmtree(files.tasks, ignore_errors=True)
-            writer = Writer(files, Index(left.base, left.layer))
-            records: list[Record] = []
-            for bank, wanted in ((left, left.index.records), (right, added)):
-                for record in wanted:
-                    folder = Index(left.base, left.layer, tuple(records)).folder_for(record.name)
-                    records.append(_copied(writer, bank, record, folder))
-            writer.commit(Index(left.base, left.layer, tuple(records)))
-            files.root.rename(out)
-            flush_folder(out.absolute().parent)
-        finally:
-            shutil.rmtree(files.root, ignore_errors=True)
+    if out.exists():
+        out.rmdir()
+    with atomic_folder(out) as temporary:
+        writer = Writer(BankFolder(temporary), Index(left.base, left.layer))
+        records: list[Record] = []
+        for bank, wanted in ((left, left.index.records), (right, added)):
+            for record in wanted:
+                folder = Index(left.base, left.layer, tuple(records)).folder_for(record.name)
+                records.append(_copied(writer, bank, record, folder))
+        writer.commit(Index(left.base, left.layer, tuple(records)))
     return DeltaBank(out)
 
 

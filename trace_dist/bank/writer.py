@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from trace_dist.bank.facts import describe
 from trace_dist.bank.index import Index, Member, Record
 from trace_dist.run_folder import DELTA, SIGNATURE, BankFolder
 from trace_dist.utils.files import flush_folder, writing
-from trace_dist.utils.lock import held
+from trace_dist.utils.locks import Held, hold
 from trace_dist.utils.names import BASE
 
 
@@ -174,6 +174,19 @@ def writing_to(files: BankFolder) -> Iterator[Writer]:
         yield writer
 
 
-def locked(files: BankFolder) -> AbstractContextManager[None]:
-    """The lock of a bank's writers."""
-    return held(files.lock, f"bank {files.root}", "wait until it is done, or end it")
+@contextmanager
+def locked(files: BankFolder) -> Iterator[None]:
+    """Keep other writers out of a bank while the block runs.
+
+    Raises:
+        ValueError: another process writes the bank.
+    """
+    what = f"bank {files.root}"
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(hold(files.lock, what))
+        except Held as held:
+            raise ValueError(
+                f"{what}: {held.holder} is at work in it; wait until it is done, or end it"
+            ) from None
+        yield

@@ -29,16 +29,23 @@ def _text(help_text: str) -> Argument:
     return str | None, None, help_text
 
 
+DRY_RUN: Argument = (bool, False, "say what would be trained, how long and in how much memory, and stop")
 CONFIG = "--config configs/quickstart.yaml"
 RUN_COMMANDS = {
     "run": Command(
         "everything, from the base models to the report; a run that was cut continues where it stopped",
         f"run {CONFIG}",
+        {"dry_run": DRY_RUN},
     ),
     "learn": Command(
         "learn new tasks into a bank that outlives its runs; the configuration names models and the new tasks alone",
         "learn --config task.yaml --bank runs/quickstart/bank",
-        {"mask_file": _text("mask of the target for the one new task; probed and projected when not given")},
+        {
+            "mask_file": _text(
+                "mask of the target for the one new task; probed and projected when not given"
+            ),
+            "dry_run": DRY_RUN,
+        },
     ),
     "base": Command(
         "make the base models that the config describes (tiny, GGUF, pruned); those that are there are kept",
@@ -242,7 +249,29 @@ BANK_ACTIONS: dict[str, tuple[Command, Options]] = {
         },
     ),
 }
+INIT_ARGUMENTS: Options = {
+    "--model": {"required": True, "help": "the model to train: folder or hub id"},
+    "--data": {
+        "required": True,
+        "nargs": "+",
+        "help": "a .jsonl file or a folder per task, in the order in which the tasks arrive",
+    },
+    "--proxy": {
+        "default": None,
+        "help": "a small model of the same family; when not given one is cut out of the model",
+    },
+    "--run_dir": {
+        "default": None,
+        "help": "folder of the run; runs/<name of the configuration> when not given",
+    },
+    "--ranks": {"type": int, "default": 1, "help": "GPUs (or processes) on this machine"},
+    "--out": {"default": "trace-dist.yaml", "help": "configuration to write; an existing file is kept"},
+}
 FILE_COMMANDS = {
+    "init": Command(
+        "write a commented starter configuration from a model and data files, and say what it would do",
+        "init --model runs/quickstart/models/target --data tasks/copy.jsonl tasks/twist.jsonl --out mine.yaml",
+    ),
     "mask": Command("look at mask files and combine them", f"mask show {MASK}"),
     "bank": Command("look into a bank of deltas, keep it in order, and export from it", f"bank show {BANK}"),
     "memory": Command("predict, measure and plan the memory of training", MEMORY_ACTIONS["plan"].example),

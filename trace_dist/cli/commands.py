@@ -15,7 +15,10 @@ from trace_dist.stages.start import start, take_folder
 from trace_dist.utils import dist
 
 
-def run_command(cfg: RunConfig) -> None:
+def run_command(cfg: RunConfig, dry_run: bool) -> None:
+    if dry_run:
+        say_preview(cfg)
+        return
     start(cfg, "run")
     from trace_dist.stages.pipeline import run_pipeline, stage_groups
 
@@ -23,12 +26,24 @@ def run_command(cfg: RunConfig) -> None:
     report_command(cfg)
 
 
-def learn_command(cfg: RunConfig, mask_file: str | None) -> None:
+def learn_command(cfg: RunConfig, mask_file: str | None, dry_run: bool) -> None:
     from trace_dist.stages.learn import as_learned, run_learn
 
     cfg = as_learned(cfg)
+    if dry_run:
+        say_preview(cfg)
+        return
     start(cfg, "learn", mask_file=mask_file)
     run_learn(cfg, mask_file)
+
+
+def say_preview(cfg: RunConfig) -> None:
+    """Print what a run would do; nothing is written."""
+    from trace_dist.stages.preview import describe, preview
+
+    table, lines = describe(cfg, preview(cfg))
+    Console(width=max(100, Console().width)).print(table)
+    print("\n".join(lines))
 
 
 def base_command(cfg: RunConfig, which: str | None) -> None:

@@ -82,9 +82,13 @@ def _command(name: str, values: Any) -> None:
 
         bench_command(values)
     else:
-        from trace_dist.cli import bank_commands, mask_commands
+        from trace_dist.cli import bank_commands, init_command, mask_commands
 
-        rooms = {"mask": mask_commands.mask_command, "bank": bank_commands.bank_command}
+        rooms = {
+            "init": init_command.init_command,
+            "mask": mask_commands.mask_command,
+            "bank": bank_commands.bank_command,
+        }
         rooms[name](values)
 
 

@@ -102,8 +102,8 @@ def parse(words: Sequence[str]) -> Any:
     try:
         parsed = parser.parse_args(words)
         values = parsed[parsed.command]
-        for name in _SECTIONS:
-            if name in values and not isinstance(values[name], Namespace):
+        for name in _SECTIONS if parsed.command in known.RUN_COMMANDS else ():
+            if not isinstance(values[name], Namespace):
                 parser.error(f"{name}: must be a section of keys and values, not {values[name]!r}")
         return parser.instantiate_classes(parsed)
     except OverflowError as error:
@@ -147,11 +147,20 @@ def _fill_actions(actions: Mapping[str, tuple[Command, known.Options]]) -> Fill:
         sub: Any = parser.add_subcommands(dest="action")
         for name, (command, arguments) in actions.items():
             child = Parser(command)
-            for argument, options in arguments.items():
-                child.add_argument(argument, type=str, **options)
+            _add_options(child, arguments)
             sub.add_subcommand(name, child, help=command.purpose)
 
     return fill
+
+
+def _fill_init(parser: Parser, _: Command) -> None:
+    _add_options(parser, known.INIT_ARGUMENTS)
+
+
+def _add_options(parser: Parser, arguments: known.Options) -> None:
+    for argument, options in arguments.items():
+        typed: dict[str, Any] = {"type": str} | options
+        parser.add_argument(argument, **typed)
 
 
 def _fill_memory(parser: Parser, _: Command) -> None:
@@ -176,6 +185,7 @@ def _fill_bench(parser: Parser, _: Command) -> None:
 
 
 FILL: dict[str, Fill] = {
+    "init": _fill_init,
     "mask": _fill_actions(known.MASK_ACTIONS),
     "bank": _fill_actions(known.BANK_ACTIONS),
     "memory": _fill_memory,

@@ -20,6 +20,7 @@ from trace_dist.config.projection import ProjectionConfig
 from trace_dist.config.task import TaskConfig
 from trace_dist.config.train import TrainConfig
 from trace_dist.run_folder import BankFolder, RunFolder
+from trace_dist.utils.names import check_distinct
 
 Backend = Literal["single", "zero3", "fsdp2"]
 
@@ -68,9 +69,7 @@ class RunConfig(Section):
         rule, cure = "must be set where bank.path is not", "name a folder, for example runs/mine"
         check(bool(self.run_dir or self.bank.path), "run_dir", self.run_dir, rule, cure)
         check(len(self.tasks) >= 1, "tasks", self.tasks, "must hold at least one task", "add a task")
-        names = [task.name for task in (*self.tasks, *self.general)]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        check(not twice, "tasks.name", twice, "names must be unique over tasks and general", "rename one")
+        check_distinct(task.name for task in (*self.tasks, *self.general))
         ranks, one_process = self.launch.num_ranks, self.backend == "single"
         rule, cure = "backend single runs in one process", "set backend: zero3 or fsdp2"
         check(ranks == 1 or not one_process, "launch.num_ranks", ranks, rule, cure)

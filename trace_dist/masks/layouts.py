@@ -5,16 +5,19 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
+from torch import nn
+
 from trace_dist.masks.units import UnitLayout, unit_layout
 from trace_dist.models.heads import head_rows
 from trace_dist.models.roles import describe, maskable
+from trace_dist.models.wrapping import unwrap
 
 
 def layouts_for(model: Any, granularity: str, block: int, maskable_spec: str) -> dict[str, UnitLayout]:
     """Unit layouts of a model's maskable parameters; parameters without elements have none.
 
     Args:
-        model: a transformers model, or a sharded model (its ``module`` is described).
+        model: a transformers model, whatever wraps it, or a sharded model.
         granularity: element, block, row, column, head or tensor.
         block: elements per unit for block.
         maskable_spec: ``linear``, ``all`` or a regular expression (``models.roles.maskable``).
@@ -22,7 +25,7 @@ def layouts_for(model: Any, granularity: str, block: int, maskable_spec: str) ->
     Raises:
         ValueError: nothing is maskable; for ``head``, the size of a weight's heads is not known.
     """
-    module = getattr(model, "module", model)
+    module: Any = unwrap(model) if isinstance(model, nn.Module) else model.module
     infos = describe(module)
     by_head = granularity == "head"
     return {

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trace_dist.models.wrapping import plain_name
+
 BLOCK_SIZE = 64
 """Elements that share a scale."""
 BYTES_PER_BLOCK = {"packed": BLOCK_SIZE // 2, "absmax": 4}
@@ -161,7 +163,7 @@ class _FrozenLinear(torch.autograd.Function):
 def named_weights(
     module: nn.Module, remove_duplicate: bool = True
 ) -> Iterator[tuple[str, nn.Parameter | NF4Linear]]:
-    """``named_parameters`` in which an NF4 layer, as ``<layer>.weight``, stands for its words."""
+    """``named_parameters``, without wrappers' names, in which an NF4 layer, as ``<layer>.weight``, stands for its words."""
     layers = {
         name: child
         for name, child in module.named_modules(remove_duplicate=remove_duplicate)
@@ -170,9 +172,9 @@ def named_weights(
     for name, parameter in module.named_parameters(remove_duplicate=remove_duplicate):
         path, _, leaf = name.rpartition(".")
         if path not in layers or leaf == "bias":
-            yield name, parameter
+            yield plain_name(name), parameter
         elif leaf == "packed":
-            yield f"{path}.weight" if path else "weight", layers[path]
+            yield plain_name(f"{path}.weight" if path else "weight"), layers[path]
 
 
 def quantize_nf4(module: nn.Module) -> nn.Module:

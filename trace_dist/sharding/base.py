@@ -21,9 +21,11 @@ from trace_dist.config import Quantize
 from trace_dist.masks.mask import Mask
 from trace_dist.models.nf4 import NF4Linear, named_weights
 from trace_dist.models.roles import full_shape
+from trace_dist.models.wrapping import peel, plain_name
 from trace_dist.sharding.comm import Comm
 from trace_dist.sharding.compaction import Compactor
 from trace_dist.sharding.overlay import Overlay, union
+from trace_dist.sharding.saving import check_can_be_saved, write_pretrained
 from trace_dist.sharding.support import Accumulate, Support
 from trace_dist.sharding.views import PartitionView
 from trace_dist.utils import dist
@@ -32,8 +34,8 @@ from trace_dist.utils import dist
 class ShardedModel(ABC):
     """A causal LM whose parameters are spread over the ranks of this job.
 
-    Calling it runs the forward pass of ``module``. Every weight is frozen; ``attach(mask)`` makes the masked entries, and
-    only those, receive gradients.
+    Calling it runs the forward pass, through what wraps the model. Every weight is frozen; ``attach(mask)`` makes the masked
+    entries, and only those, receive gradients.
     """
 
     backend: str
@@ -41,16 +43,16 @@ class ShardedModel(ABC):
     """Whether a gradient that a hook catches is this rank's slice, already averaged over ranks."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module: Any = module
-        self.roots: list[nn.Module] = [module]
-        """The model and what wraps it: any of them may be asked to reset the gradients."""
+        self.roots = peel(module)
+        """What wraps the model, from outside, and the model: any of them may be asked to reset the gradients."""
+        self.module: Any = self.roots[-1]
         self.comm = Comm()
         self.rank, self.world = self.comm.rank, self.comm.world
         self._compactor: Compactor | None = None
         for parameter in module.parameters():
             parameter.requires_grad_(False)
-        self._parameters: dict[str, Any] = dict(module.named_parameters())
-        self._quantized = {name: w for name, w in named_weights(module) if isinstance(w, NF4Linear)}
+        self._parameters: dict[str, Any] = self._named_parameters()
+        self._quantized = {name: w for name, w in named_weights(self.module) if isinstance(w, NF4Linear)}
 
     @classmethod
     @abstractmethod
@@ -85,8 +87,12 @@ class ShardedModel(ABC):
     def device(self) -> torch.device:
         return dist.local_device()
 
+    def _named_parameters(self) -> dict[str, Any]:
+        """What the library holds, the words of NF4 weights included, by the names without wrappers."""
+        return {plain_name(name): parameter for name, parameter in self.module.named_parameters()}
+
     def names(self) -> list[str]:
-        """Parameter names, tied parameters once; an NF4 layer has its logical weight ([Note: words] in models/nf4.py)."""
+        """Parameter names without wrappers, tied parameters once; an NF4 layer has its logical weight (models/nf4.py)."""
         return [name for name, _ in named_weights(self.module)]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -169,7 +175,7 @@ class ShardedModel(ABC):
                     layer.overlay = overlay
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
+        return self.roots[0](*args, **kwargs)
 
     def train(self, mode: bool = True) -> ShardedModel:
         self.module.train(mode)
@@ -250,18 +256,20 @@ class ShardedModel(ABC):
                     state[name] = full
             elif self.rank == 0:
                 state[name] = state[by_id[id(weight)]]
-        persistent = self.module.state_dict().keys()  # on every rank: FSDP2 drops its gathered copies here
+        persistent = self.module.state_dict()  # on every rank: FSDP2 drops its gathered copies here
         if self.rank == 0:
-            state |= {k: v.detach().cpu().clone() for k, v in self.module.named_buffers() if k in persistent}
+            buffers = {k: v for k, v in self.module.named_buffers() if k in persistent}
+            state |= {plain_name(name): buffer.detach().cpu().clone() for name, buffer in buffers.items()}
         return state
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write the whole model as an ordinary Hugging Face checkpoint, from rank 0. Collective."""
+        """Write the whole model as an ordinary Hugging Face checkpoint, from rank 0. Collective.
+
+        Raises:
+            ValueError: the model holds PEFT adapters.
+        """
+        check_can_be_saved(self.module)
         state = self.full_state_dict()
         if self.rank == 0:
-            # transformers asks each parameter for its shape; a sharded one has another, so save from an empty twin.
-            with torch.device("meta"):
-                twin = type(self.module)(self.module.config)
-            twin.generation_config = self.module.generation_config
-            twin.save_pretrained(folder, state_dict=state)
+            write_pretrained(self.module, state, folder)
         self.comm.barrier()

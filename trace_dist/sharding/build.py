@@ -8,6 +8,7 @@ from torch import nn
 from trace_dist.config import Quantize
 from trace_dist.models.quantised import refuse_quantised_module
 from trace_dist.sharding.base import ShardedModel
+from trace_dist.sharding.saving import check_can_be_saved
 from trace_dist.sharding.single import SingleModel
 from trace_dist.utils import dist
 
@@ -34,17 +35,18 @@ def _backend(name: str) -> type[ShardedModel]:
 
 
 def shard(model: nn.Module, backend: str = "single") -> ShardedModel:
-    """Spread a transformers causal LM over the ranks of this job and freeze it.
+    """Spread a transformers model over the ranks of this job and freeze it.
 
     Args:
         model: the model; ``zero3`` and ``fsdp2`` shard it in place.
         backend: ``single``, ``zero3`` or ``fsdp2``.
 
     Raises:
-        ValueError: unknown backend, ``single`` with more than one rank, or a model with quantised weights.
+        ValueError: unknown backend, ``single`` with more than one rank, or a model with quantised weights or PEFT adapters.
     """
     kind = _backend(backend)
     refuse_quantised_module(model)
+    check_can_be_saved(model)
     dist.init_distributed()
     return kind(model)
 

@@ -20,6 +20,7 @@ from trace_kernels.compact import compact_gather
 
 from trace_dist.masks.mask import Mask
 from trace_dist.models.nf4 import NF4Linear
+from trace_dist.models.wrapping import plain_name
 from trace_dist.sharding.comm import Comm
 from trace_dist.sharding.masked_linear import MaskedLinear, RunningPass, patch_linear
 from trace_dist.sharding.reduction import CompactReducer
@@ -69,7 +70,7 @@ class Compactor:
         self._backward_pass = -1  # autograd's number of the pass whose end is awaited
         self._is_first = True
         self._undo: list[Callable[[], None]] = []
-        parameters = dict(model.module.named_parameters())
+        parameters = {plain_name(name): p for name, p in model.module.named_parameters()}
         self._undo += [_join_zero_grad(root, self.zero_grad) for root in model.roots]
         # Backward must reach the lowest masked layer even though its input needs no gradient.
         self._anchor = torch.zeros((), device=model.device, requires_grad=True)
@@ -251,7 +252,7 @@ def _linear_modules(module: nn.Module) -> dict[str, nn.Linear | NF4Linear]:
         for parameter in child.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     return {
-        f"{name}.weight" if name else "weight": child
+        plain_name(f"{name}.weight" if name else "weight"): child
         for name, child in module.named_modules()
         if isinstance(child, NF4Linear)
         or (type(child) in (nn.Linear, MaskedLinear) and owners[id(child._parameters["weight"])] == 1)

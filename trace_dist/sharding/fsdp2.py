@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 from trace_dist.config import Quantize
 from trace_dist.models.blocks import decoder_blocks
 from trace_dist.models.loading import load_model_fsdp2
+from trace_dist.models.wrapping import unwrap
 from trace_dist.sharding import gloo
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.support import Support
@@ -67,11 +68,12 @@ class Fsdp2Model(ShardedModel):
 
     def __init__(self, module: nn.Module) -> None:
         dist.ensure_group()
+        outermost, module = module, unwrap(module)
         if not isinstance(module, FSDPModule):
             module.to(dist.local_device())
             _wrap(module)
         _check_sharding(module)
-        super().__init__(module)
+        super().__init__(outermost)
         # The first unshard settles where the shards live, so that `local` may be kept from then on, and, from what is
         # trainable at that moment, in which dtype gradients are reduced.
         uniform = len({parameter.dtype for parameter in module.parameters()}) == 1  # FSDP2 asks for it
@@ -79,7 +81,7 @@ class Fsdp2Model(ShardedModel):
         self.module.unshard()
         self.module.reshard()
         module.requires_grad_(False)
-        self._parameters = dict(module.named_parameters())
+        self._parameters = self._named_parameters()
 
     @classmethod
     def from_pretrained(cls, path: str, dtype: torch.dtype, quantize: Quantize = "none") -> Fsdp2Model:

@@ -150,7 +150,7 @@ def patch_linear(
     before, caught = module.__dict__.get("forward"), module.__dict__.get("catch")
     # A method, not a closure over the layer: a deep copy of the model must run on its own weights.
     module.forward = MethodType(forward, module)  # type: ignore[method-assign]
-    module.catch = catch
+    module.catch = catch  # type: ignore[assignment]
     if isinstance(module, nn.Linear):
         module.__class__ = MaskedLinear
 
@@ -161,6 +161,6 @@ def patch_linear(
         if caught is not None:
             module.catch = caught
         elif isinstance(module, MaskedLinear):
-            module.__class__ = nn.Linear
+            module.__class__ = nn.Linear  # type: ignore[assignment]
 
     return undo

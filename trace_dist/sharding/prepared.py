@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from trace_dist.models.quantised import refuse_quantised_module
+from trace_dist.models.wrapping import is_deepspeed_engine, peel
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.single import ReplicatedModel
 from trace_dist.utils import dist
@@ -37,7 +38,7 @@ def as_sharded(model: ShardedModel | nn.Module) -> ShardedModel:
 
     Args:
         model: a sharded model (returned as it is), or one that is plain, wrapped by DDP, sharded by ``fully_shard`` (by
-            hand or by accelerate) or by a DeepSpeed ZeRO-3 engine that has no optimizer.
+            hand or by accelerate) or by a DeepSpeed ZeRO-3 engine that has no optimizer; compiled by ``torch.compile`` or not.
 
     Raises:
         ValueError: DeepSpeed or FSDP1 already owns the gradients, or the model is sharded in a way with no single owner
@@ -45,41 +46,44 @@ def as_sharded(model: ShardedModel | nn.Module) -> ShardedModel:
     """
     if isinstance(model, ShardedModel):
         return model
-    refuse_quantised_module(model)
+    layers = peel(model)
+    refuse_quantised_module(layers[-1])
     dist.init_distributed()
-    if isinstance(model, DistributedDataParallel):
-        model.require_backward_grad_sync = False  # what `no_sync` sets: its reducer then stays idle
-        replicated = PreparedModel(model.module)
-        replicated.roots.append(model)
-        return replicated
-    if isinstance(model, nn.DataParallel):
+    around = [layer for layer in layers if isinstance(layer, DistributedDataParallel)]
+    for outer in around:
+        # What `no_sync` sets: its reducer then stays idle.
+        outer.require_backward_grad_sync = False
+    if any(isinstance(layer, nn.DataParallel) for layer in layers):
         raise ValueError(
             "model: wrapped by nn.DataParallel, whose copies of a layer get no gradients of their own; start one process for "
             "each GPU (torchrun, deepspeed or accelerate launch)"
         )
-    if _is_deepspeed_engine(model):
-        from trace_dist.sharding.zero3 import Zero3Model
+    for layer in layers:
+        if is_deepspeed_engine(layer):
+            from trace_dist.sharding.zero3 import Zero3Model
 
-        return Zero3Model.adopt(model)
-    if isinstance(model, FullyShardedDataParallel):
+            return Zero3Model.adopt(layer)
+    inside = layers[-1]
+    if isinstance(inside, FullyShardedDataParallel):
         raise ValueError(
             "model: wrapped by FSDP1, which owns the gradients of flattened groups; use fully_shard (FSDP2; in accelerate "
             "fsdp_version: 2) or trace_dist.shard(model, backend='fsdp2')"
         )
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if any(hasattr(parameter, "ds_id") for parameter in inside.parameters()):
         raise ValueError(
             "model: built under deepspeed.zero.Init but not initialised; pass trace_dist.shard(model, backend='zero3')"
         )
-    if isinstance(model, FSDPModule):
+    if isinstance(inside, FSDPModule):
         from trace_dist.sharding.fsdp2 import Fsdp2Model
 
         return Fsdp2Model(model)
-    inner = [name for name, child in model.named_modules() if isinstance(child, FSDPModule)]
+    inner = [name for name, child in inside.named_modules() if isinstance(child, FSDPModule)]
     if inner:
         raise ValueError(
             f"model: {inner[0]!r} is sharded by fully_shard but the whole is not; call fully_shard(model) last"
         )
-    _check_same_weights(model)
+    if not around:  # DDP has made them the same
+        _check_same_weights(inside)
     return PreparedModel(model)
 
 
@@ -153,11 +157,3 @@ def _check_same_weights(model: nn.Module) -> None:
             raise ValueError(
                 f"model: {name!r} differs between the ranks; load one checkpoint, or set the same seed, on every rank"
             )
-
-
-def _is_deepspeed_engine(model: Any) -> bool:
-    """Without importing deepspeed, which takes seconds."""
-    return any(
-        f"{kind.__module__}.{kind.__name__}" == "deepspeed.runtime.engine.DeepSpeedEngine"
-        for kind in type(model).__mro__
-    )

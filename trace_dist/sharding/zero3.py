@@ -34,11 +34,15 @@ from torch import Tensor, nn
 from trace_dist.config import Quantize
 from trace_dist.models.blocks import whole_blocks
 from trace_dist.models.loading import check_zero_config, load_model_zero3
+from trace_dist.models.wrapping import unwrap
 from trace_dist.sharding import gloo
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.support import Support
 from trace_dist.sharding.views import PartitionView, flat_views
 from trace_dist.utils import dist
+from trace_dist.utils.log import get_logger
+
+logger = get_logger(__name__)
 
 PERSISTENCE_THRESHOLD = 10_000
 """Parameters with at most this many elements stay gathered (DeepSpeed's default is 100,000)."""
@@ -110,6 +114,9 @@ class Zero3Model(ShardedModel):
 
     def __init__(self, module: nn.Module, persistence_threshold: int = PERSISTENCE_THRESHOLD) -> None:
         deepspeed = load_deepspeed()
+        if unwrap(module) is not module:
+            logger.warning("model: runs without what wrapped it; call model.module.compile() to compile it")
+        module = unwrap(module)
         dtype = next(module.parameters()).dtype
         for parameter in module.parameters():  # or DeepSpeed prepares buffers for gradients
             parameter.requires_grad_(False)

@@ -13,7 +13,6 @@ from trace_dist.config import BankConfig, DataConfig, EvalConfig
 from trace_dist.data.encoding import encode
 from trace_dist.data.tasks import Task
 from trace_dist.evaluation.lengths import tokens_needed
-from trace_dist.utils.names import check_distinct
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ def check_tasks(
     evaluation: EvalConfig,
     bank: BankConfig,
 ) -> None:
-    """Check names, counts, empty texts and lengths of all examples.
+    """Check counts, empty texts and lengths of all examples.
 
     Args:
         tasks: what is learned.
@@ -53,7 +52,6 @@ def check_tasks(
     Raises:
         ValueError: the first fault found, with its task.
     """
-    check_distinct(task.name for task in (*tasks, *general))
     for task in (*tasks, *general):
         _check_texts(task)
     _check_counts(tasks, general, bank)

@@ -35,7 +35,8 @@ def check_distinct(names: Iterable[str], field: str = "tasks.name") -> None:
         key = _seen(name)
         if key in taken:
             raise ValueError(
-                f"{field}={name!r}: some file systems do not tell it from {taken[key]!r}; rename one"
+                f"{field}={name!r}: names must be unique, and some file systems do not tell it from {taken[key]!r}; "
+                "rename one"
             )
         taken[key] = name
 

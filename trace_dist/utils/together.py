@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from trace_dist.utils import dist
 
@@ -14,44 +14,55 @@ def on_main(work: Callable[[], T]) -> T:
     """Rank 0's result of ``work``, on every rank. Collective.
 
     Raises:
-        ValueError: the work failed on rank 0 (which itself raises what the work raised).
+        ValueError: the work raised one on rank 0.
+        RuntimeError: the work raised something else on rank 0, which itself raises that.
     """
     if dist.world_size() == 1:
         return work()
-    result: T | None = None
-    failure: Exception | None = None
-    if dist.is_main():
-        try:
-            result = work()
-        except Exception as error:
-            failure = error
-    result, problem = dist.broadcast_object((result, None if failure is None else str(failure)))
-    _raise(failure, problem)
-    return result  # type: ignore[return-value]  # no problem: rank 0 has a result
+    outcome = _outcome(work) if dist.is_main() else None
+    result, problem = dist.broadcast_object(None if outcome is None else (outcome.result, outcome.problem))
+    _raise(outcome, problem)
+    return result  # type: ignore[no-any-return]
 
 
 def on_all(work: Callable[[], T]) -> T:
-    """This rank's result of ``work``, once it has succeeded on every rank. Collective.
+    """This rank's result of ``work``, once it has succeeded on every rank. Collective; the work itself must not be.
 
     Raises:
-        ValueError: the work failed on some rank.
+        ValueError: the work raised one on some rank.
+        RuntimeError: the work raised something else on another rank.
     """
     if dist.world_size() == 1:
         return work()
-    result: T | None = None
+    outcome = _outcome(work)
+    problems = dist.gather_objects(outcome.problem)
+    _raise(outcome, next((problem for problem in problems if problem is not None), None))
+    return outcome.result  # type: ignore[no-any-return]
+
+
+class _Outcome(NamedTuple):
+    """What came of some work on this rank."""
+
+    result: Any = None
     failure: Exception | None = None
+
+    @property
+    def problem(self) -> tuple[bool, str] | None:
+        """Whether the failure is the user's, and its message: other ranks may be unable to read the failure itself."""
+        return None if self.failure is None else (isinstance(self.failure, ValueError), str(self.failure))
+
+
+def _outcome(work: Callable[[], Any]) -> _Outcome:
     try:
-        result = work()
+        return _Outcome(work())
     except Exception as error:
-        failure = error
-    problems = dist.gather_objects(None if failure is None else str(failure))
-    _raise(failure, next((problem for problem in problems if problem is not None), None))
-    return result  # type: ignore[return-value]
+        return _Outcome(failure=error)
 
 
-def _raise(failure: Exception | None, problem: str | None) -> None:
-    """The failure of this rank as it is, that of another one by its message."""
-    if failure is not None:
-        raise failure
+def _raise(outcome: _Outcome | None, problem: tuple[bool, str] | None) -> None:
+    """This rank's failure as it is, another rank's by its message."""
+    if outcome is not None and outcome.failure is not None:
+        raise outcome.failure
     if problem is not None:
-        raise ValueError(problem)
+        of_user, message = problem
+        raise ValueError(message) if of_user else RuntimeError(message)

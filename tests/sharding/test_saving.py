@@ -1,0 +1,97 @@
+"""``save_pretrained`` writes what ``shard`` accepts, and says in config.json which dtype the weights have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from engine.rank_nf4 import coded
+from engine.savable import MAKERS, load, make
+from engine.toy import Toy
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from safetensors.torch import load_file
+from torch import nn
+
+from trace_dist import Mask, MaskedAdamW, shard
+from trace_dist.sharding import ShardedModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LORA = LoraConfig(r=2, target_modules=["q_proj"])
+
+
+def assert_read_back(name: str, folder: Path, model: nn.Module, dtype: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == dtype
+    assert config["architectures"] == [type(model).__name__]
+    state, expected = load(name, folder).state_dict(), model.state_dict()
+    assert state.keys() <= expected.keys()
+    for key, value in state.items():
+        assert torch.equal(value, expected[key]), key
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", MAKERS)
+def test_read_back(name: str, dtype: str, tmp_path: Path) -> None:
+    model = shard(make(name, DTYPES[dtype]), "single")
+    model.save_pretrained(tmp_path)
+    assert_read_back(name, tmp_path, make(name, DTYPES[dtype]), dtype)
+    saved = {key for file in tmp_path.glob("*.safetensors") for key in load_file(file)}
+    assert "dropout_head.weight" in saved or name != "another head"
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("backend", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("name", ["causal", "classifier", "encoder without pooler"])
+def test_read_back_from_ranks(world, backend: str, name: str) -> None:
+    folder = world(2).folder / f"saved-{backend}-{name}"
+    assert_read_back(name, folder, make(name, torch.bfloat16), "bfloat16")
+
+
+def test_the_model_itself_is_not_changed(tmp_path: Path) -> None:
+    model = shard(make("causal", torch.bfloat16), "single")
+    before = model.config.to_dict()
+    model.save_pretrained(tmp_path)
+    assert model.config.to_dict() == before
+
+
+def test_a_4_bit_model_is_saved_in_the_dtype_of_its_values(tmp_path: Path) -> None:
+    module = coded("element")
+    shard(module, "single").save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_of_other_modules_the_weights_are_saved(tmp_path: Path) -> None:
+    shard(Toy(), "single").save_pretrained(tmp_path / "new")
+    saved = load_file(tmp_path / "new" / "model.safetensors")
+    assert saved.keys() == Toy().state_dict().keys()
+    assert all(torch.equal(value, saved[name]) for name, value in Toy().state_dict().items())
+
+
+def wrapped_by_peft() -> nn.Module:
+    return get_peft_model(make("causal", torch.float32), LORA)
+
+
+ADAPTERS = {
+    "wrapped": wrapped_by_peft,
+    "injected": lambda: inject_adapter_in_model(LORA, make("causal", torch.float32)),
+}
+
+
+@pytest.mark.parametrize("how", ADAPTERS)
+def test_adapters_are_refused_before_training(how: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds PEFT adapters .*merge_and_unload"):
+        shard(ADAPTERS[how](), "single")
+    # A loop of one's own may train such a model and save it by itself.
+    module = ADAPTERS[how]()
+    model: ShardedModel = MaskedAdamW(module, Mask.random(module, 0.5, maskable="base_layer")).model
+    with pytest.raises(ValueError, match=r"holds PEFT adapters .*merge_and_unload"):
+        model.save_pretrained(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_merged_adapter_is_welcome(tmp_path: Path) -> None:
+    model = shard(wrapped_by_peft().merge_and_unload(), "single")
+    model.save_pretrained(tmp_path)
+    assert_read_back("causal", tmp_path, make("causal", torch.float32), "float32")

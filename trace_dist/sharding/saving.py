@@ -1,0 +1,67 @@
+"""Writing a whole model, gathered by whoever calls, as a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+def check_can_be_saved(module: nn.Module) -> None:
+    """Raise ValueError for a model with PEFT adapters: saved alone, they would lack what a mask trained beside them."""
+    adapters = sorted(
+        {type(child).__name__ for child in module.modules() if type(child).__module__.startswith("peft.")}
+    )
+    if adapters:
+        raise ValueError(
+            f"model: holds PEFT adapters ({', '.join(adapters[:3])}), which cannot be saved with masked weights; call "
+            "merge_and_unload() first, or give the model without them"
+        )
+
+
+def write_pretrained(module: Any, state: dict[str, Tensor], folder: Path | str) -> None:
+    """Write an ordinary Hugging Face checkpoint; of a module that is none of transformers', the weights alone.
+
+    Args:
+        module: the model, sharded or not, without wrappers.
+        state: its whole weights and persistent buffers; tied names share one tensor.
+        folder: made if missing.
+    """
+    twin = _twin(module, state) if isinstance(module, PreTrainedModel) else None
+    if twin is not None:
+        twin.save_pretrained(folder, state_dict=state)
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if isinstance(module, PreTrainedModel):
+        config = copy.deepcopy(module.config)
+        floating = next((value.dtype for value in state.values() if value.is_floating_point()), None)
+        config.dtype = str(floating).removeprefix("torch.")
+        config.architectures = [type(module).__name__.removeprefix("FSDP")]
+        config.save_pretrained(folder)
+        if module.can_generate():
+            module.generation_config.save_pretrained(folder)
+    save_torch_state_dict(state, folder, metadata={"format": "pt"})
+
+
+def _twin(module: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel | None:
+    """The same model on the meta device, in the dtypes of ``state``; None where its config alone does not say how it is built.
+
+    transformers asks each parameter for its shape and dtype; a sharded one has another shape.
+    """
+    try:
+        with torch.device("meta"):
+            twin = type(module)(copy.deepcopy(module.config))
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return None
+    if twin.state_dict().keys() != state.keys():
+        return None
+    for name, parameter in twin.named_parameters():
+        parameter.data = parameter.data.to(state[name].dtype)
+    if getattr(module, "generation_config", None) is not None:
+        twin.generation_config = module.generation_config
+    return twin
