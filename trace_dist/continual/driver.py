@@ -71,7 +71,7 @@ def run_continual(cfg: RunConfig) -> None:
     Raises:
         ValueError: as ``check_methods``; or a method of one process is asked of several ranks.
     """
-    folder = RunFolder.of(cfg.run_dir)
+    folder = cfg.folder
     wanted = []
     for entry in check_methods(cfg):
         if dist.broadcast_object(folder.method(entry.name).is_file()):

@@ -51,7 +51,7 @@ class Setting:
     @property
     def folder(self) -> RunFolder:
         """The run's files."""
-        return RunFolder.of(self.cfg.run_dir)
+        return self.cfg.folder
 
     @cached_property
     def model(self) -> ShardedModel:
@@ -102,7 +102,7 @@ class Setting:
         """What every training of a task is given: its label, its log, where its checkpoints lie; its random numbers begin."""
         self.seed(task)
         tag = f"{method}/{task}"
-        log = MetricLog(self.folder.root, tag)
+        log = MetricLog(self.folder, tag)
         yield {"description": tag, "log": log, "checkpoints": self.folder.checkpoints(method, task)}
         log.close()
 

@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trace_dist.run_folder import RunFolder
+
 Array = NDArray[np.float64]
 
 OLD_METHODS = {
@@ -105,7 +107,7 @@ def load_results(path: str | Path) -> dict[str, Any]:
         ValueError: the file is missing, is not JSON, or is not an object.
     """
     path = Path(path)
-    path = path / "results.json" if path.is_dir() else path
+    path = RunFolder.of(path).results if path.is_dir() else path
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
