@@ -32,8 +32,8 @@ def as_sharded(model: ShardedModel | nn.Module) -> ShardedModel:
     dist.init_distributed()
     layers = peel(model)
     around = [layer for layer in layers if isinstance(layer, DistributedDataParallel)]
-    for layer in around:
-        layer.require_backward_grad_sync = False  # what `no_sync` sets: its reducer then stays idle
+    for ddp in around:
+        ddp.require_backward_grad_sync = False  # what `no_sync` sets: its reducer then stays idle
     if any(isinstance(layer, nn.DataParallel) for layer in layers):
         raise ValueError(
             "model: wrapped by nn.DataParallel, whose copies of a layer get no gradients of their own; start one process for "
