@@ -6,4 +6,10 @@
 # Without GPUs: DS_ACCELERATOR=cpu, and GLOO_SOCKET_IFNAME with the name of the interface that joins the machines.
 set -euo pipefail
 hostfile=${1:?hostfile, see launch/hostfile.example}; shift
-exec deepspeed --hostfile "$hostfile" --launcher "${LAUNCHER:-pdsh}" --master_port "${MASTER_PORT:-29500}" --module trace_dist "$@"
+port=${MASTER_PORT:-29500}
+place=()
+if [ "${LAUNCHER:-pdsh}" = openmpi ]; then # mpirun tells its ranks no place to meet
+  head_node=$(awk '!/^#/ && NF { print $1; exit }' "$hostfile")
+  place=(--launcher_args="-x MASTER_ADDR=$head_node -x MASTER_PORT=$port")
+fi
+exec deepspeed --hostfile "$hostfile" --launcher "${LAUNCHER:-pdsh}" "${place[@]}" --master_port "$port" --module trace_dist "$@"

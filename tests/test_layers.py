@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
@@ -17,31 +18,31 @@ KERNELS = ROOT / "kernels" / "trace_kernels"
 # (layer, place inside the layer): masks are made from models, and projections read a sharded model.
 RANKS: dict[str, tuple[int, int]] = {
     "utils": (0, 0),
+    "parts": (1, 0),
     "run_folder": (1, 0),
     "config": (1, 1),
+    "launching": (1, 2),
     "models": (2, 0),
     "data": (2, 1),
+    "evaluation": (2, 2),
     "masks": (2, 2),
     "sharding": (3, 0),
-    "projection": (3, 1),
     "optim": (4, 0),
     "bank": (4, 0),
-    "evaluation": (4, 0),
+    "checkpoint": (4, 1),
     "train": (5, 0),
     "profiling": (5, 1),
     "probe": (6, 0),
+    "projection": (6, 1),
     "continual": (7, 0),
-    "report": (8, 0),
-    "benchmarks": (8, 1),
+    "report": (7, 1),
+    "benchmarks": (8, 0),
+    "stages": (8, 1),
     "cli": (9, 0),
 }
 ENTRY_POINTS = {"__init__", "__main__"}
 """Modules at the top of the package: they may import anything, and no module imports them."""
 DEEPSPEED_HOMES = {"sharding/zero3.py", "models/loading.py", "benchmarks/peers.py"}
-
-
-CIRCLE_FREE = set(RANKS) - {"cli"}
-"""Rooms in which no files import each other in a circle."""
 
 
 def is_type_checking(node: ast.stmt) -> bool:
@@ -142,7 +143,7 @@ def test_imports_go_down() -> None:
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
-    files = {module_of(path): path for path in sources() if part_of(module_of(path)) in CIRCLE_FREE}
+    files = {module_of(path): path for path in sources()}
     edges = {
         module: imported_files(
             ast.parse(path.read_text(encoding="utf-8")), ".".join(path.relative_to(ROOT).parent.parts), files
@@ -169,6 +170,24 @@ def test_a_circle_is_found_however_it_is_imported(back: str) -> None:
         for name, source in sources.items()
     }
     assert set(circle(edges)) == set(sources)
+
+
+def test_the_page_shows_the_layers() -> None:
+    """The table in docs/how-it-works.md names every room in the layer that the test puts it into."""
+    page = (ROOT / "docs/how-it-works.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| (.*?) \|", page, re.MULTILINE)
+    shown = {int(layer): set(re.findall(r"`(\w+)`", rooms)) for layer, rooms in rows}
+    layers: dict[int, set[str]] = {}
+    for room, (layer, _) in RANKS.items():
+        layers.setdefault(layer, set()).add(room)
+    assert shown == layers
+
+
+def test_the_whole_configuration_goes_to_stages_alone() -> None:
+    """Everything below takes its section, or plain arguments."""
+    above = {"config", "continual", "stages", "cli"}
+    found = {module_of(path) for path in sources() if "RunConfig" in path.read_text(encoding="utf-8")}
+    assert {module for module in found if part_of(module) not in above} == set()
 
 
 def test_nothing_imports_the_entry_points() -> None:

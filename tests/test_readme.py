@@ -38,9 +38,9 @@ def shrink(config: dict) -> dict:
         task.pop("steps", None)
     config["train"] = {"steps": 4, "batch_size": 8, "micro_batch_size": 8}
     config["probe"] = {"steps": 2, "batch_size": 8, "fisher_batches": 1}
-    config["projection"] = {"narrow_steps": 2}
+    config["projection"] = {"options": {"steps": 2}}
     config["bank"] = {"layer": 0, "num_prompts": 20, "clusters": 1}
-    config["continual"] = {"modes": ["retrieved"]}
+    config["continual"] = {"methods": ["retrieved"]}
     return config
 
 

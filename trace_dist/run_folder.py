@@ -83,6 +83,14 @@ class RunFolder:
         """Cosines between the tasks' updates."""
         return self.root / "probe" / "specificity.json"
 
+    def trace(self, task: str) -> Path:
+        """What the warm start of a task left: the scores of its units, and its losses."""
+        return self.root / "probe" / "traces" / f"{task}.safetensors"
+
+    def sketch(self, task: str) -> Path:
+        """A sketch of the warm start's update, with which other tasks are compared."""
+        return self.root / "probe" / "sketches" / f"{task}.safetensors"
+
     def saliency(self, task: str) -> Path:
         """The proxy's saliency map of a task."""
         return self.root / "probe" / f"{task}.safetensors"
@@ -104,17 +112,26 @@ class RunFolder:
         """The bank that a method fills; the run's own is ``bank``."""
         return BankFolder(self.root / ("bank" if method == "retrieved" else f"bank_{method}"))
 
-    def checkpoints(self, method: str, task: str) -> Path:
-        """Checkpoints of one task's training by a method."""
+    def checkpoints(self, method: str, task: str = "") -> Path:
+        """Checkpoints of one task's training by a method; the folder of all its tasks without one."""
         return self.root / "checkpoints" / method / task
+
+    @property
+    def methods(self) -> Path:
+        """Results of the methods, a file each."""
+        return self.root / "methods"
 
     def method(self, name: str) -> Path:
         """A method's result."""
-        return self.root / "methods" / f"{name}.json"
+        return self.methods / f"{name}.json"
 
     def progress(self, name: str) -> Path:
         """What a method has finished so far, until its result is written: scores and state after each task."""
         return self.root / "progress" / name
+
+
+DELTA, SIGNATURE, SKETCH = (f"{kind}.safetensors" for kind in ("delta", "signature", "sketch"))
+"""Files of one task in a bank."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +154,25 @@ class BankFolder:
         """Held by the one process that writes."""
         return self.root / ".lock"
 
+    @property
+    def tasks(self) -> Path:
+        """A folder for each task."""
+        return self.root / "tasks"
+
     def task(self, folder: str) -> Path:
         """One task's files. ``folder`` is the name that the index gives it, never a path."""
-        return self.root / "tasks" / folder
+        return self.tasks / folder
+
+    @property
+    def old_signatures(self) -> Path:
+        """All signatures of a bank of version 1."""
+        return self.root / "signatures.safetensors"
+
+    @property
+    def old_deltas(self) -> Path:
+        """The deltas of a bank of version 1."""
+        return self.root / "deltas"
+
+    def old_delta(self, task: str) -> Path:
+        """A delta of a bank of version 1."""
+        return self.old_deltas / f"{task}.safetensors"

@@ -9,7 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from trace_dist import Mask, MaskedAdamW
 
 with tempfile.TemporaryDirectory() as folder:
-    arguments = TrainingArguments(  # first: it joins the other ranks
+    # First of all, as it joins the other ranks.
+    arguments = TrainingArguments(
         output_dir=folder,
         use_cpu=not torch.cuda.is_available(),
         per_device_train_batch_size=2,
@@ -17,7 +18,7 @@ with tempfile.TemporaryDirectory() as folder:
         max_steps=20,
         lr_scheduler_type="cosine",
         logging_steps=5,
-        save_strategy="no",
+        save_steps=10,  # trainer.train(resume_from_checkpoint=True) continues, on any number of ranks
         report_to=[],
         disable_tqdm=True,
     )
@@ -28,10 +29,9 @@ with tempfile.TemporaryDirectory() as folder:
     model = LlamaForCausalLM(config).to(arguments.device)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
-    mask = Mask.random(model, density=0.1, granularity="element", seed=0, maskable="all")
-    optimizer = MaskedAdamW(
-        model, mask, lr=1e-2, max_grad_norm=1.0
-    )  # it clips; Trainer sees no dense gradient
+    mask = Mask.random(model, density=0.1, granularity="element", seed=0)
+    # The optimizer clips: Trainer sees no dense gradient.
+    optimizer = MaskedAdamW(model, mask, lr=1e-2, max_grad_norm=1.0)
     rows = [{"input_ids": row, "labels": row} for row in torch.arange(64).view(4, 16).tolist()]
     trainer = Trainer(
         model=model,

@@ -22,9 +22,8 @@ from .runs import CHUNK
 
 _PACK = sum(1 << (56 - 7 * i) for i in range(8))
 _SPREAD = sum(1 << (8 * i) for i in range(8))
-_SELECT = sum(1 << (9 * i) for i in range(8)) - (
-    1 << 64
-)  # byte i keeps its bit i; as a signed 64-bit integer
+# Byte i keeps its bit i; as a signed 64-bit integer.
+_SELECT = sum(1 << (9 * i) for i in range(8)) - (1 << 64)
 
 
 def pack_ref(mask: Tensor) -> Tensor:

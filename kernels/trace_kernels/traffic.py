@@ -132,9 +132,8 @@ def _tiles_1d(runs: Runs, tile: int) -> Tiles:
     q = position + runs.skip
     unit = (q // runs.block).clamp(max=runs.num_units - 1)
     local = runs.units.long()[unit] * runs.block + q % runs.block - runs.base
-    return Tiles(
-        local, position, unit, valid, valid, id_groups=(4 * _WARP, 1)
-    )  # a thread handles 4 at a time
+    # A thread handles 4 at a time.
+    return Tiles(local, position, unit, valid, valid, id_groups=(4 * _WARP, 1))
 
 
 def _tiles_2d(runs: Runs, num_programs: int, units: int, lanes: int) -> Tiles:

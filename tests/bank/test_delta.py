@@ -1,53 +1,18 @@
-"""Deltas: exact values, small files, refusals; composition; the bank's folder."""
+"""Deltas: exact values, small files, refusals."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engine.cases import CASES, batches
+from bank.samples import DTYPES, base_model, bits, make_delta, same_bits
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from trace_dist import Delta, DeltaBank, Mask, shard
-from trace_dist.bank.bank import BASE, compose
+from trace_dist import Delta, Mask
 from trace_dist.bank.delta import Snapshot, applied, extract_delta
-from trace_dist.bank.signature import Signature, fit_signature
 from trace_dist.masks import UnitLayout
-from trace_dist.models import fingerprint
-from trace_dist.sharding import ShardedModel
-
-DTYPES = {"float32": (torch.float32, torch.int32), "bfloat16": (torch.bfloat16, torch.int16)}
-IDS = batches(CASES["element"])[0][0]
-
-
-def base_model(dtype: str = "float32", family: str = "llama") -> ShardedModel:
-    return shard(replace(CASES["element"], dtype=dtype, family=family).model(), "single")
-
-
-def make_delta(model: ShardedModel, task: str = "tuned", seed: int = 0, **options: Any) -> Delta:
-    """Random tuned values at a random mask; special values among them."""
-    options = {"density": 0.05, "granularity": "element", "maskable": "all"} | options
-    mask = Mask.random(model, seed=seed, **options).with_meta(task=task)
-    generator = torch.Generator().manual_seed(seed)
-    values = {}
-    for name in mask:
-        tuned = torch.randn(len(mask.elements(name)), generator=generator)
-        tuned[0], tuned[-1] = -0.0, 1e-30
-        values[name] = tuned.to(model.local(name).dtype)
-    return Delta(mask, values, task)
-
-
-def bits(state: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:
-    return {name: value.view(DTYPES[dtype][1]) for name, value in state.items()}
-
-
-def same_bits(one: dict[str, Tensor], other: dict[str, Tensor], dtype: str) -> bool:
-    mine, theirs = bits(one, dtype), bits(other, dtype)
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -194,103 +159,3 @@ def test_missing_and_foreign_files(tmp_path: Path) -> None:
     make_delta(base_model()).mask.save(tmp_path / "mask.safetensors")
     with pytest.raises(ValueError, match="this is not a delta file"):
         Delta.load(tmp_path / "mask.safetensors")
-
-
-def dense_change(delta: Delta, base: dict[str, Tensor]) -> dict[str, Tensor]:
-    change = {name: torch.zeros(value.numel(), dtype=torch.float64) for name, value in base.items()}
-    for name in delta.mask:
-        entries = delta.mask.elements(name)
-        change[name][entries] = delta.values[name].double() - base[name].flatten()[entries].double()
-    return change
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_composition_adds_changes_and_is_exact_where_masks_do_not_overlap(dtype: str) -> None:
-    model = base_model(dtype)
-    base = model.full_state_dict()
-    # Three, two of the same task name: composing must not confuse them.
-    deltas = [make_delta(model, task, seed, density=0.3) for task, seed in (("a", 0), ("b", 1), ("a", 2))]
-    both = compose(deltas, model, "all")
-    assert same_bits(model.full_state_dict(), base, dtype)
-    changes = [dense_change(delta, base) for delta in deltas]
-    for name in both.mask:
-        entries = both.mask.elements(name)
-        own = base[name].flatten()[entries]
-        times = sum((delta.mask.dense(name).flatten()[entries].int() for delta in deltas), torch.zeros(()))
-        expected = own.double() + sum(change[name][entries] for change in changes)
-        tolerance = 1e-6 if dtype == "float32" else 1e-2
-        torch.testing.assert_close(both.values[name].double(), expected, rtol=tolerance, atol=tolerance)
-        for delta in deltas:
-            mine = torch.isin(entries, delta.mask.elements(name)) & (times == 1)
-            theirs = torch.isin(delta.mask.elements(name), entries[mine])
-            assert torch.equal(both.values[name][mine], delta.values[name][theirs])
-        assert int((times > 1).sum()) > 0 or len(entries) < 50
-
-
-def test_composition_of_strangers() -> None:
-    model = base_model()
-    one, other = make_delta(model, "a", 0), make_delta(model, "b", 1)
-    with pytest.raises(ValueError, match="there are none to compose"):
-        compose([], model, "all")
-    foreign = replace(other, mask=other.mask.with_meta(model="bbbb"))
-    with pytest.raises(ValueError, match="made for the models aaaa and bbbb"):
-        compose([replace(one, mask=one.mask.with_meta(model="aaaa")), foreign], model, "all")
-    with pytest.raises(ValueError, match="differ in granularity"):
-        compose([one, make_delta(model, "b", 1, granularity="row", density=0.2)], model, "all")
-
-
-def signature(task: str, seed: int) -> Signature:
-    generator = torch.Generator().manual_seed(seed)
-    return fit_signature(torch.randn(64, 8, generator=generator) + 10 * seed, 2, 0, task)
-
-
-def test_bank(tmp_path: Path) -> None:
-    model = base_model()
-    base, identity = model.full_state_dict(), fingerprint(model.module)
-    bank = DeltaBank.create(tmp_path, identity, layer=1)
-    bank.add(signature(BASE, 0), None)
-    deltas = [make_delta(model, task, seed) for seed, task in ((1, "one"), (2, "two"))]
-    for seed, delta in enumerate(deltas, start=1):
-        bank.add(signature(delta.task, seed), delta)
-    reopened = DeltaBank(tmp_path)
-    assert reopened.tasks == [BASE, "one", "two"]
-    assert reopened.base == identity
-    assert reopened.retrieve(torch.full((1, 8), 20.0)) == ["two"]
-    for delta in deltas:
-        with reopened.activated(model, delta.task):
-            assert same_bits(
-                dict(extract_delta(model, delta.mask, "x").values), dict(delta.values), "float32"
-            )
-        assert same_bits(model.full_state_dict(), base, "float32")
-    with reopened.activated(model, BASE):
-        assert same_bits(model.full_state_dict(), base, "float32")
-
-
-def test_bank_refusals(tmp_path: Path) -> None:
-    model = base_model()
-    bank = DeltaBank.create(tmp_path / "bank", "aaaa", layer=1)
-    delta = make_delta(model, "one")
-    foreign = replace(delta, mask=delta.mask.with_meta(model="bbbb"))
-    with pytest.raises(ValueError, match="delta 'one': made for model bbbb, but the model given is aaaa"):
-        bank.add(signature("one", 1), foreign)
-    with pytest.raises(ValueError, match="comes with the signature of 'two'"):
-        bank.add(signature("two", 1), delta)
-    assert bank.tasks == []
-    bank.add(signature("one", 1), delta)
-    with pytest.raises(ValueError, match="one"):
-        bank.add(signature("one", 2), delta)
-    with pytest.raises(ValueError, match="task='two': not in the bank"):
-        bank.delta("two")
-    bank.path("one").unlink()
-    with pytest.raises(ValueError, match="no such delta file"):
-        bank.delta("one")
-    with pytest.raises(ValueError, match=r"bank\.json: no such file"):
-        DeltaBank(tmp_path / "nowhere")
-
-
-def test_creating_a_bank_empties_an_old_one(tmp_path: Path) -> None:
-    bank = DeltaBank.create(tmp_path, "aaaa", layer=1)
-    bank.add(signature("one", 1), make_delta(base_model(), "one"))
-    DeltaBank.create(tmp_path, "aaaa", layer=1)
-    assert DeltaBank(tmp_path).tasks == []
-    assert not bank.path("one").exists()

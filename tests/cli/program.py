@@ -15,9 +15,9 @@ from launching import rank_environment
 
 
 def write_tasks(folder: Path, num_examples: int = 60) -> None:
-    """Three tasks over four letters: copy, twist (reverse) and base."""
+    """Three tasks over four letters: copy, twist (reverse) and plain."""
     generator = random.Random(0)
-    for name in ("copy", "twist", "base"):
+    for name in ("copy", "twist", "plain"):
         rows = []
         for _ in range(num_examples):
             word = "".join(generator.choices("abcd", k=4))
@@ -34,9 +34,9 @@ def make_config(folder: Path) -> dict[str, Any]:
         "target": {"path": str(run / "models" / "target"), "tiny": {**tiny, "steps": 4}},
         "proxy": {"path": str(run / "models" / "proxy"), "tiny": {**tiny, "hidden_size": 16, "steps": 4}},
         "tasks": [{"name": name, "path": str(folder / f"{name}.jsonl")} for name in ("copy", "twist")],
-        "general": [{"name": "base", "path": str(folder / "base.jsonl")}],
+        "general": [{"name": "plain", "path": str(folder / "plain.jsonl")}],
         "probe": {"steps": 2, "batch_size": 8, "fisher_batches": 1},
-        "projection": {"narrow_steps": 2},
+        "projection": {"options": {"steps": 2}},
         "train": {"steps": 4, "batch_size": 8, "micro_batch_size": 8, "warmup_steps": 1},
         "bank": {"num_prompts": 20, "clusters": 1},
     }

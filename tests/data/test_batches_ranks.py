@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -40,4 +41,10 @@ def test_two_processes_share_the_batches_of_one(tmp_path: Path) -> None:
     assert [a + b for a, b in zip(first["shares"], second["shares"], strict=True)] == expected
     assert [len(share) for share in first["shares"]] == [3, 3, 3]
     for error in (first["error"], second["error"]):
-        assert "rank 1 reads other examples than rank 0" in error
+        assert re.match(
+            r"training data: rank 0 has \['\w+'\], rank 1 has \['\w+'\]: the ranks differ; start every", error
+        )
+    for error in (first["other_labels"], second["other_labels"]):
+        assert error.startswith("training data: rank 0 has ")
+    for error in (first["other_size"], second["other_size"]):
+        assert error.startswith("micro_batch_size: rank 0 has 1, rank 1 has 2: the ranks differ")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pytest
 
 from trace_dist.config import TaskConfig
@@ -161,6 +162,89 @@ def test_jsonl_errors(tmp_path: Path, content: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         load_examples(task(path=str(path)), seed=0)
     assert "\n" not in str(error.value)
+
+
+ROWS = [{"prompt": f"caf\u00e9 {i}?", "answer": str(i % 3)} for i in range(60)]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+
+
+def test_byte_order_marks_and_line_ends_of_other_systems_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(LINES.encode())
+    expected = load_examples(task(path=str(path)), seed=0)
+    joined = [LINES[: LINES.index("\n") + 1], LINES[LINES.index("\n") + 1 :]]
+    for content in (
+        LINES.encode("utf-8-sig"),
+        b"".join(part.encode("utf-8-sig") for part in joined),
+        LINES.replace("\n", "\r\n").encode(),
+        LINES.replace("\n", "\r").encode(),
+    ):
+        path.write_bytes(content)
+        assert load_examples(task(path=str(path)), seed=0) == expected
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.json").write_bytes(json.dumps(ROWS).encode("utf-8-sig"))
+    assert len(load_examples(task(path=str(tmp_path)), seed=0).test) == 50
+
+
+@pytest.mark.parametrize(
+    ("encoding", "message"),
+    [
+        ("latin-1", ":3: byte 0xe9 is not UTF-8"),
+        ("cp1252", ":3: byte 0xe9 is not UTF-8"),
+        ("utf-16", ":1: this is UTF-16 or UTF-32"),
+        ("utf-16-le", ":1: this is UTF-16 or UTF-32"),
+        ("utf-32", ":1: this is UTF-16 or UTF-32"),
+    ],
+)
+def test_other_encodings_are_named_with_file_and_line(tmp_path: Path, encoding: str, message: str) -> None:
+    ascii_lines = json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1]) + "\n"
+    (tmp_path / "d.jsonl").write_bytes((ascii_lines + LINES).encode(encoding))
+    with pytest.raises(ValueError, match=rf"d\.jsonl{message}.*save the file as UTF-8"):
+        load_examples(task(path=str(tmp_path / "d.jsonl")), seed=0)
+    (tmp_path / "train.json").write_bytes(
+        ("[\n\n" + json.dumps(ROWS, ensure_ascii=False) + "]").encode(encoding)
+    )
+    with pytest.raises(ValueError, match=rf"train\.json{message}"):
+        load_examples(task(path=str(tmp_path)), seed=0)
+
+
+@pytest.mark.parametrize("column", ["prompt", "answer"])
+def test_half_a_character_is_named_with_its_example(tmp_path: Path, column: str) -> None:
+    rows = [*ROWS[:5], {**ROWS[5], column: "hi \ud83d there"}]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=rf"d\.jsonl: example 5, column '{column}'.*half of a character"):
+        load_examples(task(path=str(tmp_path / "d.jsonl")), seed=0)
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=rf"train\.json: example 5, column '{column}'.*half of a character"):
+        load_examples(task(path=str(tmp_path)), seed=0)
+
+
+def test_bytes_that_a_dataset_calls_a_string_are_named_with_their_example(tmp_path: Path) -> None:
+    prompts = pa.array([b"a", b"b", b"caf\xe9"]).view(pa.string())
+    table = pa.table({"prompt": prompts, "answer": pa.array(["x", "y", "z"])})
+    datasets.Dataset(table).save_to_disk(str(tmp_path / "d"))
+    with pytest.raises(ValueError, match="example 2: not UTF-8"):
+        load_examples(task(path=str(tmp_path / "d")), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[" * 10**5, "nested too deep"), ('{"prompt": ' + "1" * 5000 + "}", "not valid JSON")],
+)
+def test_json_that_python_cannot_hold_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "d.jsonl").write_text("\n" + text)
+    with pytest.raises(ValueError, match=rf"d\.jsonl:2: .*{message}"):
+        load_examples(task(path=str(tmp_path / "d.jsonl")), seed=0)
+    (tmp_path / "train.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"train\.json: .*{message}"):
+        load_examples(task(path=str(tmp_path)), seed=0)
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").symlink_to("/proc/self/mem")
+    with pytest.raises(ValueError, match=r"d\.jsonl: cannot be read \(Input/output error\)"):
+        load_examples(task(path=str(tmp_path / "d.jsonl")), seed=0)
 
 
 def test_path_errors(tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from trace_dist import Delta, Mask, MaskedAdamW, load_sharded
 from trace_dist.bank.delta import Snapshot, applied, extract_delta
+from trace_dist.checkpoint import latest_checkpoint, load_checkpoint, load_mask, save_checkpoint
 from trace_dist.sharding.dense import FullAdamW
 from trace_dist.sharding.fsdp2 import Fsdp2Model
 from trace_dist.sharding.zero3 import PERSISTENCE_THRESHOLD, Zero3Model
-from trace_dist.train.checkpoint import latest_checkpoint
 from trace_dist.utils import dist
 
 Found = dict[str, Any]
@@ -65,7 +65,7 @@ def take_over(out: Path) -> Found:
 
 
 def damaged(out: Path) -> Found:
-    """A truncated file: an error on every rank, though only one of them reads the file."""
+    """A truncated file: an error on every rank, though only one of them reads the file; and none is passed over alone."""
     folder = latest_checkpoint(out / "uncut")
     assert folder is not None
     if dist.is_main():
@@ -73,9 +73,22 @@ def damaged(out: Path) -> Found:
         file = out / "damaged" / folder.name / "rank-00001.safetensors"
         file.write_bytes(file.read_bytes()[:-1])
     dist.barrier()
-    case = CASES["gpt2-conv1d"]
-    model = Zero3Model(dropout_model(), case.threshold)
-    return {"error": refused(lambda: run(model, case, out / "damaged"))}
+    model = Zero3Model(dropout_model(), CASES["gpt2-conv1d"].threshold)
+    optimizer = MaskedAdamW(model, load_mask(folder))
+    error = refused(lambda: load_checkpoint(out / "damaged" / folder.name, optimizer))
+    return {
+        "error": error,
+        "latest": str(latest_checkpoint(out / "damaged")),
+        "unwritten": not_finite(out, optimizer),
+    }
+
+
+def not_finite(out: Path, optimizer: MaskedAdamW) -> str:
+    """What every rank is told of a moment that is NaN on rank 1 alone."""
+    if dist.rank() == 1:
+        optimizer.compact()[0][1]["exp_avg"][0] = float("nan")
+    error = refused(lambda: save_checkpoint(out / "never", 1, optimizer, {}))
+    return f"{error} {(out / 'never').exists()}"
 
 
 def deltas(out: Path) -> Found:

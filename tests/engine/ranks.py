@@ -195,6 +195,8 @@ def attaching(out: Path) -> Found:
     found: Found = {}
     mine = Mask.random(model, 0.3, "element", seed=dist.rank())
     found["different"] = refused(lambda: MaskedAdamW(model, mine))
+    same = Mask.random(model, 0.3, "element", seed=0)
+    found["rate"] = refused(lambda: MaskedAdamW(model, same, lr=0.1 + dist.rank()))
     return found
 
 

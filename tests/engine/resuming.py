@@ -76,9 +76,10 @@ def dropout_model() -> PreTrainedModel:
 
 @dataclass
 class Resumed:
-    """Losses by step, weights (rank 0) and this rank's optimizer state."""
+    """Losses by step, gradient norms, weights (rank 0) and this rank's optimizer state."""
 
     losses: dict[int, float]
+    norms: list[float]
     state: dict[str, torch.Tensor]
     optimizer: list[torch.Tensor]
 
@@ -95,4 +96,4 @@ def run(model: ShardedModel, case: Case, folder: Path | None, last: int = STEPS)
     states = [state for _, state in learner.optimizer.compact()]
     tensors = [state[moment] for state in states for moment in MOMENTS]
     tensors += map(learner.optimizer.values, learner.optimizer.supports)
-    return Resumed(dict(result.losses), model.full_state_dict(), tensors)
+    return Resumed(dict(result.losses), result.grad_norms, model.full_state_dict(), tensors)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from trace_dist.models.roles import ParamInfo, describe, full_shape, head_layout, maskable
+from trace_dist.models.roles import describe, full_shape, maskable
 
 # Role of each parameter: inside layers keyed by the name behind the layer's index, outside by the whole name.
 _LLAMA = {
@@ -181,12 +181,38 @@ def test_an_expression_that_matches_nothing_is_an_error(make_model):
         maskable(nn.LayerNorm(4), "linear")
 
 
-def test_head_layout(make_model):
-    model = make_model("gemma3_text")
-    infos = describe(model)
-    rows = {info.role: head_layout(model.config, info) for info in infos.values()}
-    assert {role: value for role, value in rows.items() if value is not None} == {"q": 8, "k": 8, "v": 8}
-    qwen = make_model("qwen2").config
-    assert head_layout(qwen, ParamInfo("k", (12, 36), "k", 0, 0.0)) == 12
-    with pytest.raises(ValueError, match="12"):
-        head_layout(qwen, ParamInfo("k", (13, 36), "k", 0, 0.0))
+@pytest.mark.parametrize(
+    ("name", "role", "tower"),
+    [
+        ("model.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight", "q", "vision"),
+        ("model.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight", "up", "vision"),
+        ("model.visual.blocks.3.attn.qkv.weight", "qkv", "vision"),
+        ("model.visual.blocks.3.attn.proj.weight", "o", "vision"),
+        ("model.visual.blocks.3.mlp.linear_fc2.weight", "down", "vision"),
+        ("model.visual.patch_embed.proj.weight", "other", "vision"),
+        ("git.image_encoder.vision_model.encoder.layers.0.self_attn.out_proj.weight", "o", "vision"),
+        ("model.audio_tower.layers.1.fc2.weight", "down", "audio"),
+        ("model.embed_tokens_extend.audio_embed.encoder.encoders.0.self_attn.v_proj.weight", "v", "audio"),
+        ("model.multi_modal_projector.linear_1.weight", "other", "text"),
+        ("model.language_model.layers.0.self_attn.q_proj.weight", "q", "text"),
+        ("bert.encoder.layer.0.attention.self.query.weight", "q", "text"),
+        ("bert.encoder.layer.0.intermediate.dense.weight", "up", "text"),
+        ("bert.encoder.layer.0.output.dense.weight", "down", "text"),
+        ("rwkv.blocks.0.feed_forward.key.weight", "other", "text"),
+        ("decoder.layers.0.self_attn.k_proj.linear.weight", "k", "text"),
+        ("model.layers.0.mlp.Wi.weight", "gate_up", "text"),
+        ("model.layers.0.attn.Wo.weight", "o", "text"),
+    ],
+)
+def test_names_of_other_families_and_towers(name, role, tower):
+    (info,) = describe({name: (4, 4)}).values()
+    assert (info.role, info.tower) == (role, tower)
+
+
+def test_each_tower_has_its_own_depths():
+    shapes = {
+        **{f"model.language_model.layers.{i}.mlp.up_proj.weight": (4, 4) for i in range(5)},
+        **{f"model.vision_tower.encoder.layers.{i}.mlp.fc1.weight": (4, 4) for i in range(3)},
+    }
+    depths = [(info.tower, info.depth) for info in describe(shapes).values()]
+    assert depths == [*(("text", i / 4) for i in range(5)), *(("vision", i / 2) for i in range(3))]

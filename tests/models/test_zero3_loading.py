@@ -114,19 +114,10 @@ def test_options_that_keep_other_copies_are_refused(zero, message, saved):
         load_model_zero3(saved("llama"), "float32", {**ZERO3, "zero_optimization": zero})
 
 
-def test_quantised_weights_are_refused(saved):
-    folder = saved("llama")
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8"}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="weights are quantised"):
-        load_model_zero3(folder, "float32", ZERO3)
-
-
 def test_a_corrupt_config_is_an_error(saved):
     folder = saved("llama")
     (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"unreadable config\.json"):
+    with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
         load_model_zero3(folder, "float32", ZERO3)
 
 

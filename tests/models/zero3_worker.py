@@ -17,10 +17,10 @@ import deepspeed
 import torch
 from deepspeed.runtime.zero import GatheredParameters
 
-from trace_dist.models.checkpoint import Checkpoint
 from trace_dist.models.fingerprint import fingerprint
 from trace_dist.models.loading import load_model, load_model_zero3
 from trace_dist.models.nf4 import quantize_nf4
+from trace_dist.models.weight_files import WeightFiles
 from trace_dist.utils import dist
 
 COLLECTIVES = ("broadcast", "all_reduce", "all_gather_into_tensor", "all_gather", "reduce_scatter_tensor")
@@ -35,7 +35,7 @@ class Spy:
         self.collectives: list[str] = []
 
     def install(self) -> None:
-        original_view, original_read = Checkpoint._view, Checkpoint.read
+        original_view, original_read = WeightFiles._view, WeightFiles.read
         spy = self
 
         class View:
@@ -50,15 +50,15 @@ class Spy:
             def __getattr__(self, attribute: str) -> Any:
                 return getattr(self.view, attribute)
 
-        def read(checkpoint: Checkpoint, name: str, start: int, stop: int) -> torch.Tensor:
+        def read(files: WeightFiles, name: str, start: int, stop: int) -> torch.Tensor:
             before = spy.read.get(name, 0)
-            values = original_read(checkpoint, name, start, stop)
-            row = math.prod(checkpoint.shape(name)[1:])
+            values = original_read(files, name, start, stop)
+            row = math.prod(files.shape(name)[1:])
             spy.excess_rows = max(spy.excess_rows, (spy.read.get(name, 0) - before - (stop - start)) / row)
             return values
 
-        Checkpoint._view = lambda checkpoint, name: View(name, original_view(checkpoint, name))
-        Checkpoint.read = read
+        WeightFiles._view = lambda files, name: View(name, original_view(files, name))
+        WeightFiles.read = read
         for name in COLLECTIVES:
             self._watch(name)
 

@@ -12,8 +12,8 @@ from engine.cases import CASES, batches
 from torch import Tensor
 
 from trace_dist import Mask, MaskedAdamW, shard
+from trace_dist.checkpoint import load_checkpoint, save_checkpoint
 from trace_dist.profiling.states import tensor_bytes
-from trace_dist.train.checkpoint import load_checkpoint, save_checkpoint
 
 CASE = CASES["bf16"]
 IDS = [ids for ids, _ in batches(CASE)]

@@ -8,11 +8,13 @@ import datasets
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trace_dist.config import ModelConfig, ProbeConfig, ProjectionConfig, RunConfig, TaskConfig, TrainConfig
+from trace_dist.config import ModelConfig, ProbeConfig, RunConfig, TaskConfig, TrainConfig
 from trace_dist.data.batches import Batches
+from trace_dist.projection.placements.narrow import Options
 
 VOCABULARY = 37
 """Of the tiny model; sizes are chosen so that nothing divides them."""
+NARROW = Options(steps=4, lr=1e-2)
 
 
 def make_model(hidden_size: int = 36, **changes: Any) -> LlamaForCausalLM:
@@ -56,14 +58,13 @@ def make_batches(batch_size: int = 8, micro_batch_size: int = 8, **task: Any) ->
 
 
 def make_config(**train: Any) -> RunConfig:
-    """A run of which only the sections probe, projection and train are read."""
+    """A run of which only the sections probe and train are read."""
     model = ModelConfig(path="unused")
     return RunConfig(
         run_dir="unused",
         target=model,
         tasks=[TaskConfig(name="reverse", path="unused.jsonl")],
         probe=ProbeConfig(steps=5, batch_size=8, fisher_batches=2),
-        projection=ProjectionConfig(narrow_steps=4, narrow_lr=1e-2),
         train=TrainConfig(**{"micro_batch_size": 8, "warmup_steps": 2, **train}),
     )
 

@@ -10,7 +10,7 @@ import torch
 from probe.setting import VOCABULARY, make_model
 from transformers import LlamaForCausalLM
 
-from trace_dist.config import ProbeConfig, Score, TrainConfig
+from trace_dist.config import ProbeConfig, TrainConfig
 from trace_dist.data.batches import Batches
 from trace_dist.masks import Mask
 from trace_dist.masks.ops import layouts_for, mask_from_scores, random_mask
@@ -63,7 +63,7 @@ def random_loss(base: LlamaForCausalLM) -> float:
 
 @pytest.mark.parametrize("score", ["l2", "fisher", "l2_fisher"])
 def test_a_probed_mask_learns_more_than_a_random_one(
-    score: Score, base: LlamaForCausalLM, random_loss: float
+    score: str, base: LlamaForCausalLM, random_loss: float
 ) -> None:
     layouts = layouts_for(base, "element", 1, "linear")
     probe = ProbeConfig(steps=20, lr=1e-3, fisher_batches=3)

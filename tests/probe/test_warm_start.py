@@ -84,5 +84,7 @@ def test_all_but_the_named_parameters_stay_frozen() -> None:
 def test_a_diverging_warm_start_is_an_error() -> None:
     model = make_model()
     probe = ProbeConfig(steps=20, lr=1e18, fisher_batches=1)
-    with pytest.raises(ValueError, match=r"^warm start: the loss at step .* lower the learning rate"):
+    with pytest.raises(
+        ValueError, match=r"^probe\.lr=1e\+18: warm start: the loss is nan at step .* lower probe\.lr"
+    ):
         warm_start(model, maskable(model, "all"), make_batches(), probe, make_config().train)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from engine.cases import FAMILIES
+from profiling.test_families import FAMILIES as OTHERS
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -25,7 +26,7 @@ BATCH, LENGTH = 3, 11
 
 
 def config_of(family: str) -> Any:
-    return AutoConfig.for_model(family.replace("sliver", "llama"), **FAMILIES[family])
+    return AutoConfig.for_model(family, **(FAMILIES | OTHERS)[family])
 
 
 @pytest.fixture
@@ -83,14 +84,14 @@ def saved_bytes(module: Any, masked: float, granularity: str) -> int:
         )  # alive, so that no address is used twice
         return tensor
 
-    ids = torch.randint(FAMILIES["llama"]["vocab_size"], (BATCH, LENGTH))
+    ids = torch.randint(module.config.vocab_size, (BATCH, LENGTH))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         forward_nll_sum(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids)
     return sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox", "gpt2", "jetmoe", "dbrx"])
 def test_activations_are_what_autograd_saves(family: str, dtype: torch.dtype) -> None:
     with torch.device("meta"):
         meta = AutoModelForCausalLM.from_config(config_of(family), dtype=dtype)

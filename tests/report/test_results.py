@@ -10,7 +10,9 @@ import pytest
 from report.samples import make_results
 
 from trace_dist.report import load_results, render_png, summary_table, write_report
+from trace_dist.report.narrative import narrate
 from trace_dist.report.results import parse_results
+from trace_dist.report.theme import LIGHT, method_color
 
 
 @pytest.mark.parametrize("field", ["tasks", "modes"])
@@ -62,14 +64,35 @@ def test_load_results_says_what_is_wrong(tmp_path: Path, content: bytes | None, 
 
 def test_view_fills_just_trained_from_the_diagonal() -> None:
     scores = [[1, 2], [90, 3], [80, 95]]
-    mode = parse_results(
+    method = parse_results(
         {"tasks": ["a", "b"], "modes": {"full": {"R": scores, "just_trained": [None, 96]}}}
-    ).modes[0]
-    assert mode.just_trained.tolist() == [90, 96]
-    assert mode.final.tolist() == [80, 95]
+    ).methods[0]
+    assert method.just_trained.tolist() == [90, 96]
+    assert method.final.tolist() == [80, 95]
 
 
 def test_interrupted_sequence_ends_at_its_last_measured_stage() -> None:
-    mode = parse_results({"tasks": ["a", "b"], "modes": {"full": {"R": [[1, 2], [90, 3]]}}}).modes[0]
-    assert mode.final.tolist() == [90, 3]
-    assert math.isnan(mode.just_trained[1])
+    method = parse_results({"tasks": ["a", "b"], "modes": {"full": {"R": [[1, 2], [90, 3]]}}}).methods[0]
+    assert method.final.tolist() == [90, 3]
+    assert math.isnan(method.just_trained[1])
+
+
+def test_a_method_looks_as_its_result_says() -> None:
+    """A method of somebody's own needs no row in the report."""
+    results = make_results(["reverse"])
+    results["modes"]["mine.drop"] = results["modes"]["full"] | {
+        "label": "of my own",
+        "colour": "green",
+        "masked": True,
+    }
+    results["modes"]["odd"] = {"R": [[0.0], [50.0]], "colour": "no such colour"}
+    view = parse_results(results)
+    assert [method.name for method in view.methods] == list(results["modes"])
+    mine, odd = view.method("mine.drop"), view.method("odd")
+    assert mine is not None
+    assert odd is not None
+    assert (mine.label, method_color(mine.colour)) == ("of my own", LIGHT["green"])
+    assert view.bytes_per_param("mine.drop") == view.bytes_per_param("retrieved")
+    assert (odd.label, method_color(odd.colour, 1) in LIGHT.values()) == ("odd", True)
+    assert math.isnan(view.bytes_per_param("odd"))
+    assert "of my own" in narrate(view)

@@ -44,6 +44,7 @@ def test_ranks_with_different_masks(world, num_ranks: int) -> None:
     """The error comes on every rank, so none waits for another."""
     for report in world(num_ranks).reports:
         assert "the ranks hold different masks" in report["attaching"]["different"]
+        assert report["attaching"]["rate"].startswith("lr: rank 0 has 0.1, rank 1 has 1.1")
 
 
 def test_a_second_mask_starts_anew_and_the_first_one_rests() -> None:

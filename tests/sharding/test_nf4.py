@@ -71,7 +71,7 @@ def test_a_checkpoint_of_two_ranks_continues_on_one(world) -> None:
     relay = world(2).folder / "nf4-relay"
     continued = run(shard(coded("element"), "single"), case, relay)
     whole = run(shard(coded("element"), "single"), case, None)
-    assert list(continued.losses) == [4, 5, 6, 7, 8, 9]
+    assert list(continued.losses) == list(range(1, 10))
     for step, loss in continued.losses.items():
         assert loss == pytest.approx(whole.losses[step], rel=2e-6)
     for name, value in whole.state.items():

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 from trace_dist import Mask, MaskedAdamW, shard
-from trace_dist.train.checkpoint import load_checkpoint, save_checkpoint
+from trace_dist.checkpoint import load_checkpoint, save_checkpoint
 
 CASE = CASES["element"]
 IDS = batches(CASE)[0][0]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from engine.cases import CASES
-from engine.resuming import PLAIN, STEPS, Resumed, dropout_model, run
+from engine.resuming import CONFIG, PLAIN, STEPS, Resumed, dropout_model, make_batches, run
 
 from trace_dist import shard
+from trace_dist.train.task import train_mask
 
 LOSS_TOLERANCE = 2e-6
 
@@ -24,7 +26,7 @@ def uninterrupted() -> Resumed:
 
 
 def test_single_process_bit_for_bit(tmp_path: Path) -> None:
-    """Losses, weights, masters and moments, with dropout; cut after step 5, continued from step 3 in a new model."""
+    """The whole curve, weights, masters and moments, with dropout; cut after step 5, continued from step 3 in a new model."""
     case = CASES["gpt2-conv1d"]
 
     def start(seed: int):
@@ -37,9 +39,47 @@ def test_single_process_bit_for_bit(tmp_path: Path) -> None:
     continued = run(start(2), case, tmp_path / "cut")
     assert whole is not None
     assert continued is not None
-    assert continued.losses == {step: loss for step, loss in whole.losses.items() if step > 3}
+    assert continued.losses == whole.losses
+    assert continued.norms == whole.norms
     assert all(torch.equal(continued.state[name], value) for name, value in whole.state.items())
     assert all(map(torch.equal, continued.optimizer, whole.optimizer))
+
+
+def test_a_finished_training_started_again_repeats_its_result(tmp_path: Path) -> None:
+    """The last checkpoint is of the last step, so nothing is left to train."""
+    first = run(shard(PLAIN.model(), "single"), PLAIN, tmp_path)
+    again = run(shard(PLAIN.model(), "single"), PLAIN, tmp_path)
+    assert first is not None
+    assert again is not None
+    assert list(again.losses) == list(range(1, STEPS + 1))
+    assert (again.losses, again.norms) == (first.losses, first.norms)
+    assert all(torch.equal(again.state[name], value) for name, value in first.state.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, 0),
+        ({"checkpoint_minutes": 1e-9}, 1),
+        ({"checkpoint_every": 0, "checkpoint_minutes": 1e-9}, 0),
+    ],
+    ids=["short", "by-time", "none"],
+)
+def test_checkpoints_by_time(options: dict[str, float], kept: int, tmp_path: Path) -> None:
+    cfg = replace(CONFIG, **({"checkpoint_every": None} | options))
+    model = shard(PLAIN.model(), "single")
+    mask, batches = PLAIN.mask(model), make_batches()
+    train_mask(model, mask, batches, cfg, STEPS, description="t", checkpoints=tmp_path)
+    assert len(list(tmp_path.iterdir())) == kept
+
+
+def test_a_checkpoint_beyond_the_last_step_is_refused(tmp_path: Path) -> None:
+    run(shard(PLAIN.model(), "single"), PLAIN, tmp_path)
+    model = shard(PLAIN.model(), "single")
+    with pytest.raises(
+        ValueError, match=r"^train\.steps=4: .*step-00000009 has done 9 steps; raise it, or delete"
+    ):
+        train_mask(model, PLAIN.mask(model), make_batches(), CONFIG, 4, description="t", checkpoints=tmp_path)
 
 
 @pytest.mark.launcher
@@ -49,10 +89,10 @@ def test_two_ranks_bit_for_bit(world) -> None:
         whole, continued = found["losses"]
         assert found["died"]
         assert len(whole) == STEPS
-        assert continued == whole[3:]
+        assert continued == whole
         assert found["weights"]
         assert found["optimizer"]
-        assert found["kept"] == [f"step-{STEPS:08d}"]
+        assert found["kept"] == [f"step-{STEPS - 3:08d}", f"step-{STEPS:08d}"]
 
 
 @pytest.mark.launcher
@@ -60,7 +100,7 @@ def test_relay_over_two_then_one_then_three_ranks(world) -> None:
     """ZeRO-3 on 2 ranks to step 3, one process to step 6, ZeRO-3 on 3 ranks to the end."""
     expected = uninterrupted()
     losses = dict(world(3).section("take_over")["losses"])
-    assert list(losses) == [7, 8, 9]
+    assert list(losses) == list(range(1, STEPS + 1))
     assert [losses[step] for step in losses] == pytest.approx(
         [expected.losses[s] for s in losses], rel=LOSS_TOLERANCE
     )
@@ -77,6 +117,10 @@ def test_global_token_mean(world) -> None:
 
 
 @pytest.mark.launcher
-def test_a_damaged_file_is_an_error_on_every_rank(world) -> None:
+def test_a_fault_of_one_rank_is_an_error_on_every_rank(world) -> None:
     for report in world(2).reports:
-        assert "rank-00001.safetensors: missing or damaged; delete" in report["damaged"]["error"]
+        found = report["damaged"]
+        assert "rank-00001.safetensors: missing or damaged; delete" in found["error"]
+        assert found["latest"] == "None"
+        assert "is not finite, and nothing was written" in found["unwritten"]
+        assert found["unwritten"].endswith("False")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 
 import pytest
 import torch
@@ -60,3 +61,33 @@ def test_what_a_result_was_made_with() -> None:
     assert {"python", "deepspeed", "transformers"} <= set(about["versions"])
     assert about["hardware"]
     assert run_info()["date"].endswith("+00:00")
+
+
+def test_ranks_that_cannot_meet_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something else listens where rank 0 should."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for name, value in {
+            "RANK": 0,
+            "WORLD_SIZE": 1,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(
+            ValueError, match=rf"^MASTER_ADDR=127\.0\.0\.1, MASTER_PORT={port}: rank 0 of 1 cannot"
+        ):
+            dist.init_distributed()
+
+
+@pytest.mark.parametrize("minutes", ["0", "soon", "-3", ""])
+def test_the_patience_of_a_rank_is_a_number_of_minutes(minutes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPSPEED_TIMEOUT", minutes)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        ValueError, match=r"^DEEPSPEED_TIMEOUT=.*: must be a number of minutes; use for example 60"
+    ):
+        dist.init_distributed()

@@ -1,104 +1,127 @@
-"""The delta bank: a folder with one delta per task and the signatures that retrieve them.
+"""The delta bank: a folder that tasks are added to over months, with a delta and a signature of each.
 
-    bank/bank.json                     format, fingerprint of the base model, layer of the representations
-    bank/deltas/<task>.safetensors     tuned values (bank.delta)
-    bank/signatures.safetensors        clusters of prompt representations under the frozen base (bank.signature)
+    bank/bank.json                              the index (bank.index): what there is, with sizes and checksums
+    bank/tasks/<folder>/delta.safetensors       tuned values and their mask (bank.delta)
+    bank/tasks/<folder>/signature.safetensors   clusters of prompt representations under the frozen base (bank.signature)
+    bank/tasks/<folder>/sketch.safetensors      the proxy's update in little (bank.sketch), where the task was probed
 
-A signature without a delta stands for the base model itself: inputs that resemble it are answered without any delta.
+A signature without a delta, called ``base``, stands for the base model itself: inputs that resemble it are answered
+without any delta. How a bank changes, and what a cut leaves, says [Note: changes] in bank/writer.py.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
-from trace_dist.bank.delta import Delta, applied, check_base, extract_delta
+from trace_dist.bank import changes, legacy
+from trace_dist.bank.delta import Delta, applied
+from trace_dist.bank.facts import describe
+from trace_dist.bank.index import Index, Record
 from trace_dist.bank.retrieval import Retriever
-from trace_dist.bank.signature import Signature, load_signatures, save_signatures
-from trace_dist.masks.ops import combine
+from trace_dist.bank.signature import Signature
+from trace_dist.bank.sketch import Sketch
+from trace_dist.bank.writer import Writer, read_index, writing_to
+from trace_dist.masks.format import Mask
+from trace_dist.run_folder import DELTA, SIGNATURE, SKETCH, BankFolder
 from trace_dist.sharding.base import ShardedModel
-from trace_dist.utils import dist
-from trace_dist.utils.files import read_json, write_json
+from trace_dist.utils.names import BASE
+from trace_dist.utils.together import on_all, on_main
 
-VERSION = 1
-BASE = "base"
-"""Name of the signature that stands for the base model."""
+__all__ = ["BASE", "DeltaBank"]
+
+T = TypeVar("T")
 
 
 class DeltaBank:
-    """Deltas of one base model. Create a new one with ``create``, open one with the constructor.
+    """Deltas of one base model, as they were when the bank was opened. Opening reads the index and nothing else.
+
+    Another process may change the bank meanwhile. What was added or renamed is not seen before ``reload``; a task that was
+    removed can no longer be read, and says so. On several ranks all open the bank together and see what rank 0 sees; files
+    of tasks are read by each rank.
 
     Args:
         folder: the bank's folder.
 
     Raises:
-        ValueError: the folder holds no bank, or the bank is damaged.
+        ValueError: the folder holds no bank, or the index is damaged.
     """
 
     def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
-        about = read_json(self.folder / "bank.json")
-        if about.get("format") != "trace_dist.bank" or about.get("version") != VERSION:
-            raise ValueError(f"{self.folder}: not a version {VERSION} bank; give the folder of a bank")
-        self.base: str = about["base"]
-        self.layer: int = about["layer"]
-        path = self.folder / "signatures.safetensors"
-        self.retriever = Retriever(load_signatures(path)[0] if path.is_file() else ())
+        self.files = BankFolder(Path(folder))
+        self._index: Index = on_main(lambda: read_index(self.files))
+        self._retriever = Retriever()
+        self._retrieved: tuple[Record, ...] = ()
 
     @classmethod
     def create(cls, folder: Path | str, base: str, layer: int) -> DeltaBank:
-        """Start an empty bank. Collective.
+        """Open the bank of a base model, with all it holds, or start an empty one where there is none. Collective.
 
         Args:
-            folder: where; an existing bank there is emptied.
+            folder: where.
             base: fingerprint of the base model.
             layer: hidden layer that representations are taken from.
+
+        Raises:
+            ValueError: the folder holds a bank of another base model or layer, or another process writes it.
         """
-        folder = Path(folder)
-        if dist.is_main():
-            (folder / "signatures.safetensors").unlink(missing_ok=True)
-            shutil.rmtree(folder / "deltas", ignore_errors=True)
-            write_json(
-                folder / "bank.json",
-                {"format": "trace_dist.bank", "version": VERSION, "base": base, "layer": layer},
-            )
-        dist.barrier()
+        on_main(lambda: changes.open_or_start(BankFolder(Path(folder)), base, layer))
         return cls(folder)
+
+    @property
+    def folder(self) -> Path:
+        """The bank's folder."""
+        return self.files.root
+
+    @property
+    def base(self) -> str:
+        """Fingerprint of the base model."""
+        return self._index.base
+
+    @property
+    def layer(self) -> int:
+        """Hidden layer that representations are taken from."""
+        return self._index.layer
+
+    @property
+    def generation(self) -> int:
+        """How often the bank was changed."""
+        return self._index.generation
+
+    @property
+    def index(self) -> Index:
+        """What the bank holds."""
+        return self._index
 
     @property
     def tasks(self) -> list[str]:
         """Names of the signatures in order, ``base`` among them if it has one."""
-        return self.retriever.tasks
+        return self._index.names
+
+    def reload(self) -> None:
+        """See the bank as it is now. Collective."""
+        self._index = on_main(lambda: read_index(self.files))
 
     def path(self, task: str) -> Path:
         """Where a task's delta lies."""
-        return self.folder / "deltas" / f"{task}.safetensors"
+        return self._path(self._record(task), DELTA)
 
-    def add(self, signature: Signature, delta: Delta | None) -> None:
-        """Keep a task; rank 0 writes. Collective.
+    def delta_bytes(self, task: str) -> int | None:
+        """Size of a task's delta file; None for the base model."""
+        if task == BASE:
+            return None
+        member = self._record(task).files.get(DELTA)
+        return member.num_bytes if member else self.path(task).stat().st_size
 
-        Raises:
-            ValueError: the task is there already, or the delta is of another base model or another task.
-        """
-        if delta is not None:
-            if delta.task != signature.task:
-                raise ValueError(
-                    f"delta {delta.task!r}: comes with the signature of {signature.task!r}; give both the same task"
-                )
-            check_base(delta.mask, self.base, f"delta {delta.task!r}")
-        self.retriever.add(signature)
-        if dist.is_main():
-            if delta is not None:
-                delta.save(self.path(delta.task))
-            save_signatures(
-                self.folder / "signatures.safetensors", self.retriever.signatures, {"base": self.base}
-            )
-        dist.barrier()
+    def facts(self, task: str) -> Mapping[str, Any]:
+        """What the index says of a task: as ``bank.facts.describe`` has it."""
+        record = self._record(task)
+        return record.facts if record.folder else describe(self.delta(task), self.signature(task))
 
     def delta(self, task: str) -> Delta | None:
         """A task's delta; None for the base model.
@@ -106,58 +129,130 @@ class DeltaBank:
         Raises:
             ValueError: no such task, or its file is missing or corrupt.
         """
+        self._record(task)
         if task == BASE:
             return None
-        if task not in self.tasks:
-            raise ValueError(
-                f"task={task!r}: not in the bank {self.folder}; it holds {', '.join(self.tasks)}"
-            )
-        return Delta.load(self.path(task))
+        return replace(self._read(task, DELTA, Delta.load), task=task)
 
-    @contextmanager
-    def activated(self, model: ShardedModel, task: str) -> Iterator[None]:
-        """Inside the block the model is the task's; afterwards it is the base again, bit for bit. Collective."""
-        with applied(model, self.delta(task)):
-            yield
+    def mask(self, task: str) -> Mask:
+        """A task's mask, without reading its values.
+
+        Raises:
+            ValueError: as ``delta``, or the task is the base model.
+        """
+        if task == BASE:
+            raise ValueError(f"task={task!r}: the base model has no mask; leave it out")
+        known = self._record(task).facts.get("mask")
+        return self._read(task, DELTA, lambda path, _: Delta.load_mask(path, known))
+
+    def signature(self, task: str) -> Signature:
+        """A task's signature. Raises ValueError as ``delta`` does."""
+        return replace(self._read(task, SIGNATURE, Signature.load), task=task)
+
+    def sketch(self, task: str) -> Sketch | None:
+        """A task's sketch; None where the bank has none. Raises ValueError as ``delta`` does."""
+        if SKETCH not in self._record(task).files:
+            return None
+        return self._read(task, SKETCH, Sketch.load)
+
+    @property
+    def retriever(self) -> Retriever:
+        """Retrieval among the tasks; the signatures are read at the first use, those that were added since at the next."""
+        records = self._index.records
+        if records[: len(self._retrieved)] != self._retrieved:
+            self._retriever, self._retrieved = Retriever(), ()
+        for record in records[len(self._retrieved) :]:
+            self._retriever.add(self.signature(record.name))
+            self._retrieved = (*self._retrieved, record)
+        return self._retriever
 
     def retrieve(self, representations: Tensor) -> list[str]:
         """The task of each prompt: representations [N, D] -> N names."""
         names = self.tasks
         return [names[index] for index in self.retriever.predict(representations).tolist()]
 
+    @contextmanager
+    def activated(self, model: ShardedModel, task: str) -> Iterator[None]:
+        """Inside the block the model is the task's; afterwards it is the base again, bit for bit. Collective."""
+        with applied(model, on_all(lambda: self.delta(task))):
+            yield
 
-def compose(deltas: Sequence[Delta], base: ShardedModel, task: str) -> Delta:
-    """One delta whose values are base + the sum of the deltas' changes, on the union of their masks. Collective.
+    def add(
+        self,
+        signature: Signature,
+        delta: Delta | None,
+        sketch: Sketch | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Keep a task; rank 0 writes. Nothing happens where the very same task is there already. Collective.
 
-    Where masks do not overlap this holds every delta exactly; where they do, changes add up, as in task arithmetic.
+        Args:
+            signature: of the task, or of the base model.
+            delta: of the task; None for the base model.
+            sketch: of the proxy's update, for the specificity of later tasks.
+            facts: small JSON values for the index, such as the learning rate and the steps. Dates and times do not belong
+                here: work that is done again must give the same bytes.
 
-    Raises:
-        ValueError: no deltas, or they are of different base models, granularities or shapes.
-    """
-    if not deltas:
-        raise ValueError("deltas: there are none to compose; give at least one")
-    mask = deltas[0].mask
-    for other in deltas[1:]:
-        mask = combine(mask, other.mask, "union")
-    mask = mask.with_meta(task=task, method="composed")
-    start = extract_delta(base, mask, task)
-    values = {name: _add_changes(deltas, name, mask.elements(name), start.values[name]) for name in mask}
-    return Delta(mask, values, task)
+        Raises:
+            ValueError: the name is no name of a task, or there with other bytes; the delta is of another base model or
+                another task; or another process writes the bank.
+        """
+        task = changes.Task(signature, delta, sketch, facts)
+        self._change(lambda writer: changes.add(writer, task))
 
+    def remove(self, task: str) -> None:
+        """Take a task out of the bank and delete its files; rank 0 writes. Collective.
 
-def _add_changes(deltas: Sequence[Delta], name: str, entries: Tensor, own: Tensor) -> Tensor:
-    """``own`` [entries] plus the deltas' changes of one parameter."""
-    places = {
-        index: torch.searchsorted(entries, delta.mask.elements(name))
-        for index, delta in enumerate(deltas)
-        if name in delta.mask.units
-    }
-    total, times = own.double().clone(), torch.zeros(len(own), dtype=torch.int32)
-    for index, place in places.items():
-        total[place] += deltas[index].values[name].double() - own[place].double()
-        times[place] += 1
-    result = total.to(own.dtype)
-    for index, place in places.items():  # own + (tuned - own) may differ from tuned in the last bit
-        once = times[place] == 1
-        result[place[once]] = deltas[index].values[name][once]
-    return result
+        Raises:
+            ValueError: no such task, or another process writes the bank.
+        """
+        self._change(lambda writer: changes.remove(writer, task))
+
+    def rename(self, task: str, name: str) -> None:
+        """Give a task another name; its files stay as they are. Collective.
+
+        Raises:
+            ValueError: no such task, the name is taken or is no name of a task, or another process writes the bank.
+        """
+        self._change(lambda writer: changes.rename(writer, task, name))
+
+    def _change(self, change: Callable[[Writer], None]) -> None:
+        def write() -> Index:
+            with writing_to(self.files) as writer:
+                change(writer)
+                return writer.index
+
+        self._index = on_main(write)
+
+    def _record(self, task: str) -> Record:
+        return changes.found(self._index, self.files, task)
+
+    def _path(self, record: Record, file: str) -> Path:
+        if not record.folder:
+            return self.files.old_delta(record.name)
+        return self.files.task(record.folder) / file
+
+    def _read(self, task: str, file: str, load: Callable[[Path, str | None], T]) -> T:
+        """One of a task's files, of the bank as it was opened; an old bank may have been upgraded since."""
+        record = self._record(task)
+        try:
+            return self._load(record, file, load)
+        except ValueError:
+            now = self._index
+            with suppress(ValueError):
+                now = read_index(self.files)
+            if now.generation == self.generation:
+                raise
+        moved = now.get(task)
+        if moved is not None and self._index.version == 1:
+            return self._load(moved, file, load)
+        raise ValueError(
+            f"{self.folder}: the bank was changed since it was opened (generation {self.generation}, now "
+            f"{now.generation}) and {task!r} is not there as it was; open the bank again"
+        )
+
+    def _load(self, record: Record, file: str, load: Callable[[Path, str | None], T]) -> T:
+        if not record.folder and file == SIGNATURE:
+            return legacy.signature(self.files, record.name)  # type: ignore[return-value]
+        member = record.files.get(file)
+        return load(self._path(record, file), member.sha256 if member else None)

@@ -1,20 +1,18 @@
 """A task as a small sparse delta: the tuned values at a mask's entries.
 
 File: ``<param>/gaps`` ([Note: gaps] in masks/gaps.py) and ``<param>/values`` (tuned values in the model's dtype), plus a header
-with the base model's fingerprint and a checksum. At 5 % density an element costs 1.1 bytes of index at most; a bf16 entry 3.1
-bytes, an fp32 entry 5.1.
+with the base model's fingerprint and checksums (utils/sealed.py). The mask can be read without the values. At 5 % density an
+element costs 1.1 bytes of index at most; a bf16 entry 3.1 bytes, an fp32 entry 5.1.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from trace_kernels.compact import compact_gather, compact_scatter
 from trace_kernels.delta_swap import delta_swap
@@ -25,9 +23,11 @@ from trace_dist.masks.header import layouts_from_header, layouts_header
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.support import build_supports
 from trace_dist.utils import dist
-from trace_dist.utils.files import load_tensors, save_tensors
+from trace_dist.utils.files import corrupt, load_tensors
+from trace_dist.utils.sealed import check_header, load_sealed, save_sealed
 
 VERSION = 1
+GAPS = "/gaps"
 
 
 @dataclass(frozen=True)
@@ -63,41 +63,69 @@ class Delta:
 
     def save(self, path: Path) -> None:
         """Write the delta file."""
-        tensors = {f"{name}/gaps": gaps.words for name, gaps in self.mask.units.gaps.items()}
+        tensors = {f"{name}{GAPS}": gaps.words for name, gaps in self.mask.units.gaps.items()}
         tensors |= {f"{name}/values": values for name, values in self.values.items()}
         header = {
             "format": "trace_dist.delta",
             "version": VERSION,
             "task": self.task,
-            "checksum": _checksum(tensors),
+            "digest": self.mask.digest(),
             "granularity": self.mask.granularity,
             "layouts": layouts_header(self.mask.layouts),
             "meta": dict(self.mask.meta),
         }
-        save_tensors(path, tensors, header)
+        save_sealed(path, tensors, header)
 
     @staticmethod
-    def load(path: Path) -> Delta:
-        """Read a delta file. Raises ValueError when it is missing, corrupt or not a delta."""
-        tensors, header = load_tensors(path, "delta")
-        layouts = layouts_from_header(header, path)
-        if header.get("checksum") != _checksum(tensors):
-            raise ValueError(
-                f"{path}: corrupt delta file (wrong checksum); restore it from a copy or make it again"
-            )
-        names = [key.removesuffix("/gaps") for key in tensors if key.endswith("/gaps")]
-        units = {name: decode_gaps(tensors[f"{name}/gaps"], layouts[name].index_dtype) for name in names}
-        mask = Mask(units, layouts, header["granularity"], header["meta"])
-        return Delta(mask, {name: tensors[f"{name}/values"] for name in names}, header["task"])
+    def load(path: Path, digest: str | None = None) -> Delta:
+        """Read a delta file.
+
+        Args:
+            path: the file.
+            digest: SHA-256 of the file, where it is known.
+
+        Raises:
+            ValueError: it is missing, corrupt or not a delta.
+        """
+        tensors, header = load_sealed(path, "delta", digest)
+        mask = _mask(tensors, header, path)
+        try:
+            return Delta(mask, {name: tensors[f"{name}/values"] for name in mask}, header["task"])
+        except (KeyError, ValueError) as error:
+            raise corrupt(path, "delta", error) from None
+
+    @staticmethod
+    def load_mask(path: Path, digest: str | None = None) -> Mask:
+        """Read the mask of a delta file alone.
+
+        Args:
+            path: the file.
+            digest: of the mask, where it is known.
+
+        Raises:
+            ValueError: as ``load``.
+        """
+        tensors, header = load_tensors(path, "delta", lambda name: name.endswith(GAPS))
+        check_header(header, path, "delta")
+        known = digest or header.get("digest")
+        if known is None:
+            # written by a release whose checksum covers mask and values together
+            return Delta.load(path).mask
+        mask = _mask(tensors, header, path)
+        if mask.digest() != known:
+            raise corrupt(path, "delta", "wrong checksum of its mask")
+        return mask
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes and bytes."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} ".encode())
-        digest.update(tensors[name].detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _mask(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) -> Mask:
+    """The mask in a delta file."""
+    layouts = layouts_from_header(header, path)
+    names = [key.removesuffix(GAPS) for key in tensors if key.endswith(GAPS)]
+    try:
+        units = {name: decode_gaps(tensors[f"{name}{GAPS}"], layouts[name].index_dtype) for name in names}
+        return Mask(units, layouts, str(header["granularity"]), dict(header["meta"]))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise corrupt(path, "delta", error) from None
 
 
 def extract_delta(model: ShardedModel, mask: Mask, task: str) -> Delta:

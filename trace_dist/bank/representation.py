@@ -9,16 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trace_dist.data.encoding import check_context
+from trace_dist.evaluation.inputs import pad
+from trace_dist.evaluation.passes import evaluating, map_over_ranks
 from trace_dist.models.forward import names_argument
-from trace_dist.utils import dist
-
-
-def _right_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids padded on the right and attention mask, both [B, longest] int64."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[*prompt, *[pad_id] * (longest - len(prompt))] for prompt in prompts], device=device)
-    lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=device)
-    return ids, (torch.arange(longest, device=device) < lengths).long()
 
 
 def _mean_hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor, layer: int) -> Tensor:
@@ -38,7 +31,6 @@ def _mean_hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor, layer: int) 
     return hidden.sum(dim=1) / mask.sum(dim=1, keepdim=True)
 
 
-@torch.no_grad()  # inference_mode would leave inference tensors in parameters that ZeRO-3 gathers
 def represent(
     model: PreTrainedModel,
     tokenizer_prompts: Sequence[Sequence[int]],
@@ -49,9 +41,8 @@ def represent(
 ) -> Tensor:
     """Representations of prompts under the frozen base, computed by all ranks together.
 
-    Batches of prompts of similar length go to the ranks in turn. Each rank runs the same number of forward
-    passes (some repeat a batch and drop the result): a rank that stopped early would leave the others
-    waiting in ZeRO-3's all-gathers. A batch holds the same prompts whatever the number of ranks.
+    Prompts are padded on the right, which no causal model sees; a batch holds the same prompts whatever the number of
+    ranks (evaluation/passes.py).
 
     Args:
         model: a transformers causal LM, or a sharded model's ``module``; called as a whole (the hooks of
@@ -72,27 +63,13 @@ def represent(
         raise ValueError(
             f"prompts: {lengths.count(0)} of {len(lengths)} are empty, each must hold a token; drop them"
         )
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: must be at least 1; use for example 32")
     check_context(max(lengths), model.config)
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    num_passes = -(-len(batches) // dist.world_size())
     device = next(model.parameters()).device
-    rows: dict[int, Tensor] = {}
-    was_training = model.training
-    model.eval()
-    try:
-        for step in range(num_passes):
-            mine = step * dist.world_size() + dist.rank()
-            batch = batches[min(mine, len(batches) - 1)]
-            ids, mask = _right_pad([tokenizer_prompts[i] for i in batch], pad_id, device)
-            means = _mean_hidden(model, ids, mask, layer)
-            if mine < len(batches):
-                rows.update(zip(batch, means, strict=True))
-    finally:
-        model.train(was_training)
-    result = torch.zeros(len(lengths), means.shape[1], device=device)
-    for index, row in rows.items():
-        result[index] = row
-    return dist.sum_over_ranks(result).cpu()  # each row is nonzero on one rank only, so the sum is exact
+
+    def run(batch: list[int]) -> list[Tensor]:
+        ids, mask = pad([tokenizer_prompts[i] for i in batch], pad_id, device, left=False)
+        # clones: a row that is pickled for the other ranks would take the whole batch with it
+        return [row.clone() for row in _mean_hidden(model, ids, mask, layer).cpu()]
+
+    with evaluating(model):
+        return torch.stack(map_over_ranks(lengths, batch_size, run))

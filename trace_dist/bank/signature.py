@@ -12,10 +12,8 @@ but some models have hidden states beyond what fp16 holds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +23,11 @@ from sklearn.model_selection import KFold
 from torch import Tensor
 
 from trace_dist.bank.gaussian import shrinkage_intensity
-from trace_dist.utils.files import load_tensors, save_tensors
+from trace_dist.utils.files import corrupt
+from trace_dist.utils.sealed import load_sealed, save_sealed
 
 FORMAT_VERSION = 1
+TENSORS = ("means", "counts", "factor", "heldout")
 NUM_FOLDS = 3
 NUM_KMEANS_STARTS = 10
 MIN_PROMPTS = 8
@@ -97,6 +97,33 @@ class Signature:
         """[D, D] float64 within-cluster sum of squares."""
         factor = self.factor.double()
         return factor.T @ factor
+
+    def save(self, path: Path) -> None:
+        """Write the signature file."""
+        header = {"format": "trace_dist.signature", "version": FORMAT_VERSION, "task": self.task}
+        save_sealed(path, {name: getattr(self, name) for name in TENSORS}, header)
+
+    @staticmethod
+    def load(path: Path, digest: str | None = None) -> Signature:
+        """Read a signature file, bit for bit.
+
+        Args:
+            path: the file.
+            digest: SHA-256 of the file, where it is known.
+
+        Raises:
+            ValueError: missing, corrupt, of another kind, or of a newer version.
+        """
+        tensors, header = load_sealed(path, "signature", digest)
+        if header.get("version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{path}: version {header.get('version')!r}, but this release reads {FORMAT_VERSION}; "
+                "update trace_dist"
+            )
+        try:
+            return Signature(header["task"], *(tensors[name] for name in TENSORS))
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            raise corrupt(path, "signature", error) from None
 
     @property
     def num_bytes(self) -> int:
@@ -209,51 +236,3 @@ def fit_signature(
     means, counts, residuals = _moments(values[fit], labels)
     factor = torch.linalg.qr(residuals, mode="r").R  # same sum of squares, at most D rows, no row is a prompt
     return Signature(task, means.float(), counts, factor.float(), torch.from_numpy(values[heldout]).float())
-
-
-def save_signatures(path: Path, signatures: Sequence[Signature], header: Mapping[str, Any]) -> None:
-    """Write the signatures of a bank, in order, to one safetensors file.
-
-    Args:
-        path: the file.
-        signatures: of distinct tasks.
-        header: JSON fields to keep beside them, for example the base model and the layer.
-
-    Raises:
-        ValueError: two signatures have the same task, or the disk has no room.
-    """
-    tasks = [signature.task for signature in signatures]
-    if len(set(tasks)) < len(tasks):
-        raise ValueError(f"signatures: tasks={tasks}, must be distinct; leave one out")
-    tensors = {
-        f"{index}.{name}": getattr(signature, name)
-        for index, signature in enumerate(signatures)
-        for name in ("means", "counts", "factor", "heldout")
-    }
-    own = {"format": "trace_dist.signatures", "version": FORMAT_VERSION, "tasks": tasks}
-    save_tensors(path, tensors, {**header, **own})
-
-
-def load_signatures(path: Path) -> tuple[list[Signature], dict[str, Any]]:
-    """Read what ``save_signatures`` wrote: the signatures in order, bit for bit, and the header.
-
-    Raises:
-        ValueError: missing, corrupt, of another kind, or of a newer version.
-    """
-    tensors, header = load_tensors(path, "signatures")
-    if header.get("version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: version {header.get('version')!r}, must be {FORMAT_VERSION}; make it again"
-        )
-    try:
-        signatures = [
-            Signature(
-                task, *(tensors[f"{index}.{name}"] for name in ("means", "counts", "factor", "heldout"))
-            )
-            for index, task in enumerate(header["tasks"])
-        ]
-    except KeyError as error:
-        raise ValueError(
-            f"{path}: {error} is missing; restore the file from a copy or make it again"
-        ) from None
-    return signatures, header

@@ -99,10 +99,11 @@ class Race:
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention).bfloat16().train()
 
     def batch(self) -> dict[str, Tensor]:
-        """This rank's batch."""
+        """This rank's batch, the same on any device, where the model computes."""
         generator = torch.Generator().manual_seed(dist.rank())
         shape = (self.micro_batch, self.sequence)
         ids = torch.randint(SHAPES[self.shape]["vocab_size"], shape, generator=generator)
+        ids = ids.to(dist.local_device())
         return {"input_ids": ids, "labels": ids}
 
 

@@ -2,14 +2,14 @@
 
     trace-dist bench optimizer --out docs/results/bench_optimizer.json
 
-One thread, no clipping, fp32 moments, all optimizers in turn, several rounds. Twice: with fp32 weights, and with bf16 weights and
+One thread, no clipping, fp32 moments, all optimizers in turn, several rounds, all on one device: this rank's GPU, where
+DeepSpeedCPUAdam cannot run, or the CPU. Twice: with fp32 weights, and with bf16 weights and
 an fp32 master, where every optimizer writes the weights back from the master it updates, as a training step does.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +17,11 @@ import torch
 from torch import nn
 
 from trace_dist.benchmarks.peers import cpu_adam
+from trace_dist.benchmarks.timing import now
 from trace_dist.masks.ops import layouts_for, random_mask
 from trace_dist.optim.masked_adamw import MaskedAdamW
 from trace_dist.sharding.single import SingleModel
+from trace_dist.utils import dist
 from trace_dist.utils.env import meta_info, run_info
 from trace_dist.utils.log import get_logger
 
@@ -28,6 +30,8 @@ logger = get_logger(__name__)
 WIDTH, NUM_LAYERS = 2048, 24
 MASKS = {"element": ("element", 1), "block 64": ("block", 64), "row": ("row", 1)}
 PEERS = ("DeepSpeedCPUAdam", "torch fused AdamW")
+ON_GPU = ("torch fused AdamW",)
+"""Those of the peers that run on a GPU."""
 
 
 class Layers(nn.Module):
@@ -69,17 +73,18 @@ def race_optimizers(density: float, rounds: int) -> dict[str, Any]:
 
 def _race(dtype: torch.dtype, density: float, rounds: int) -> list[dict[str, Any]]:
     """One row per optimizer, on weights of one dtype."""
+    peers = [name for name in PEERS if name in ON_GPU or dist.local_device().type == "cpu"]
     steps = {name: _masked_step(name, density, dtype) for name in MASKS}
-    steps |= {name: _peer_step(name, dtype) for name in PEERS}
+    steps |= {name: _peer_step(name, dtype) for name in peers}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for round_number in range(rounds + 1):
         for name, step in steps.items():
-            begin = time.perf_counter()
+            begin = now()
             step()
             if round_number:  # the first is a warm-up
-                times[name].append(1e3 * (time.perf_counter() - begin))
+                times[name].append(1e3 * (now() - begin))
     medians = {name: statistics.median(found) for name, found in times.items()}
-    fastest = min(medians[name] for name in PEERS)
+    fastest = min(medians[name] for name in peers)
     weights = str(dtype).removeprefix("torch.")
     rows = [
         {"name": name, "weights": weights, "step_ms": ms, "speedup": fastest / ms}
@@ -102,7 +107,7 @@ def _masked_step(name: str, density: float, dtype: torch.dtype) -> Callable[[], 
 
 
 def _peer_step(name: str, dtype: torch.dtype) -> Callable[[], object]:
-    masters = list(Layers(torch.float32).parameters())
+    masters = list(Layers(torch.float32).to(dist.local_device()).parameters())
     for master in masters:
         master.grad = torch.randn_like(master).mul_(1e-3)
     fused = name == "torch fused AdamW"

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trace_dist.masks.ops import layouts_for
+from trace_dist.models.adapters import lora_rank
 
 
 def with_adapters(name: str, module: PreTrainedModel, density: float) -> nn.Module:
@@ -19,13 +20,11 @@ def with_adapters(name: str, module: PreTrainedModel, density: float) -> nn.Modu
     """
     from peft import LoraConfig, ShiraConfig, get_peft_model
 
-    shapes = {name: layout.shape for name, layout in layouts_for(module, "element", 1, "linear").items()}
-    rank = round(
-        density * sum(rows * cols for rows, cols in shapes.values()) / sum(map(sum, shapes.values()))
-    )
+    layouts = layouts_for(module, "element", 1, "linear")
+    rank = lora_rank(module, density * sum(layout.numel for layout in layouts.values()))
     if name == "LoRA":
         return get_peft_model(module, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
-    linear = sorted({name.split(".")[-2] for name in shapes})
+    linear = sorted({name.split(".")[-2] for name in layouts})
     return get_peft_model(module, ShiraConfig(r=rank, target_modules=linear))
 
 

@@ -15,16 +15,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 from trace_dist.benchmarks.contestants import CONTESTANTS, Contestant, Race, build
+from trace_dist.benchmarks.timing import now
+from trace_dist.config import LaunchConfig
+from trace_dist.launching import launch_command, launch_environment
 from trace_dist.profiling.wire import WireCounter
 from trace_dist.utils import dist
 from trace_dist.utils.env import meta_info, run_info
@@ -87,14 +88,10 @@ def _launch(race: Race, name: str, num_ranks: int, steps: int) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.json"
         arguments = json.dumps({"race": asdict(race), "name": name, "steps": steps, "out": str(path)})
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        environment["PATH"] = str(Path(sys.executable).parent) + os.pathsep + environment.get("PATH", "")
-        if not torch.cuda.is_available():
-            environment.setdefault("DS_ACCELERATOR", "cpu")
+        command = launch_command(LaunchConfig("torchrun", num_ranks), __name__)
         done = subprocess.run(
-            [sys.executable, *launcher, "-m", __name__, arguments],
-            env=environment,
+            [*command, arguments],
+            env=launch_environment(num_threads=1),
             capture_output=True,
             text=True,
         )
@@ -142,13 +139,13 @@ def measure(contestant: Contestant, steps: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {f"{phase}_s": [] for phase in (*PHASES, "step")}
     for index in range(WARM_UP + steps):
         dist.barrier()
-        marks = [time.perf_counter()]
+        marks = [now()]
         loss = contestant.forward()
-        marks.append(time.perf_counter())
+        marks.append(now())
         contestant.backward(loss)
-        marks.append(time.perf_counter())
+        marks.append(now())
         contestant.step()
-        marks.append(time.perf_counter())
+        marks.append(now())
         if index >= WARM_UP:
             for phase, begin, end in zip(PHASES, marks, marks[1:], strict=False):
                 times[f"{phase}_s"].append(end - begin)
@@ -156,17 +153,19 @@ def measure(contestant: Contestant, steps: int) -> dict[str, Any]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     with WireCounter() as wire:
         _once(contestant)
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        begin = time.perf_counter()
+    on_gpu = dist.local_device().type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as profiled:
+        begin = now()
         _once(contestant)
-        wall = time.perf_counter() - begin
+        wall = now() - begin
     return {
         **times,
         "num_trained": contestant.num_trained,
         "peak_rss_bytes": dist.max_over_ranks(peak),
         "gradient_bytes_sent": wire.reduced,
         "weight_bytes_sent": wire.gathered,
-        "time_s": _time_by_kind(profiled, wall),
+        "time_s": _time_by_kind(profiled, wall, on_gpu),
     }
 
 
@@ -175,14 +174,14 @@ def _once(contestant: Contestant) -> None:
     contestant.step()
 
 
-def _time_by_kind(profiled: Any, wall: float) -> dict[str, float]:
-    """Self time of operators by kind; what no operator accounts for is Python."""
+def _time_by_kind(profiled: Any, wall: float, on_gpu: bool) -> dict[str, float]:
+    """Self time of operators by kind, on the GPU where they run there; what no operator accounts for is Python."""
     spent = dict.fromkeys((*KINDS, "other operators"), 0.0)
     for event in profiled.key_averages():
         kind = next(
             (k for k, parts in KINDS.items() if any(part in event.key for part in parts)), "other operators"
         )
-        spent[kind] += event.self_cpu_time_total / 1e6
+        spent[kind] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
     return spent | {"Python and waiting": max(0.0, wall - sum(spent.values()))}
 
 
@@ -193,7 +192,8 @@ def main(arguments: dict[str, Any]) -> None:
     if dist.is_main():
         write_json(Path(arguments["out"]), found)
     dist.barrier()
-    os._exit(0)  # DeepSpeed's destructors take seconds and print
+    # DeepSpeed's destructors take seconds and print.
+    os._exit(0)
 
 
 if __name__ == "__main__":

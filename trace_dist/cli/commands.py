@@ -1,141 +1,91 @@
-"""What each command does: a few lines over the stages below."""
+"""Commands that work on a run: a few lines over its stages.
+
+A command checks its configuration before the slow imports of its stage, since it may refuse.
+"""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from trace_dist.cli.lifetime import only_run
-from trace_dist.cli.parser import run_config
 from trace_dist.config import RunConfig
+from trace_dist.stages.start import start, take_folder
 from trace_dist.utils import dist
-from trace_dist.utils.files import write_json, write_text
 
 
-def _start(cfg: RunConfig, whole_run: bool = False) -> None:
-    """Join the job and write the configuration beside the results.
-
-    Args:
-        cfg: the configuration of this command.
-        whole_run: the stages of a run read the file that lies there, so it is also replaced where only how it runs differs.
-
-    Raises:
-        ValueError: too many ranks for the backend, or the folder holds results of another configuration.
-    """
-    dist.init_distributed()
-    if cfg.backend == "single" and dist.world_size() > 1:
-        raise ValueError(
-            f"backend='single': {dist.world_size()} ranks were started; set --backend zero3, or start one process"
-        )
-    if not dist.is_main():
+def run_command(cfg: RunConfig, dry_run: bool) -> None:
+    if dry_run:
+        say_preview(cfg)
         return
-    path = Path(cfg.run_dir) / "config.yaml"
-    present = json.loads(json.dumps(asdict(cfg)))
-    differing = _differing(_read_yaml(path), present) if path.is_file() else ["everything"]
-    if differing and path.is_file() and _holds_more_than(path):
-        raise ValueError(
-            f"run_dir={cfg.run_dir!r}: it holds results made with other values of {', '.join(differing)}; "
-            "choose another run_dir, or delete this one"
-        )
-    if differing or whole_run:
-        write_text(path, yaml.safe_dump(present, sort_keys=False))
+    start(cfg, "run")
+    from trace_dist.stages.pipeline import run_pipeline, stage_groups
+
+    run_pipeline(cfg, stage_groups(cfg))
+    report_command(cfg)
 
 
-def _holds_more_than(path: Path) -> bool:
-    """Whether any file lies beside this one; a run that failed before it made one may be started with other values."""
-    for other in path.parent.rglob("*"):
-        hidden = any(part.startswith(".") for part in other.relative_to(path.parent).parts)
-        if other.is_file() and other != path and not hidden:
-            return True
-    return False
+def learn_command(cfg: RunConfig, mask_file: str | None, dry_run: bool) -> None:
+    from trace_dist.stages.learn import as_learned, run_learn
+
+    cfg = as_learned(cfg)
+    if dry_run:
+        say_preview(cfg)
+        return
+    start(cfg, "learn", mask_file=mask_file)
+    run_learn(cfg, mask_file)
 
 
-def _read_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: cannot be read ({reason}); restore it or delete the run folder") from None
+def say_preview(cfg: RunConfig) -> None:
+    """Print what a run would do; nothing is written."""
+    from trace_dist.stages.preview import describe, preview
 
-
-HOW_IT_RUNS = ("launch", "backend", "continual.modes")
-"""Fields that say how a run is carried out, not what it computes: they may differ between its commands."""
-
-
-def _differing(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Names of the fields whose values differ."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [prefix]
-    names = []
-    for key in sorted(old.keys() | new.keys()):
-        name = f"{prefix}.{key}" if prefix else key
-        if name not in HOW_IT_RUNS:
-            names += _differing(old.get(key), new.get(key), name)
-    return names
-
-
-def run_command(cfg: RunConfig) -> None:
-    with only_run(Path(cfg.run_dir)):
-        _start(cfg, whole_run=True)  # before the slow imports: it may refuse
-        from trace_dist.cli.pipeline import run_pipeline
-
-        run_pipeline(cfg)
+    table, lines = describe(cfg, preview(cfg))
+    Console(width=max(100, Console().width)).print(table)
+    print("\n".join(lines))
 
 
 def base_command(cfg: RunConfig, which: str | None) -> None:
-    from trace_dist.train.bases import prepare_base
+    start(cfg, "base", which=which)
+    from trace_dist.stages.base import run_base
 
-    if which not in (None, "target", "proxy"):
-        raise ValueError(f"which={which!r}: must be target or proxy; leave it out for both")
-    _start(cfg)
-    for role, model in (("target", cfg.target), ("proxy", cfg.proxy)):
-        if model is not None and which in (None, role):
-            prepare_base(model, cfg, role)
+    run_base(cfg, which)
 
 
 def probe_command(cfg: RunConfig) -> None:
-    from trace_dist.probe.probe import run_probe
+    start(cfg, "probe")
+    from trace_dist.stages.probe import run_probe
 
-    _start(cfg)
-    if dist.world_size() > 1:
-        raise ValueError(
-            f"probe: the proxy is probed in one process, but {dist.world_size()} ranks were started; start one"
-        )
     run_probe(cfg)
 
 
 def project_command(cfg: RunConfig) -> None:
-    from trace_dist.probe.project import run_project
+    start(cfg, "project")
+    from trace_dist.stages.project import run_project
 
-    _start(cfg)
     run_project(cfg)
 
 
 def train_command(cfg: RunConfig, task_name: str | None, mask_file: str | None) -> None:
-    from trace_dist.continual.single_task import run_train
+    start(cfg, "train", task_name=task_name, mask_file=mask_file)
+    from trace_dist.stages.train import run_train
 
-    _start(cfg)
     run_train(cfg, task_name, mask_file)
 
 
 def continual_command(cfg: RunConfig) -> None:
-    from trace_dist.continual.run import run_continual
+    start(cfg, "continual")
+    from trace_dist.stages.continual import run_continual
 
-    _start(cfg)
     run_continual(cfg)
 
 
 def eval_command(cfg: RunConfig, bank_folder: str | None) -> None:
-    from trace_dist.continual.single_task import run_eval
+    start(cfg, "eval", bank_folder=bank_folder)
+    from trace_dist.stages.evaluate import run_evaluate
 
-    _start(cfg)
-    scores = run_eval(cfg, bank_folder)
+    scores = run_evaluate(cfg, bank_folder)
     if dist.is_main():
         table = Table("set", "score")
         for name, value in scores.items():
@@ -143,84 +93,27 @@ def eval_command(cfg: RunConfig, bank_folder: str | None) -> None:
         Console().print(table)
 
 
-def memory_command(values: Any) -> None:
-    if values.action != "measure":
-        from trace_dist.cli.memory import run_action
-
-        run_action(values.action, values[values.action])
-        return
-    from trace_dist.continual.memory import run_memory
-
-    cfg = run_config(values.measure)
-    _start(cfg)
-    run_memory(cfg)
-
-
 def report_command(cfg: RunConfig, picture: str | None = None) -> None:
-    from trace_dist.report import render_png, summary_table, write_report
-    from trace_dist.report.collect import collect_results
+    from trace_dist.report import summary_table
+    from trace_dist.stages.report import run_report
 
-    results = collect_results(cfg)
-    folder = Path(cfg.run_dir)
-    write_json(folder / "results.json", results)
-    page = write_report(results, folder / "report.html")
+    take_folder(cfg)
+    results = run_report(cfg, picture)
     Console(width=max(100, Console().width)).print(summary_table(results))
-    print(f"report: {page}")
+    print(f"report: {cfg.folder.report}")
     if picture is not None:
-        print(f"picture: {render_png(results, Path(picture))}")
+        print(f"picture: {picture}")
 
 
-def mask_command(values: Any) -> None:
-    from trace_dist.masks.format import Mask
-    from trace_dist.masks.ops import combine
-
-    arguments = values[values.action]
-    if values.action == "combine":
-        combine(Mask.load(arguments.left), Mask.load(arguments.right), arguments.operation).save(
-            arguments.out
-        )
-        return
-    mask = Mask.load(arguments.file)
-    table = Table("tensor", "units", "density")
-    for name in mask.layouts:
-        table.add_row(name, str(len(mask.units.get(name, ()))), f"{mask.tensor_density(name):.4f}")
-    Console().print(table)
-    print(
-        f"{mask.granularity} mask, density {mask.density:.5f}, {mask.num_entries} entries, {json.dumps(dict(mask.meta))}"
-    )
-
-
-def bank_command(values: Any) -> None:
-    from trace_dist.bank.bank import DeltaBank
-
-    arguments = values[values.action]
-    bank = DeltaBank(arguments.folder)
-    if values.action == "export":
-        _export(bank, arguments)
-        return
-    table = Table("task", "clusters", "delta", "entries")
-    for signature in bank.retriever.signatures:
-        delta = bank.delta(signature.task)
-        size = (
-            ("-", "-") if delta is None else (f"{delta.nbytes / 2**20:.2f} MiB", str(delta.mask.num_entries))
-        )
-        table.add_row(signature.task, str(len(signature.weights)), *size)
-    Console().print(table)
-
-
-def _export(bank: Any, arguments: Any) -> None:
-    from trace_dist.models.fingerprint import check_same, fingerprint
-    from trace_dist.models.loading import load_tokenizer
-    from trace_dist.sharding.build import load_sharded
-
-    check_same(bank.base, fingerprint(arguments.base), "bank")
-    model = load_sharded(arguments.base, arguments.dtype)
-    with bank.activated(model, arguments.task):
-        model.save_pretrained(Path(arguments.out))
-    load_tokenizer(arguments.base).save_pretrained(arguments.out)
-
-
-def bench_command(values: Any) -> None:
-    from trace_dist.cli import bench
-
-    bench.run_benchmark(values.action, values[values.action])
+RUN: dict[str, Any] = {
+    "run": run_command,
+    "learn": learn_command,
+    "base": base_command,
+    "probe": probe_command,
+    "project": project_command,
+    "train": train_command,
+    "continual": continual_command,
+    "eval": eval_command,
+    "report": report_command,
+}
+"""Command -> what it does, given a configuration and the command's own arguments."""

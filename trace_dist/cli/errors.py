@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
+
+from trace_dist.utils.launch import launched_rank
 
 GRACE_SECONDS = 10
 """How long other ranks than 0 wait before they speak up: a launcher ends them sooner where rank 0 has the same error."""
 
 
-class StageFailed(Exception):
-    """A stage of a run, a process of its own, has failed and said why."""
-
-
 def report_error(message: object) -> None:
     """Print ``error: <message>`` on standard error, as one line."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = launched_rank()
     if rank:
         time.sleep(GRACE_SECONDS)
     where = f" [rank {rank}]" if rank else ""

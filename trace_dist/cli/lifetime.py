@@ -1,52 +1,12 @@
-"""One run per folder, and no process of a run outlives it, however it ended."""
+"""No process of a run outlives it, however it ended."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import select
-import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
-from trace_dist.utils.files import writing
-from trace_dist.utils.log import get_logger
-
-logger = get_logger(__name__)
-
-RUN_PID = "TRACE_DIST_RUN_PID"
-"""Environment variable of a run's stages, which their launchers pass on: the process that must live while they do."""
-
-
-@contextmanager
-def only_run(folder: Path) -> Iterator[None]:
-    """Hold a run folder while the block runs; the kernel lets go of it whatever happens to this process.
-
-    Raises:
-        ValueError: another process holds it, or nothing can be written there.
-    """
-    with writing(f"run_dir={str(folder)!r}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / ".lock").open("a+", encoding="utf-8")
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            raise ValueError(
-                f"run_dir={str(folder)!r}: {handle.read() or 'another run'} is at work in it; "
-                "wait for it, end it, or choose another run_dir"
-            ) from None
-        except OSError as error:  # some network file systems
-            logger.warning(
-                "run_dir %s: cannot be locked (%s); start no second run in it", folder, error.strerror
-            )
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
-        handle.flush()
-        yield
+from trace_dist.launching import RUN_PID
 
 
 def end_with_run() -> None:
@@ -61,8 +21,7 @@ def end_with_run() -> None:
 
     def wait() -> None:
         select.select([handle], [], [])
-        os._exit(
-            1
-        )  # from a thread, while the main thread may hang in a collective: nothing milder ends the process
+        # From a thread, while the main thread may hang in a collective: nothing milder ends the process.
+        os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

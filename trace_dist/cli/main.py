@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from trace_dist.cli.errors import StageFailed, report_error
+from trace_dist.cli.arguments import RUN_COMMANDS
+from trace_dist.cli.errors import report_error
 from trace_dist.cli.lifetime import end_with_run
-from trace_dist.cli.parser import OWN_ARGUMENTS, RUN_COMMANDS, build_parser, run_config
+from trace_dist.cli.parser import parse, run_config
+from trace_dist.launching import ProcessFailed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,43 +26,70 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0, or 2 after an error of the user's.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    arguments = [
-        a for a in arguments if not a.startswith(("--local_rank", "--local-rank"))
-    ]  # added by launchers
+    words = list(sys.argv[1:] if argv is None else argv)
+    # Added by launchers.
+    words = [word for word in words if not word.startswith(("--local_rank", "--local-rank"))]
     end_with_run()
-    parser = build_parser()
     try:
-        parsed = parser.instantiate_classes(parser.parse_args(arguments))
+        try:
+            return _run(words)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever reads the output has seen enough, as `| head`; nothing is flushed into the pipe at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _run(words: Sequence[str]) -> int:
+    try:
+        parsed = parse(words)
     except ValueError as error:
         report_error(error)
         return 2
     _quiet()
-    from trace_dist.cli import commands
-    from trace_dist.utils import dist
+    from trace_dist.utils import dist, locks
     from trace_dist.utils.log import get_logger, setup_logging
 
     setup_logging()
-    values = parsed[parsed.command]
     try:
-        if parsed.command in RUN_COMMANDS:
-            own = {name: values[name] for name in OWN_ARGUMENTS.get(parsed.command, ())}
-            _command(commands, parsed.command)(run_config(values), **own)
-        else:
-            _command(commands, parsed.command)(values)
+        _command(parsed.command, parsed[parsed.command])
     except ValueError as error:
         report_error(error)
         return 2
-    except StageFailed as error:
+    except ProcessFailed as error:
         get_logger(__name__).error(error)
         return 2
     finally:
+        locks.release()
         dist.close()
     return 0
 
 
-def _command(module: Any, name: str) -> Callable[..., None]:
-    return getattr(module, f"{name}_command")
+def _command(name: str, values: Any) -> None:
+    """Run a command; what it imports is slow, and a wrong command line shall be answered at once."""
+    if name in RUN_COMMANDS:
+        from trace_dist.cli.commands import RUN
+
+        own = {argument: values[argument] for argument in RUN_COMMANDS[name].own}
+        RUN[name](run_config(values), **own)
+    elif name == "memory":
+        from trace_dist.cli.memory_commands import memory_command
+
+        memory_command(values)
+    elif name == "bench":
+        from trace_dist.cli.bench_commands import bench_command
+
+        bench_command(values)
+    else:
+        from trace_dist.cli import bank_commands, init_command, mask_commands
+
+        rooms = {
+            "init": init_command.init_command,
+            "mask": mask_commands.mask_command,
+            "bank": bank_commands.bank_command,
+        }
+        rooms[name](values)
 
 
 def _quiet() -> None:

@@ -1,204 +1,126 @@
-"""Arguments of every command. Commands that work on a run share one YAML file and its overrides."""
+"""The parser of the whole program. Commands that work on a run share one YAML file and its overrides."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any, NoReturn
 
-from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+import yaml
+from jsonargparse import (
+    ActionConfigFile,
+    ArgumentParser,
+    DefaultHelpFormatter,
+    Namespace,
+    get_loader,
+    set_loader,
+    set_parsing_settings,
+)
 
+from trace_dist.cli import arguments as known
+from trace_dist.cli.arguments import Argument, Command
 from trace_dist.cli.errors import report_error
 from trace_dist.config import RunConfig
+from trace_dist.config.renamed import explain
 from trace_dist.profiling.memory_setup import MemorySetup
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+from trace_dist.utils.yaml import check_yaml
 
 PROGRAM = "trace-dist"
-RUN_COMMANDS = {
-    "run": "everything: base models, probe, project, the continual modes, memory, report",
-    "base": "make the base models that the config describes (tiny, GGUF, pruned)",
-    "probe": "warm-start the proxy on every task; write saliency maps and masks of the proxy",
-    "project": "project the proxy's masks onto the sharded target",
-    "train": "train one task's mask on the sharded target and keep its delta",
-    "continual": "run the sequence of tasks in the modes of the config",
-    "eval": "score the target, as it is or with the bank's deltas",
-    "report": "write results.json and report.html from what the other commands have left",
-}
+_RUN_FIELDS = [field.name for field in fields(RunConfig)]
+_SECTIONS = [field.name for field in fields(RunConfig) if is_dataclass(field.default_factory)]
+PURPOSE = "Continual fine-tuning of large language models: probe a proxy, project its masks, train them in the shards."
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-OWN_ARGUMENTS = {
-    "base": {"which": "target or proxy; both when not given"},
-    "train": {
-        "task_name": "name of the task to train; the first one when not given",
-        "mask_file": "mask file; the run's projected mask when not given",
-    },
-    "report": {"picture": "PNG file with the key panels to write as well"},
-    "eval": {"bank_folder": "folder of a bank to retrieve deltas from; the plain target when not given"},
-}
-"""Arguments of a command beside the run's configuration."""
+
+def _checked(load: Callable[[str], Any]) -> Callable[[str], Any]:
+    def checked(text: str) -> Any:
+        check_yaml(text)
+        return load(text)
+
+    return checked
+
+
+set_loader("trace_dist", _checked(get_loader("yaml")), exceptions=(yaml.YAMLError,))
+
+
+class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):  # type: ignore[misc]
+    """Help whose examples are not wrapped."""
 
 
 class Parser(ArgumentParser):
     """An argument parser whose errors are one line on standard error."""
 
+    def __init__(self, command: Command | None = None, **options: Any) -> None:
+        if command is not None:
+            example = f"example:\n  {PROGRAM} {command.example}"
+            options |= {"description": _sentence(command.purpose), "epilog": example}
+        defaults: dict[str, Any] = {"parser_mode": "trace_dist", "formatter_class": HelpFormatter}
+        super().__init__(**defaults | options)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # Parsers of nested values carry the name of the script instead.
         program = self.prog.replace("[options] ", "") if self.prog.startswith(PROGRAM) else PROGRAM
-        report_error(f"{message}; see {program} --help")
+        report_error(f"{explain(message)}; see {program} --help")
         raise SystemExit(2)
 
 
-def _run_parser(description: str) -> Parser:
-    parser = Parser(description=description)
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of the run")
-    parser.add_class_arguments(RunConfig, nested_key=None, fail_untyped=True)
-    return parser
+Fill = Callable[[Parser, Command], None]
+"""Gives a command its arguments."""
 
 
-def _fill_mask(parser: Parser) -> None:
-    sub: Any = parser.add_subcommands(dest="action")
-    show = Parser(description="granularity, density and origin of a mask; density per tensor")
-    show.add_argument("file", type=str, help="mask file")
-    sub.add_subcommand("show", show, help="what a mask holds")
-    combine = Parser(description="union, intersection or difference of two masks of one model")
-    combine.add_argument("operation", choices=["union", "intersection", "difference"])
-    combine.add_argument("left", type=str, help="mask file")
-    combine.add_argument("right", type=str, help="mask file")
-    combine.add_argument("--out", type=str, required=True, help="mask file to write")
-    sub.add_subcommand("combine", combine, help="set operations")
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
-def _fill_bank(parser: Parser) -> None:
-    sub: Any = parser.add_subcommands(dest="action")
-    show = Parser(description="tasks, delta sizes and clusters of a bank")
-    show.add_argument("folder", type=str, help="folder of the bank")
-    sub.add_subcommand("show", show, help="what a bank holds")
-    export = Parser(description="write base + delta as an ordinary Hugging Face checkpoint")
-    export.add_argument("folder", type=str, help="folder of the bank")
-    export.add_argument("--base", type=str, required=True, help="the base model: folder or hub id")
-    export.add_argument("--task", type=str, required=True, help="task whose delta is applied")
-    export.add_argument("--out", type=str, required=True, help="folder to write")
-    export.add_argument(
-        "--dtype", type=str, default="float32", choices=["float32", "bfloat16"], help="of the weights"
-    )
-    sub.add_subcommand("export", export, help="merge a delta into its base")
+def build_parser(words: Sequence[str] | None = None) -> Parser:
+    """The parser of the whole program.
 
-
-@dataclass(frozen=True)
-class MemoryAction:
-    """An action of ``memory`` that takes a setup: its own arguments, and those of a setup that it has no use for."""
-
-    description: str
-    own: dict[str, tuple[Any, Any, str]]
-    skipped: frozenset[str] = frozenset()
-
-
-MEMORY_ARGUMENTS = {
-    "estimate": MemoryAction("predict the memory of masked training from a model's config alone", {}),
-    "profile": MemoryAction(
-        "train random weights on the ranks it is started on; memory beside its prediction",
-        {
-            "steps": (int, 4, "optimizer steps"),
-            "plot": (str | None, None, "PNG file with memory over time to write"),
-        },
-        frozenset({"world_size", "device"}),
-    ),
-    "plan": MemoryAction(
-        "list the ways of training that fit into given GPUs",
-        {
-            "gpu_gib": (float, 24.0, "memory of one GPU, in GiB"),
-            "gpus": (int, 1, "number of GPUs"),
-            "reserve_gib": (float, 1.0, "of that, for the CUDA context, communication and fragmentation"),
-        },
-        frozenset(
-            {
-                *("density", "state_dtype", "master", "offload", "micro_batch_size"),
-                *("activation_checkpointing", "world_size", "device"),
-            }
-        ),
-    ),
-}
-
-
-def _fill_memory(parser: Parser) -> None:
-    sub: Any = parser.add_subcommands(dest="action")
-    description = "measure the model states of masked and of full training, in bytes per parameter"
-    sub.add_subcommand("measure", _run_parser(description), help=description)
-    for name, action in MEMORY_ARGUMENTS.items():
-        child = Parser(description=action.description)
-        child.add_class_arguments(MemorySetup, nested_key=None, fail_untyped=True, skip=set(action.skipped))
-        for argument, (kind, default, text) in action.own.items():
-            child.add_argument(f"--{argument}", type=kind, default=default, help=text)
-        child.add_argument("--out", type=str | None, default=None, help="JSON file to write")
-        sub.add_subcommand(name, child, help=action.description)
-
-
-BENCHMARKS: dict[str, tuple[str, dict[str, tuple[Any, Any, str]]]] = {
-    "kernels": ("time every kernel on this machine's GPU, or CPU beside torch's fused AdamW", {}),
-    "optimizer": (
-        "time the optimizer step beside DeepSpeedCPUAdam and torch's fused AdamW over all parameters",
-        {
-            "density": (float, 0.05, "masked share"),
-            "rounds": (int, 15, "steps of each; the median counts"),
-        },
-    ),
-    "step": (
-        "time whole training steps under ZeRO-3 beside full fine-tuning, LoRA and SHiRA; count what they send",
-        {
-            "shape": (
-                str,
-                "SmolLM2-135M",
-                "of the model, whose weights are random; or tiny, to see that all runs",
-            ),
-            "contestants": (
-                list[str] | None,
-                None,
-                "who takes part, as [row, full, LoRA]; all when not given",
-            ),
-            "density": (float, 0.05, "masked share of the linear layers"),
-            "micro_batch": (int, 4, "examples per rank and step"),
-            "sequence": (int, 128, "tokens per example"),
-            "attention": (str, "auto", "of all contestants: eager, sdpa (fused), or auto, what is faster"),
-            "ranks": (int, 2, "ranks of each contestant, one thread each"),
-            "rounds": (int, 3, "how often each contestant is started"),
-            "steps": (int, 5, "steps timed per start"),
-        },
-    ),
-    "memory": ("compare predicted with measured memory on three models and one and two ranks", {}),
-}
-
-
-def _fill_bench(parser: Parser) -> None:
-    sub: Any = parser.add_subcommands(dest="action")
-    for name, (description, arguments) in BENCHMARKS.items():
-        child = Parser(description=description)
-        for argument, (kind, default, text) in arguments.items():
-            child.add_argument(f"--{argument}", type=kind, default=default, help=text)
-        child.add_argument("--out", type=str | None, default=None, help="JSON file to write")
-        sub.add_subcommand(name, child, help=description)
-
-
-FILE_COMMANDS = {
-    "mask": ("look at mask files and combine them", _fill_mask),
-    "bank": ("look into a delta bank and export from it", _fill_bank),
-    "memory": ("predict, measure and plan the memory of training", _fill_memory),
-    "bench": ("measure kernels, optimizer, training step and memory beside their peers", _fill_bench),
-}
-
-
-def build_parser() -> Parser:
-    """The parser of the whole program."""
-    parser = Parser(prog=PROGRAM, description=__doc__, version=_version())
+    Args:
+        words: the command line; the arguments of commands that it does not name are left out, so that the parser is
+            made at once. None makes all.
+    """
+    parser = Parser(prog=PROGRAM, description=PURPOSE, version=_version())
     commands: Any = parser.add_subcommands(dest="command")
-    for name, description in RUN_COMMANDS.items():
-        sub = _run_parser(description)
-        for argument, text in OWN_ARGUMENTS.get(name, {}).items():
-            sub.add_argument(f"--{argument}", type=str | None, default=None, help=text)
-        commands.add_subcommand(name, sub, help=description)
-    for name, (description, fill) in FILE_COMMANDS.items():
-        sub = Parser(description=description)
-        commands.add_subcommand(name, sub, help=description)
-        fill(sub)
+    for name, command in (known.RUN_COMMANDS | known.FILE_COMMANDS).items():
+        child = Parser(command)
+        commands.add_subcommand(name, child, help=command.purpose)
+        if words is None or name in words:
+            FILL.get(name, _fill_run)(child, command)
     return parser
+
+
+def parse(words: Sequence[str]) -> Any:
+    """The arguments of a command line, its configuration's sections as dataclasses.
+
+    Raises:
+        ValueError: a value makes no sense.
+        SystemExit: the command line is wrong, or asks for help.
+    """
+    words = [*_with_bank(words)]
+    parser = build_parser(words)
+    try:
+        parsed = parser.parse_args(words)
+        values = parsed[parsed.command]
+        for name in _SECTIONS if parsed.command in known.RUN_COMMANDS else ():
+            if not isinstance(values[name], Namespace):
+                parser.error(f"{name}: must be a section of keys and values, not {values[name]!r}")
+        return parser.instantiate_classes(parsed)
+    except OverflowError as error:
+        raise ValueError(f"{error}; give a smaller number") from None
+
+
+def _with_bank(words: Sequence[str]) -> Iterator[str]:
+    """``--bank DIR`` is short for ``--bank.path DIR``, as all else of the bank is about learning and retrieval."""
+    for word in words:
+        if word == "--bank" or word.startswith("--bank="):
+            word = word.replace("--bank", "--bank.path", 1)
+        yield word
+
+
+def run_config(values: Any) -> RunConfig:
+    """The run configuration out of parsed and instantiated arguments."""
+    return RunConfig(**{name: values[name] for name in _RUN_FIELDS})
 
 
 def _version() -> str:
@@ -207,6 +129,65 @@ def _version() -> str:
     return version("trace-dist")
 
 
-def run_config(values: Any) -> RunConfig:
-    """The run configuration out of parsed and instantiated arguments."""
-    return RunConfig(**{name: values[name] for name in RunConfig.__dataclass_fields__})
+def _fill_run(parser: Parser, command: Command) -> None:
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of the run")
+    parser.add_class_arguments(RunConfig, nested_key=None, fail_untyped=True)
+    _add(parser, command.own)
+
+
+def _add(parser: Parser, own: dict[str, Argument]) -> None:
+    for name, (kind, default, text) in own.items():
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+
+
+def _fill_actions(actions: Mapping[str, tuple[Command, known.Options]]) -> Fill:
+    """What gives a command its actions and their arguments."""
+
+    def fill(parser: Parser, _: Command) -> None:
+        sub: Any = parser.add_subcommands(dest="action")
+        for name, (command, arguments) in actions.items():
+            child = Parser(command)
+            _add_options(child, arguments)
+            sub.add_subcommand(name, child, help=command.purpose)
+
+    return fill
+
+
+def _fill_init(parser: Parser, _: Command) -> None:
+    _add_options(parser, known.INIT_ARGUMENTS)
+
+
+def _add_options(parser: Parser, arguments: known.Options) -> None:
+    for argument, options in arguments.items():
+        parser.add_argument(argument, **{"type": str} | options)
+
+
+def _fill_memory(parser: Parser, _: Command) -> None:
+    sub: Any = parser.add_subcommands(dest="action")
+    measure = Parser(known.MEASURE)
+    _fill_run(measure, known.MEASURE)
+    sub.add_subcommand("measure", measure, help=known.MEASURE.purpose)
+    for name, command in known.MEMORY_ACTIONS.items():
+        child = Parser(command)
+        skip = set(known.NOT_ASKED[name])
+        child.add_class_arguments(MemorySetup, nested_key=None, fail_untyped=True, skip=skip)
+        _add(child, command.own)
+        sub.add_subcommand(name, child, help=command.purpose)
+
+
+def _fill_bench(parser: Parser, _: Command) -> None:
+    sub: Any = parser.add_subcommands(dest="action")
+    for name, command in known.BENCHMARKS.items():
+        child = Parser(command)
+        _add(child, command.own)
+        sub.add_subcommand(name, child, help=command.purpose)
+
+
+FILL: dict[str, Fill] = {
+    "init": _fill_init,
+    "mask": _fill_actions(known.MASK_ACTIONS),
+    "bank": _fill_actions(known.BANK_ACTIONS),
+    "memory": _fill_memory,
+    "bench": _fill_bench,
+}
+"""What the arguments of a command are; those of the others are a run's configuration."""

@@ -1,1 +1,1 @@
-"""Sequences of tasks: runner, metrics, baselines."""
+"""Streams of tasks: the driver, the methods, their scores."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from trace_dist.data.encoding import encode_prompt, pad_id
 from trace_dist.data.tasks import Task
 from trace_dist.evaluation import evaluate_task
 from trace_dist.sharding.base import ShardedModel
-from trace_dist.train.setup import Stream, Workbench
+from trace_dist.train.workbench import Stream, Workbench
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,53 @@ class Row:
 
 
 @dataclass
+class Scored:
+    """What a bank's deltas have been scored on: a delta never changes, and neither do the scores of what it answers.
+
+    It is kept between the lives of a run: to generate the answers again would cost the more the more tasks there are, and in
+    batches of other examples a score could come out differently.
+
+    Attributes:
+        examples: delta (or ``base``) -> test set -> example -> score.
+        texts: test set -> bits per byte of the base, with which running text is always read.
+    """
+
+    examples: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
+    texts: dict[str, float] = field(default_factory=dict)
+
+    def of(self, delta: str, test_set: str) -> dict[int, float]:
+        """Scores by example, to be read and added to."""
+        return self.examples.setdefault(delta, {}).setdefault(test_set, {})
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Scored:
+        """What ``to_json`` gave, also by way of a file, where keys are text."""
+        examples = {
+            delta: {name: {int(i): score for i, score in scores.items()} for name, scores in sets.items()}
+            for delta, sets in value["examples"].items()
+        }
+        return cls(examples, dict(value["texts"]))
+
+
+@dataclass
 class Judge:
     """Evaluates the tasks and the general sets of a run. Collective throughout."""
 
     cfg: RunConfig
     bench: Workbench
-    _representations: dict[str, torch.Tensor] = field(default_factory=dict)
-    _seen: dict[tuple[str, str], dict[int, float]] = field(
-        default_factory=dict
-    )  # (delta, test set) -> example -> score
+    _representations: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
 
     @property
     def _general(self) -> list[Task]:
         return [stream.task for stream in self.bench.general]
+
+    @property
+    def _all(self) -> list[Task]:
+        return [stream.task for stream in self.bench.tasks] + self._general
 
     @property
     def general_names(self) -> list[str]:
@@ -63,50 +97,54 @@ class Judge:
     def score(self, module: nn.Module) -> Row:
         """Scores of the model as it is."""
         module.eval()
-        tasks = [stream.task for stream in self.bench.tasks] + self._general
-        return self._row({task.name: self._evaluate(module, task) for task in tasks})
+        return self._row({task.name: self._evaluate(module, task) for task in self._all})
 
     def _evaluate(self, module: nn.Module, task: Task) -> float:
         return evaluate_task(module, self.bench.tokenizer, task, self.cfg.eval, self.cfg.data).value
 
-    def score_retrieved(self, model: ShardedModel, bank: DeltaBank) -> Row:
+    def score_retrieved(self, model: ShardedModel, bank: DeltaBank, scored: Scored | None = None) -> Row:
         """Scores when every input is answered with the delta that its representation retrieves.
 
-        ``model`` holds the base weights. A delta never changes once it is in the bank, so an example answered with the same
-        delta at an earlier stage is not generated again.
+        Args:
+            model: holds the base weights.
+            bank: may hold tasks that are not of this run; an input can retrieve them too.
+            scored: examples that it holds are not generated again; those that are generated are added.
         """
         model.eval()
-        tasks = [stream.task for stream in self.bench.tasks] + self._general
-        routes = {
-            task.name: self.route(model, bank, task) for task in tasks if task.metric != "bits_per_byte"
-        }
+        scored = Scored() if scored is None else scored
+        texts = [task for task in self._all if task.metric == "bits_per_byte"]
+        asked = [task for task in self._all if task.metric != "bits_per_byte"]
+        routes = {task.name: self.route(model, bank, task) for task in asked}
         for name in dict.fromkeys(route for names in routes.values() for route in names):
-            wanted = {
-                t.name: [i for i, route in enumerate(routes.get(t.name, [])) if route == name] for t in tasks
-            }
             missing = {
-                task.name: [i for i in wanted[task.name] if i not in self._seen.get((name, task.name), {})]
-                for task in tasks
+                task.name: [
+                    i
+                    for i, route in enumerate(routes[task.name])
+                    if route == name and i not in scored.of(name, task.name)
+                ]
+                for task in asked
             }
             if any(missing.values()):
                 with bank.activated(model, name):
-                    for task in tasks:
-                        self._score_some(model.module, name, task, missing[task.name])
+                    for task in asked:
+                        new = self._score_some(model.module, task, missing[task.name])
+                        scored.of(name, task.name).update(new)
         values = {}
-        for task in tasks:
-            if task.metric == "bits_per_byte":  # running text is not routed
-                values[task.name] = self._evaluate(model.module, task)
-                continue
-            scores = [self._seen[route, task.name][i] for i, route in enumerate(routes[task.name])]
-            values[task.name] = 100 * sum(scores) / len(scores)
+        for task in texts:
+            if task.name not in scored.texts:
+                scored.texts[task.name] = self._evaluate(model.module, task)
+            values[task.name] = scored.texts[task.name]
+        for task in asked:
+            each = [scored.of(route, task.name)[i] for i, route in enumerate(routes[task.name])]
+            values[task.name] = 100 * sum(each) / len(each)
         return self._row(values)
 
-    def _score_some(self, module: nn.Module, delta: str, task: Task, indices: list[int]) -> None:
+    def _score_some(self, module: nn.Module, task: Task, indices: list[int]) -> dict[int, float]:
         if not indices:
-            return
+            return {}
         some = replace(task, test=task.test.select(indices))
         score = evaluate_task(module, self.bench.tokenizer, some, self.cfg.eval, self.cfg.data)
-        self._seen.setdefault((delta, task.name), {}).update(zip(indices, score.per_example, strict=True))
+        return dict(zip(indices, score.per_example, strict=True))
 
     def route(self, model: ShardedModel, bank: DeltaBank, task: Task) -> list[str]:
         """Name of the delta (or ``base``) for each test prompt of a task."""
@@ -116,9 +154,9 @@ class Judge:
 
     def representations(self, model: ShardedModel, task: Task, layer: int) -> torch.Tensor:
         """Representations of a task's test prompts under the base: [N, hidden] fp32."""
-        if task.name not in self._representations:
-            self._representations[task.name] = self.represent(model, task.test["prompt"], layer)
-        return self._representations[task.name]
+        if (task.name, layer) not in self._representations:
+            self._representations[task.name, layer] = self.represent(model, task.test["prompt"], layer)
+        return self._representations[task.name, layer]
 
     def represent(self, model: ShardedModel, prompts: Any, layer: int) -> torch.Tensor:
         """Representations of prompts under the model as it is: [N, hidden] fp32."""

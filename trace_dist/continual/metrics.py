@@ -1,4 +1,4 @@
-"""Numbers of a sequence of tasks, from the accuracy matrix.
+"""Numbers of a stream of tasks, from the accuracy matrix.
 
 [Note: the accuracy matrix] R is [T + 1, T], in percent: R[t, i] is the score on task i after training on
 the t-th task, row 0 is the untouched base. Tasks count from 1 in the formulas below, so task i is *just
@@ -105,7 +105,7 @@ def general_delta(general: ArrayLike) -> float:
 def summarise(
     R: ArrayLike, general: ArrayLike | None = None
 ) -> dict[str, float | list[float] | list[list[float]]]:
-    """All numbers of one mode, ready for `results.json` (plain floats, not rounded).
+    """All numbers of one method, ready for `results.json` (plain floats, not rounded).
 
     Args:
         R: [T + 1, T] percent, see [Note: the accuracy matrix].

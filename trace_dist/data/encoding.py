@@ -1,11 +1,11 @@
 """Text to tokens: prompt tokens, answer tokens, and a loss on the answer alone.
 
 [Note: prompt part and answer part]
-A prompt is the user turn of the tokenizer's chat template up to and with its generation prompt, or, without
-a template, the plain text after the tokenizer's own first token. The answer part is what follows when
-prompt and answer are tokenised as one text, ended by the end-of-turn token (or eos). Training, generation
-and signatures must see the same prompt tokens, so where tokenising both as one text changes them (a merge
-across the seam, a template that rewrites the turn) the answer is tokenised by itself and appended.
+A prompt is all that the tokenizer's chat template writes before the answer (data/template.py), or, without a
+template, the plain text after the tokenizer's own first token. The answer part is what follows when prompt and
+answer are tokenised as one text, up to and with the end-of-turn token (or eos). Training, generation and
+signatures must see the same prompt tokens, so where tokenising both as one text changes them (a merge across the
+seam) the answer is tokenised by itself and appended.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache as once
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import datasets
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from trace_dist.config import DataConfig
+from trace_dist.data import template
+from trace_dist.data.template import Frame, end_token, frames
 from trace_dist.utils import dist
 from trace_dist.utils.log import console, get_logger
 
@@ -49,14 +52,10 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end an answer: the chat template's end-of-turn token first, where it has one, then eos.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: there is neither, or the template cannot be rendered.
     """
-    found = []
-    if tokenizer.chat_template:
-        tail = _turns("user", "answer", tokenizer).rpartition("answer")[2]
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        special.update(tokenizer.all_special_ids)
-        found = [i for i in _tokenize([tail], tokenizer, special_tokens=False)[0] if i in special][:1]
+    end = end_token(tokenizer) if tokenizer.chat_template else None
+    found = [] if end is None else [cast(int, tokenizer.convert_tokens_to_ids(end))]
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in found:
         found.append(int(tokenizer.eos_token_id))
     if not found:
@@ -77,19 +76,11 @@ def encode_prompt(
         max_tokens: cut longer prompts on the left to this many tokens (a first bos token stays).
 
     Raises:
-        ValueError: a prompt has no token, so there is nothing to condition an answer on.
+        ValueError: a prompt has no token, so there is nothing to condition an answer on; or the template cannot be
+            rendered.
     """
-    if tokenizer.chat_template:
-        encoded = _tokenize(
-            [_turns(prompt, None, tokenizer) for prompt in prompts], tokenizer, special_tokens=False
-        )
-    else:
-        encoded = _tokenize(list(prompts), tokenizer, special_tokens=True)
-    for i, ids in enumerate(encoded):
-        if not ids:
-            raise ValueError(
-                f"example {i}: prompt {prompts[i]!r} has no tokens; drop it or use a tokenizer with bos"
-            )
+    texts = [frame.prompt for frame in _frames(prompts, tokenizer)]
+    encoded = _prompt_ids(texts, tokenizer)
     if max_tokens is None:
         return encoded
     return [_cut_left(ids, max_tokens, tokenizer.bos_token_id) for ids in encoded]
@@ -99,12 +90,10 @@ def encode_pairs(
     prompts: Sequence[str], answers: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> list[Pair]:
     """Prompt part and answer part of each example, untruncated; the answer part ends with its end token."""
-    prompt_ids = encode_prompt(prompts, tokenizer)
+    around = _frames(prompts, tokenizer)
+    prompt_ids = _prompt_ids([frame.prompt for frame in around], tokenizer)
     stops = stop_ids(tokenizer)
-    if tokenizer.chat_template:
-        texts = [_turns(prompt, answer, tokenizer) for prompt, answer in zip(prompts, answers, strict=True)]
-    else:
-        texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    texts = [f.prompt + f.lead + answer + f.tail for f, answer in zip(around, answers, strict=True)]
     joint_ids = _tokenize(texts, tokenizer, special_tokens=not tokenizer.chat_template)
     alone_ids = _tokenize(list(answers), tokenizer, special_tokens=False)
     pairs = []
@@ -153,10 +142,14 @@ def encode(
         )
     num_cut = sum(n > 0 for n in encoded["num_cut"])
     if num_cut:
-        logger.warning(
-            "cut %d of %d prompts to data.max_length=%d tokens", num_cut, len(encoded), cfg.max_length
-        )
+        _say_cut(num_cut, len(encoded), cfg.max_length)
     return encoded.remove_columns("num_cut")
+
+
+@once
+def _say_cut(num_cut: int, num: int, max_length: int) -> None:
+    """Said once: a stage encodes the same data for several models."""
+    logger.warning("cut %d of %d prompts to data.max_length=%d tokens", num_cut, num, max_length)
 
 
 def check_context(tokens_needed: int, model_config: PreTrainedConfig) -> None:
@@ -187,11 +180,20 @@ def _progress_on_main() -> Iterator[None]:
         datasets.enable_progress_bars()
 
 
-def _turns(prompt: str, answer: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
-    messages = [{"role": "user", "content": prompt}]
-    if answer is not None:
-        messages.append({"role": "assistant", "content": answer})
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None))
+def _frames(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Frame]:
+    if tokenizer.chat_template:
+        return frames(prompts, tokenizer)
+    return [Frame(prompt, "", "") for prompt in prompts]
+
+
+def _prompt_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    encoded = _tokenize(texts, tokenizer, special_tokens=not tokenizer.chat_template)
+    for i, ids in enumerate(encoded):
+        if not ids:
+            raise ValueError(
+                f"example {i}: prompt {texts[i]!r} has no tokens; drop it or use a tokenizer with bos"
+            )
+    return encoded
 
 
 def _tokenize(
@@ -208,9 +210,9 @@ def _tokenize(
 
 
 def _ended(answer: list[int], stops: list[int]) -> list[int]:
-    """The answer with exactly one end token: what a template writes after it (a newline) is not learned."""
-    last = max((i for i, token in enumerate(answer) if token in stops), default=None)
-    return [*answer, stops[0]] if last is None else answer[: last + 1]
+    """The answer up to and with its first end token, where generation stops too; one is added where it has none."""
+    first = next((i for i, token in enumerate(answer) if token in stops), None)
+    return [*answer, stops[0]] if first is None else answer[: first + 1]
 
 
 def _cut_left(ids: list[int], max_tokens: int, bos: int | None) -> list[int]:
@@ -248,13 +250,14 @@ def _encode_batch(
 
 
 def _digest(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, cfg: DataConfig) -> str:
-    """Name of the cache file: the examples, the tokenizer, the options and this file's own source.
+    """Name of the cache file: the examples, the tokenizer, the options and the source of what encodes them.
 
     datasets' own fingerprint would hash the tokenizer object, whose state changes when it is first used.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = (
         inspect.getsource(sys.modules[__name__]),
+        inspect.getsource(template),
         type(tokenizer).__name__,
         backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True),
         json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str),

@@ -10,9 +10,9 @@ they kept, and the overlap is logged and reported (``Task.overlap_percent``).
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache as once
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import datasets
 import numpy as np
 
 from trace_dist.config import TaskConfig
+from trace_dist.data.files import read_json_lines, read_json_list
 from trace_dist.utils.log import get_logger
 
 Example = dict[str, str]
@@ -72,15 +73,20 @@ def _without(train: list[Example], test: list[Example], name: str) -> list[Examp
     kept = [example for example in train if example["prompt"] not in tested]
     num_dropped = len(train) - len(kept)
     if 2 * num_dropped > len(train):
-        logger.warning(
-            "tasks.%s: %d of %d training examples have a prompt that is tested too; the task has too few "
-            "prompts to separate them, so they are kept and its scores include recall",
-            name, num_dropped, len(train),
-        )  # fmt: skip
+        _say_kept(name, num_dropped, len(train))
         return train
     if num_dropped:
         logger.debug("tasks.%s: dropped %d training examples whose prompt is tested", name, num_dropped)
     return kept
+
+
+@once
+def _say_kept(name: str, num_tested: int, num: int) -> None:
+    logger.warning(
+        "tasks.%s: %d of %d training examples have a prompt that is tested too; the task has too few "
+        "prompts to separate them, so they are kept and its scores include recall",
+        name, num_tested, num,
+    )  # fmt: skip
 
 
 def _examples(rows: Iterable[Mapping[str, Any]], task: TaskConfig, where: str) -> list[Example]:
@@ -105,6 +111,13 @@ def _examples(rows: Iterable[Mapping[str, Any]], task: TaskConfig, where: str) -
 
 def _text(value: Any, where: str) -> str:
     if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{where}: {value[:80]!r} holds half of a character (a lone surrogate), which is no text; "
+                "write the whole character or drop the example"
+            ) from None
         return value
     if isinstance(value, (int, float, np.number)):
         return str(value)
@@ -145,27 +158,11 @@ def _from_path(task: TaskConfig) -> tuple[list[Example], list[Example]]:
 
 
 def _from_jsonl(path: Path, task: TaskConfig) -> tuple[list[Example], list[Example]]:
-    examples = _examples(_read_jsonl(path), task, str(path))
+    examples = _examples(read_json_lines(path), task, str(path))
     test_path = path.with_suffix(".test.jsonl")
     if test_path.is_file():
-        return examples, _examples(_read_jsonl(test_path), task, str(test_path))
+        return examples, _examples(read_json_lines(test_path), task, str(test_path))
     return _split_by_hash(examples, str(path))
-
-
-def _read_jsonl(path: Path) -> list[Any]:
-    rows = []
-    # Not str.splitlines: JSON strings may hold U+2028 and other characters that it takes for line ends.
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}:{number}: not valid JSON ({error}); write one object per line"
-                ) from None
-    return rows
 
 
 def _from_trace_folder(path: Path, task: TaskConfig, field: str) -> tuple[list[Example], list[Example]]:
@@ -176,13 +173,7 @@ def _from_trace_folder(path: Path, task: TaskConfig, field: str) -> tuple[list[E
         if not file.is_file():
             found = sorted(p.name for p in path.glob("*.json"))
             raise ValueError(f"{field}: no {split}.json, the folder has {found}; add the missing split")
-        try:
-            rows = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}: not valid JSON ({error}); restore the file") from None
-        if not isinstance(rows, list):
-            raise ValueError(f"{file}: holds a {type(rows).__name__}, not a list; write a list of examples")
-        parts.append(_examples(rows, task, str(file)))
+        parts.append(_examples(read_json_list(file), task, str(file)))
     return parts[0], parts[1]
 
 
@@ -194,11 +185,26 @@ def _from_disk(path: Path, task: TaskConfig, field: str) -> tuple[list[Example],
             f"{field}: cannot be read ({error}); save the dataset again with save_to_disk"
         ) from error
     if isinstance(loaded, datasets.Dataset):
-        return _split_by_hash(_examples(loaded, task, str(path)), str(path))
+        return _split_by_hash(_examples(_rows(loaded, str(path)), task, str(path)), str(path))
     for split in ("train", "test"):
         if split not in loaded:
             raise ValueError(f"{field}: no split {split!r}, it has {sorted(loaded)}; rename or add the split")
-    return _examples(loaded["train"], task, f"{path}/train"), _examples(loaded["test"], task, f"{path}/test")
+    train, test = (
+        _examples(_rows(loaded[split], f"{path}/{split}"), task, f"{path}/{split}")
+        for split in ("train", "test")
+    )
+    return train, test
+
+
+def _rows(dataset: datasets.Dataset, where: str) -> Iterator[Mapping[str, Any]]:
+    for i in range(len(dataset)):
+        try:
+            yield dataset[i]
+        # Arrow keeps what it was given: bytes that were called a string are found out here.
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{where}: example {i}: not UTF-8 ({error.reason}); save the dataset again from clean text"
+            ) from None
 
 
 def _from_reasoning_gym(task: TaskConfig, seed: int) -> tuple[list[Example], list[Example]]:

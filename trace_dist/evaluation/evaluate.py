@@ -6,10 +6,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from trace_dist.config import DataConfig, EvalConfig
-from trace_dist.data.encoding import encode_pairs
 from trace_dist.data.tasks import Task
 from trace_dist.evaluation.choice import choice_accuracy
-from trace_dist.evaluation.generate import exact_match
+from trace_dist.evaluation.lengths import prompt_limit
+from trace_dist.evaluation.match import exact_match
 from trace_dist.evaluation.score import Score
 from trace_dist.evaluation.text import answer_bits_per_byte
 
@@ -34,7 +34,7 @@ def evaluate_task(
         ValueError: an example does not fit the model's context, or as the metric does.
     """
     rows = task.test.to_list()
-    cut = _prompt_limit(tokenizer, rows, data)
+    cut = prompt_limit(tokenizer, rows, data)
     if task.metric == "exact_match":
         return exact_match(
             model,
@@ -51,13 +51,3 @@ def evaluate_task(
             model, tokenizer, rows, task.choices, batch_size=cfg.batch_size, max_prompt_tokens=cut
         )
     return answer_bits_per_byte(model, tokenizer, rows, batch_size=cfg.batch_size, max_prompt_tokens=cut)
-
-
-def _prompt_limit(
-    tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]], data: DataConfig | None
-) -> int | None:
-    """Prompt tokens left when the longest reference answer (and the token after it) must fit as well."""
-    if data is None or not data.truncate_prompt:
-        return None
-    pairs = encode_pairs([row["prompt"] for row in rows], [row["answer"] for row in rows], tokenizer)
-    return max(1, data.max_length - max(len(pair.answer) for pair in pairs) - 1)

@@ -8,8 +8,18 @@ import torch
 import torch.nn.functional as F
 
 from trace_dist.data.encoding import IGNORE, Pair, check_context
-from trace_dist.evaluation.inputs import config_of, device_of, last, left_pad, positions, supported
-from trace_dist.evaluation.score import evaluating, map_over_ranks
+from trace_dist.evaluation.inputs import (
+    check_decoder,
+    config_of,
+    device_of,
+    last,
+    may_pad_left,
+    pad,
+    positions,
+    safe_batch_size,
+    supported,
+)
+from trace_dist.evaluation.passes import evaluating, map_over_ranks
 
 _MAX_LOGITS = 2**28
 """Largest number of fp32 logits held at once (1 GiB); batches of long texts are cut to it."""
@@ -35,27 +45,37 @@ def log_likelihoods(
     if not pairs:
         raise ValueError("log_likelihoods: there is nothing to score; give at least one example")
     lengths = [len(pair.prompt) + len(pair.answer) for pair in pairs]
+    check_decoder(model)
     check_context(max(lengths) - 1, config_of(model))  # the last token is only predicted, never read
-    longest = max(1, *(len(pair.answer) for pair in pairs))
-    limit = max(1, _MAX_LOGITS // (longest * config_of(model).get_text_config().vocab_size))
+    left = may_pad_left(model)
+    # Padded on the left, all answers end in the last column; on the right, their columns may lie anywhere.
+    scored = max(len(pair.answer) for pair in pairs) if left else max(lengths)
+    limit = max(1, _MAX_LOGITS // (max(1, scored) * config_of(model).get_text_config().vocab_size))
 
     def run(indices: list[int]) -> list[float]:
-        return _score_batch(model, [pairs[i] for i in indices], pad_id)
+        return _score_batch(model, [pairs[i] for i in indices], pad_id, left)
 
     with evaluating(model):
-        return map_over_ranks(lengths, min(batch_size, limit), run)
+        rows = [pair.prompt + pair.answer for pair in pairs]
+        return map_over_ranks(lengths, safe_batch_size(model, rows, pad_id, min(batch_size, limit)), run)
 
 
-def _score_batch(model: torch.nn.Module, pairs: list[Pair], pad_id: int) -> list[float]:
+def _score_batch(model: torch.nn.Module, pairs: list[Pair], pad_id: int, left: bool) -> list[float]:
     device = device_of(model)
     rows = [[*prompt, *answer][:-1] if answer else prompt for prompt, answer in pairs]
-    tokens, mask = left_pad(rows, pad_id, device)
-    num_scored = max(1, *(len(answer) for _, answer in pairs))
-    targets, _ = left_pad(
-        [[IGNORE] * (num_scored - len(answer)) + answer for _, answer in pairs], IGNORE, device
-    )
-    extra = supported(model, position_ids=positions(mask), logits_to_keep=last(tokens, num_scored))
-    logits = model(input_ids=tokens, attention_mask=mask, use_cache=False, **extra).logits[:, -num_scored:]
+    tokens, mask = pad(rows, pad_id, device, left=left)
+    # What follows each token: only answers are scored.
+    wanted = [
+        [IGNORE] * (len(row) - len(pair.answer)) + pair.answer for row, pair in zip(rows, pairs, strict=True)
+    ]
+    targets, _ = pad(wanted, IGNORE, device, left=left)
+    columns = (targets != IGNORE).any(dim=0).tolist()
+    num_scored = len(columns) - columns.index(True) if any(columns) else 1
+    targets = targets[:, -num_scored:]
+    options = {"attention_mask": mask, "use_cache": False, "logits_to_keep": last(tokens, num_scored)}
+    if left:
+        options["position_ids"] = positions(mask)
+    logits = model(input_ids=tokens, **supported(model, **options)).logits[:, -num_scored:]
     nll = F.cross_entropy(
         logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none"
     )

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from trace_dist.masks.units import UnitLayout, unit_layout
-from trace_dist.models.roles import describe, head_layout, maskable
+from trace_dist.models.heads import head_rows
+from trace_dist.models.roles import describe, maskable
 from trace_dist.models.wrapping import unwrap
 
 
@@ -22,12 +23,15 @@ def layouts_for(model: Any, granularity: str, block: int, maskable_spec: str) ->
         maskable_spec: ``linear``, ``all`` or a regular expression (``models.roles.maskable``).
 
     Raises:
-        ValueError: nothing is maskable.
+        ValueError: nothing is maskable; for ``head``, the size of a weight's heads is not known.
     """
     module: Any = unwrap(model) if isinstance(model, nn.Module) else model.module
     infos = describe(module)
+    by_head = granularity == "head"
     return {
-        name: unit_layout(infos[name].shape, granularity, block, head_layout(module.config, infos[name]))
+        name: unit_layout(
+            infos[name].shape, granularity, block, head_rows(module, infos[name]) if by_head else None
+        )
         for name in maskable(module, maskable_spec)
         if prod(infos[name].shape)
     }

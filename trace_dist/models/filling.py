@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from trace_dist.models.checkpoint import Checkpoint
 from trace_dist.models.naming import RESAVE, Pieces
 from trace_dist.models.nf4 import BLOCK_SIZE, NF4Linear, quantize_weight, words_per_block
+from trace_dist.models.weight_files import WeightFiles
 
 
 class Slot(NamedTuple):
@@ -28,24 +28,24 @@ class Slot(NamedTuple):
 
 
 @torch.no_grad()
-def fill(model: PreTrainedModel, checkpoint: Checkpoint, pieces: Pieces, slot: Callable[[Any], Slot]) -> None:
+def fill(model: PreTrainedModel, files: WeightFiles, pieces: Pieces, slot: Callable[[Any], Slot]) -> None:
     """Fill parameters and buffers.
 
     Args:
         model: the sharded module.
-        checkpoint: the files.
+        files: what they are read from.
         pieces: which tensors of the files, laid end to end, make each parameter.
         slot: this rank's part of a parameter.
 
     Raises:
         ValueError: the files lack a parameter, or hold another size or differing twins of tied ones.
     """
-    _fill_parameters(model, checkpoint, pieces, slot)
-    _fill_buffers(model, checkpoint, pieces)
+    _fill_parameters(model, files, pieces, slot)
+    _fill_buffers(model, files, pieces)
 
 
 def _fill_parameters(
-    model: PreTrainedModel, checkpoint: Checkpoint, pieces: Pieces, slot: Callable[[Any], Slot]
+    model: PreTrainedModel, files: WeightFiles, pieces: Pieces, slot: Callable[[Any], Slot]
 ) -> None:
     coded = {  # words of 4-bit layers: [Note: words] in models/nf4.py
         f"{path}.{leaf}": (f"{path}.weight", layer)
@@ -60,21 +60,21 @@ def _fill_parameters(
     stored = {param: [name for name in names if name in pieces] for param, names in logical.items()}
     missing = [logical[param][0] for param, found in stored.items() if not found]
     if missing:
-        raise ValueError(missing_parameters(checkpoint.folder, missing))
+        raise ValueError(missing_parameters(files.folder, missing))
     for param, names in stored.items():
         own, inside = slot(param), names_of[param][0]
         if inside in coded:
             layer = coded[inside][1]
-            _fill_words(own, layer, inside.rpartition(".")[2], _Source(checkpoint, pieces[names[0]]))
+            _fill_words(own, layer, inside.rpartition(".")[2], _Source(files, pieces[names[0]]))
             param._is_hf_initialized = True
             continue
-        _fill_slot(own, _Source(checkpoint, pieces[names[0]]))
+        _fill_slot(own, _Source(files, pieces[names[0]]))
         for name in names[1:]:
             twin = own._replace(flat=torch.empty_like(own.flat))
-            _fill_slot(twin, _Source(checkpoint, pieces[name]))
+            _fill_slot(twin, _Source(files, pieces[name]))
             if not torch.equal(twin.flat, own.flat):
                 raise ValueError(
-                    f"model.path={str(checkpoint.folder)!r}: {names[0]} and {name} are tied but stored with "
+                    f"model.path={str(files.folder)!r}: {names[0]} and {name} are tied but stored with "
                     "different values; set tie_word_embeddings to false in its config.json"
                 )
         param._is_hf_initialized = True
@@ -83,15 +83,15 @@ def _fill_parameters(
 class _Source:
     """The values of one parameter: tensors of the files, flattened and laid end to end."""
 
-    def __init__(self, checkpoint: Checkpoint, names: list[str]) -> None:
-        self.checkpoint, self.names = checkpoint, names
-        self.sizes = [math.prod(checkpoint.shape(name)) for name in names]
+    def __init__(self, files: WeightFiles, names: list[str]) -> None:
+        self.files, self.names = files, names
+        self.sizes = [math.prod(files.shape(name)) for name in names]
 
     def check(self, numel: int) -> None:
         """Raise ValueError unless there are ``numel`` values."""
         if sum(self.sizes) != numel:
             raise ValueError(
-                f"model.path={str(self.checkpoint.folder)!r}: {self.names[0]} has {sum(self.sizes)} elements but "
+                f"model.path={str(self.files.folder)!r}: {self.names[0]} has {sum(self.sizes)} elements but "
                 f"config.json asks for {numel}; give the checkpoint its own config"
             )
 
@@ -101,7 +101,7 @@ class _Source:
         for name, size in zip(self.names, self.sizes, strict=True):
             low = min(max(start - offset, 0), size)
             high = min(max(start + out.numel() - offset, 0), size)
-            out[filled : filled + high - low].copy_(self.checkpoint.read(name, low, high))
+            out[filled : filled + high - low].copy_(self.files.read(name, low, high))
             filled += high - low
             offset += size
         out[filled:].zero_()
@@ -129,12 +129,12 @@ def _fill_words(slot: Slot, layer: NF4Linear, leaf: str, source: _Source) -> Non
     slot.flat[: words.numel()].copy_(words)
 
 
-def _fill_buffers(model: PreTrainedModel, checkpoint: Checkpoint, pieces: Pieces) -> None:
+def _fill_buffers(model: PreTrainedModel, files: WeightFiles, pieces: Pieces) -> None:
     """Copy the buffers that the checkpoint holds, and compute the others as an ordinary load does."""
     for name, buffer in model.named_buffers():
         if name in pieces:
             (source,) = pieces[name]
-            buffer.copy_(checkpoint.tensor(source))
+            buffer.copy_(files.tensor(source))
             buffer._is_hf_initialized = True  # type: ignore[attr-defined]
     model.initialize_weights()  # skips what is marked as initialised, which every parameter is by now
 

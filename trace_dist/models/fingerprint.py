@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
-from trace_dist.models.checkpoint import open_checkpoint
+from trace_dist.models.architecture import read_config
 from trace_dist.models.roles import full_shape
+from trace_dist.models.weight_files import open_weights
 from trace_dist.utils import dist
 
 NUM_SAMPLES = 32
@@ -52,14 +52,14 @@ def fingerprint(source: str | Path | nn.Module) -> str:
     """
     if isinstance(source, nn.Module):
         return _digest(source.config, _module_samples(source))
-    with open_checkpoint(source) as checkpoint:
+    with open_weights(source) as files:
         samples = []
-        for name in checkpoint.names():
-            if checkpoint.is_floating_point(name):
-                shape = checkpoint.shape(name)
-                values = [checkpoint.read(name, i, i + 1) for i in _positions(shape)]
+        for name in files.names():
+            if files.is_floating_point(name):
+                shape = files.shape(name)
+                values = [files.read(name, i, i + 1) for i in _positions(shape)]
                 samples.append((shape, torch.cat(values) if values else torch.empty(0)))
-        return _digest(AutoConfig.from_pretrained(checkpoint.folder), samples)
+        return _digest(read_config(files.folder, f"model.path={str(source)!r}"), samples)
 
 
 def check_same(expected: str, found: str, what: str) -> None:

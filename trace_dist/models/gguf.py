@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from trace_dist.models.folder import atomic_folder
+from trace_dist.utils.files import atomic_folder
 
 _PACKAGE = "package:"
 

@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -26,10 +24,11 @@ from transformers import (
 )
 
 from trace_dist.config import Dtype, Quantize
-from trace_dist.models.checkpoint import open_checkpoint, resolve
+from trace_dist.models.architecture import cause, empty_model, read_config
 from trace_dist.models.filling import Slot, fill, missing_parameters
 from trace_dist.models.naming import pieces_of
 from trace_dist.models.nf4 import quantize_nf4
+from trace_dist.models.weight_files import open_weights, resolve
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -41,10 +40,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     folder = resolve(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        cause = _first_line(error)
+    # Tokenizer files are read by several libraries.
+    except Exception as error:
         raise ValueError(
-            f"model.path={str(path)!r}: no readable tokenizer ({cause}); save one there"
+            f"model.path={str(path)!r}: no readable tokenizer ({cause(error)}); save one there"
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -63,19 +62,21 @@ def load_model(
 
     Raises:
         ValueError: no such model, pickled or corrupt weights, or a parameter that the checkpoint lacks (which
-            would otherwise be random).
+            would otherwise be random), or weights that are quantised already.
     """
     if quantize == "nf4":
         return _load_in_shards(path, dtype, quantize, lambda model: model.to_empty(device="cpu"), _whole)
-    with open_checkpoint(path) as checkpoint:  # refuses what must not or cannot be read
-        folder = checkpoint.folder
+    with open_weights(path) as files:  # refuses what must not or cannot be read
+        folder = files.folder
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        cause = _first_line(error)
-        raise ValueError(f"model.path={str(path)!r}: cannot be loaded ({cause}); check its files") from error
+    # Hundreds of families load their weights, each in its own way.
+    except Exception as error:
+        raise ValueError(
+            f"model.path={str(path)!r}: cannot be loaded ({cause(error)}); check its files"
+        ) from error
     model, info = loaded
     if info["missing_keys"]:
         raise ValueError(missing_parameters(folder, sorted(info["missing_keys"])))
@@ -96,7 +97,7 @@ def load_model_zero3(
         quantize: ``nf4`` keeps the linear layers as 4-bit codes (models/nf4.py).
 
     Raises:
-        ValueError: as ``load_model``; quantised weights; ZeRO options that keep more copies of the weights.
+        ValueError: as ``load_model``; ZeRO options that keep more copies of the weights.
     """
     check_zero_config(ds_config)
     # On a CPU, zero.Init honours the data type of its configuration but not its argument `dtype`.
@@ -125,7 +126,7 @@ def load_model_fsdp2(
         quantize: ``nf4`` keeps the linear layers as 4-bit codes (models/nf4.py).
 
     Raises:
-        ValueError: as ``load_model``; quantised weights.
+        ValueError: as ``load_model``.
     """
 
     def give_storage(model: nn.Module) -> None:
@@ -145,21 +146,15 @@ def _load_in_shards(
     give_storage: Callable[[nn.Module], object],
     slot: Callable[[Any], Slot],
 ) -> PreTrainedModel:
-    with open_checkpoint(path) as checkpoint:
-        folder = checkpoint.folder
-        config = _config(folder)
-        if getattr(config, "quantization_config", None) is not None:
-            raise ValueError(
-                f"model.path={str(path)!r}: its weights are quantised, which sharded loading cannot undo; "
-                "give a checkpoint in bfloat16 or float32"
-            )
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=_torch_dtype(dtype))
-        pieces = pieces_of(model, checkpoint.names())
+    with open_weights(path) as files:
+        folder = files.folder
+        what = f"model.path={str(path)!r}"
+        model = empty_model(read_config(folder, what), _torch_dtype(dtype), what)
+        pieces = pieces_of(model, files.names())
         if quantize == "nf4":
             quantize_nf4(model)
         give_storage(model)
-        fill(model, checkpoint, pieces, slot)
+        fill(model, files, pieces, slot)
     return _ready(model, folder)
 
 
@@ -204,16 +199,6 @@ def check_zero_config(ds_config: dict[str, Any]) -> None:
         )
 
 
-def _config(folder: Path) -> Any:
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        cause = _first_line(error)
-        raise ValueError(
-            f"model.path={str(folder)!r}: unreadable config.json ({cause}); restore it"
-        ) from error
-
-
 def _partition(model: nn.Module, ds_config: dict[str, Any]) -> None:
     """Replace parameters on the meta device by partitioned, uninitialised ones, and give the buffers storage."""
     from deepspeed.runtime.zero import Init
@@ -236,7 +221,3 @@ def _partition(model: nn.Module, ds_config: dict[str, Any]) -> None:
             setattr(module, name, made[param])
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.empty_like(buffer, device=init.local_device))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200]

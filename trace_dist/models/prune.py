@@ -14,9 +14,9 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from trace_dist.models.checkpoint import Checkpoint, open_checkpoint
-from trace_dist.models.folder import atomic_folder
 from trace_dist.models.naming import pieces_of
+from trace_dist.models.weight_files import WeightFiles, open_weights
+from trace_dist.utils.files import atomic_folder
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 # Entries of a config that hold one value per layer. Others that depend on the layer's index make the pruned
@@ -43,10 +43,10 @@ def depth_prune(source: Path, keep_layers: int, out: Path) -> None:
     Raises:
         ValueError: more layers than there are, another architecture, or ``out`` exists already.
     """
-    with open_checkpoint(source) as checkpoint, atomic_folder(out) as folder:
-        config = AutoConfig.from_pretrained(checkpoint.folder)
+    with open_weights(source) as files, atomic_folder(out) as folder:
+        config = AutoConfig.from_pretrained(files.folder)
         num_layers = getattr(config, "num_hidden_layers", None)
-        if num_layers is None or not any(_LAYER.match(name) for name in checkpoint.names()):
+        if num_layers is None or not any(_LAYER.match(name) for name in files.names()):
             raise ValueError(
                 f"prune: {config.model_type} keeps its layers elsewhere than in model.layers; use a smaller "
                 "model of the family as the proxy"
@@ -57,13 +57,11 @@ def depth_prune(source: Path, keep_layers: int, out: Path) -> None:
             )
         kept = kept_layers(num_layers, keep_layers)
         _shorten(config, kept)
-        names = {
-            name: renamed for name in checkpoint.names() if (renamed := _renumber(name, kept)) is not None
-        }
+        names = {name: renamed for name in files.names() if (renamed := _renumber(name, kept)) is not None}
         _check(config, list(names.values()))
-        _copy_rest(checkpoint, folder)
+        _copy_rest(files, folder)
         config.save_pretrained(folder)
-        state = {renamed: checkpoint.tensor(name) for name, renamed in names.items()}
+        state = {renamed: files.tensor(name) for name, renamed in names.items()}
         save_torch_state_dict(state, folder)
 
 
@@ -100,8 +98,8 @@ def _check(config: Any, names: list[str]) -> None:
         )
 
 
-def _copy_rest(checkpoint: Checkpoint, folder: Path) -> None:
+def _copy_rest(files: WeightFiles, folder: Path) -> None:
     """Copy the tokenizer and the generation config: everything but weights, their index and the config."""
-    for file in checkpoint.folder.iterdir():
+    for file in files.folder.iterdir():
         if file.suffix in _OTHER_FILES and file.name != "config.json" and ".safetensors" not in file.name:
             shutil.copyfile(file, folder / file.name)

@@ -1,8 +1,9 @@
-"""What each parameter of a causal LM does (role, layer, relative depth) and which ones a mask may cover.
+"""What each parameter of a causal LM does (role, tower, layer, relative depth) and which ones a mask may cover.
 
 Roles come from names alone, so that a checkpoint's header is enough. Known are the names of Llama, Qwen,
-Gemma, Phi, GPT-NeoX, GPT-2, GPT-J, OPT, BLOOM, Falcon, MPT, Mixtral and models built like them. Position
-tables, routers and low-rank attention projections (DeepSeek) are ``other``.
+Gemma, Phi, GPT-NeoX, GPT-2, GPT-J, OPT, BLOOM, Falcon, MPT, Mixtral, of models built like them and of their image and sound
+encoders (CLIP, SigLIP, the Qwen-VL and Whisper kinds). Position tables, routers, state space layers, projections between towers
+and low-rank attention projections (DeepSeek) are ``other``.
 
 [Note: weight layout] A linear layer's weight is [out_features, in_features]: a row is one output neuron. The
 Conv1D of GPT-2 stores [in_features, out_features] and fused experts [num_experts, ...], in the same roles.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -25,23 +26,38 @@ Role = Literal[
     "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "embed", "head", "norm", "bias", "other"
 ]  # fmt: skip
 
+Tower = Literal["text", "vision", "audio"]
+
 _ROLE_OF_MODULE: dict[str, Role] = {
-    **dict.fromkeys(("q_proj", "query", "wq"), "q"),
-    **dict.fromkeys(("k_proj", "key", "wk"), "k"),
-    **dict.fromkeys(("v_proj", "value", "wv"), "v"),
+    **dict.fromkeys(("q_proj", "query_proj", "wq", "Wq", "q_lin", "linear_q", "project_q"), "q"),
+    **dict.fromkeys(("k_proj", "key_proj", "wk", "Wk", "k_lin", "linear_k", "project_k"), "k"),
+    **dict.fromkeys(("v_proj", "value_proj", "wv", "Wv", "v_lin", "linear_v", "project_v"), "v"),
     **dict.fromkeys(("qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "W_pack"), "qkv"),
-    **dict.fromkeys(("o_proj", "out_proj", "wo"), "o"),
+    **dict.fromkeys(("o_proj", "out_proj", "wo", "out_lin", "attention_out"), "o"),
     **dict.fromkeys(("gate_proj", "w1"), "gate"),
-    **dict.fromkeys(("up_proj", "w3", "fc1", "fc_in", "c_fc", "dense_h_to_4h"), "up"),
-    **dict.fromkeys(("gate_up_proj",), "gate_up"),
-    **dict.fromkeys(("down_proj", "w2", "fc2", "fc_out", "dense_4h_to_h"), "down"),
+    **dict.fromkeys(
+        ("up_proj", "w3", "fc1", "fc_in", "c_fc", "dense_h_to_4h", "linear_fc1", "lin1", "intermediate"), "up"
+    ),
+    **dict.fromkeys(("gate_up_proj", "Wi"), "gate_up"),
+    **dict.fromkeys(("down_proj", "w2", "fc2", "fc_out", "dense_4h_to_h", "linear_fc2", "lin2"), "down"),
     **dict.fromkeys(("embed_tokens", "wte", "embed_in", "word_embeddings"), "embed"),
     **dict.fromkeys(("lm_head", "embed_out", "output_projection"), "head"),
 }
+# Within attention only; elsewhere such names mean other things.
+_ROLE_IN_ATTENTION: dict[str, Role] = {
+    "query": "q",
+    "key": "k",
+    "value": "v",
+    **dict.fromkeys(("proj", "projection", "projection_layer", "linear_out"), "o"),
+}
 # The output projection of attention and that of the MLP share a name in these families.
-_OUTPUT_OF_BLOCK = frozenset({"c_proj", "dense"})
+_OUTPUT_OF_BLOCK = frozenset({"c_proj", "dense", "Wo"})
 _ATTENTION = re.compile(r"attn|attention")
 _NORM = re.compile(r"norm|^ln(_|\d|$)")
+_TOWERS: tuple[tuple[Tower, re.Pattern[str]], ...] = (
+    ("audio", re.compile(r"audio|speech|sound|whisper|conformer|voice")),
+    ("vision", re.compile(r"vision|visual|image|img|siglip|clip|^vit$|^sam_|_vit$|video|aligner|vqmodel")),
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +73,9 @@ class ParamInfo:
     layer: int | None
     """Index of its decoder layer; None outside the layers."""
     depth: float | None
-    """layer / (num_layers - 1), in [0, 1]; 0 in a model of one layer; None outside the layers."""
+    """layer / (num_layers - 1) of its own tower, in [0, 1]; 0 in a model of one layer; None outside the layers."""
+    tower: Tower = "text"
+    """The model of text, or an encoder of another kind of input with its way into the text model."""
 
 
 def full_shape(param: torch.Tensor | NF4Linear) -> tuple[int, ...]:
@@ -70,13 +88,26 @@ def role_of(name: str) -> Role:
     *path, leaf = name.split(".")
     # Otherwise a bare parameter such as `experts.gate_up_proj` or `experts.gate_up_proj_bias`.
     module = path[-1] if path and leaf in ("weight", "bias") else leaf
+    if module == "linear" and len(path) > 1:  # inside a wrapper
+        path, module = path[:-1], path[-2]
     if _NORM.search(module.lower()):
         return "norm"
     if leaf == "bias" or leaf.endswith("_bias"):
         return "bias"
+    in_attention = any(_ATTENTION.search(part) for part in path[:-1])
     if module in _OUTPUT_OF_BLOCK:
-        return "o" if any(_ATTENTION.search(part) for part in path[:-1]) else "down"
+        if in_attention:
+            return "o"
+        return "up" if "intermediate" in path else "down"
+    if in_attention and module in _ROLE_IN_ATTENTION:
+        return _ROLE_IN_ATTENTION[module]
     return _ROLE_OF_MODULE.get(module, "other")
+
+
+def tower_of(name: str) -> Tower:
+    """Tower of a parameter, from its dotted name."""
+    path = name.lower().split(".")[:-1]
+    return next((tower for tower, named in _TOWERS if any(map(named.search, path))), "text")
 
 
 def _stack_and_layer(name: str) -> tuple[str, int] | None:
@@ -109,7 +140,7 @@ def describe(source: nn.Module | Mapping[str, Sequence[int]]) -> dict[str, Param
         place = places[name]
         layer = place[1] if place else None
         depth = place[1] / max(last[place[0]], 1) if place else None
-        infos[name] = ParamInfo(name, shape, role_of(name), layer, depth)
+        infos[name] = ParamInfo(name, shape, role_of(name), layer, depth, tower_of(name))
     return infos
 
 
@@ -156,25 +187,3 @@ def maskable(model: nn.Module, spec: str) -> list[str]:
 
 def _is_fused_experts(name: str, param: torch.Tensor | NF4Linear) -> bool:
     return len(full_shape(param)) == 3 and role_of(name) in ("gate", "up", "gate_up", "down")
-
-
-def head_layout(config: Any, info: ParamInfo) -> int | None:
-    """Rows of one attention head in a q, k or v weight (the head dimension); None for other roles.
-
-    Args:
-        config: the model's transformers config.
-        info: the parameter.
-
-    Raises:
-        ValueError: the weight's rows are not a multiple of the head dimension.
-    """
-    if info.role not in ("q", "k", "v"):
-        return None
-    text = config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    if info.shape[0] % head_dim:
-        raise ValueError(
-            f"mask.granularity='head': {info.name} has {info.shape[0]} rows, not a multiple of head_dim="
-            f"{head_dim}; use granularity 'row'"
-        )
-    return int(head_dim)

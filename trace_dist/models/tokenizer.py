@@ -69,9 +69,8 @@ def char_tokenizer(prompts_by_task: dict[str, list[str]], answers: Iterable[str]
             f"prompts_by_task={prompts_by_task!r}: holds no prompt; give at least one task with prompts"
         )
     texts = [prompt for prompts in prompts_by_task.values() for prompt in prompts]
-    characters = sorted(
-        set(string.printable[:-2]).union(*texts, *answers)
-    )  # [:-2]: no vertical tab, no form feed
+    # [:-2]: no vertical tab, no form feed.
+    characters = sorted(set(string.printable[:-2]).union(*texts, *answers))
     wording = {affix for prompts in prompts_by_task.values() if prompts for affix in common_affixes(prompts)}
     vocabulary = {token: i for i, token in enumerate((*SPECIAL_TOKENS.values(), *characters))}
 

@@ -12,6 +12,7 @@ The update runs inside this rank's partition; every other weight stays bit-ident
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -20,8 +21,15 @@ from trace_kernels.compact import compact_gather, compact_scatter, compact_sumsq
 
 from trace_dist.config import StateDtype
 from trace_dist.optim.offload import HostEntries, Offload
+from trace_dist.optim.part_server import PartServer, Source
+from trace_dist.optim.parts import locate, owned
+from trace_dist.optim.pieces import restore
 from trace_dist.optim.states import MOMENTS, State, StateOptions, new_state, tensors_of, update
 from trace_dist.sharding.prepared import as_sharded
+from trace_dist.sharding.single import ReplicatedModel
+from trace_dist.utils import dist
+from trace_dist.utils.agreement import agree
+from trace_dist.utils.finite import check_finite
 
 if TYPE_CHECKING:
     from trace_dist.masks.format import Mask
@@ -53,7 +61,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         offload: ``cpu`` keeps moments and master in host memory and updates there.
 
     Raises:
-        ValueError: the mask does not fit the model, something else owns the model's gradients, or an option is out of range.
+        ValueError: the mask does not fit the model, something else owns the model's gradients, an option is out of range, or
+            the ranks were given different ones.
     """
 
     def __init__(
@@ -79,11 +88,14 @@ class MaskedAdamW(torch.optim.Optimizer):
         self.grad_norm = 0.0
         """Global gradient norm over masked entries before clipping, at the last step."""
         self.supports = self.model.attach(mask)
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        agree({**defaults, "max_grad_norm": max_grad_norm, **vars(options)})
         self._offload = Offload(self.supports, self.model.storage) if offload == "cpu" else None
         entries = [_entries(support) for support in self.supports]
-        super().__init__(entries, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        super().__init__(entries, defaults)
         for support, parameter in zip(self.supports, entries, strict=True):
             self.state[parameter] = new_state(self._weights(support), options)
+        self._server = self._serve() if dist.world_size() > 1 else None
 
     def compact(self) -> list[tuple[Support, State]]:
         """(support, state) per masked parameter, in the model's order."""
@@ -106,6 +118,12 @@ class MaskedAdamW(torch.optim.Optimizer):
             "staging": [tensor for entries in staged for tensor in (entries.values, entries.grad)],
         }
 
+    def _serve(self) -> PartServer:
+        """Let other ranks ask for this rank's part. Collective."""
+        values = partial(_host_values, self.model, self._offload)
+        source = Source(owned(self.supports), self.compact(), values)
+        return PartServer(self, source, self._updates_on, linger=isinstance(self.model, ReplicatedModel))
+
     def _weights(self, support: Support) -> Tensor:
         """What the weight holds at a support's entries, in its dtype, where the states live: [n]."""
         if self._offload is not None:
@@ -116,7 +134,8 @@ class MaskedAdamW(torch.optim.Optimizer):
     def values(self, support: Support) -> Tensor:
         """Present values of a support's entries in full precision: the master copy, or the weights where there is none. [n]."""
         parameter = self.param_groups[0]["params"][self.supports.index(support)]
-        return self.state[parameter].get("master", self._weights(support))
+        state = self.state[parameter]
+        return state["master"] if "master" in state else self._weights(support)
 
     def set_values(self, values: list[Tensor]) -> None:
         """Overwrite the masked entries, [n] per support in any precision: master copy and weights. Collective."""
@@ -124,7 +143,8 @@ class MaskedAdamW(torch.optim.Optimizer):
             if "master" in state:
                 state["master"].copy_(new)
             if self._offload is None:
-                compact_scatter(*self.model.storage(support), new)
+                local, runs = self.model.storage(support)
+                compact_scatter(local, runs, new.to(local.device))
             else:
                 self._offload.entries[support.name].values.copy_(new)
                 self._offload.write_back(support)
@@ -149,6 +169,8 @@ class MaskedAdamW(torch.optim.Optimizer):
 
         Raises:
             ValueError: another optimizer has taken over the model, or a backward pass ended in an error.
+            NotFinite: the gradient norm is infinite or NaN, on all ranks together; where gradients are clipped, before any
+                weight has changed.
         """
         self._check_ready()
         result = None
@@ -165,6 +187,8 @@ class MaskedAdamW(torch.optim.Optimizer):
             self._update(reached, min(1.0, self.max_grad_norm / (norm + 1e-6)))
         self.model.refresh(reached)
         self.model.mark_gradients_spent()
+        if self._server is not None:
+            self._server.clock.tick()
         return result
 
     def _reached(self) -> list[Support]:
@@ -200,6 +224,7 @@ class MaskedAdamW(torch.optim.Optimizer):
     def _record_norm(self, squares: Tensor) -> float:
         """The global norm from this rank's sum of squares."""
         self.grad_norm = float(self.model.comm.sum(squares.to(self.model.device)).sqrt())
+        check_finite(self.grad_norm, "the gradient norm")
         return self.grad_norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -208,41 +233,49 @@ class MaskedAdamW(torch.optim.Optimizer):
             self.model.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's state, values and mask digest; for resuming on another number of ranks use ``train.checkpoint``."""
+        """This rank's state and values, and a stand-in for those of the other ranks.
+
+        It is local, as Trainer calls it on rank 0 alone. When it is pickled (``torch.save``) or deep-copied, the stand-in
+        becomes the other ranks' states, on the CPU, for which ``part_server`` asks them then; nobody is held up. So the rank
+        that saves needs memory for all states: where that is too much, ``trace_dist.checkpoint`` lets each rank write its own.
+        """
         packed = super().state_dict()
         packed["values"] = [self.values(support) for support in self.supports]
         packed["mask_digest"] = self.mask.digest()
-        packed["owned"] = self._owned()
+        packed["owned"] = owned(self.supports)
+        if self._server is not None:
+            packed["others"] = self._server.others
         return packed
 
-    def _owned(self) -> list[tuple[int, int]]:
-        """Which of the masked entries, in the order of all ranks', are this rank's: (first, number) per parameter."""
-        return [(support.offset, support.runs.num_entries) for support in self.supports]
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore ``state_dict`` and write the values back into the model.
+        """Restore ``state_dict``, one that was kept in memory or a saved one of any number of ranks, and write its values into
+        the model. Collective.
 
         Raises:
-            ValueError: the state belongs to another mask, to another partition of it, or was kept with other options.
+            ValueError: the state belongs to another mask, lacks a part, or was kept with other options.
         """
         if state_dict.get("mask_digest") != self.mask.digest():
             raise ValueError(
                 "optimizer state: it was saved for another mask; build MaskedAdamW with the mask it was saved with"
             )
-        mine = [state for _, state in self.compact()]
-        saved = [state_dict["state"][index] for index in range(len(mine))]
-        if state_dict["owned"] != self._owned() or list(map(_layout, saved)) != list(map(_layout, mine)):
-            raise ValueError(
-                "optimizer state: it was saved on another rank or number of ranks, or with other state options; resume with "
-                "train.checkpoint, which loads on any number"
-            )
+        others = state_dict.get("others", {})
+        parts = [state_dict, *(others.values() if isinstance(others, dict) else ())]
+        entries = self.compact()
+        found = locate(entries, parts)
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        for state, source, parameter in zip(mine, saved, self.param_groups[0]["params"], strict=True):
-            state["step"] = source["step"]
-            for name, tensor in tensors_of(state).items():
-                tensor.copy_(source[name])
+        steps = {support.name: state_dict["state"][i]["step"] for i, support in enumerate(self.supports)}
+        for (_, state), parameter in zip(entries, self.param_groups[0]["params"], strict=True):
             self.state[parameter] = state
-        self.set_values(state_dict["values"])
+        self.set_values(restore(entries, found, steps))
+
+
+def _host_values(model: ShardedModel, offload: Offload | None, support: Support) -> Tensor:
+    """What a weight holds at a support's entries, on the CPU; copies alone, as ``part_server`` asks: [n] in its dtype."""
+    if offload is not None:
+        return offload.entries[support.name].values
+    local, runs = model.storage(support)
+    local = local.cpu()
+    return compact_gather(local, runs.to(local.device)).to(local.dtype)
 
 
 def _entries(support: Support) -> nn.Parameter:
@@ -257,10 +290,6 @@ def _sum_of_squares(supports: list[Support], device: torch.device) -> Tensor:
     for support in supports:
         squares += compact_sumsq(support.grad)
     return squares
-
-
-def _layout(state: State) -> dict[str, Any]:
-    return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors_of(state).items()}
 
 
 def _check_hyperparameters(

@@ -2,27 +2,23 @@
 
     specificity(t) = 1 - max over other tasks s of |cos(u_t, u_s)|
 
-over all maskable parameters, and per tensor (TRACE, arXiv 2605.31025). A single task is fully specific.
+over all maskable parameters, and per tensor (TRACE, arXiv 2605.31025). A single task is fully specific. Updates are compared by
+their sketches (bank/sketch.py), so that no dense update outlives its probe, and tasks of earlier runs take part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-Update = Mapping[str, Tensor]
+from trace_dist.bank.sketch import Cosines, Sketch, cosines
 
 
-def cosine_matrix(updates: Sequence[Update], names: Sequence[str]) -> Tensor:
-    """Cosines between the tasks' updates over the named parameters: [T, T] fp64; 0 where an update is zero."""
-    gram = torch.zeros(len(updates), len(updates), dtype=torch.float64)
-    for name in names:
-        stacked = torch.stack([update[name].flatten().double() for update in updates])
-        gram += stacked @ stacked.T
-    norms = gram.diagonal().sqrt()
-    cosine = gram / torch.outer(norms, norms).clamp_min(1e-300)
+def cosine_matrix(sketches: Sequence[Sketch]) -> Tensor:
+    """Cosines between the tasks' updates: [T, T] fp64; 0 where an update is zero."""
+    cosine = torch.stack([cosines(sketch, sketches).total for sketch in sketches])
     cosine.fill_diagonal_(1.0)
     return cosine
 
@@ -33,7 +29,9 @@ def specificity(cosine: Tensor) -> Tensor:
     return 1 - others.max(1).values.clamp_min(0).clamp_max(1)
 
 
-def tensor_specificity(updates: Sequence[Update], names: Sequence[str]) -> list[dict[str, float]]:
-    """Per task: parameter -> specificity of its update in that tensor alone."""
-    per_name = {name: specificity(cosine_matrix(updates, [name])) for name in names}
-    return [{name: float(values[t]) for name, values in per_name.items()} for t in range(len(updates))]
+def tensor_specificity(own: Sketch, others: Sequence[Sketch]) -> dict[str, float]:
+    """Parameter -> specificity of a task's update in that tensor alone."""
+    found: Cosines = cosines(own, others)
+    if not others:
+        return dict.fromkeys(found.tensors, 1.0)
+    return {name: 1 - min(1.0, float(values.abs().max())) for name, values in found.tensors.items()}

@@ -43,6 +43,7 @@ def warm_start(
     probe: ProbeConfig,
     train: TrainConfig,
     dtype: str = "float32",
+    description: str = "warm start",
 ) -> Trace:
     """Fine-tune ``names`` for a few steps, measure, and restore the model bit for bit.
 
@@ -53,6 +54,7 @@ def warm_start(
         probe: steps, learning rate, Fisher batches.
         train: the remaining options of the loop.
         dtype: data type of matmuls; the weights are fp32.
+        description: label of progress and logs; names the task.
     """
     parameters = dict(module.to(dist.local_device()).named_parameters())
     for parameter in parameters.values():
@@ -60,7 +62,7 @@ def warm_start(
     tuned = {name: parameters[name] for name in names}
     before = {name: parameter.detach().clone() for name, parameter in tuned.items()}
     learner = DenseLearner(module, tuned.values(), train, probe.lr, dtype)
-    result = train_steps(learner, batches, train, probe.steps, description="warm start")
+    result = train_steps(learner, batches, train, probe.steps, description=description, rate="probe.lr")
     update = {
         name: (parameter.detach().float() - before[name].float()).cpu() for name, parameter in tuned.items()
     }

@@ -4,9 +4,9 @@ Every storage that an operator makes is counted from its birth to its death (as 
 fake tensors), so activations kept for backward, gradients of activations, logits and temporaries are those of the real code,
 whatever the architecture. Weight gradients of masked linear layers are left out: they depend on the mask (``estimate``).
 
-[Note: stand-ins] Three things differ from a run on a device. Attention is replaced by a function that saves what fused kernels
-save (q, k, v, the output and fp32 log-sums), since on meta tensors torch would choose the unfused one. Questions about values
-(transformers asks whether an attention mask is all ones) are answered with yes. Every position bears loss.
+Three things differ from a run on a device. Attention and the grouped products of experts are replaced (``stand_ins``). Questions
+about values (transformers asks whether an attention mask is all ones, experts which tokens are theirs) are answered by
+``utils.meta_values``. Every position bears loss.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -27,9 +27,11 @@ from torch.utils._pytree import tree_iter
 from trace_dist.models.blocks import whole_blocks
 from trace_dist.models.forward import names_argument
 from trace_dist.models.nf4 import NF4Linear, named_weights
+from trace_dist.profiling.stand_ins import grouped_product, replace_attention
 from trace_dist.sharding.masked_linear import Part, patch_linear
 from trace_dist.train.cross_entropy import nll_sum_
 from trace_dist.train.loss import answer_nll_sum_
+from trace_dist.utils.meta_values import MetaValues
 
 Phase = Literal["forward", "backward"]
 Kind = Literal["activations", "logits"]
@@ -80,14 +82,16 @@ class _LiveStorages(TorchDispatchMode):
         self.alive: dict[Kind, int] = {"activations": 0, "logits": 0}
         self.kind: Kind = "activations"
         self.moments = [Moment("forward")]
+        self.values = MetaValues()
         self._references: dict[int, Any] = {}
         for tensor in known:
             self._references[tensor.untyped_storage()._cdata] = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return True  # [Note: stand-ins]
-        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._grouped_mm.default:
+            result = grouped_product(*args, **(kwargs or {}))
+        else:
+            result = self.values.run(func, args, kwargs or {})
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())
@@ -112,38 +116,6 @@ class _LiveStorages(TorchDispatchMode):
         """Begin the next moment."""
         moment.peak = dict(self.alive)
         self.moments.append(moment)
-
-
-class _FusedAttention(torch.autograd.Function):
-    """[Note: stand-ins] Shapes: q [batch, heads, length, dim]; k and v may have fewer heads."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        shape = (*q.shape[:-1], v.shape[-1])
-        order = sorted(range(4), key=q.stride, reverse=True)  # the output lies in memory as the queries do
-        out = q.new_empty([shape[axis] for axis in order]).permute([order.index(axis) for axis in range(4)])
-        log_sums = q.new_empty(q.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, out, log_sums, *([] if mask is None else [mask]))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *_ = ctx.saved_tensors
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
-    return _FusedAttention.apply(query, key, value, attn_mask)
-
-
-def _replace_attention() -> Callable[[], None]:
-    original = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = _attend  # type: ignore[assignment]
-
-    def undo() -> None:
-        F.scaled_dot_product_attention = original
-
-    return undo
 
 
 def trace_step(
@@ -185,9 +157,10 @@ def _checkpoint(module: Any, enabled: bool) -> None:
 def _loss(module: Any, batch: int, length: int, live: _LiveStorages) -> Tensor:
     """``train.loss.forward_nll_sum`` where every token has a label; what it asks of labels has no answer on the meta device."""
     ids = torch.empty(batch, length, dtype=torch.int64, device="meta")
+    options = {"use_cache": False} if names_argument(module, "use_cache") else {}
     if not names_argument(module, "logits_to_keep"):
-        return answer_nll_sum_(module(input_ids=ids).logits, ids, 1 / ids.numel())
-    logits = module(input_ids=ids, logits_to_keep=ids[0, 1:]).logits
+        return answer_nll_sum_(module(input_ids=ids, **options).logits, ids, 1 / ids.numel())
+    logits = module(input_ids=ids, logits_to_keep=ids[0, 1:], **options).logits
     return nll_sum_(logits.flatten(0, 1), ids[:, 1:].flatten(), 1 / ids.numel())
 
 
@@ -201,7 +174,7 @@ def _prepared(module: nn.Module, masked: Mapping[str, int | None], live: _LiveSt
     within = tuple(f"{path}." for path in blocks)
     owners: dict[int, list[nn.Module]] = {}
     undo: list[Callable[[], None]] = []
-    undo.append(_replace_attention())
+    undo.append(replace_attention())
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     for path, child in module.named_modules():
@@ -258,35 +231,62 @@ class _Use(NamedTuple):
     whole: bool = False
 
 
+class _Boundary(torch.autograd.Function):
+    """Passes tensors on, and calls back in the backward pass when their gradients are there.
+
+    What it returns are no views, as those of torch's module hooks are: some models (Falcon, Llama-4) change a module's output in
+    place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, reached: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.reached = reached
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.data for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.reached()
+        return None, *grads
+
+
+def _bounded(values: tuple[Any, ...], reached: Callable[[], None]) -> tuple[Any, ...]:
+    """``values`` with a boundary behind those that need a gradient."""
+    differentiable = [value for value in values if isinstance(value, Tensor) and value.requires_grad]
+    if not differentiable:
+        return values
+    passed = iter(_Boundary.apply(reached, *differentiable))
+    return tuple(
+        next(passed) if isinstance(value, Tensor) and value.requires_grad else value for value in values
+    )
+
+
 def _watch(
     child: nn.Module, path: str, use: _Use, live: _LiveStorages, is_head: bool
 ) -> list[Callable[[], None]]:
     """Mark when a module's parameters are needed and when they are not, as DeepSpeed's and FSDP2's hooks do."""
 
-    def begin(phase: Phase) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            if is_head:
-                live.kind = "logits"
-            live.mark(Moment(f"{phase} of {path}", fetches=use.names, whole=use.whole))
+    def begin(phase: Phase) -> None:
+        if is_head:
+            live.kind = "logits"
+        live.mark(Moment(f"{phase} of {path}", fetches=use.names, whole=use.whole))
 
-        return hook
+    def end(phase: Phase) -> None:
+        if is_head and phase == "backward":
+            live.kind = "activations"
+        live.mark(Moment(f"after {phase} of {path}", releases=use.names or (), whole=use.whole))
 
-    def end(phase: Phase) -> Callable[..., None]:
-        def hook(_: nn.Module, grad_input: Any, __: Any) -> None:
-            # Without an input that needs a gradient this fires before the module's backward has run.
-            if phase == "backward" and all(grad is None for grad in grad_input):
-                return
-            if is_head and phase == "backward":
-                live.kind = "activations"
-            live.mark(Moment(f"after {phase} of {path}", releases=use.names or (), whole=use.whole))
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        begin("forward")
+        return args if use.names == () else _bounded(args, partial(end, "backward"))
 
-        return hook
+    def after(_: nn.Module, __: Any, result: Any) -> Any:
+        end("forward")
+        if isinstance(result, Tensor):
+            return _bounded((result,), partial(begin, "backward"))[0]
+        return _bounded(result, partial(begin, "backward")) if type(result) is tuple else result
 
-    handles = [child.register_forward_pre_hook(begin("forward"))]
+    handles = [child.register_forward_pre_hook(before)]
     if use.names != ():
-        handles += [
-            child.register_forward_hook(end("forward")),
-            child.register_full_backward_pre_hook(begin("backward")),
-            child.register_full_backward_hook(end("backward")),
-        ]
+        handles.append(child.register_forward_hook(after))
     return [handle.remove for handle in handles]

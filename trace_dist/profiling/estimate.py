@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from trace_dist.config import Backend, Quantize, StateDtype
 from trace_dist.masks.gaps import expected_bytes
 from trace_dist.masks.ops import layouts_for
 from trace_dist.masks.units import UnitLayout
+from trace_dist.models.architecture import cause, empty_model, read_config
 from trace_dist.models.blocks import decoder_blocks
 from trace_dist.models.nf4 import NF4Linear, named_weights, quantize_nf4
 from trace_dist.models.roles import full_shape
@@ -104,13 +104,7 @@ def load_config(model: str) -> Any:
         raise ValueError(
             f"model={model!r}: no such file or folder; give a config.json, a folder that holds one, or a hub id"
         )
-    try:
-        return AutoConfig.from_pretrained(path if path.exists() else model)
-    except (OSError, ValueError, KeyError) as error:
-        cause = str(error).strip().partition("\n")[0][:200]
-        raise ValueError(
-            f"model={model!r}: no readable config ({cause}); give a config.json, a folder that holds one, or a hub id"
-        ) from None
+    return read_config(path if path.exists() else model, f"model={model!r}")
 
 
 class Estimator:
@@ -121,10 +115,8 @@ class Estimator:
     """
 
     def __init__(self, model: str, dtype: str, quantize: Quantize = "none") -> None:
-        with torch.device("meta"):
-            self.module: Any = AutoModelForCausalLM.from_config(
-                load_config(model), dtype=getattr(torch, dtype)
-            )
+        self.model = model
+        self.module = empty_model(load_config(model), getattr(torch, dtype), f"model={model!r}")
         if quantize == "nf4":
             quantize_nf4(self.module)
         self.weights = dict(named_weights(self.module))
@@ -139,7 +131,7 @@ class Estimator:
         """The memory of one setup.
 
         Raises:
-            ValueError: nothing is maskable, or the mask would select nothing.
+            ValueError: nothing is maskable, the mask would select nothing, or the family's code does not run on the meta device.
         """
         layouts = self.layouts(setup.granularity, setup.block, setup.maskable)
         selected = selections(layouts, setup.density)
@@ -181,7 +173,14 @@ class Estimator:
 
     def _trace(self, step: _Step) -> StepTrace:
         columns, batch, length, checkpointing = step
-        return trace_step(self.module, dict(columns), batch, length, checkpointing)
+        try:
+            return trace_step(self.module, dict(columns), batch, length, checkpointing)
+        # A family's code, which may need values, another length, other inputs than tokens or another dtype.
+        except Exception as error:
+            raise ValueError(
+                f"model={self.model!r}: the memory of a step of the family {self.module.config.model_type!r} is not known before "
+                f"one is run ({cause(error)}); change what it names, or measure a training step"
+            ) from error
 
     def _gathered(self, step: _Step, backend: Backend, world_size: int, sequential: bool) -> tuple[int, ...]:
         moments = self.trace(step).moments

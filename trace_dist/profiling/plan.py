@@ -72,7 +72,7 @@ def plan(base: MemorySetup, gpu_gib: float, reserve_gib: float = 1.0) -> list[Op
     estimator = Estimator(base.model, base.dtype, base.quantize)
     found: list[Option] = []
     for quality in _qualities(base):
-        for way in _ways(quality):
+        for way in _ways(quality, estimator):
             sizes = (replace(way, micro_batch_size=size) for size in MICRO_BATCHES)
             options = (_option(estimator, setup, gpu_gib, reserve_gib) for setup in sizes)
             largest = next((option for option in options if option.headroom_gib >= 0), None)
@@ -81,7 +81,7 @@ def plan(base: MemorySetup, gpu_gib: float, reserve_gib: float = 1.0) -> list[Op
             ):
                 found.append(largest)
     if not found:
-        raise ValueError(_nothing_fits(estimator, _leanest(base), gpu_gib, reserve_gib))
+        raise ValueError(_nothing_fits(estimator, _leanest(base, estimator), gpu_gib, reserve_gib))
     return found
 
 
@@ -92,10 +92,11 @@ def _qualities(base: MemorySetup) -> Iterator[MemorySetup]:
                 yield replace(base, density=density, state_dtype=state_dtype, master=master)
 
 
-def _ways(quality: MemorySetup) -> Iterator[MemorySetup]:
+def _ways(quality: MemorySetup, estimator: Estimator) -> Iterator[MemorySetup]:
     yield from (
         replace(quality, offload=offload, activation_checkpointing=checkpointing)
         for offload, checkpointing in WAYS
+        if estimator.module.supports_gradient_checkpointing or not checkpointing
     )
 
 
@@ -107,9 +108,9 @@ def _at_least_as_fast(one: MemorySetup, other: MemorySetup) -> bool:
     )
 
 
-def _leanest(base: MemorySetup) -> MemorySetup:
+def _leanest(base: MemorySetup, estimator: Estimator) -> MemorySetup:
     *_, quality = _qualities(base)
-    *_, way = _ways(quality)
+    *_, way = _ways(quality, estimator)
     return replace(way, micro_batch_size=1)
 
 
@@ -134,8 +135,9 @@ def _nothing_fits(estimator: Estimator, leanest: MemorySetup, gpu_gib: float, re
         + (f", {gpus} GPUs of this size" if gpus else "")
         + " or shorter sequences"
     )
+    recomputed = "recomputed activations, " if leanest.activation_checkpointing else ""
     return (
         f"gpu_gib={gpu_gib:g}: nothing fits: the leanest option (density {leanest.density}, {leanest.state_dtype} states, "
-        f"master {str(leanest.master).lower()}, offload {leanest.offload}, recomputed activations, micro-batch 1) needs "
+        f"master {str(leanest.master).lower()}, offload {leanest.offload}, {recomputed}micro-batch 1) needs "
         f"{needed:.1f} GiB on {'one GPU' if gpus_now == 1 else f'each of {gpus_now} GPUs'}; use {cure}"
     )

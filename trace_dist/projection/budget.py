@@ -15,8 +15,8 @@ from trace_dist.masks.format import Mask
 from trace_dist.masks.units import UnitLayout
 from trace_dist.models.roles import ParamInfo
 
-Kind = tuple[str, int]
-"""Role and number of dimensions: a bias is never matched with a matrix."""
+Kind = tuple[str, str, int]
+"""Tower, role and number of dimensions: neither an image encoder is matched with the text model nor a bias with a matrix."""
 
 
 def project_budgets(
@@ -71,7 +71,7 @@ def _share(info: ParamInfo, curves: Mapping[Kind, Mapping[float, float]], defaul
 
 
 def _kind(info: ParamInfo) -> Kind:
-    return info.role, len(info.shape)
+    return info.tower, info.role, len(info.shape)
 
 
 def _depth(info: ParamInfo) -> float:

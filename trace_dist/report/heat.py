@@ -1,4 +1,4 @@
-"""Heat-maps as HTML tables: accuracy per mode, cosine between tasks, retrieval confusion.
+"""Heat-maps as HTML tables: accuracy per method, cosine between tasks, retrieval confusion.
 
 A table can be read out, copied and scrolled on a phone; the tint of a cell is a CSS variable in [0, 1] that
 the page mixes into the reader's colour scheme.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trace_dist.report import tables, theme
-from trace_dist.report.results import ModeView, RunView, matrix, sequence
+from trace_dist.report.results import MethodView, RunView, matrix, sequence
 
 MANY_TASKS = 5  # with more, matrices get wider cards, upright names and no decimals
 _NAME_LENGTH = 14
@@ -56,17 +56,17 @@ class Heat:
         return len(self.column_names) > MANY_TASKS or any(len(name) > 11 for name in self.column_names)
 
 
-def accuracy_heat(view: RunView, mode: ModeView) -> Heat:
-    """The accuracy matrix of a mode in percent; see [Note: the accuracy matrix]."""
+def accuracy_heat(view: RunView, method: MethodView) -> Heat:
+    """The accuracy matrix of a method in percent; see [Note: the accuracy matrix]."""
     short = ["base", *(f"+ {name}" for name in tables.shorten_all(view.tasks, _NAME_LENGTH))]
     whole = ["untouched base model", *(f"after training on {name}" for name in view.tasks)]
     rows = []
-    for stage, scores in enumerate(mode.scores):
+    for stage, scores in enumerate(method.scores):
         cells = [_score_cell(float(score), stage, task, len(view.tasks)) for task, score in enumerate(scores)]
         rows.append((short[stage], whole[stage], cells))
-    color = theme.css_color(theme.mode_color(mode.name, view.modes.index(mode)))
-    note = f"final average {tables.percent(tables.final_average(mode))}"
-    return Heat(mode.label, note, "stage", view.tasks, rows, color)
+    color = theme.css_color(theme.method_color(method.colour, view.methods.index(method)))
+    note = f"final average {tables.percent(tables.final_average(method))}"
+    return Heat(method.label, note, "stage", view.tasks, rows, color)
 
 
 def _score_cell(score: float, stage: int, task: int, num_tasks: int) -> Cell:

@@ -58,7 +58,7 @@ def write_report(results: Mapping[str, Any], out: str | Path) -> Path:
 
 def _context(view: RunView) -> dict[str, Any]:
     """Everything the template shows; an empty value leaves its section out."""
-    forgetting_height = 70 + 46 * len(view.modes)
+    forgetting_height = 70 + 46 * len(view.methods)
     return {
         "view": view,
         "light": theme.LIGHT,
@@ -66,10 +66,12 @@ def _context(view: RunView) -> dict[str, Any]:
         "tiles": tables.headline(view),
         "story": narrate(view),
         "columns": tables.COLUMNS,
-        "rows": [(mode, tables.mode_cells(view, mode)) for mode in view.modes],
-        "matrices": [heat.accuracy_heat(view, mode) for mode in view.modes],
+        "rows": [(method, tables.method_cells(view, method)) for method in view.methods],
+        "matrices": [heat.accuracy_heat(view, method) for method in view.methods],
         "has_many_tasks": len(view.tasks) > heat.MANY_TASKS,
-        "forgetting": _figure(400, forgetting_height, "Learned and kept", plots.draw_forgetting, view.modes),
+        "forgetting": _figure(
+            400, forgetting_height, "Learned and kept", plots.draw_forgetting, view.methods
+        ),
         "task_columns": TASK_COLUMNS,
         "task_rows": _task_rows(view),
         "general": _general(view),
@@ -127,15 +129,17 @@ def _general(view: RunView) -> list[tuple[str, Markup]]:
             ),
         )
         for column, name in enumerate(view.general_sets)
-        if any(np.isfinite(mode.general[:, column]).any() for mode in view.modes)
+        if any(np.isfinite(method.general[:, column]).any() for method in view.methods)
     ]
 
 
 def _text(view: RunView) -> list[tuple[str, list[str]]]:
-    """Per mode and text set: bits per byte of the base, then after the last task."""
+    """Per method and text set: bits per byte of the base, then after the last task."""
     rows = []
-    for mode in view.modes:
-        for text_set, values in mapping(mapping(view.part("modes")[mode.name]).get("bits_per_byte")).items():
+    for method in view.methods:
+        for text_set, values in mapping(
+            mapping(view.part("modes")[method.name]).get("bits_per_byte")
+        ).items():
             curve = [number(value) for value in sequence(values)]
             if len(curve) > 1:
                 cells = [
@@ -143,7 +147,7 @@ def _text(view: RunView) -> list[tuple[str, list[str]]]:
                     tables.fixed(curve[-1], 3),
                     tables.signed(curve[-1] - curve[0], 3),
                 ]
-                rows.append((mode.label, [str(text_set), *cells]))
+                rows.append((method.label, [str(text_set), *cells]))
     return rows
 
 
@@ -151,7 +155,7 @@ def _losses(view: RunView) -> list[tuple[str, Markup]]:
     return [
         (task, _figure(340, 220, f"Training loss on {task}", plots.draw_losses, view, task))
         for task in view.tasks
-        if any(task in mode.losses for mode in view.modes)
+        if any(task in method.losses for method in view.methods)
     ]
 
 
@@ -181,11 +185,11 @@ def _retrieval(view: RunView) -> dict[str, Any] | None:
 
 def _memory(view: RunView) -> dict[str, Any] | None:
     memory = view.part("memory")
-    categories = {str(mode): mapping(parts) for mode, parts in mapping(memory.get("categories")).items()}
+    categories = {str(kind): mapping(parts) for kind, parts in mapping(memory.get("categories")).items()}
     names = list(dict.fromkeys(str(name) for parts in categories.values() for name in parts))
     if not names:
         return None
-    peaks = [tables.fixed(number(mapping(memory.get("peak_rss_gib")).get(mode)), 2) for mode in categories]
+    peaks = [tables.fixed(number(mapping(memory.get("peak_rss_gib")).get(kind)), 2) for kind in categories]
     rows = [
         (
             plots.CATEGORY_LABELS.get(name, name),
@@ -197,7 +201,7 @@ def _memory(view: RunView) -> dict[str, Any] | None:
     height = 80 + 85 * len(categories)
     return {
         "figure": _figure(420, height, "Model states in bytes per parameter", plots.draw_memory, memory),
-        "modes": list(categories),
+        "kinds": list(categories),
         "rows": rows,
         "peaks": peaks if any(_if_known(peak) for peak in peaks) else [],
     }

@@ -1,4 +1,4 @@
-"""The comparison of modes as Markdown, and keeping it in a document beside the results that it shows.
+"""The comparison of methods as Markdown, and keeping it in a document beside the results that it shows.
 
     python -m trace_dist.report.markdown docs/results/quickstart.json README.md quickstart
 
@@ -14,22 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from trace_dist.report.results import load_results, number, parse_results
-from trace_dist.report.tables import COLUMNS, duration, mode_cells
+from trace_dist.report.tables import COLUMNS, MISSING, duration, method_cells
 
 
 def markdown_table(results: Mapping[str, Any]) -> str:
-    """One row per mode, and a line that says where and when it was measured.
+    """One row per method, and a line that says where and when it was measured.
 
     Raises:
         ValueError: `results` lacks "tasks" or "modes".
     """
     view = parse_results(results)
-    shown = [i for i in range(len(COLUMNS)) if any(mode_cells(view, mode)[i] != "–" for mode in view.modes)]  # noqa: RUF001
+    cells = [(method.label, method_cells(view, method)) for method in view.methods]
+    shown = [i for i in range(len(COLUMNS)) if any(row[i] != MISSING for _, row in cells)]
     heads = [f"{COLUMNS[i].head}, {COLUMNS[i].unit}" for i in shown]
-    lines = ["| mode | " + " | ".join(heads) + " |", "|---" + "|---:" * len(heads) + "|"]
-    for mode in view.modes:
-        cells = [mode_cells(view, mode)[i] for i in shown]
-        lines.append("| " + " | ".join([mode.label, *cells]) + " |")
+    lines = ["| method | " + " | ".join(heads) + " |", "|---" + "|---:" * len(heads) + "|"]
+    lines += ["| " + " | ".join([label, *(row[i] for i in shown)]) + " |" for label, row in cells]
     return "\n".join(lines) + "\n\n" + _provenance(results) + "\n"
 
 

@@ -12,7 +12,7 @@ from trace_dist.report.tables import count, duration, final_average, fixed, perc
 
 def narrate(view: RunView) -> str:
     """One paragraph of plain text; the caller escapes it."""
-    sentences = [*_setting(view), *_outcome(view), *_baselines(view), *_cost(view)]
+    sentences = [*_setting(view), *_outcome(view), *_others(view), *_cost(view)]
     return " ".join(sentences)
 
 
@@ -57,7 +57,7 @@ def _outcome(view: RunView) -> list[str]:
         out.append(f"Right after its own training a task scores {percent(before)} on average.")
     if not math.isnan(after):
         lost = "" if math.isnan(forgotten) else f", having forgotten {fixed(forgotten)} points"
-        out.append(f"At the end the {hero.label} mode scores {percent(after)} over all tasks{lost}.")
+        out.append(f"At the end the {hero.label} method scores {percent(after)} over all tasks{lost}.")
     accuracy, bound = (number(view.part("retrieval").get(key)) for key in ("accuracy", "error_bound"))
     if not math.isnan(accuracy):
         limit = "" if math.isnan(bound) else f"; the error bound is {percent(bound)}"
@@ -65,19 +65,14 @@ def _outcome(view: RunView) -> list[str]:
     return out
 
 
-def _baselines(view: RunView) -> list[str]:
+def _others(view: RunView) -> list[str]:
     parts = []
-    for name, subject in (
-        ("full", "sequential full fine-tuning"),
-        ("lora", "LoRA"),
-        ("random", "a random mask of equal density"),
-    ):
-        mode = view.mode(name)
-        if mode is None or mode is view.hero or math.isnan(final_average(mode)):
+    for method in view.methods:
+        if method is view.hero or math.isnan(final_average(method)):
             continue
-        before, after = mean(mode.just_trained), percent(final_average(mode))
+        before, after = mean(method.just_trained), percent(final_average(method))
         both = len(view.tasks) > 1 and not math.isnan(before)
-        parts.append(f"{subject} {f'{percent(before)} and {after}' if both else after}")
+        parts.append(f"{method.label} {f'{percent(before)} and {after}' if both else after}")
     when = ", just trained and at the end" if len(view.tasks) > 1 else ""
     return [f"Run beside it{when}: {'; '.join(parts)}."] if parts else []
 

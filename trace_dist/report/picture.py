@@ -12,7 +12,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from trace_dist.report import plots
 from trace_dist.report.results import RunView, mapping, parse_results
 from trace_dist.report.tables import final_average, percent, shorten
-from trace_dist.report.theme import LIGHT, mode_color, theme
+from trace_dist.report.theme import LIGHT, method_color, theme
 
 WIDTH_PX = 1600
 _DPI = 100
@@ -49,16 +49,16 @@ def _title(fig: SubFigure, text: str) -> None:
 
 
 def _draw_matrices(fig: SubFigure, view: RunView) -> None:
-    modes = view.modes[:_MAX_MATRICES]
+    methods = view.methods[:_MAX_MATRICES]
     _title(
         fig, "Score (%) on each task (column) after each stage of the sequence (row); outlined: just trained"
     )
-    for position, (ax, mode) in enumerate(
-        zip(fig.subplots(1, len(modes), squeeze=False)[0], modes, strict=True)
+    for position, (ax, method) in enumerate(
+        zip(fig.subplots(1, len(methods), squeeze=False)[0], methods, strict=True)
     ):
-        plots.draw_accuracy_matrix(ax, mode, view.tasks)
-        title = f"{shorten(mode.label, 20)}: {percent(final_average(mode))}"
-        ax.set_title(title, color=mode_color(mode.name, position), pad=10)
+        plots.draw_accuracy_matrix(ax, method, view.tasks)
+        title = f"{shorten(method.label, 20)}: {percent(final_average(method))}"
+        ax.set_title(title, color=method_color(method.colour, position), pad=10)
         if position:
             ax.set_yticks([])
 
@@ -68,7 +68,7 @@ def _bottom_panels(view: RunView) -> list[tuple[float, Callable[[SubFigure], Non
 
     def forgetting(fig: SubFigure) -> None:
         _title(fig, "Learned (pale) and kept (full)")
-        plots.draw_forgetting(fig.subplots(), view.modes)
+        plots.draw_forgetting(fig.subplots(), view.methods)
 
     def masks(fig: SubFigure) -> None:
         _title(fig, "Mask density, mean over tasks")

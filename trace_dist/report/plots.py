@@ -17,9 +17,9 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from trace_dist.report.results import Array, MaskView, ModeView, RunView, mapping, mean, number
+from trace_dist.report.results import Array, MaskView, MethodView, RunView, mapping, mean, number
 from trace_dist.report.tables import percent, shorten, shorten_all
-from trace_dist.report.theme import LIGHT, STRONG_TINT, category_color, heat_map, mode_color
+from trace_dist.report.theme import LIGHT, STRONG_TINT, category_color, heat_map, method_color
 
 CATEGORY_LABELS = {
     "weights": "weights",
@@ -39,9 +39,9 @@ _SHORT_CATEGORIES = {
 _LOG_FROM_RATIO = 20.0  # a loss that falls by more than this is drawn on a log axis
 
 
-def draw_accuracy_matrix(ax: Axes, mode: ModeView, tasks: Sequence[str]) -> None:
-    """Heat-map of `mode.scores` in percent; the diagonal (just trained) is outlined."""
-    scores = mode.scores
+def draw_accuracy_matrix(ax: Axes, method: MethodView, tasks: Sequence[str]) -> None:
+    """Heat-map of `method.scores` in percent; the diagonal (just trained) is outlined."""
+    scores = method.scores
     num_stages, num_tasks = scores.shape
     ax.imshow(np.ma.masked_invalid(scores), cmap=heat_map(), vmin=0, vmax=100, aspect="auto")
     font_size = 11 if num_tasks <= 6 else 7
@@ -90,24 +90,24 @@ def _gaps(ax: Axes, num_rows: int, num_cols: int) -> None:
         ax.axvline(col - 0.5, **lines)
 
 
-def draw_forgetting(ax: Axes, modes: Sequence[ModeView]) -> None:
-    """Per mode a pale bar to the just-trained average and a full bar to the final one: the gap is forgotten.
+def draw_forgetting(ax: Axes, methods: Sequence[MethodView]) -> None:
+    """Per method a pale bar to the just-trained average and a full bar to the final one: the gap is forgotten.
 
     Dots are the single tasks at the end of the sequence.
     """
-    for row, mode in enumerate(modes):
-        color = mode_color(mode.name, row)
-        before, after = mean(mode.just_trained), mean(mode.final)
+    for row, method in enumerate(methods):
+        color = method_color(method.colour, row)
+        before, after = mean(method.just_trained), mean(method.final)
         ax.barh(row, before, height=0.62, color=color, alpha=0.22, linewidth=0)
         ax.barh(row, after, height=0.62, color=color, alpha=0.9, linewidth=0)
-        ax.scatter(mode.final, [row] * len(mode.final), s=16, color=LIGHT["ink"], zorder=3, clip_on=False)
+        ax.scatter(method.final, [row] * len(method.final), s=16, color=LIGHT["ink"], zorder=3, clip_on=False)
         ax.text(104, row, percent(after), va="center", weight="bold", size=11)
-        forgotten = mode.stat("forgetting")
+        forgotten = method.stat("forgetting")
         if math.isfinite(forgotten):
             ax.text(126, row, f"forgot {forgotten:.1f}", va="center", color=LIGHT["muted"], size=11)
-    ax.set_yticks(range(len(modes)), [shorten(mode.label, 18) for mode in modes])
+    ax.set_yticks(range(len(methods)), [shorten(method.label, 18) for method in methods])
     ax.tick_params(axis="y", labelcolor=LIGHT["ink"], length=0)
-    ax.set_ylim(len(modes) - 0.4, -0.6)
+    ax.set_ylim(len(methods) - 0.4, -0.6)
     ax.set_xlim(0, 100)
     ax.set_xlabel("average score over tasks (%)")
     ax.grid(axis="x", zorder=0)
@@ -116,15 +116,15 @@ def draw_forgetting(ax: Axes, modes: Sequence[ModeView]) -> None:
 
 
 def draw_general(ax: Axes, view: RunView, column: int) -> None:
-    """The score on one general set after each stage, one line per mode."""
+    """The score on one general set after each stage, one line per method."""
     ends: list[tuple[str, float, str]] = []
-    for position, mode in enumerate(view.modes):
-        scores = mode.general[:, column]
+    for position, method in enumerate(view.methods):
+        scores = method.general[:, column]
         measured = np.flatnonzero(np.isfinite(scores))
         if measured.size:
-            color = mode_color(mode.name, position)
+            color = method_color(method.colour, position)
             ax.plot(measured, scores[measured], color=color, marker="o", markersize=4, clip_on=False)
-            ends.append((mode.label, scores[measured[-1]], color))
+            ends.append((method.label, scores[measured[-1]], color))
     ax.set_ylim(-2, 102)
     ax.set_xlim(0, len(view.tasks))
     _name_stages(ax, view.tasks, axis="x")
@@ -135,9 +135,9 @@ def draw_general(ax: Axes, view: RunView, column: int) -> None:
 
 
 def draw_losses(ax: Axes, view: RunView, task: str) -> None:
-    """Training loss on one task, one line per mode."""
-    curves = [(mode, position) for position, mode in enumerate(view.modes) if task in mode.losses]
-    values = np.concatenate([mode.losses[task][:, 1] for mode, _ in curves])
+    """Training loss on one task, one line per method."""
+    curves = [(method, position) for position, method in enumerate(view.methods) if task in method.losses]
+    values = np.concatenate([method.losses[task][:, 1] for method, _ in curves])
     is_log = bool(values.min() > 0 and values.max() / values.min() > _LOG_FROM_RATIO)
     if is_log:
         ax.set_yscale("log")
@@ -145,14 +145,14 @@ def draw_losses(ax: Axes, view: RunView, task: str) -> None:
         ax.yaxis.set_minor_formatter(NullFormatter())
     ends: list[tuple[str, float, str]] = []
     drawn: list[Array] = []
-    for mode, position in curves:
-        curve = mode.losses[task]
+    for method, position in curves:
+        curve = method.losses[task]
         if any(np.array_equal(curve, other) for other in drawn):
             continue  # retrieved and merged share one training
         drawn.append(curve)
-        color = mode_color(mode.name, position)
+        color = method_color(method.colour, position)
         ax.plot(*curve.T, color=color, linewidth=1.6, marker="o" if len(curve) == 1 else "")
-        ends.append((mode.label, curve[-1, 1], color))
+        ends.append((method.label, curve[-1, 1], color))
     if not is_log:
         ax.set_ylim(bottom=min(0.0, float(values.min())))
     ax.set_xlim(left=0)

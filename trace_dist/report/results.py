@@ -24,31 +24,29 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-# Modes whose training runs on a mask, so that their model states are those of masked training.
-MASKED_MODES = ("retrieved", "merged", "random")
-MODE_LABELS = {
-    "retrieved": "retrieved",
-    "merged": "merged",
-    "full": "full fine-tuning",
-    "lora": "LoRA",
-    "random": "random mask",
+OLD_METHODS = {
+    "retrieved": ("retrieved", "blue", True),
+    "merged": ("merged", "sky", True),
+    "full": ("full fine-tuning", "vermillion", False),
+    "lora": ("LoRA", "pink", False),
+    "random": ("random mask", "grey", True),
 }
+"""Label, colour and whether a mask is trained, where a file of an earlier version does not say it."""
 
 
 @dataclass(frozen=True)
-class ModeView:
+class MethodView:
     """One way of learning the sequence: its accuracy matrix and the numbers derived from it."""
 
     name: str
+    label: str
+    colour: str  # role in the palette (`theme.LIGHT`); one that is not there gets a spare one
+    masked: bool  # its model states are those of masked training
     scores: Array  # [num_tasks + 1, num_tasks], percent; see [Note: the accuracy matrix]
     general: Array  # [num_tasks + 1, num_general], percent
     just_trained: Array  # [num_tasks], percent
     losses: Mapping[str, Array]  # task -> [num_points, 2] of (step, loss in nats per token)
-    stats: Mapping[str, float]  # the scalar entries of the mode; read them with `stat`
-
-    @property
-    def label(self) -> str:
-        return MODE_LABELS.get(self.name, self.name)
+    stats: Mapping[str, float]  # the scalar entries of the method; read them with `stat`
 
     @property
     def final(self) -> Array:
@@ -57,7 +55,7 @@ class ModeView:
         return self.scores[measured[-1]] if measured.size else self.scores[-1]
 
     def stat(self, key: str) -> float:
-        """The scalar `key` of this mode, NaN if the run did not report it."""
+        """The scalar `key` of this method, NaN if the run did not report it."""
         return self.stats.get(key, math.nan)
 
 
@@ -75,29 +73,29 @@ class RunView:
 
     tasks: list[str]
     general_sets: list[str]
-    modes: list[ModeView]
+    methods: list[MethodView]
     masks: Mapping[str, Mapping[str, MaskView]]  # "proxy" | "target" -> task -> mask
     raw: Mapping[str, Any]
 
     @property
-    def hero(self) -> ModeView:
-        """The mode the run is about: retrieved, else merged, else the first."""
-        by_name = {mode.name: mode for mode in self.modes}
-        return by_name.get("retrieved") or by_name.get("merged") or self.modes[0]
+    def hero(self) -> MethodView:
+        """The method the run is about: retrieved, else merged, else the first."""
+        by_name = {method.name: method for method in self.methods}
+        return by_name.get("retrieved") or by_name.get("merged") or self.methods[0]
 
-    def mode(self, name: str) -> ModeView | None:
-        return next((mode for mode in self.modes if mode.name == name), None)
+    def method(self, name: str) -> MethodView | None:
+        return next((method for method in self.methods if method.name == name), None)
 
     def part(self, name: str) -> Mapping[str, Any]:
         """The optional object `name` of the results, empty if absent or of another type."""
         value = self.raw.get(name)
         return value if isinstance(value, Mapping) else {}
 
-    def bytes_per_param(self, mode: str) -> float:
-        """Measured model-state bytes per parameter of `mode`, NaN if unknown."""
-        measured = mapping(self.part("memory").get("bytes_per_param"))
-        fallback = measured.get("masked") if mode in MASKED_MODES else None
-        return number(measured.get(mode, fallback))
+    def bytes_per_param(self, name: str) -> float:
+        """Measured model-state bytes per parameter of a method, NaN if unknown."""
+        measured, method = mapping(self.part("memory").get("bytes_per_param")), self.method(name)
+        fallback = measured.get("masked") if method is not None and method.masked else None
+        return number(measured.get(name, fallback))
 
 
 def load_results(path: str | Path) -> dict[str, Any]:
@@ -113,7 +111,8 @@ def load_results(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise ValueError(f"results file {path}: {reason}; pass a run folder or its results.json") from error
-    except ValueError as error:  # both a JSON and a UTF-8 decoding error
+    # A JSON or a UTF-8 decoding error, or JSON that is nested too deeply.
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"results file {path}: not valid JSON ({error}); run the sequence again") from error
     if not isinstance(results, dict):
         raise ValueError(
@@ -141,36 +140,41 @@ def parse_results(results: Mapping[str, Any]) -> RunView:
         raise ValueError("results: field 'tasks' must be a list of names; run the sequence again")
     if not isinstance(results["modes"], Mapping):
         raise ValueError("results: field 'modes' must map names to results; run the sequence again")
-    modes = [
-        _parse_mode(str(name), mapping(mode), tasks, general_sets) for name, mode in results["modes"].items()
+    methods = [
+        _parse_method(str(name), mapping(method), tasks, general_sets)
+        for name, method in results["modes"].items()
     ]
-    order = {name: position for position, name in enumerate(MODE_LABELS)}
-    modes.sort(key=lambda mode: order.get(mode.name, len(order)))
     masks = {
         model: {
             str(task): view for task, mask in mapping(by_task).items() if (view := _parse_mask(mapping(mask)))
         }
         for model, by_task in mapping(results.get("masks")).items()
     }
-    return RunView(tasks, general_sets, modes, masks, results)
+    return RunView(tasks, general_sets, methods, masks, results)
 
 
-def _parse_mode(name: str, mode: Mapping[str, Any], tasks: list[str], general_sets: list[str]) -> ModeView:
+def _parse_method(
+    name: str, method: Mapping[str, Any], tasks: list[str], general_sets: list[str]
+) -> MethodView:
     num_stages = len(tasks) + 1
     where = f"results: modes.{name}"
-    scores = matrix(mode.get("R"), num_stages, len(tasks), f"{where}.R")
-    general_rows = mode.get("general") if general_sets else None  # scores without names cannot be shown
+    scores = matrix(method.get("R"), num_stages, len(tasks), f"{where}.R")
+    general_rows = method.get("general") if general_sets else None  # scores without names cannot be shown
     general = matrix(general_rows, num_stages, len(general_sets), f"{where}.general")
-    just_trained = matrix([mode.get("just_trained") or []], 1, len(tasks), f"{where}.just_trained")[0]
+    just_trained = matrix([method.get("just_trained") or []], 1, len(tasks), f"{where}.just_trained")[0]
     diagonal = np.diagonal(scores, offset=-1)
-    losses = {str(task): _parse_curve(curve) for task, curve in mapping(mode.get("losses")).items()}
-    return ModeView(
+    losses = {str(task): _parse_curve(curve) for task, curve in mapping(method.get("losses")).items()}
+    label, colour, masked = OLD_METHODS.get(name, (name, "", False))
+    return MethodView(
         name=name,
+        label=str(method.get("label", label)),
+        colour=str(method.get("colour", colour)),
+        masked=bool(method.get("masked", masked)),
         scores=scores,
         general=general,
         just_trained=np.where(np.isfinite(just_trained), just_trained, diagonal),
         losses={task: curve for task, curve in losses.items() if len(curve)},
-        stats={key: number(value) for key, value in mode.items() if isinstance(value, (int, float))},
+        stats={key: number(value) for key, value in method.items() if isinstance(value, (int, float))},
     )
 
 

@@ -1,4 +1,4 @@
-"""Numbers as people read them, the comparison of modes, and the headline tiles."""
+"""Numbers as people read them, the comparison of methods, and the headline tiles."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from trace_dist.report.results import ModeView, RunView, mean, number, parse_results
+from trace_dist.report.results import MethodView, RunView, mean, number, parse_results
 
 MISSING = "–"  # noqa: RUF001, an en dash is what a typesetter puts in an empty cell
 
@@ -84,7 +84,7 @@ def shorten_all(names: Sequence[str], length: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the comparison of modes: its head, its unit, what it means."""
+    """A column of the comparison of methods: its head, its unit, what it means."""
 
     head: str
     unit: str
@@ -101,26 +101,26 @@ COLUMNS = (
 )
 
 
-def mode_cells(view: RunView, mode: ModeView) -> list[str]:
-    """The row of `mode`, in the order of `COLUMNS`."""
+def method_cells(view: RunView, method: MethodView) -> list[str]:
+    """The row of `method`, in the order of `COLUMNS`."""
     return [
-        fixed(mean(mode.just_trained)),
-        fixed(final_average(mode)),
-        fixed(mode.stat("forgetting")),
-        signed(mode.stat("general_delta")),
-        fixed(100 * mode.stat("density")),
-        fixed(view.bytes_per_param(mode.name), 2),
+        fixed(mean(method.just_trained)),
+        fixed(final_average(method)),
+        fixed(method.stat("forgetting")),
+        signed(method.stat("general_delta")),
+        fixed(100 * method.stat("density")),
+        fixed(view.bytes_per_param(method.name), 2),
     ]
 
 
-def final_average(mode: ModeView) -> float:
+def final_average(method: MethodView) -> float:
     """Reported final average accuracy in percent, else the mean of the last measured row."""
-    reported = mode.stat("average_accuracy")
-    return mean(mode.final) if math.isnan(reported) else reported
+    reported = method.stat("average_accuracy")
+    return mean(method.final) if math.isnan(reported) else reported
 
 
 def summary_table(results: Mapping[str, Any]) -> Table:
-    """The comparison of modes for the terminal: one row per mode, the mode the run is about in bold.
+    """The comparison of methods for the terminal: one row per method, the method the run is about in bold.
 
     Raises:
         ValueError: `results` lacks "tasks" or "modes".
@@ -134,14 +134,16 @@ def summary_table(results: Mapping[str, Any]) -> Table:
         pad_edge=False,
         collapse_padding=True,
     )
-    table.add_column("mode", overflow="fold", min_width=16)
+    table.add_column("method", overflow="fold", min_width=16)
     for column in COLUMNS:
         head = column.head.replace(" ", "\n")
         table.add_column(
             f"{head}\n[dim]{column.unit}[/dim]", justify="right", vertical="bottom", no_wrap=True
         )
-    for mode in view.modes:
-        table.add_row(Text(mode.label), *mode_cells(view, mode), style="bold" if mode is view.hero else "")
+    for method in view.methods:
+        table.add_row(
+            Text(method.label), *method_cells(view, method), style="bold" if method is view.hero else ""
+        )
     return table
 
 
@@ -157,13 +159,13 @@ class Tile:
 
 def headline(view: RunView) -> list[Tile]:
     """The four or five numbers that a reader takes away; a number that the run lacks has no tile."""
-    hero, full, retrieval = view.hero, view.mode("full"), view.part("retrieval")
+    hero, full, retrieval = view.hero, view.method("full"), view.part("retrieval")
     beside: dict[str, str] = {}
     if full is not None and full is not hero:
         beside = {
-            "average": f"full fine-tuning {percent(final_average(full))}",
-            "forgetting": f"full fine-tuning {fixed(full.stat('forgetting'))}",
-            "states": f"full fine-tuning {fixed(view.bytes_per_param('full'), 2)}",
+            "average": f"{full.label} {percent(final_average(full))}",
+            "forgetting": f"{full.label} {fixed(full.stat('forgetting'))}",
+            "states": f"{full.label} {fixed(view.bytes_per_param('full'), 2)}",
         }
     bound = number(retrieval.get("error_bound"))
     candidates = [

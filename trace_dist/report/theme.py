@@ -49,7 +49,6 @@ DARK = {
 }
 # From this share of the full tint on, text on it is readable only in the colour of the surface.
 STRONG_TINT = 0.75
-MODE_COLORS = {"retrieved": "blue", "merged": "sky", "full": "vermillion", "lora": "pink", "random": "grey"}
 CATEGORY_COLORS = {
     "weights": "grey",
     "master": "blue",
@@ -101,9 +100,9 @@ def theme() -> Iterator[None]:
         yield
 
 
-def mode_color(name: str, position: int = 0) -> str:
-    """Palette colour of a mode; `position` picks a spare one for a mode we do not know."""
-    return LIGHT[MODE_COLORS.get(name) or _SPARE_COLORS[position % len(_SPARE_COLORS)]]
+def method_color(colour: str, position: int = 0) -> str:
+    """Palette colour of a method that asks for `colour`; a spare one by `position` where the palette has no such colour."""
+    return LIGHT[colour if colour in LIGHT else _SPARE_COLORS[position % len(_SPARE_COLORS)]]
 
 
 def category_color(name: str) -> str:

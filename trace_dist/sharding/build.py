@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from trace_dist.config import Quantize
+from trace_dist.models.quantised import refuse_quantised_module
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.saving import check_can_be_saved
 from trace_dist.sharding.single import SingleModel
@@ -41,9 +42,10 @@ def shard(model: nn.Module, backend: str = "single") -> ShardedModel:
         backend: ``single``, ``zero3`` or ``fsdp2``.
 
     Raises:
-        ValueError: unknown backend, ``single`` with more than one rank, or a model with PEFT adapters.
+        ValueError: unknown backend, ``single`` with more than one rank, or a model with quantised weights or PEFT adapters.
     """
     kind = _backend(backend)
+    refuse_quantised_module(model)
     check_can_be_saved(model)
     dist.init_distributed()
     return kind(model)

@@ -2,18 +2,32 @@
 
 The model stays what it is and keeps the caller's loop: ``loss.backward()`` on it fills compact gradients. Under DDP its own
 dense all-reduce is switched off; ours carries masked entries only.
+
+[Note: DDP comes later] Trainer and accelerate wrap a model in DDP after the optimizer was built. DDP refuses a model without a
+parameter that requires a gradient, as a mask of linear layers leaves it; so the smallest masked weight claims to require one.
+Its layer runs through ``masked_linear``, where none arises for it. DDP keeps buckets for that weight alone, and each forward pass
+through DDP tells it that this step is not its to reduce.
 """
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from trace_dist.models.wrapping import is_deepspeed_engine, peel
+from trace_dist.masks.mask import Mask
+from trace_dist.models.quantised import refuse_quantised_module
+from trace_dist.models.wrapping import is_deepspeed_engine, peel, unwrap
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.single import ReplicatedModel
+from trace_dist.sharding.support import Accumulate, Support
 from trace_dist.utils import dist
+
+IGNORED = "_ddp_params_and_buffers_to_ignore"
+"""Where DDP looks for the names of what it must leave alone."""
 
 
 def as_sharded(model: ShardedModel | nn.Module) -> ShardedModel:
@@ -25,12 +39,13 @@ def as_sharded(model: ShardedModel | nn.Module) -> ShardedModel:
 
     Raises:
         ValueError: DeepSpeed or FSDP1 already owns the gradients, or the model is sharded in a way with no single owner
-            per entry.
+            per entry, or its weights are quantised.
     """
     if isinstance(model, ShardedModel):
         return model
-    dist.init_distributed()
     layers = peel(model)
+    refuse_quantised_module(layers[-1])
+    dist.init_distributed()
     around = [layer for layer in layers if isinstance(layer, DistributedDataParallel)]
     for ddp in around:
         ddp.require_backward_grad_sync = False  # what `no_sync` sets: its reducer then stays idle
@@ -65,7 +80,62 @@ def as_sharded(model: ShardedModel | nn.Module) -> ShardedModel:
         )
     if not around:  # DDP has made them the same
         _check_same_weights(inside)
-    return ReplicatedModel(model)
+    return PreparedModel(model)
+
+
+class PreparedModel(ReplicatedModel):
+    """A model of the caller's that every rank holds whole; DDP may be put around it at any time ([Note: DDP comes later])."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self._undo: list[Callable[[], None]] = []
+
+    def attach(self, mask: Mask, accumulate: Accumulate | None = None) -> list[Support]:
+        supports = super().attach(mask, accumulate)
+        self._undo.append(self.module.register_forward_pre_hook(self._before_forward).remove)
+        self._attached_on = self.device
+        if self.world > 1:
+            self._undo.append(self._suit_ddp(supports))
+        return supports
+
+    def detach(self) -> None:
+        super().detach()
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
+
+    def _suit_ddp(self, supports: Sequence[Support]) -> Callable[[], None]:
+        """Let DDP accept the model and keep buckets for no more than one parameter; returns the undo."""
+        weights = [self._parameters[s.name] for s in self.dense(supports)] or [
+            parameter for parameter in self._parameters.values() if parameter.is_floating_point()
+        ]
+        claims = min(weights, key=lambda weight: (not weight.requires_grad, weight.numel()))
+        before = getattr(self.module, IGNORED, ())
+        claims.requires_grad_(True)
+        dropped = claims.register_post_accumulate_grad_hook(_drop)
+        others = [name for name, p in self.module.named_parameters() if p is not claims]
+        # The names that DDP sees, around the model itself or around what torch.compile makes of it.
+        setattr(self.module, IGNORED, sorted({*before, *others, *(f"_orig_mod.{name}" for name in others)}))
+
+        def undo() -> None:
+            dropped.remove()
+            claims.requires_grad_(False)
+            setattr(self.module, IGNORED, before)
+
+        return undo
+
+    def _before_forward(self, *_: Any) -> None:
+        around = DistributedDataParallel._get_active_ddp_module()
+        if around is not None and unwrap(around) is self.module:
+            around.require_backward_grad_sync = False
+        if self.device != self._attached_on:
+            raise ValueError(
+                f"model: moved to {self.device} after MaskedAdamW was built on {self._attached_on}; move it first"
+            )
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 def _check_same_weights(model: nn.Module) -> None:

@@ -9,6 +9,10 @@ silently wrong: a module fed an input without gradient is not released after bac
 ``stage3_param_persistence_threshold`` stay gathered on purpose. ``after_backward`` releases the first kind, ``refresh`` drops
 and re-gathers the second; tests/sharding/test_zero3.py shows the drift without either.
 
+[Note: gather stream] On a GPU DeepSpeed gathers on a stream of its own. What computes waits for a gather, but no gather waits for
+what was computed before it. Whoever writes into shards (a step, ``set_values``, a delta, a snapshot) ends with ``refresh``,
+which lets that stream wait. FSDP2 needs nothing of the kind: the root's pre-forward hook lets its gather streams wait.
+
 [Note: whole blocks] DeepSpeed's hooks cost Python time at every module, forward and backward. A decoder block is therefore one
 of DeepSpeed's *leaf modules*: gathered, prefetched and released as one, as FSDP2 does, unless it is so large that its bytes count
 and its products hide the hooks. When DeepSpeed asks how far away a leaf's next use is, it sees the root module's backward pass,
@@ -149,6 +153,7 @@ class Zero3Model(ShardedModel):
     def _own(self, engine: Any) -> None:
         super().__init__(engine.module)
         self._deepspeed, self._engine = load_deepspeed(), engine
+        self._order_gathers()
 
     @classmethod
     def from_pretrained(cls, path: str, dtype: torch.dtype, quantize: Quantize = "none") -> Zero3Model:
@@ -175,6 +180,7 @@ class Zero3Model(ShardedModel):
         self._engine.optimizer.release_backward_leftovers()
 
     def refresh(self, supports: Iterable[Support]) -> None:
+        self._order_gathers()
         changed = [self._parameters[support.name] for support in self.dense(supports)]
         gathered = list(filter(self._is_gathered, changed))
         if not gathered:
@@ -183,6 +189,12 @@ class Zero3Model(ShardedModel):
         persistent = [parameter for parameter in gathered if parameter.ds_persist]
         if persistent:
             persistent[0].all_gather(param_list=persistent)
+
+    def _order_gathers(self) -> None:
+        """Let DeepSpeed's gathers begin after what this stream has written into the shards ([Note: gather stream])."""
+        gathering = self._engine.optimizer._DeepSpeedZeRoOffload__allgather_stream
+        if gathering is not None:  # as on a CPU
+            gathering.wait_stream(self._deepspeed.accelerator.get_accelerator().current_stream())
 
     @contextmanager
     def gathered(self, parameters: list[Any]) -> Iterator[list[Tensor]]:

@@ -1,25 +1,30 @@
 """What the training loop drives: a model, its backward pass and its optimizer step.
 
 ``MaskedLearner`` trains a mask on a sharded model. ``DenseLearner`` trains ordinary parameters in one process: pretraining of
-tiny bases, warm starts of the probe, and the baselines (full fine-tuning, LoRA).
+tiny bases, warm starts of the probe, full fine-tuning and LoRA.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from trace_kernels.compact import compact_gather
 
+from trace_dist.checkpoint import load_checkpoint, load_dense, save_checkpoint, save_dense
 from trace_dist.config import TrainConfig
 from trace_dist.data.batches import Step
 from trace_dist.masks.format import Mask
 from trace_dist.optim.masked_adamw import MaskedAdamW
+from trace_dist.optim.states import tensors_of
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.loss import accumulate, autocast
 from trace_dist.utils import dist
+from trace_dist.utils.finite import check_finite
 
 
 class Learner(ABC):
@@ -34,7 +39,23 @@ class Learner(ABC):
 
     @abstractmethod
     def step(self) -> float:
-        """Update, reset gradients, and return the global gradient norm before clipping."""
+        """Update, reset gradients, and return the global gradient norm before clipping.
+
+        Raises:
+            NotFinite: the norm is infinite or NaN; on all ranks together.
+        """
+
+    @abstractmethod
+    def tensors(self) -> Iterator[Tensor]:
+        """What an update changes on this rank: weights, master copies, moments."""
+
+    @abstractmethod
+    def save(self, root: Path, step: int, state: dict[str, Any]) -> object:
+        """Write a checkpoint of weights and optimizer after some steps; ``root`` is the folder of checkpoints. Collective."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Continue from a checkpoint that ``save`` wrote; its manifest (``step``, ``state``). Collective."""
 
     def forward(self, **inputs: Tensor) -> Any:
         """Run the model on the inputs of a micro-batch."""
@@ -77,6 +98,17 @@ class MaskedLearner(Learner):
         self.optimizer.zero_grad()
         return self.optimizer.grad_norm
 
+    def tensors(self) -> Iterator[Tensor]:
+        for support, state in self.optimizer.compact():
+            yield compact_gather(*self.model.storage(support))
+            yield from tensors_of(state).values()
+
+    def save(self, root: Path, step: int, state: dict[str, Any]) -> object:
+        return save_checkpoint(root, step, self.optimizer, state)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        return load_checkpoint(folder, self.optimizer)
+
 
 class DenseLearner(Learner):
     """Ordinary AdamW over the given fp32 parameters, in one process; ``dtype`` is that of matmuls (mixed precision)."""
@@ -112,7 +144,24 @@ class DenseLearner(Learner):
 
     def step(self) -> float:
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        check_finite(norm, "the gradient norm")
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(norm)
+        return norm
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.parameters
+        for state in self.optimizer.state.values():
+            yield from state.values()
+
+    def save(self, root: Path, step: int, state: dict[str, Any]) -> object:
+        return save_dense(root, step, self._named(), self.optimizer, state)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        return load_dense(folder, self._named(), self.optimizer)
+
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        """What is trained, with its names in the model."""
+        trained = set(map(id, self.parameters))
+        return [(name, each) for name, each in self.module.named_parameters() if id(each) in trained]

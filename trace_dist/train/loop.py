@@ -3,46 +3,82 @@
 The loss of a step is the mean over the answer tokens of the *global* batch: every micro-batch contributes its sum divided by the
 global count, and gradients are summed over micro-batches and ranks. So the curve does not depend on the number of ranks
 or on the micro-batch size.
+
+A loss, gradient norm or learning rate that is infinite or NaN stops all ranks in the step where it appears. Weights and moments
+are looked at before every checkpoint and after the last step, so that nothing broken is kept.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from trace_dist.config import TrainConfig
 from trace_dist.data.batches import Batches
 from trace_dist.train.learner import Learner
 from trace_dist.utils import dist
+from trace_dist.utils.agreement import agree
 from trace_dist.utils.files import append_jsonl
+from trace_dist.utils.finite import NotFinite, all_finite, check_finite
 from trace_dist.utils.log import get_logger, progress
 
 logger = get_logger(__name__)
+SHOWN_ROWS = 16
+"""Training examples that a message names."""
 
 
 @dataclass
 class TrainResult:
-    """What a training run measured.
+    """What a training run measured, pauses between its parts left out.
 
     Attributes:
         losses: (step, mean nats per answer token over the global batch) of every step.
-        step_ms: median wall time of a step.
-        seconds: wall time of the whole loop.
         grad_norms: global gradient norm before clipping, of every step.
+        durations: wall time of every step, seconds.
+        seconds: wall time of the whole loop.
     """
 
     losses: list[tuple[int, float]] = field(default_factory=list)
-    step_ms: float = 0.0
-    seconds: float = 0.0
     grad_norms: list[float] = field(default_factory=list)
+    durations: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def step_ms(self) -> float:
+        """Median wall time of a step."""
+        return 1e3 * median(self.durations) if self.durations else 0.0
+
+    def add(self, step: int, loss: float, grad_norm: float, duration: float) -> None:
+        """Record a step."""
+        self.losses.append((step, loss))
+        self.grad_norms.append(grad_norm)
+        self.durations.append(duration)
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> TrainResult:
+        """What ``asdict`` gave, after a way through JSON."""
+        return cls(**{**stored, "losses": [(step, loss) for step, loss in stored["losses"]]})
+
+
+class Keeper(Protocol):
+    """Writes checkpoints."""
+
+    def due(self, step: int) -> bool:
+        """Whether one should follow this step. Rank 0's word counts."""
+
+    def keep(self, step: int, result: TrainResult) -> None:
+        """Write one after this many steps. Collective."""
 
 
 class MetricLog:
@@ -69,15 +105,16 @@ class MetricLog:
             self._writer.close()
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, cfg: TrainConfig, steps: int) -> LRScheduler:
+def make_schedule(optimizer: torch.optim.Optimizer, cfg: TrainConfig, steps: int) -> LambdaLR:
     """The learning-rate schedule of ``cfg``.
 
     Raises:
-        ValueError: unknown schedule.
+        ValueError: unknown schedule, or one that looks at more than the step.
     """
     options = {"min_lr_rate": cfg.min_lr_ratio} if "min_lr" in cfg.scheduler else {}
+    cure = "use for example cosine_with_min_lr"
     try:
-        return get_scheduler(
+        schedule = get_scheduler(
             cfg.scheduler,
             optimizer,
             num_warmup_steps=min(cfg.warmup_steps, steps // 2),
@@ -85,9 +122,20 @@ def make_schedule(optimizer: torch.optim.Optimizer, cfg: TrainConfig, steps: int
             scheduler_specific_kwargs=options,
         )
     except ValueError as error:
-        raise ValueError(
-            f"train.scheduler={cfg.scheduler!r}: {error}; use for example cosine_with_min_lr"
-        ) from None
+        raise ValueError(f"train.scheduler={cfg.scheduler!r}: {error}; {cure}") from None
+    if not isinstance(schedule, LambdaLR):
+        raise ValueError(f"train.scheduler={cfg.scheduler!r}: must depend on the step alone; {cure}")
+    return schedule
+
+
+def continue_schedule(schedule: LambdaLR, step: int) -> None:
+    """Put a new schedule where it is after some steps; the learning rate and the shape are those that it was made with."""
+    schedule.last_epoch = step
+    schedule._step_count = step + 1
+    rates = [base * shape(step) for base, shape in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates
 
 
 def train_steps(
@@ -97,10 +145,12 @@ def train_steps(
     steps: int,
     *,
     description: str = "train",
+    rate: str = "train.lr",
     log: MetricLog | None = None,
-    schedule: LRScheduler | None = None,
+    schedule: LambdaLR | None = None,
     first_step: int = 0,
-    on_step: Callable[[int], None] | None = None,
+    result: TrainResult | None = None,
+    keeper: Keeper | None = None,
 ) -> TrainResult:
     """Train from ``first_step`` to ``steps``.
 
@@ -109,46 +159,92 @@ def train_steps(
         batches: global batches, already at the right position when resuming.
         cfg: loop options.
         steps: total optimizer steps of the schedule.
-        description: label of the progress bar and of log lines.
+        description: label of the progress bar and of log lines; names the task.
+        rate: the field that sets the learning rate, for messages.
         log: where scalars go.
         schedule: the learning-rate schedule; made from ``cfg`` when None.
         first_step: steps already done.
-        on_step: called after every step with the number of steps done (checkpoints).
+        result: what those steps measured; it is continued.
+        keeper: writes checkpoints.
 
     Raises:
-        ValueError: the loss is not finite.
+        ValueError: the ranks were given different options.
+        NotFinite: a loss, a gradient norm, a learning rate or an update is not finite. On all ranks.
     """
+    options = {f"train.{name}": value for name, value in asdict(cfg).items()}
+    agree(options | {rate: learner.optimizer.defaults["lr"], "steps": steps, "first step": first_step})
     schedule = schedule or make_schedule(learner.optimizer, cfg, steps)
-    result, times, begin = TrainResult(), [], time.perf_counter()
+    result = result or TrainResult()
+    begin = time.perf_counter() - result.seconds
+    diagnose = partial(_diagnosis, description, rate, float(schedule.base_lrs[0]), steps, batches)
     learner.module.train()
     _checkpoint_activations(learner, cfg.activation_checkpointing)
     stream: Iterator[Any] = iter(batches)
     for step in progress(range(first_step + 1, steps + 1), description, total=steps - first_step):
         start = time.perf_counter()
-        loss = float(dist.sum_over_ranks(learner.accumulate(next(stream))))
-        if not loss < float("inf"):
-            raise ValueError(f"{description}: the loss at step {step} is {loss}; lower the learning rate")
-        norm = learner.step()
-        rate = float(schedule.get_last_lr()[0])
+        with diagnose(step):
+            due = keeper is not None and keeper.due(step)
+            loss, due = _reduce(learner.accumulate(next(stream)), due)
+            lr = _step_rate(learner)
+            norm = learner.step()
         schedule.step()
-        times.append(time.perf_counter() - start)
-        result.losses.append((step, loss))
-        result.grad_norms.append(norm)
+        now = time.perf_counter()
+        result.add(step, loss, norm, now - start)
+        result.seconds = now - begin
         if log is not None and (step % cfg.log_every == 0 or step == steps):
-            log.write(step, {"loss": loss, "grad_norm": norm, "lr": rate, "step_ms": 1e3 * times[-1]})
-        if on_step is not None:
-            on_step(step)
-    result.seconds = time.perf_counter() - begin
-    result.step_ms = 1e3 * median(times) if times else 0.0
+            log.write(step, {"loss": loss, "grad_norm": norm, "lr": lr, "step_ms": 1e3 * (now - start)})
+        if due or step == steps:
+            with diagnose(step):
+                _check_update(learner)
+        if keeper is not None and due:
+            keeper.keep(step, result)
     if result.losses:
-        logger.info(
-            "%s: %d steps, loss %.4f, %.0f ms a step",
-            description,
-            steps,
-            result.losses[-1][1],
-            result.step_ms,
-        )
+        loss, step_ms = result.losses[-1][1], result.step_ms
+        logger.info("%s: %d steps, loss %.4f, %.0f ms a step", description, steps, loss, step_ms)
     return result
+
+
+def _reduce(loss: Tensor, due: bool) -> tuple[float, bool]:
+    """The global loss, and whether rank 0 wants a checkpoint, in one collective.
+
+    Raises:
+        NotFinite: the loss is not.
+    """
+    both = torch.stack([loss, loss.new_tensor(float(due and dist.is_main()))])
+    total, wanted = dist.sum_over_ranks(both).tolist()
+    check_finite(total, "the loss")
+    return total, wanted > 0
+
+
+def _step_rate(learner: Learner) -> float:
+    """The learning rate of the coming step; raises NotFinite where a schedule gives none."""
+    rates = [float(group["lr"]) for group in learner.optimizer.param_groups]
+    for rate in rates:
+        check_finite(rate, "the learning rate")
+    return rates[0]
+
+
+def _check_update(learner: Learner) -> None:
+    """Raise NotFinite, on all ranks, where a weight or a moment is not finite. Collective."""
+    if dist.max_over_ranks(float(not all_finite(learner.tensors()))):
+        raise NotFinite("a weight or moment is infinite or NaN")
+
+
+@contextmanager
+def _diagnosis(
+    description: str, rate: str, peak: float, steps: int, batches: Batches, step: int
+) -> Iterator[None]:
+    """Where something turns out not to be finite: says which step and which examples, and what helps."""
+    try:
+        yield
+    except NotFinite as error:
+        rows = batches.last_rows()
+        more = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
+        shown = ", ".join(map(str, rows[:SHOWN_ROWS])) + more
+        raise NotFinite(
+            f"{rate}={peak:g}: {description}: {error} at step {step} of {steps}; lower {rate} and start the same command "
+            f"again, or look at the training examples of this step (numbers {shown})"
+        ) from None
 
 
 def _checkpoint_activations(learner: Learner, enabled: bool) -> None:

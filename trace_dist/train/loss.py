@@ -50,21 +50,23 @@ def forward_nll_sum(
         labels: as above.
         scale: as above.
     """
-    if not _keeps_logits(forward):
-        return answer_nll_sum_(forward(**inputs).logits, labels, scale)
+    # No token follows these: keys, values and states kept for one would be copies of what backward keeps anyway.
+    options = {"use_cache": False} if _takes(forward, "use_cache") else {}
+    if not _takes(forward, "logits_to_keep"):
+        return answer_nll_sum_(forward(**inputs, **options).logits, labels, scale)
     targets = labels[:, 1:]
     positions = (targets != IGNORE).any(0).nonzero().flatten()
     if len(positions) == 0:  # a filler batch: its backward pass must still run
         positions = positions.new_zeros(1)
-    logits = forward(**inputs, logits_to_keep=positions).logits
+    logits = forward(**inputs, **options, logits_to_keep=positions).logits
     return nll_sum_(logits.flatten(0, 1), targets[:, positions].flatten(), scale)
 
 
-def _keeps_logits(forward: Forward) -> bool:
-    """Whether the model behind a forward function takes ``logits_to_keep``."""
+def _takes(forward: Forward, argument: str) -> bool:
+    """Whether the model behind a forward function names an argument."""
     owner = getattr(forward, "__self__", forward)
     module = getattr(owner, "module", owner)
-    return isinstance(module, nn.Module) and names_argument(module, "logits_to_keep")
+    return isinstance(module, nn.Module) and names_argument(module, argument)
 
 
 def accumulate(step: Step, forward: Forward, backward: Backward, device: torch.device) -> Tensor:

@@ -1,16 +1,20 @@
-"""Train one task's mask on a sharded model, with checkpoints that resume exactly, on any number of ranks."""
+"""Train one task, with checkpoints that resume exactly; masks on a sharded model on any number of ranks."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from trace_dist.checkpoint import latest_checkpoint
 from trace_dist.config import TrainConfig
 from trace_dist.data.batches import Batches
 from trace_dist.masks.format import Mask
 from trace_dist.sharding.base import ShardedModel
-from trace_dist.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from trace_dist.train.learner import MaskedLearner
-from trace_dist.train.loop import MetricLog, TrainResult, make_schedule, train_steps
+from trace_dist.train.cadence import Cadence
+from trace_dist.train.learner import Learner, MaskedLearner
+from trace_dist.train.loop import MetricLog, TrainResult, continue_schedule, make_schedule, train_steps
+from trace_dist.utils.agreement import agree
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
@@ -24,6 +28,7 @@ def train_mask(
     steps: int,
     *,
     description: str,
+    rate: str = "train.lr",
     log: MetricLog | None = None,
     checkpoints: Path | None = None,
 ) -> tuple[TrainResult, MaskedLearner]:
@@ -35,40 +40,79 @@ def train_mask(
         batches: the task's global batches.
         cfg: options of optimizer and loop.
         steps: optimizer steps.
-        description: label of progress and logs.
+        description: label of progress and logs; names the task.
+        rate: the field that sets the learning rate, for messages.
         log: where scalars go.
-        checkpoints: folder of checkpoints; the newest one there is continued. None keeps none.
+        checkpoints: folder of checkpoints; the newest one there is continued. None keeps none, as ``cfg.checkpoint_every=0``.
 
     Returns:
-        What was measured, and the learner (for its optimizer state).
+        What was measured, a resumed run's earlier parts included, and the learner (for its optimizer state).
+
+    Raises:
+        ValueError: the ranks differ, or the newest checkpoint is of another training.
+        NotFinite: training diverged; nothing of it was kept.
     """
     learner = MaskedLearner(model, mask, cfg)
+    result = train_learner(
+        learner, batches, cfg, steps, description=description, rate=rate, log=log, checkpoints=checkpoints
+    )
+    return result, learner
+
+
+def train_learner(
+    learner: Learner,
+    batches: Batches,
+    cfg: TrainConfig,
+    steps: int,
+    *,
+    description: str,
+    rate: str = "train.lr",
+    log: MetricLog | None = None,
+    checkpoints: Path | None = None,
+) -> TrainResult:
+    """Train any learner, from its newest checkpoint if there is one. Arguments and errors as ``train_mask``."""
+    root = None if cfg.checkpoint_every == 0 else checkpoints
+    newest = None if root is None else latest_checkpoint(root)
+    agree({"checkpoint": newest and newest.name})
     schedule = make_schedule(learner.optimizer, cfg, steps)
-    first_step = 0
-    newest = latest_checkpoint(checkpoints) if checkpoints is not None else None
+    first_step, result = 0, TrainResult()
     if newest is not None:
-        manifest = load_checkpoint(newest, learner.optimizer)
-        schedule.load_state_dict(manifest["state"]["schedule"])
-        for group, rate in zip(learner.optimizer.param_groups, schedule.get_last_lr(), strict=True):
-            group["lr"] = rate
-        batches.load_state_dict(manifest["state"]["batches"])
-        first_step = manifest["step"]
+        manifest = learner.load(newest)
+        first_step, state = manifest["step"], manifest["state"]
+        if first_step > steps:
+            raise ValueError(
+                f"train.steps={steps}: {newest} has done {first_step} steps; raise it, or delete that folder to start anew"
+            )
+        continue_schedule(schedule, first_step)
+        batches.load_state_dict(state["batches"])
+        # A checkpoint of an earlier version has no curve.
+        result = TrainResult.from_json(state["result"]) if "result" in state else result
         logger.info("%s: continuing after step %d from %s", description, first_step, newest)
-
-    def keep(step: int) -> None:
-        if checkpoints is not None and cfg.checkpoint_every and step % cfg.checkpoint_every == 0:
-            state = {"schedule": schedule.state_dict(), "batches": batches.state_dict()}
-            save_checkpoint(checkpoints, step, learner.optimizer, state)
-
-    result = train_steps(
+    return train_steps(
         learner,
         batches,
         cfg,
         steps,
         description=description,
+        rate=rate,
         log=log,
         schedule=schedule,
         first_step=first_step,
-        on_step=keep,
+        result=result,
+        keeper=None if root is None else _Checkpoints(root, cfg, learner, batches),
     )
-    return result, learner
+
+
+class _Checkpoints:
+    """Writes the checkpoints of one training, when they are due."""
+
+    def __init__(self, root: Path, cfg: TrainConfig, learner: Learner, batches: Batches) -> None:
+        self._root, self._learner, self._batches = root, learner, batches
+        self._cadence = Cadence(cfg.checkpoint_every, cfg.checkpoint_minutes)
+
+    def due(self, step: int) -> bool:
+        return self._cadence.due(step)
+
+    def keep(self, step: int, result: TrainResult) -> None:
+        state: dict[str, Any] = {"batches": self._batches.state_dict(), "result": asdict(result)}
+        self._cadence.measure(lambda: self._learner.save(self._root, step, state))

@@ -1,4 +1,8 @@
-"""Ranks of this job. Works unlaunched (one process) and under deepspeed, torchrun or accelerate."""
+"""Ranks of this job. Works unlaunched (one process) and under deepspeed, torchrun, accelerate, mpirun or srun.
+
+On a machine with GPUs CPU tensors travel over gloo and GPU tensors over NCCL. A rank waits for the others for an hour at most,
+or for DEEPSPEED_TIMEOUT minutes where that variable is set.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from trace_dist.utils.launch import adopt_launch
 
 DRAIN_SECONDS = 0.1
 
@@ -37,16 +43,42 @@ def local_device() -> torch.device:
 
 
 def init_distributed() -> None:
-    """Join the job that a launcher described in the environment; does nothing in a plain process."""
-    # A launcher always names a meeting point; `ensure_group` does not, and its variables outlive its group.
-    launched = "RANK" in os.environ and "MASTER_ADDR" in os.environ
-    if dist.is_initialized() or (int(os.environ.get("WORLD_SIZE", "1")) == 1 and not launched):
+    """Join the job that a launcher described in the environment; does nothing in a plain process.
+
+    Raises:
+        ValueError: the launcher's variables are incomplete or contradict each other, or the ranks cannot meet.
+    """
+    if dist.is_initialized():
         return
-    device = local_device()
+    num_ranks = adopt_launch()
+    # A launcher always names a meeting point; `ensure_group` does not, and its variables outlive its group.
+    if num_ranks == 1 and not ("RANK" in os.environ and "MASTER_ADDR" in os.environ):
+        return
+    device, timeout = local_device(), _timeout()
+    options: dict[str, Any] = {}
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=60))
+        options["device_id"] = device
+    try:
+        dist.init_process_group(_backend(), timeout=timeout, **options)
+    except (RuntimeError, ValueError) as error:
+        place = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}"
+        raise ValueError(
+            f"{place}: rank {os.environ['RANK']} of {num_ranks} cannot meet the others ({error}); "
+            "name a machine that all ranks reach and a port that is free there"
+        ) from error
+
+
+def _backend() -> str:
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+def _timeout() -> timedelta:
+    """How long a collective waits for a rank."""
+    minutes = os.environ.get("DEEPSPEED_TIMEOUT", "60")
+    if not minutes.isdecimal() or int(minutes) < 1:
+        raise ValueError(f"DEEPSPEED_TIMEOUT={minutes!r}: must be a number of minutes; use for example 60")
+    return timedelta(minutes=int(minutes))
 
 
 def barrier() -> None:
@@ -111,9 +143,7 @@ def ensure_group() -> None:
     if not dist.is_initialized():
         for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
             os.environ.setdefault(key, value)
-        dist.init_process_group(
-            "nccl" if torch.cuda.is_available() else "gloo", store=dist.HashStore(), rank=0, world_size=1
-        )
+        dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
 
 
 def close() -> None:
@@ -130,5 +160,5 @@ def _drain() -> None:
     They take the GIL for that, and a thread that asks for it while the interpreter shuts down aborts the process
     ("terminate called without an active exception"). Sleeping gives it away.
     """
-    if world_size() > 1 and dist.get_backend() == "gloo":
+    if world_size() > 1 and "gloo" in dist.get_backend():
         time.sleep(DRAIN_SECONDS)

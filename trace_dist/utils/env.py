@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,20 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def code_version() -> str:
+    """Version of this package and a digest of its sources, kernels included: what ranks compare."""
+    digest = hashlib.sha256()
+    kernels = find_spec("trace_kernels")
+    for root in (
+        Path(__file__).parents[1],
+        *map(Path, (kernels and kernels.submodule_search_locations) or ()),
+    ):
+        for path in sorted(root.rglob("*")):
+            if path.suffix in (".py", ".cpp"):
+                digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return f"{_versions().get('trace-dist', 'unknown')} {digest.hexdigest()[:12]}"
 
 
 def _cpu_name() -> str:

@@ -9,14 +9,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    import torch
 
 
 @contextmanager
@@ -53,9 +54,45 @@ def atomic_path(path: Path) -> Iterator[Path]:
             with temporary.open("rb") as handle:
                 os.fsync(handle.fileno())
             temporary.replace(path)
+            flush_folder(path.parent)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make what was renamed in a folder survive a loss of power, where the file system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty temporary folder beside ``path``; renames it to ``path`` when the block succeeds.
+
+    Raises:
+        ValueError: ``path`` exists already, or as ``writing``.
+    """
+    if path.exists():
+        raise ValueError(f"{path}: exists already; delete it or choose another folder")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Left by a killed process that had the same id.
+    shutil.rmtree(temporary, ignore_errors=True)
+    with writing(path):
+        temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -85,7 +122,8 @@ def read_json(path: Path) -> Any:
         raise ValueError(
             f"{path}: cannot be read ({error.strerror}); fix the path or its permissions"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    # The bytes are no text, a number is too long, or all is nested too deeply.
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: not valid JSON ({error}); restore the file or delete it and run again"
         ) from None
@@ -115,6 +153,9 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mappin
     Raises:
         ValueError: the disk has no room.
     """
+    # Loads torch, which the command line can do without.
+    from safetensors.torch import save_file
+
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     check_free_space(path.parent, sum(tensor.nbytes for tensor in tensors.values()) + 2**20)
     with atomic_path(path) as temporary:
@@ -128,14 +169,20 @@ def _opened(path: Path, kind: str) -> Iterator[Any]:
     try:
         with safe_open(str(path), framework="pt") as handle:
             yield handle
-    except (OSError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path}: corrupt {kind} file ({error}); restore it from a copy or make it again"
-        ) from None
+    except (OSError, SafetensorError) as error:
+        raise corrupt(path, kind, error) from None
+
+
+def corrupt(path: Path, kind: str, reason: object) -> ValueError:
+    """The error of a damaged file."""
+    return ValueError(f"{path}: corrupt {kind} file ({reason}); restore it from a copy or make it again")
 
 
 def _header(handle: Any, path: Path, kind: str) -> dict[str, Any]:
-    header = json.loads((handle.metadata() or {}).get("header", "{}"))
+    try:
+        header = json.loads((handle.metadata() or {}).get("header", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise corrupt(path, kind, error) from None
     found = header.get("format") if isinstance(header, dict) else None
     if found != f"trace_dist.{kind}":
         raise ValueError(
@@ -144,18 +191,23 @@ def _header(handle: Any, path: Path, kind: str) -> dict[str, Any]:
     return header
 
 
-def load_tensors(path: Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def load_tensors(
+    path: Path, kind: str, wanted: Callable[[str], bool] | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read a file that ``save_tensors`` wrote.
 
     Args:
         path: the file.
         kind: what the file should be; its header must say ``format: trace_dist.<kind>``.
+        wanted: whether to read the tensor of this name; all are read when not given.
 
     Raises:
         ValueError: missing, corrupt, or of another kind.
     """
     with _opened(path, kind) as handle:
-        return {name: handle.get_tensor(name) for name in handle.keys()}, _header(handle, path, kind)  # noqa: SIM118
+        header = _header(handle, path, kind)
+        names = [name for name in handle.keys() if wanted is None or wanted(name)]  # noqa: SIM118
+        return {name: handle.get_tensor(name) for name in names}, header
 
 
 def sha256(path: Path) -> str:

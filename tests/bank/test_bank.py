@@ -1,0 +1,130 @@
+"""The bank: what goes in comes out, and what does not belong there is refused."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from bank.samples import base_model, drawn, make_delta, same_bits, same_delta, signature, small_delta
+
+from trace_dist import DeltaBank
+from trace_dist.bank.bank import BASE
+from trace_dist.bank.delta import extract_delta
+from trace_dist.bank.retrieval import Retriever
+from trace_dist.models import fingerprint
+
+
+def test_bank(tmp_path: Path) -> None:
+    model = base_model()
+    base, identity = model.full_state_dict(), fingerprint(model.module)
+    bank = DeltaBank.create(tmp_path, identity, layer=1)
+    bank.add(signature(BASE, 0), None)
+    deltas = [make_delta(model, task, seed) for seed, task in ((1, "one"), (2, "two"))]
+    for seed, delta in enumerate(deltas, start=1):
+        bank.add(signature(delta.task, seed), delta)
+    reopened = DeltaBank(tmp_path)
+    assert reopened.tasks == [BASE, "one", "two"]
+    assert reopened.base == identity
+    assert reopened.retrieve(torch.full((1, 8), 20.0)) == ["two"]
+    for delta in deltas:
+        with reopened.activated(model, delta.task):
+            assert same_bits(
+                dict(extract_delta(model, delta.mask, "x").values), dict(delta.values), "float32"
+            )
+        assert same_bits(model.full_state_dict(), base, "float32")
+    with reopened.activated(model, BASE):
+        assert same_bits(model.full_state_dict(), base, "float32")
+
+
+def test_bank_refusals(tmp_path: Path) -> None:
+    model = base_model()
+    bank = DeltaBank.create(tmp_path / "bank", "aaaa", layer=1)
+    delta = make_delta(model, "one")
+    foreign = replace(delta, mask=delta.mask.with_meta(model="bbbb"))
+    with pytest.raises(ValueError, match="delta 'one': made for model bbbb, but the model given is aaaa"):
+        bank.add(signature("one", 1), foreign)
+    with pytest.raises(ValueError, match="comes with the signature of 'two'"):
+        bank.add(signature("two", 1), delta)
+    assert bank.tasks == []
+    bank.add(signature("one", 1), delta)
+    with pytest.raises(ValueError, match="one"):
+        bank.add(signature("one", 2), delta)
+    with pytest.raises(ValueError, match="task='two': not in the bank"):
+        bank.delta("two")
+    bank.path("one").unlink()
+    with pytest.raises(ValueError, match="no such delta file"):
+        bank.delta("one")
+    with pytest.raises(ValueError, match=r"bank\.json: no such file"):
+        DeltaBank(tmp_path / "nowhere")
+
+
+def test_creating_a_bank_that_is_there_opens_it(tmp_path: Path) -> None:
+    bank = DeltaBank.create(tmp_path, "aaaa", layer=1)
+    bank.add(signature("one", 1), make_delta(base_model(), "one"))
+    again = DeltaBank.create(tmp_path, "aaaa", layer=1)
+    assert again.tasks == ["one"]
+    assert again.delta("one") is not None
+    with pytest.raises(ValueError, match="made for the base model aaaa, not for bbbb; choose another folder"):
+        DeltaBank.create(tmp_path, "bbbb", layer=1)
+    with pytest.raises(ValueError, match=r"bank\.layer=2: .* made with 1; set that"):
+        DeltaBank.create(tmp_path, "aaaa", layer=2)
+    assert DeltaBank(tmp_path).tasks == ["one"]
+
+
+def test_a_hundred_tasks_open_without_reading_one(tmp_path: Path) -> None:
+    """Every file of every task is unreadable, and the bank still opens and tells what it holds."""
+    bank = DeltaBank.create(tmp_path, "aaaa", layer=1)
+    names = [f"task {index}" for index in range(100)]
+    for index, name in enumerate(names):
+        bank.add(drawn(name, index), small_delta(name, index), facts={"steps": index})
+    assert bank.retrieve(torch.full((1, 8), 420.0)) == ["task 42"]
+    for path in (tmp_path / "tasks").iterdir():
+        shutil.rmtree(path)
+    opened = DeltaBank(tmp_path)
+    assert opened.tasks == names
+    assert opened.generation == 100
+    assert opened.facts("task 7")["training"] == {"steps": 7}
+    assert opened.facts("task 7")["entries"] == 100
+    assert opened.delta_bytes("task 7") > 500
+    with pytest.raises(ValueError, match="no such delta file"):
+        opened.delta("task 7")
+
+
+def test_signatures_are_read_once_each(tmp_path: Path) -> None:
+    bank = DeltaBank.create(tmp_path, "aaaa", layer=1)
+    x = torch.stack([torch.full((8,), 10.0 * seed) for seed in range(3)])
+    for seed in range(2):
+        bank.add(drawn(f"t{seed}", seed), small_delta(f"t{seed}", seed))
+    bank.retrieve(x)
+    for path in (tmp_path / "tasks").glob("*/signature.safetensors"):
+        path.write_bytes(b"")
+    bank.add(drawn("t2", 2), small_delta("t2", 2))
+    assert bank.retrieve(x) == ["t0", "t1", "t2"]
+    fresh = Retriever(drawn(f"t{seed}", seed) for seed in range(3))
+    assert torch.equal(bank.retriever.scores(x), fresh.scores(x))
+
+
+@pytest.mark.parametrize("name", ["base", "Base"])
+def test_a_task_called_base(name: str, tmp_path: Path) -> None:
+    bank = DeltaBank.create(tmp_path, "aaaa", layer=1)
+    with pytest.raises(ValueError, match="is reserved for the base model"):
+        bank.add(drawn(name, 1), small_delta(name, 1))
+    assert bank.tasks == []
+
+
+def test_folders_are_safe_whatever_the_name(tmp_path: Path) -> None:
+    bank = DeltaBank.create(tmp_path, "aaaa", layer=1)
+    names = ["Copy", "copy", "COPY", "ü", "数学", "a b", "a-b", "a_b", "x" * 150, "con?*|<>:", "base 2"]
+    for seed, name in enumerate(names):
+        bank.add(drawn(name, seed), small_delta(name, seed))
+    folders = [path.name for path in (tmp_path / "tasks").iterdir()]
+    assert len({folder.casefold() for folder in folders}) == len(names)
+    assert all(re.fullmatch(r"[a-z0-9_-]{1,60}", folder) for folder in folders)
+    assert "copy" in folders
+    assert DeltaBank(tmp_path).tasks == names
+    for seed, name in enumerate(names):
+        assert same_delta(bank.delta(name), small_delta(name, seed))

@@ -1,0 +1,104 @@
+"""Exporters: the one that is there, and one that is dropped in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from bank.samples import base_model, make_delta, signature
+from engine.cases import CASES
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from trace_dist import DeltaBank
+from trace_dist.bank.bank import BASE
+from trace_dist.bank.composition import compose
+from trace_dist.bank.delta import applied
+from trace_dist.bank.export import EXPORTERS, export
+from trace_dist.models import fingerprint
+
+EXPORTER = '''
+"""Writes what it was given."""
+import json
+from dataclasses import dataclass
+
+LABEL = "a list"
+
+@dataclass(frozen=True)
+class Options:
+    """Options."""
+    indent: int = 0
+    """Spaces."""
+
+def write(bank, tasks, out, base, dtype, options):
+    out.mkdir()
+    sizes = [bank.delta(task).mask.num_entries for task in tasks]
+    (out / "list.json").write_text(json.dumps([tasks, sizes, base, dtype, options.indent]))
+'''
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> str:
+    CASES["element"].model().save_pretrained(tmp_path / "base")
+    tokenizer = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="a").save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+@pytest.fixture
+def bank(base: str, tmp_path: Path) -> DeltaBank:
+    bank = DeltaBank.create(tmp_path / "bank", fingerprint(base), layer=1)
+    bank.add(signature(BASE, 0), None)
+    for seed, task in ((1, "one"), (2, "two")):
+        bank.add(signature(task, seed), make_delta(base_model(), task, seed))
+    return bank
+
+
+@pytest.mark.parametrize("tasks", [["one"], [BASE], ["one", "two"], ["one", BASE]])
+def test_a_checkpoint(tasks: list[str], bank: DeltaBank, base: str, tmp_path: Path) -> None:
+    export(bank, tasks, tmp_path / "out", base)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    model = base_model()
+    deltas = [delta for task in tasks if (delta := bank.delta(task))]
+    delta = compose(deltas, model, "all") if deltas else None
+    with applied(model, delta):
+        wanted = model.full_state_dict()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_a_dropped_in_exporter(
+    bank: DeltaBank, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_list_exporter.py").write_text(EXPORTER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(EXPORTERS.homes, "list", "own_list_exporter")
+    export(bank, ["two", "one"], tmp_path / "out", base, "bfloat16", "list", {"indent": 3})
+    text = (tmp_path / "out" / "list.json").read_text()
+    entries = [bank.facts(task)["entries"] for task in ("two", "one")]
+    assert text == f'[["two", "one"], {entries}, "{base}", "bfloat16", 3]'
+
+
+def test_refusals_come_before_the_work(bank: DeltaBank, base: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    other = tmp_path / "other"
+    model = CASES["element"].model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(2)
+    model.save_pretrained(other)
+    for arguments, words in (
+        ((bank, ["three"], tmp_path / "out", base), "task='three': not in the bank"),
+        ((bank, [], tmp_path / "out", base), "name at least one"),
+        ((bank, ["one"], tmp_path / "file", base), "is a file; give a folder"),
+        ((bank, ["one"], tmp_path / "out", str(other)), "made for the model with fingerprint"),
+        (
+            (bank, ["one"], tmp_path / "out", base, "float32", "gguf"),
+            "there is no such part; choose among hf",
+        ),
+        ((bank, ["one"], tmp_path / "out", base, "float32", "hf", {"x": 1}), "it has no options"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            export(*arguments)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()

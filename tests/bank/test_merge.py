@@ -1,0 +1,87 @@
+"""The union of two banks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from bank.samples import drawn, same_delta, small_delta, write_old_bank
+
+from trace_dist import DeltaBank
+from trace_dist.bank.bank import BASE
+from trace_dist.bank.merge import merge
+from trace_dist.bank.sketch import sketch_update
+from trace_dist.bank.verify import verify
+
+
+def bank_of(folder: Path, *tasks: tuple[str, int], layer: int = 1, base: str = "aaaa") -> DeltaBank:
+    bank = DeltaBank.create(folder, base, layer)
+    for name, seed in tasks:
+        if name == BASE:
+            bank.add(drawn(BASE, seed), None)
+            continue
+        sketch = sketch_update({"w": torch.full((4,), float(seed))}, 0)
+        bank.add(drawn(name, seed), small_delta(name, seed, model=base), sketch, {"steps": seed})
+    return bank
+
+
+def test_union(tmp_path: Path) -> None:
+    left = bank_of(tmp_path / "a", (BASE, 0), ("one", 1), ("both", 4))
+    right = bank_of(tmp_path / "b", (BASE, 0), ("both", 4), ("Two!", 2))
+    right.rename("Two!", "two")
+    (tmp_path / "c").mkdir()
+    found = merge(left, right, tmp_path / "c")
+    assert found.tasks == [BASE, "one", "both", "two"]
+    assert verify(found) == []
+    assert found.path("two").parent.name == "two"
+    for bank, name in ((left, "one"), (left, "both"), (right, "two")):
+        assert found.path(name).read_bytes() == bank.path(name).read_bytes()
+        assert found.facts(name) == bank.facts(name)
+        assert torch.equal(found.sketch(name).values["w"], bank.sketch(name).values["w"])  # type: ignore[union-attr]
+    found.remove("one")
+    assert same_delta(left.delta("one"), small_delta("one", 1))
+
+
+def test_with_an_old_bank(tmp_path: Path) -> None:
+    write_old_bank(
+        tmp_path / "old", [(drawn("one", 1), small_delta("one", 1)), (drawn("x y", 3), small_delta("x y", 3))]
+    )
+    old, new = DeltaBank(tmp_path / "old"), bank_of(tmp_path / "new", ("two", 2))
+    for pair, names in (((old, new), ["one", "x y", "two"]), ((new, old), ["two", "one", "x y"])):
+        found = merge(*pair, tmp_path / "+".join(names))
+        assert found.tasks == names
+        assert verify(found) == []
+        assert same_delta(found.delta("x y"), small_delta("x y", 3))
+        assert found.facts("x y")["entries"] == 100
+    assert DeltaBank(tmp_path / "old").index.version == 1
+
+
+def test_refusals(tmp_path: Path) -> None:
+    left = bank_of(tmp_path / "a", ("one", 1), (BASE, 0))
+    out = tmp_path / "out"
+    for other, words in (
+        (
+            bank_of(tmp_path / "b", ("one", 2)),
+            "task='one': in .*/a and another one in .*/b; rename it in one",
+        ),
+        (bank_of(tmp_path / "c", (BASE, 2)), "task='base': .*; remove one of the two"),
+        (
+            bank_of(tmp_path / "d", base="bbbb"),
+            "of the base model bbbb and layer 1, but .* of aaaa and layer 1",
+        ),
+        (bank_of(tmp_path / "e", layer=2), "merge banks of one base model"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            merge(left, other, out)
+    fine = bank_of(tmp_path / "f", ("two", 2))
+    with pytest.raises(ValueError, match="holds something already; choose a new folder"):
+        merge(left, fine, tmp_path / "a")
+    content = fine.path("two").read_bytes()
+    fine.path("two").write_bytes(content[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"two/delta\.safetensors: corrupt delta file"):
+        merge(left, fine, out)
+    fine.path("two").unlink()
+    with pytest.raises(ValueError, match=r"two/delta\.safetensors: no such file; restore it"):
+        merge(left, fine, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == list("abcdef")

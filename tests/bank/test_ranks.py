@@ -1,0 +1,30 @@
+"""Two ranks and one bank: rank 0 writes, all see the same, and what fails on one fails on all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from launching import launch
+
+from trace_dist import DeltaBank
+from trace_dist.bank.verify import verify
+
+SCRIPT = Path(__file__).with_name("rank_script.py")
+
+
+@pytest.mark.launcher
+def test_two_ranks(tmp_path: Path) -> None:
+    launch(SCRIPT, 2, tmp_path / "bank", tmp_path, launcher="torchrun")
+    reports = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    for report in reports:
+        assert (report["tasks"], report["generation"]) == (["one", "real"], 2)
+        assert "already, with another signature" in report["differs"]
+        assert "not for bbbb; choose another folder" in report["foreign"]
+        assert "no such delta file" in report["activated"]
+        assert report["reloaded"] == [["one", "real"], 2]
+        assert report["again"] == "activated"
+        assert report["retrieved"] == ["one"]
+        assert report["removed"] == [["one"], 3]
+    assert verify(DeltaBank(tmp_path / "bank")) == []

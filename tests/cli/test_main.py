@@ -1,0 +1,100 @@
+"""The program as a whole: quick to answer, help with examples that work, quiet when nobody reads on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bank.samples import drawn
+from cli.program import environment
+
+from trace_dist import DeltaBank
+from trace_dist.bank.bank import BASE
+from trace_dist.cli import arguments as known
+from trace_dist.cli.main import main
+from trace_dist.cli.parser import parse
+
+ROOT = Path(__file__).parents[2]
+ACTIONS = {
+    **{("mask", name): command for name, (command, _) in known.MASK_ACTIONS.items()},
+    **{("bank", name): command for name, (command, _) in known.BANK_ACTIONS.items()},
+    **{("memory", name): command for name, command in known.MEMORY_ACTIONS.items()},
+    ("memory", "measure"): known.MEASURE,
+    **{("bench", name): command for name, command in known.BENCHMARKS.items()},
+}
+COMMANDS = {
+    (name,): command for name, command in (known.RUN_COMMANDS | known.FILE_COMMANDS).items()
+} | ACTIONS
+
+
+def helped(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as left:
+        main([*words, "--help"])
+    assert left.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_overview_names_every_command_and_what_it_is_for(capsys: pytest.CaptureFixture[str]) -> None:
+    text = " ".join(helped(capsys).split())
+    for name, command in (known.RUN_COMMANDS | known.FILE_COMMANDS).items():
+        assert f" {name} {command.purpose}" in text
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_says_what_for_and_gives_an_example(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, command = helped(capsys, *words), COMMANDS[words]
+    assert command.purpose[1:] in " ".join(text.split())
+    assert text.rstrip().endswith(f"example:\n  trace-dist {command.example}")
+    assert command.example.split()[: len(words)] == list(words) or words[0] in (
+        "memory",
+        "bench",
+        "mask",
+        "bank",
+    )
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_examples_are_command_lines_that_the_program_takes(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    parsed = parse(COMMANDS[words].example.split())
+    assert parsed.command == words[0]
+
+
+def test_help_loads_no_torch() -> None:
+    """So that it answers within a second."""
+    script = (
+        "import sys; from trace_dist.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    )
+    script += "slow = {'torch', 'transformers', 'datasets', 'deepspeed', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+    script += "print('slow:', *sorted(slow))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    assert done.stdout.splitlines()[-1].split() == ["slow:"], done.stderr
+
+
+@pytest.mark.parametrize("words", [("--help",), ("train", "--help"), ("bank", "show", "BANK")], ids=str)
+def test_whoever_reads_only_the_beginning_breaks_no_pipe(words: tuple[str, ...], tmp_path: Path) -> None:
+    """As `| head` does; here nobody reads at all."""
+    if "BANK" in words:
+        bank = DeltaBank.create(tmp_path / "bank", "aaaa", layer=1)
+        bank.add(drawn(BASE, 0), None)
+        words = ("bank", "show", str(tmp_path / "bank"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trace_dist", *words],
+        env=environment(tmp_path / "cache"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    process.wait(timeout=100)
+    assert said == ""

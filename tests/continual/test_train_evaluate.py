@@ -1,0 +1,37 @@
+"""Commands `train` and `eval` on one task, or one model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from continual.small import TASKS, result
+
+from trace_dist.bank.bank import DeltaBank
+from trace_dist.config import RunConfig
+from trace_dist.masks.format import Mask
+from trace_dist.run_folder import RunFolder
+from trace_dist.stages.evaluate import run_evaluate
+from trace_dist.stages.train import run_train
+
+
+def test_train_and_eval_commands_reproduce_the_stream(whole: RunConfig) -> None:
+    """`train` from the same base, mask and seed gives the delta that the driver put into the bank."""
+    path = run_train(whole, TASKS[0], None)
+    assert path.read_bytes() == DeltaBank(RunFolder.of(whole.run_dir).bank().root).path(TASKS[0]).read_bytes()
+    scores = run_evaluate(whole, str(RunFolder.of(whole.run_dir).bank().root))
+    assert [scores[task] for task in TASKS] == pytest.approx(result(whole, "retrieved")["R"][-1])
+    plain = run_evaluate(whole, None)
+    assert [plain[task] for task in TASKS] == pytest.approx(result(whole, "retrieved")["R"][0])
+
+
+def test_mask_of_another_model_is_refused(whole: RunConfig, tmp_path: Path) -> None:
+    mask = Mask.load(RunFolder.of(whole.run_dir).mask(TASKS[0])).with_meta(model="somebody-else")
+    mask.save(tmp_path / "mask.safetensors")
+    with pytest.raises(ValueError, match="somebody-else"):
+        run_train(whole, TASKS[0], str(tmp_path / "mask.safetensors"))
+
+
+def test_unknown_task_is_refused(whole: RunConfig) -> None:
+    with pytest.raises(ValueError, match=r"task_name='nope'.*one, two"):
+        run_train(whole, "nope", None)

@@ -1,0 +1,112 @@
+"""Reading parts of a checkpoint, and refusing what must not or cannot be read."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from trace_dist.models.loading import load_model, load_tokenizer
+from trace_dist.models.weight_files import INDEX, WEIGHTS, open_weights, resolve
+
+SHAPES = [(), (1,), (7,), (5, 3), (1, 9), (3, 4, 5), (2, 3, 1, 4)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """One tensor of each shape: 0, 1, 2, ... in row-major order."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tensors = {str(shape): torch.arange(float(math.prod(shape))).reshape(shape) for shape in SHAPES}
+    save_file({**tensors, "counts": torch.arange(3)}, folder / WEIGHTS)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@given(st.sampled_from(SHAPES), st.data())
+def test_any_interval_is_read(folder, shape, data):
+    start = data.draw(st.integers(0, math.prod(shape)))
+    stop = data.draw(st.integers(start, math.prod(shape)))
+    with open_weights(folder) as files:
+        assert files.shape(str(shape)) == shape
+        assert files.read(str(shape), start, stop).tolist() == list(range(start, stop))
+
+
+def test_headers_tell_types(folder):
+    with open_weights(folder) as files:
+        assert files.is_floating_point("(7,)")
+        assert not files.is_floating_point("counts")
+
+
+def test_an_interval_outside_is_a_broken_invariant(folder):
+    with open_weights(folder) as files, pytest.raises(AssertionError, match="outside"):
+        files.read("(7,)", 0, 8)
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./nothing", "runs/base/model", "~/nothing-here"])
+def test_a_missing_folder_is_an_error(path):
+    for load in (load_model, load_tokenizer, resolve):
+        with pytest.raises(ValueError, match="no such folder; fix the path"):
+            load(path)
+
+
+def test_an_unknown_hub_id_is_an_error(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="neither a local folder nor a model that the hub delivers"):
+        load_model("nobody-at-all/no-such-model")
+
+
+def test_a_folder_without_config_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        load_model(tmp_path)
+
+
+def test_pickled_weights_are_refused(saved):
+    folder = saved("gpt2")
+    for file in [*folder.glob("*.safetensors"), folder / INDEX]:
+        file.unlink()
+    with pytest.raises(ValueError, match=r"holds no model\.safetensors"):
+        load_model(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"\x80")
+    with pytest.raises(ValueError, match=r"pickled weights only.*safetensors copy"):
+        load_model(folder)
+
+
+def test_a_missing_or_corrupt_part_is_an_error(saved):
+    folder = saved("gpt2")
+    part = sorted(folder.glob("*.safetensors"))[0]
+    content = part.read_bytes()
+    part.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"corrupt|cannot be loaded"):
+        load_model(folder)
+    part.unlink()
+    with pytest.raises(ValueError, match=r"cannot be loaded|missing"):
+        load_model(folder)
+
+
+def test_a_parameter_that_is_not_stored_is_an_error(make_model, tmp_path):
+    """transformers alone would fill it with random numbers and go on."""
+    model = make_model("llama")
+    state = {name: value for name, value in model.named_parameters() if "layers.1.mlp.up_proj" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match=r"lacks 1 parameters .*model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(tmp_path)
+
+
+def test_a_folder_without_tokenizer_is_an_error(saved):
+    with pytest.raises(ValueError, match="no readable tokenizer"):
+        load_tokenizer(saved("llama"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_load_model_gives_the_saved_values(saved, make_model, dtype):
+    model = load_model(saved("llama"), dtype)
+    assert not model.training
+    for (name, param), expected in zip(
+        model.named_parameters(), make_model("llama").parameters(), strict=True
+    ):
+        assert torch.equal(param, expected.to(getattr(torch, dtype))), name

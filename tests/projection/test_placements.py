@@ -1,0 +1,156 @@
+"""Scores measured on the target in its shards equal those of a plain model, and the model is put back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from probe.setting import NARROW, make_batches, make_config, make_model, reference_gradients
+from projection.rank_script import GRANULARITIES
+
+from trace_dist.masks import Mask, UnitLayout
+from trace_dist.masks.ops import Scores, layouts_for, place
+from trace_dist.projection.placements.narrow import OUTSIDE, narrow_scores
+from trace_dist.projection.placements.refine import fisher_scores
+from trace_dist.sharding.base import ShardedModel
+from trace_dist.sharding.build import shard
+
+SHARDED = [pytest.param(backend, marks=pytest.mark.launcher) for backend in ("zero3", "fsdp2")]
+
+
+@pytest.fixture(params=["single", *SHARDED])
+def found(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=SHARDED)
+def sharded(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue(request.param)
+
+
+def unit_means(values: torch.Tensor, layout: UnitLayout) -> torch.Tensor:
+    """Mean over each unit, one unit after the other."""
+    flat = values.flatten()
+    return torch.stack([flat[layout.elements(torch.tensor([u]))].mean() for u in range(layout.num_units)])
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_fisher_equals_the_dense_reference(granularity: str, found: Any) -> None:
+    model = make_model()
+    gradients = reference_gradients(model, make_batches(), 2)
+    scores = found.part(f"fisher/{granularity}")
+    layouts = layouts_for(model, granularity, 16, "all")
+    assert set(scores) == set(layouts)
+    for name in list(layouts) if granularity != "element" else ["model.layers.1.mlp.down_proj.weight"]:
+        mean = (gradients[0][name].square() + gradients[1][name].square()) / 2
+        expected = unit_means(mean, layouts[name]).sqrt()
+        torch.testing.assert_close(
+            scores[name].double(), expected, rtol=1e-3, atol=1e-4 * float(expected.max())
+        )
+
+
+def test_every_rank_has_the_same_scores_and_masks(sharded: Any) -> None:
+    first, second = sharded.tensors
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_largest_magnitudes_equal_dense_top_k(granularity: str, found: Any) -> None:
+    """Shards cut units; their parts are put together before units are ranked."""
+    model = make_model()
+    layouts = layouts_for(model, granularity, 16, "all")
+    dense = {name: p.detach().double().abs() for name, p in model.named_parameters()}
+    budgets = {name: 0.2 * layout.numel for name, layout in layouts.items()}
+    expected = place(
+        layouts, granularity, budgets, lambda name, layout: unit_means(dense[name], layout).float()
+    )
+    units = found.part(f"magnitude/{granularity}")
+    assert units.keys() == expected.units.keys()
+    assert all(torch.equal(chosen, expected.units[name]) for name, chosen in units.items())
+
+
+def test_the_model_is_put_back_bit_for_bit(found: Any) -> None:
+    assert all(fact["restored"] for fact in found.facts)
+
+
+@pytest.mark.launcher
+def test_zero3_cuts_units(zero3: Any) -> None:
+    """So that the comparisons below cover units whose parts lie on two ranks."""
+    assert zero3.facts[0]["cut"] > 0
+
+
+def test_narrowing_in_shards_equals_narrowing_in_one_process(single: Any, sharded: Any) -> None:
+    expected, scores = single.part("narrow"), sharded.part("narrow")
+    for name, values in expected.items():
+        inside = values != OUTSIDE
+        assert torch.equal(scores[name] == OUTSIDE, ~inside)
+        torch.testing.assert_close(
+            scores[name][inside], values[inside], rtol=5e-3, atol=2e-3 * float(values.max())
+        )
+
+
+def narrow(model: ShardedModel, pool: Mask) -> Scores:
+    cfg = make_config()
+    return narrow_scores(model, pool, make_batches(), NARROW, cfg.probe, cfg.train)
+
+
+def planted() -> tuple[Any, str, torch.Tensor]:
+    """A model in which only ten rows of one matrix can matter: what the others feed is multiplied by zero."""
+    model = make_model()
+    active = torch.arange(0, 50, 5)
+    down = model.model.layers[0].mlp.down_proj.weight.data
+    columns = down[:, active].clone()
+    down.zero_()
+    down[:, active] = columns
+    return shard(model), "model.layers.0.mlp.up_proj.weight", active
+
+
+@pytest.mark.parametrize("granularity", ["element", "row"])
+def test_narrowing_finds_the_entries_that_matter(granularity: str) -> None:
+    model, name, active = planted()
+    layout = UnitLayout((50, 36), 36 if granularity == "row" else 1)
+    rows = torch.arange(0, 25)  # the pool holds five of the ten
+    units = rows if granularity == "row" else layout.elements(torch.arange(25 * 36))
+    before = model.full_state_dict()
+    pool = Mask({name: units.int()}, {name: layout}, granularity)
+    scores = narrow(model, pool)
+    chosen = place({name: layout}, granularity, {name: 5 * 36.0}, scores)
+    expected = torch.zeros(50, 36, dtype=torch.bool)
+    expected[active[active < 25]] = True
+    assert torch.equal(chosen.dense(name), expected)
+    assert float(scores(name, layout)[-1]) == OUTSIDE
+    assert all(torch.equal(value, before[key]) for key, value in model.full_state_dict().items())
+    assert not any(parameter.requires_grad for parameter in model.module.parameters())
+
+
+def test_narrowing_restores_bf16_weights_bit_for_bit() -> None:
+    model = shard(make_model().bfloat16())
+    before = model.full_state_dict()
+    pool = Mask.random(model, 0.3, "block", block=16, maskable="all")
+    narrow(model, pool)
+    assert all(
+        torch.equal(value.view(torch.int16), before[name].view(torch.int16))
+        for name, value in model.full_state_dict().items()
+    )
+
+
+def test_fisher_finds_the_entries_that_matter() -> None:
+    model, name, active = planted()
+    layouts = {name: UnitLayout((50, 36), 36)}
+    scores = fisher_scores(model, layouts, make_batches(), 1)(name, layouts[name])
+    assert scores.nonzero().flatten().tolist() == active.tolist()
+
+
+def test_fisher_does_not_grow_with_the_number_of_micro_batches() -> None:
+    """Micro-batches are samples of their own: noisier than whole batches, but of the same scale."""
+    means = {}
+    for size in (8, 2):
+        model = shard(make_model())
+        layouts = layouts_for(model, "tensor", 16, "linear")
+        scores = fisher_scores(model, layouts, make_batches(micro_batch_size=size), 2)
+        means[size] = torch.cat([scores(name, layout) for name, layout in layouts.items()])
+    assert bool((means[2] > means[8]).all())
+    # Gradients of two examples, against eight: at most 2 by noise alone.
+    assert float((means[2] / means[8]).max()) < 3

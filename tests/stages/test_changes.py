@@ -1,0 +1,114 @@
+"""Which fields may change in a run folder, given what lies in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trace_dist.config import ModelConfig, PruneConfig, RunConfig, TaskConfig
+from trace_dist.stages.changes import differing_fields, forbidden
+
+LOGS = [
+    "config.yaml",
+    "metrics.jsonl",
+    "tensorboard/base/target/events",
+    "logs/base.txt",
+    "stages.json",
+    ".lock",
+]
+BASES = ["models/target/config.json", "models/proxy/config.json"]
+PROBED = ["probe/t.safetensors", "probe/masks/t.safetensors"]
+MASKS = ["masks/t.safetensors", "masks/random/t.safetensors"]
+
+
+def make(folder: Path) -> RunConfig:
+    models = [ModelConfig(str(folder / "models" / name)) for name in ("target", "proxy")]
+    return RunConfig(str(folder), models[0], [TaskConfig("t", "t.jsonl")], proxy=models[1])
+
+
+def fill(folder: Path, files: list[str]) -> None:
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text("")
+
+
+def lower(section: str, name: str, value: Any) -> Callable[[RunConfig], RunConfig]:
+    return lambda cfg: replace(cfg, **{section: replace(getattr(cfg, section), **{name: value})})
+
+
+@pytest.mark.parametrize(
+    ("change", "there"),
+    [
+        (lower("train", "lr", 1e-4), [*BASES, *PROBED, *MASKS, "checkpoints/train/t/step-00000004/manifest.json"]),
+        (lower("train", "max_grad_norm", 0.5), [*BASES, *PROBED, *MASKS, "memory.json"]),
+        (lower("projection", "options", {"lr": 1e-4}), [*BASES, *PROBED]),
+        (lower("probe", "lr", 1e-4), BASES),
+        (
+            lower("continual", "options", {"full": {"lr": 1e-4}}),
+            [*BASES, *PROBED, *MASKS, "methods/retrieved.json", "bank/bank.json"],
+        ),
+        (lambda cfg: replace(cfg, seed=1), []),
+        (lambda cfg: replace(cfg, proxy=ModelConfig(cfg.proxy.path, dtype="bfloat16")), BASES[:1]),
+        (lambda cfg: replace(cfg, target=ModelConfig(cfg.target.path, dtype="bfloat16")), [BASES[1], *PROBED]),
+        (lambda cfg: replace(cfg, tasks=[replace(cfg.tasks[0], steps=7)]), [*BASES, *PROBED, *MASKS]),
+    ],
+)  # fmt: skip
+def test_work_that_has_no_result_may_change(
+    change: Callable[[RunConfig], RunConfig], there: list[str], tmp_path: Path
+) -> None:
+    old = make(tmp_path)
+    new = change(old)
+    fill(tmp_path, [*LOGS, *there])
+    fields = differing_fields(asdict(old), asdict(new))
+    assert len(fields) == 1
+    assert forbidden(new, fields) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "result"),
+    [
+        (lower("train", "lr", 1e-4), "train.lr", "deltas/u.safetensors"),
+        (lower("train", "lr", 1e-4), "train.lr", "methods/full.json"),
+        (lower("train", "lr", 1e-4), "train.lr", "bank/deltas/t.safetensors"),
+        (lower("train", "lr", 1e-4), "train.lr", "bank_random/tasks/0001/delta.safetensors"),
+        (lower("projection", "options", {"lr": 1e-4}), "projection.options.lr", "masks/t.safetensors"),
+        (lower("probe", "lr", 1e-4), "probe.lr", "probe/t.safetensors"),
+        (lower("mask", "density", 0.02), "mask.density", "masks/random/t.safetensors"),
+        (lower("continual", "options", {"lora": {"lr": 1e-4}}), "continual.options.lora", "methods/lora.json"),
+        (lower("eval", "max_new_tokens", 3), "eval.max_new_tokens", "eval.json"),
+        (lambda cfg: replace(cfg, seed=1), "seed", "models/target/config.json"),
+        (lambda cfg: replace(cfg, tasks=[replace(cfg.tasks[0], steps=7)]), "tasks.t.steps", "methods/full.json"),
+        (lambda cfg: replace(cfg, tasks=[replace(cfg.tasks[0], num_train=7)]), "tasks.t.num_train", BASES[1]),
+        (lambda cfg: replace(cfg, tasks=[TaskConfig("u", "u.jsonl")]), "tasks", BASES[0]),
+    ],
+)  # fmt: skip
+def test_results_of_two_configurations_are_not_mixed(
+    change: Callable[[RunConfig], RunConfig], field: str, result: str, tmp_path: Path
+) -> None:
+    old = make(tmp_path)
+    new = change(old)
+    fill(tmp_path, [*LOGS, result])
+    assert forbidden(new, differing_fields(asdict(old), asdict(new))) == {field: [result]}
+
+
+def test_a_pruned_proxy_depends_on_its_target(tmp_path: Path) -> None:
+    old = make(tmp_path)
+    cut = replace(old, proxy=replace(old.proxy, prune=PruneConfig()))
+    fill(tmp_path, [BASES[1]])
+    assert forbidden(old, ["target.dtype"]) == {}
+    assert forbidden(cut, ["target.dtype"]) == {"target.dtype": [BASES[1]]}
+
+
+def test_a_base_outside_the_folder_is_no_result_of_it(tmp_path: Path) -> None:
+    cfg = replace(make(tmp_path), proxy=ModelConfig("elsewhere"))
+    assert forbidden(cfg, ["proxy.dtype"]) == {}
+
+
+def test_how_often_checkpoints_are_kept_changes_nothing(tmp_path: Path) -> None:
+    old = make(tmp_path)
+    new = replace(old, train=replace(old.train, checkpoint_every=5, checkpoint_minutes=1.0, log_every=1))
+    assert differing_fields(asdict(old), asdict(new)) == []

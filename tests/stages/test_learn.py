@@ -1,0 +1,143 @@
+"""Tasks that arrive later: learned from configurations of their own into a bank that exists."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli.program import error_line, make_config, run, write_config, write_tasks
+from launching import free_port
+
+from trace_dist.bank.bank import BASE, DeltaBank
+from trace_dist.masks.mask import Mask
+
+LATER = "later"
+ONE_PROCESS = ["--backend", "single"]
+
+
+def learned(folder: Path) -> dict[str, bytes]:
+    """Deltas, signatures and sketches of a bank."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+
+def scores(config: Path, bank: Path, cache: Path) -> dict[str, float]:
+    """What ``eval`` says of the tasks of a configuration."""
+    done = run("eval", "--config", config, "--bank_folder", bank, cache=cache)
+    assert done.returncode == 0, done.stderr
+    return json.loads((Path(config).parent / "run" / "eval.json").read_text())["scores"]
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two tasks, and the examples of a third."""
+    folder = tmp_path_factory.mktemp("learn")
+    write_tasks(folder)
+    rows = [{"prompt": f"{LATER}: {i:02d} ?", "answer": "abcd"[i % 4]} for i in range(60)]
+    (folder / f"{LATER}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = make_config(folder) | {"continual": {"methods": ["retrieved"]}}
+    config["bank"] |= {"layer": 0}
+    done = run("run", "--config", write_config(folder, config), cache=folder / "cache")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture
+def later(first: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A configuration of the third task alone, in a folder of its own, with a copy of the first run's bank."""
+
+    def make(**changes: Any) -> Path:
+        whole = make_config(first)
+        models = {name: {"path": whole[name]["path"]} for name in ("target", "proxy")}
+        kept = {name: whole[name] for name in ("probe", "projection", "train")}
+        tasks = [{"name": LATER, "path": str(first / f"{LATER}.jsonl")}]
+        return write_config(tmp_path, models | kept | {"tasks": tasks} | changes, "later.yaml")
+
+    return make
+
+
+def test_a_task_is_learned_the_next_day(first: Path, later: Callable[..., Path]) -> None:
+    """Earlier files stay as they are, all tasks are retrieved, and scores of the earlier ones do not change."""
+    bank, cache = first / "run" / "bank", first / "cache"
+    before, scored = learned(bank), scores(first / "config.yaml", bank, cache)
+    done = run("learn", "--config", later(), "--bank", bank, cache=cache)
+    assert done.returncode == 0, done.stderr[-3000:]
+    after = learned(bank)
+    assert {name: after[name] for name in before} == before
+    assert DeltaBank(bank).tasks == [BASE, "copy", "twist", LATER]
+    assert DeltaBank(bank).sketch(LATER) is not None
+    assert DeltaBank(bank).facts(LATER)["training"]["steps"] == 4
+    assert scores(first / "config.yaml", bank, cache) == scored
+    work = Path(f"{bank}.work") / LATER
+    result = json.loads((work / "methods" / "retrieved.json").read_text())
+    assert result["retrieval"]["columns"] == [BASE, "copy", "twist", LATER]
+    assert result["retrieval"]["accuracy"] == 100
+    # All tasks are compared with each other, those of the earlier run by their sketches.
+    assert json.loads((work / "probe" / "specificity.json").read_text())["tasks"] == ["copy", "twist", LATER]
+    again = run("learn", "--config", later(), "--bank", bank, cache=cache)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert learned(bank) == after
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port"],
+        ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"],
+    ],
+    ids=["deepspeed", "torchrun"],
+)
+def test_learned_under_a_launcher(
+    launcher: list[str], first: Path, later: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A new bank by two ranks; the proxy is probed by one process meanwhile."""
+    bank = tmp_path / "bank"
+    options = ["--bank", bank, "--backend", "zero3", "--launch.num_ranks", 2, "--launch.launcher", "torchrun"]
+    module = "--module" if "deepspeed" in launcher[1] else "-m"
+    start = [*launcher, str(free_port()), module]
+    done = run("learn", "--config", later(), *options, cache=first / "cache", launcher=start)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert DeltaBank(bank).tasks == [LATER]
+    assert DeltaBank(bank).sketch(LATER) is not None
+
+
+def test_learned_with_a_mask_of_ones_own(first: Path, later: Callable[..., Path], tmp_path: Path) -> None:
+    """Nothing is probed, and the delta is on that mask."""
+    bank, file = tmp_path / "bank", first / "run" / "masks" / "copy.safetensors"
+    done = run("learn", "--config", later(), "--bank", bank, "--mask_file", file, cache=first / "cache")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert DeltaBank(bank).mask(LATER) == Mask.load(file)
+    assert DeltaBank(bank).sketch(LATER) is None
+    assert not (Path(f"{bank}.work") / LATER / "probe").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tasks": [{"name": "copy", "path": "copy.jsonl"}]}, "holds a task of this name"),
+        ({"target": {"path": "run/models/proxy"}}, "use the model"),
+    ],
+    ids=["name", "base"],
+)
+def test_what_the_bank_cannot_take_is_refused_first(
+    changes: dict[str, Any], words: str, first: Path, later: Callable[..., Path], tmp_path: Path
+) -> None:
+    bank = first / "run" / "bank"
+    before = learned(bank)
+    for section in changes.values():
+        for entry in section if isinstance(section, list) else [section]:
+            entry["path"] = str(first / entry["path"])
+    done = run(
+        "learn",
+        "--config",
+        later(**changes, run_dir=str(tmp_path / "r")),
+        "--bank",
+        bank,
+        cache=first / "cache",
+    )
+    assert words in error_line(done)
+    assert not (tmp_path / "r" / "probe").exists()
+    assert learned(bank) == before

@@ -1,0 +1,223 @@
+"""The quickstart at reduced size, through the real DeepSpeed launcher: killed, continued, and started once more."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from cli.program import environment, processes_with
+
+from trace_dist.bank.bank import DeltaBank
+from trace_dist.masks import Mask
+from trace_dist.models.fingerprint import fingerprint
+from trace_dist.sharding.build import load_sharded
+
+pytestmark = pytest.mark.launcher
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+MODES = ["retrieved", "merged", "random", "full", "lora"]
+OVERRIDES = [
+    *("--probe.steps", "4", "--probe.fisher_batches", "1", "--projection.options.steps", "4"),
+    *("--train.batch_size", "8", "--train.warmup_steps", "2", "--bank.num_prompts", "30"),
+]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the starts of one run left and said."""
+
+    folder: Path
+    names: list[str]
+    killed: subprocess.CompletedProcess[str]
+    second: subprocess.CompletedProcess[str]
+    killed_hard: subprocess.CompletedProcess[str]
+    continued: subprocess.CompletedProcess[str]
+    again: subprocess.CompletedProcess[str]
+    orphans: list[list[int]]
+    kept_times: tuple[float, float]
+    stage_files: tuple[str, str]
+
+    @property
+    def results(self) -> dict[str, Any]:
+        return json.loads((self.folder / "results.json").read_text())
+
+
+def reduced(folder: Path) -> dict[str, Any]:
+    """The quickstart's own file with fewer tasks, examples and steps, and its files in ``folder``."""
+    config = yaml.safe_load(QUICKSTART.read_text())
+    config["run_dir"] = str(folder)
+    for role, hidden_size in (("target", 32), ("proxy", 16)):
+        config[role]["path"] = str(folder / "models" / role)
+        config[role]["tiny"] |= {"hidden_size": hidden_size, "num_layers": 2, "intermediate_size": 48}
+        config[role]["tiny"] |= {"steps": 6, "batch_size": 8}
+    config["tasks"], config["general"] = config["tasks"][:2], config["general"][:1]
+    for task in config["tasks"] + config["general"]:
+        task |= {"num_train": 80, "num_test": 8}
+    for task in config["tasks"]:
+        task["steps"] = 6
+    return config
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return condition()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    root = tmp_path_factory.mktemp("pipeline")
+    folder = root / "run"
+    config = reduced(folder)
+    (root / "config.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "trace_dist", "run", "--config", str(root / "config.yaml"), *OVERRIDES]
+    options: dict[str, Any] = {"env": environment(root / "cache"), "text": True, "cwd": root}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+
+    made = folder / "probe" / "specificity.json"
+    killed, orphans, second = [], [], None
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        process = subprocess.Popen(command, **options, **pipes)
+        # Killed while the ranks of the next stage are at work, so that they must be stopped too.
+        found = wait_for(lambda process=process: process.poll() is not None or made.is_file(), 300)
+        ranks = wait_for(lambda: len(processes_with(f"--config {folder}")) > 2, 60)
+        second = second or subprocess.run(command, **options, **pipes, timeout=60)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+        assert found, output
+        assert ranks, output
+        killed.append(subprocess.CompletedProcess(command, process.returncode, output))
+        wait_for(lambda: not processes_with(str(folder)), 20)
+        orphans.append(processes_with(str(folder)))
+    before = made.stat().st_mtime
+
+    continued = subprocess.run(command, **options, **pipes, timeout=500)
+    assert continued.returncode == 0, continued.stdout[-6000:]
+    stages = (folder / "stages.json").read_text()
+    again = subprocess.run(command, **options, **pipes, timeout=200)
+    return Run(
+        folder,
+        [task["name"] for task in config["tasks"]],
+        killed[0],
+        second,
+        killed[1],
+        continued,
+        again,
+        orphans,
+        (before, made.stat().st_mtime),
+        (stages, (folder / "stages.json").read_text()),
+    )
+
+
+def test_a_killed_run_takes_its_ranks_with_it(run: Run) -> None:
+    assert run.killed.returncode == 128 + signal.SIGTERM
+    assert run.killed_hard.returncode == -signal.SIGKILL
+    assert run.orphans == [[], []]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(run: Run) -> None:
+    assert run.second.returncode == 2
+    assert f"error: run_dir='{run.folder}': process " in run.second.stdout
+    assert "is at work in it; wait for it, end it, or choose another run_dir" in run.second.stdout
+
+
+def test_a_killed_run_continues_with_what_was_missing(run: Run) -> None:
+    assert "stage: probe" in run.killed.stdout
+    assert "stage: probe" not in run.continued.stdout
+    assert "stage: project" in run.continued.stdout
+    assert run.kept_times[0] == run.kept_times[1]
+
+
+def test_a_finished_run_does_nothing_but_report(run: Run) -> None:
+    assert run.again.returncode == 0, run.again.stdout
+    assert "stage:" not in run.again.stdout
+    assert run.stage_files[0] == run.stage_files[1]
+    assert "report: " in run.again.stdout
+
+
+def test_results_have_the_shape_of_the_design(run: Run) -> None:
+    results = run.results
+    assert results["tasks"] == run.names
+    assert sorted(results["modes"]) == sorted(MODES)
+    for mode in results["modes"].values():
+        scores = torch.tensor(mode["R"])
+        assert scores.shape == (len(run.names) + 1, len(run.names))
+        assert bool(((scores >= 0) & (scores <= 100)).all())
+        assert mode["average_accuracy"] == pytest.approx(float(scores[-1].mean()))
+        assert {"forgetting", "just_trained", "losses", "density", "trainable"} <= mode.keys()
+        assert [len(mode["losses"][name]) for name in run.names] == [6, 6]
+    bases = [mode["R"][0] for mode in results["modes"].values()]
+    assert all(base == bases[0] for base in bases)
+    assert 0 <= results["retrieval"]["accuracy"] <= 100
+    memory = results["memory"]["bytes_per_param"]
+    assert 2 < memory["masked"] < memory["full"]
+    for kind, predicted in results["memory"]["predicted_bytes_per_param"].items():
+        assert memory[kind] == pytest.approx(predicted, rel=0.05), kind
+    assert {"run_info", "meta_info", "config", "masks", "specificity"} <= results.keys()
+    assert results["run_info"]["num_ranks"] == 2
+    assert results["modes"]["retrieved"]["density"] == pytest.approx(0.05, abs=1e-3)
+    assert results["modes"]["random"]["density"] == pytest.approx(0.05, abs=1e-3)
+
+
+def test_the_report_is_one_page_on_its_own(run: Run) -> None:
+    page = (run.folder / "report.html").read_text(encoding="utf-8")
+    assert all(name in page for name in run.names)
+    assert "<script src" not in page
+    assert "<link" not in page
+    assert any(
+        "average" in line.lower() or "forget" in line.lower() for line in run.again.stdout.splitlines()
+    )
+
+
+def test_deltas_change_masked_entries_and_nothing_else(run: Run) -> None:
+    target = run.folder / "models" / "target"
+    model = load_sharded(str(target), "float32")
+    base = model.full_state_dict()
+    bank = DeltaBank(run.folder / "bank")
+    assert bank.base == fingerprint(target)
+    for name in run.names:
+        mask = Mask.load(run.folder / "masks" / f"{name}.safetensors")
+        delta = bank.delta(name)
+        assert delta is not None
+        assert delta.mask == mask
+        with bank.activated(model, name):
+            tuned = model.full_state_dict()
+        moved = 0
+        for parameter in model.names():
+            changed = tuned[parameter] != base[parameter]
+            allowed = mask.dense(parameter) if parameter in mask.layouts else torch.zeros_like(changed)
+            assert not (changed & ~allowed).any(), parameter
+            moved += int(changed.sum())
+        assert moved > 0.5 * mask.num_entries
+    after = model.full_state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in base.items())
+
+
+def test_the_masks_of_a_run(run: Run) -> None:
+    """Every task has its own, of the wanted density, for this model; random ones beside them."""
+    for kind in ("", "random/"):
+        masks = [Mask.load(run.folder / "masks" / f"{kind}{name}.safetensors") for name in run.names]
+        assert masks[0] != masks[1]
+        for mask, name in zip(masks, run.names, strict=True):
+            assert abs(mask.num_entries - 0.05 * mask.num_maskable) <= 1
+            assert mask.meta["task"] == name
+            assert mask.meta["model"] == fingerprint(run.folder / "models" / "target")
+
+
+def test_every_training_left_metrics(run: Run) -> None:
+    records = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    tags = {record["tag"] for record in records}
+    assert {f"{mode}/{name}" for mode in MODES for name in run.names} <= tags
+    assert {"base/target", "base/proxy"} <= tags
+    assert list((run.folder / "tensorboard").rglob("events.out.tfevents.*"))

@@ -1,0 +1,130 @@
+"""The stages probe and project on a real run folder, in this process."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import pytest
+from cli.program import make_config, write_config, write_tasks
+
+from trace_dist.cli.parser import parse, run_config
+from trace_dist.config import ProbeConfig, ProjectionConfig, RunConfig
+from trace_dist.masks import Mask
+from trace_dist.masks.ops import overlap
+from trace_dist.masks.storage import load_saliency
+from trace_dist.models.fingerprint import fingerprint
+from trace_dist.stages.probe import run_probe
+from trace_dist.stages.project import run_project
+
+TASKS = ("copy", "twist")
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run whose proxy has been probed."""
+    folder = tmp_path_factory.mktemp("project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        write_tasks(folder)
+        path = write_config(folder, make_config(folder))
+        cfg = run_config(parse(["probe", "--config", str(path)])["probe"])
+        run_probe(cfg)
+    return cfg
+
+
+def masks(cfg: RunConfig, kind: str = "projected") -> list[Mask]:
+    return [Mask.load(cfg.folder.mask(task, kind)) for task in TASKS]
+
+
+def test_the_probe_leaves_saliency_masks_and_specificity(cfg: RunConfig) -> None:
+    found = json.loads(cfg.folder.specificity.read_text())
+    assert found["tasks"] == list(TASKS)
+    assert all(0 <= value <= 1 for value in found["specificity"])
+    assert found["specificity"][0] == pytest.approx(1 - abs(found["cosine"][0][1]))
+    for task in TASKS:
+        scores, layouts, meta = load_saliency(cfg.folder.saliency(task))
+        mask = Mask.load(cfg.folder.proxy_mask(task))
+        assert dict(mask.layouts) == layouts
+        assert meta["task"] == mask.meta["task"] == task
+        assert cfg.proxy is not None
+        assert meta["model"] == mask.meta["model"] == fingerprint(cfg.proxy.path)
+        for name, units in mask.units.items():
+            outside = scores[name].clone()
+            outside[units.long()] = -1
+            assert scores[name][units.long()].min() >= outside.max()
+
+
+def test_a_probe_that_was_cut_measures_the_rest_alone(cfg: RunConfig) -> None:
+    folder = cfg.folder
+    whole = {path: path.read_bytes() for path in (folder.root / "probe").rglob("*") if path.is_file()}
+    kept = folder.trace("copy").stat().st_mtime_ns
+    for path in whole:
+        if path != folder.trace("copy"):
+            path.unlink()
+    run_probe(cfg)
+    assert folder.trace("copy").stat().st_mtime_ns == kept
+    assert {path: path.read_bytes() for path in whole} == whole
+
+
+def test_what_was_probed_in_another_way_is_probed_again(cfg: RunConfig, tmp_path: Path) -> None:
+    other = replace(cfg, run_dir=str(tmp_path), probe=replace(cfg.probe, score="l2"))
+    other.folder.trace("copy").parent.mkdir(parents=True)
+    other.folder.trace("copy").write_bytes(cfg.folder.trace("copy").read_bytes())
+    run_probe(other)
+    assert Mask.load(other.folder.proxy_mask("copy")) != Mask.load(cfg.folder.proxy_mask("copy"))
+
+
+@pytest.mark.parametrize("placement", ["magnitude", "random", "refine", "narrow"])
+def test_placements(placement: str, cfg: RunConfig) -> None:
+    run_project(
+        replace(
+            cfg,
+            projection=ProjectionConfig(placement, cfg.projection.options if placement == "narrow" else {}),
+        )
+    )
+    for kind in ("projected", "random"):
+        first, second = masks(cfg, kind)
+        assert first != second
+        for mask, task in zip((first, second), TASKS, strict=True):
+            assert abs(mask.num_entries - cfg.mask.density * mask.num_maskable) < 1
+            assert mask.meta["task"] == task
+            assert mask.meta["model"] == fingerprint(cfg.target.path)
+    assert masks(cfg)[0].meta["method"] == f"projected/{placement}"
+    assert masks(cfg, "random")[0].meta["method"] == "random"
+
+
+def test_random_places_of_two_tasks_are_independent(cfg: RunConfig) -> None:
+    """One seed for both would give the second task the places of the first."""
+    run_project(replace(cfg, projection=ProjectionConfig("random")))
+    first, second = masks(cfg)
+    assert overlap(first, second) < 0.15
+    assert overlap(first, masks(cfg, "random")[0]) < 0.15
+
+
+def test_without_a_proxy_the_target_keeps_its_own_masks(cfg: RunConfig, tmp_path: Path) -> None:
+    alone = replace(cfg, proxy=None, run_dir=str(tmp_path))
+    run_probe(alone)
+    run_project(alone)
+    for task, mask in zip(TASKS, masks(alone), strict=True):
+        assert mask == Mask.load(alone.folder.proxy_mask(task))
+        assert mask.meta == {"method": "probed", "task": task, "model": fingerprint(cfg.target.path)}
+
+
+def test_projecting_before_probing_is_one_line(cfg: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"copy\.safetensors: is not there yet; start `trace-dist probe` first"
+    ):
+        run_project(replace(cfg, run_dir=str(tmp_path)))
+
+
+def test_specificity_moves_budgets(cfg: RunConfig, tmp_path: Path) -> None:
+    """With an exponent, tensors in which the tasks agree give entries to those in which they differ."""
+    weighted = replace(cfg, run_dir=str(tmp_path), probe=ProbeConfig(steps=2, batch_size=8, fisher_batches=1,
+                                                                     specificity_weight=4.0))  # fmt: skip
+    run_probe(weighted)
+    plain, moved = (Mask.load(each.folder.proxy_mask("copy")) for each in (cfg, weighted))
+    assert plain.num_entries == moved.num_entries
+    assert plain != moved

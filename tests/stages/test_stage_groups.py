@@ -1,0 +1,114 @@
+"""The stages of a run: what each needs and leaves, in which order, and on which ranks."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from trace_dist.config import (
+    ContinualConfig,
+    LaunchConfig,
+    MaskConfig,
+    ModelConfig,
+    ProjectionConfig,
+    PruneConfig,
+    RunConfig,
+    TaskConfig,
+    TinyConfig,
+)
+from trace_dist.stages import memory, project
+from trace_dist.stages.pipeline import stage_groups
+from trace_dist.stages.stage import ALONE, Stage
+from trace_dist.stages.start import check_parts
+
+
+def make(folder: Path, **changes: object) -> RunConfig:
+    values = {
+        "run_dir": str(folder / "run"),
+        "target": ModelConfig(str(folder / "target"), tiny=TinyConfig()),
+        "proxy": ModelConfig(str(folder / "proxy"), tiny=TinyConfig()),
+        "tasks": [TaskConfig("one", "one.jsonl"), TaskConfig("two", "two.jsonl")],
+        "backend": "zero3",
+        "launch": LaunchConfig("deepspeed", 2, single_process=["merged"]),
+    }
+    return RunConfig(**{**values, **changes})
+
+
+def names(cfg: RunConfig) -> list[list[str]]:
+    return [[stage.name for stage in group] for group in stage_groups(cfg)]
+
+
+def test_methods_on_ranks_share_a_launch_and_the_others_run_alone(tmp_path: Path) -> None:
+    cfg = make(tmp_path)
+    assert names(cfg) == [
+        ["base target", "probe"],
+        ["probe"],
+        ["project retrieved random"],
+        ["memory", "merged", "full", "lora"],
+    ]
+    *_, (shared,), (states, *alone) = stage_groups(cfg)
+    assert shared.launched
+    assert states.launched
+    assert not any(stage.launched for stage in alone)
+    assert all(stage.arguments[-len(ALONE) :] == ALONE for stage in alone)
+
+
+def test_without_methods_on_ranks_masks_are_projected_by_a_stage_of_its_own(tmp_path: Path) -> None:
+    cfg = make(tmp_path, continual=ContinualConfig(["full"]), backend="fsdp2")
+    assert names(cfg)[2:] == [["project"], ["full"]]
+
+
+def test_a_proxy_that_is_cut_out_of_the_target_waits_for_it(tmp_path: Path) -> None:
+    cut = ModelConfig(str(tmp_path / "proxy"), prune=PruneConfig())
+    assert names(make(tmp_path, proxy=cut))[:2] == [["base target"], ["probe"]]
+
+
+def test_a_model_from_elsewhere_is_not_made(tmp_path: Path) -> None:
+    target, *_ = stage_groups(make(tmp_path, target=ModelConfig("somebody/model")))[0]
+    assert target.done
+
+
+def test_a_stage_is_done_when_all_its_files_are_there(tmp_path: Path) -> None:
+    stage = Stage("s", [], [tmp_path / "a", tmp_path / "b"], {tmp_path / "c": "probe"})
+    (tmp_path / "a").touch()
+    assert not stage.done
+    (tmp_path / "b").touch()
+    assert stage.done
+    with pytest.raises(ValueError, match="c: is not there yet; start `trace-dist probe` first"):
+        stage.check_inputs()
+    (tmp_path / "c").touch()
+    stage.check_inputs()
+
+
+def test_what_one_stage_needs_another_leaves(tmp_path: Path) -> None:
+    cfg = make(tmp_path)
+    left = {path for group in stage_groups(cfg) for stage in group for path in stage.outputs}
+    for stage in (project.describe(cfg), memory.describe(cfg), *stage_groups(cfg)[2]):
+        assert set(stage.inputs) <= left
+        assert stage.inputs
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mask": MaskConfig(density=0.2)}, "projection.options.pool_density=0.1: must be at least mask.density=0.2"),
+        ({"projection": ProjectionConfig(options={"steps": 0})}, "projection.options.steps=0: must be at least 1"),
+        ({"projection": ProjectionConfig(options={"pool_density": 1.5})}, "projection.options.pool_density=1.5: must lie in"),
+        ({"projection": ProjectionConfig(options={"narrow_steps": 3})}, "'narrow_steps' is not an option"),
+        ({"projection": ProjectionConfig("random", {"steps": 3})}, "'steps' is not an option; it has no options"),
+        ({"continual": ContinualConfig(options={"lora": {"rang": 3}})}, "'rang' is not an option"),
+        ({"continual": ContinualConfig(options={"merged": {"replay": 1.0}})}, "merged.replay=1.0: must lie in [0, 1)"),
+        ({"continual": ContinualConfig(["full"], {"lora": {"rank": "x"}})}, 'key "rank"'),
+    ],
+)  # fmt: skip
+def test_options_are_checked_before_work(changes: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_parts(make(tmp_path, **changes))
+
+
+def test_without_a_proxy_the_pool_may_be_smaller_than_the_mask(tmp_path: Path) -> None:
+    """Nothing is projected then."""
+    check_parts(replace(make(tmp_path, mask=MaskConfig(density=0.2)), proxy=None))

@@ -1,0 +1,126 @@
+"""`init` writes a configuration that runs, and a dry run says what it would do without a trace on the disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from cli.program import make_config, write_config, write_tasks
+
+from trace_dist.cli.main import main
+from trace_dist.cli.parser import parse, run_config
+from trace_dist.config import RunConfig, TinyConfig
+from trace_dist.models.tiny import build_tiny
+from trace_dist.models.tokenizer import char_tokenizer
+from trace_dist.stages.preview import preview
+from trace_dist.stages.starter import Starter, starter_config
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A small model and three tasks; one has other columns and few answers."""
+    write_tasks(tmp_path)
+    rows = [{"question": f"{i} is", "answer": ["odd", "even"][i % 2 == 0]} for i in range(80)]
+    (tmp_path / "parity.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [
+        line for name in ("copy", "parity") for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()
+    ]
+    tokenizer = char_tokenizer({"all": texts}, texts)
+    tokenizer.save_pretrained(tmp_path / "model")
+    build_tiny(TinyConfig(32, 6, 2, 48), len(tokenizer), seed=0).save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+def read(text: str, folder: Path) -> RunConfig:
+    path = folder / "mine.yaml"
+    path.write_text(text)
+    return run_config(parse(["run", "--config", str(path)])["run"])
+
+
+def start(folder: Path, *names: str, proxy: str | None = None, ranks: int = 1) -> Starter:
+    data = [str(folder / f"{name}.jsonl") for name in names]
+    return Starter(str(folder / "model"), data, proxy, str(folder / "run"), ranks)
+
+
+def test_the_file_is_a_configuration_with_what_the_data_say(folder: Path) -> None:
+    text = starter_config(start(folder, "copy", "parity"))
+    cfg = read(text, folder)
+    copy, parity = cfg.tasks
+    assert (copy.name, copy.metric, copy.prompt_field) == ("copy", "exact_match", "prompt")
+    assert (parity.name, parity.metric, parity.prompt_field) == ("parity", "choice", "question")
+    assert copy.num_train + copy.num_test == 60
+    assert cfg.data.max_length == 64
+    assert cfg.proxy is not None
+    assert cfg.proxy.prune is not None
+    assert cfg.proxy.prune.keep_layers == 2
+    assert cfg.backend == "single"
+    comments = [line for line in text.splitlines() if line.startswith("# ")]
+    assert len(comments) > len(cfg.tasks) + 5
+
+
+def test_a_proxy_and_ranks_of_ones_own(folder: Path) -> None:
+    cfg = read(starter_config(start(folder, "copy", proxy="small", ranks=4)), folder)
+    assert cfg.proxy is not None
+    assert (cfg.proxy.path, cfg.proxy.prune) == ("small", None)
+    assert (cfg.backend, cfg.launch.num_ranks) == ("zero3", 4)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["nothing"], "no such file"),
+        (["copy", "copy"], "rename one"),
+        (["strange"], "columns that were tried"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(names: list[str], words: str, folder: Path) -> None:
+    (folder / "strange.jsonl").write_text('{"left": "a", "right": "b"}\n')
+    with pytest.raises(ValueError, match=words):
+        starter_config(start(folder, *names))
+
+
+def test_the_command_writes_it_once_and_shows_the_dry_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    words = ["init", "--model", "model", "--data", "copy.jsonl", "twist.jsonl", "--out", "new.yaml"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    for word in ("learn copy", "learn twist", "trained:", "memory", "time: about", "--config new.yaml"):
+        assert word in shown
+    written = Path("new.yaml").read_text()
+    assert main(words) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert Path("new.yaml").read_text() == written
+    assert not Path("runs").exists()
+
+
+def test_a_dry_run_leaves_no_trace(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where the models are not made yet: their size is then said to be unknown."""
+    path = write_config(folder, make_config(folder))
+    for command in (["run"], ["learn", "--bank", str(folder / "bank")]):
+        assert main([*command, "--config", str(path), "--dry_run", "true"]) == 0
+        assert "made by the first run" in capsys.readouterr().out
+    assert not (folder / "run").exists()
+    assert not (folder / "bank").exists()
+
+
+def test_the_preview_counts_what_a_mask_trains(folder: Path) -> None:
+    """Steps, entries and operations, against the configuration and the model itself."""
+    cfg = read(starter_config(start(folder, "copy", "twist")), folder)
+    found = preview(cfg)
+    assert found.num_parameters == build_tiny(TinyConfig(32, 6, 2, 48), 1, 0).num_parameters() + 32 * (
+        found_vocabulary(folder) - 1
+    )
+    linear = 6 * (4 * 32 * 32 + 3 * 32 * 48)
+    assert found.num_entries == pytest.approx(0.05 * linear, rel=0.1)
+    steps = {piece.name: piece.steps for piece in found.work}
+    assert steps["learn copy"] == cfg.tasks[0].steps
+    assert steps["probe twist"] == cfg.probe.steps
+    flops = {piece.name: piece.flops for piece in found.work}
+    assert flops["learn copy"] > flops["score copy"] > 0
+
+
+def found_vocabulary(folder: Path) -> int:
+    return int(json.loads((folder / "model" / "config.json").read_text())["vocab_size"])

@@ -1,0 +1,84 @@
+"""One holder at a time, over processes; nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from trace_dist.utils.locks import Held, hold, hold_until_exit, process_name, release
+
+OTHER = """
+import sys
+from pathlib import Path
+from trace_dist.utils.locks import hold
+with hold(Path(sys.argv[1]), "folder='x'", wait=len(sys.argv) > 2):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture(autouse=True)
+def _released() -> Iterator[None]:
+    yield
+    release()
+
+
+def other(path: Path, *options: str) -> subprocess.Popen[str]:
+    """Another process that holds ``path`` until it reads a line."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", OTHER, str(path), *options], text=True, **pipes)
+
+
+def test_a_second_holder_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / ".lock"
+    process = other(path)
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(Held, match=f"^{process_name(process.pid)}$"), hold(path, "folder='x'"):
+        pass
+    with pytest.raises(
+        ValueError, match=r"^folder='x': process \d+ on .* is at work in it; .* another folder$"
+    ):
+        hold_until_exit(path, "folder='x'")
+    hold_until_exit(path, "folder='x'", sharers=[process_name(process.pid)])
+    process.communicate("\n", timeout=60)
+    assert not path.exists()
+    with hold(path, "folder='x'"):
+        assert path.read_text() == process_name(os.getpid())
+    assert not path.exists()
+
+
+def test_a_killed_holder_holds_no_longer(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    process = other(path)
+    assert process.stdout.readline() == "held\n"
+    process.kill()
+    process.wait()
+    assert path.exists()
+    with hold(path, "folder='x'"):
+        pass
+
+
+def test_one_that_waits_gets_a_file_of_its_own(tmp_path: Path) -> None:
+    """The first holder removes the file that the second waits for; a third must still find the second."""
+    path = tmp_path / ".lock"
+    with hold(path, "folder='x'"):
+        process = other(path, "wait")
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=3)
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(Held, match=process_name(process.pid)), hold(path, "folder='x'"):
+        pass
+    process.communicate("\n", timeout=60)
+
+
+def test_this_process_may_hold_a_folder_twice_and_lets_go_once(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    hold_until_exit(path, "folder='x'")
+    hold_until_exit(path, "folder='x'")
+    release()
+    assert not path.exists()

@@ -1,0 +1,168 @@
+"""What a writer can do to a bank: start it, add a task, remove and rename one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trace_dist.bank.delta import Delta, check_base
+from trace_dist.bank.facts import describe
+from trace_dist.bank.index import Index, Record
+from trace_dist.bank.signature import Signature
+from trace_dist.bank.sketch import Sketch
+from trace_dist.bank.writer import Writer, locked, read_index
+from trace_dist.run_folder import DELTA, SIGNATURE, SKETCH, BankFolder
+from trace_dist.utils.names import BASE, check_task_name
+from trace_dist.utils.sealed import same_content
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is kept of a task (or, without a delta, of the base model).
+
+    Raises:
+        ValueError: the name is no name of a task, or the parts do not belong together.
+    """
+
+    signature: Signature
+    delta: Delta | None
+    sketch: Sketch | None = None
+    facts: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        name = self.signature.task
+        if self.delta is None:
+            if name != BASE:
+                raise ValueError(
+                    f"signature {name!r}: comes without a delta, which only {BASE!r}, the base model, may; give the delta"
+                )
+            return
+        check_task_name(name, "task")
+        if self.delta.task != name:
+            raise ValueError(
+                f"delta {self.delta.task!r}: comes with the signature of {name!r}; give both the same task"
+            )
+
+    def save(self, folder: Path) -> None:
+        """Write the task's files."""
+        self.signature.save(folder / SIGNATURE)
+        if self.delta is not None:
+            self.delta.save(folder / DELTA)
+        if self.sketch is not None:
+            self.sketch.save(folder / SKETCH)
+
+
+def found(index: Index, files: BankFolder, task: str) -> Record:
+    """The record of a task. Raises ValueError where there is none."""
+    record = index.get(task)
+    if record is None:
+        held = ", ".join(index.names) or "nothing yet"
+        raise ValueError(f"task={task!r}: not in the bank {files.root}; it holds {held}")
+    return record
+
+
+def open_or_start(files: BankFolder, base: str, layer: int) -> None:
+    """Start a bank where there is none; see that it is of this base model and layer where there is one.
+
+    Raises:
+        ValueError: it is of another one, another process writes it, or its index was lost.
+    """
+    if not files.index.is_file():
+        with locked(files):
+            if not files.index.is_file():
+                _start(files, base, layer)
+                return
+    index = read_index(files)
+    if index.base != base:
+        raise ValueError(
+            f"bank {files.root}: made for the base model {index.base[:12]}, not for {base[:12]}; "
+            "choose another folder, or use the model it was made for"
+        )
+    if index.layer != layer:
+        raise ValueError(
+            f"bank.layer={layer}: the bank {files.root} was made with {index.layer}; set that, or choose another folder"
+        )
+
+
+def _start(files: BankFolder, base: str, layer: int) -> None:
+    for left in (files.tasks, files.old_deltas, files.old_signatures):
+        if left.exists():
+            raise ValueError(
+                f"bank {files.root}: {left.name} is there but {files.index.name} is missing; "
+                "restore it from a copy, or choose another folder"
+            )
+    Index(base, layer).save(files.index)
+
+
+def add(writer: Writer, task: Task) -> None:
+    """Add a task, or do nothing where it is there with the same bytes.
+
+    Raises:
+        ValueError: it is there with other bytes, or does not belong into this bank.
+    """
+    name = task.signature.task
+    if task.delta is not None:
+        check_base(task.delta.mask, writer.index.base, f"delta {name!r}")
+    facts = describe(task.delta, task.signature, task.facts)
+    writer.upgrade()
+    _check_dim(writer, task.signature)
+    present = writer.index.get(name)
+    new = writer.stage(Record(name, writer.index.folder_for(name), facts=facts), task.save)
+    if present is None:
+        writer.publish(new)
+        writer.commit(replace(writer.index, records=(*writer.index.records, new)))
+        return
+    differing = [file for file in new.files if not _same(writer, present, new, file)]
+    writer.discard(new)
+    if differing:
+        raise ValueError(
+            f"task={name!r}: in the bank {writer.files.root} already, with another "
+            f"{' and another '.join(file.split('.')[0] for file in differing)}; "
+            "rename or remove the older one, or give the new one another name"
+        )
+
+
+def _same(writer: Writer, present: Record, new: Record, file: str) -> bool:
+    """Whether a file that was staged is the one that the bank holds."""
+    if present.files.get(file) == new.files[file]:
+        return True
+    paths = (writer.files.task(present.folder) / file, writer.temporary(new) / file)
+    return file in present.files and same_content(*paths, file.split(".")[0])
+
+
+def _check_dim(writer: Writer, signature: Signature) -> None:
+    """Raise ValueError unless the representations have the size of those in the bank."""
+    known = next((record.facts.get("dim") for record in writer.index.records), None)
+    if known is not None and known != signature.dim:
+        raise ValueError(
+            f"signature {signature.task!r}: hidden size {signature.dim}, must be {known} as in the bank; "
+            "fit it on the same base model"
+        )
+
+
+def remove(writer: Writer, name: str) -> None:
+    """Take a task out. Raises ValueError where there is no such task."""
+    gone = found(writer.index, writer.files, name)
+    records = tuple(record for record in writer.index.records if record is not gone)
+    writer.commit(replace(writer.index, records=records))
+
+
+def rename(writer: Writer, name: str, new: str) -> None:
+    """Give a task another name.
+
+    Raises:
+        ValueError: there is no such task, or the name cannot be given.
+    """
+    found(writer.index, writer.files, name)
+    if name == BASE:
+        raise ValueError(f"task={name!r}: stands for the base model and keeps its name; rename another task")
+    check_task_name(new, "task")
+    if new in writer.index.names:
+        raise ValueError(f"task={new!r}: in the bank {writer.files.root} already; choose another name")
+    writer.upgrade()
+    records = tuple(
+        replace(record, name=new) if record.name == name else record for record in writer.index.records
+    )
+    writer.commit(replace(writer.index, records=records))

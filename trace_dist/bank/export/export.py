@@ -1,0 +1,54 @@
+"""Tasks of a bank in the form that other tools read, by an exporter of this room or of a module of one's own.
+
+An exporter ([Note: drop-in parts]) is a module with ``LABEL`` and ``write(bank, tasks, out, base, dtype)``, which also takes
+``options`` where the module has ``Options``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trace_dist.bank.bank import DeltaBank
+from trace_dist.models.fingerprint import check_same, fingerprint
+from trace_dist.utils.registry import Registry
+
+EXPORTERS = Registry("exporter", {"hf": "trace_dist.bank.export.hf"})
+
+
+def export(
+    bank: DeltaBank,
+    tasks: Sequence[str],
+    out: Path | str,
+    base: str,
+    dtype: str = "float32",
+    kind: str = "hf",
+    options: Mapping[str, Any] | None = None,
+) -> None:
+    """Write tasks of a bank for another tool.
+
+    Args:
+        bank: the bank.
+        tasks: whose deltas.
+        out: folder to write.
+        base: the bank's base model: folder or hub id.
+        dtype: of the weights: float32 or bfloat16.
+        kind: name of an exporter, or the path of a module.
+        options: its options.
+
+    Raises:
+        ValueError: a task is not in the bank, the base is not the bank's, or there is no such exporter.
+    """
+    exporter = EXPORTERS.load(kind)
+    chosen = EXPORTERS.options(kind, options)
+    out = Path(out)
+    if not tasks:
+        raise ValueError("task: none is given to export; name at least one")
+    for task in tasks:
+        bank.path(task)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out={str(out)!r}: is a file; give a folder")
+    check_same(bank.base, fingerprint(base), f"bank {bank.folder}")
+    extra = {} if chosen is None else {"options": chosen}
+    exporter.write(bank, tasks, out, base, dtype, **extra)

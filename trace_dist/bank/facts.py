@@ -1,0 +1,50 @@
+"""What the index says of a task, so that a bank can be shown without reading a delta."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from trace_dist.bank.delta import Delta
+from trace_dist.bank.signature import Signature
+
+MAX_BYTES = 65_536
+"""Of the facts given by the one who adds a task: the index is read at every opening."""
+
+
+def describe(
+    delta: Delta | None, signature: Signature, training: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Facts of a task.
+
+    Args:
+        delta: None for the base model.
+        signature: of the same task.
+        training: small JSON values from whoever trained it, such as the learning rate and the steps.
+
+    Raises:
+        ValueError: ``training`` is no JSON, or too large.
+    """
+    facts: dict[str, Any] = {"clusters": signature.num_clusters, "dim": signature.dim}
+    if delta is not None:
+        facts |= {
+            "mask": delta.mask.digest(),
+            "entries": delta.mask.num_entries,
+            "density": delta.mask.density,
+            "granularity": delta.mask.granularity,
+            "dtype": "+".join(sorted({str(v.dtype).removeprefix("torch.") for v in delta.values.values()})),
+        }
+    if training:
+        facts["training"] = _json(training)
+    return facts
+
+
+def _json(training: Mapping[str, Any]) -> Any:
+    try:
+        text = json.dumps(dict(training), allow_nan=False)
+    except (RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"facts: {error}; give numbers, texts, and lists and dictionaries of them") from None
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"facts: {len(text)} bytes, may have at most {MAX_BYTES}; give less")
+    return json.loads(text)

@@ -1,0 +1,179 @@
+"""The index of a bank: what it holds, in one JSON file that is replaced whole at every change.
+
+    {"format": "trace_dist.bank", "version": 2, "generation": 3, "base": fingerprint, "layer": -1,
+     "tasks": [{"name", "folder", "files": {"delta.safetensors": {"bytes", "sha256"}, ...}, "facts": {...}}, ...],
+     "checksum": SHA-256 of the rest}
+
+It holds no date, so that two runs of the same work leave the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from trace_dist.run_folder import DELTA, SIGNATURE, SKETCH
+from trace_dist.utils.files import read_json, sha256, write_json
+from trace_dist.utils.names import BASE, check_task_name
+from trace_dist.utils.sealed import json_checksum
+
+FORMAT = "trace_dist.bank"
+VERSION = 2
+FOLDER = re.compile(r"[a-z0-9_][a-z0-9_-]{0,79}")
+PLAIN = re.compile(r"[a-z0-9_][a-z0-9_-]{0,39}")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file of a task."""
+
+    num_bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> Member:
+        """The file as it lies there."""
+        return cls(path.stat().st_size, sha256(path))
+
+
+@dataclass(frozen=True)
+class Record:
+    """One task of a bank, or its base model, which has no delta."""
+
+    name: str
+    folder: str = ""
+    """Name of its folder under ``tasks``; empty in a bank of version 1."""
+    files: Mapping[str, Member] = field(default_factory=dict)
+    """File name -> size and checksum; empty in a bank of version 1."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Small JSON values: clusters, dim, digest of the mask, entries, density, granularity, dtype, training (``bank.facts``)."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """What a bank holds. A change makes a new index."""
+
+    base: str
+    """Fingerprint of the base model."""
+    layer: int
+    """Hidden layer that representations are taken from."""
+    records: tuple[Record, ...] = ()
+    """In the order in which they were added."""
+    generation: int = 0
+    """How often the bank was changed."""
+    version: int = VERSION
+    """Of the format: 1 until the first change by this release."""
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the records, in order."""
+        return [record.name for record in self.records]
+
+    def get(self, name: str) -> Record | None:
+        """The record of a task, if there is one."""
+        return next((record for record in self.records if record.name == name), None)
+
+    def changed(self, records: Iterable[Record]) -> Index:
+        """The next generation, with these records."""
+        return replace(self, records=tuple(records), generation=self.generation + 1, version=VERSION)
+
+    def folder_for(self, name: str) -> str:
+        """A name for the folder of a new task: readable, safe, and not taken."""
+        slug = name
+        if not PLAIN.fullmatch(name):
+            readable = re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")[:40]
+            slug = f"{readable or 'task'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        taken = {record.folder for record in self.records}
+        suffixes = ("", *(f"-{number}" for number in range(2, len(taken) + 3)))
+        return next(slug + suffix for suffix in suffixes if slug + suffix not in taken)
+
+    def save(self, path: Path) -> None:
+        """Replace the index file."""
+        value = {
+            "format": FORMAT,
+            "version": VERSION,
+            "generation": self.generation,
+            "base": self.base,
+            "layer": self.layer,
+            "tasks": [
+                {
+                    "name": record.name,
+                    "folder": record.folder,
+                    "files": {
+                        name: {"bytes": member.num_bytes, "sha256": member.sha256}
+                        for name, member in record.files.items()
+                    },
+                    "facts": record.facts,
+                }
+                for record in self.records
+            ],
+        }
+        write_json(path, {**value, "checksum": json_checksum(value)})
+
+    @classmethod
+    def load(cls, path: Path) -> Index:
+        """Read an index. One of version 1 names no tasks: they stand in its signatures (``bank.legacy``).
+
+        Raises:
+            ValueError: missing, damaged, not an index, or of a newer version.
+        """
+        value = read_json(path)
+        if not isinstance(value, dict) or value.get("format") != FORMAT:
+            raise ValueError(f"{path}: this is not the index of a bank; give the folder of a bank")
+        version = value.get("version")
+        if version not in (1, VERSION):
+            raise ValueError(
+                f"{path}: version {version!r}, but this release reads versions 1 to {VERSION}; update trace_dist"
+            )
+        read = _Reader(path)
+        rest = {key: part for key, part in value.items() if key != "checksum"}
+        if version == VERSION and value.get("checksum") != json_checksum(rest):
+            raise read.damaged("wrong checksum")
+        base, layer = read.field(value, "base", str), read.field(value, "layer", int)
+        if version == 1:
+            return cls(base, layer, version=1)
+        records = tuple(map(read.record, read.field(value, "tasks", list)))
+        read.distinct([record.name for record in records], "name")
+        read.distinct([record.folder for record in records], "folder")
+        return cls(base, layer, records, read.field(value, "generation", int))
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Values out of an index file, checked one by one."""
+
+    path: Path
+
+    def damaged(self, reason: object) -> ValueError:
+        return ValueError(f"{self.path}: damaged index of a bank ({reason}); restore it from a copy")
+
+    def field(self, value: Any, key: str, kind: type) -> Any:
+        if not isinstance(value, dict) or type(value.get(key)) is not kind:
+            raise self.damaged(f"{key} is missing or not {kind.__name__}")
+        return value[key]
+
+    def distinct(self, values: list[str], what: str) -> None:
+        if len(set(values)) < len(values):
+            raise self.damaged(f"a {what} occurs twice")
+
+    def record(self, value: Any) -> Record:
+        name, folder = self.field(value, "name", str), self.field(value, "folder", str)
+        files = {
+            file: Member(self.field(member, "bytes", int), self.field(member, "sha256", str))
+            for file, member in self.field(value, "files", dict).items()
+        }
+        if name != BASE:
+            try:
+                check_task_name(name, f"{self.path}: task")
+            except ValueError as error:
+                raise self.damaged(error) from None
+        if not FOLDER.fullmatch(folder):
+            raise self.damaged(f"folder {folder!r:.200} is not the name of a folder")
+        wanted = {SIGNATURE} if name == BASE else {SIGNATURE, DELTA}
+        if not wanted <= files.keys() <= {SIGNATURE, DELTA, SKETCH}:
+            raise self.damaged(f"task {name!r} has the files {sorted(files)!r:.200}")
+        return Record(name, folder, files, self.field(value, "facts", dict))

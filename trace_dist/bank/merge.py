@@ -1,0 +1,88 @@
+"""The union of two banks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from trace_dist.bank.bank import DeltaBank
+from trace_dist.bank.index import Index, Member, Record
+from trace_dist.bank.signature import TENSORS
+from trace_dist.bank.writer import Writer, copy, hand_over
+from trace_dist.run_folder import BankFolder
+from trace_dist.utils.files import atomic_folder, corrupt
+from trace_dist.utils.names import BASE
+
+
+def merge(left: DeltaBank, right: DeltaBank, out: Path | str) -> DeltaBank:
+    """A new bank with the tasks of two banks of one base model, in order; their files are copied as they are.
+
+    A task (or the signature of the base model) that is in both with the same bytes is kept once.
+
+    Args:
+        left: its tasks come first; an old bank is read as it is.
+        right: the other one.
+        out: folder of the new bank; it must not exist, or be empty. It is there whole or not at all.
+
+    Raises:
+        ValueError: the banks are of different base models or layers, a name stands for two tasks, a file is damaged, or
+            the folder holds something.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out={str(out)!r}: holds something already; choose a new folder")
+    added = _check(left, right)
+    if out.exists():
+        out.rmdir()
+    with atomic_folder(out) as temporary:
+        writer = Writer(BankFolder(temporary), Index(left.base, left.layer))
+        records: list[Record] = []
+        for bank, wanted in ((left, left.index.records), (right, added)):
+            for record in wanted:
+                folder = Index(left.base, left.layer, tuple(records)).folder_for(record.name)
+                records.append(_copied(writer, bank, record, folder))
+        writer.commit(Index(left.base, left.layer, tuple(records)))
+    return DeltaBank(out)
+
+
+def _check(left: DeltaBank, right: DeltaBank) -> tuple[Record, ...]:
+    """What the right bank adds. Raises ValueError where the two do not go together."""
+    if (left.base, left.layer) != (right.base, right.layer):
+        raise ValueError(
+            f"bank {right.folder}: of the base model {right.base[:12]} and layer {right.layer}, but {left.folder} is of "
+            f"{left.base[:12]} and layer {left.layer}; merge banks of one base model"
+        )
+    both = [name for name in right.tasks if name in left.tasks]
+    for name in both:
+        if not _same(left, right, name):
+            cure = (
+                "remove one of the two"
+                if name == BASE
+                else f"rename it in one of them (bank rename {right.folder} ...)"
+            )
+            raise ValueError(f"task={name!r}: in {left.folder} and another one in {right.folder}; {cure}")
+    return tuple(record for record in right.index.records if record.name not in both)
+
+
+def _same(left: DeltaBank, right: DeltaBank, name: str) -> bool:
+    """Whether two banks hold the very same task."""
+    ours, theirs = left.signature(name), right.signature(name)
+    if not all(torch.equal(getattr(ours, tensor), getattr(theirs, tensor)) for tensor in TENSORS):
+        return False
+    return name == BASE or Member.of(left.path(name)) == Member.of(right.path(name))
+
+
+def _copied(writer: Writer, bank: DeltaBank, record: Record, folder: str) -> Record:
+    """A task in the new bank.
+
+    Raises:
+        ValueError: a file is not as it was written.
+    """
+    new = Record(record.name, folder, facts=bank.facts(record.name))
+    staged = writer.stage(new, lambda path: hand_over(bank.files, record, path, copy))
+    for file, member in record.files.items():
+        if staged.files[file] != member:
+            raise corrupt(bank.files.task(record.folder) / file, file.split(".")[0], "its bytes have changed")
+    writer.publish(staged)
+    return staged

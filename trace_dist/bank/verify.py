@@ -1,0 +1,60 @@
+"""Is everything in a bank as it was written?"""
+
+from __future__ import annotations
+
+from trace_dist.bank.bank import DeltaBank
+from trace_dist.bank.delta import check_base
+from trace_dist.bank.index import Member, Record
+
+
+def verify(bank: DeltaBank) -> list[str]:
+    """Read every file of a bank and compare it with the index.
+
+    Returns:
+        One line for each problem; none where all is well. In a bank of version 1, whose index has no checksums, the files'
+        own ones are all there is.
+    """
+    problems: list[str] = []
+    dims: dict[int, str] = {}
+    for record in bank.index.records:
+        problems += _damaged(bank, record) or _inconsistent(bank, record, dims)
+    if len(dims) > 1:
+        problems.append(f"{bank.folder}: signatures of {len(dims)} hidden sizes: {dims}; remove the odd ones")
+    return problems
+
+
+def _damaged(bank: DeltaBank, record: Record) -> list[str]:
+    """Files that are missing or have other bytes than the index says."""
+    problems = []
+    for file, member in record.files.items():
+        path = bank.files.task(record.folder) / file
+        try:
+            found = Member.of(path)
+        except OSError as error:
+            problems.append(f"{path}: cannot be read ({error.strerror}); restore it from a copy")
+            continue
+        if found.num_bytes != member.num_bytes:
+            problems.append(
+                f"{path}: has {found.num_bytes} bytes, not {member.num_bytes}; restore it from a copy"
+            )
+        elif found != member:
+            problems.append(f"{path}: its bytes are not those that were written; restore it from a copy")
+    return problems
+
+
+def _inconsistent(bank: DeltaBank, record: Record, dims: dict[int, str]) -> list[str]:
+    """Files that are whole but do not belong there."""
+    name = record.name
+    try:
+        dims.setdefault(bank.signature(name).dim, name)
+        bank.sketch(name)
+        delta = bank.delta(name)
+        if delta is None:
+            return []
+        check_base(delta.mask, bank.base, str(bank.path(name)))
+    except ValueError as error:
+        return [str(error)]
+    found, known = delta.mask.num_entries, record.facts.get("entries")
+    if record.folder and found != known:
+        return [f"{bank.path(name)}: holds {found} entries, the index says {known}; add the task again"]
+    return []

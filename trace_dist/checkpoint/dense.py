@@ -1,0 +1,163 @@
+"""Checkpoints of ordinary training (full fine-tuning, LoRA): parameters and the optimizer's states by name.
+
+Rank 0's file has ``<param>/values`` and ``<param>/<key>`` for every tensor that the optimizer keeps of a parameter (of AdamW
+``step``, ``exp_avg``, ``exp_avg_sq``); several ranks train the same values, so the others' files have their random state alone. A
+resumed run repeats the uninterrupted one bit for bit, dropout included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from trace_dist.checkpoint.agreement import agreed
+from trace_dist.checkpoint.format import MANIFEST, damaged, rank_file, read_checked
+from trace_dist.checkpoint.random_state import restore_random_state
+from trace_dist.checkpoint.retention import KEEP
+from trace_dist.checkpoint.writer import Contents, write_checkpoint
+from trace_dist.utils import dist
+
+VALUES = "values"
+Named = Iterable[tuple[str, nn.Parameter]]
+
+
+def save_dense(
+    root: Path,
+    step: int,
+    named_parameters: Named,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int = KEEP,
+) -> Path:
+    """Write a checkpoint and drop older ones. Collective.
+
+    Args:
+        root: folder of checkpoints.
+        step: optimizer steps done.
+        named_parameters: what is trained, as ``module.named_parameters()`` gives it.
+        optimizer: over these parameters, all of them or some; its states are tensors, as those of torch's optimizers.
+        state: JSON-ready state of everything else (schedule, data position).
+        keep: checkpoints that stay in ``root``, this one among them.
+
+    Raises:
+        ValueError: a value is not finite, the optimizer has a parameter without a name, or the disk has no room; the older
+            checkpoints are then still there.
+    """
+    named = dict(named_parameters)
+    groups = _groups(named, optimizer)
+    tensors: dict[str, Tensor] = {}
+    if dist.is_main():
+        for name, parameter in named.items():
+            tensors[f"{name}/{VALUES}"] = parameter.detach()
+            kept = optimizer.state.get(parameter, {})
+            tensors |= {f"{name}/{key}": torch.as_tensor(value) for key, value in kept.items()}
+    return write_checkpoint(root, step, Contents("dense", tensors, facts={"groups": groups}), state, keep)
+
+
+def load_dense(folder: Path, named_parameters: Named, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Restore parameters, optimizer states and rates, and the random state on the same number of ranks. Collective.
+
+    Args:
+        folder: what ``save_dense`` wrote.
+        named_parameters: of the same names, shapes and dtypes as were saved.
+        optimizer: over the same parameters, in the same groups.
+
+    Returns:
+        The manifest; ``manifest["state"]`` is what ``save_dense`` was given, ``manifest["step"]`` the steps done.
+
+    Raises:
+        ValueError: not a checkpoint of these parameters, or a damaged file; nothing has been loaded then.
+    """
+    manifest = read_checked(folder, "dense")
+    named = dict(named_parameters)
+    files = {name: safe_open(str(folder / name), framework="pt") for name in manifest["files"]}
+    keys = agreed(lambda: _check(folder, manifest, named, optimizer, files[rank_file(0)]))
+    main = files[rank_file(0)]
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(main.get_tensor(f"{name}/{VALUES}"))
+    numbers = {name: index for index, name in enumerate(n for g in manifest["groups"] for n in g["params"])}
+    # Copies: what safetensors gives is a map of the file.
+    states = {
+        number: {key: main.get_tensor(f"{name}/{key}").clone() for key in keys[name]}
+        for name, number in numbers.items()
+        if keys[name]
+    }
+    groups = [
+        {**present, **_options(saved, present), "params": [numbers[name] for name in saved["params"]]}
+        for saved, present in zip(manifest["groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
+    restore_random_state(files)
+    return manifest
+
+
+def _groups(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The optimizer's groups: names and what is a number in them (rates, betas), JSON-ready."""
+    names = {id(parameter): name for name, parameter in named.items()}
+    groups = []
+    for group in optimizer.param_groups:
+        if any(id(parameter) not in names for parameter in group["params"]):
+            raise ValueError(
+                "named_parameters: the optimizer has a parameter that is not among them; name all that it trains"
+            )
+        numbers = {key: _plain(value) for key, value in group.items() if key != "params"}
+        params = [names[id(parameter)] for parameter in group["params"]]
+        groups.append({**{k: v for k, v in numbers.items() if v is not None}, "params": params})
+    return groups
+
+
+def _plain(value: Any) -> Any:
+    """A number, or numbers in a list; None for anything else (how the step is run is the present optimizer's affair)."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return float(value)
+    if isinstance(value, tuple | list):
+        numbers = [_plain(each) for each in value]
+        return None if None in numbers else numbers
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _options(saved: dict[str, Any], present: dict[str, Any]) -> dict[str, Any]:
+    """The saved numbers of a group, in the types of the present one."""
+    return {
+        key: tuple(value) if isinstance(present.get(key), tuple) else value
+        for key, value in saved.items()
+        if key != "params"
+    }
+
+
+def _check(
+    folder: Path,
+    manifest: dict[str, Any],
+    named: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    main: Any,
+) -> dict[str, list[str]]:
+    """The optimizer's keys in the file by parameter; raises ValueError where it is not of these parameters."""
+    keys: dict[str, list[str]] = {}
+    for entry in main.keys():  # noqa: SIM118 - not a mapping
+        name, key = entry.rsplit("/", 1)
+        if name != "random":
+            keys.setdefault(name, []).append(key)
+    groups = manifest.get("groups")
+    if not isinstance(groups, list) or not all(isinstance(g, dict) and "params" in g for g in groups):
+        raise damaged(folder / MANIFEST)
+    other = f"{folder}: the checkpoint is of other parameters"
+    for name in sorted(keys.keys() ^ named.keys()):
+        where = "not in the checkpoint" if name in named else "only in the checkpoint"
+        raise ValueError(f"{other} ({name!r} is {where}); give the model that it was saved from")
+    for name, parameter in named.items():
+        stored = main.get_tensor(f"{name}/{VALUES}")
+        if (stored.shape, stored.dtype) != (parameter.shape, parameter.dtype):
+            raise ValueError(
+                f"{other} ({name!r} is {stored.dtype} {tuple(stored.shape)} there, {parameter.dtype} "
+                f"{tuple(parameter.shape)} here); give the model that it was saved from"
+            )
+    if [g["params"] for g in groups] != [g["params"] for g in _groups(named, optimizer)]:
+        raise ValueError(f"{folder}: its optimizer has other parameter groups; build the same groups")
+    return {name: [key for key in found if key != VALUES] for name, found in keys.items()}

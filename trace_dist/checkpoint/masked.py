@@ -1,0 +1,110 @@
+"""Checkpoints of masked training: only what the mask holds, loadable on any number of ranks.
+
+Beside the random state, a rank's file has ``<param>/values`` and AdamW's moments at this rank's entries (``optim.pieces``).
+The base model is referenced by its fingerprint, never copied. On the same number of ranks a resumed run repeats the uninterrupted
+one bit for bit, dropout included; on another number the random state starts anew, and 8-bit moments are coded again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from trace_dist.checkpoint.agreement import agreed
+from trace_dist.checkpoint.format import MANIFEST, MASK, damaged, is_count, is_map, read_checked
+from trace_dist.checkpoint.random_state import restore_random_state
+from trace_dist.checkpoint.retention import KEEP
+from trace_dist.checkpoint.writer import Contents, FileBeside, write_checkpoint
+from trace_dist.masks.format import Mask
+from trace_dist.optim.masked_adamw import MaskedAdamW
+from trace_dist.optim.pieces import Piece, covers, pieces_of, restore
+from trace_dist.optim.states import State, tensors_of
+from trace_dist.sharding.support import Support
+
+
+def save_checkpoint(
+    root: Path, step: int, optimizer: MaskedAdamW, state: dict[str, Any], keep: int = KEEP
+) -> Path:
+    """Write a checkpoint and drop older ones. Collective.
+
+    Args:
+        root: folder of checkpoints.
+        step: optimizer steps done.
+        optimizer: its values and moments are written.
+        state: JSON-ready state of everything else (schedule, data position).
+        keep: checkpoints that stay in ``root``, this one among them.
+
+    Raises:
+        ValueError: a value is not finite, or the disk has no room; the older checkpoints are then still there.
+    """
+    mask = optimizer.mask
+    tensors: dict[str, Tensor] = {}
+    intervals: dict[str, list[int]] = {}
+    for support, entries in optimizer.compact():
+        intervals[support.name] = [support.offset, support.offset + support.runs.num_entries]
+        parts = _parts(optimizer, support, entries)
+        tensors |= {f"{support.name}/{part}": tensor for part, tensor in parts.items()}
+    facts = {
+        "mask_digest": mask.digest(),
+        "model": mask.meta.get("model"),
+        "param_steps": {support.name: entries["step"] for support, entries in optimizer.compact()},
+    }
+    num_bytes = sum(gaps.num_units * gaps.dtype.itemsize for gaps in mask.units.gaps.values())
+    contents = Contents("masked", tensors, intervals, facts, (FileBeside(MASK, num_bytes, mask.save),))
+    return write_checkpoint(root, step, contents, state, keep)
+
+
+def _parts(optimizer: MaskedAdamW, support: Support, state: State) -> dict[str, Tensor]:
+    """What is kept of one parameter's entries."""
+    moments = {part: tensor for part, tensor in tensors_of(state).items() if part != "master"}
+    return {"values": optimizer.values(support), **moments}
+
+
+def load_mask(folder: Path) -> Mask:
+    """The mask of a checkpoint."""
+    return Mask.load(folder / MASK)
+
+
+def load_checkpoint(folder: Path, optimizer: MaskedAdamW) -> dict[str, Any]:
+    """Restore values, moments and weights on any number of ranks, and the random state on the same number. Collective.
+
+    Returns:
+        The manifest; ``manifest["state"]`` is what ``save_checkpoint`` was given, ``manifest["step"]`` the steps done.
+
+    Raises:
+        ValueError: not a checkpoint, another mask, another base model, or a damaged file; nothing has been loaded then.
+    """
+    manifest = read_checked(folder, "masked")
+    files = {
+        name: safe_open(str(folder / name), framework="pt") for name in manifest["files"] if name != MASK
+    }
+    found = agreed(lambda: _locate(folder, manifest, optimizer, files))
+    values = restore(optimizer.compact(), found, manifest["param_steps"])
+    optimizer.set_values(values)
+    restore_random_state(files)
+    return manifest
+
+
+def _locate(
+    folder: Path, manifest: dict[str, Any], optimizer: MaskedAdamW, files: dict[str, Any]
+) -> dict[str, list[Piece]]:
+    """Where each parameter's entries lie; raises ValueError where the checkpoint is of something else."""
+    steps, kept_model = manifest.get("param_steps"), manifest.get("model")
+    if not isinstance(kept_model, str | None) or not isinstance(steps, dict) or not is_map(steps, is_count):
+        raise damaged(folder / MANIFEST)
+    if manifest.get("mask_digest") != optimizer.mask.digest():
+        raise ValueError(f"{folder}: the checkpoint is of another mask; resume with {folder / MASK}")
+    model = optimizer.mask.meta.get("model")
+    if None not in (model, kept_model) and model != kept_model:
+        raise ValueError(
+            f"{folder}: the checkpoint is of model {kept_model}, but the mask of {model}; use the mask of that model"
+        )
+    opened = [(file, manifest["files"][name]["intervals"]) for name, file in files.items()]
+    found = {support.name: pieces_of(support, opened) for support in optimizer.supports}
+    for support in optimizer.supports:
+        if support.name not in steps or not covers(support, found[support.name]):
+            raise damaged(folder / MANIFEST)
+    return found

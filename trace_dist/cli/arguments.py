@@ -1,0 +1,283 @@
+"""The commands: what each is for, an example, and its own arguments beside a configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Argument = tuple[Any, Any, str]
+"""Type, default and help of an argument."""
+OUT: Argument = (str | None, None, "JSON file to write; printed when not given")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command, or an action of one.
+
+    Attributes:
+        purpose: what it is for, one sentence.
+        example: as a user types it, after ``trace-dist``.
+        own: its arguments beside those of the configuration or of a memory setup.
+    """
+
+    purpose: str
+    example: str
+    own: dict[str, Argument] = field(default_factory=dict)
+
+
+def _text(help_text: str) -> Argument:
+    return str | None, None, help_text
+
+
+DRY_RUN: Argument = (bool, False, "say what would be trained, how long and in how much memory, and stop")
+CONFIG = "--config configs/quickstart.yaml"
+RUN_COMMANDS = {
+    "run": Command(
+        "everything, from the base models to the report; a run that was cut continues where it stopped",
+        f"run {CONFIG}",
+        {"dry_run": DRY_RUN},
+    ),
+    "learn": Command(
+        "learn new tasks into a bank that outlives its runs; the configuration names models and the new tasks alone",
+        "learn --config task.yaml --bank runs/quickstart/bank",
+        {
+            "mask_file": _text(
+                "mask of the target for the one new task; probed and projected when not given"
+            ),
+            "dry_run": DRY_RUN,
+        },
+    ),
+    "base": Command(
+        "make the base models that the config describes (tiny, GGUF, pruned); those that are there are kept",
+        f"base {CONFIG} --which proxy",
+        {"which": _text("target or proxy; both when not given")},
+    ),
+    "probe": Command(
+        "find each task's core parameters: warm-start the proxy on it, write its saliency map and mask",
+        f"probe {CONFIG} --backend single --launch.launcher none --launch.num_ranks 1",
+    ),
+    "project": Command("turn the proxy's masks into masks of the large, sharded target", f"project {CONFIG}"),
+    "train": Command(
+        "train one task's mask on the sharded target and keep its delta",
+        f"train {CONFIG} --task_name reverse",
+        {
+            "task_name": _text("name of the task to train; the first one when not given"),
+            "mask_file": _text("mask file; the run's projected mask when not given"),
+        },
+    ),
+    "continual": Command(
+        "learn the tasks one after the other by the methods of the config, and score them after each",
+        f"continual {CONFIG} --continual.methods [retrieved]",
+    ),
+    "eval": Command(
+        "score the target on all tasks, as it is or with the deltas that a bank retrieves",
+        f"eval {CONFIG} --bank_folder runs/quickstart/bank",
+        {"bank_folder": _text("folder of a bank to retrieve deltas from; the plain target when not given")},
+    ),
+    "report": Command(
+        "write results.json and report.html from what the other commands have left",
+        f"report {CONFIG} --picture runs/quickstart/report.png",
+        {"picture": _text("PNG file with the key panels to write as well")},
+    ),
+}
+"""Commands that work on the run of a configuration."""
+
+MODEL = "--model HuggingFaceTB/SmolLM2-135M"
+MEASURE = Command(
+    "measure the model states of masked and of full training, in bytes per parameter",
+    f"memory measure {CONFIG}",
+)
+MEMORY_ACTIONS = {
+    "estimate": Command(
+        "predict the memory of masked training from a model's config alone",
+        f"memory estimate {MODEL} --world_size 8 --granularity row",
+        {"out": OUT},
+    ),
+    "profile": Command(
+        "train random weights on the ranks it is started on; shows their memory beside its prediction",
+        f"memory profile {MODEL} --sequence_length 128",
+        {
+            "steps": (int, 4, "optimizer steps"),
+            "plot": _text("PNG file with memory over time to write"),
+            "out": OUT,
+        },
+    ),
+    "plan": Command(
+        "list the ways of training that fit into given GPUs, the most faithful first",
+        f"memory plan {MODEL} --gpu_gib 24 --gpus 8",
+        {
+            "gpu_gib": (float, 24.0, "memory of one GPU, in GiB"),
+            "gpus": (int, 1, "number of GPUs"),
+            "reserve_gib": (float, 1.0, "of that, for the CUDA context, communication and fragmentation"),
+            "out": OUT,
+        },
+    ),
+}
+NOT_ASKED = {
+    "estimate": frozenset[str](),
+    "profile": frozenset({"world_size", "device"}),
+    "plan": frozenset(
+        {
+            *("density", "state_dtype", "master", "offload", "micro_batch_size"),
+            *("activation_checkpointing", "world_size", "device"),
+        }
+    ),
+}
+"""Fields of a memory setup that an action has no use for."""
+
+BENCHMARKS = {
+    "kernels": Command(
+        "time every kernel on this machine's GPU, or CPU beside torch's fused AdamW",
+        "bench kernels",
+        {"out": OUT},
+    ),
+    "optimizer": Command(
+        "time the optimizer step beside DeepSpeedCPUAdam and torch's fused AdamW over all parameters",
+        "bench optimizer --rounds 5",
+        {
+            "density": (float, 0.05, "masked share"),
+            "rounds": (int, 15, "steps of each; the median counts"),
+            "out": OUT,
+        },
+    ),
+    "step": Command(
+        "time whole training steps under ZeRO-3 beside full fine-tuning, LoRA and SHiRA; count what they send",
+        "bench step --shape tiny --rounds 1 --steps 2",
+        {
+            "shape": (
+                str,
+                "SmolLM2-135M",
+                "of the model, whose weights are random; or tiny, to see that all runs",
+            ),
+            "contestants": (
+                list[str] | None,
+                None,
+                "who takes part, as [row, full, LoRA]; all when not given",
+            ),
+            "density": (float, 0.05, "masked share of the linear layers"),
+            "micro_batch": (int, 4, "examples per rank and step"),
+            "sequence": (int, 128, "tokens per example"),
+            "attention": (str, "auto", "of all contestants: eager, sdpa (fused), or auto, what is faster"),
+            "ranks": (int, 2, "ranks of each contestant, one thread each"),
+            "rounds": (int, 3, "how often each contestant is started"),
+            "steps": (int, 5, "steps timed per start"),
+            "out": OUT,
+        },
+    ),
+    "memory": Command(
+        "compare predicted with measured memory on three models and one and two ranks",
+        "bench memory --out memory.json",
+        {"out": OUT},
+    ),
+}
+MASK = "runs/quickstart/masks/reverse.safetensors"
+BANK = "runs/quickstart/bank"
+Options = dict[str, dict[str, Any]]
+"""Argument -> options of ``add_argument``; a name without dashes stands alone on the command line."""
+MASK_ACTIONS: dict[str, tuple[Command, Options]] = {
+    "show": (
+        Command(
+            "show granularity, density and origin of a mask, and its density per tensor", f"mask show {MASK}"
+        ),
+        {"file": {"help": "mask file"}},
+    ),
+    "combine": (
+        Command(
+            "make the union, intersection or difference of two masks of one model",
+            f"mask combine union {MASK} runs/quickstart/masks/spiral.safetensors --out both.safetensors",
+        ),
+        {
+            "operation": {"choices": ["union", "intersection", "difference"]},
+            "left": {"help": "mask file"},
+            "right": {"help": "mask file"},
+            "--out": {"required": True, "help": "mask file to write"},
+        },
+    ),
+}
+_FOLDER: Options = {"folder": {"help": "folder of the bank"}}
+_TASK: Options = {"task": {"help": "name of the task"}}
+BANK_ACTIONS: dict[str, tuple[Command, Options]] = {
+    "show": (
+        Command("list what a bank holds: tasks, sizes of their deltas, clusters", f"bank show {BANK}"),
+        _FOLDER,
+    ),
+    "verify": (
+        Command("read every file of a bank and say what is not as it was written", f"bank verify {BANK}"),
+        _FOLDER,
+    ),
+    "add": (
+        Command(
+            "add a task that lies in a folder, as tasks/<name> of another bank",
+            f"bank add {BANK} runs/other/bank/tasks/spell",
+        ),
+        _FOLDER | {"source": {"help": "folder with delta.safetensors and signature.safetensors"}},
+    ),
+    "remove": (
+        Command("take a task out of a bank and delete its files", f"bank remove {BANK} reverse"),
+        _FOLDER | _TASK,
+    ),
+    "rename": (
+        Command("give a task another name", f"bank rename {BANK} reverse backwards"),
+        _FOLDER | _TASK | {"name": {"help": "its new name"}},
+    ),
+    "merge": (
+        Command(
+            "make a new bank of two banks of one base model", f"bank merge {BANK} runs/other/bank --out both"
+        ),
+        _FOLDER
+        | {
+            "other": {"help": "folder of the other bank"},
+            "--out": {"required": True, "help": "folder of the new bank"},
+        },
+    ),
+    "export": (
+        Command(
+            "write base + delta for another tool, as an ordinary Hugging Face checkpoint for example",
+            f"bank export {BANK} --base runs/quickstart/models/target --task reverse --out reverse-merged",
+        ),
+        _FOLDER
+        | {
+            "--base": {"required": True, "help": "the base model: folder or hub id"},
+            "--task": {
+                "required": True,
+                "nargs": "+",
+                "help": "task whose delta is applied; the changes of several add up",
+            },
+            "--out": {"required": True, "help": "folder to write"},
+            "--dtype": {"default": "float32", "choices": ["float32", "bfloat16"], "help": "of the weights"},
+            "--exporter": {"default": "hf", "help": "hf, or the path of a module of your own"},
+        },
+    ),
+}
+INIT_ARGUMENTS: Options = {
+    "--model": {"required": True, "help": "the model to train: folder or hub id"},
+    "--data": {
+        "required": True,
+        "nargs": "+",
+        "help": "a .jsonl file or a folder per task, in the order in which the tasks arrive",
+    },
+    "--proxy": {
+        "default": None,
+        "help": "a small model of the same family; when not given one is cut out of the model",
+    },
+    "--run_dir": {
+        "default": None,
+        "help": "folder of the run; runs/<name of the configuration> when not given",
+    },
+    "--ranks": {"type": int, "default": 1, "help": "GPUs (or processes) on this machine"},
+    "--out": {"default": "trace-dist.yaml", "help": "configuration to write; an existing file is kept"},
+}
+FILE_COMMANDS = {
+    "init": Command(
+        "write a commented starter configuration from a model and data files, and say what it would do",
+        "init --model runs/quickstart/models/target --data tasks/copy.jsonl tasks/twist.jsonl --out mine.yaml",
+    ),
+    "mask": Command("look at mask files and combine them", f"mask show {MASK}"),
+    "bank": Command("look into a bank of deltas, keep it in order, and export from it", f"bank show {BANK}"),
+    "memory": Command("predict, measure and plan the memory of training", MEMORY_ACTIONS["plan"].example),
+    "bench": Command(
+        "measure kernels, optimizer, training step and memory beside their peers",
+        BENCHMARKS["step"].example,
+    ),
+}
+"""Commands that work on files, or on the machine."""

@@ -1,0 +1,70 @@
+"""How a section checks its values: one clear error that names the field, its value, the rule and a cure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+
+def check(ok: bool, name: str, value: object, rule: str, cure: str) -> None:
+    """Raise ``ValueError`` unless a rule holds."""
+    if not ok:
+        raise ValueError(f"{name}={value!r}: {rule}; {cure}")
+
+
+@dataclass(frozen=True)
+class Section:
+    """Base of the frozen dataclasses of a configuration.
+
+    Every number is finite, and nothing is null but where null has a meaning; then the section's own rules hold. A section
+    with other sections as fields leaves their values to them.
+    """
+
+    section: ClassVar[str]
+    """How errors call the section."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            name, value = f"{self.where}.{field.name}".lstrip("."), getattr(self, field.name)
+            optional = "None" in str(field.type)
+            check(
+                value is not None or optional, name, value, "must not be null", "give a value or leave it out"
+            )
+            for where, number in _numbers(value, name):
+                check(math.isfinite(number), where, number, "must be finite", "give a number")
+        self.check()
+
+    @property
+    def where(self) -> str:
+        """What stands before the dot in the name of a field."""
+        return self.section
+
+    def check(self) -> None:
+        """Raise ``ValueError`` where a rule of the section does not hold."""
+
+    def at_least(self, least: int, *names: str) -> None:
+        """Fields that are not None are this or more."""
+        for name in names:
+            value = getattr(self, name)
+            rule = f"must be at least {least}"
+            check(value is None or value >= least, f"{self.where}.{name}", value, rule, "raise it")
+
+    def positive(self, *names: str) -> None:
+        """Fields that are not None are more than 0."""
+        for name in names:
+            value = getattr(self, name)
+            check(value is None or value > 0, f"{self.where}.{name}", value, "must be positive", "raise it")
+
+
+def _numbers(value: Any, where: str) -> Iterator[tuple[str, float]]:
+    """Every float of a field, with its name; lists and mappings are looked into."""
+    if isinstance(value, float):
+        yield where, value
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _numbers(each, f"{where}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, each in enumerate(value):
+            yield from _numbers(each, f"{where}.{index}")

@@ -1,0 +1,32 @@
+"""The methods that learn the tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from trace_dist.config.checks import Section, check
+from trace_dist.parts import METHODS
+
+
+@dataclass(frozen=True)
+class ContinualConfig(Section):
+    """The methods that learn the tasks one after the other."""
+
+    section: ClassVar[str] = "continual"
+
+    methods: list[str] = field(default_factory=lambda: ["retrieved", "merged", "random", "full", "lora"])
+    """retrieved (a delta per task), merged (one set of weights), random (retrieved with random masks), and for comparison
+    full (full fine-tuning, task after task) and lora (PEFT LoRA, task after task); or the path of a module of your own."""
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Options by method, as `{merged: {replay: 0.1, replay_memory: 0.01}, full: {lr: 1e-3}, lora: {lr: 3e-3, rank: 8}}`; the
+    methods' files explain them, and those of a method that is not run are not used."""
+
+    def check(self) -> None:
+        check(
+            len(self.methods) >= 1, "continual.methods", self.methods, "must name at least one method", "add one"
+        )  # fmt: skip
+        twice = sorted({name for name in self.methods if self.methods.count(name) > 1})
+        check(not twice, "continual.methods", twice, "a method is named twice", "name it once")
+        for name in (*self.methods, *self.options):
+            METHODS.check(name)

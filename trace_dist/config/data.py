@@ -1,0 +1,26 @@
+"""Tokenisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from trace_dist.config.checks import Section
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """Tokenisation."""
+
+    section: ClassVar[str] = "data"
+
+    max_length: int = 512
+    """Longest example in tokens, prompt and answer together; a longer prompt is an error, never cut silently."""
+    truncate_prompt: bool = False
+    """Cut a too long prompt on the left (the answer is never cut); how many were cut is logged."""
+    num_proc: int = 1
+    """Processes that tokenise."""
+
+    def check(self) -> None:
+        self.at_least(2, "max_length")
+        self.at_least(1, "num_proc")

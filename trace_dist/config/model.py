@@ -1,0 +1,91 @@
+"""Where a model comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from trace_dist.config.checks import Section, check
+
+Dtype = Literal["float32", "bfloat16"]
+Quantize = Literal["none", "nf4"]
+
+
+@dataclass(frozen=True)
+class TinyConfig(Section):
+    """A Llama small enough to be trained on the spot, over characters (no download)."""
+
+    section: ClassVar[str] = "tiny"
+
+    hidden_size: int = 128
+    """Width; a multiple of num_heads."""
+    num_layers: int = 4
+    """Number of decoder layers."""
+    num_heads: int = 4
+    """Number of attention heads."""
+    intermediate_size: int = 384
+    """Width of the MLP."""
+    steps: int = 600
+    """Optimizer steps of pretraining on the general tasks."""
+    lr: float = 1.5e-3
+    """Peak learning rate of pretraining."""
+    batch_size: int = 64
+    """Examples per pretraining step."""
+
+    def check(self) -> None:
+        self.at_least(1, "hidden_size", "num_layers", "num_heads", "intermediate_size", "batch_size")
+        self.positive("lr")
+        divides = self.hidden_size % self.num_heads == 0
+        rule = f"must be a multiple of num_heads={self.num_heads}"
+        check(divides, "tiny.hidden_size", self.hidden_size, rule, "change one of the two")
+        cure = "use 0 for an untrained base"
+        check(self.steps >= 0, "tiny.steps", self.steps, "must not be negative", cure)
+
+
+@dataclass(frozen=True)
+class PruneConfig(Section):
+    """A proxy made from the target: a depth-pruned copy that keeps evenly spaced layers."""
+
+    section: ClassVar[str] = "prune"
+
+    keep_layers: int = 8
+    """How many decoder layers to keep (the first and the last always stay)."""
+    heal_steps: int = 0
+    """Optimizer steps of language-model training on the general tasks after pruning, to heal the cut."""
+    heal_lr: float = 3e-4
+    """Peak learning rate of those steps."""
+
+    def check(self) -> None:
+        self.at_least(1, "keep_layers")
+        self.at_least(0, "heal_steps")
+        self.positive("heal_lr")
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    """Where a model comes from. At most one of tiny, gguf and prune; without any, `path` must exist or be a hub id."""
+
+    section: ClassVar[str] = "model"
+
+    path: str
+    """Hugging Face id or folder with safetensors; with tiny, gguf or prune the folder they are written to."""
+    dtype: Dtype = "float32"
+    """Data type of the weights while training."""
+    quantize: Quantize = "none"
+    """`nf4`: linear layers keep frozen 4-bit codes and masked entries live beside them (target only)."""
+    tiny: TinyConfig | None = None
+    """Train a tiny Llama on the spot when the folder does not exist."""
+    gguf: str | None = None
+    """GGUF file to convert when the folder does not exist, or `package:<module>` for one shipped in a package."""
+    prune: PruneConfig | None = None
+    """Cut the proxy out of the target when the folder does not exist (proxy only)."""
+
+    @property
+    def made(self) -> bool:
+        """Whether the model is made on the spot where its folder does not exist."""
+        return any(source is not None for source in (self.tiny, self.gguf, self.prune))
+
+    def check(self) -> None:
+        sources = [name for name in ("tiny", "gguf", "prune") if getattr(self, name) is not None]
+        rule = "at most one of tiny, gguf, prune may be set"
+        check(len(sources) <= 1, "model", sources, rule, "remove the others")

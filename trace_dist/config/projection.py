@@ -1,0 +1,25 @@
+"""Projecting masks onto the target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from trace_dist.config.checks import Section
+from trace_dist.parts import PLACEMENTS
+
+
+@dataclass(frozen=True)
+class ProjectionConfig(Section):
+    """Small-to-large: the proxy's budgets on the target, and how places inside a tensor are chosen."""
+
+    section: ClassVar[str] = "projection"
+
+    placement: str = "narrow"
+    """magnitude, random, refine (one sharded Fisher pass on the target), narrow (pool, masked steps, keep the best), or the
+    path of a module of your own."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the placement; of narrow: pool_density (0.1), steps (40) and lr (1e-3) of the masked steps on the pool."""
+
+    def check(self) -> None:
+        PLACEMENTS.check(self.placement)

@@ -1,0 +1,111 @@
+"""Everything a run needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from trace_dist.config.bank import BankConfig
+from trace_dist.config.checks import Section, check
+from trace_dist.config.continual import ContinualConfig
+from trace_dist.config.data import DataConfig
+from trace_dist.config.evaluation import EvalConfig
+from trace_dist.config.launch import LaunchConfig
+from trace_dist.config.mask import MaskConfig
+from trace_dist.config.model import ModelConfig
+from trace_dist.config.probe import ProbeConfig
+from trace_dist.config.projection import ProjectionConfig
+from trace_dist.config.task import TaskConfig
+from trace_dist.config.train import TrainConfig
+from trace_dist.run_folder import BankFolder, RunFolder
+from trace_dist.utils.names import check_distinct
+
+Backend = Literal["single", "zero3", "fsdp2"]
+
+
+@dataclass(frozen=True)
+class RunConfig(Section):
+    """Everything a run needs."""
+
+    section: ClassVar[str] = ""
+
+    target: ModelConfig
+    """The large model that is trained."""
+    tasks: list[TaskConfig]
+    """The tasks, in the order in which they arrive."""
+    run_dir: str = ""
+    """Folder that receives config.yaml, metrics.jsonl, results.json, report.html and the files of every stage; with a bank of
+    its own (`bank.path`) it may be left out, and is then `<bank.path>.work/<first task>`."""
+    proxy: ModelConfig | None = None
+    """The small model that is probed; the target itself is probed when not set."""
+    general: list[TaskConfig] = field(default_factory=list)
+    """Held-out abilities of the base model, for the general delta; tiny bases are pretrained on them."""
+    backend: Backend = "single"
+    """single (one process), zero3 (DeepSpeed ZeRO-3) or fsdp2 (torch fully_shard)."""
+    seed: int = 0
+    """Seed of everything random."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Tokenisation."""
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    """Probing the proxy."""
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    """Masks."""
+    projection: ProjectionConfig = field(default_factory=ProjectionConfig)
+    """Projecting masks onto the target."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Masked training."""
+    continual: ContinualConfig = field(default_factory=ContinualConfig)
+    """The methods that learn the tasks."""
+    bank: BankConfig = field(default_factory=BankConfig)
+    """Deltas and retrieval."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation."""
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    """How `run` starts distributed stages."""
+
+    def check(self) -> None:
+        rule, cure = "must be set where bank.path is not", "name a folder, for example runs/mine"
+        check(bool(self.run_dir or self.bank.path), "run_dir", self.run_dir, rule, cure)
+        check(len(self.tasks) >= 1, "tasks", self.tasks, "must hold at least one task", "add a task")
+        check_distinct(task.name for task in (*self.tasks, *self.general))
+        ranks, one_process = self.launch.num_ranks, self.backend == "single"
+        rule, cure = "backend single runs in one process", "set backend: zero3 or fsdp2"
+        check(ranks == 1 or not one_process, "launch.num_ranks", ranks, rule, cure)
+        unranked = [task.name for task in self.tasks if task.metric == "bits_per_byte"]
+        rule = "bits_per_byte is for general sets, accuracies are in percent"
+        check(not unranked, "tasks.metric", unranked, rule, "use exact_match or choice for tasks")
+        self._check_models()
+        if not self.run_dir:
+            # The one value that is worked out from others; the object is not shared yet.
+            object.__setattr__(self, "run_dir", f"{self.bank.path}.work/{self.tasks[0].name}")
+
+    def _check_models(self) -> None:
+        prune = self.target.prune
+        check(prune is None, "target.prune", prune, "only a proxy can be pruned", "move it")
+        rule = "probing trains every weight, which 4-bit weights cannot"
+        if self.proxy is not None:
+            codes = self.proxy.quantize
+            check(codes == "none", "proxy.quantize", codes, rule, "leave it out")
+        codes = self.target.quantize
+        if codes != "none":
+            installed = find_spec("bitsandbytes") is not None
+            cure = "install it (pip install 'trace-dist[nf4]') or set none"
+            check(installed, "target.quantize", codes, "needs bitsandbytes", cure)
+            check(self.proxy is not None, "target.quantize", codes, rule, "name a proxy")
+
+    @property
+    def probed(self) -> ModelConfig:
+        """The model that is probed: the proxy, or the target where no proxy is named."""
+        return self.proxy or self.target
+
+    @property
+    def folder(self) -> RunFolder:
+        """The files of the run."""
+        return RunFolder.of(self.run_dir)
+
+    def bank_of(self, method: str = "retrieved") -> BankFolder:
+        """The bank that a method fills: ``bank.path`` for the run's own, where it is set."""
+        own = self.bank.path is not None and method == "retrieved"
+        return BankFolder(Path(str(self.bank.path))) if own else self.folder.bank(method)

@@ -1,0 +1,66 @@
+"""Masked training of one task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from trace_dist.config.checks import Section, check
+
+StateDtype = Literal["float32", "bfloat16", "8bit"]
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    """Masked training of one task."""
+
+    section: ClassVar[str] = "train"
+
+    steps: int = 300
+    """Optimizer steps per task."""
+    lr: float = 3e-3
+    """Peak learning rate."""
+    batch_size: int = 64
+    """Examples per optimizer step over all ranks (global batch)."""
+    micro_batch_size: int = 64
+    """Examples per forward and backward pass on one rank; smaller values accumulate gradients."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's decay rates."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay, on masked entries only."""
+    max_grad_norm: float | None = 1.0
+    """Global gradient norm over masked entries above which gradients are scaled down; null for none."""
+    warmup_steps: int = 20
+    """Steps of linear warm-up."""
+    scheduler: str = "cosine_with_min_lr"
+    """Name of a transformers learning-rate schedule."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate over the peak, for schedules with a minimum."""
+    state_dtype: StateDtype = "float32"
+    """Data type of AdamW's moments: float32, bfloat16, or 8bit (blockwise codes, 1 byte)."""
+    master: bool = True
+    """Keep an fp32 copy of masked bf16 weights; without it they are rounded stochastically."""
+    offload: Literal["none", "cpu"] = "none"
+    """Where moments and master live: none is beside the weights, cpu is host memory, where the update then runs."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; null: by time, 0 keeps none."""
+    checkpoint_minutes: float = 3.0
+    """Minutes of work between checkpoints by time; more where writing one would take over 5 % of them."""
+    log_every: int = 10
+    """Steps between log lines and TensorBoard points."""
+
+    def check(self) -> None:
+        self.at_least(1, "steps", "batch_size", "micro_batch_size", "log_every")
+        self.at_least(0, "warmup_steps", "checkpoint_every")
+        self.positive("eps", "max_grad_norm", "checkpoint_minutes")
+        rates = all(0 <= beta < 1 for beta in self.betas)
+        check(rates, "train.betas", self.betas, "both must lie in [0, 1)", "use for example [0.9, 0.98]")
+        ratio, inside = self.min_lr_ratio, 0 <= self.min_lr_ratio <= 1
+        check(inside, "train.min_lr_ratio", ratio, "must lie in [0, 1]", "use for example 0.1")
+        check(self.lr > 0, "train.lr", self.lr, "must be positive", "use for example 1e-3")
+        decay = self.weight_decay
+        check(decay >= 0, "train.weight_decay", decay, "must not be negative", "use 0")

@@ -1,0 +1,101 @@
+"""Learn one task: train its mask from the base, keep the delta in a bank, put the base back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from trace_dist.bank.bank import DeltaBank
+from trace_dist.bank.delta import Snapshot, extract_delta
+from trace_dist.bank.sketch import Sketch
+from trace_dist.continual.progress import examples_digest, keep_trained, kept_trained
+from trace_dist.continual.setting import Setting
+from trace_dist.data.batches import Batches
+from trace_dist.masks.format import Mask
+from trace_dist.train.loop import TrainResult
+from trace_dist.train.task import train_mask
+from trace_dist.train.workbench import Stream
+from trace_dist.utils.env import code_version
+from trace_dist.utils.together import on_all
+
+
+def learn_task(
+    setting: Setting, bank: DeltaBank, stream: Stream, mask: Mask, *, name: str, lr: float | None = None
+) -> TrainResult:
+    """Learn one task into a bank, which may hold tasks of other runs. Collective.
+
+    A task that the bank holds is not trained again. One whose training was cut goes on from its newest checkpoint.
+
+    Args:
+        setting: the run; its model holds the base, before and after.
+        bank: of the same base.
+        stream: the task.
+        mask: what may change.
+        name: of the method, for its files and logs.
+        lr: peak learning rate; ``train.lr`` when None.
+
+    Returns:
+        What the training measured; empty for a task that another run trained.
+
+    Raises:
+        ValueError: the bank holds another task of this name.
+    """
+    task, kept = stream.task.name, setting.folder.progress(name)
+    if task in bank.tasks:
+        _check_same(bank, stream, mask)
+        return kept_trained(kept, task) or TrainResult()
+    signature = setting.judge.signature(setting.model, [stream], task)
+    before = Snapshot(setting.model, mask)
+    batches = setting.bench.batches([stream], setting.cfg.train.batch_size)
+    result = train_stream(setting, stream, mask, batches, name=name, lr=lr)
+    delta = extract_delta(setting.model, mask, task)
+    before.restore()
+    # Before the delta: what lies in the bank is never trained again, so nothing could measure it later.
+    keep_trained(kept, task, result)
+    rate = setting.cfg.train.lr if lr is None else lr
+    facts = {
+        "lr": rate,
+        "steps": stream.steps,
+        "seconds": round(result.seconds, 1),
+        "examples": examples_digest([stream]),
+        "mask": dict(mask.meta),
+        "code": code_version(),
+    }
+    # A mask that was given comes without a probe.
+    path = setting.folder.sketch(task)
+    sketch = on_all(lambda: Sketch.load(path) if path.is_file() else None)
+    bank.add(signature, delta, sketch=sketch, facts=facts)
+    return result
+
+
+def _check_same(bank: DeltaBank, stream: Stream, mask: Mask) -> None:
+    """Raise ValueError where a task in the bank has the name of this one alone."""
+    task = stream.task.name
+    examples = bank.facts(task).get("training", {}).get("examples")
+    differs = "mask" if bank.mask(task) != mask else "examples"
+    if differs == "mask" or examples not in (None, examples_digest([stream])):
+        raise ValueError(
+            f"tasks.name={task!r}: the bank {bank.folder} holds a task of this name with other {differs}; "
+            "rename the task, or remove the one in the bank"
+        )
+
+
+def train_stream(
+    setting: Setting, stream: Stream, mask: Mask, batches: Batches, *, name: str, lr: float | None = None
+) -> TrainResult:
+    """Train one task's mask from the values that the model holds, with logs and checkpoints; it then holds the tuned ones.
+
+    Collective. Arguments as ``learn_task``; ``batches`` are the task's.
+    """
+    cfg = setting.cfg.train
+    with setting.training(name, stream.task.name) as options:
+        result, _ = train_mask(
+            setting.model,
+            mask,
+            batches,
+            cfg if lr is None else replace(cfg, lr=lr),
+            stream.steps,
+            rate="train.lr" if lr is None else f"continual.options.{name}.lr",
+            **options,
+        )
+    setting.model.detach()
+    return result

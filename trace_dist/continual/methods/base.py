@@ -1,0 +1,75 @@
+"""The seam between the driver and a way of learning.
+
+[Note: a method's file] A file holds one subclass of ``Method`` under the name ``METHOD`` and, where it has options, a frozen
+dataclass ``Options``, a ``Section`` whose field docstrings are their help. The driver makes one object for a run, lets it learn
+the tasks in order, and after each task keeps its scores, its facts and its state, so that a run that was cut goes on from there.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+from trace_dist.config import RunConfig
+from trace_dist.continual.judge import Row
+from trace_dist.continual.setting import Setting
+from trace_dist.train.loop import TrainResult
+from trace_dist.train.workbench import Stream
+
+
+class Method(ABC):
+    """One way to learn a stream of tasks, and to answer from what was learned.
+
+    All of it is collective where ``on_ranks``. Nothing is loaded before it is needed.
+
+    Args:
+        name: its name in the configuration, which files and logs carry.
+        setting: what the methods of the run share.
+        options: an ``Options`` of the method's file; None where it has none.
+    """
+
+    label: ClassVar[str]
+    """What the report calls it."""
+    colour: ClassVar[str]
+    """Its colour in the report's palette (report/theme.py)."""
+    masked: ClassVar[bool]
+    """Whether it trains the entries of masks alone."""
+    on_ranks: ClassVar[bool]
+    """Whether it runs on all ranks of a sharded model; otherwise it runs in one process."""
+
+    def __init__(self, name: str, setting: Setting, options: Any) -> None:
+        self.name, self.setting, self.options = name, setting, options
+
+    @classmethod  # noqa: B027 - most methods can be used in any run
+    def check(cls, name: str, cfg: RunConfig) -> None:
+        """Raise ValueError where this run cannot use the method; before any work starts."""
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate: the method's own, or ``train.lr`` where it has none."""
+        own = getattr(self.options, "lr", None)
+        return self.setting.cfg.train.lr if own is None else own
+
+    @abstractmethod
+    def learn(self, stream: Stream) -> TrainResult:
+        """Add one task to what is known. A method that leaves the shared model changed until ``close`` says so."""
+
+    @abstractmethod
+    def score(self) -> Row:
+        """Scores of what is known; before the first task, those of the base."""
+
+    def facts(self) -> dict[str, Any]:
+        """Numbers for the result beside scores and losses, of the tasks that were learned so far; JSON-ready."""
+        return {}
+
+    @abstractmethod
+    def state(self, folder: Path) -> None:
+        """Write all that ``learn`` and ``score`` need of the tasks so far into an empty folder; rank 0 writes."""
+
+    @abstractmethod
+    def load_state(self, folder: Path) -> None:
+        """Become what ``state`` wrote; called before anything was learned, on any number of ranks."""
+
+    def close(self) -> None:  # noqa: B027 - most methods leave the shared model as it was
+        """Put the shared model back; called when all tasks are learned."""

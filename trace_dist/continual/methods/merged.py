@@ -1,0 +1,123 @@
+"""``merged``: one set of weights; every task continues from the last on its own mask, and a share of each batch is replayed.
+
+The state between tasks is a delta against the base: the present values on the union of the tasks' masks.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from trace_dist.bank.delta import Delta, Snapshot, applied, extract_delta
+from trace_dist.config.checks import Section, check
+from trace_dist.continual.judge import Row
+from trace_dist.continual.learn import train_stream
+from trace_dist.continual.methods.base import Method
+from trace_dist.continual.setting import Setting
+from trace_dist.masks.format import Mask
+from trace_dist.train.loop import TrainResult
+from trace_dist.train.workbench import Stream
+from trace_dist.utils.files import read_json, write_json
+from trace_dist.utils.together import on_main
+
+
+@dataclass(frozen=True)
+class Options(Section):
+    """Of ``merged``."""
+
+    section: ClassVar[str] = "continual.options.merged"
+
+    replay: float = 0.1
+    """Share of each batch that is drawn from earlier tasks and the general tasks, in [0, 1)."""
+    replay_memory: float = 0.01
+    """Share of the training examples of each of those tasks that is kept for replay, in (0, 1]."""
+    lr: float | None = None
+    """Peak learning rate; `train.lr` when not set."""
+
+    def check(self) -> None:
+        kept = self.replay_memory
+        check(
+            0 <= self.replay < 1,
+            f"{self.where}.replay",
+            self.replay,
+            "must lie in [0, 1)",
+            "use for example 0.1",
+        )
+        check(
+            0 < kept <= 1, f"{self.where}.replay_memory", kept, "must lie in (0, 1]", "use for example 0.01"
+        )
+        self.positive("lr")
+
+
+class Merged(Method):
+    """One set of weights for all tasks. The shared model holds it until ``close`` puts the base back."""
+
+    label = "merged"
+    colour = "sky"
+    masked = True
+    on_ranks = True
+
+    def __init__(self, name: str, setting: Setting, options: Options) -> None:
+        super().__init__(name, setting, options)
+        self._undo = ExitStack()
+        self._union: Mask | None = None  # of the masks so far; not None iff a task was learned
+        self._sizes: list[dict[str, Any]] = []  # of each task's mask: entries, density
+
+    def learn(self, stream: Stream) -> TrainResult:
+        setting, bench = self.setting, self.setting.bench
+        if self._union is None:
+            self._project()
+        mask = setting.mask_for(stream)
+        earlier = bench.tasks[: len(self._sizes)]
+        batches = bench.batches(
+            [stream],
+            setting.cfg.train.batch_size,
+            [*bench.general, *earlier],
+            self.options.replay,
+            self.options.replay_memory,
+        )
+        self._undo.callback(Snapshot(setting.model, mask).restore)
+        result = train_stream(setting, stream, mask, batches, name=self.name, lr=self.options.lr)
+        self._union = mask if self._union is None else self._union | mask
+        self._sizes.append({"entries": mask.num_entries, "density": mask.density})
+        return result
+
+    def _project(self) -> None:
+        """Masks are projected onto the base, which the model holds only now."""
+        for stream in self.setting.bench.tasks:
+            self.setting.mask_for(stream)
+
+    def score(self) -> Row:
+        if self._union is None:
+            return self.setting.base_row
+        return self.setting.judge.score(self.setting.model.module)
+
+    def facts(self) -> dict[str, Any]:
+        count = len(self._sizes)
+        return {
+            "density": sum(size["density"] for size in self._sizes) / count,
+            "trainable": sum(size["entries"] for size in self._sizes) // count,
+            "replay": self.options.replay,
+            "replay_memory": self.options.replay_memory,
+        }
+
+    def state(self, folder: Path) -> None:
+        if self._union is None:
+            raise AssertionError("merged: there is no state before the first task")
+        delta = extract_delta(self.setting.model, self._union, self.name)
+        on_main(lambda: delta.save(folder / "delta.safetensors"))
+        on_main(lambda: write_json(folder / "sizes.json", self._sizes))
+
+    def load_state(self, folder: Path) -> None:
+        self._project()
+        delta = Delta.load(folder / "delta.safetensors")
+        self._union, self._sizes = delta.mask, read_json(folder / "sizes.json")
+        self._undo.enter_context(applied(self.setting.model, delta))
+
+    def close(self) -> None:
+        self._undo.close()
+
+
+METHOD = Merged

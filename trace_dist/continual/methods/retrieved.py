@@ -1,0 +1,118 @@
+"""``retrieved``: a delta per task in a bank; every input is answered with the delta that its representation retrieves.
+
+Each task is trained from the base on its own mask, kept as a delta, and the base is put back. Nothing is forgotten where
+retrieval is right. The state between tasks is the bank itself, and the scores of what it has answered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from trace_dist.bank.bank import BASE, DeltaBank
+from trace_dist.bank.bound import error_bound
+from trace_dist.config.checks import Section
+from trace_dist.continual.judge import Row, Scored
+from trace_dist.continual.learn import learn_task
+from trace_dist.continual.methods.base import Method
+from trace_dist.continual.setting import Setting
+from trace_dist.train.loop import TrainResult
+from trace_dist.train.workbench import Stream
+from trace_dist.utils.files import read_json, write_json
+from trace_dist.utils.together import on_main
+
+
+@dataclass(frozen=True)
+class Options(Section):
+    """Of ``retrieved``."""
+
+    section: ClassVar[str] = "continual.options.retrieved"
+
+    lr: float | None = None
+    """Peak learning rate; `train.lr` when not set."""
+
+    def check(self) -> None:
+        self.positive("lr")
+
+
+class Retrieved(Method):
+    """A bank of deltas, retrieved at test time."""
+
+    label = "retrieved"
+    colour = "blue"
+    masked = True
+    on_ranks = True
+    masks: ClassVar[str] = "projected"
+    """Kind of masks that are trained."""
+
+    def __init__(self, name: str, setting: Setting, options: Options) -> None:
+        super().__init__(name, setting, options)
+        self._scored = Scored()
+        self._sizes: dict[str, dict[str, Any]] = {}  # of each task learned: delta_bytes, entries, density
+
+    @cached_property
+    def bank(self) -> DeltaBank:
+        """The bank, with a signature of the general sets where it is new."""
+        setting = self.setting
+        folder = setting.cfg.bank_of(self.name).root
+        bank = DeltaBank.create(folder, setting.fingerprint, setting.cfg.bank.layer)
+        if setting.bench.general and not bank.tasks:
+            bank.add(setting.judge.signature(setting.model, setting.bench.general, BASE), None)
+        return bank
+
+    def learn(self, stream: Stream) -> TrainResult:
+        mask = self.setting.mask_for(stream, self.masks)
+        result = learn_task(self.setting, self.bank, stream, mask, name=self.name, lr=self.options.lr)
+        delta = self.bank.delta(stream.task.name)
+        if delta is None:
+            raise AssertionError(f"{stream.task.name}: was learned, but the bank holds no delta of it")
+        self._sizes[stream.task.name] = {
+            "delta_bytes": delta.nbytes,
+            "entries": mask.num_entries,
+            "density": mask.density,
+        }
+        return result
+
+    def score(self) -> Row:
+        if not self._sizes:
+            return self.setting.base_row
+        return self.setting.judge.score_retrieved(self.setting.model, self.bank, self._scored)
+
+    def facts(self) -> dict[str, Any]:
+        sizes = list(self._sizes.values())
+        entries = sum(size["entries"] for size in sizes)
+        return {
+            "density": sum(size["density"] for size in sizes) / len(sizes),
+            "trainable": entries // len(sizes),
+            "delta_bytes": {task: size["delta_bytes"] for task, size in self._sizes.items()},
+            "bytes_per_entry": sum(size["delta_bytes"] for size in sizes) / entries,
+            "retrieval": self._retrieval(),
+        }
+
+    def _retrieval(self) -> dict[str, Any]:
+        """Where the tasks' test prompts go, and the bound on the error."""
+        bank, names = self.bank, self.bank.tasks
+        tasks = [stream.task for stream in self.setting.bench.tasks]
+        routes = {task.name: self.setting.judge.route(self.setting.model, bank, task) for task in tasks}
+        right = sum(found.count(task) for task, found in routes.items())
+        return {
+            **error_bound(bank.retriever).to_json(),
+            "accuracy": 100 * right / sum(map(len, routes.values())),
+            "tasks": list(routes),
+            "columns": names,
+            "confusion": [[found.count(name) for name in names] for found in routes.values()],
+            "num_clusters": sum(len(signature.weights) for signature in bank.retriever.signatures),
+        }
+
+    def state(self, folder: Path) -> None:
+        value = {"scored": self._scored.to_json(), "sizes": self._sizes}
+        on_main(lambda: write_json(folder / "bank.json", value))
+
+    def load_state(self, folder: Path) -> None:
+        found = read_json(folder / "bank.json")
+        self._scored, self._sizes = Scored.from_json(found["scored"]), found["sizes"]
+
+
+METHOD = Retrieved

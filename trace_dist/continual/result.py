@@ -1,0 +1,46 @@
+"""A method's result: its scores, what its trainings measured, and what the report needs to draw it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from trace_dist.continual.methods.base import Method
+from trace_dist.continual.metrics import summarise
+from trace_dist.continual.progress import Progress
+from trace_dist.utils.env import run_info
+
+
+def result_of(method: Method, progress: Progress) -> dict[str, Any]:
+    """What ``methods/<name>.json`` holds, from the progress of a method whose tasks are all finished."""
+    record, judge = progress.record, method.setting.judge
+    trained = dict(zip(record.tasks, progress.trained(), strict=True))
+    timed = [result.step_ms for result in trained.values() if result.losses]
+    return {
+        "label": method.label,
+        "colour": method.colour,
+        "masked": method.masked,
+        "on_ranks": method.on_ranks,
+        "options": {} if method.options is None else asdict(method.options),
+        "lr": method.lr,
+        "lr_by_task": record.rates,
+        **summarise(
+            [row.tasks for row in record.rows],
+            [row.general for row in record.rows] if judge.general_names else None,
+        ),
+        "general_names": judge.general_names,
+        "bits_per_byte": {
+            name: [row.bits_per_byte[i] for row in record.rows] for i, name in enumerate(judge.text_names)
+        },
+        "losses": {task: _thinned(result.losses) for task, result in trained.items()},
+        "step_ms": sum(timed) / len(timed) if timed else 0.0,
+        "seconds": sum(result.seconds for result in trained.values()),
+        "measured": run_info(),
+        **record.facts,
+    }
+
+
+def _thinned(curve: list[tuple[int, float]], points: int = 100) -> list[tuple[int, float]]:
+    """At most about ``points`` points of a curve, the last one among them; none of a task that another run trained."""
+    stride = max(1, -(-len(curve) // points))
+    return curve[::-1][::stride][::-1]

@@ -1,0 +1,111 @@
+"""What the methods of a run share: data, the base model, the target on this job's ranks, the tasks' masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trace_dist.bank.delta import check_base
+from trace_dist.config import RunConfig
+from trace_dist.continual.judge import Judge, Row
+from trace_dist.continual.masks import project_stream
+from trace_dist.masks.format import Mask
+from trace_dist.masks.ops import tensor_seed
+from trace_dist.models.fingerprint import fingerprint
+from trace_dist.run_folder import RunFolder
+from trace_dist.sharding.base import ShardedModel
+from trace_dist.train.loop import MetricLog
+from trace_dist.train.target import base_path, load_target
+from trace_dist.train.workbench import Stream, Workbench
+from trace_dist.utils import dist
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where methods learn.
+
+    Attributes:
+        cfg: the run.
+        bench: its data.
+        base: folder or hub id of the target's base weights.
+        fingerprint: of the base.
+    """
+
+    cfg: RunConfig
+    bench: Workbench
+    base: Path | str
+    fingerprint: str
+
+    @classmethod
+    def load(cls, cfg: RunConfig) -> Setting:
+        """Read the data and find the base, which must be there. Collective."""
+        path = base_path(cfg.target)
+        return cls(cfg, Workbench.load(cfg, path), path, fingerprint(path))
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run's files."""
+        return RunFolder.of(self.cfg.run_dir)
+
+    @cached_property
+    def model(self) -> ShardedModel:
+        """The target on the run's backend, loaded when first used. Collective."""
+        return load_target(self.cfg.target, self.cfg.backend)
+
+    @cached_property
+    def judge(self) -> Judge:
+        """Scores models on the run's test sets."""
+        return Judge(self.cfg, self.bench)
+
+    @cached_property
+    def base_row(self) -> Row:
+        """Scores of the base, taken once; the model must hold it at the first use. Collective."""
+        return self.judge.score(self.model.module)
+
+    def mask_for(self, stream: Stream, kind: str = "projected") -> Mask:
+        """A task's mask of the target, projected now if that was not done before. Collective.
+
+        The model must hold the base, or what the mask shall be projected onto, and is left as it was.
+
+        Args:
+            stream: the task.
+            kind: projected or random; both are written together.
+
+        Raises:
+            ValueError: the proxy was not probed, or the mask is corrupt or of another model.
+        """
+        task = stream.task.name
+        path = self.folder.mask(task, kind)
+        if dist.broadcast_object(not path.is_file()):
+            self.project(stream)
+        mask = Mask.load(path)
+        check_base(mask, self.fingerprint, str(path))
+        return mask
+
+    def project(self, stream: Stream) -> None:
+        """Write a task's projected and random mask of the target, which is left as it was. Collective.
+
+        Raises:
+            ValueError: the proxy was not probed.
+        """
+        self.seed(stream.task.name)
+        project_stream(self.model, self.cfg, self.bench, stream, self.fingerprint)
+
+    @contextmanager
+    def training(self, method: str, task: str) -> Iterator[dict[str, Any]]:
+        """What every training of a task is given: its label, its log, where its checkpoints lie; its random numbers begin."""
+        self.seed(task)
+        tag = f"{method}/{task}"
+        log = MetricLog(self.folder.root, tag)
+        yield {"description": tag, "log": log, "checkpoints": self.folder.checkpoints(method, task)}
+        log.close()
+
+    def seed(self, task: str) -> None:
+        """Begin a task's random numbers (dropout), so that they do not depend on what ran before it in this process."""
+        torch.manual_seed(tensor_seed(self.cfg.seed, f"{task}/{dist.rank()}"))

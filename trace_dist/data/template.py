@@ -1,0 +1,135 @@
+"""Chat templates: what stands before an answer, and what ends it.
+
+[Note: frame of an answer]
+A template is rendered twice: with a user turn and its generation prompt, as for generation, and with a user turn and
+an answer, as for training. The two need not agree. What follows is one prompt for both, so that what is trained as
+the answer is what is generated and scored:
+
+- The prompt is the generation prompt. Where the template writes more than that before an answer (an empty
+  thinking block, a channel), the prompt takes it in; white space alone stays with the answer.
+- Thinking is switched off where the template has a switch. A thinking block that is still open at the end of the
+  prompt is closed, empty.
+- The answer ends with the first token of the template's vocabulary that follows it; any other text there is left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+_MARK = "theanswergoeshere"
+_SWITCHES = ("enable_thinking", "thinking")
+"""Template variables that turn thinking off: Qwen3, GLM and SmolLM3 read the first, DeepSeek and Kimi the second."""
+_CURE = (
+    "give the tokenizer a chat_template that takes one user turn and one answer, "
+    "or remove the template to train on plain prompts"
+)
+_OPENING = r"(<\|?|\[|◁)([\w:.-]*(?:think|thought|reason)[\w:.-]*)(\|?>|\]|▷)"
+_OPEN_AT_END = re.compile(_OPENING + r"\s*$", re.IGNORECASE)
+_OPEN_AT_START = re.compile(r"\s*" + _OPENING, re.IGNORECASE)
+
+
+class Frame(NamedTuple):
+    """Texts around an answer: all that stands before it, white space that belongs to it, and what ends it."""
+
+    prompt: str
+    lead: str
+    tail: str
+
+
+def frames(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Frame]:
+    """The frame of each prompt's answer ([Note: frame of an answer]).
+
+    Raises:
+        ValueError: the template cannot be rendered, or does not write what the user says.
+    """
+    if _generation_prompt("a", tokenizer) == _generation_prompt("b", tokenizer):
+        raise ValueError(f"{_name(tokenizer)}: it writes the same text whatever the user says; {_CURE}")
+    return [_frame(prompt, tokenizer) for prompt in prompts]
+
+
+def end_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The token that the template writes after an answer; None where it writes none."""
+    return _end_of(_answered("user", tokenizer)[1], tokenizer)[1]
+
+
+def without_thinking(text: str) -> str:
+    """A text without the thinking block that it begins with; the text itself where nothing follows the block."""
+    opening = _OPEN_AT_START.match(text)
+    if opening is None:
+        return text
+    rest = text.partition(_closing(opening))[2]
+    return rest if rest.strip() else text
+
+
+def _frame(prompt: str, tokenizer: PreTrainedTokenizerBase) -> Frame:
+    asked = _generation_prompt(prompt, tokenizer)
+    before, after = _answered(prompt, tokenizer)
+    between, end = _end_of(after, tokenizer)
+    lead = before[len(asked) :] if before.startswith(asked) else ""
+    if lead.strip():
+        asked, lead = before, ""
+    opening = _OPEN_AT_END.search(asked)
+    if opening is not None:
+        asked += ("\n" if asked.endswith("\n") else "\n\n") + _closing(opening) + "\n\n"
+    tail = "" if end is None else end if between.strip() else between + end
+    return Frame(asked, lead, tail)
+
+
+def _closing(opening: re.Match[str]) -> str:
+    """``<think>`` -> ``</think>``, ``[THINK]`` -> ``[/THINK]``, ``<|START_THINKING|>`` -> ``<|END_THINKING|>``."""
+    left, name, right = opening.groups()
+    ended = re.sub("begin|start", "end", re.sub("BEGIN|START", "END", name))
+    return f"{left}{ended if ended != name else '/' + name}{right}"
+
+
+def _end_of(after: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None]:
+    """The first token of the vocabulary's added ones in what follows an answer, and the text before it."""
+    tokens = {str(token) for token in tokenizer.added_tokens_decoder.values()} | {
+        *tokenizer.all_special_tokens
+    }
+    found = [(after.index(token), -len(token), token) for token in tokens if token.strip() and token in after]
+    if not found:
+        return after, None
+    place, _, token = min(found)
+    return after[:place], token
+
+
+def _generation_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    return _render([{"role": "user", "content": prompt}], tokenizer, add_generation_prompt=True)
+
+
+def _answered(prompt: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What a template writes before and after an answer; nothing where it does not write the answer at all."""
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": _MARK}]
+    before, found, after = _render(turns, tokenizer, add_generation_prompt=False).rpartition(_MARK)
+    return (before, after) if found else ("", "")
+
+
+def _render(
+    turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool
+) -> str:
+    try:
+        template = tokenizer.get_chat_template()
+        switches: dict[str, Any] = {name: False for name in _SWITCHES if re.search(rf"\b{name}\b", template)}
+        return str(
+            tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=add_generation_prompt, **switches
+            )
+        )
+    # A template is a program of its own: jinja's errors, and any that Python raises in its expressions.
+    except Exception as error:
+        line = getattr(error, "lineno", None)
+        where = f"line {line}: " if line else ""
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        roles = " and ".join(turn["role"] for turn in turns)
+        raise ValueError(
+            f"{_name(tokenizer)}: it cannot be rendered for {roles} turns ({where}{reason}); {_CURE}"
+        ) from error
+
+
+def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+    return f"chat template of the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__!r}"

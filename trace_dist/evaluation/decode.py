@@ -1,0 +1,161 @@
+"""Greedy decoding, the same on every rank, equal to ``generate(do_sample=False)`` prompt by prompt.
+
+The loop is ours rather than ``model.generate`` because all ranks of a sharded model must take the same
+number of decoding steps.
+
+[Note: padding and caches]
+Attention can be told to leave out positions, so prompts are padded on the left and their keys and values are kept.
+Recurrent layers (Mamba, RWKV, short convolutions) carry padding on the left into their state, and each family keeps
+that state in its own way. Nothing to the right of a token reaches it in any causal model: where a model does not
+keep keys and values alone, prompts are padded on the right, and every step reads the whole text again. A model that
+padding on the right changes all the same decodes one prompt at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache as once
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from trace_dist.data.encoding import check_context, pad_id, stop_ids
+from trace_dist.evaluation.inputs import (
+    cache_argument,
+    check_decoder,
+    config_of,
+    device_of,
+    keeps_keys_alone,
+    last,
+    may_pad_left,
+    pad,
+    positions,
+    safe_batch_size,
+    supported,
+)
+from trace_dist.evaluation.passes import evaluating, map_over_ranks
+from trace_dist.utils import dist
+from trace_dist.utils.log import get_logger
+
+logger = get_logger(__name__)
+
+
+def greedy_decode(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Continue each prompt by the most likely token until a stop token (not returned) or the cap.
+
+    Args:
+        model: causal LM, possibly sharded; every rank must call this with the same prompts.
+        tokenizer: for the ids of stops and padding.
+        prompts: token ids; each has at least one.
+        batch_size: prompts decoded together on one rank.
+        max_new_tokens: cap on decoded tokens.
+
+    Returns:
+        All outputs, in the order of ``prompts``, on every rank.
+
+    Raises:
+        ValueError: no prompts, an empty one, a cap below 1, more tokens than the model's context, or a model that is
+            not a decoder.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(
+            f"eval.max_new_tokens={max_new_tokens}: must be at least 1; raise it or leave it out"
+        )
+    lengths = [len(prompt) for prompt in prompts]
+    if not lengths or min(lengths) == 0:
+        raise ValueError(
+            f"prompts: {lengths.count(0)} of {len(lengths)} are empty, each must hold a token; drop them"
+        )
+    check_decoder(model)
+    # The last token is not read again.
+    check_context(max(lengths) + max_new_tokens - 1, config_of(model))
+    decoder = _Decoder(model, stop_ids(tokenizer), pad_id(tokenizer), max_new_tokens)
+    with evaluating(model):
+        size = safe_batch_size(model, prompts, pad_id(tokenizer), batch_size)
+        return map_over_ranks(lengths, size, lambda batch: decoder([prompts[i] for i in batch]))
+
+
+class _Decoder:
+    """Decodes batches of one model ([Note: padding and caches])."""
+
+    def __init__(self, model: torch.nn.Module, stops: list[int], fill: int, max_new_tokens: int) -> None:
+        self.model, self.fill, self.max_new_tokens = model, fill, max_new_tokens
+        self.is_stop = torch.tensor(stops, device=device_of(model))
+
+    def __call__(self, prompts: list[list[int]]) -> list[list[int]]:
+        decoded = self._with_cache(prompts) if may_pad_left(self.model) else None
+        if decoded is None:
+            _say_slow(type(self.model).__name__)
+            decoded = self._without_cache(prompts)
+        return decoded
+
+    def _with_cache(self, prompts: list[list[int]]) -> list[list[int]] | None:
+        """None where the model turns out to keep anything but keys and values."""
+        tokens, mask = pad(prompts, self.fill, self.is_stop.device, left=True)
+        position_ids = positions(mask)
+        chosen = _Chosen(len(prompts), self.is_stop)
+        cache_name, cache = str(cache_argument(self.model)), None
+        for _ in range(self.max_new_tokens):
+            options = {"position_ids": position_ids, "logits_to_keep": last(tokens, 1), cache_name: cache}
+            output = self.model(
+                input_ids=tokens, attention_mask=mask, use_cache=True, **supported(self.model, **options)
+            )
+            cache = getattr(output, cache_name, None)
+            if not keeps_keys_alone(cache):
+                return None
+            tokens = output.logits[:, -1:].argmax(dim=-1)
+            if chosen.add(tokens[:, 0]):
+                break
+            mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+            position_ids = position_ids[:, -1:] + 1
+        return chosen.ids()
+
+    def _without_cache(self, prompts: list[list[int]]) -> list[list[int]]:
+        rows = [list(prompt) for prompt in prompts]
+        chosen = _Chosen(len(prompts), self.is_stop)
+        for _ in range(self.max_new_tokens):
+            tokens, mask = pad(rows, self.fill, self.is_stop.device, left=False)
+            ends = torch.tensor([len(row) for row in rows], device=tokens.device) - tokens.shape[1] - 1
+            num = -int(ends.min())
+            options = {"attention_mask": mask, "use_cache": False, "logits_to_keep": last(tokens, num)}
+            logits = self.model(input_ids=tokens, **supported(self.model, **options)).logits
+            best = logits[torch.arange(len(rows), device=tokens.device), ends].argmax(dim=-1)
+            if chosen.add(best):
+                break
+            for row, token in zip(rows, best.tolist(), strict=True):
+                row.append(token)
+        return chosen.ids()
+
+
+class _Chosen:
+    """The tokens chosen so far for each of some prompts; -1 from the stop token on."""
+
+    def __init__(self, num: int, is_stop: torch.Tensor) -> None:
+        self.is_stop = is_stop
+        self.done = torch.zeros(num, dtype=torch.bool, device=is_stop.device)
+        self.columns: list[torch.Tensor] = []
+
+    def add(self, tokens: torch.Tensor) -> bool:
+        """Keep the next token of each prompt, int64 [num]; whether all prompts of all ranks have ended. Collective."""
+        self.done = self.done | torch.isin(tokens, self.is_stop)
+        self.columns.append(tokens.masked_fill(self.done, -1))
+        # A rank that is done goes on until the slowest is: forward passes of a sharded model are collective.
+        return dist.max_over_ranks(float(not self.done.all())) == 0
+
+    def ids(self) -> list[list[int]]:
+        rows = torch.stack(self.columns, dim=1).tolist()
+        return [[token for token in row if token >= 0] for row in rows]
+
+
+@once
+def _say_slow(model: str) -> None:
+    logger.warning(
+        "%s keeps more than keys and values: it decodes without a cache, which takes longer", model
+    )

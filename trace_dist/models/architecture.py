@@ -1,0 +1,54 @@
+"""A model's architecture: its config, and the module that the config describes, without storage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+
+def read_config(source: str | Path, what: str) -> Any:
+    """The transformers config in a folder or a config.json, or of a hub model.
+
+    Args:
+        source: where it lies.
+        what: begins the message, such as ``model.path='x'``.
+
+    Raises:
+        ValueError: there is none, or it is not valid.
+    """
+    try:
+        return AutoConfig.from_pretrained(source)
+    # Hundreds of families check their configs, each in its own way.
+    except Exception as error:
+        raise ValueError(f"{what}: no readable config ({cause(error)}); restore its config.json") from error
+
+
+def empty_model(config: Any, dtype: torch.dtype, what: str) -> Any:
+    """The causal LM of a config, on the meta device.
+
+    Args:
+        config: from ``read_config``.
+        dtype: of its parameters.
+        what: begins the message, such as ``model.path='x'``.
+
+    Raises:
+        ValueError: the family has no causal LM, or the config lacks what the family needs.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    # As above, of modules.
+    except Exception as error:
+        raise ValueError(
+            f"{what}: no causal LM of the family {config.model_type!r} can be built from its config ({cause(error)}); "
+            "complete the config, or choose another model"
+        ) from error
+
+
+def cause(error: BaseException) -> str:
+    """What another library says went wrong, in one line."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {line[:200]}" if line else type(error).__name__

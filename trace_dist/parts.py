@@ -1,0 +1,21 @@
+"""The drop-in parts that a configuration names: one row each, ``name -> module`` ([Note: drop-in parts] in utils/registry.py).
+
+The rows lie below the configuration, which checks names against them and imports no part.
+"""
+
+from __future__ import annotations
+
+from trace_dist.utils.registry import Registry
+
+
+def _rows(field: str, package: str, *names: str) -> Registry:
+    return Registry(field, {name: f"trace_dist.{package}.{name}" for name in names})
+
+
+METHODS = _rows(
+    "continual.methods", "continual.methods", "retrieved", "merged", "random", "full", "lora"
+)  # fmt: skip
+SCORES = _rows("probe.score", "probe.importance", "l2", "fisher", "l2_fisher")
+PLACEMENTS = _rows(
+    "projection.placement", "projection.placements", "magnitude", "random", "refine", "narrow"
+)  # fmt: skip

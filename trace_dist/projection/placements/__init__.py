@@ -1,0 +1,5 @@
+"""How places inside a tensor are chosen: a file per placement.
+
+A file gives ``label``, ``scores(site, options) -> Scores`` (collective), its ``Options`` where it has any, and
+``check_mask(options, mask)`` where they must fit the section ``mask``.
+"""

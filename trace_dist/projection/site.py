@@ -1,0 +1,38 @@
+"""What a placement may look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from trace_dist.config import ProbeConfig, TrainConfig
+from trace_dist.data.batches import Batches
+from trace_dist.masks.units import UnitLayout
+from trace_dist.sharding.base import ShardedModel
+
+
+@dataclass(frozen=True)
+class Site:
+    """One task on the sharded target, for which places are chosen.
+
+    Attributes:
+        model: the target, which a placement leaves as it was.
+        layouts: its maskable parameters.
+        granularity: what is selected together.
+        budgets: elements that each parameter is to receive.
+        task: name of the task.
+        batches: makes the task's batches, from the first one on.
+        probe: how importance is measured.
+        train: options of optimizer and loop.
+        seed: of the run.
+    """
+
+    model: ShardedModel
+    layouts: dict[str, UnitLayout]
+    granularity: str
+    budgets: dict[str, float]
+    task: str
+    batches: Callable[[], Batches]
+    probe: ProbeConfig
+    train: TrainConfig
+    seed: int

@@ -1,0 +1,93 @@
+"""Tables of ``trace-dist memory``: predicted, measured, and what fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+MIB = 2**20
+
+
+def estimate_table(found: Any, setup: Mapping[str, Any]) -> Table:
+    """An estimate (``profiling.estimate.Estimate``) by category."""
+    heads = ("on each rank", "between steps", "most in a step", "at the peak")
+    table = _table(*heads, title=_title(found.num_parameters, setup))
+    for name, at_peak in found.peak_parts.items():
+        between, most = found.states.get(name), found.transient.get(name)
+        if between or most or found.host.get(name):
+            table.add_row(name.replace("_", " "), mib(between), mib(most), mib(at_peak))
+    table.add_section()
+    table.add_row("together", mib(sum(found.states.values())), "", mib(found.peak), style="bold")
+    return table
+
+
+def comparison_table(result: Mapping[str, Any]) -> Table:
+    """Estimate and measurement of ``profiling.profile.run_profile`` side by side."""
+    estimate, measured, errors = result["estimate"], result["measured"], result["errors"]
+    title = _title(estimate["num_parameters"], result["setup"])
+    table = _table("on each rank", "estimated", "measured", "error", title=title)
+    for name, size in measured["states"].items():
+        predicted = estimate["states"][name]
+        if size or predicted:
+            table.add_row(name.replace("_", " "), mib(predicted), mib(size), _percent(predicted, size))
+    table.add_section()
+    together, states = sum(estimate["states"].values()), max(measured["rank_states"])
+    table.add_row("states", mib(together), mib(states), f"{errors['states']:+.1%}")
+    for name, size in measured["between"].items():
+        predicted = estimate["between"][name]
+        table.add_row(f"{name} after forward", mib(predicted), mib(size), _percent(predicted, size))
+    peaks = (mib(estimate["peak"]), mib(measured["peak"]), f"{errors['peak']:+.1%}")
+    table.add_row("peak", *peaks, style="bold")
+    return table
+
+
+def plan_table(options: Sequence[Any], gpus: int, gpu_gib: float) -> Table:
+    """The ways of training that fit (``profiling.plan.Option``)."""
+    heads = ("density", "moments", "master", "offload", "recompute", "micro-batch")
+    what = "one GPU" if gpus == 1 else f"{gpus} GPUs"
+    title = f"{what} of {gpu_gib:g} GiB: what fits, most faithful first"
+    table = _table(*heads, "GiB per GPU", "headroom", "host GiB", title=title)
+    for option in options:
+        way = option.setup
+        table.add_row(
+            f"{way.density:g}",
+            way.state_dtype,
+            "fp32" if way.master else "-",
+            way.offload.replace("none", "-"),
+            "yes" if way.activation_checkpointing else "-",
+            str(way.micro_batch_size),
+            f"{option.gib:.1f}",
+            f"{option.headroom_gib:.1f}",
+            f"{option.host_gib:.1f}" if option.host_gib else "-",
+        )
+    return table
+
+
+def print_table(table: Table) -> None:
+    """Print a table, not narrower than its columns need where the output is no terminal."""
+    Console(width=max(110, Console().width)).print(table)
+
+
+def mib(size: int | None) -> str:
+    """Bytes as MiB; nothing for None."""
+    return "" if size is None else f"{size / MIB:,.1f} MiB"
+
+
+def _table(*heads: str, title: str) -> Table:
+    table = Table(*heads, title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def _title(num_parameters: int, setup: Mapping[str, Any]) -> str:
+    ranks = f"{setup['world_size']} rank" + "s" * (setup["world_size"] > 1)
+    millions, density = f"{num_parameters / 1e6:,.0f} M parameters", f"density {setup['density']:g}"
+    return f"{millions}, {density}, {setup['backend']} on {ranks}"
+
+
+def _percent(predicted: int, size: int) -> str:
+    return f"{predicted / size - 1:+.1%}" if size else ""

@@ -1,0 +1,120 @@
+"""Which fields of a configuration may change in a run folder: those that nothing there was made with.
+
+So a learning rate that let training diverge can be lowered and the same command started again: masks and bases are kept, and the
+newest checkpoint is continued. Results of two configurations never lie in one folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from trace_dist.config import ModelConfig, RunConfig
+
+HOW_IT_RUNS = (
+    "launch",
+    "backend",
+    "continual.methods",
+    "data.num_proc",
+    "train.activation_checkpointing",
+    "train.checkpoint_every",
+    "train.checkpoint_minutes",
+    "train.log_every",
+)
+"""Fields that say how a run is carried out, not what it computes: they may differ between its commands."""
+
+LOGS = ("config.yaml", "metrics.jsonl", "tensorboard/*", "logs/*", "stages.json", "tasks.json")
+"""Files that are no results."""
+PROBED = ("probe/*",)
+TRAINED = ("deltas/*", "bank*/deltas/*", "bank*/tasks/*", "methods/*", "progress/*")
+MASKED = ("masks/*", "memory.json", *TRAINED)
+"""Masks and what is made with them. Patterns are of paths in the run folder; ``*`` goes through folders."""
+
+
+def differing_fields(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Names of the fields whose values differ, but for HOW_IT_RUNS; tasks go by their names, as ``tasks.copy.steps``."""
+    old, new = _by_name(old, new)
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [prefix]
+    names = []
+    for key in sorted(old.keys() | new.keys()):
+        name = f"{prefix}.{key}" if prefix else key
+        if name not in HOW_IT_RUNS:
+            names += differing_fields(old.get(key), new.get(key), name)
+    return names
+
+
+def forbidden(cfg: RunConfig, fields: Iterable[str]) -> dict[str, list[str]]:
+    """The fields that may not change, with the results in the run folder that were made with them.
+
+    Args:
+        cfg: the new configuration.
+        fields: whose values differ from those of the folder.
+    """
+    results = list(_results(Path(cfg.run_dir)))
+    found = {
+        field: [path for path in results if _matches(path, _depending_on(field, cfg))] for field in fields
+    }
+    return {field: paths for field, paths in found.items() if paths}
+
+
+def _depending_on(field: str, cfg: RunConfig) -> tuple[str, ...]:
+    """Patterns of the results that a field has a part in."""
+    proxy = () if cfg.proxy is None else _base(cfg, cfg.proxy)
+    proxy_is_cut_out = cfg.proxy is None or cfg.proxy.prune is not None
+    upstream = (*proxy, *PROBED) if proxy_is_cut_out else ()
+    rules = {
+        "train.state_dtype": (*TRAINED, "memory.json"),
+        "train.master": (*TRAINED, "memory.json"),
+        "train.*": TRAINED,
+        "tasks.*.steps": TRAINED,
+        "continual.options.*": _of_method(field.removeprefix("continual.options.").partition(".")[0]),
+        "continual.options": TRAINED,
+        "bank.*": ("bank*/*", "methods/*", "progress/*"),
+        "eval.*": ("eval.json", "methods/*", "progress/*"),
+        "projection.*": MASKED,
+        "mask.*": (*PROBED, *MASKED),
+        "probe.*": (*PROBED, *MASKED),
+        "proxy*": (*proxy, *PROBED, *MASKED),
+        "target.*": (*_base(cfg, cfg.target), *upstream, "eval.json", *MASKED),
+        "*": ("*",),
+    }
+    return next(patterns for rule, patterns in rules.items() if fnmatchcase(field, rule))
+
+
+def _of_method(name: str) -> tuple[str, ...]:
+    """What a method leaves."""
+    bank = "bank/*" if name == "retrieved" else f"bank_{name}/*"
+    return (f"methods/{name}.json", f"progress/{name}/*", bank)
+
+
+def _base(cfg: RunConfig, model: ModelConfig) -> tuple[str, ...]:
+    """Where a base model lies, if in the run folder."""
+    folder, root = Path(model.path).absolute(), Path(cfg.run_dir).absolute()
+    return (f"{folder.relative_to(root).as_posix()}/*",) if folder.is_relative_to(root) else ()
+
+
+def _results(folder: Path) -> Iterator[str]:
+    """Every file that is a result, relative to the folder; hidden ones are none."""
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if path.is_file() and not hidden and not _matches(relative.as_posix(), LOGS):
+            yield relative.as_posix()
+
+
+def _matches(path: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def _by_name(old: Any, new: Any) -> tuple[Any, Any]:
+    """Two lists of the same tasks as dictionaries; anything else as it is."""
+    named = [
+        isinstance(each, list) and all(isinstance(item, dict) and "name" in item for item in each)
+        for each in (old, new)
+    ]
+    if not all(named) or [item["name"] for item in old] != [item["name"] for item in new]:
+        return old, new
+    return {item["name"]: item for item in old}, {item["name"]: item for item in new}

@@ -1,0 +1,34 @@
+"""Stage ``evaluate``: scores of the target, as it is or with the deltas of a bank."""
+
+from __future__ import annotations
+
+from trace_dist.bank.bank import DeltaBank
+from trace_dist.config import RunConfig
+from trace_dist.continual.setting import Setting
+from trace_dist.models.fingerprint import check_same
+from trace_dist.stages.base import prepare_base
+from trace_dist.utils import dist
+from trace_dist.utils.files import write_json
+
+
+def run_evaluate(cfg: RunConfig, bank_folder: str | None) -> dict[str, float]:
+    """Score the target, plain or with retrieval from a bank; writes ``eval.json``. Collective.
+
+    Returns:
+        Task or general set -> score in percent, or in bits per byte.
+
+    Raises:
+        ValueError: the bank is missing or of another base model.
+    """
+    prepare_base(cfg, "target")
+    setting = Setting.load(cfg)
+    bank = None if bank_folder is None else DeltaBank(bank_folder)
+    if bank is not None:
+        check_same(bank.base, setting.fingerprint, f"bank {bank_folder}")
+    judge = setting.judge
+    row = setting.base_row if bank is None else judge.score_retrieved(setting.model, bank)
+    names = [task.name for task in cfg.tasks] + judge.general_names + judge.text_names
+    scores = dict(zip(names, [*row.tasks, *row.general, *row.bits_per_byte], strict=True))
+    if dist.is_main():
+        write_json(cfg.folder.scores, {"bank": bank_folder, "scores": scores})
+    return scores

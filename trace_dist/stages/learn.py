@@ -1,0 +1,143 @@
+"""``trace-dist learn``: new tasks into a bank that outlives its runs.
+
+The configuration names the target, the proxy and the new tasks; what is needed of earlier tasks lies in the bank. Each step is
+done once: base models, probe, projection, training, delta and signature into the bank. A command that was cut continues.
+
+Started by itself the command starts its steps as ``run`` does. Started by a launcher it learns on the ranks that are there;
+what one process does meanwhile (base models, probe) is a process of rank 0's, for which the others wait.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from trace_dist.bank.bank import DeltaBank
+from trace_dist.config import RunConfig
+from trace_dist.masks.mask import Mask
+from trace_dist.models.fingerprint import check_same, fingerprint
+from trace_dist.stages import base, continual, probe
+from trace_dist.stages.pipeline import failure, run_pipeline, start_stage
+from trace_dist.stages.stage import Stage
+from trace_dist.utils import dist
+from trace_dist.utils.files import read_json
+from trace_dist.utils.log import get_logger
+from trace_dist.utils.together import on_main
+
+logger = get_logger(__name__)
+METHOD = "retrieved"
+SIGN_OF_LIFE_SECONDS = 20
+"""How often waiting ranks hear of rank 0: a collective that nobody joins for minutes times out."""
+
+
+def as_learned(cfg: RunConfig) -> RunConfig:
+    """The configuration of a learning: one method, and the layer whose representations the bank holds.
+
+    Raises:
+        ValueError: the bank is damaged.
+    """
+    cfg = replace(cfg, continual=replace(cfg.continual, methods=[METHOD]))
+    if not cfg.bank_of().index.is_file():
+        return cfg
+    return replace(cfg, bank=replace(cfg.bank, layer=DeltaBank(cfg.bank_of().root).layer))
+
+
+def run_learn(cfg: RunConfig, mask_file: str | None = None) -> None:
+    """Learn the tasks of a configuration (``as_learned``) into its bank. Collective.
+
+    Args:
+        cfg: the target, the proxy, the new tasks, and the bank.
+        mask_file: a mask of the target for the one new task; nothing is probed then.
+
+    Raises:
+        ValueError: the bank holds a task of one of the names, or is of another base; or the mask does not fit.
+        ProcessFailed: a step failed; its own error is printed above.
+    """
+    on_main(lambda: _check_new(cfg))
+    if mask_file is not None:
+        _take_mask(cfg, Path(mask_file))
+    first, masked = _stages(cfg, mask_file is None)
+    if dist.world_size() > 1:
+        for stage in first:
+            _in_one_process(stage, cfg)
+        continual.run_continual(cfg)
+    else:
+        run_pipeline(cfg, [*([stage] for stage in first), [masked]])
+    if dist.is_main():
+        _say(cfg)
+
+
+def _stages(cfg: RunConfig, probed: bool) -> tuple[list[Stage], Stage]:
+    """What one process does first, and the learning."""
+    first = [base.describe(cfg, "target"), *([probe.describe(cfg)] if probed else [])]
+    arguments = ["continual", "--continual.methods", f"[{METHOD}]"]
+    return first, Stage("learn", arguments, [cfg.folder.method(METHOD)], launched=True)
+
+
+def _check_new(cfg: RunConfig) -> None:
+    """Raise ValueError where the bank cannot take the tasks; before any long work."""
+    folder = cfg.bank_of()
+    logger.info("learn: %s into the bank %s", ", ".join(task.name for task in cfg.tasks), folder.root)
+    logger.info("learn: masks, checkpoints and results lie in %s", cfg.run_dir)
+    if not folder.index.is_file():
+        return
+    bank = DeltaBank(folder.root)
+    for task in cfg.tasks:
+        # With a mask of its own the task was begun here; `continual.learn` compares mask and examples.
+        if task.name in bank.tasks and not cfg.folder.mask(task.name).is_file():
+            raise ValueError(
+                f"tasks.name={task.name!r}: the bank {folder.root} holds a task of this name; rename one "
+                f"(`trace-dist bank rename {folder.root} {task.name} NEW`), or remove it there"
+            )
+    if not cfg.target.made or (Path(cfg.target.path) / "config.json").is_file():
+        check_same(bank.base, fingerprint(cfg.target.path), f"bank {folder.root}")
+
+
+def _take_mask(cfg: RunConfig, path: Path) -> None:
+    """Keep a given mask as that of the one new task.
+
+    Raises:
+        ValueError: there are several tasks, or the mask is missing, corrupt or of another model.
+    """
+    names = [task.name for task in cfg.tasks]
+    if len(names) != 1:
+        raise ValueError(f"mask_file={str(path)!r}: is for one task, not for {', '.join(names)}; leave one")
+
+    def keep() -> None:
+        mask = Mask.load(path)
+        kept = cfg.folder.mask(names[0])
+        if not kept.is_file() or Mask.load(kept) != mask:
+            mask.save(kept)
+
+    on_main(keep)
+
+
+def _in_one_process(stage: Stage, cfg: RunConfig) -> None:
+    """Let a process of rank 0's do a stage, unless it is done; all ranks wait. Collective."""
+    if dist.broadcast_object(stage.done):
+        return
+    process = start_stage(stage, cfg) if dist.is_main() else None
+    code = None
+    while code is None:
+        if process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                code = process.wait(SIGN_OF_LIFE_SECONDS)
+        code = dist.broadcast_object(code)
+    if code != 0:
+        raise failure(stage, code)
+
+
+def _say(cfg: RunConfig) -> None:
+    """What was learned, and what to do next."""
+    result, bank = read_json(cfg.folder.method(METHOD)), DeltaBank(cfg.bank_of().root)
+    for task, score in zip(cfg.tasks, result["just_trained"], strict=True):
+        logger.info("learned %s: %.1f %% on its test set, answered through the bank", task.name, score)
+    retrieval = result["retrieval"]
+    logger.info(
+        "retrieval: %.1f %% of these test prompts find their task among %d",
+        retrieval["accuracy"],
+        len(bank.tasks),
+    )
+    logger.info("next: trace-dist bank show %s", bank.folder)

@@ -1,0 +1,107 @@
+"""Stage ``memory``: model states of masked and of full training under ZeRO-3, counted while both really train.
+
+Model states are what must be there between steps: weights, fp32 master, both moments, gradients, and the mask's indices. Both are
+measured in bf16 on the run's own target and first task, after a backward pass, summed over ranks, per parameter.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from trace_dist.config import RunConfig
+from trace_dist.data.batches import Step
+from trace_dist.masks.format import Mask
+from trace_dist.models.nf4 import BYTES_PER_ELEMENT, NF4Linear, named_weights
+from trace_dist.profiling.states import bytes_per_param
+from trace_dist.sharding.dense import FullAdamW
+from trace_dist.sharding.zero3 import Zero3Model
+from trace_dist.stages.base import prepare_base
+from trace_dist.stages.stage import Stage
+from trace_dist.train.learner import MaskedLearner
+from trace_dist.train.loss import accumulate
+from trace_dist.train.workbench import Workbench
+from trace_dist.utils import dist
+from trace_dist.utils.files import write_json
+from trace_dist.utils.log import get_logger
+
+logger = get_logger(__name__)
+
+
+def describe(cfg: RunConfig) -> Stage:
+    """Measure both kinds of training on the first task's mask."""
+    inputs = {cfg.folder.mask(cfg.tasks[0].name): "project"}
+    return Stage("memory", ["memory", "measure"], [cfg.folder.memory], inputs, launched=True)
+
+
+def run_memory(cfg: RunConfig) -> dict[str, Any]:
+    """Measure both kinds of training and write ``memory.json``. Collective.
+
+    Raises:
+        ValueError: the backend is not zero3, or the masks have not been projected.
+    """
+    if cfg.backend != "zero3":
+        raise ValueError(f"backend={cfg.backend!r}: memory is measured under ZeRO-3; set --backend zero3")
+    describe(cfg).check_inputs()
+    path = prepare_base(cfg, "target")
+    bench = Workbench.load(cfg, path)
+    mask = Mask.load(cfg.folder.mask(cfg.tasks[0].name))
+    batch_size = min(cfg.train.batch_size, 8 * dist.world_size())
+    stream = bench.batches(bench.tasks[:1], batch_size)
+    masked, num_parameters, coded = _masked(str(path), cfg, mask, next(stream))
+    gc.collect()
+    full = _full(str(path), cfg.train.lr, next(stream), num_parameters)
+    share = mask.num_entries / num_parameters
+    owned = sum(mask.layouts[name].runs(units)[0].nbytes for name, units in mask.units.items())
+    on_every_rank = mask.units.nbytes * dist.world_size() * (dist.world_size() > 1)
+    index_bytes = (owned + on_every_rank) / num_parameters
+    base = 2 + coded / num_parameters * (BYTES_PER_ELEMENT - 2)
+    # [Note: overlay] in sharding/overlay.py.
+    overlay = 2 if coded else 0
+    measured = {"masked": sum(masked.values()), "full": sum(full.values())}
+    result = {
+        "bytes_per_param": measured,
+        "predicted_bytes_per_param": {"masked": base + (16 + overlay) * share + index_bytes, "full": 16.0},
+        "categories": {"masked": masked, "full": full},
+        "dtype": "bfloat16",
+        "quantize": cfg.target.quantize,
+        "density": mask.density,
+        "trained_share": share,
+        "granularity": mask.granularity,
+        "num_ranks": dist.world_size(),
+        "num_parameters": num_parameters,
+    }
+    if dist.is_main():
+        write_json(cfg.folder.memory, result)
+    logger.info("model states: %.2f bytes per parameter masked, %.2f full", *measured.values())
+    return result
+
+
+def _masked(path: str, cfg: RunConfig, mask: Mask, step: Step) -> tuple[dict[str, float], int, int]:
+    """Bytes per parameter by category, the number of parameters, and how many of them are 4-bit codes."""
+    model = Zero3Model.from_pretrained(path, torch.bfloat16, cfg.target.quantize)
+    learner = MaskedLearner(model, mask, replace(cfg.train, max_grad_norm=1.0))
+    for _ in range(2):
+        learner.accumulate(step)
+        learner.step()
+    learner.accumulate(step)
+    numel = {name: torch.Size(model.shape(name)).numel() for name in model.names()}
+    coded = sum(numel[name] for name, weight in named_weights(model.module) if isinstance(weight, NF4Linear))
+    num_parameters = sum(numel.values())
+    counted = bytes_per_param(learner.optimizer.model_states(), num_parameters)
+    model.close()
+    return counted, num_parameters, coded
+
+
+def _full(path: str, lr: float, step: Step, num_parameters: int) -> dict[str, float]:
+    trainer = FullAdamW(path, torch.bfloat16, lr=lr)
+    for _ in range(2):
+        accumulate(step, trainer.module, trainer.backward, dist.local_device())
+        trainer.step()
+    accumulate(step, trainer.module, trainer.backward, dist.local_device())
+    counted = bytes_per_param(trainer.states(), num_parameters)
+    trainer.close()
+    return counted

@@ -1,0 +1,42 @@
+"""Stage ``project``: the proxy's masks become masks of the large, sharded model; random ones lie beside them for comparison."""
+
+from __future__ import annotations
+
+from trace_dist.config import RunConfig
+from trace_dist.continual.masks import is_projected
+from trace_dist.continual.setting import Setting
+from trace_dist.stages.base import prepare_base
+from trace_dist.stages.stage import Stage
+from trace_dist.utils import dist
+from trace_dist.utils.log import get_logger
+
+logger = get_logger(__name__)
+KINDS = ("projected", "random")
+
+
+def describe(cfg: RunConfig) -> Stage:
+    """Project the masks of all tasks."""
+    folder, names = cfg.folder, [task.name for task in cfg.tasks]
+    masks = [folder.mask(name, kind) for name in names for kind in KINDS]
+    inputs = {folder.proxy_mask(name): "probe" for name in names}
+    return Stage("project", ["project"], masks, inputs, launched=True)
+
+
+def run_project(cfg: RunConfig) -> None:
+    """Project every task's mask onto the target; masks that are there are kept. Collective.
+
+    Raises:
+        ValueError: the proxy has not been probed.
+    """
+    describe(cfg).check_inputs()
+    prepare_base(cfg, "target")
+    setting = Setting.load(cfg)
+    if cfg.proxy is None:
+        logger.info(
+            "project: the target was probed itself; its masks are kept, the section projection is not used"
+        )
+    for stream in setting.bench.tasks:
+        if dist.broadcast_object(is_projected(cfg, stream.task.name, setting.fingerprint)):
+            logger.info("project %s: kept its masks", stream.task.name)
+        else:
+            setting.project(stream)

@@ -1,0 +1,107 @@
+"""Stage ``report``: gather what the stages of a run left in its folder into ``results.json``, and draw it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from trace_dist.config import RunConfig
+from trace_dist.masks.format import Mask
+from trace_dist.models.roles import describe
+from trace_dist.parts import METHODS
+from trace_dist.report import render_png, write_report
+from trace_dist.utils.env import meta_info
+from trace_dist.utils.files import read_json, write_json
+
+ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "embed", "head", "norm", "bias", "other")
+
+
+def run_report(cfg: RunConfig, picture: str | None = None) -> dict[str, Any]:
+    """Write ``results.json``, ``report.html``, and the key panels as a PNG file where one is named; returns the results.
+
+    Raises:
+        ValueError: no method has a result yet.
+    """
+    results = collect_results(cfg)
+    write_json(cfg.folder.results, results)
+    write_report(results, cfg.folder.report)
+    if picture is not None:
+        render_png(results, Path(picture))
+    return results
+
+
+def collect_results(cfg: RunConfig) -> dict[str, Any]:
+    """The results of a run, with everything that has been measured so far.
+
+    Raises:
+        ValueError: no method has a result yet.
+    """
+    folder, names = cfg.folder, [task.name for task in cfg.tasks]
+    methods = _methods(folder.methods)
+    if not methods:
+        raise ValueError(
+            f"run_dir={cfg.run_dir!r}: no method has a result; start `trace-dist continual` (or `run`) first"
+        )
+    first = next(iter(methods.values()))
+    results: dict[str, Any] = {"tasks": names, "general": first["general_names"], "modes": methods}
+    for key in ("retrieval", "delta_bytes", "bytes_per_entry"):
+        if key in methods.get("retrieved", {}):
+            results[key] = methods["retrieved"][key]
+    parts = {"specificity": folder.specificity, "memory": folder.memory, "baselines": folder.tasks}
+    results |= {key: read_json(path) for key, path in parts.items() if path.is_file()}
+    results["masks"] = {
+        "proxy": _densities((name, folder.proxy_mask(name)) for name in names),
+        "target": _densities((name, folder.mask(name)) for name in names),
+    }
+    timings = read_json(folder.stages) if folder.stages.is_file() else {}
+    # When and from which commit the methods ran, not this report.
+    results["run_info"] = {
+        **first["measured"],
+        "seconds": timings.get("wall_seconds"),
+        "stages": timings.get("stages", {}),
+        "launcher": cfg.launch.launcher,
+        "num_ranks": cfg.launch.num_ranks,
+        "backend": cfg.backend,
+    }
+    return results | {"meta_info": meta_info(), "config": asdict(cfg)}
+
+
+def _methods(folder: Path) -> dict[str, Any]:
+    """Method -> result, the project's own methods first."""
+    found = sorted(path.stem for path in folder.glob("*.json"))
+    names = [*(name for name in METHODS if name in found), *(name for name in found if name not in METHODS)]
+    return {name: read_json(folder / f"{name}.json") for name in names}
+
+
+def _densities(paths: Iterable[tuple[str, Path]]) -> dict[str, Any]:
+    """Task -> density of each role in each layer (null where a layer has no such tensor)."""
+    found = {}
+    for name, path in paths:
+        if path.is_file():
+            found[name] = mask_heat_map(Mask.load(path))
+    return found
+
+
+def mask_heat_map(mask: Mask) -> dict[str, Any]:
+    """Layers, roles, and the density of every maskable tensor at their crossing."""
+    infos = describe({name: layout.shape for name, layout in mask.layouts.items()})
+    placed = [info for info in infos.values() if info.layer is not None]
+    num_layers = 1 + max((info.layer for info in placed if info.layer is not None), default=0)
+    roles = [role for role in ROLES if any(info.role == role for info in placed)]
+    selected = {(layer, role): [0.0, 0.0] for layer in range(num_layers) for role in roles}
+    for info in placed:
+        if info.layer is not None:
+            cell = selected[info.layer, info.role]
+            numel = mask.layouts[info.name].numel
+            cell[0] += mask.tensor_density(info.name) * numel
+            cell[1] += numel
+    density = [
+        [
+            selected[layer, role][0] / selected[layer, role][1] if selected[layer, role][1] else None
+            for role in roles
+        ]
+        for layer in range(num_layers)
+    ]
+    return {"layers": num_layers, "roles": roles, "density": density}

@@ -1,0 +1,149 @@
+"""How a command on a run begins: its parts exist, the ranks have met and agree, the folder is theirs and fits."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trace_dist.config import RunConfig
+from trace_dist.launching import RUN_PID
+from trace_dist.parts import PLACEMENTS, SCORES
+from trace_dist.stages.changes import differing_fields, forbidden
+from trace_dist.utils import dist
+from trace_dist.utils.agreement import agree
+from trace_dist.utils.env import code_version
+from trace_dist.utils.files import write_text
+from trace_dist.utils.launch import adopt_launch, job_size
+from trace_dist.utils.locks import hold_until_exit, process_name
+from trace_dist.utils.log import get_logger
+from trace_dist.utils.together import on_main
+from trace_dist.utils.yaml import load_yaml
+
+logger = get_logger(__name__)
+IN_ONE_PROCESS = ("run", "probe")
+"""Commands that refuse several ranks: ``run`` starts its own, and the proxy is small."""
+STARTS_STAGES = ("run", "learn")
+"""Commands that start others, unless a launcher started them."""
+ON_ALL_RANKS = ("project", "train", "continual", "eval", "memory measure")
+"""Commands that work on as many ranks as the configuration asks for."""
+
+
+def start(cfg: RunConfig, command: str, **own: str | None) -> None:
+    """Join the job, hold the run folder until this process ends, and write the configuration beside the results.
+
+    Args:
+        cfg: the configuration of this command.
+        command: its name.
+        own: its arguments beside the configuration.
+
+    Raises:
+        ValueError: on every rank: a part or an option that does not exist, too many or too few ranks, ranks that were
+            started differently, a folder in which another process is at work, or one that holds results of another
+            configuration.
+    """
+    if command in IN_ONE_PROCESS and adopt_launch() > 1:
+        raise ValueError(
+            f"{command}: works in one process, but {adopt_launch()} ranks were started; start one"
+        )
+    dist.init_distributed()
+    _check_number_of_ranks(cfg, command)
+    if dist.world_size() > 1:
+        agree({"command": command, "code": code_version(), **own, **dict(_flat(asdict(cfg)))})
+    on_main(lambda: take_folder(cfg))
+    # After that, since it imports the parts, which takes seconds, and a folder that is taken is refused at once.
+    check_parts(cfg)
+    on_main(lambda: _keep_config(cfg, whole_run=command in STARTS_STAGES))
+
+
+def check_parts(cfg: RunConfig) -> None:
+    """Raise ``ValueError`` where the drop-in parts or their options do not exist or do not fit."""
+    from trace_dist.continual.driver import check_methods
+
+    SCORES.load(cfg.probe.score)
+    placement = PLACEMENTS.load(cfg.projection.placement)
+    options = PLACEMENTS.options(cfg.projection.placement, cfg.projection.options)
+    # Without a proxy nothing is projected.
+    if cfg.proxy is not None and hasattr(placement, "check_mask"):
+        placement.check_mask(options, cfg.mask)
+    check_methods(cfg)
+
+
+def take_folder(cfg: RunConfig) -> None:
+    """Hold the run folder until this process ends; the stages of a run share what their run holds.
+
+    Raises:
+        ValueError: another process holds it, or nothing can be written there.
+    """
+    run = os.environ.get(RUN_PID)
+    sharers = [] if run is None else [process_name(int(run))]
+    hold_until_exit(cfg.folder.lock, f"run_dir={cfg.run_dir!r}", sharers)
+
+
+def _check_number_of_ranks(cfg: RunConfig, command: str) -> None:
+    found, asked = dist.world_size(), cfg.launch.num_ranks
+    if cfg.backend == "single" and found > 1:
+        raise ValueError(
+            f"backend='single': {found} ranks were started; set --backend zero3, or start one process"
+        )
+    on_ranks = command in ON_ALL_RANKS or (command == "learn" and found > 1)
+    if not on_ranks or cfg.backend == "single":
+        return
+    if found < asked:
+        raise ValueError(
+            f"launch.num_ranks={asked}: {command} was started on {found}; start it with a launcher, for example "
+            f"`deepspeed --num_gpus {asked} --module trace_dist {command} ...`, or set --launch.num_ranks {found}"
+        )
+    if found < job_size() and "RANK" not in os.environ:
+        raise ValueError(
+            f"SLURM_NTASKS={job_size()}: {command} was started as one process, not by srun; start it with srun or another "
+            "launcher, or set --backend single for one process"
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """(dotted name, value) of every field of nested dictionaries and lists."""
+    if isinstance(value, dict | list) and value:
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _flat(part, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def _keep_config(cfg: RunConfig, whole_run: bool) -> None:
+    """Write ``config.yaml``; a stage leaves one alone that differs in how the run is carried out alone.
+
+    Raises:
+        ValueError: there are results made with other values.
+    """
+    path = cfg.folder.config
+    present = json.loads(json.dumps(asdict(cfg)))
+    if not path.is_file():
+        write_text(path, yaml.safe_dump(present, sort_keys=False))
+        return
+    differing = differing_fields(_read_yaml(path), present)
+    refused = forbidden(cfg, differing)
+    if refused:
+        results = sorted({result for found in refused.values() for result in found})
+        shown = ", ".join(results[:3]) + (f" and {len(results) - 3} more" if len(results) > 3 else "")
+        raise ValueError(
+            f"run_dir={cfg.run_dir!r}: it holds results ({shown}) made with other values of {', '.join(refused)}; "
+            "choose another run_dir, or delete this one"
+        )
+    if differing or whole_run:
+        write_text(path, yaml.safe_dump(present, sort_keys=False))
+    if differing:
+        logger.info("%s: changed %s; no result there depends on it", cfg.run_dir, ", ".join(differing))
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: cannot be read ({reason}); restore it or delete the run folder") from None

@@ -1,0 +1,115 @@
+"""What makes a run impossible, found in its data before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from trace_dist.bank.signature import MIN_PROMPTS
+from trace_dist.config import BankConfig, DataConfig, EvalConfig
+from trace_dist.data.encoding import encode
+from trace_dist.data.tasks import Task
+from trace_dist.evaluation.lengths import tokens_needed
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model that will read the tasks, as far as it is known before it is loaded.
+
+    ``role``: target or proxy. ``context``: positions; None without a limit. ``num_layers``: decoder layers; None where
+    unknown. ``scored``: whether it reads test examples as well.
+    """
+
+    role: str
+    tokenizer: PreTrainedTokenizerBase
+    context: int | None
+    num_layers: int | None
+    scored: bool
+
+
+def check_tasks(
+    tasks: Sequence[Task],
+    general: Sequence[Task],
+    readers: Sequence[Reader],
+    *,
+    data: DataConfig,
+    evaluation: EvalConfig,
+    bank: BankConfig,
+) -> None:
+    """Check counts, empty texts and lengths of all examples.
+
+    Args:
+        tasks: what is learned.
+        general: the general sets.
+        readers: the models that will read them; none that is not made yet and not known.
+        data: longest example and truncation.
+        evaluation: generation cap.
+        bank: number of prompts and layer of signatures.
+
+    Raises:
+        ValueError: the first fault found, with its task.
+    """
+    for task in (*tasks, *general):
+        _check_texts(task)
+    _check_counts(tasks, general, bank)
+    for reader in readers:
+        _check_layer(reader, bank)
+        for task in (*tasks, *general):
+            with _of(task):
+                _check_lengths(task, reader, data, evaluation)
+
+
+@contextmanager
+def _of(task: Task) -> Iterator[None]:
+    """Names the task in an error."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"tasks.{task.name}: {error}") from error
+
+
+def _check_texts(task: Task) -> None:
+    empty = [i for i, answer in enumerate(task.test["answer"]) if not answer]
+    if task.metric == "bits_per_byte" and empty:
+        raise ValueError(
+            f"tasks.{task.name}: the answer of test example {empty[0]} is empty, so it has no bits per byte; "
+            "drop it or choose another metric"
+        )
+
+
+def _check_counts(tasks: Sequence[Task], general: Sequence[Task], bank: BankConfig) -> None:
+    """A signature needs prompts; the general sets share one."""
+    for group, name in [*(([task], f"tasks.{task.name}") for task in tasks), (general, "general")]:
+        share = -(-bank.num_prompts // max(1, len(group)))
+        found = sum(min(share, len(task.train)) for task in group)
+        if group and found < MIN_PROMPTS:
+            raise ValueError(
+                f"{name}: {found} training prompts for its signature, must be at least {MIN_PROMPTS}; "
+                f"add examples, and keep bank.num_prompts={bank.num_prompts} and num_train above"
+            )
+
+
+def _check_layer(reader: Reader, bank: BankConfig) -> None:
+    last = reader.num_layers
+    if reader.scored and last is not None and not -last - 1 <= bank.layer <= last:
+        raise ValueError(
+            f"bank.layer={bank.layer}: must lie in [{-last - 1}, {last}] for the {reader.role} (0 is the embedding); "
+            "use -1 for the last"
+        )
+
+
+def _check_lengths(task: Task, reader: Reader, data: DataConfig, evaluation: EvalConfig) -> None:
+    longest = max(map(len, encode(task.train, reader.tokenizer, data)["input_ids"]))
+    parts = [("training", longest)]
+    if reader.scored:
+        parts.append(("test", tokens_needed(reader.tokenizer, task, evaluation, data)))
+    for part, needed in parts:
+        if reader.context is not None and needed > reader.context:
+            raise ValueError(
+                f"a {part} example needs {needed} tokens, prompt and answer together, but the {reader.role} has "
+                f"{reader.context} positions (max_position_embeddings); set data.max_length to at most "
+                f"{reader.context} with data.truncate_prompt=true, lower eval.max_new_tokens, or drop the example"
+            )

@@ -1,0 +1,164 @@
+"""From the configuration's sections to tokenised tasks and batches; all data are checked before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import datasets
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from trace_dist.config import BankConfig, DataConfig, EvalConfig, ModelConfig, TaskConfig, TrainConfig
+from trace_dist.data.batches import Batches
+from trace_dist.data.encoding import context_length, encode, pad_id
+from trace_dist.data.tasks import Task, load_task
+from trace_dist.models.loading import load_tokenizer
+from trace_dist.models.tiny import MAX_POSITIONS
+from trace_dist.models.tokenizer import char_tokenizer
+from trace_dist.train.checks import Reader, check_tasks
+
+
+class Sections(Protocol):
+    """What is read of a run's configuration."""
+
+    @property
+    def target(self) -> ModelConfig: ...
+    @property
+    def proxy(self) -> ModelConfig | None: ...
+    @property
+    def tasks(self) -> list[TaskConfig]: ...
+    @property
+    def general(self) -> list[TaskConfig]: ...
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def train(self) -> TrainConfig: ...
+    @property
+    def bank(self) -> BankConfig: ...
+    @property
+    def eval(self) -> EvalConfig: ...
+    @property
+    def seed(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A task with its tokenised training examples."""
+
+    task: Task
+    encoded: datasets.Dataset
+    steps: int
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The examples of a run."""
+
+    tasks: list[Task]
+    general: list[Task]
+
+    @classmethod
+    def load(cls, cfg: Sections) -> Tasks:
+        """Read all examples, and check them for every model of the run that is known by now.
+
+        Raises:
+            ValueError: a source is missing or malformed, or the data make the run impossible.
+        """
+        loaded = cls(
+            [load_task(task, cfg.seed) for task in cfg.tasks],
+            [load_task(task, cfg.seed) for task in cfg.general],
+        )
+        check_tasks(
+            loaded.tasks,
+            loaded.general,
+            list(loaded._readers(cfg)),
+            data=cfg.data,
+            evaluation=cfg.eval,
+            bank=cfg.bank,
+        )
+        return loaded
+
+    def characters(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of a tiny base over these examples."""
+        tasks = [*self.general, *self.tasks]
+        return char_tokenizer(
+            {task.name: [*task.train["prompt"], *task.test["prompt"]] for task in tasks},
+            [answer for task in tasks for answer in (*task.train["answer"], *task.test["answer"])],
+        )
+
+    def _readers(self, cfg: Sections) -> Iterator[Reader]:
+        """The run's models that are there, and tiny ones, which are known before they are made."""
+        for role, model in (("target", cfg.target), ("proxy", cfg.proxy)):
+            if model is None:
+                continue
+            if (Path(model.path) / "config.json").is_file() or not model.made:
+                tokenizer = load_tokenizer(model.path)
+                config = AutoConfig.from_pretrained(model.path)
+                layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+                yield Reader(role, tokenizer, context_length(config), layers, role == "target")
+            elif model.tiny is not None:
+                layers = model.tiny.num_layers
+                yield Reader(role, self.characters(), MAX_POSITIONS, layers, role == "target")
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """Everything about data that the stages of a run share."""
+
+    cfg: Sections
+    tokenizer: PreTrainedTokenizerBase
+    tasks: list[Stream]
+    general: list[Stream]
+
+    @classmethod
+    def load(cls, cfg: Sections, model_path: str | Path) -> Workbench:
+        """Read and check all tasks, and tokenise them with a model's tokenizer.
+
+        Raises:
+            ValueError: as ``Tasks.load``.
+        """
+        loaded = Tasks.load(cfg)
+        tokenizer = load_tokenizer(model_path)
+        steps = {task.name: task.steps or cfg.train.steps for task in (*cfg.tasks, *cfg.general)}
+        tasks, general = (
+            [Stream(task, encode(task.train, tokenizer, cfg.data), steps[task.name]) for task in part]
+            for part in (loaded.tasks, loaded.general)
+        )
+        return cls(cfg, tokenizer, tasks, general)
+
+    def batches(
+        self,
+        streams: Sequence[Stream],
+        batch_size: int,
+        replay: Sequence[Stream] = (),
+        replay_share: float = 0.0,
+        replay_memory: float = 1.0,
+        seed: int | None = None,
+    ) -> Batches:
+        """Batches over the union of some streams, with a share of replayed examples from others.
+
+        Args:
+            streams: what is learned.
+            batch_size: examples per global batch.
+            replay: what is replayed.
+            replay_share: share of each batch that is replayed.
+            replay_memory: share of the training examples of each of them that is kept for it.
+            seed: of the order; the run's when None.
+        """
+        encoded = [stream.encoded for stream in streams]
+        return Batches(
+            encoded[0] if len(encoded) == 1 else datasets.concatenate_datasets(encoded),
+            batch_size=batch_size,
+            micro_batch_size=self.cfg.train.micro_batch_size,
+            seed=self.cfg.seed if seed is None else seed,
+            pad_id=pad_id(self.tokenizer),
+            replay=[(_remembered(stream, replay_memory), 1.0) for stream in replay],
+            replay_share=replay_share if replay else 0.0,
+        )
+
+
+def _remembered(stream: Stream, share: float) -> datasets.Dataset:
+    """The examples of a task that are kept for replay: the first ones, at least one."""
+    return stream.encoded.select(range(max(1, round(share * len(stream.encoded)))))

@@ -1,0 +1,125 @@
+"""Files that one process holds at a time; the kernel lets go of them whatever happens to it."""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import os
+import socket
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from trace_dist.utils.files import writing
+from trace_dist.utils.log import get_logger
+
+logger = get_logger(__name__)
+_UNTIL_EXIT = ExitStack()
+atexit.register(_UNTIL_EXIT.close)
+
+
+class Held(ValueError):
+    """Another process holds the lock.
+
+    Attributes:
+        holder: who, as ``process_name`` says it.
+    """
+
+    def __init__(self, holder: str) -> None:
+        super().__init__(holder)
+        self.holder = holder
+
+
+def process_name(pid: int) -> str:
+    """How a process of this machine is named in a lock file."""
+    return f"process {pid} on {socket.gethostname()}"
+
+
+@contextmanager
+def hold(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold a lock file while the block runs; it is gone afterwards.
+
+    Args:
+        path: the file; folders on the way to it are made.
+        what: begins messages: a path, or ``field=value``.
+        wait: for another holder to let go, instead of giving up.
+
+    Raises:
+        Held: another process, or another part of this one, holds it.
+        ValueError: nothing can be written there.
+    """
+    with writing(what):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = _take(path, what, wait)
+    with handle:
+        handle.truncate(0)
+        handle.write(process_name(os.getpid()))
+        handle.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def hold_until_exit(path: Path, what: str, sharers: Collection[str] = ()) -> None:
+    """Hold a lock file until this process ends or calls ``release``.
+
+    Args:
+        path: the file.
+        what: begins messages: ``field=value``.
+        sharers: holders, as ``process_name`` says it, beside which this process may work; it is one itself.
+
+    Raises:
+        ValueError: another process holds it, or nothing can be written there.
+    """
+    try:
+        _UNTIL_EXIT.enter_context(hold(path, what))
+    except Held as held:
+        if held.holder not in (process_name(os.getpid()), *sharers):
+            field = what.partition("=")[0]
+            raise ValueError(
+                f"{what}: {held.holder} is at work in it; wait for it, end it, or choose another {field}"
+            ) from None
+
+
+def release() -> None:
+    """Let go of what ``hold_until_exit`` took."""
+    _UNTIL_EXIT.close()
+
+
+def _take(path: Path, what: str, wait: bool) -> TextIO:
+    """The locked file at ``path``. One that its holder removed before it let go is no longer there, so a new one is opened."""
+    while True:
+        handle = path.open("a+", encoding="utf-8")
+        try:
+            _lock(handle, what, wait)
+        except BaseException:
+            handle.close()
+            raise
+        if _is_at(handle, path):
+            return handle
+        handle.close()
+
+
+def _is_at(handle: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _lock(handle: TextIO, what: str, wait: bool) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.seek(0)
+        holder = handle.read() or "another process"
+        if not wait:
+            raise Held(holder) from None
+        logger.info("%s: %s is at work on it; waiting", what, holder)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError as error:  # some network file systems
+        logger.warning(
+            "%s: cannot be locked (%s); start nothing else that writes there", what, error.strerror
+        )

@@ -1,0 +1,86 @@
+"""Tensor files that notice when a bit of theirs has changed.
+
+The header of a sealed file holds ``checksum``, of the tensors, and ``header_checksum``, of the rest of the header.
+A catalogue that knows the SHA-256 of the whole file may give that instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trace_dist.utils.files import corrupt, load_tensors, save_tensors, sha256
+
+OWN = "header_checksum"
+
+
+def tensors_checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} ".encode())
+        digest.update(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def json_checksum(value: Any) -> str:
+    """SHA-256 of a JSON value, whatever the order of its keys; empty for one so deep that nobody wrote it."""
+    try:
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    except RecursionError:
+        return ""
+
+
+def save_sealed(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """As ``files.save_tensors``, with checksums."""
+    sealed = {**header, "checksum": tensors_checksum(tensors)}
+    save_tensors(path, tensors, {**sealed, OWN: json_checksum(sealed)})
+
+
+def load_sealed(path: Path, kind: str, digest: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """As ``files.load_tensors``, but of a file that is as it was written.
+
+    Args:
+        path: the file.
+        kind: what it should be.
+        digest: SHA-256 of the file, where it is known; the file's own checksums are not computed then.
+
+    Raises:
+        ValueError: missing, corrupt, or of another kind.
+    """
+    if digest is not None and path.is_file() and sha256(path) != digest:
+        raise corrupt(path, kind, "its bytes are not those that were written")
+    mapped, header = load_tensors(path, kind)
+    # the mapped pages of a file that somebody cuts short would end this process later
+    tensors = {name: tensor.clone() for name, tensor in mapped.items()}
+    if digest is None:
+        check_header(header, path, kind)
+        if header.get("checksum") != tensors_checksum(tensors):
+            raise corrupt(path, kind, "wrong checksum")
+    return tensors, header
+
+
+def check_header(header: Mapping[str, Any], path: Path, kind: str) -> None:
+    """Raise ValueError when a header is not as it was written. Files of earlier releases have no checksum of it."""
+    rest = {name: value for name, value in header.items() if name != OWN}
+    if OWN in header and header[OWN] != json_checksum(rest):
+        raise corrupt(path, kind, "wrong checksum of its header")
+
+
+def same_content(one: Path, other: Path, kind: str) -> bool:
+    """Whether two files hold the same tensors and header, whichever release wrote their checksums.
+
+    Raises:
+        ValueError: one of them is missing, corrupt, or of another kind.
+    """
+    (tensors, header), (other_tensors, other_header) = load_sealed(one, kind), load_sealed(other, kind)
+    shared = (header.keys() & other_header.keys()) - {OWN}
+    return tensors_checksum(tensors) == tensors_checksum(other_tensors) and all(
+        header[name] == other_header[name] for name in shared
+    )
