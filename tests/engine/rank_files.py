@@ -18,8 +18,9 @@ from torch import Tensor
 from trace_dist import Delta, Mask, MaskedAdamW, load_sharded
 from trace_dist.bank.delta import Snapshot, applied, extract_delta
 from trace_dist.checkpoint import latest_checkpoint, load_checkpoint, load_mask, save_checkpoint
+from trace_dist.sharding.dense import FullAdamW
 from trace_dist.sharding.fsdp2 import Fsdp2Model
-from trace_dist.sharding.zero3 import PERSISTENCE_THRESHOLD, FullAdamW, Zero3Model
+from trace_dist.sharding.zero3 import PERSISTENCE_THRESHOLD, Zero3Model
 from trace_dist.utils import dist
 
 Found = dict[str, Any]

@@ -13,10 +13,10 @@ from engine.cases import CASES, batches
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.parallel import DistributedDataParallel
-from trace_dist.train.checkpoint import load_checkpoint, save_checkpoint
 from transformers import AutoModelForCausalLM
 
 from trace_dist import Mask, MaskedAdamW, shard
+from trace_dist.checkpoint import load_checkpoint, save_checkpoint
 
 CASE = CASES["element"]
 IDS = batches(CASE)[0][0]

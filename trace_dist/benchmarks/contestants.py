@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from trace_dist.benchmarks.peers import dense_engine, with_adapters
+from trace_dist.benchmarks.peers import with_adapters
 from trace_dist.masks.format import Mask
 from trace_dist.masks.ops import layouts_for, random_mask
 from trace_dist.models.blocks import whole_blocks
 from trace_dist.optim.masked_adamw import MaskedAdamW
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.build import shard
+from trace_dist.sharding.dense import dense_engine
 from trace_dist.sharding.zero3 import load_deepspeed, zero3_config
 from trace_dist.train.loss import forward_nll_sum
 from trace_dist.utils import dist
@@ -156,13 +157,13 @@ def _peer(name: str, race: Race) -> Contestant:
     method = name.removesuffix(TUNED)
     if method != "full":
         module = with_adapters(method, module, race.density).bfloat16()
+    num_trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     if name == method:
-        engine, num_trained = dense_engine(module, {})
+        engine = dense_engine(module, torch.bfloat16, {})
         batch = race.batch()
         return Contestant(lambda: engine(**batch).loss, engine.backward, engine.step, num_trained)
     load_deepspeed()  # with our all-gather
     blocks = whole_blocks(module).values() if method == "full" else ()
-    engine, num_trained = dense_engine(
-        module, zero3_config(torch.bfloat16, blocks=blocks)["zero_optimization"]
-    )
+    zero = zero3_config(torch.bfloat16, blocks=blocks)["zero_optimization"]
+    engine = dense_engine(module, torch.bfloat16, zero)
     return Contestant(_own_loss(engine, race), engine.backward, engine.step, num_trained)

@@ -9,7 +9,7 @@ parameter, which is uninitialised.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,7 @@ def load_model_fsdp2(
     dtype: Dtype | torch.dtype,
     wrap: Callable[[nn.Module], None],
     device: torch.device,
+    first: Callable[[Sequence[int]], int],
     quantize: Quantize = "none",
 ) -> PreTrainedModel:
     """Load a causal LM sharded by FSDP2, in evaluation mode; see [Note: sharded while loading].
@@ -121,6 +122,7 @@ def load_model_fsdp2(
         dtype: data type of the weights.
         wrap: applies ``fully_shard``; the parameters are on the meta device then.
         device: where the shards live.
+        first: shape of a parameter -> where this rank's interval of it begins.
         quantize: ``nf4`` keeps the linear layers as 4-bit codes (models/nf4.py).
 
     Raises:
@@ -131,7 +133,10 @@ def load_model_fsdp2(
         wrap(model)
         model.to_empty(device=device)
 
-    return _load_in_shards(path, dtype, quantize, give_storage, _fsdp2_slot)
+    def slot(param: Any) -> Slot:
+        return Slot(param.to_local().view(-1), first(param.shape), param.numel())
+
+    return _load_in_shards(path, dtype, quantize, give_storage, slot)
 
 
 def _load_in_shards(
@@ -171,13 +176,6 @@ def _zero3_slot(param: Any) -> Slot:
     """[rank * n, (rank + 1) * n) of the flattened parameter, zero-padded at the end."""
     shard = param.ds_tensor
     return Slot(shard, param.ds_zero_partition_rank * shard.numel(), param.ds_numel)
-
-
-def _fsdp2_slot(param: Any) -> Slot:
-    """The rows of this rank: FSDP2 cuts dimension 0 into chunks of equal size, the last ones shorter or empty."""
-    rows_per_rank = -(-param.shape[0] // param.device_mesh.size())
-    first_row = min(param.device_mesh.get_local_rank() * rows_per_rank, param.shape[0])
-    return Slot(param.to_local().view(-1), first_row * param[0].numel(), param.numel())
 
 
 def check_zero_config(ds_config: dict[str, Any]) -> None:

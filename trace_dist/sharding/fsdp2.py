@@ -7,7 +7,7 @@ gradients); a parameter that a hook catches has been reduced by FSDP2 already, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,7 +87,11 @@ class Fsdp2Model(ShardedModel):
     def from_pretrained(cls, path: str, dtype: torch.dtype, quantize: Quantize = "none") -> Fsdp2Model:
         """Load a checkpoint so that no rank ever holds more than its own shard."""
         dist.ensure_group()
-        return cls(load_model_fsdp2(path, dtype, _wrap, dist.local_device(), quantize))
+
+        def first(shape: Sequence[int]) -> int:
+            return chunk_views(shape, dist.world_size())[dist.rank()].start
+
+        return cls(load_model_fsdp2(path, dtype, _wrap, dist.local_device(), first, quantize))
 
     def views(self, name: str) -> list[PartitionView]:
         return chunk_views(self.shape(name), self.world)

@@ -146,21 +146,21 @@ def patch_linear(
     def catch(weight: Tensor) -> Tensor:
         return _CaughtWeight.apply(weight, anchor, deliver) if torch.is_grad_enabled() and running else weight
 
+    layer: Any = module
     # Not None where another library, or another mask, has replaced it.
-    before, caught = module.__dict__.get("forward"), module.__dict__.get("catch")
+    before, caught = layer.__dict__.get("forward"), layer.__dict__.get("catch")
     # A method, not a closure over the layer: a deep copy of the model must run on its own weights.
-    module.forward = MethodType(forward, module)  # type: ignore[method-assign]
-    module.catch = catch  # type: ignore[assignment]
-    if isinstance(module, nn.Linear):
-        module.__class__ = MaskedLinear
+    layer.forward, layer.catch = MethodType(forward, layer), catch
+    if isinstance(layer, nn.Linear):
+        layer.__class__ = MaskedLinear
 
     def undo() -> None:
-        del module.forward, module.catch
+        del layer.forward, layer.catch
         if before is not None:
-            module.forward = before  # type: ignore[method-assign]
+            layer.forward = before
         if caught is not None:
-            module.catch = caught
-        elif isinstance(module, MaskedLinear):
-            module.__class__ = nn.Linear  # type: ignore[assignment]
+            layer.catch = caught
+        elif isinstance(layer, MaskedLinear):
+            layer.__class__ = nn.Linear  # type: ignore[assignment]
 
     return undo

@@ -5,29 +5,26 @@ dense all-reduce is switched off; ours carries masked entries only.
 
 [Note: DDP comes later] Trainer and accelerate wrap a model in DDP after the optimizer was built. DDP refuses a model without a
 parameter that requires a gradient, as a mask of linear layers leaves it; so the smallest masked weight claims to require one.
-Its layer runs through ``masked_linear``, where none arises. DDP keeps buckets for that weight alone, and each forward pass
+Its layer runs through ``masked_linear``, where none arises for it. DDP keeps buckets for that weight alone, and each forward pass
 through DDP tells it that this step is not its to reduce.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
+from trace_dist.masks.mask import Mask
 from trace_dist.models.quantised import refuse_quantised_module
-from trace_dist.models.wrapping import is_deepspeed_engine, peel
+from trace_dist.models.wrapping import is_deepspeed_engine, peel, unwrap
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.single import ReplicatedModel
+from trace_dist.sharding.support import Accumulate, Support
 from trace_dist.utils import dist
-
-if TYPE_CHECKING:
-    from trace_dist.masks.format import Mask
-    from trace_dist.sharding.compaction import Accumulate, Support
-
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"
 """Where DDP looks for the names of what it must leave alone."""
@@ -50,9 +47,8 @@ def as_sharded(model: ShardedModel | nn.Module) -> ShardedModel:
     refuse_quantised_module(layers[-1])
     dist.init_distributed()
     around = [layer for layer in layers if isinstance(layer, DistributedDataParallel)]
-    for outer in around:
-        # What `no_sync` sets: its reducer then stays idle.
-        outer.require_backward_grad_sync = False
+    for ddp in around:
+        ddp.require_backward_grad_sync = False  # what `no_sync` sets: its reducer then stays idle
     if any(isinstance(layer, nn.DataParallel) for layer in layers):
         raise ValueError(
             "model: wrapped by nn.DataParallel, whose copies of a layer get no gradients of their own; start one process for "
@@ -117,8 +113,9 @@ class PreparedModel(ReplicatedModel):
         before = getattr(self.module, IGNORED, ())
         claims.requires_grad_(True)
         dropped = claims.register_post_accumulate_grad_hook(_drop)
-        ignored = {*before, *(name for name, p in self._parameters.items() if p is not claims)}
-        setattr(self.module, IGNORED, sorted(ignored))
+        others = [name for name, p in self.module.named_parameters() if p is not claims]
+        # The names that DDP sees, around the model itself or around what torch.compile makes of it.
+        setattr(self.module, IGNORED, sorted({*before, *others, *(f"_orig_mod.{name}" for name in others)}))
 
         def undo() -> None:
             dropped.remove()
@@ -129,7 +126,7 @@ class PreparedModel(ReplicatedModel):
 
     def _before_forward(self, *_: Any) -> None:
         around = DistributedDataParallel._get_active_ddp_module()
-        if around is not None and around.module is self.module:
+        if around is not None and unwrap(around) is self.module:
             around.require_backward_grad_sync = False
         if self.device != self._attached_on:
             raise ValueError(

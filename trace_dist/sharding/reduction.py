@@ -64,12 +64,15 @@ class CompactReducer:
         self._values: dict[int, Tensor] = {}  # id(support) -> [whole entries], not yet exchanged
         self._next = 0
         self._in_flight: _Exchange | None = None
+        self.has_unreduced = False
+        """Whether gradients came, or were being exchanged, since the last ``finish`` that came to its end."""
 
     def add(self, support: Support, values: Tensor) -> None:
         """Take this rank's gradient at all masked entries of a parameter: [whole.num_entries] in the buffer's dtype."""
         if self.local_only:
             self._accumulate(support, values)
             return
+        self.has_unreduced = True
         held = self._values.get(id(support))
         self._values[id(support)] = values if held is None else held.add_(values)
         while self._next < len(self._buckets) and self._is_ready(self._buckets[self._next]):
@@ -87,6 +90,7 @@ class CompactReducer:
         """
         if self.local_only:
             return list(flags)
+        self.has_unreduced = True
         for bucket in self._buckets[self._next :]:
             self._flush(bucket)
         self._next = 0
@@ -99,6 +103,7 @@ class CompactReducer:
             if is_late:
                 self._flush(bucket)
         self._complete()
+        self.has_unreduced = False
         return agreed[len(late) :]
 
     def discard(self) -> None:
@@ -108,11 +113,7 @@ class CompactReducer:
             self._in_flight = None
         self._values.clear()
         self._next = 0
-
-    @property
-    def has_unreduced(self) -> bool:
-        """Whether gradients came since the last ``finish``."""
-        return bool(self._values) or self._next > 0 or self._in_flight is not None
+        self.has_unreduced = False
 
     def _is_ready(self, bucket: list[Support]) -> bool:
         return all(id(support) in self._values for support in bucket)

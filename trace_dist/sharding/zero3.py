@@ -48,20 +48,25 @@ PERSISTENCE_THRESHOLD = 10_000
 """Parameters with at most this many elements stay gathered (DeepSpeed's default is 100,000)."""
 
 
-def load_deepspeed() -> Any:
-    """The deepspeed module, with a process group for it to run in and, on a CPU, our all-gather over gloo."""
+def start_deepspeed() -> Any:
+    """The deepspeed module, with a process group for it to run in."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     dist.ensure_group()
     import deepspeed
 
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    return deepspeed
+
+
+def load_deepspeed() -> Any:
+    """The deepspeed module, started, and, on a CPU, with our all-gather over gloo."""
     if torch.cuda.is_available():
-        deepspeed.init_distributed(dist_backend="nccl", verbose=False)
-        return deepspeed
+        return start_deepspeed()
     # Where DeepSpeed's launcher names it, every rank maps 66 MiB of /dev/shm for an all-reduce that masked training never
     # calls, and leaves them there when the job is over.
     local_size = os.environ.pop("LOCAL_SIZE", None)
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    deepspeed = start_deepspeed()
     if local_size is not None:
         os.environ["LOCAL_SIZE"] = local_size
     deepspeed.comm.comm.cdb.all_gather_function = gloo.all_gather
@@ -199,47 +204,4 @@ class Zero3Model(ShardedModel):
     def close(self) -> None:
         """Give DeepSpeed's hooks and buffers back; the model can no longer be used."""
         self.detach()
-        self._engine.destroy()
-
-
-class FullAdamW:
-    """Ordinary ZeRO-3 training of every parameter with AdamW: what masked training is compared with.
-
-    Args:
-        path: Hugging Face id or folder.
-        dtype: of the weights; DeepSpeed keeps an fp32 master.
-        lr: learning rate.
-    """
-
-    def __init__(self, path: str, dtype: torch.dtype, lr: float) -> None:
-        deepspeed = load_deepspeed()
-        config = zero3_config(dtype) | {"gradient_clipping": 1.0}
-        module = load_model_zero3(path, dtype, config)
-        optimizer = torch.optim.AdamW(module.parameters(), lr=lr)
-        config["zero_allow_untested_optimizer"] = True
-        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
-        self.module = self._engine
-
-    def backward(self, loss: Tensor) -> None:
-        """Backward pass through DeepSpeed, which reduces and partitions the gradients."""
-        self._engine.backward(loss)
-
-    def step(self) -> None:
-        """Optimizer step."""
-        self._engine.step()
-
-    def states(self) -> dict[str, list[Tensor]]:
-        """This rank's model states, by category."""
-        optimizer = self._engine.optimizer
-        moments = list(optimizer.optimizer.state.values())
-        return {
-            "weights": [parameter.ds_tensor for parameter in self._engine.module.parameters()],
-            "master": list(optimizer.fp32_partitioned_groups_flat),
-            "exp_avg": [state["exp_avg"] for state in moments],
-            "exp_avg_sq": [state["exp_avg_sq"] for state in moments],
-            "gradients": [optimizer.grad_partitions_flat_buffer],
-        }
-
-    def close(self) -> None:
-        """Give DeepSpeed's hooks and buffers back."""
         self._engine.destroy()
