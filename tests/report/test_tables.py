@@ -59,7 +59,7 @@ def test_numbers_read_well() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(8e-3, "8e-3"), (2.5e-2, "2.5e-2"), (1.0, "1e0"), (0.111, "1.11e-1"), (math.nan, MISSING)],
+    [(8e-3, "8e-3"), (2.5e-2, "2.5e-2"), (1.0, "1e0"), (0.111, "1.1e-1"), (math.nan, MISSING)],
 )
 def test_learning_rates_read_well(value: float, text: str) -> None:
     assert rate(value) == text

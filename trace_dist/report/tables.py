@@ -30,11 +30,11 @@ def percent(value: float, digits: int = 1) -> str:
 
 
 def rate(value: float) -> str:
-    """A learning rate: 3e-3, 1.25e-4."""
+    """A learning rate with two digits at most: 3e-3, 2.5e-4."""
     if math.isnan(value):
         return MISSING
-    digits, exponent = f"{value:.2e}".split("e")
-    return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"
 
 
 def signed(value: float, digits: int = 1) -> str:
@@ -104,7 +104,7 @@ COLUMNS = (
     Column("final average", "%", "mean score over all tasks at the end of the sequence"),
     Column("forgetting", "points", "mean fall of a task's score from its best to the end"),
     Column("general", "points", "change on the general sets from the base model to the end"),
-    Column("learning rate", "peak", "peak learning rate"),
+    Column("peak rate", "lr", "peak learning rate of its training"),
     Column("density", "%", "share of the maskable entries that is trained"),
     Column("states", "B/param", "bytes of model states per parameter, all ranks together"),
 )
@@ -142,9 +142,10 @@ def summary_table(results: Mapping[str, Any]) -> Table:
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
+        show_edge=False,
         collapse_padding=True,
     )
-    table.add_column("method", overflow="fold", min_width=16)
+    table.add_column("method", overflow="fold", min_width=12)
     for column in COLUMNS:
         head = column.head.replace(" ", "\n")
         table.add_column(
