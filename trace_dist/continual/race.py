@@ -61,16 +61,14 @@ class Race:
         """The rate that won; the lower one of two that are level."""
         return min(self.losses, key=lambda rate: (self.losses[rate], rate))
 
-    def to_json(self) -> list[dict[str, float | None]]:
+    def to_json(self) -> list[dict[str, Any]]:
         """JSON-ready; no loss where training diverged."""
         return [{"lr": lr, "loss": loss if math.isfinite(loss) else None} for lr, loss in self.losses.items()]
 
     @classmethod
-    def from_json(cls, value: list[dict[str, float | None]]) -> Race:
+    def from_json(cls, value: list[dict[str, Any]]) -> Race:
         """What ``to_json`` gave."""
-        return cls(
-            {float(each["lr"] or 0): math.inf if each["loss"] is None else each["loss"] for each in value}
-        )
+        return cls({each["lr"]: math.inf if each["loss"] is None else each["loss"] for each in value})
 
 
 def race_rates(grid: list[float], measure: Callable[[float], float]) -> Race:
