@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from trace_dist.bank.bank import DeltaBank
@@ -11,6 +13,7 @@ from trace_dist.continual.progress import examples_digest, keep_trained, kept_tr
 from trace_dist.continual.setting import Setting
 from trace_dist.data.batches import Batches
 from trace_dist.masks.format import Mask
+from trace_dist.train.learner import Learner
 from trace_dist.train.loop import TrainResult
 from trace_dist.train.task import train_mask
 from trace_dist.train.workbench import Stream
@@ -51,7 +54,7 @@ def learn_task(
     before.restore()
     # Before the delta: what lies in the bank is never trained again, so nothing could measure it later.
     keep_trained(kept, task, result)
-    rate = setting.cfg.train.lr if lr is None else lr
+    rate = setting.cfg.train.rate if lr is None else lr
     facts = {
         "lr": rate,
         "steps": stream.steps,
@@ -99,3 +102,24 @@ def train_stream(
         )
     setting.model.detach()
     return result
+
+
+@contextmanager
+def try_mask(
+    setting: Setting, mask: Mask, batches: Batches, lr: float, steps: int, *, name: str
+) -> Iterator[Learner]:
+    """Train a mask without checkpoints and logs; the model holds the result inside the block alone. Collective.
+
+    Raises:
+        NotFinite: training diverges; the model holds what it held before.
+    """
+    before, cfg = Snapshot(setting.model, mask), replace(setting.cfg.train, lr=lr)
+    try:
+        _, learner = train_mask(
+            setting.model, mask, batches, cfg, steps, description=f"{name} at {lr:g}", rate="race.grid"
+        )
+        setting.model.detach()
+        yield learner
+    finally:
+        setting.model.detach()
+        before.restore()

@@ -48,6 +48,7 @@ class MethodView:
     general: Array  # [num_tasks + 1, num_general], percent
     just_trained: Array  # [num_tasks], percent
     losses: Mapping[str, Array]  # task -> [num_points, 2] of (step, loss in nats per token)
+    rates: Sequence[float]  # peak learning rates that raced, rising; none where the rate was given
     stats: Mapping[str, float]  # the scalar entries of the method; read them with `stat`
 
     @property
@@ -175,6 +176,7 @@ def _parse_method(
         scores=scores,
         general=general,
         just_trained=np.where(np.isfinite(just_trained), just_trained, diagonal),
+        rates=sorted(number(mapping(rate).get("lr")) for rate in sequence(method.get("rates"))),
         losses={task: curve for task, curve in losses.items() if len(curve)},
         stats={key: number(value) for key, value in method.items() if isinstance(value, (int, float))},
     )

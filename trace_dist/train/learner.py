@@ -80,7 +80,7 @@ class MaskedLearner(Learner):
         self.optimizer = MaskedAdamW(
             model,
             mask,
-            lr=cfg.lr if lr is None else lr,
+            lr=cfg.rate if lr is None else lr,
             betas=cfg.betas,
             eps=cfg.eps,
             weight_decay=cfg.weight_decay,
@@ -128,7 +128,7 @@ class DenseLearner(Learner):
         self.max_grad_norm = cfg.max_grad_norm
         self.optimizer = torch.optim.AdamW(
             self.parameters,
-            lr=cfg.lr if lr is None else lr,
+            lr=cfg.rate if lr is None else lr,
             betas=cfg.betas,
             eps=cfg.eps,
             weight_decay=cfg.weight_decay,

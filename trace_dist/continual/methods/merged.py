@@ -5,18 +5,20 @@ The state between tasks is a delta against the base: the present values on the u
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from trace_dist.bank.delta import Delta, Snapshot, applied, extract_delta
-from trace_dist.config.checks import Section, check
+from trace_dist.config.checks import Rate, Section, check
 from trace_dist.continual.judge import Row
-from trace_dist.continual.learn import train_stream
+from trace_dist.continual.learn import train_stream, try_mask
 from trace_dist.continual.methods.base import Method
 from trace_dist.continual.setting import Setting
+from trace_dist.data.batches import Batches
 from trace_dist.masks.format import Mask
+from trace_dist.train.learner import Learner
 from trace_dist.train.loop import TrainResult
 from trace_dist.train.workbench import Stream
 from trace_dist.utils.files import read_json, write_json
@@ -33,8 +35,8 @@ class Options(Section):
     """Share of each batch that is drawn from earlier tasks and the general tasks, in [0, 1)."""
     replay_memory: float = 0.01
     """Share of the training examples of each of those tasks that is kept for replay, in (0, 1]."""
-    lr: float | None = None
-    """Peak learning rate; `train.lr` when not set."""
+    lr: Rate | None = None
+    """Peak learning rate, or `auto`; as `train.lr` when not set."""
 
     def check(self) -> None:
         kept = self.replay_memory
@@ -48,7 +50,7 @@ class Options(Section):
         check(
             0 < kept <= 1, f"{self.where}.replay_memory", kept, "must lie in (0, 1]", "use for example 0.01"
         )
-        self.positive("lr")
+        self.rates("lr")
 
 
 class Merged(Method):
@@ -66,23 +68,26 @@ class Merged(Method):
         self._sizes: list[dict[str, Any]] = []  # of each task's mask: entries, density
 
     def learn(self, stream: Stream) -> TrainResult:
-        setting, bench = self.setting, self.setting.bench
+        setting = self.setting
         if self._union is None:
             self._project()
         mask = setting.mask_for(stream)
-        earlier = bench.tasks[: len(self._sizes)]
-        batches = bench.batches(
-            [stream],
-            setting.cfg.train.batch_size,
-            [*bench.general, *earlier],
-            self.options.replay,
-            self.options.replay_memory,
-        )
         self._undo.callback(Snapshot(setting.model, mask).restore)
-        result = train_stream(setting, stream, mask, batches, name=self.name, lr=self.options.lr)
+        result = train_stream(setting, stream, mask, self._batches(stream), name=self.name, lr=self.own_lr)
         self._union = mask if self._union is None else self._union | mask
         self._sizes.append({"entries": mask.num_entries, "density": mask.density})
         return result
+
+    def trial(self, stream: Stream, part: Stream, lr: float) -> AbstractContextManager[Learner]:
+        mask = self.setting.mask_for(stream)
+        return try_mask(self.setting, mask, self._batches(part), lr, part.steps, name=self.name)
+
+    def _batches(self, stream: Stream) -> Batches:
+        """Batches of the task that comes next, with replayed examples among them."""
+        bench, options = self.setting.bench, self.options
+        replayed = [*bench.general, *bench.tasks[: len(self._sizes)]]
+        size = self.setting.cfg.train.batch_size
+        return bench.batches([stream], size, replayed, options.replay, options.replay_memory)
 
     def _project(self) -> None:
         """Masks are projected onto the base, which the model holds only now."""
