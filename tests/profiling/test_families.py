@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trace_dist.profiling.setup import MemorySetup
 
 from trace_dist.profiling.estimate import estimate
 from trace_dist.profiling.plan import plan
-from trace_dist.profiling.setup import MemorySetup
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 128,
