@@ -19,5 +19,6 @@ SCORES = _rows("probe.score", "probe.importance", "l2", "fisher", "l2_fisher")
 PLACEMENTS = _rows(
     "projection.placement", "projection.placements", "magnitude", "random", "refine", "narrow"
 )  # fmt: skip
+ISOLATIONS = _rows("mask.isolation", "continual.isolation", "shared", "exclusive", "soft")
 COMPOSITIONS = _rows("composition", "bank.composition", "sum")
 EXPORTERS = _rows("exporter", "bank.export", "hf")

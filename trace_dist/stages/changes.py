@@ -84,6 +84,7 @@ def _depending_on(field: str, cfg: RunConfig) -> tuple[str, ...]:
         "bank.*": ("bank*/*", "methods/*", "progress/*"),
         "eval.*": ("eval.json", "methods/*", "progress/*"),
         "projection.*": MASKED,
+        "mask.isolation*": MASKED,
         "mask.*": (*PROBED, *MASKED),
         "probe.*": (*PROBED, *MASKED),
         "proxy*": (*proxy, *PROBED, *MASKED),

@@ -7,7 +7,7 @@ tiny bases, warm starts of the probe, full fine-tuning and LoRA.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,14 @@ class MaskedLearner(Learner):
 
     optimizer: MaskedAdamW
 
-    def __init__(self, model: ShardedModel, mask: Mask, cfg: TrainConfig, lr: float | None = None) -> None:
+    def __init__(
+        self,
+        model: ShardedModel,
+        mask: Mask,
+        cfg: TrainConfig,
+        lr: float | None = None,
+        scale: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.model, self.module = model, model.module
         self.optimizer = MaskedAdamW(
             model,
@@ -88,6 +95,7 @@ class MaskedLearner(Learner):
             state_dtype=cfg.state_dtype,
             master=cfg.master,
             offload=cfg.offload,
+            scale=scale,
         )
 
     def backward(self, loss: Tensor) -> None:

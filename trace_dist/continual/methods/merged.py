@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from trace_dist.bank.delta import Delta, Snapshot, applied, extract_delta
 from trace_dist.config.checks import Rate, Section, check
+from trace_dist.continual.isolation.base import Change
 from trace_dist.continual.judge import Row
 from trace_dist.continual.learn import train_stream, try_mask
 from trace_dist.continual.methods.base import Method
@@ -65,6 +66,7 @@ class Merged(Method):
         super().__init__(name, setting, options)
         self._undo = ExitStack()
         self._union: Mask | None = None  # of the masks so far; not None iff a task was learned
+        self._changes: list[Change] = []  # of the tasks so far, where the isolation reads them
         self._sizes: list[dict[str, Any]] = []  # of each task's mask: entries, density
 
     def learn(self, stream: Stream) -> TrainResult:
@@ -73,7 +75,13 @@ class Merged(Method):
             self._project()
         mask = setting.mask_for(stream)
         self._undo.callback(Snapshot(setting.model, mask).restore)
-        result = train_stream(setting, stream, mask, self._batches(stream), name=self.name, lr=self.own_lr)
+        isolation, task = setting.isolation, stream.task.name
+        before = extract_delta(setting.model, mask, task) if isolation.reads_changes else None
+        scale = isolation.scale(mask, self._changes)
+        batches = self._batches(stream)
+        result = train_stream(setting, stream, mask, batches, name=self.name, lr=self.own_lr, scale=scale)
+        if before is not None:
+            self._changes.append(Change.between(before, extract_delta(setting.model, mask, task)))
         self._union = mask if self._union is None else self._union | mask
         self._sizes.append({"entries": mask.num_entries, "density": mask.density})
         return result
@@ -113,12 +121,20 @@ class Merged(Method):
             raise AssertionError("merged: there is no state before the first task")
         delta = extract_delta(self.setting.model, self._union, self.name)
         on_main(lambda: delta.save(folder / "delta.safetensors"))
+        on_main(lambda: self._save_changes(folder))
         on_main(lambda: write_json(folder / "sizes.json", self._sizes))
+
+    def _save_changes(self, folder: Path) -> None:
+        for number, change in enumerate(self._changes):
+            kept = Delta(change.mask, change.values, change.task)
+            kept.save(folder / f"change-{number:05d}.safetensors")
 
     def load_state(self, folder: Path) -> None:
         self._project()
         delta = Delta.load(folder / "delta.safetensors")
         self._union, self._sizes = delta.mask, read_json(folder / "sizes.json")
+        kept = [Delta.load(path) for path in sorted(folder.glob("change-*.safetensors"))]
+        self._changes = [Change(each.task, each.mask, each.values) for each in kept]
         self._undo.enter_context(applied(self.setting.model, delta))
 
     def close(self) -> None:
