@@ -137,7 +137,7 @@ def _repeat(values: dict[str, Any], kept: Sequence[int]) -> None:
             values[step] = next(steps, values[step])
 
 
-def check_layers(build: Callable[[Any], nn.Module], old: Any, new: Any, kept: Sequence[int]) -> nn.Module:
+def check_layers(build: Callable[[Any], Any], old: Any, new: Any, kept: Sequence[int]) -> Any:
     """The model of the new config, if its layers are the kept ones of the old config's.
 
     Args:
@@ -160,7 +160,7 @@ def check_layers(build: Callable[[Any], nn.Module], old: Any, new: Any, kept: Se
         stack = layer_list(before, old)
         if stack is None or layer_list(after, new) != stack:
             raise ValueError(refusal(old, "its layers are not one list"))
-        compare = _Comparison(values, kept, len(before.get_submodule(stack)))
+        compare = _Comparison(values, kept, old.get_text_config().num_hidden_layers)
         for layer, index in enumerate(kept):
             ours, theirs = (m.get_submodule(f"{stack}.{i}") for m, i in ((after, layer), (before, index)))
             for what in compare.modules(theirs, ours):

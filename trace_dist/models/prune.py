@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from torch import nn
 
 from trace_dist.models.architecture import empty_model, read_config
 from trace_dist.models.depth import check_layers, layer_list, refusal, shortened
@@ -45,7 +44,7 @@ def depth_prune(source: Path, keep_layers: int, out: Path) -> None:
     """
     what = f"model.path={str(source)!r}"
 
-    def build(config: Any) -> nn.Module:
+    def build(config: Any) -> Any:
         return empty_model(config, torch.float32, what)
 
     with open_weights(source) as files, atomic_folder(out) as folder:
