@@ -23,6 +23,7 @@ from trace_dist.continual.earlier import check_room
 from trace_dist.continual.isolation.base import Change, load_isolation
 from trace_dist.continual.setting import Setting
 from trace_dist.masks import Mask, UnitLayout
+from trace_dist.stages.report import collect_results
 from trace_dist.stages.start import check_parts
 from trace_dist.train import learner
 
@@ -169,6 +170,15 @@ def test_exclusive_deltas_lie_beside_each_other(exclusive: RunConfig) -> None:
     for method in ("retrieved", "random"):
         bank = DeltaBank(exclusive.bank_of(method).root)
         assert float(shared_entries([bank.mask(task) for task in TASKS])[0, 1]) == 0
+
+
+def test_the_overlap_is_reported(exclusive: RunConfig) -> None:
+    """Per method, the bank's tasks, or the run's where there is no bank."""
+    found = collect_results(exclusive)["overlap"]
+    assert found == {
+        method: {"tasks": list(TASKS), "matrix": [[1.0, 0.0], [0.0, 1.0]]}
+        for method in ("retrieved", "merged", "random")
+    }
 
 
 def test_masks_do_not_depend_on_which_was_asked_for_first(exclusive: RunConfig, root: Path) -> None:

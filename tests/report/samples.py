@@ -73,6 +73,10 @@ def make_results(tasks: list[str], num_layers: tuple[int, int] = (4, 12)) -> dic
             "tasks": tasks,
             "num_clusters": 3,
         },
+        "overlap": {
+            "retrieved": {"tasks": tasks, "matrix": (np.eye(num_tasks) * 0.57 + 0.43).tolist()},
+            "merged": {"tasks": tasks, "matrix": np.eye(num_tasks).tolist()},
+        },
         "memory": {
             "bytes_per_param": {"masked": 2.81, "full": 16.0},
             "categories": {

@@ -54,6 +54,8 @@ def changes_in(bank: DeltaBank, model: ShardedModel, names: Iterable[str], task:
                 "holds; put it back, or delete the mask's file to make it anew"
             )
         after = on_all(lambda name=name: bank.delta(name))  # type: ignore[misc]
+        if after is None:
+            raise AssertionError(f"{name}: the base model is no earlier task")
         yield Change.between(extract_delta(model, after.mask, name), after)
 
 

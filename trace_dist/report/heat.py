@@ -115,10 +115,11 @@ def confusion_heat(view: RunView) -> Heat | None:
 
 def overlap_heats(view: RunView) -> list[Heat]:
     """Per method, the share of each task's entries (row) that another task's mask (column) holds too, in percent."""
+    found = {method.name: mapping(view.part("overlap").get(method.name)) for method in view.methods}
     return [
-        _overlap_heat(method, mapping(found))
+        _overlap_heat(method, found[method.name])
         for method in view.methods
-        if len(sequence(mapping(found := view.part("overlap").get(method.name)).get("tasks"))) > 1
+        if sequence(found[method.name].get("tasks"))
     ]
 
 
