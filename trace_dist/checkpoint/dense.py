@@ -15,12 +15,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from trace_dist.checkpoint.agreement import agreed
 from trace_dist.checkpoint.format import MANIFEST, damaged, rank_file, read_checked
 from trace_dist.checkpoint.random_state import restore_random_state
 from trace_dist.checkpoint.retention import KEEP
 from trace_dist.checkpoint.writer import Contents, write_checkpoint
 from trace_dist.utils import dist
+from trace_dist.utils.together import on_all
 
 VALUES = "values"
 Named = Iterable[tuple[str, nn.Parameter]]
@@ -76,7 +76,7 @@ def load_dense(folder: Path, named_parameters: Named, optimizer: torch.optim.Opt
     manifest = read_checked(folder, "dense")
     named = dict(named_parameters)
     files = {name: safe_open(str(folder / name), framework="pt") for name in manifest["files"]}
-    keys = agreed(lambda: _check(folder, manifest, named, optimizer, files[rank_file(0)]))
+    keys = on_all(lambda: _check(folder, manifest, named, optimizer, files[rank_file(0)]))
     main = files[rank_file(0)]
     with torch.no_grad():
         for name, parameter in named.items():

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from trace_dist.checkpoint.agreement import agreed
 from trace_dist.utils import dist
 from trace_dist.utils.files import read_json, sha256, write_json
+from trace_dist.utils.together import on_all
 
 FORMAT = "trace_dist.checkpoint"
 VERSION = 3
@@ -105,7 +105,7 @@ def read_checked(folder: Path, kind: Kind | None = None) -> dict[str, Any]:
                 raise damaged(folder / name)
         return manifest
 
-    return agreed(check)
+    return on_all(check)
 
 
 def matches(path: Path, digest: str) -> bool:

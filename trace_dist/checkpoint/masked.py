@@ -13,7 +13,6 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from trace_dist.checkpoint.agreement import agreed
 from trace_dist.checkpoint.format import MANIFEST, MASK, damaged, is_count, is_map, read_checked
 from trace_dist.checkpoint.random_state import restore_random_state
 from trace_dist.checkpoint.retention import KEEP
@@ -23,6 +22,7 @@ from trace_dist.optim.masked_adamw import MaskedAdamW
 from trace_dist.optim.pieces import Piece, covers, pieces_of, restore
 from trace_dist.optim.states import State, tensors_of
 from trace_dist.sharding.support import Support
+from trace_dist.utils.together import on_all
 
 
 def save_checkpoint(
@@ -81,7 +81,7 @@ def load_checkpoint(folder: Path, optimizer: MaskedAdamW) -> dict[str, Any]:
     files = {
         name: safe_open(str(folder / name), framework="pt") for name in manifest["files"] if name != MASK
     }
-    found = agreed(lambda: _locate(folder, manifest, optimizer, files))
+    found = on_all(lambda: _locate(folder, manifest, optimizer, files))
     values = restore(optimizer.compact(), found, manifest["param_steps"])
     optimizer.set_values(values)
     restore_random_state(files)

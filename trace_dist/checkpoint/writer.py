@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from trace_dist.checkpoint.agreement import agreed
 from trace_dist.checkpoint.format import FORMAT, Kind, check_state, rank_file, write_manifest
 from trace_dist.checkpoint.random_state import random_state
 from trace_dist.checkpoint.retention import KEEP, drop_others, folder_name
 from trace_dist.utils import dist
 from trace_dist.utils.files import check_free_space, flush_folder, save_tensors, sha256, writing
+from trace_dist.utils.together import on_all
 
 HEADER_BYTES = 2**20
 """Room left for each file's header."""
@@ -69,10 +69,10 @@ def write_checkpoint(
     """
     final = root / folder_name(step)
     partial = root / f".{final.name}.partial"
-    agreed(lambda: _check(step, contents, state))
+    on_all(lambda: _check(step, contents, state))
     _check_room(root, contents)
-    agreed(lambda: _begin(partial, contents) if dist.is_main() else None)
-    mine = agreed(lambda: _write_rank(partial, contents))
+    on_all(lambda: _begin(partial, contents) if dist.is_main() else None)
+    mine = on_all(lambda: _write_rank(partial, contents))
     files = dict(dist.gather_objects(mine))
 
     def announce() -> None:
@@ -83,7 +83,7 @@ def write_checkpoint(
             _rename(partial, final)
         drop_others(root, final, keep)
 
-    agreed(lambda: announce() if dist.is_main() else None)
+    on_all(lambda: announce() if dist.is_main() else None)
     return final
 
 
@@ -103,7 +103,7 @@ def _check_room(root: Path, contents: Contents) -> None:
     mine = sum(tensor.nbytes for tensor in contents.tensors.values())
     beside = sum(file.num_bytes for file in contents.beside)
     needed = sum(dist.gather_objects(mine)) + beside + HEADER_BYTES * (dist.world_size() + 1)
-    agreed(lambda: check_free_space(root, needed))
+    on_all(lambda: check_free_space(root, needed))
 
 
 def _begin(partial: Path, contents: Contents) -> None:

@@ -47,9 +47,15 @@ class _Outcome(NamedTuple):
     failure: Exception | None = None
 
     @property
-    def problem(self) -> tuple[bool, str] | None:
-        """Whether the failure is the user's, and its message: other ranks may be unable to read the failure itself."""
-        return None if self.failure is None else (isinstance(self.failure, ValueError), str(self.failure))
+    def problem(self) -> tuple[type[Exception], str] | None:
+        """Kind and message of the failure: other ranks may be unable to read the failure itself."""
+        if self.failure is None:
+            return None
+        kind = type(self.failure)
+        # Errors of this package take a message alone, and what catches them must catch them on every rank.
+        own = kind.__module__.startswith("trace_dist.") and isinstance(self.failure, ValueError)
+        plain = ValueError if isinstance(self.failure, ValueError) else RuntimeError
+        return (kind if own else plain), str(self.failure)
 
 
 def _outcome(work: Callable[[], Any]) -> _Outcome:
@@ -59,10 +65,10 @@ def _outcome(work: Callable[[], Any]) -> _Outcome:
         return _Outcome(failure=error)
 
 
-def _raise(outcome: _Outcome | None, problem: tuple[bool, str] | None) -> None:
+def _raise(outcome: _Outcome | None, problem: tuple[type[Exception], str] | None) -> None:
     """This rank's failure as it is, another rank's by its message."""
     if outcome is not None and outcome.failure is not None:
         raise outcome.failure
     if problem is not None:
-        of_user, message = problem
-        raise ValueError(message) if of_user else RuntimeError(message)
+        kind, message = problem
+        raise kind(message)
