@@ -1,4 +1,4 @@
-"""The drop-in parts that a configuration names: one row each, ``name -> module`` ([Note: drop-in parts] in utils/registry.py).
+"""Rows of the drop-in parts ([Note: drop-in parts] in utils/registry.py) that a configuration or a command names.
 
 The rows lie below the configuration, which checks names against them and imports no part.
 """
@@ -19,3 +19,6 @@ SCORES = _rows("probe.score", "probe.importance", "l2", "fisher", "l2_fisher")
 PLACEMENTS = _rows(
     "projection.placement", "projection.placements", "magnitude", "random", "refine", "narrow"
 )  # fmt: skip
+ISOLATIONS = _rows("mask.isolation", "continual.isolation", "shared", "exclusive", "soft")
+COMPOSITIONS = _rows("composition", "bank.composition", "sum")
+EXPORTERS = _rows("exporter", "bank.export", "hf")

@@ -129,6 +129,10 @@ class RunFolder:
         """What a method has finished so far, until its result is written: scores and state after each task."""
         return self.root / "progress" / name
 
+    def race(self, name: str) -> Path:
+        """Which learning rates a method raced, and how they did."""
+        return self.progress(name) / "race.json"
+
 
 DELTA, SIGNATURE, SKETCH = (f"{kind}.safetensors" for kind in ("delta", "signature", "sketch"))
 """Files of one task in a bank."""

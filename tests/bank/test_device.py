@@ -7,12 +7,13 @@ import torch
 from engine.cases import CASES
 from engine.fake_gpu import OnGpu, fake_gpu, on_gpu, place
 from torch import Tensor
-from trace_dist.projection.placement import magnitude_scores, reduce_units
 
 from trace_dist.bank.representation import represent
 from trace_dist.bank.retrieval import Retriever
 from trace_dist.bank.signature import fit_signature
 from trace_dist.masks.ops import layouts_for
+from trace_dist.projection.placements.magnitude import magnitude_scores
+from trace_dist.projection.unit_means import reduce_units
 from trace_dist.sharding.prepared import as_sharded
 
 PROMPTS = [[3 + i % 5, 4, 5 + i % 3, 6][: 2 + i % 3] for i in range(24)]

@@ -16,15 +16,16 @@ from trace_dist import DeltaBank
 from trace_dist.bank.bank import BASE
 from trace_dist.bank.composition import compose
 from trace_dist.bank.delta import applied
-from trace_dist.bank.export import EXPORTERS, export
+from trace_dist.bank.export import export
 from trace_dist.models import fingerprint
+from trace_dist.parts import EXPORTERS
 
 EXPORTER = '''
 """Writes what it was given."""
 import json
 from dataclasses import dataclass
 
-LABEL = "a list"
+label = "a list"
 
 @dataclass(frozen=True)
 class Options:

@@ -59,9 +59,11 @@ def test_help_says_what_for_and_gives_an_example(
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_examples_are_command_lines_that_the_program_takes(
-    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(ROOT)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "task.yaml").symlink_to(ROOT / "configs/quickstart.yaml")
+    monkeypatch.chdir(tmp_path)
     parsed = parse(COMMANDS[words].example.split())
     assert parsed.command == words[0]
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from continual import race_script
 from continual.rank_script import METHODS
 from continual.small import TASKS, make_config, outcome, result
 from launching import launch
+
+from trace_dist.continual.driver import check_methods
+from trace_dist.continual.race import Race, held_race
+from trace_dist.continual.setting import Setting
+from trace_dist.utils.files import read_json
 
 pytestmark = pytest.mark.launcher
 
@@ -34,3 +41,24 @@ def test_tasks_are_learned_on_two_ranks_too(ranks: Path) -> None:
     assert found["forgetting"] == 0
     assert list(found["losses"]) == list(TASKS)
     assert found["average_accuracy"] > 60
+
+
+def test_a_race_on_two_ranks_is_that_of_one(folder: Path) -> None:
+    """The ranks agree to the bit; the rate that changes nothing has the base's loss on any number of ranks."""
+    for run in ("ranks-race", "one-race"):
+        shutil.copytree(folder / "probed", folder / run)
+    launch(Path(__file__).with_name("race_script.py"), 2, folder, launcher="deepspeed")
+    cfg = replace(make_config(folder, race_script.METHODS, "one-race"), race=race_script.RACE)
+    setting = Setting.load(cfg)
+    for entry in check_methods(cfg):
+        method = entry.kind(entry.name, setting, entry.options)
+        alone = held_race(setting, entry.name, setting.bench.tasks[0], method.trial)
+        first, second = (read_json(folder / f"race-{entry.name}-{rank}.json") for rank in range(2))
+        assert first == second
+        assert first["restored"]
+        found = Race.from_json(first["rates"])
+        assert found.lr == first["lr"] == alone.lr == 1e-2
+        assert found.losses[1e-7] == pytest.approx(alone.losses[1e-7], abs=1e-4)
+        # dropout draws other numbers on two ranks
+        assert found.losses[1e-2] == pytest.approx(alone.losses[1e-2], abs=0.2)
+        assert found.losses[1e30] == float("inf")

@@ -31,6 +31,8 @@ def make_mode(
         "forgetting": float((learn - scores[-1, :-1]).mean()) if num_tasks > 1 else 0.0,
         "general_delta": float((general[-1] - general[0]).mean()),
         "just_trained": [learn] * num_tasks,
+        "lr": 8e-3,
+        "rates": [{"lr": 3e-3, "loss": 0.4}, {"lr": 8e-3, "loss": 0.2}, {"lr": 2e-2, "loss": None}],
         "density": density,
         "trainable": int(860_000 * density),
         "losses": dict.fromkeys(tasks, curve),
@@ -71,6 +73,10 @@ def make_results(tasks: list[str], num_layers: tuple[int, int] = (4, 12)) -> dic
             "tasks": tasks,
             "num_clusters": 3,
         },
+        "overlap": {
+            "retrieved": {"tasks": tasks, "matrix": (np.eye(num_tasks) * 0.57 + 0.43).tolist()},
+            "merged": {"tasks": tasks, "matrix": np.eye(num_tasks).tolist()},
+        },
         "memory": {
             "bytes_per_param": {"masked": 2.81, "full": 16.0},
             "categories": {
@@ -93,5 +99,9 @@ def make_results(tasks: list[str], num_layers: tuple[int, int] = (4, 12)) -> dic
             "backend": "zero3",
         },
         "meta_info": {"hardware": "2 CPU cores", "versions": {"torch": "2.13.0"}},
-        "config": {"mask": {"density": 0.05, "granularity": "block"}, "train": {"lr": 0.001}},
+        "config": {
+            "mask": {"density": 0.05, "granularity": "block"},
+            "train": {"lr": "auto"},
+            "race": {"steps": 40},
+        },
     }

@@ -26,6 +26,7 @@ HEADINGS = {
     "delta_bytes": "Delta on disk",
     "specificity": "Cosine of the tasks' updates",
     "retrieval": "true ↓ retrieved →",
+    "overlap": "Shared entries",
     "config": "Configuration",
 }
 
@@ -164,6 +165,11 @@ def test_bare_and_damaged_values_do_not_break_the_page(tmp_path: Path) -> None:
         "memory": {"categories": {"masked": {"weights": None}, "full": None}},
         "retrieval": None,
         "specificity": {"cosine": [[1.0, None], [None, 1.0]]},
+        "overlap": {
+            "retrieved": {"tasks": ["a", "b"], "matrix": [[1.0, None], None]},
+            "our own": None,
+            "empty": {},
+        },
         "delta_bytes": {"a": None},
         "run_info": {"stages": None},
     }

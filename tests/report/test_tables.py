@@ -13,7 +13,7 @@ from rich.console import Console
 
 from trace_dist.report import summary_table
 from trace_dist.report.markdown import insert, markdown_table
-from trace_dist.report.tables import MISSING, count, duration, fixed, shorten_all, signed, size
+from trace_dist.report.tables import MISSING, count, duration, fixed, rate, shorten_all, signed, size
 
 
 def test_summary_table_has_one_row_per_mode(tmp_path: Path) -> None:
@@ -22,8 +22,16 @@ def test_summary_table_has_one_row_per_mode(tmp_path: Path) -> None:
         file.seek(0)
         lines = file.read().splitlines()
     rows = {label: next(line for line in lines if line.strip().startswith(label)) for label in LABELS}
-    assert rows["retrieved"].split() == ["retrieved", "99.3", "99.3", "0.0", "0.0", "5.0", "2.81"]
-    assert rows["full fine-tuning"].split()[-6:] == ["98.7", "36.5", "93.3", f"{MINUS}67.5", "100.0", "16.00"]
+    assert rows["retrieved"].split() == ["retrieved", "99.3", "99.3", "0.0", "0.0", "8e-3", "5.0", "2.81"]
+    assert rows["full fine-tuning"].split()[-7:] == [
+        "98.7",
+        "36.5",
+        "93.3",
+        f"{MINUS}67.5",
+        "8e-3",
+        "100.0",
+        "16.00",
+    ]
     assert rows["LoRA"].split()[-1] == MISSING  # its model states were not measured
     assert all(len(line) <= 80 for line in lines)
 
@@ -47,6 +55,34 @@ def test_numbers_read_well() -> None:
         "5 min 12 s",
         "2 h 05 min",
     ]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(8e-3, "8e-3"), (2.5e-2, "2.5e-2"), (1.0, "1e0"), (0.111, "1.1e-1"), (math.nan, MISSING)],
+)
+def test_learning_rates_read_well(value: float, text: str) -> None:
+    assert rate(value) == text
+
+
+def test_it_is_said_how_learning_rates_were_chosen() -> None:
+    results = make_results(["reverse"])
+    raced = "Every learning rate won a race of 3 rates, each of which trained the first task for 40 steps, by the loss on "
+    assert f"{raced}held-out training examples." in markdown_table(results)
+    results["modes"]["lora"] |= {"rates": [], "lr": 1e-3}
+    results["modes"]["random"]["rates"].append({"lr": 5e-2, "loss": 0.9})
+    text = markdown_table(results)
+    assert (
+        "The learning rate of retrieved, merged, full fine-tuning and random mask won a race of 3 to 4 rates"
+        in text
+    )
+    assert "That of LoRA was given, not tuned." in text
+    for method in results["modes"].values():
+        method["rates"] = []
+    assert "The learning rates were given, not tuned." in markdown_table(results)
+    for method in results["modes"].values():
+        method.pop("lr")
+    assert "learning rate" not in markdown_table(results)
 
 
 def test_markdown_table_and_its_place() -> None:

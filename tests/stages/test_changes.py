@@ -18,6 +18,7 @@ LOGS = [
     "tensorboard/base/target/events",
     "logs/base.txt",
     "stages.json",
+    "progress/retrieved/race.json",
     ".lock",
 ]
 BASES = ["models/target/config.json", "models/proxy/config.json"]
@@ -27,7 +28,7 @@ MASKS = ["masks/t.safetensors", "masks/random/t.safetensors"]
 
 def make(folder: Path) -> RunConfig:
     models = [ModelConfig(str(folder / "models" / name)) for name in ("target", "proxy")]
-    return RunConfig(str(folder), models[0], [TaskConfig("t", "t.jsonl")], proxy=models[1])
+    return RunConfig(models[0], [TaskConfig("t", "t.jsonl")], str(folder), proxy=models[1])
 
 
 def fill(folder: Path, files: list[str]) -> None:
@@ -44,6 +45,7 @@ def lower(section: str, name: str, value: Any) -> Callable[[RunConfig], RunConfi
     ("change", "there"),
     [
         (lower("train", "lr", 1e-4), [*BASES, *PROBED, *MASKS, "checkpoints/train/t/step-00000004/manifest.json"]),
+        (lower("race", "steps", 9), [*BASES, *PROBED, *MASKS, "memory.json"]),
         (lower("train", "max_grad_norm", 0.5), [*BASES, *PROBED, *MASKS, "memory.json"]),
         (lower("projection", "options", {"lr": 1e-4}), [*BASES, *PROBED]),
         (lower("probe", "lr", 1e-4), BASES),
@@ -75,6 +77,7 @@ def test_work_that_has_no_result_may_change(
         (lower("train", "lr", 1e-4), "train.lr", "methods/full.json"),
         (lower("train", "lr", 1e-4), "train.lr", "bank/deltas/t.safetensors"),
         (lower("train", "lr", 1e-4), "train.lr", "bank_random/tasks/0001/delta.safetensors"),
+        (lower("race", "steps", 9), "race.steps", "progress/retrieved/progress.json"),
         (lower("projection", "options", {"lr": 1e-4}), "projection.options.lr", "masks/t.safetensors"),
         (lower("probe", "lr", 1e-4), "probe.lr", "probe/t.safetensors"),
         (lower("mask", "density", 0.02), "mask.density", "masks/random/t.safetensors"),

@@ -21,8 +21,13 @@ def overlap(bank: DeltaBank) -> tuple[list[str], Tensor]:
         Names of the T tasks, without the base model, and [T, T] fp64: shared entries / entries of the row's task.
     """
     names = [name for name in bank.tasks if name != BASE]
-    shared = shared_entries([bank.mask(name) for name in names])
-    return names, shared / shared.diagonal()[:, None]
+    return names, mask_overlap([bank.mask(name) for name in names])
+
+
+def mask_overlap(masks: Sequence[Mask]) -> Tensor:
+    """Shared entries / entries of the row's mask, of T masks of one model: [T, T] fp64."""
+    shared = shared_entries(masks)
+    return shared / shared.diagonal()[:, None]
 
 
 def shared_entries(masks: Sequence[Mask]) -> Tensor:

@@ -159,7 +159,8 @@ def _fill_init(parser: Parser, _: Command) -> None:
 
 def _add_options(parser: Parser, arguments: known.Options) -> None:
     for argument, options in arguments.items():
-        parser.add_argument(argument, **{"type": str} | options)
+        typed: dict[str, Any] = {"type": str} | options
+        parser.add_argument(argument, **typed)
 
 
 def _fill_memory(parser: Parser, _: Command) -> None:

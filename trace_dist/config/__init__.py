@@ -14,6 +14,7 @@ from trace_dist.config.mask import Granularity, MaskConfig
 from trace_dist.config.model import Dtype, ModelConfig, PruneConfig, Quantize, TinyConfig
 from trace_dist.config.probe import ProbeConfig
 from trace_dist.config.projection import ProjectionConfig
+from trace_dist.config.race import RaceConfig
 from trace_dist.config.run import Backend, RunConfig
 from trace_dist.config.task import TaskConfig
 from trace_dist.config.train import StateDtype, TrainConfig
@@ -33,6 +34,7 @@ __all__ = [
     "ProjectionConfig",
     "PruneConfig",
     "Quantize",
+    "RaceConfig",
     "RunConfig",
     "StateDtype",
     "TaskConfig",

@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final, Literal
+
+Rate = float | Literal["auto"]
+"""A peak learning rate, or the one that wins the race (config/race.py)."""
+AUTO: Final = "auto"
 
 
 def check(ok: bool, name: str, value: object, rule: str, cure: str) -> None:
@@ -56,6 +60,10 @@ class Section:
         for name in names:
             value = getattr(self, name)
             check(value is None or value > 0, f"{self.where}.{name}", value, "must be positive", "raise it")
+
+    def rates(self, *names: str) -> None:
+        """Fields that are neither None nor ``auto`` are more than 0."""
+        self.positive(*(name for name in names if getattr(self, name) != AUTO))
 
 
 def _numbers(value: Any, where: str) -> Iterator[tuple[str, float]]:

@@ -17,6 +17,7 @@ from trace_dist.config.mask import MaskConfig
 from trace_dist.config.model import ModelConfig
 from trace_dist.config.probe import ProbeConfig
 from trace_dist.config.projection import ProjectionConfig
+from trace_dist.config.race import RaceConfig
 from trace_dist.config.task import TaskConfig
 from trace_dist.config.train import TrainConfig
 from trace_dist.run_folder import BankFolder, RunFolder
@@ -56,6 +57,8 @@ class RunConfig(Section):
     """Projecting masks onto the target."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Masked training."""
+    race: RaceConfig = field(default_factory=RaceConfig)
+    """How a learning rate of `auto` is chosen."""
     continual: ContinualConfig = field(default_factory=ContinualConfig)
     """The methods that learn the tasks."""
     bank: BankConfig = field(default_factory=BankConfig)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from trace_dist.config.checks import Section, check
+from trace_dist.config.checks import AUTO, Rate, Section, check
 
 StateDtype = Literal["float32", "bfloat16", "8bit"]
 
@@ -18,8 +18,8 @@ class TrainConfig(Section):
 
     steps: int = 300
     """Optimizer steps per task."""
-    lr: float = 3e-3
-    """Peak learning rate."""
+    lr: Rate = 3e-3
+    """Peak learning rate of every method without one of its own; `auto`: each races for the best (section `race`)."""
     batch_size: int = 64
     """Examples per optimizer step over all ranks (global batch)."""
     micro_batch_size: int = 64
@@ -56,11 +56,22 @@ class TrainConfig(Section):
     def check(self) -> None:
         self.at_least(1, "steps", "batch_size", "micro_batch_size", "log_every")
         self.at_least(0, "warmup_steps", "checkpoint_every")
+        self.rates("lr")
         self.positive("eps", "max_grad_norm", "checkpoint_minutes")
         rates = all(0 <= beta < 1 for beta in self.betas)
         check(rates, "train.betas", self.betas, "both must lie in [0, 1)", "use for example [0.9, 0.98]")
         ratio, inside = self.min_lr_ratio, 0 <= self.min_lr_ratio <= 1
         check(inside, "train.min_lr_ratio", ratio, "must lie in [0, 1]", "use for example 0.1")
-        check(self.lr > 0, "train.lr", self.lr, "must be positive", "use for example 1e-3")
         decay = self.weight_decay
         check(decay >= 0, "train.weight_decay", decay, "must not be negative", "use 0")
+
+    @property
+    def rate(self) -> float:
+        """``lr`` as a number.
+
+        Raises:
+            ValueError: it is ``auto``, and nothing races here.
+        """
+        if self.lr == AUTO:
+            raise ValueError(f"train.lr={self.lr!r}: nothing races for a rate here; give a number")
+        return self.lr

@@ -14,6 +14,7 @@ from typing import Any
 from trace_dist.config import RunConfig
 from trace_dist.continual.methods.base import Method
 from trace_dist.continual.progress import Progress, examples_digest, keep_trained
+from trace_dist.continual.race import held_race
 from trace_dist.continual.result import result_of
 from trace_dist.continual.setting import Setting
 from trace_dist.parts import METHODS
@@ -61,7 +62,13 @@ def check_methods(cfg: RunConfig) -> list[Entry]:
     for name in cfg.continual.methods:
         kind = method_class(name)
         kind.check(name, cfg)
-        entries.append(Entry(name, kind, options.get(name, METHODS.options(name))))
+        entry = Entry(name, kind, options.get(name, METHODS.options(name)))
+        if kind.races(entry.options, cfg) and kind.trial is Method.trial:
+            raise ValueError(
+                f"continual.methods={name!r}: has no trial, so its learning rate cannot race; "
+                "give train.lr as a number, and `lr: auto` as an option of each method that shall race"
+            )
+        entries.append(entry)
     return entries
 
 
@@ -71,7 +78,7 @@ def run_continual(cfg: RunConfig) -> None:
     Raises:
         ValueError: as ``check_methods``; or a method of one process is asked of several ranks.
     """
-    folder = RunFolder.of(cfg.run_dir)
+    folder = cfg.folder
     wanted = []
     for entry in check_methods(cfg):
         if dist.broadcast_object(folder.method(entry.name).is_file()):
@@ -112,6 +119,8 @@ def run_method(setting: Setting, entry: Entry) -> None:
         logger.info("%s: going on after %s", name, ", ".join(progress.record.tasks))
     elif not progress.record.rows:
         progress.begin(method.score())
+    if entry.kind.races(entry.options, setting.cfg):
+        method.race = held_race(setting, name, setting.bench.tasks[0], method.trial)
     for stream in streams:
         task = stream.task.name
         keep_trained(progress.folder, task, method.learn(stream))

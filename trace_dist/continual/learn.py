@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
-from trace_dist.bank.bank import DeltaBank
+from torch import Tensor
+
+from trace_dist.bank.bank import BASE, DeltaBank
 from trace_dist.bank.delta import Snapshot, extract_delta
 from trace_dist.bank.sketch import Sketch
+from trace_dist.continual.earlier import changes_in
 from trace_dist.continual.progress import examples_digest, keep_trained, kept_trained
 from trace_dist.continual.setting import Setting
 from trace_dist.data.batches import Batches
 from trace_dist.masks.format import Mask
+from trace_dist.train.learner import Learner
 from trace_dist.train.loop import TrainResult
 from trace_dist.train.task import train_mask
 from trace_dist.train.workbench import Stream
@@ -46,16 +52,18 @@ def learn_task(
     signature = setting.judge.signature(setting.model, [stream], task)
     before = Snapshot(setting.model, mask)
     batches = setting.bench.batches([stream], setting.cfg.train.batch_size)
-    result = train_stream(setting, stream, mask, batches, name=name, lr=lr)
+    others = [other for other in bank.tasks if other not in (BASE, task)]
+    changes = changes_in(bank, setting.model, mask.meta.get("earlier", others), task)
+    scale = setting.isolation.scale(mask, changes)
+    result = train_stream(setting, stream, mask, batches, name=name, lr=lr, scale=scale)
     delta = extract_delta(setting.model, mask, task)
     before.restore()
     # Before the delta: what lies in the bank is never trained again, so nothing could measure it later.
     keep_trained(kept, task, result)
-    rate = setting.cfg.train.lr if lr is None else lr
+    rate = setting.cfg.train.rate if lr is None else lr
     facts = {
         "lr": rate,
         "steps": stream.steps,
-        "seconds": round(result.seconds, 1),
         "examples": examples_digest([stream]),
         "mask": dict(mask.meta),
         "code": code_version(),
@@ -80,11 +88,18 @@ def _check_same(bank: DeltaBank, stream: Stream, mask: Mask) -> None:
 
 
 def train_stream(
-    setting: Setting, stream: Stream, mask: Mask, batches: Batches, *, name: str, lr: float | None = None
+    setting: Setting,
+    stream: Stream,
+    mask: Mask,
+    batches: Batches,
+    *,
+    name: str,
+    lr: float | None = None,
+    scale: Mapping[str, Tensor] | None = None,
 ) -> TrainResult:
     """Train one task's mask from the values that the model holds, with logs and checkpoints; it then holds the tuned ones.
 
-    Collective. Arguments as ``learn_task``; ``batches`` are the task's.
+    Collective. Arguments as ``learn_task``; ``batches`` are the task's, ``scale`` factors on the learning rate (MaskedAdamW).
     """
     cfg = setting.cfg.train
     with setting.training(name, stream.task.name) as options:
@@ -94,8 +109,30 @@ def train_stream(
             batches,
             cfg if lr is None else replace(cfg, lr=lr),
             stream.steps,
+            scale=scale,
             rate="train.lr" if lr is None else f"continual.options.{name}.lr",
             **options,
         )
     setting.model.detach()
     return result
+
+
+@contextmanager
+def try_mask(
+    setting: Setting, mask: Mask, batches: Batches, lr: float, steps: int, *, name: str
+) -> Iterator[Learner]:
+    """Train a mask without checkpoints and logs; the model holds the result inside the block alone. Collective.
+
+    Raises:
+        NotFinite: training diverges; the model holds what it held before.
+    """
+    before, cfg = Snapshot(setting.model, mask), replace(setting.cfg.train, lr=lr)
+    try:
+        _, learner = train_mask(
+            setting.model, mask, batches, cfg, steps, description=f"{name} at {lr:g}", rate="race.grid"
+        )
+        setting.model.detach()
+        yield learner
+    finally:
+        setting.model.detach()
+        before.restore()

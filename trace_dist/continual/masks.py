@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from trace_dist.config import RunConfig
+from trace_dist.continual.earlier import check_room
 from trace_dist.masks.mask import Mask
-from trace_dist.masks.ops import layouts_for, random_mask
+from trace_dist.masks.ops import layouts_for, place, random_mask
+from trace_dist.masks.select import Units
+from trace_dist.masks.storage import load_saliency
 from trace_dist.projection.project import project_task
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.workbench import Stream, Workbench
@@ -14,10 +20,17 @@ from trace_dist.utils.log import get_logger
 from trace_dist.utils.together import on_main
 
 logger = get_logger(__name__)
+KINDS = ("projected", "random")
 
 
 def project_stream(
-    model: ShardedModel, cfg: RunConfig, bench: Workbench, stream: Stream, model_id: str
+    model: ShardedModel,
+    cfg: RunConfig,
+    bench: Workbench,
+    stream: Stream,
+    model_id: str,
+    refused: Mapping[str, Units],
+    meta: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Write one task's projected mask, and a random one of the same density for comparison. Collective.
 
@@ -27,26 +40,43 @@ def project_stream(
         bench: its data.
         stream: the task.
         model_id: fingerprint of the target.
+        refused: by kind of mask (KINDS), the units that the task may not have.
+        meta: by kind of mask, what the mask shall say beside.
 
     Raises:
-        ValueError: the proxy has not been probed.
+        ValueError: the proxy has not been probed, or there is no room for the task.
     """
     mask, task = cfg.mask, stream.task.name
     layouts = layouts_for(model, mask.granularity, mask.block, mask.maskable)
+    for kind in KINDS:
+        check_room(layouts, mask.density, refused[kind], task, mask.isolation)
     index = [other.task.name for other in bench.tasks].index(task)
-    projected = _projected(model, cfg, bench, stream)
-    random = random_mask(layouts, mask.granularity, mask.density, cfg.seed + index)
+    masks = {
+        "projected": _projected(model, cfg, bench, stream, refused["projected"]),
+        "random": random_mask(layouts, mask.granularity, mask.density, cfg.seed + index, refused["random"]),
+    }
 
     def write() -> None:
-        projected.with_meta(task=task, model=model_id).save(cfg.folder.mask(task))
-        random.with_meta(task=task, model=model_id).save(cfg.folder.mask(task, "random"))
+        for kind, made in masks.items():
+            made.with_meta(task=task, model=model_id, **meta[kind]).save(cfg.folder.mask(task, kind))
 
     on_main(write)
+    projected = masks["projected"]
     logger.info("project %s: %s, density %.4f", task, projected.meta["method"], projected.density)
+    for kind, units in refused.items():
+        if units:
+            held = sum(int(layouts[name].sizes(indices).sum()) for name, indices in units.items())
+            logger.info(
+                "project %s: the %s mask keeps off %d entries of earlier tasks (%s)",
+                task,
+                kind,
+                held,
+                mask.isolation,
+            )
 
 
 def is_projected(cfg: RunConfig, task: str, model_id: str) -> bool:
-    """Whether a task's masks of this target, by this placement, are there.
+    """Whether a task's masks of this target, by this placement and isolation, are there.
 
     Raises:
         ValueError: one of them is corrupt.
@@ -55,19 +85,20 @@ def is_projected(cfg: RunConfig, task: str, model_id: str) -> bool:
     for kind, method in (("projected", placement), ("random", "random")):
         path = cfg.folder.mask(task, kind)
         meta = Mask.load(path).meta if path.is_file() else {}
-        if (meta.get("model"), meta.get("method")) != (model_id, method):
+        found = (meta.get("model"), meta.get("method"), meta.get("isolation", "shared"))
+        if found != (model_id, method, cfg.mask.isolation):
             return False
     return True
 
 
-def _projected(model: ShardedModel, cfg: RunConfig, bench: Workbench, stream: Stream) -> Mask:
+def _projected(model: ShardedModel, cfg: RunConfig, bench: Workbench, stream: Stream, refused: Units) -> Mask:
     path = cfg.folder.proxy_mask(stream.task.name)
     if not path.is_file():
         raise ValueError(f"{path}: is not there yet; start `trace-dist probe` first")
     proxy_mask = Mask.load(path)
     if cfg.proxy is None:
         # The target was probed itself.
-        return replace(proxy_mask, meta={"method": "probed"})
+        return _chosen_again(proxy_mask, cfg.folder.saliency(stream.task.name), refused)
     return project_task(
         model,
         proxy_mask,
@@ -78,4 +109,14 @@ def _projected(model: ShardedModel, cfg: RunConfig, bench: Workbench, stream: St
         probe=cfg.probe,
         train=cfg.train,
         seed=cfg.seed,
+        refused=refused,
     )
+
+
+def _chosen_again(mask: Mask, saliency: Path, refused: Units) -> Mask:
+    """A mask of the target itself, or, where something is refused, the next best by the same scores."""
+    if refused:
+        scores, _, _ = load_saliency(saliency)
+        budgets = {name: mask.tensor_density(name) * layout.numel for name, layout in mask.layouts.items()}
+        mask = place(mask.layouts, mask.granularity, budgets, lambda name, _: scores[name], refused)
+    return replace(mask, meta={"method": "probed"})

@@ -24,6 +24,7 @@ def result_of(method: Method, progress: Progress) -> dict[str, Any]:
         "options": {} if method.options is None else asdict(method.options),
         "lr": method.lr,
         "lr_by_task": record.rates,
+        "rates": [] if method.race is None else method.race.to_json(),
         **summarise(
             [row.tasks for row in record.rows],
             [row.general for row in record.rows] if judge.general_names else None,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ import torch
 
 from trace_dist.bank.delta import check_base
 from trace_dist.config import RunConfig
+from trace_dist.continual.earlier import bank_before, check_apart
+from trace_dist.continual.isolation.base import Isolation, load_isolation
 from trace_dist.continual.judge import Judge, Row
-from trace_dist.continual.masks import project_stream
+from trace_dist.continual.masks import KINDS, project_stream
 from trace_dist.masks.format import Mask
-from trace_dist.masks.ops import tensor_seed
+from trace_dist.masks.ops import layouts_for, tensor_seed
+from trace_dist.masks.select import Units
+from trace_dist.masks.units import UnitLayout
 from trace_dist.models.fingerprint import fingerprint
 from trace_dist.run_folder import RunFolder
 from trace_dist.sharding.base import ShardedModel
@@ -24,6 +29,10 @@ from trace_dist.train.loop import MetricLog
 from trace_dist.train.target import base_path, load_target
 from trace_dist.train.workbench import Stream, Workbench
 from trace_dist.utils import dist
+from trace_dist.utils.together import on_all
+
+METHOD_OF = {"projected": "retrieved", "random": "random"}
+"""Kind of masks -> the method whose bank holds deltas on them."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +60,17 @@ class Setting:
     @property
     def folder(self) -> RunFolder:
         """The run's files."""
-        return RunFolder.of(self.cfg.run_dir)
+        return self.cfg.folder
 
     @cached_property
     def model(self) -> ShardedModel:
         """The target on the run's backend, loaded when first used. Collective."""
         return load_target(self.cfg.target, self.cfg.backend)
+
+    @cached_property
+    def isolation(self) -> Isolation:
+        """How tasks are kept off each other."""
+        return load_isolation(self.cfg.mask)
 
     @cached_property
     def judge(self) -> Judge:
@@ -86,23 +100,50 @@ class Setting:
             self.project(stream)
         mask = Mask.load(path)
         check_base(mask, self.fingerprint, str(path))
+        name = self.cfg.mask.isolation
+        if mask.meta.get("isolation", "shared") != name:
+            # It was given, not made here.
+            refused, _ = self._refused(mask.layouts, stream, kind)
+            check_apart(mask, refused, str(path), name)
         return mask
 
     def project(self, stream: Stream) -> None:
         """Write a task's projected and random mask of the target, which is left as it was. Collective.
 
         Raises:
-            ValueError: the proxy was not probed.
+            ValueError: the proxy was not probed, or earlier tasks have left no room.
         """
+        mask, refused, meta = self.cfg.mask, {}, {}
+        layouts = layouts_for(self.model, mask.granularity, mask.block, mask.maskable)
+        for kind in KINDS:
+            refused[kind], meta[kind] = self._refused(layouts, stream, kind)
         self.seed(stream.task.name)
-        project_stream(self.model, self.cfg, self.bench, stream, self.fingerprint)
+        project_stream(self.model, self.cfg, self.bench, stream, self.fingerprint, refused, meta)
+
+    def _refused(
+        self, layouts: Mapping[str, UnitLayout], stream: Stream, kind: str
+    ) -> tuple[Units, dict[str, Any]]:
+        """What a task's mask may not have, and what the mask says of its isolation. Collective."""
+        name = self.cfg.mask.isolation
+        if name == "shared":
+            return {}, {}
+        bank, names = bank_before(self.cfg, METHOD_OF[kind], self.fingerprint)
+        before = list(takewhile(lambda other: other.task.name != stream.task.name, self.bench.tasks))
+
+        def masks() -> Iterator[Mask]:
+            if bank is not None:
+                yield from (on_all(lambda name=name: bank.mask(name)) for name in names)  # type: ignore[misc]
+            yield from (self.mask_for(other, kind) for other in before)
+
+        meta = {"isolation": name, "earlier": [*names, *(other.task.name for other in before)]}
+        return self.isolation.refused(layouts, masks()), meta
 
     @contextmanager
     def training(self, method: str, task: str) -> Iterator[dict[str, Any]]:
         """What every training of a task is given: its label, its log, where its checkpoints lie; its random numbers begin."""
         self.seed(task)
         tag = f"{method}/{task}"
-        log = MetricLog(self.folder.root, tag)
+        log = MetricLog(self.folder, tag)
         yield {"description": tag, "log": log, "checkpoints": self.folder.checkpoints(method, task)}
         log.close()
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from trace_dist.masks import storage
 from trace_dist.masks.gaps import PackedUnits
 from trace_dist.masks.layouts import layouts_for
-from trace_dist.masks.select import SetOperation, combined_units, random_units
+from trace_dist.masks.select import SetOperation, Units, combined_units, random_units
 from trace_dist.masks.units import UnitLayout
 
 
@@ -155,10 +155,16 @@ class Mask:
         return len(self.units)
 
 
-def random_mask(layouts: Mapping[str, UnitLayout], granularity: str, density: float, seed: int) -> Mask:
-    """A random mask with the same density in every tensor, as far as whole units allow."""
+def random_mask(
+    layouts: Mapping[str, UnitLayout],
+    granularity: str,
+    density: float,
+    seed: int,
+    refused: Units | None = None,
+) -> Mask:
+    """A random mask with the same density in every tensor, as far as whole units and what is not refused allow."""
     meta = {"method": "random", "seed": seed}
-    return Mask(random_units(layouts, density, seed), layouts, granularity, meta)
+    return Mask(random_units(layouts, density, seed, refused), layouts, granularity, meta)
 
 
 def combine(left: Mask, right: Mask, operation: SetOperation) -> Mask:

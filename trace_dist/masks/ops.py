@@ -11,6 +11,7 @@ from trace_dist.masks.layouts import layouts_for
 from trace_dist.masks.mask import Mask, combine, random_mask
 from trace_dist.masks.select import (
     Scores,
+    Units,
     best_units,
     check_density,
     global_budgets,
@@ -33,14 +34,18 @@ __all__ = [
 
 
 def place(
-    layouts: Mapping[str, UnitLayout], granularity: str, budgets: Mapping[str, float], scores: Scores
+    layouts: Mapping[str, UnitLayout],
+    granularity: str,
+    budgets: Mapping[str, float],
+    scores: Scores,
+    refused: Units | None = None,
 ) -> Mask:
     """The mask of ``best_units``. Collective when ``scores`` is.
 
     Raises:
         ValueError: a score is not finite, or nothing is selected.
     """
-    return Mask(best_units(layouts, budgets, scores), layouts, granularity)
+    return Mask(best_units(layouts, budgets, scores, refused), layouts, granularity)
 
 
 def mask_from_scores(

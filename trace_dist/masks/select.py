@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from trace_dist.masks.room import fit
 from trace_dist.masks.units import UnitLayout
 
 SetOperation = Literal["union", "intersection", "difference"]
@@ -40,13 +41,16 @@ def random_scores(name: str, layout: UnitLayout, seed: int) -> Tensor:
     return torch.rand(layout.num_units, generator=generator)
 
 
-def top_units(scores: Tensor, layout: UnitLayout, num_elements: float) -> Tensor:
+def top_units(
+    scores: Tensor, layout: UnitLayout, num_elements: float, refused: Tensor | None = None
+) -> Tensor:
     """The best units of one tensor, as many as come nearest to ``num_elements`` elements.
 
     Args:
         scores: [num_units] fp32, finite.
         layout: the parameter's layout.
         num_elements: budget in elements; the last unit is taken when at least half of it fits.
+        refused: unique units that may not be taken; the next best are taken.
 
     Returns:
         Sorted unit indices in the layout's index dtype. Ties go to the lower index, so every rank agrees.
@@ -57,11 +61,16 @@ def top_units(scores: Tensor, layout: UnitLayout, num_elements: float) -> Tensor
     if scores.dtype != torch.float32:
         raise AssertionError(f"scores are {scores.dtype}, not float32")
     _check_finite(scores)
+    num_free = layout.num_units
+    if refused is not None:
+        num_free -= len(refused)
+        scores = scores.index_fill(0, refused.long(), -torch.inf)
     if layout.ragged:
-        order = torch.argsort(scores, descending=True, stable=True)
+        order = torch.argsort(scores, descending=True, stable=True)[:num_free]
         chosen = order[: _num_fitting(layout.sizes(order), num_elements)].sort().values
     else:
-        chosen = _largest(scores, max(0, floor(num_elements / layout.unit + 0.5))).nonzero().flatten()
+        wanted = max(0, floor(num_elements / layout.unit + 0.5))
+        chosen = _largest(scores, min(wanted, num_free)).nonzero().flatten()
     return chosen.to(layout.index_dtype)
 
 
@@ -87,7 +96,10 @@ def _check_finite(scores: Tensor) -> None:
 
 
 def best_units(
-    layouts: Mapping[str, UnitLayout], budgets: Mapping[str, float], scores: Scores
+    layouts: Mapping[str, UnitLayout],
+    budgets: Mapping[str, float],
+    scores: Scores,
+    refused: Units | None = None,
 ) -> dict[str, Tensor]:
     """The best-scored units of every tensor under per-tensor budgets. Collective when ``scores`` is.
 
@@ -98,27 +110,35 @@ def best_units(
         layouts: every maskable parameter.
         budgets: elements per parameter.
         scores: unit scores of one parameter.
+        refused: units that may not be taken. The next best of the same tensor are, and other tensors take what a tensor has no
+            room for; no more than the room is taken.
 
     Raises:
         ValueError: a score is not finite.
     """
     units, carry = {}, 0.0
+    if refused:
+        budgets = fit(budgets, layouts, refused)
+    else:
+        refused = {}
     for name, layout in layouts.items():
         budget = budgets.get(name, 0.0)
         if budget <= 0:
             continue
-        chosen = top_units(scores(name, layout), layout, budget + carry)
+        chosen = top_units(scores(name, layout), layout, budget + carry, refused.get(name))
         carry += budget - int(layout.sizes(chosen).sum())
         if len(chosen):
             units[name] = chosen
     return units
 
 
-def random_units(layouts: Mapping[str, UnitLayout], density: float, seed: int) -> dict[str, Tensor]:
+def random_units(
+    layouts: Mapping[str, UnitLayout], density: float, seed: int, refused: Units | None = None
+) -> dict[str, Tensor]:
     """Random units at the same density in every tensor, as far as whole units allow."""
     check_density(density)
     budgets = {name: density * layout.numel for name, layout in layouts.items()}
-    return best_units(layouts, budgets, lambda name, layout: random_scores(name, layout, seed))
+    return best_units(layouts, budgets, lambda name, layout: random_scores(name, layout, seed), refused)
 
 
 def global_budgets(

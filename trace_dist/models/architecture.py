@@ -50,5 +50,5 @@ def empty_model(config: Any, dtype: torch.dtype, what: str) -> Any:
 
 def cause(error: BaseException) -> str:
     """What another library says went wrong, in one line."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {line[:200]}" if line else type(error).__name__
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

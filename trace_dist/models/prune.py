@@ -5,6 +5,7 @@ Works on the files, layer by layer: the target is never loaded, and only what is
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from pathlib import Path
@@ -12,16 +13,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from trace_dist.models.architecture import empty_model, read_config
+from trace_dist.models.depth import check_layers, layer_list, refusal, shortened
 from trace_dist.models.naming import pieces_of
 from trace_dist.models.weight_files import WeightFiles, open_weights
 from trace_dist.utils.files import atomic_folder
 
-_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
-# Entries of a config that hold one value per layer. Others that depend on the layer's index make the pruned
-# model differ in its parameters' names, which is checked.
-_PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 _OTHER_FILES = {".json", ".txt", ".model", ".jinja"}
 
 
@@ -36,66 +34,67 @@ def depth_prune(source: Path, keep_layers: int, out: Path) -> None:
     """Write a copy of a checkpoint that has only some of its decoder layers, renumbered.
 
     Args:
-        source: checkpoint folder of a Llama-like model (its layers are ``model.layers``).
+        source: checkpoint folder of a causal LM whose decoder layers are one list.
         keep_layers: how many layers to keep.
         out: the new folder, with the tokenizer; appears only when complete.
 
     Raises:
-        ValueError: more layers than there are, another architecture, or ``out`` exists already.
+        ValueError: more layers than there are, ``out`` exists already, or a family whose layers depend on their index or on
+            each other in a way that fewer layers cannot have.
     """
+    what = f"model.path={str(source)!r}"
+
+    def build(config: Any) -> Any:
+        return empty_model(config, torch.float32, what)
+
     with open_weights(source) as files, atomic_folder(out) as folder:
-        config = AutoConfig.from_pretrained(files.folder)
-        num_layers = getattr(config, "num_hidden_layers", None)
-        if num_layers is None or not any(_LAYER.match(name) for name in files.names()):
-            raise ValueError(
-                f"prune: {config.model_type} keeps its layers elsewhere than in model.layers; use a smaller "
-                "model of the family as the proxy"
-            )
+        config = read_config(files.folder, what)
+        model = build(config)
+        stack = layer_list(model, config)
+        if stack is None:
+            raise ValueError(refusal(config, "its decoder layers are not one list"))
+        num_layers = config.get_text_config().num_hidden_layers
         if not 1 <= keep_layers <= num_layers:
             raise ValueError(
                 f"prune.keep_layers={keep_layers}: the model has {num_layers} layers; keep 1 to {num_layers}"
             )
         kept = kept_layers(num_layers, keep_layers)
-        _shorten(config, kept)
-        names = {name: renamed for name in files.names() if (renamed := _renumber(name, kept)) is not None}
-        _check(config, list(names.values()))
+        pruned_config = shortened(config, kept)
+        pruned = check_layers(build, config, pruned_config, kept)
+        names = _renumbered(pieces_of(model, files.names()), stack, kept)
+        _check(pruned, config, files, names)
         _copy_rest(files, folder)
-        config.save_pretrained(folder)
-        state = {renamed: files.tensor(name) for name, renamed in names.items()}
-        save_torch_state_dict(state, folder)
+        pruned_config.save_pretrained(folder)
+        save_torch_state_dict({new: files.tensor(old) for new, old in names.items()}, folder)
 
 
-def _shorten(config: Any, kept: list[int]) -> None:
-    """Adapt a config to the layers that stay, in place."""
-    num_layers = config.num_hidden_layers
-    for name in _PER_LAYER:
-        values = getattr(config, name, None)
-        if isinstance(values, list) and len(values) == num_layers:
-            setattr(config, name, [values[i] for i in kept])
-    config.num_hidden_layers = len(kept)
+def _renumbered(pieces: dict[str, list[str]], stack: str, kept: list[int]) -> dict[str, str]:
+    """Name in the pruned files -> name in the files, of every tensor that stays. What belongs to nothing in the model goes."""
+    # The list of layers is the first that a name numbers, whatever the file calls it.
+    place = re.compile(r"(?:^|\.)(\d+)\.")
+    names = {}
+    for parameter, stored in pieces.items():
+        within = re.match(rf"{re.escape(stack)}\.(\d+)\.", parameter)
+        for old in stored:
+            if within is None:
+                names[old] = old
+            elif (
+                int(within[1]) in kept and (found := place.search(old)) is not None and found[1] == within[1]
+            ):
+                names[f"{old[: found.start(1)]}{kept.index(int(within[1]))}{old[found.end(1) :]}"] = old
+    return names
 
 
-def _renumber(name: str, kept: list[int]) -> str | None:
-    """A tensor's name in the pruned model; None where its layer goes."""
-    match = _LAYER.match(name)
-    if match is None:
-        return name
-    layer = int(match[1])
-    return f"model.layers.{kept.index(layer)}.{name[match.end() :]}" if layer in kept else None
-
-
-def _check(config: Any, names: list[str]) -> None:
-    """The pruned tensors must be what the pruned config builds."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    tied = set(model.all_tied_weights_keys)
-    wanted = {name for name, _ in model.named_parameters()} - tied
-    odd = sorted(wanted - set(pieces_of(model, names)))
-    if odd:
-        raise ValueError(
-            f"prune: {config.model_type} builds layers by their index, so that renumbered ones do not fit "
-            f"({odd[0]} is missing); use a smaller model of the family as the proxy"
-        )
+def _check(pruned: Any, config: Any, files: WeightFiles, names: dict[str, str]) -> None:
+    """Raise ValueError unless the tensors that stay are what the pruned model needs, in size too."""
+    pieces = pieces_of(pruned, names)
+    tied = set(pruned.all_tied_weights_keys)
+    for name, parameter in pruned.named_parameters():
+        if name not in pieces and name not in tied:
+            raise ValueError(refusal(config, f"renumbered layers do not fit ({name} is missing)"))
+        found = sum(math.prod(files.shape(names[piece])) for piece in pieces.get(name, ()))
+        if name in pieces and found != parameter.numel():
+            raise ValueError(refusal(config, f"{name} has {found} elements, not {parameter.numel()}"))
 
 
 def _copy_rest(files: WeightFiles, folder: Path) -> None:

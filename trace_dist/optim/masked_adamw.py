@@ -11,7 +11,7 @@ The update runs inside this rank's partition; every other weight stays bit-ident
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from trace_kernels.compact import compact_gather, compact_scatter, compact_sumsq
 
 from trace_dist.config import StateDtype
+from trace_dist.optim.factors import own_factors
 from trace_dist.optim.offload import HostEntries, Offload
 from trace_dist.optim.part_server import PartServer, Source
 from trace_dist.optim.parts import locate, owned
 from trace_dist.optim.pieces import restore
-from trace_dist.optim.states import MOMENTS, State, StateOptions, new_state, tensors_of, update
+from trace_dist.optim.states import MOMENTS, State, StateOptions, new_state, scaled_update, tensors_of, update
 from trace_dist.sharding.prepared import as_sharded
 from trace_dist.sharding.single import ReplicatedModel
 from trace_dist.utils import dist
@@ -32,6 +33,8 @@ from trace_dist.utils.agreement import agree
 from trace_dist.utils.finite import check_finite
 
 if TYPE_CHECKING:
+    from trace_kernels.runs import Runs
+
     from trace_dist.masks.format import Mask
     from trace_dist.sharding.base import ShardedModel
     from trace_dist.sharding.support import Support
@@ -59,6 +62,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         state_dtype: of both moments: float32, bfloat16, or 8bit (blockwise codes).
         master: keep an fp32 copy of masked half-precision weights; without it bf16 weights are rounded stochastically.
         offload: ``cpu`` keeps moments and master in host memory and updates there.
+        scale: parameter -> [entries of the mask there] factors in [0, 1] on the learning rate, equal on every rank; 1 where a
+            parameter is left out. They are no part of the state: give them again when training goes on.
 
     Raises:
         ValueError: the mask does not fit the model, something else owns the model's gradients, an option is out of range, or
@@ -77,6 +82,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         state_dtype: StateDtype = "float32",
         master: bool = True,
         offload: Literal["none", "cpu"] = "none",
+        scale: Mapping[str, Tensor] | None = None,
     ) -> None:
         _check_hyperparameters(lr, betas, eps, weight_decay, max_grad_norm)
         options = StateOptions(state_dtype, master, offload)
@@ -91,6 +97,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         agree({**defaults, "max_grad_norm": max_grad_norm, **vars(options)})
         self._offload = Offload(self.supports, self.model.storage) if offload == "cpu" else None
+        self._factors = own_factors(scale or {}, self.supports, self._updates_on)
         entries = [_entries(support) for support in self.supports]
         super().__init__(entries, defaults)
         for support, parameter in zip(self.supports, entries, strict=True):
@@ -108,6 +115,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         kept = {
             name: [s[key] for s in states for key in s if key in (name, f"{name}_absmax")] for name in KINDS
         }
+        kept |= {"factors": list(self._factors.values())} if self._factors else {}
         staged = [] if self._offload is None else list(self._offload.entries.values())
         return {
             "weights": self.model.held(),
@@ -210,16 +218,22 @@ class MaskedAdamW(torch.optim.Optimizer):
         group = self.param_groups[0]
         states = {support.name: state for support, state in self.compact()}
 
+        def step(support: Support, weight: Tensor, runs: Runs, grad: Tensor) -> None:
+            name, factors = support.name, self._factors.get(support.name)
+            operands = (name, weight, runs, grad, states[name], group, grad_scale, squares)
+            if factors is None:
+                update(*operands)
+            else:
+                scaled_update(*operands, factors)
+
         def on_host(support: Support, host: HostEntries) -> None:
-            state = states[support.name]
-            update(support.name, host.values, host.runs, host.grad, state, group, grad_scale, squares)
+            step(support, host.values, host.runs, host.grad)
 
         if self._offload is not None:
             self._offload.step(supports, on_host)
             return
         for support in supports:
-            storage, state = self.model.storage(support), states[support.name]
-            update(support.name, *storage, support.grad, state, group, grad_scale, squares)
+            step(support, *self.model.storage(support), support.grad)
 
     def _record_norm(self, squares: Tensor) -> float:
         """The global norm from this rank's sum of squares."""

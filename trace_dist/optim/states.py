@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from trace_kernels.compact import compact_sumsq
+from trace_kernels.compact import compact_gather, compact_scatter, compact_sumsq
 from trace_kernels.masked_adamw import masked_adamw
 from trace_kernels.masked_adamw_8bit import (
     Blockwise,
@@ -28,6 +28,7 @@ from trace_kernels.masked_adamw_8bit import (
     masked_adamw_8bit,
     quantize_blockwise,
 )
+from trace_kernels.rounding import stochastic_bf16
 from trace_kernels.runs import Runs
 
 from trace_dist.config import StateDtype
@@ -146,7 +147,7 @@ def update(
         "step": state["step"],
         "grad_scale": grad_scale,
         "rounding": "nearest" if "master" in state or weight.dtype != torch.bfloat16 else "stochastic",
-        "seed": (zlib.crc32(name.encode()) << 32) + state["step"],
+        "seed": _seed(name, state["step"]),
     }
     master = state.get("master")
     if is_quantized(state):
@@ -157,6 +158,52 @@ def update(
     else:
         moments = (state["exp_avg"], state["exp_avg_sq"])
         masked_adamw(weight, runs, master, grad, *moments, **options, squares=squares)
+
+
+def scaled_update(
+    name: str,
+    weight: Tensor,
+    runs: Runs,
+    grad: Tensor,
+    state: State,
+    group: dict[str, Any],
+    grad_scale: float | Tensor,
+    squares: Tensor | None,
+    factors: Tensor,
+) -> None:
+    """``update`` where every entry has a learning rate of its own, ``factors`` times the group's; the moments are the same.
+
+    AdamW's moments do not depend on the values, so the step is taken on a full-precision copy and that share of it kept. An entry
+    of factor 1 gets the bits of ``update``; one of factor 0 stays as it is. Transient memory: two such copies of one parameter.
+
+    Args:
+        name, weight, runs, grad, state, group, grad_scale, squares: as of ``update``.
+        factors: [runs.num_entries] fp32, where the state lives.
+    """
+    rounds_by_chance = "master" not in state and weight.dtype == torch.bfloat16
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    before = state["master"] if "master" in state else compact_gather(weight, runs).to(wide)
+    after, count = before.clone(), len(before)
+    whole = Runs.whole(
+        torch.zeros(min(count, 1), dtype=torch.int32, device=weight.device), max(count, 1), count
+    )
+    moments = {key: value for key, value in state.items() if key != "master"}
+    update(name, after, whole, grad, moments, group, grad_scale, squares)
+    state["step"] = moments["step"]
+    # from the nearer end: exact for the factors 0 and 1
+    values = torch.lerp(before, after, factors.to(wide))
+    if "master" in state:
+        state["master"].copy_(values)
+    if rounds_by_chance:
+        for piece in runs.pieces():
+            span, places = slice(piece.start, piece.stop), piece.indices(weight.device) + runs.base
+            values[span] = stochastic_bf16(values[span], places, _seed(name, state["step"]))
+    compact_scatter(weight, runs, values)
+
+
+def _seed(name: str, step: int) -> int:
+    """Of the stochastic rounding of a parameter at a step."""
+    return (zlib.crc32(name.encode()) << 32) + step
 
 
 def _blockwise(state: State, moment: str) -> Blockwise:

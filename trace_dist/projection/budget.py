@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from trace_dist.masks.format import Mask
+from trace_dist.masks.room import fill
 from trace_dist.masks.units import UnitLayout
 from trace_dist.models.roles import ParamInfo
 
@@ -82,22 +83,5 @@ def scale_budgets(
     wanted: Mapping[str, float], layouts: Mapping[str, UnitLayout], density: float
 ) -> dict[str, float]:
     """Scale budgets to a total of ``density`` times all elements, no tensor beyond its size (water-filling)."""
-    total = density * sum(layout.numel for layout in layouts.values())
-    if sum(wanted.values()) <= 0:
-        wanted = {name: float(layout.numel) for name, layout in layouts.items()}
-    full: set[str] = set()
-    while True:
-        free = sum(amount for name, amount in wanted.items() if name not in full)
-        room = total - sum(layouts[name].numel for name in full)
-        if free <= 0:
-            # Only tensors without any share are left: they take what remains evenly.
-            rest = sum(layouts[name].numel for name in layouts if name not in full)
-            return {
-                n: float(la.numel) if n in full else la.numel * max(room, 0) / max(rest, 1)
-                for n, la in layouts.items()
-            }
-        factor = room / free
-        over = {n for n in wanted if n not in full and wanted[n] * factor > layouts[n].numel * (1 + 1e-9)}
-        if not over:
-            return {n: float(layouts[n].numel) if n in full else wanted[n] * factor for n in layouts}
-        full |= over
+    room = {name: float(layout.numel) for name, layout in layouts.items()}
+    return fill(wanted, room, density * sum(room.values()))

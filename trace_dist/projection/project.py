@@ -8,6 +8,7 @@ from trace_dist.config import MaskConfig, ProbeConfig, ProjectionConfig, TrainCo
 from trace_dist.data.batches import Batches
 from trace_dist.masks.format import Mask
 from trace_dist.masks.ops import layouts_for, place
+from trace_dist.masks.select import Units
 from trace_dist.models.roles import describe
 from trace_dist.parts import PLACEMENTS
 from trace_dist.projection.budget import project_budgets
@@ -26,6 +27,7 @@ def project_task(
     probe: ProbeConfig,
     train: TrainConfig,
     seed: int,
+    refused: Units | None = None,
 ) -> Mask:
     """The mask of one task on the target, which is left as it was. Collective.
 
@@ -36,6 +38,7 @@ def project_task(
         batches: makes the task's batches, from the first one on.
         mask, projection, probe, train: sections of the configuration.
         seed: of the run.
+        refused: units of the target that the task may not have; the next best are taken.
 
     Raises:
         ValueError: the placement or one of its options does not exist.
@@ -44,7 +47,7 @@ def project_task(
     proxy_infos = describe({name: layout.shape for name, layout in proxy_mask.layouts.items()})
     budgets = project_budgets(proxy_mask, proxy_infos, layouts, describe(model.module), mask.density)
     options = PLACEMENTS.options(projection.placement, projection.options)
-    site = Site(model, layouts, mask.granularity, budgets, task, batches, probe, train, seed)
+    site = Site(model, layouts, mask.granularity, budgets, task, batches, probe, train, seed, refused or {})
     scores = PLACEMENTS.load(projection.placement).scores(site, options)
-    placed = place(layouts, mask.granularity, budgets, scores)
+    placed = place(layouts, mask.granularity, budgets, scores, refused)
     return placed.with_meta(method=f"projected/{projection.placement}")

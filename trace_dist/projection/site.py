@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from trace_dist.config import ProbeConfig, TrainConfig
 from trace_dist.data.batches import Batches
+from trace_dist.masks.select import Units
 from trace_dist.masks.units import UnitLayout
 from trace_dist.sharding.base import ShardedModel
 
@@ -25,6 +26,7 @@ class Site:
         probe: how importance is measured.
         train: options of optimizer and loop.
         seed: of the run.
+        refused: units that the task may not have, which earlier ones hold.
     """
 
     model: ShardedModel
@@ -36,3 +38,4 @@ class Site:
     probe: ProbeConfig
     train: TrainConfig
     seed: int
+    refused: Units

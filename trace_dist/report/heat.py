@@ -7,13 +7,14 @@ the page mixes into the reader's colour scheme.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from trace_dist.report import tables, theme
-from trace_dist.report.results import MethodView, RunView, matrix, sequence
+from trace_dist.report.results import MethodView, RunView, mapping, matrix, sequence
 
 MANY_TASKS = 5  # with more, matrices get wider cards, upright names and no decimals
 _NAME_LENGTH = 14
@@ -110,6 +111,34 @@ def confusion_heat(view: RunView) -> Heat | None:
         cells = [Cell(tables.fixed(float(n), 0), _tint(float(n / totals[i]))) for n in confusion[i]]
         rows.append((short, names[i], cells))
     return Heat("Prompts by task", "", "true ↓ retrieved →", columns, rows)
+
+
+def overlap_heats(view: RunView) -> list[Heat]:
+    """Per method, the share of each task's entries (row) that another task's mask (column) holds too, in percent."""
+    found = {method.name: mapping(view.part("overlap").get(method.name)) for method in view.methods}
+    return [
+        _overlap_heat(method, found[method.name])
+        for method in view.methods
+        if sequence(found[method.name].get("tasks"))
+    ]
+
+
+def _overlap_heat(method: MethodView, found: Mapping[str, Any]) -> Heat:
+    names = [str(task) for task in sequence(found["tasks"])]
+    where = f"results: overlap.{method.name}.matrix"
+    shares = matrix(found.get("matrix"), len(names), len(names), where)
+    rows = []
+    for i, short in enumerate(tables.shorten_all(names, _NAME_LENGTH)):
+        cells = [
+            Cell(
+                tables.fixed(100 * float(share), 0),
+                0.0 if i == j else _tint(float(share)),
+                "own" if i == j else "",
+            )
+            for j, share in enumerate(shares[i])
+        ]
+        rows.append((short, names[i], cells))
+    return Heat(f"Shared entries: {method.label}", "% of the row's task", "task", names, rows)
 
 
 def _tint(value: float) -> float:

@@ -81,6 +81,7 @@ def _context(view: RunView) -> dict[str, Any]:
         "memory": _memory(view),
         "specificity": heat.specificity_heat(view),
         "retrieval": _retrieval(view),
+        "overlaps": heat.overlap_heats(view),
         "deltas": _bars(view.part("delta_bytes"), tables.size),
         "bytes_per_entry": _if_known(tables.fixed(number(view.raw.get("bytes_per_entry")))),
         "stages": _bars(mapping(view.part("run_info").get("stages")), tables.duration),

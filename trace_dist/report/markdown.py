@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trace_dist.report.narrative import chosen_rates
 from trace_dist.report.results import load_results, number, parse_results
 from trace_dist.report.tables import COLUMNS, MISSING, duration, method_cells
 
 
 def markdown_table(results: Mapping[str, Any]) -> str:
-    """One row per method, and a line that says where and when it was measured.
+    """One row per method, and a line that says how learning rates were chosen, and where and when it was measured.
 
     Raises:
         ValueError: `results` lacks "tasks" or "modes".
@@ -29,7 +30,7 @@ def markdown_table(results: Mapping[str, Any]) -> str:
     heads = [f"{COLUMNS[i].head}, {COLUMNS[i].unit}" for i in shown]
     lines = ["| method | " + " | ".join(heads) + " |", "|---" + "|---:" * len(heads) + "|"]
     lines += ["| " + " | ".join([label, *(row[i] for i in shown)]) + " |" for label, row in cells]
-    return "\n".join(lines) + "\n\n" + _provenance(results) + "\n"
+    return "\n".join(lines) + "\n\n" + " ".join([*chosen_rates(view), _provenance(results)]) + "\n"
 
 
 def _provenance(results: Mapping[str, Any]) -> str:

@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trace_dist.report.results import RunView, mean, number
+from trace_dist.report.results import RunView, mapping, mean, number
 from trace_dist.report.tables import count, duration, final_average, fixed, percent, shorten_all
 
 
 def narrate(view: RunView) -> str:
     """One paragraph of plain text; the caller escapes it."""
-    sentences = [*_setting(view), *_outcome(view), *_others(view), *_cost(view)]
+    sentences = [*_setting(view), *_outcome(view), *_others(view), *chosen_rates(view), *_cost(view)]
     return " ".join(sentences)
 
 
@@ -75,6 +75,30 @@ def _others(view: RunView) -> list[str]:
         parts.append(f"{method.label} {f'{percent(before)} and {after}' if both else after}")
     when = ", just trained and at the end" if len(view.tasks) > 1 else ""
     return [f"Run beside it{when}: {'; '.join(parts)}."] if parts else []
+
+
+def chosen_rates(view: RunView) -> list[str]:
+    """How the learning rates were chosen; nothing where the results do not say which they were."""
+    known = [method for method in view.methods if not math.isnan(method.stat("lr"))]
+    raced, given = [m for m in known if m.rates], [m for m in known if not m.rates]
+    out = []
+    if raced:
+        counts = sorted({len(method.rates) for method in raced})
+        several = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+        race = mapping(view.part("config").get("race"))
+        steps = number(race.get("steps"))
+        long = "" if math.isnan(steps) else f" for {steps:.0f} steps"
+        whose = (
+            "Every learning rate" if not given else f"The learning rate of {join([m.label for m in raced])}"
+        )
+        out.append(
+            f"{whose} won a race of {several} rates, each of which trained the first task{long}, by the loss on held-out "
+            "training examples."
+        )
+    if given:
+        whose = "The learning rates" if not raced else f"That of {join([m.label for m in given])}"
+        out.append(f"{whose} {'were' if not raced else 'was'} given, not tuned.")
+    return out
 
 
 def _cost(view: RunView) -> list[str]:

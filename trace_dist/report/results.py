@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trace_dist.run_folder import RunFolder
+
 Array = NDArray[np.float64]
 
 OLD_METHODS = {
@@ -46,6 +48,7 @@ class MethodView:
     general: Array  # [num_tasks + 1, num_general], percent
     just_trained: Array  # [num_tasks], percent
     losses: Mapping[str, Array]  # task -> [num_points, 2] of (step, loss in nats per token)
+    rates: Sequence[float]  # peak learning rates that raced, rising; none where the rate was given
     stats: Mapping[str, float]  # the scalar entries of the method; read them with `stat`
 
     @property
@@ -105,7 +108,7 @@ def load_results(path: str | Path) -> dict[str, Any]:
         ValueError: the file is missing, is not JSON, or is not an object.
     """
     path = Path(path)
-    path = path / "results.json" if path.is_dir() else path
+    path = RunFolder.of(path).results if path.is_dir() else path
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -173,6 +176,7 @@ def _parse_method(
         scores=scores,
         general=general,
         just_trained=np.where(np.isfinite(just_trained), just_trained, diagonal),
+        rates=sorted(number(mapping(rate).get("lr")) for rate in sequence(method.get("rates"))),
         losses={task: curve for task, curve in losses.items() if len(curve)},
         stats={key: number(value) for key, value in method.items() if isinstance(value, (int, float))},
     )

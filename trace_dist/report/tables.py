@@ -29,6 +29,14 @@ def percent(value: float, digits: int = 1) -> str:
     return MISSING if math.isnan(value) else f"{fixed(value, digits)}\N{NO-BREAK SPACE}%"
 
 
+def rate(value: float) -> str:
+    """A learning rate with two digits at most: 3e-3, 2.5e-4."""
+    if math.isnan(value):
+        return MISSING
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"
+
+
 def signed(value: float, digits: int = 1) -> str:
     """A change: a rise carries its plus."""
     text = fixed(value, digits)
@@ -96,6 +104,7 @@ COLUMNS = (
     Column("final average", "%", "mean score over all tasks at the end of the sequence"),
     Column("forgetting", "points", "mean fall of a task's score from its best to the end"),
     Column("general", "points", "change on the general sets from the base model to the end"),
+    Column("peak rate", "lr", "peak learning rate of its training"),
     Column("density", "%", "share of the maskable entries that is trained"),
     Column("states", "B/param", "bytes of model states per parameter, all ranks together"),
 )
@@ -108,6 +117,7 @@ def method_cells(view: RunView, method: MethodView) -> list[str]:
         fixed(final_average(method)),
         fixed(method.stat("forgetting")),
         signed(method.stat("general_delta")),
+        rate(method.stat("lr")),
         fixed(100 * method.stat("density")),
         fixed(view.bytes_per_param(method.name), 2),
     ]
@@ -132,9 +142,10 @@ def summary_table(results: Mapping[str, Any]) -> Table:
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
+        show_edge=False,
         collapse_padding=True,
     )
-    table.add_column("method", overflow="fold", min_width=16)
+    table.add_column("method", overflow="fold", min_width=12)
     for column in COLUMNS:
         head = column.head.replace(" ", "\n")
         table.add_column(

@@ -149,7 +149,7 @@ def _pretrain(
     role = rate.partition(".")[0]
     bench = Workbench.load(cfg, tokenizer_folder)
     learner = DenseLearner(module, module.parameters(), cfg.train, lr=lr)
-    log = MetricLog(cfg.folder.root, f"base/{role}")
+    log = MetricLog(cfg.folder, f"base/{role}")
     batches = bench.batches(bench.general, batch_size)
     label = f"pretrain {role}"
     train_steps(learner, batches, cfg.train, steps, description=label, rate=rate, log=log)

@@ -25,8 +25,16 @@ HOW_IT_RUNS = (
 )
 """Fields that say how a run is carried out, not what it computes: they may differ between its commands."""
 
-LOGS = ("config.yaml", "metrics.jsonl", "tensorboard/*", "logs/*", "stages.json", "tasks.json")
-"""Files that are no results."""
+LOGS = (
+    "config.yaml",
+    "metrics.jsonl",
+    "tensorboard/*",
+    "logs/*",
+    "stages.json",
+    "tasks.json",
+    "progress/*/race.json",
+)
+"""Files that are no results; a race is held again where anything differs that it was held with."""
 PROBED = ("probe/*",)
 TRAINED = ("deltas/*", "bank*/deltas/*", "bank*/tasks/*", "methods/*", "progress/*")
 MASKED = ("masks/*", "memory.json", *TRAINED)
@@ -69,12 +77,14 @@ def _depending_on(field: str, cfg: RunConfig) -> tuple[str, ...]:
         "train.state_dtype": (*TRAINED, "memory.json"),
         "train.master": (*TRAINED, "memory.json"),
         "train.*": TRAINED,
+        "race.*": TRAINED,
         "tasks.*.steps": TRAINED,
         "continual.options.*": _of_method(field.removeprefix("continual.options.").partition(".")[0]),
         "continual.options": TRAINED,
         "bank.*": ("bank*/*", "methods/*", "progress/*"),
         "eval.*": ("eval.json", "methods/*", "progress/*"),
         "projection.*": MASKED,
+        "mask.isolation*": MASKED,
         "mask.*": (*PROBED, *MASKED),
         "probe.*": (*PROBED, *MASKED),
         "proxy*": (*proxy, *PROBED, *MASKED),

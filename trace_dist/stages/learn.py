@@ -55,7 +55,7 @@ def run_learn(cfg: RunConfig, mask_file: str | None = None) -> None:
         ValueError: the bank holds a task of one of the names, or is of another base; or the mask does not fit.
         ProcessFailed: a step failed; its own error is printed above.
     """
-    on_main(lambda: _check_new(cfg))
+    _check_new(cfg)
     if mask_file is not None:
         _take_mask(cfg, Path(mask_file))
     first, masked = _stages(cfg, mask_file is None)
@@ -65,8 +65,7 @@ def run_learn(cfg: RunConfig, mask_file: str | None = None) -> None:
         continual.run_continual(cfg)
     else:
         run_pipeline(cfg, [*([stage] for stage in first), [masked]])
-    if dist.is_main():
-        _say(cfg)
+    _say(cfg)
 
 
 def _stages(cfg: RunConfig, probed: bool) -> tuple[list[Stage], Stage]:
@@ -77,16 +76,16 @@ def _stages(cfg: RunConfig, probed: bool) -> tuple[list[Stage], Stage]:
 
 
 def _check_new(cfg: RunConfig) -> None:
-    """Raise ValueError where the bank cannot take the tasks; before any long work."""
+    """Raise ValueError where the bank cannot take the tasks; before any long work. Collective."""
     folder = cfg.bank_of()
     logger.info("learn: %s into the bank %s", ", ".join(task.name for task in cfg.tasks), folder.root)
     logger.info("learn: masks, checkpoints and results lie in %s", cfg.run_dir)
-    if not folder.index.is_file():
+    if not dist.broadcast_object(folder.index.is_file()):
         return
     bank = DeltaBank(folder.root)
     for task in cfg.tasks:
         # With a mask of its own the task was begun here; `continual.learn` compares mask and examples.
-        if task.name in bank.tasks and not cfg.folder.mask(task.name).is_file():
+        if task.name in bank.tasks and not dist.broadcast_object(cfg.folder.mask(task.name).is_file()):
             raise ValueError(
                 f"tasks.name={task.name!r}: the bank {folder.root} holds a task of this name; rename one "
                 f"(`trace-dist bank rename {folder.root} {task.name} NEW`), or remove it there"
@@ -130,8 +129,11 @@ def _in_one_process(stage: Stage, cfg: RunConfig) -> None:
 
 
 def _say(cfg: RunConfig) -> None:
-    """What was learned, and what to do next."""
-    result, bank = read_json(cfg.folder.method(METHOD)), DeltaBank(cfg.bank_of().root)
+    """What was learned, and what to do next. Collective: every rank opens the bank."""
+    bank = DeltaBank(cfg.bank_of().root)
+    if not dist.is_main():
+        return
+    result = read_json(cfg.folder.method(METHOD))
     for task, score in zip(cfg.tasks, result["just_trained"], strict=True):
         logger.info("learned %s: %.1f %% on its test set, answered through the bank", task.name, score)
     retrieval = result["retrieval"]

@@ -29,6 +29,8 @@ from trace_dist.utils.files import write_json
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
+MEASURED_LR = 1e-4
+"""Of the steps that are taken to be measured; states have the same size at any rate."""
 
 
 def describe(cfg: RunConfig) -> Stage:
@@ -53,7 +55,7 @@ def run_memory(cfg: RunConfig) -> dict[str, Any]:
     stream = bench.batches(bench.tasks[:1], batch_size)
     masked, num_parameters, coded = _masked(str(path), cfg, mask, next(stream))
     gc.collect()
-    full = _full(str(path), cfg.train.lr, next(stream), num_parameters)
+    full = _full(str(path), MEASURED_LR, next(stream), num_parameters)
     share = mask.num_entries / num_parameters
     owned = sum(mask.layouts[name].runs(units)[0].nbytes for name, units in mask.units.items())
     on_every_rank = mask.units.nbytes * dist.world_size() * (dist.world_size() > 1)
@@ -83,7 +85,7 @@ def run_memory(cfg: RunConfig) -> dict[str, Any]:
 def _masked(path: str, cfg: RunConfig, mask: Mask, step: Step) -> tuple[dict[str, float], int, int]:
     """Bytes per parameter by category, the number of parameters, and how many of them are 4-bit codes."""
     model = Zero3Model.from_pretrained(path, torch.bfloat16, cfg.target.quantize)
-    learner = MaskedLearner(model, mask, replace(cfg.train, max_grad_norm=1.0))
+    learner = MaskedLearner(model, mask, replace(cfg.train, lr=MEASURED_LR, max_grad_norm=1.0))
     for _ in range(2):
         learner.accumulate(step)
         learner.step()

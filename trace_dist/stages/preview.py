@@ -15,6 +15,8 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from trace_dist.config import ModelConfig, RunConfig
+from trace_dist.config.checks import AUTO
+from trace_dist.continual.race import MOST_EXTENSIONS
 from trace_dist.data.tasks import Task, load_task
 from trace_dist.models.loading import load_tokenizer
 from trace_dist.profiling.estimate import Estimate, Estimator
@@ -146,6 +148,14 @@ def _tokens(task: Task, tokenizer: PreTrainedTokenizerBase | None, limit: int) -
 def _work(cfg: RunConfig, tasks: list[Task], means: list[float], target: int, proxy: int) -> Iterator[Work]:
     probe, train = cfg.probe, cfg.train
     rows = cfg.mask.granularity in ("row", "column")
+    if train.lr == AUTO:
+        steps = len(cfg.race.grid) * min(cfg.race.steps, cfg.tasks[0].steps or train.steps)
+        yield Work(
+            f"race {tasks[0].name}",
+            f"{len(cfg.race.grid)} learning rates, and at most {MOST_EXTENSIONS} beyond them",
+            steps,
+            masked_flops(target, means[0] * train.batch_size * steps, cfg.mask.density, rows),
+        )
     for task, options, mean in zip(tasks, cfg.tasks, means, strict=True):
         per_step = mean * probe.batch_size
         yield Work(

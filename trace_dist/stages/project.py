@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trace_dist.config import RunConfig
-from trace_dist.continual.masks import is_projected
+from trace_dist.continual.masks import KINDS, is_projected
 from trace_dist.continual.setting import Setting
 from trace_dist.stages.base import prepare_base
 from trace_dist.stages.stage import Stage
@@ -11,7 +11,6 @@ from trace_dist.utils import dist
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
-KINDS = ("projected", "random")
 
 
 def describe(cfg: RunConfig) -> Stage:

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from trace_dist.bank.bank import DeltaBank
+from trace_dist.bank.overlap import mask_overlap, overlap
 from trace_dist.config import RunConfig
 from trace_dist.masks.format import Mask
 from trace_dist.models.roles import describe
@@ -55,6 +57,9 @@ def collect_results(cfg: RunConfig) -> dict[str, Any]:
         "proxy": _densities((name, folder.proxy_mask(name)) for name in names),
         "target": _densities((name, folder.mask(name)) for name in names),
     }
+    results["overlap"] = {
+        name: _overlap(cfg, name) for name, method in methods.items() if method.get("masked")
+    }
     timings = read_json(folder.stages) if folder.stages.is_file() else {}
     # When and from which commit the methods ran, not this report.
     results["run_info"] = {
@@ -73,6 +78,16 @@ def _methods(folder: Path) -> dict[str, Any]:
     found = sorted(path.stem for path in folder.glob("*.json"))
     names = [*(name for name in METHODS if name in found), *(name for name in found if name not in METHODS)]
     return {name: read_json(folder / f"{name}.json") for name in names}
+
+
+def _overlap(cfg: RunConfig, method: str) -> dict[str, Any]:
+    """How much of each task's mask (row) other tasks' hold too: those of the method's bank, or, without one, of the run."""
+    if cfg.bank_of(method).index.is_file():
+        names, matrix = overlap(DeltaBank(cfg.bank_of(method).root))
+    else:
+        names = [task.name for task in cfg.tasks if cfg.folder.mask(task.name).is_file()]
+        matrix = mask_overlap([Mask.load(cfg.folder.mask(name)) for name in names])
+    return {"tasks": names, "matrix": matrix.tolist()}
 
 
 def _densities(paths: Iterable[tuple[str, Path]]) -> dict[str, Any]:

@@ -64,6 +64,7 @@ def start(cfg: RunConfig, command: str, **own: str | None) -> None:
 def check_parts(cfg: RunConfig) -> None:
     """Raise ``ValueError`` where the drop-in parts or their options do not exist or do not fit."""
     from trace_dist.continual.driver import check_methods
+    from trace_dist.continual.isolation.base import load_isolation
 
     SCORES.load(cfg.probe.score)
     placement = PLACEMENTS.load(cfg.projection.placement)
@@ -71,6 +72,7 @@ def check_parts(cfg: RunConfig) -> None:
     # Without a proxy nothing is projected.
     if cfg.proxy is not None and hasattr(placement, "check_mask"):
         placement.check_mask(options, cfg.mask)
+    load_isolation(cfg.mask).check(cfg.mask, len(cfg.tasks))
     check_methods(cfg)
 
 

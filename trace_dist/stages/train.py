@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from trace_dist.bank.delta import check_base, extract_delta
 from trace_dist.config import RunConfig
-from trace_dist.continual.learn import train_stream
+from trace_dist.config.checks import AUTO
+from trace_dist.continual.learn import train_stream, try_mask
+from trace_dist.continual.race import held_race
 from trace_dist.continual.setting import Setting
 from trace_dist.masks.format import Mask
 from trace_dist.stages.base import prepare_base
+from trace_dist.train.learner import Learner
+from trace_dist.train.workbench import Stream
 from trace_dist.utils import dist
 from trace_dist.utils.log import get_logger
 
@@ -42,7 +47,7 @@ def run_train(cfg: RunConfig, task_name: str | None, mask_file: str | None) -> P
     check_base(mask, setting.fingerprint, str(source))
     stream = setting.bench.tasks[names.index(name)]
     batches = setting.bench.batches([stream], cfg.train.batch_size)
-    train_stream(setting, stream, mask, batches, name="train")
+    train_stream(setting, stream, mask, batches, name="train", lr=_won(setting, stream, mask))
     delta = extract_delta(setting.model, mask.with_meta(model=setting.fingerprint), name)
     out = cfg.folder.delta(name)
     if dist.is_main():
@@ -50,3 +55,16 @@ def run_train(cfg: RunConfig, task_name: str | None, mask_file: str | None) -> P
     dist.barrier()
     logger.info("%s: %d entries, %.2f MiB", out, mask.num_entries, delta.nbytes / 2**20)
     return out
+
+
+def _won(setting: Setting, stream: Stream, mask: Mask) -> float | None:
+    """The learning rate that won this task's race; None where none is held."""
+    cfg = setting.cfg.train
+    if cfg.lr != AUTO:
+        return None
+
+    def trial(_: Stream, part: Stream, lr: float) -> AbstractContextManager[Learner]:
+        batches = setting.bench.batches([part], cfg.batch_size)
+        return try_mask(setting, mask, batches, lr, part.steps, name="train")
+
+    return held_race(setting, "train", stream, trial).lr

@@ -7,7 +7,7 @@ tiny bases, warm starts of the probe, full fine-tuning and LoRA.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +75,19 @@ class MaskedLearner(Learner):
 
     optimizer: MaskedAdamW
 
-    def __init__(self, model: ShardedModel, mask: Mask, cfg: TrainConfig, lr: float | None = None) -> None:
+    def __init__(
+        self,
+        model: ShardedModel,
+        mask: Mask,
+        cfg: TrainConfig,
+        lr: float | None = None,
+        scale: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.model, self.module = model, model.module
         self.optimizer = MaskedAdamW(
             model,
             mask,
-            lr=cfg.lr if lr is None else lr,
+            lr=cfg.rate if lr is None else lr,
             betas=cfg.betas,
             eps=cfg.eps,
             weight_decay=cfg.weight_decay,
@@ -88,6 +95,7 @@ class MaskedLearner(Learner):
             state_dtype=cfg.state_dtype,
             master=cfg.master,
             offload=cfg.offload,
+            scale=scale,
         )
 
     def backward(self, loss: Tensor) -> None:
@@ -128,7 +136,7 @@ class DenseLearner(Learner):
         self.max_grad_norm = cfg.max_grad_norm
         self.optimizer = torch.optim.AdamW(
             self.parameters,
-            lr=cfg.lr if lr is None else lr,
+            lr=cfg.rate if lr is None else lr,
             betas=cfg.betas,
             eps=cfg.eps,
             weight_decay=cfg.weight_decay,

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
@@ -26,6 +25,7 @@ from transformers import get_scheduler
 
 from trace_dist.config import TrainConfig
 from trace_dist.data.batches import Batches
+from trace_dist.run_folder import RunFolder
 from trace_dist.train.learner import Learner
 from trace_dist.utils import dist
 from trace_dist.utils.agreement import agree
@@ -84,7 +84,7 @@ class Keeper(Protocol):
 class MetricLog:
     """Appends to metrics.jsonl and to TensorBoard files, on rank 0."""
 
-    def __init__(self, folder: Path, tag: str) -> None:
+    def __init__(self, folder: RunFolder, tag: str) -> None:
         self.folder, self.tag = folder, tag
         self._writer: Any = None
 
@@ -95,8 +95,8 @@ class MetricLog:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self.folder / "tensorboard" / self.tag))
-        append_jsonl(self.folder / "metrics.jsonl", {"tag": self.tag, "step": step, **values})
+            self._writer = SummaryWriter(str(self.folder.tensorboard(self.tag)))
+        append_jsonl(self.folder.metrics, {"tag": self.tag, "step": step, **values})
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 

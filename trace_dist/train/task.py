@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from trace_dist.checkpoint import latest_checkpoint
 from trace_dist.config import TrainConfig
@@ -27,6 +30,7 @@ def train_mask(
     cfg: TrainConfig,
     steps: int,
     *,
+    scale: Mapping[str, Tensor] | None = None,
     description: str,
     rate: str = "train.lr",
     log: MetricLog | None = None,
@@ -40,6 +44,7 @@ def train_mask(
         batches: the task's global batches.
         cfg: options of optimizer and loop.
         steps: optimizer steps.
+        scale: factors on the learning rate, as of ``MaskedAdamW``.
         description: label of progress and logs; names the task.
         rate: the field that sets the learning rate, for messages.
         log: where scalars go.
@@ -52,7 +57,7 @@ def train_mask(
         ValueError: the ranks differ, or the newest checkpoint is of another training.
         NotFinite: training diverged; nothing of it was kept.
     """
-    learner = MaskedLearner(model, mask, cfg)
+    learner = MaskedLearner(model, mask, cfg, scale=scale)
     result = train_learner(
         learner, batches, cfg, steps, description=description, rate=rate, log=log, checkpoints=checkpoints
     )

@@ -1,5 +1,5 @@
 """Ways of making one delta out of several."""
 
-from trace_dist.bank.composition.compose import COMPOSITIONS, compose
+from trace_dist.bank.composition.compose import compose
 
-__all__ = ["COMPOSITIONS", "compose"]
+__all__ = ["compose"]

@@ -1,6 +1,6 @@
 """One delta out of several, by a composition of this room or of a module of one's own ([Note: drop-in parts]).
 
-A composition is a module with ``LABEL`` and ``compose(deltas, base, task) -> Delta``, which also takes ``options`` where the
+A composition is a module with ``label`` and ``compose(deltas, base, task) -> Delta``, which also takes ``options`` where the
 module has ``Options``.
 """
 
@@ -10,10 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trace_dist.bank.delta import Delta
+from trace_dist.parts import COMPOSITIONS
 from trace_dist.sharding.base import ShardedModel
-from trace_dist.utils.registry import Registry
-
-COMPOSITIONS = Registry("composition", {"sum": "trace_dist.bank.composition.sum"})
 
 
 def compose(

@@ -11,7 +11,7 @@ from trace_dist.bank.delta import Delta, extract_delta
 from trace_dist.masks.ops import combine
 from trace_dist.sharding.base import ShardedModel
 
-LABEL = "sum of the changes"
+label = "sum of the changes"
 
 
 def compose(deltas: Sequence[Delta], base: ShardedModel, task: str) -> Delta:

@@ -1,5 +1,5 @@
 """Ways of handing a bank's tasks to other tools."""
 
-from trace_dist.bank.export.export import EXPORTERS, export
+from trace_dist.bank.export.export import export
 
-__all__ = ["EXPORTERS", "export"]
+__all__ = ["export"]

@@ -1,6 +1,6 @@
 """Tasks of a bank in the form that other tools read, by an exporter of this room or of a module of one's own.
 
-An exporter ([Note: drop-in parts]) is a module with ``LABEL`` and ``write(bank, tasks, out, base, dtype)``, which also takes
+An exporter ([Note: drop-in parts]) is a module with ``label`` and ``write(bank, tasks, out, base, dtype)``, which also takes
 ``options`` where the module has ``Options``.
 """
 
@@ -12,9 +12,7 @@ from typing import Any
 
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.models.fingerprint import check_same, fingerprint
-from trace_dist.utils.registry import Registry
-
-EXPORTERS = Registry("exporter", {"hf": "trace_dist.bank.export.hf"})
+from trace_dist.parts import EXPORTERS
 
 
 def export(

@@ -11,7 +11,7 @@ from trace_dist.bank.delta import applied
 from trace_dist.models.loading import load_tokenizer
 from trace_dist.sharding.build import load_sharded
 
-LABEL = "Hugging Face checkpoint"
+label = "Hugging Face checkpoint"
 
 
 def write(bank: DeltaBank, tasks: Sequence[str], out: Path, base: str, dtype: str) -> None:

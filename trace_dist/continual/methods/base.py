@@ -8,12 +8,16 @@ the tasks in order, and after each task keeps its scores, its facts and its stat
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 
 from trace_dist.config import RunConfig
+from trace_dist.config.checks import AUTO
 from trace_dist.continual.judge import Row
+from trace_dist.continual.race import Race
 from trace_dist.continual.setting import Setting
+from trace_dist.train.learner import Learner
 from trace_dist.train.loop import TrainResult
 from trace_dist.train.workbench import Stream
 
@@ -37,6 +41,8 @@ class Method(ABC):
     """Whether it trains the entries of masks alone."""
     on_ranks: ClassVar[bool]
     """Whether it runs on all ranks of a sharded model; otherwise it runs in one process."""
+    race: Race | None = None
+    """What chose its learning rate; the driver sets it before the first task where the rate is ``auto``."""
 
     def __init__(self, name: str, setting: Setting, options: Any) -> None:
         self.name, self.setting, self.options = name, setting, options
@@ -45,11 +51,39 @@ class Method(ABC):
     def check(cls, name: str, cfg: RunConfig) -> None:
         """Raise ValueError where this run cannot use the method; before any work starts."""
 
+    @classmethod
+    def races(cls, options: Any, cfg: RunConfig) -> bool:
+        """Whether its learning rate is chosen by a race."""
+        own = getattr(options, "lr", None)
+        return (cfg.train.lr if own is None else own) == AUTO
+
+    @property
+    def own_lr(self) -> float | None:
+        """Peak learning rate of the method alone, from its race or its options; None where it is ``train.lr``."""
+        if self.race is not None:
+            return self.race.lr
+        own: float | None = getattr(self.options, "lr", None)
+        return own
+
     @property
     def lr(self) -> float:
-        """Peak learning rate: the method's own, or ``train.lr`` where it has none."""
-        own = getattr(self.options, "lr", None)
-        return self.setting.cfg.train.lr if own is None else own
+        """Peak learning rate."""
+        return self.setting.cfg.train.rate if self.own_lr is None else self.own_lr
+
+    def trial(self, stream: Stream, part: Stream, lr: float) -> AbstractContextManager[Learner]:
+        """Train as ``learn`` would, without files: the result holds inside the block, and nothing of it afterwards, bit for bit.
+
+        A method that has none cannot race, and its learning rate must be a number.
+
+        Args:
+            stream: the task.
+            part: the examples of it that are trained on, and for how many steps.
+            lr: peak learning rate.
+
+        Raises:
+            NotFinite: training diverges; what it changed is put back.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def learn(self, stream: Stream) -> TrainResult:

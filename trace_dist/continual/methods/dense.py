@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from trace_dist.config import RunConfig
 from trace_dist.continual.judge import Row
 from trace_dist.continual.methods.base import Method
 from trace_dist.models.loading import load_model
-from trace_dist.train.learner import DenseLearner
+from trace_dist.train.learner import DenseLearner, Learner
 from trace_dist.train.loop import TrainResult
 from trace_dist.train.loss import autocast
 from trace_dist.train.task import train_learner
@@ -59,14 +61,33 @@ class Dense(Method):
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
     def learn(self, stream: Stream) -> TrainResult:
-        cfg, batches = (
-            self.setting.cfg,
-            self.setting.bench.batches([stream], self.setting.cfg.train.batch_size),
-        )
-        learner = DenseLearner(self.module, self._trained().values(), cfg.train, self.lr, cfg.target.dtype)
-        rate = f"continual.options.{self.name}.lr"
+        rate = "train.lr" if self.own_lr is None else f"continual.options.{self.name}.lr"
         with self.setting.training(self.name, stream.task.name) as options:
-            return train_learner(learner, batches, cfg.train, stream.steps, rate=rate, **options)
+            return self._train(self._learner(self.lr), stream, rate=rate, **options)
+
+    @contextmanager
+    def trial(self, stream: Stream, part: Stream, lr: float) -> Iterator[Learner]:
+        trained = self._trained()
+        before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+        learner = self._learner(lr)
+        try:
+            self._train(learner, part, rate="race.grid", description=f"{self.name} at {lr:g}")
+            yield learner
+        finally:
+            with torch.no_grad():
+                for name, parameter in trained.items():
+                    parameter.copy_(before[name])
+                    # where training diverged
+                    parameter.grad = None
+
+    def _learner(self, lr: float) -> DenseLearner:
+        cfg = self.setting.cfg
+        return DenseLearner(self.module, self._trained().values(), cfg.train, lr, cfg.target.dtype)
+
+    def _train(self, learner: DenseLearner, stream: Stream, **options: Any) -> TrainResult:
+        train = self.setting.cfg.train
+        batches = self.setting.bench.batches([stream], train.batch_size)
+        return train_learner(learner, batches, train, stream.steps, **options)
 
     def score(self) -> Row:
         with autocast(self.setting.cfg.target.dtype):

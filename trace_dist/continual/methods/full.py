@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from trace_dist.config.checks import Section
+from trace_dist.config.checks import Rate, Section
 from trace_dist.continual.methods.dense import Dense
 
 
@@ -17,11 +17,11 @@ class Options(Section):
 
     section: ClassVar[str] = "continual.options.full"
 
-    lr: float = 1e-3
-    """Peak learning rate."""
+    lr: Rate | None = None
+    """Peak learning rate, or `auto`; as `train.lr` when not set."""
 
     def check(self) -> None:
-        self.positive("lr")
+        self.rates("lr")
 
 
 class Full(Dense):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from trace_dist.config.checks import Section
+from trace_dist.config.checks import Rate, Section
 from trace_dist.continual.methods.dense import Dense
 from trace_dist.masks.ops import layouts_for
 from trace_dist.models.adapters import lora_rank
@@ -20,13 +20,13 @@ class Options(Section):
 
     section: ClassVar[str] = "continual.options.lora"
 
-    lr: float = 3e-3
-    """Peak learning rate."""
+    lr: Rate | None = None
+    """Peak learning rate, or `auto`; as `train.lr` when not set."""
     rank: int | None = None
     """Rank of the adapters; when not set, the one that trains as many parameters as a task's mask."""
 
     def check(self) -> None:
-        self.positive("lr")
+        self.rates("lr")
         self.at_least(1, "rank")
 
 

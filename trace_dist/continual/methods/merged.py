@@ -5,18 +5,21 @@ The state between tasks is a delta against the base: the present values on the u
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from trace_dist.bank.delta import Delta, Snapshot, applied, extract_delta
-from trace_dist.config.checks import Section, check
+from trace_dist.config.checks import Rate, Section, check
+from trace_dist.continual.isolation.base import Change
 from trace_dist.continual.judge import Row
-from trace_dist.continual.learn import train_stream
+from trace_dist.continual.learn import train_stream, try_mask
 from trace_dist.continual.methods.base import Method
 from trace_dist.continual.setting import Setting
+from trace_dist.data.batches import Batches
 from trace_dist.masks.format import Mask
+from trace_dist.train.learner import Learner
 from trace_dist.train.loop import TrainResult
 from trace_dist.train.workbench import Stream
 from trace_dist.utils.files import read_json, write_json
@@ -33,8 +36,8 @@ class Options(Section):
     """Share of each batch that is drawn from earlier tasks and the general tasks, in [0, 1)."""
     replay_memory: float = 0.01
     """Share of the training examples of each of those tasks that is kept for replay, in (0, 1]."""
-    lr: float | None = None
-    """Peak learning rate; `train.lr` when not set."""
+    lr: Rate | None = None
+    """Peak learning rate, or `auto`; as `train.lr` when not set."""
 
     def check(self) -> None:
         kept = self.replay_memory
@@ -48,7 +51,7 @@ class Options(Section):
         check(
             0 < kept <= 1, f"{self.where}.replay_memory", kept, "must lie in (0, 1]", "use for example 0.01"
         )
-        self.positive("lr")
+        self.rates("lr")
 
 
 class Merged(Method):
@@ -63,26 +66,36 @@ class Merged(Method):
         super().__init__(name, setting, options)
         self._undo = ExitStack()
         self._union: Mask | None = None  # of the masks so far; not None iff a task was learned
+        self._changes: list[Change] = []  # of the tasks so far, where the isolation reads them
         self._sizes: list[dict[str, Any]] = []  # of each task's mask: entries, density
 
     def learn(self, stream: Stream) -> TrainResult:
-        setting, bench = self.setting, self.setting.bench
+        setting = self.setting
         if self._union is None:
             self._project()
         mask = setting.mask_for(stream)
-        earlier = bench.tasks[: len(self._sizes)]
-        batches = bench.batches(
-            [stream],
-            setting.cfg.train.batch_size,
-            [*bench.general, *earlier],
-            self.options.replay,
-            self.options.replay_memory,
-        )
         self._undo.callback(Snapshot(setting.model, mask).restore)
-        result = train_stream(setting, stream, mask, batches, name=self.name, lr=self.options.lr)
+        isolation, task = setting.isolation, stream.task.name
+        before = extract_delta(setting.model, mask, task) if isolation.reads_changes else None
+        scale = isolation.scale(mask, self._changes)
+        batches = self._batches(stream)
+        result = train_stream(setting, stream, mask, batches, name=self.name, lr=self.own_lr, scale=scale)
+        if before is not None:
+            self._changes.append(Change.between(before, extract_delta(setting.model, mask, task)))
         self._union = mask if self._union is None else self._union | mask
         self._sizes.append({"entries": mask.num_entries, "density": mask.density})
         return result
+
+    def trial(self, stream: Stream, part: Stream, lr: float) -> AbstractContextManager[Learner]:
+        mask = self.setting.mask_for(stream)
+        return try_mask(self.setting, mask, self._batches(part), lr, part.steps, name=self.name)
+
+    def _batches(self, stream: Stream) -> Batches:
+        """Batches of the task that comes next, with replayed examples among them."""
+        bench, options = self.setting.bench, self.options
+        replayed = [*bench.general, *bench.tasks[: len(self._sizes)]]
+        size = self.setting.cfg.train.batch_size
+        return bench.batches([stream], size, replayed, options.replay, options.replay_memory)
 
     def _project(self) -> None:
         """Masks are projected onto the base, which the model holds only now."""
@@ -108,12 +121,20 @@ class Merged(Method):
             raise AssertionError("merged: there is no state before the first task")
         delta = extract_delta(self.setting.model, self._union, self.name)
         on_main(lambda: delta.save(folder / "delta.safetensors"))
+        on_main(lambda: self._save_changes(folder))
         on_main(lambda: write_json(folder / "sizes.json", self._sizes))
+
+    def _save_changes(self, folder: Path) -> None:
+        for number, change in enumerate(self._changes):
+            kept = Delta(change.mask, change.values, change.task)
+            kept.save(folder / f"change-{number:05d}.safetensors")
 
     def load_state(self, folder: Path) -> None:
         self._project()
         delta = Delta.load(folder / "delta.safetensors")
         self._union, self._sizes = delta.mask, read_json(folder / "sizes.json")
+        kept = [Delta.load(path) for path in sorted(folder.glob("change-*.safetensors"))]
+        self._changes = [Change(each.task, each.mask, each.values) for each in kept]
         self._undo.enter_context(applied(self.setting.model, delta))
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ retrieval is right. The state between tasks is the bank itself, and the scores o
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Any, ClassVar
 
 from trace_dist.bank.bank import BASE, DeltaBank
 from trace_dist.bank.bound import error_bound
-from trace_dist.config.checks import Section
+from trace_dist.config.checks import Rate, Section
 from trace_dist.continual.judge import Row, Scored
-from trace_dist.continual.learn import learn_task
+from trace_dist.continual.learn import learn_task, try_mask
 from trace_dist.continual.methods.base import Method
 from trace_dist.continual.setting import Setting
+from trace_dist.train.learner import Learner
 from trace_dist.train.loop import TrainResult
 from trace_dist.train.workbench import Stream
 from trace_dist.utils.files import read_json, write_json
@@ -30,11 +32,11 @@ class Options(Section):
 
     section: ClassVar[str] = "continual.options.retrieved"
 
-    lr: float | None = None
-    """Peak learning rate; `train.lr` when not set."""
+    lr: Rate | None = None
+    """Peak learning rate, or `auto`; as `train.lr` when not set."""
 
     def check(self) -> None:
-        self.positive("lr")
+        self.rates("lr")
 
 
 class Retrieved(Method):
@@ -64,7 +66,7 @@ class Retrieved(Method):
 
     def learn(self, stream: Stream) -> TrainResult:
         mask = self.setting.mask_for(stream, self.masks)
-        result = learn_task(self.setting, self.bank, stream, mask, name=self.name, lr=self.options.lr)
+        result = learn_task(self.setting, self.bank, stream, mask, name=self.name, lr=self.own_lr)
         delta = self.bank.delta(stream.task.name)
         if delta is None:
             raise AssertionError(f"{stream.task.name}: was learned, but the bank holds no delta of it")
@@ -74,6 +76,11 @@ class Retrieved(Method):
             "density": mask.density,
         }
         return result
+
+    def trial(self, stream: Stream, part: Stream, lr: float) -> AbstractContextManager[Learner]:
+        mask = self.setting.mask_for(stream, self.masks)
+        batches = self.setting.bench.batches([part], self.setting.cfg.train.batch_size)
+        return try_mask(self.setting, mask, batches, lr, part.steps, name=self.name)
 
     def score(self) -> Row:
         if not self._sizes:

@@ -62,7 +62,7 @@ def check_mask(options: Options, mask: MaskConfig) -> None:
 def scores(site: Site, options: Options) -> Scores:
     """Scores of every unit of the target. Collective."""
     pool_budgets = scale_budgets(site.budgets, site.layouts, options.pool_density)
-    pool = place(site.layouts, site.granularity, pool_budgets, magnitude_scores(site.model))
+    pool = place(site.layouts, site.granularity, pool_budgets, magnitude_scores(site.model), site.refused)
     return narrow_scores(site.model, pool, site.batches(), options, site.probe, site.train, site.task)
 
 

@@ -1,0 +1,219 @@
+"""The race for a learning rate: the best rate wins, nothing of the race is left, and a run that was cut does not race again."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from continual.small import METHODS, TASKS, make_config, result
+
+from trace_dist.config import ContinualConfig, RaceConfig, RunConfig
+from trace_dist.continual import driver
+from trace_dist.continual.driver import check_methods, run_continual
+from trace_dist.continual.methods.base import Method
+from trace_dist.continual.race import MOST_EXTENSIONS, Race, held_race, race_rates, split
+from trace_dist.continual.setting import Setting
+from trace_dist.utils.finite import NotFinite
+
+GRID = [1e-3, 1e-2, 1e-1]
+STEPS = 8
+
+
+def racing(cfg: RunConfig, *methods: str) -> RunConfig:
+    """A run whose methods all race."""
+    options = {name: {**cfg.continual.options.get(name, {}), "lr": "auto"} for name in methods}
+    race_of = RaceConfig(GRID, steps=STEPS, heldout=20)
+    return replace(cfg, continual=ContinualConfig(list(methods), options), race=race_of)
+
+
+def method_of(cfg: RunConfig) -> Method:
+    (entry,) = check_methods(cfg)
+    return entry.kind(entry.name, Setting.load(cfg), entry.options)
+
+
+def weights(method: Method) -> dict[str, torch.Tensor]:
+    """Copies of all that a method trains on, and of what it was made from."""
+    if method.masked:
+        return {name: value.clone() for name, value in method.setting.model.full_state_dict().items()}
+    return {name: value.clone() for name, value in method.module.state_dict().items()}
+
+
+def descend(lr: float, curvature: float = 20.0, steps: int = 12) -> float:
+    """Gradient descent on ``curvature / 2 * x ** 2`` from 1: best at 1 / curvature, diverging from 2 / curvature on."""
+    return curvature / 2 * (1 - lr * curvature) ** (2 * steps)
+
+
+@pytest.mark.parametrize(
+    ("grid", "raced"),
+    [
+        ([1e-2, 5e-2, 9e-2], [1e-2, 5e-2, 9e-2]),
+        # given in any order
+        ([9e-2, 1e-2, 5e-2], [1e-2, 5e-2, 9e-2]),
+        # the winner at an edge: one step beyond, in that direction alone
+        ([5e-3, 1.5e-2], [5e-3, 1.5e-2, 4.5e-2, 0.135]),
+        ([5e-2, 7e-2], [0.0357, 5e-2, 7e-2]),
+        # two steps at most
+        ([1e-4, 3e-4], [1e-4, 3e-4, 9e-4, 2.7e-3]),
+        ([5e-1, 1.5e0], [0.0558, 0.167, 0.5, 1.5]),
+    ],
+)
+def test_the_best_rate_of_a_parabola_wins(grid: list[float], raced: list[float]) -> None:
+    asked = []
+
+    def measure(lr: float) -> float:
+        asked.append(lr)
+        return descend(lr)
+
+    found = race_rates(grid, measure)
+    assert found.lr == pytest.approx(min(raced, key=descend))
+    assert list(found.losses) == pytest.approx(raced)
+    assert len(asked) == len(raced) <= len(grid) + MOST_EXTENSIONS
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_a_rate_that_diverges_has_lost(lost: float) -> None:
+    found = race_rates([1e-3, 3e-3, 1e-2], lambda lr: lost if lr > 2e-3 else 1 / lr)
+    assert found.lr == 1e-3
+    assert found.losses[1e-2] == math.inf
+    assert found.to_json()[-1] == {"lr": 1e-2, "loss": None}
+    assert Race.from_json(found.to_json()) == found
+
+
+def test_where_all_diverge_lower_rates_race_before_it_is_an_error() -> None:
+    assert race_rates([1e-2, 1e-1], lambda lr: math.nan if lr > 2e-4 else 1.0).lr == 1e-4
+    with pytest.raises(
+        ValueError, match=r"^race.grid=\[1.0, 3.0\]: training diverges at each of 0.111, 0.333, 1, 3; lower"
+    ):
+        race_rates([1.0, 3.0], lambda lr: math.nan)
+
+
+def test_of_two_rates_that_are_level_the_lower_one_wins() -> None:
+    assert Race({1e-3: 2.0, 1e-2: 1.0, 1e-1: 1.0}).lr == 1e-2
+
+
+def test_heldout_examples_are_training_examples_that_no_rate_trains_on(fresh: RunConfig) -> None:
+    setting = Setting.load(fresh)
+    stream = setting.bench.tasks[0]
+    part, heldout = split(stream, RaceConfig(heldout=20, steps=STEPS), fresh.seed)
+    assert (part.steps, len(heldout.encoded)) == (STEPS, 20)
+    key = lambda rows: sorted(map(tuple, rows["input_ids"]))  # noqa: E731 - tokens of rows, in an order of their own
+    assert key(stream.encoded) == sorted(key(part.encoded) + key(heldout.encoded))
+    few = split(stream, RaceConfig(heldout=10**6, steps=10**6), fresh.seed)
+    assert len(few[1].encoded) == len(stream.encoded) // 5
+    assert few[0].steps == stream.steps
+
+
+@pytest.mark.parametrize("name", ["retrieved", "merged", "full", "lora"])
+def test_a_race_leaves_nothing_behind(fresh: RunConfig, name: str) -> None:
+    """Weights, random numbers and place in the data are as before, also after a rate that diverges; a sensible rate wins."""
+    cfg = racing(fresh, name)
+    cfg = replace(cfg, race=replace(cfg.race, grid=[1e-7, 1e-2, 1e30]))
+    method = method_of(cfg)
+    method.score()
+    before, state = weights(method), torch.get_rng_state()
+    found = held_race(method.setting, name, method.setting.bench.tasks[0], method.trial)
+    after = weights(method)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert found.lr == 1e-2
+    assert found.losses[1e30] == math.inf
+    # the race is kept: nothing trains a second time
+    assert held_race(method.setting, name, method.setting.bench.tasks[0], refuse) == found
+
+
+def refuse(*_: Any) -> Any:
+    raise AssertionError("raced again")
+
+
+def test_a_rate_that_won_trains_as_the_same_rate_given(fresh: RunConfig, folder: Path) -> None:
+    """A run that raced is the run with the winner's rate, bit for bit, with the rates in its result."""
+    run_continual(racing(fresh, "retrieved"))
+    raced = result(fresh, "retrieved")
+    assert {each["lr"] for each in raced["rates"]} >= set(GRID)
+    assert raced["lr"] == min(raced["rates"], key=lambda each: each["loss"] or math.inf)["lr"]
+    assert raced["lr_by_task"] == dict.fromkeys(TASKS, raced["lr"])
+    given = replace(
+        racing(fresh, "retrieved"),
+        run_dir=f"{fresh.run_dir}-given",
+        continual=ContinualConfig(["retrieved"], {"retrieved": {"lr": raced["lr"]}}),
+    )
+    shutil.copytree(folder / "probed", given.run_dir)
+    run_continual(given)
+    found = result(given, "retrieved")
+    assert (found["losses"], found["R"]) == (raced["losses"], raced["R"])
+    assert found["rates"] == []
+
+
+def test_a_run_that_was_cut_does_not_race_again(fresh: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = racing(fresh, "full")
+    kind = check_methods(cfg)[0].kind
+    learn, trial, trials = kind.learn, kind.trial, []
+
+    @contextmanager
+    def counted(self: Any, stream: Any, part: Any, lr: float) -> Iterator[Any]:
+        trials.append(lr)
+        with trial(self, stream, part, lr) as learner:
+            yield learner
+
+    def cut(self: Any, stream: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kind, "trial", counted)
+    monkeypatch.setattr(kind, "learn", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run_continual(cfg)
+    number = len(trials)
+    assert number >= len(GRID)
+    monkeypatch.setattr(kind, "learn", learn)
+    run_continual(cfg)
+    assert len(trials) == number
+    assert [each["lr"] for each in result(cfg, "full")["rates"]] == sorted(trials)
+
+
+def test_a_race_under_other_conditions_is_held_again(fresh: RunConfig) -> None:
+    cfg = racing(fresh, "full")
+    method = method_of(cfg)
+    stream = method.setting.bench.tasks[0]
+
+    @contextmanager
+    def diverges(*_: Any) -> Iterator[Any]:
+        raise NotFinite("the loss is nan")
+        yield
+
+    held_race(method.setting, "full", stream, method.trial)
+    other = replace(method.setting, cfg=replace(cfg, race=replace(cfg.race, steps=STEPS + 1)))
+    with pytest.raises(ValueError, match="training diverges at each of"):
+        held_race(other, "full", stream, diverges)
+
+
+class Silent(Method):
+    """A method that has no trial."""
+
+    label, colour, masked, on_ranks = "silent", "green", False, True
+
+
+def test_a_method_without_a_trial_cannot_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = make_config(tmp_path, ["retrieved"])
+    cfg = replace(cfg, train=replace(cfg.train, lr="auto"))
+    assert [entry.name for entry in check_methods(cfg)] == ["retrieved"]
+    monkeypatch.setattr(driver, "method_class", lambda name: Silent)
+    with pytest.raises(
+        ValueError, match=r"^continual.methods='retrieved': has no trial, so its learning rate cannot race"
+    ):
+        check_methods(cfg)
+
+
+def test_every_method_of_the_package_races_where_nothing_else_is_said(tmp_path: Path) -> None:
+    cfg = make_config(tmp_path, METHODS)
+    cfg = replace(cfg, train=replace(cfg.train, lr="auto"), continual=ContinualConfig(list(METHODS)))
+    assert all(entry.kind.races(entry.options, cfg) for entry in check_methods(cfg))
+    number = replace(cfg, train=replace(cfg.train, lr=1e-3))
+    assert not any(entry.kind.races(entry.options, number) for entry in check_methods(number))

@@ -1,0 +1,90 @@
+"""What a new task finds of those before it: the masks in a run and its bank, and how far tasks in a bank moved their entries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+
+from trace_dist.bank.bank import DeltaBank
+from trace_dist.bank.delta import extract_delta
+from trace_dist.config import RunConfig
+from trace_dist.continual.isolation.base import Change
+from trace_dist.masks.format import Mask
+from trace_dist.masks.room import free_elements
+from trace_dist.masks.select import Units
+from trace_dist.masks.units import UnitLayout
+from trace_dist.models.fingerprint import check_same
+from trace_dist.sharding.base import ShardedModel
+from trace_dist.utils import dist
+from trace_dist.utils.names import BASE
+from trace_dist.utils.together import on_all
+
+
+def bank_before(cfg: RunConfig, method: str, fingerprint: str) -> tuple[DeltaBank | None, list[str]]:
+    """A method's bank and its tasks that are not of this run; None where there is no bank yet. Collective.
+
+    Raises:
+        ValueError: the bank is damaged, or of another base.
+    """
+    folder = cfg.bank_of(method)
+    if not dist.broadcast_object(folder.index.is_file()):
+        return None, []
+    bank, own = DeltaBank(folder.root), {task.name for task in cfg.tasks}
+    check_same(bank.base, fingerprint, f"bank {folder.root}")
+    return bank, [name for name in bank.tasks if name != BASE and name not in own]
+
+
+def changes_in(bank: DeltaBank, model: ShardedModel, names: Iterable[str], task: str) -> Iterator[Change]:
+    """How far tasks of a bank moved their entries, one at a time. Collective.
+
+    Args:
+        bank: holds the tasks.
+        model: holds the base.
+        names: of the tasks.
+        task: the new one, for errors.
+
+    Raises:
+        ValueError: the bank has lost a task since the new one's mask was made.
+    """
+    for name in names:
+        if name not in bank.tasks:
+            raise ValueError(
+                f"mask.isolation: the mask of {task!r} was made beside {name!r}, which the bank {bank.folder} no longer "
+                "holds; put it back, or delete the mask's file to make it anew"
+            )
+        after = on_all(lambda name=name: bank.delta(name))  # type: ignore[misc]
+        if after is None:
+            raise AssertionError(f"{name}: the base model is no earlier task")
+        yield Change.between(extract_delta(model, after.mask, name), after)
+
+
+def check_room(
+    layouts: Mapping[str, UnitLayout], density: float, refused: Units, task: str, isolation: str
+) -> None:
+    """Raise ValueError where a task's mask does not fit beside those before it; before it is looked for."""
+    total, room = (
+        sum(layout.numel for layout in layouts.values()),
+        sum(free_elements(layouts, refused).values()),
+    )
+    wanted = int(density * total + 0.5)
+    if wanted > room:
+        lower = f"lower mask.density to {room / total:.3g} at most, " if room else ""
+        raise ValueError(
+            f"mask.isolation={isolation!r}: task {task!r} needs {wanted:,} entries, and of {total:,} earlier tasks have left "
+            f"{room:,}; {lower}widen mask.maskable, or set mask.isolation: soft"
+        )
+
+
+def check_apart(mask: Mask, refused: Units, what: str, isolation: str) -> None:
+    """Raise ValueError where a mask that was made elsewhere takes what is refused."""
+    taken = 0
+    for name in set(mask.units).intersection(refused):
+        units = mask.units[name].long()
+        common = units[torch.isin(units, refused[name].long())]
+        taken += int(mask.layouts[name].sizes(common).sum())
+    if taken:
+        raise ValueError(
+            f"{what}: {taken:,} of its {mask.num_entries:,} entries are earlier tasks', which mask.isolation={isolation!r} "
+            "refuses; give another mask, or set mask.isolation: soft"
+        )

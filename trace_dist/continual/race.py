@@ -1,0 +1,179 @@
+"""The race: which peak learning rate a method trains with where the configuration says ``auto``.
+
+[Note: the race] A method trains the run's first task for a few steps with each rate of a grid: from the same start, on the same
+batches, with the same random numbers and a whole schedule of its own. The rate whose answer loss on held-out training examples
+is least wins; one that diverges has lost. Where the winner is the lowest or the highest rate, the next one beyond it races too.
+
+One race a method, on the first task: what comes later is not known when a stream begins, one set of weights that learns task
+after task is tuned no other way by those who use it, and so every method is given the same number of trials. A rate that wins
+a short race may be too high for a long training; that holds for every method alike.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trace_dist.config import RaceConfig
+from trace_dist.continual.progress import examples_digest
+from trace_dist.continual.setting import Setting
+from trace_dist.data.batches import Step
+from trace_dist.train.learner import Learner
+from trace_dist.train.loss import accumulate
+from trace_dist.train.workbench import Stream
+from trace_dist.utils import dist
+from trace_dist.utils.files import read_json, write_json
+from trace_dist.utils.finite import NotFinite
+from trace_dist.utils.log import get_logger
+from trace_dist.utils.together import on_main
+
+logger = get_logger(__name__)
+
+MOST_EXTENSIONS = 2
+"""Rates beyond the grid that may race."""
+MOST_HELDOUT = 0.2
+"""Share of the training examples that may be held out."""
+
+Trial = Callable[[Stream, Stream, float], AbstractContextManager[Learner]]
+"""``Method.trial``."""
+
+
+@dataclass(frozen=True)
+class Race:
+    """How the rates did.
+
+    Attributes:
+        losses: rate -> nats per answer token of the held-out examples, infinite where training diverged; rising rates.
+    """
+
+    losses: Mapping[float, float]
+
+    @property
+    def lr(self) -> float:
+        """The rate that won; the lower one of two that are level."""
+        return min(self.losses, key=lambda rate: (self.losses[rate], rate))
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """JSON-ready; no loss where training diverged."""
+        return [{"lr": lr, "loss": loss if math.isfinite(loss) else None} for lr, loss in self.losses.items()]
+
+    @classmethod
+    def from_json(cls, value: list[dict[str, Any]]) -> Race:
+        """What ``to_json`` gave."""
+        return cls({each["lr"]: math.inf if each["loss"] is None else each["loss"] for each in value})
+
+
+def race_rates(grid: list[float], measure: Callable[[float], float]) -> Race:
+    """Let the rates of a grid race, and up to ``MOST_EXTENSIONS`` beyond it.
+
+    Args:
+        grid: two or more.
+        measure: the loss that a rate leads to; infinite or NaN where it diverges.
+
+    Raises:
+        ValueError: every rate diverges.
+    """
+    losses: dict[float, float] = {}
+    waiting = sorted(grid)
+    for extensions in range(MOST_EXTENSIONS + 1):
+        for lr in waiting:
+            loss = measure(lr)
+            losses[lr] = loss if math.isfinite(loss) else math.inf
+        race = Race(dict(sorted(losses.items())))
+        waiting = _beyond(race)
+        if not waiting or extensions == MOST_EXTENSIONS:
+            break
+    if math.isinf(losses[race.lr]):
+        tried = ", ".join(f"{lr:g}" for lr in race.losses)
+        raise ValueError(f"race.grid={grid}: training diverges at each of {tried}; lower the rates")
+    return race
+
+
+def _beyond(race: Race) -> list[float]:
+    """The rate beyond the winner where that is the lowest or the highest, as far away as its neighbour; else none."""
+    rates = list(race.losses)
+    pairs = {rates[0]: rates[1], rates[-1]: rates[-2]}
+    return [float(f"{race.lr**2 / pairs[race.lr]:.3g}")] if race.lr in pairs else []
+
+
+def held_race(setting: Setting, name: str, stream: Stream, trial: Trial) -> Race:
+    """The race of a method, from its progress if it was held before. Collective.
+
+    The method, the random numbers and the place in the data are as before, bit for bit.
+
+    Args:
+        setting: the run.
+        name: of the method, for its files and logs.
+        stream: the task that is raced on.
+        trial: trains part of a task with a rate (``Method.trial``).
+
+    Raises:
+        ValueError: training diverges at every rate, or as it does.
+    """
+    cfg, path = setting.cfg.race, setting.folder.race(name)
+    sections = {"race": asdict(cfg), "train": asdict(setting.cfg.train)}
+    about = {**sections, "examples": examples_digest([stream]), "model": setting.fingerprint}
+    kept = on_main(lambda: _read(path, about))
+    if kept is not None:
+        return kept
+    part, heldout = split(stream, cfg, setting.cfg.seed)
+    # one global batch, the same for each rate
+    step = next(setting.bench.batches([heldout], len(heldout.encoded)))
+
+    def measure(lr: float) -> float:
+        setting.seed(stream.task.name)
+        loss = dist.broadcast_object(_loss_after(trial(stream, part, lr), step))
+        logger.info(
+            "%s: lr %g: held-out loss %.4f after %d steps of %s", name, lr, loss, part.steps, stream.task.name
+        )
+        return float(loss)
+
+    with _random_numbers_kept():
+        race = race_rates(cfg.grid, measure)
+    logger.info("%s: lr %g has won the race", name, race.lr)
+    on_main(lambda: write_json(path, {"about": about, "rates": race.to_json()}))
+    return race
+
+
+def split(stream: Stream, cfg: RaceConfig, seed: int) -> tuple[Stream, Stream]:
+    """What the rates train on, for the steps of the race, and the examples held out; both of the training examples alone."""
+    count = len(stream.encoded)
+    heldout = max(1, min(cfg.heldout, int(MOST_HELDOUT * count)))
+    order = np.random.default_rng(seed).permutation(count)
+    parts = (stream.encoded.select(sorted(rows)) for rows in (order[heldout:], order[:heldout]))
+    first, second = (replace(stream, encoded=rows, steps=min(cfg.steps, stream.steps)) for rows in parts)
+    return first, second
+
+
+def _loss_after(trial: AbstractContextManager[Learner], step: Step) -> float:
+    """Nats per answer token of a global batch after a trial; infinite where it diverges. Collective."""
+    try:
+        with trial as learner, torch.no_grad():
+            learner.module.eval()
+            mine = accumulate(step, learner.forward, lambda loss: None, learner.device)
+            return float(dist.sum_over_ranks(mine))
+    except NotFinite:
+        return math.inf
+
+
+def _random_numbers_kept() -> AbstractContextManager[None]:
+    """Puts torch's generators back."""
+    device = dist.local_device()
+    kept: AbstractContextManager[None] = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    return kept
+
+
+def _read(path: Path, about: dict[str, Any]) -> Race | None:
+    """A race that was held under the same conditions."""
+    found = read_json(path) if path.is_file() else {}
+    # as it will be read: JSON has no tuples
+    same = found.get("about") == json.loads(json.dumps(about))
+    return Race.from_json(found["rates"]) if same else None
