@@ -121,7 +121,7 @@ def test_other_granularities_ask_for_no_head_size(family: str, granularity: str,
     def never(*_: Any) -> int:
         raise AssertionError("asked for the size of a head")
 
-    monkeypatch.setattr("trace_dist.masks.ops.head_rows", never)
+    monkeypatch.setattr("trace_dist.masks.layouts.head_rows", never)
     assert layouts_for(build(family), granularity, 8, "linear")
 
 
