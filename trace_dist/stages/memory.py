@@ -25,9 +25,7 @@ from trace_dist.train.loss import accumulate
 from trace_dist.train.workbench import Workbench
 from trace_dist.utils import dist
 from trace_dist.utils.files import write_json
-from trace_dist.utils.log import get_logger
-
-logger = get_logger(__name__)
+from trace_dist.utils.log import outcome
 
 
 def describe(cfg: RunConfig) -> Stage:
@@ -75,7 +73,7 @@ def run_memory(cfg: RunConfig) -> dict[str, Any]:
     }
     if dist.is_main():
         write_json(cfg.folder.memory, result)
-    logger.info("model states: %.2f bytes per parameter masked, %.2f full", *measured.values())
+    outcome("model states: {masked:.2f} bytes per parameter masked, {full:.2f} full".format(**measured))
     return result
 
 
