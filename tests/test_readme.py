@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
+from bank.samples import drawn, small_delta
 from launching import free_port, rank_environment
 
+from trace_dist import DeltaBank
+from trace_dist.bank.bank import BASE
+from trace_dist.cli.bank_commands import ACTIONS, bank_command
+from trace_dist.cli.parser import parse
 from trace_dist.report import load_results
 from trace_dist.report.markdown import insert, markdown_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+BANK_PAGE = (ROOT / "docs/living-with-a-bank.md").read_text()
 MAKE = "make "  # set-up targets: run by .ci/run (test) or by hand (quickstart), they take minutes
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
 
 
-def commands() -> list[str]:
-    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+def commands(page: str = README) -> list[str]:
+    lines = [line.split("#")[0].strip() for block in blocks("bash", page) for line in block.splitlines()]
     return [line for line in lines if line]
 
 
@@ -104,3 +111,46 @@ def test_python_example(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None
     exec(compile(code, "README.md", "exec"), scope)
     assert (checkout / "tuned/model.safetensors").is_file()
     assert scope["optimizer"].grad_norm > 0
+
+
+def words(line: str) -> list[str]:
+    """The arguments of a command line, however it is started."""
+    return shlex.split(re.sub(r"^.*?(trace-dist|--module trace_dist|-m trace_dist) ", "", line))
+
+
+@pytest.fixture
+def banks(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quickstart's bank after a task was learned, and another one of the same base; the page's configurations."""
+    (configuration,) = blocks("yaml", BANK_PAGE)
+    monkeypatch.chdir(tmp_path)
+    Path("task.yaml").write_text(configuration)
+    for path in map(Path, ("mine.yaml", "runs/quickstart/config.yaml")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text((checkout / "configs/quickstart.yaml").read_text())
+    for name, tasks in (("quickstart", ["reverse", "spiral", "rotate", "spell"]), ("other", ["copy"])):
+        bank = DeltaBank.create(Path("runs") / name / "bank", "aaaa", layer=1)
+        bank.add(drawn(BASE, 0), None)
+        for task in tasks:
+            bank.add(drawn(task, len(task)), small_delta(task, len(task)))
+
+
+@pytest.mark.usefixtures("banks")
+def test_the_bank_page_is_true() -> None:
+    """Every command is one that the program takes; those that keep a bank in order are carried out, in the page's order."""
+    lines = commands(BANK_PAGE)
+    parsed = [parse(words(line)) for line in lines]
+    assert {one.command for one in parsed} == {"init", "run", "learn", "eval", "bank"}
+    actions = [one.bank for one in parsed if one.command == "bank"]
+    assert {one.action for one in actions} == set(ACTIONS)
+    for action in actions:
+        # The export needs a model; it is among the commands of the README.
+        if action.action != "export":
+            bank_command(action)
+    assert DeltaBank(Path("runs/quickstart/bank")).tasks == [BASE, "backwards", "spiral", "spell", "copy"]
+    assert DeltaBank(Path("runs/both")).tasks == [BASE, "backwards", "spiral", "spell", "copy"]
+
+
+@pytest.mark.parametrize("page", [README, *(path.read_text() for path in (ROOT / "docs").glob("*.md"))])
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page):
+        assert any((folder / target).exists() for folder in (ROOT, ROOT / "docs")), target

@@ -36,6 +36,17 @@ def launch_command(launch: LaunchConfig, module: str = "trace_dist") -> list[str
     return [sys.executable, *start, "-m", module]
 
 
+def shown_launch(launch: LaunchConfig) -> str:
+    """How a user starts a command on the ranks of a configuration: what stands before the command's name."""
+    ranks = launch.num_ranks
+    return {
+        "none": "trace-dist",
+        "deepspeed": f"deepspeed --num_gpus {ranks} --module trace_dist",
+        "torchrun": f"torchrun --nproc_per_node {ranks} -m trace_dist",
+        "accelerate": f"accelerate launch --num_processes {ranks} -m trace_dist",
+    }[launch.launcher]
+
+
 def launch_environment(num_processes: int = 1, num_threads: int | None = None) -> dict[str, str]:
     """The environment of each of some processes on this machine.
 

@@ -39,6 +39,10 @@ class RunFolder:
         """What the stages, their launchers and libraries print: a file per stage."""
         return self.root / "logs"
 
+    def log(self, stage: str) -> Path:
+        """What one stage has printed, the newest start last."""
+        return self.logs / f"{stage.replace(' ', '-')}.log"
+
     @property
     def stages(self) -> Path:
         """Wall time of the stages."""

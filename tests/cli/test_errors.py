@@ -85,7 +85,7 @@ def test_a_missing_task_file_can_be_mended_in_the_same_run_folder(
     line = error_line(run("run", "--config", path, cache=cache))
     assert "tasks.copy.path=" in line
     assert "absent.jsonl': no such file or folder; fix the path" in line
-    assert files(tmp_path / "run") == ["config.yaml"]
+    assert files(tmp_path / "run") == ["config.yaml", "logs/base-target.log"]
 
     path = write_config(tmp_path, config)
     done = run("base", "--config", path, "--which", "proxy", cache=cache)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -133,17 +134,30 @@ def test_a_second_run_in_the_same_folder_is_refused(run: Run) -> None:
 
 
 def test_a_killed_run_continues_with_what_was_missing(run: Run) -> None:
-    assert "stage: probe" in run.killed.stdout
-    assert "stage: probe" not in run.continued.stdout
-    assert "stage: project" in run.continued.stdout
+    assert re.search(r"^probe +.*loss \d", run.killed.stdout, re.MULTILINE)
+    assert re.search(r"^probe +kept$", run.continued.stdout, re.MULTILINE)
+    assert re.search(r"^project retrieved +retrieved: .* %", run.continued.stdout, re.MULTILINE)
     assert run.kept_times[0] == run.kept_times[1]
 
 
 def test_a_finished_run_does_nothing_but_report(run: Run) -> None:
     assert run.again.returncode == 0, run.again.stdout
-    assert "stage:" not in run.again.stdout
+    kept = [line.split("  ")[0] for line in run.again.stdout.splitlines() if line.endswith(" kept")]
+    assert kept == ["base target", "probe", "project retrieved", "memory", "merged", "random", "full", "lora"]
     assert run.stage_files[0] == run.stage_files[1]
-    assert "report: " in run.again.stdout
+    *_, report, show, _, score = run.again.stdout.splitlines()
+    assert report == f"report: {run.folder / 'report.html'}"
+    assert show == f"next: trace-dist bank show {run.folder / 'bank'}"
+    assert "--module trace_dist eval --config" in score
+
+
+def test_the_launchers_chatter_is_in_the_logs(run: Run) -> None:
+    """What is shown of a whole run are its own lines and the table; a launcher and two ranks say far more."""
+    shown = run.continued.stdout.splitlines()
+    logs = {path.stem: path.read_text() for path in (run.folder / "logs").iterdir()}
+    assert {"base-target", "probe", "project-retrieved", "memory", "full", "lora"} <= logs.keys()
+    assert len(logs["project-retrieved"].splitlines()) > 10
+    assert not [line for line in shown if "launch" in line.lower() and "trace_dist eval" not in line]
 
 
 def test_results_have_the_shape_of_the_design(run: Run) -> None:

@@ -21,9 +21,12 @@ def run_command(cfg: RunConfig, dry_run: bool) -> None:
         return
     start(cfg, "run")
     from trace_dist.stages.pipeline import run_pipeline, stage_groups
+    from trace_dist.stages.words import next_steps
 
     run_pipeline(cfg, stage_groups(cfg))
     report_command(cfg)
+    if cfg.bank_of().index.is_file():
+        print(next_steps(cfg))
 
 
 def learn_command(cfg: RunConfig, mask_file: str | None, dry_run: bool) -> None:

@@ -15,6 +15,7 @@ from trace_dist.cli.errors import report_error
 from trace_dist.cli.lifetime import end_with_run
 from trace_dist.cli.parser import parse, run_config
 from trace_dist.launching import ProcessFailed
+from trace_dist.utils.launch import launched_rank
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,7 +94,9 @@ def _command(name: str, values: Any) -> None:
 
 
 def _quiet() -> None:
-    """Keep the libraries' chatter out of the log."""
+    """Keep the libraries' chatter out of the log, and let rank 0 alone pass their warnings on."""
+    if launched_rank():
+        warnings.simplefilter("ignore")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

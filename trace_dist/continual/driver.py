@@ -21,7 +21,7 @@ from trace_dist.parts import METHODS
 from trace_dist.run_folder import RunFolder
 from trace_dist.utils import dist
 from trace_dist.utils.files import write_json
-from trace_dist.utils.log import get_logger
+from trace_dist.utils.log import get_logger, outcome
 from trace_dist.utils.together import on_main
 
 logger = get_logger(__name__)
@@ -130,7 +130,7 @@ def run_method(setting: Setting, entry: Entry) -> None:
     result = result_of(method, progress)
     on_main(lambda: write_json(folder.method(name), result))
     _drop_leftovers(folder, name)
-    logger.info("%s: %s", name, " / ".join(f"{score:.1f}" for score in progress.record.rows[-1].tasks))
+    outcome(f"{name}: {' / '.join(f'{score:.1f}' for score in progress.record.rows[-1].tasks)} %")
 
 
 def _drop_checkpoints(folder: RunFolder, name: str, tasks: list[str]) -> None:

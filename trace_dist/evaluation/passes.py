@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 
 from trace_dist.utils import dist
+from trace_dist.utils.log import progress
 
 T = TypeVar("T")
 
@@ -38,7 +39,8 @@ def map_over_ranks(lengths: Sequence[int], batch_size: int, run: Callable[[list[
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     found: dict[int, T] = {}
-    for first in range(0, len(batches), dist.world_size()):
+    rounds = range(0, len(batches), dist.world_size())
+    for first in progress(rounds, "batches of examples", total=len(rounds)):
         mine = batches[first + dist.rank() :][:1]
         for batch in mine:
             found.update(zip(batch, run(batch), strict=True))

@@ -19,12 +19,14 @@ from trace_dist.models.loading import load_model, load_tokenizer
 from trace_dist.models.prune import depth_prune
 from trace_dist.models.tiny import build_tiny
 from trace_dist.stages.stage import ALONE, Stage
+from trace_dist.stages.words import fall
 from trace_dist.train.learner import DenseLearner
 from trace_dist.train.loop import MetricLog, train_steps
 from trace_dist.train.workbench import Tasks, Workbench
 from trace_dist.utils import dist
 from trace_dist.utils.files import atomic_folder
 from trace_dist.utils.locks import hold
+from trace_dist.utils.log import outcome
 
 Role = Literal["target", "proxy"]
 
@@ -88,6 +90,7 @@ def _make(model: ModelConfig, cfg: RunConfig, folder: Path, role: Role) -> None:
         # Its checks come before the conversion.
         Tasks.load(cfg)
         convert_gguf(model.gguf, folder)
+        outcome(f"{role}: converted from {model.gguf}")
     elif model.prune is not None:
         _make_pruned(model.prune, cfg, folder)
 
@@ -120,6 +123,7 @@ def _make_pruned(prune: PruneConfig, cfg: RunConfig, folder: Path) -> None:
     Tasks.load(cfg)
     if not prune.heal_steps:
         depth_prune(target, prune.keep_layers, folder)
+        outcome(f"proxy: layers of {target} cut out")
         return
     with TemporaryDirectory(dir=folder.parent) as scratch:
         pruned = Path(scratch) / "pruned"
@@ -152,5 +156,6 @@ def _pretrain(
     log = MetricLog(cfg.folder, f"base/{role}")
     batches = bench.batches(bench.general, batch_size)
     label = f"pretrain {role}"
-    train_steps(learner, batches, cfg.train, steps, description=label, rate=rate, log=log)
+    result = train_steps(learner, batches, cfg.train, steps, description=label, rate=rate, log=log)
     log.close()
+    outcome(f"{label}: {fall([result.losses])}")

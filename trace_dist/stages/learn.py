@@ -19,8 +19,11 @@ from trace_dist.config import RunConfig
 from trace_dist.masks.mask import Mask
 from trace_dist.models.fingerprint import check_same, fingerprint
 from trace_dist.stages import base, continual, probe
-from trace_dist.stages.pipeline import failure, run_pipeline, start_stage
+from trace_dist.stages.display import Display
+from trace_dist.stages.pipeline import run_pipeline
+from trace_dist.stages.running import Running, failure, start_stage
 from trace_dist.stages.stage import Stage
+from trace_dist.stages.words import next_steps
 from trace_dist.utils import dist
 from trace_dist.utils.files import read_json
 from trace_dist.utils.log import get_logger
@@ -117,15 +120,28 @@ def _in_one_process(stage: Stage, cfg: RunConfig) -> None:
     """Let a process of rank 0's do a stage, unless it is done; all ranks wait. Collective."""
     if dist.broadcast_object(stage.done):
         return
-    process = start_stage(stage, cfg) if dist.is_main() else None
+    running = start_stage(stage, cfg) if dist.is_main() else None
     code = None
     while code is None:
-        if process is not None:
+        if running is not None:
             with suppress(subprocess.TimeoutExpired):
-                code = process.wait(SIGN_OF_LIFE_SECONDS)
+                code = running.process.wait(SIGN_OF_LIFE_SECONDS)
         code = dist.broadcast_object(code)
+    if running is not None:
+        _say_end(running, code)
     if code != 0:
-        raise failure(stage, code)
+        raise failure(stage, cfg, code)
+
+
+def _say_end(running: Running, code: int) -> None:
+    with Display([running.stage.name]) as display:
+        display.begin(running.stage.name)
+        display.show(running.stage.name, running.events.news())
+        running.close()
+        if code == 0:
+            display.end(running.stage.name, running.seconds)
+        else:
+            running.explain()
 
 
 def _say(cfg: RunConfig) -> None:
@@ -142,4 +158,4 @@ def _say(cfg: RunConfig) -> None:
         retrieval["accuracy"],
         len(bank.tasks),
     )
-    logger.info("next: trace-dist bank show %s", bank.folder)
+    print(next_steps(cfg))

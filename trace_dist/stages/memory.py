@@ -26,9 +26,8 @@ from trace_dist.train.loss import accumulate
 from trace_dist.train.workbench import Workbench
 from trace_dist.utils import dist
 from trace_dist.utils.files import write_json
-from trace_dist.utils.log import get_logger
+from trace_dist.utils.log import outcome
 
-logger = get_logger(__name__)
 MEASURED_LR = 1e-4
 """Of the steps that are taken to be measured; states have the same size at any rate."""
 
@@ -78,7 +77,7 @@ def run_memory(cfg: RunConfig) -> dict[str, Any]:
     }
     if dist.is_main():
         write_json(cfg.folder.memory, result)
-    logger.info("model states: %.2f bytes per parameter masked, %.2f full", *measured.values())
+    outcome("model states: {masked:.2f} bytes per parameter masked, {full:.2f} full".format(**measured))
     return result
 
 

@@ -23,10 +23,11 @@ from trace_dist.probe.specificity import cosine_matrix, specificity, tensor_spec
 from trace_dist.probe.task import Probed, probe_task
 from trace_dist.stages.base import prepare_base
 from trace_dist.stages.stage import ALONE, Stage
+from trace_dist.stages.words import fall, listed
 from trace_dist.train.workbench import Stream, Workbench
 from trace_dist.utils import dist
 from trace_dist.utils.files import write_json
-from trace_dist.utils.log import get_logger
+from trace_dist.utils.log import get_logger, outcome
 
 logger = get_logger(__name__)
 
@@ -128,6 +129,7 @@ def run_probe(cfg: RunConfig) -> None:
             "losses": {task: probed.losses for task, probed in found.items()},
         },
     )
+    outcome(f"{listed(found)}: {fall([probed.losses for probed in found.values()])}")
 
 
 def _earlier(cfg: RunConfig, new: list[Sketch], exclude: list[str]) -> dict[str, Sketch]:

@@ -7,8 +7,9 @@ from trace_dist.continual.masks import KINDS, is_projected
 from trace_dist.continual.setting import Setting
 from trace_dist.stages.base import prepare_base
 from trace_dist.stages.stage import Stage
+from trace_dist.stages.words import listed
 from trace_dist.utils import dist
-from trace_dist.utils.log import get_logger
+from trace_dist.utils.log import get_logger, outcome
 
 logger = get_logger(__name__)
 
@@ -39,3 +40,4 @@ def run_project(cfg: RunConfig) -> None:
             logger.info("project %s: kept its masks", stream.task.name)
         else:
             setting.project(stream)
+    outcome(f"{listed([task.name for task in cfg.tasks])}: density {cfg.mask.density:g}")

@@ -33,6 +33,11 @@ class Stage:
         """Whether nothing is left to do."""
         return all(path.exists() for path in self.outputs)
 
+    @property
+    def made_before(self) -> bool:
+        """Whether it has files to make, and all are there."""
+        return bool(self.outputs) and self.done
+
     def check_inputs(self) -> None:
         """Raise ``ValueError`` where an earlier stage has not run."""
         for path, command in self.inputs.items():

@@ -1,0 +1,72 @@
+"""A stage at work: where its output goes, and what is shown when it fails."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from trace_dist.config import ModelConfig, RunConfig, TaskConfig
+from trace_dist.launching import ProcessFailed
+from trace_dist.stages.pipeline import run_pipeline
+from trace_dist.stages.running import NUM_LINES, last_words
+from trace_dist.stages.stage import Stage
+
+TRACEBACK = [
+    "Traceback (most recent call last):",
+    '  File "a.py", line 1, in <module>',
+    "    f()",
+    "KeyError: 'x'",
+]
+LAUNCHERS = [
+    "Traceback (most recent call last):",
+    '  File "run.py", line 9',
+    "ChildFailedError: see its site",
+]
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_a_stage_that_fails(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its own error line is shown, and where its log is; a real process that is told a command that is none."""
+    cfg = RunConfig(run_dir=str(tmp_path), target=ModelConfig("m"), tasks=[TaskConfig("t", "t.jsonl")])
+    with pytest.raises(
+        ProcessFailed, match=r"stage make it: failed with exit code 2; .*logs/make-it\.log"
+    ) as failed:
+        run_pipeline(cfg, [[Stage("make it", ["trian"], [tmp_path / "made"])]])
+    said = capfd.readouterr().err.splitlines()
+    errors = [line for line in said if line.startswith("error")]
+    assert len(errors) == 1
+    assert "invalid choice: 'trian'" in errors[0]
+    log = tmp_path / "logs" / "make-it.log"
+    assert str(log) in str(failed.value)
+    assert errors[0] in log.read_text().splitlines()
+    assert [path.name for path in log.parent.iterdir()] == ["make-it.log"]
+
+
+@pytest.mark.parametrize(
+    ("printed", "shown"),
+    [
+        (["chatter", "error: a=1: wrong; mend it", "more"], ["error: a=1: wrong; mend it"]),
+        (
+            ["error: a", "error [rank 1]: a", "error [rank 1]: b: c", *LAUNCHERS],
+            ["error: a", "error [rank 1]: b: c"],
+        ),
+        (["chatter", *TRACEBACK, *LAUNCHERS, "rank 1 exited"], TRACEBACK),
+        ([f"[rank1]: {line}" for line in TRACEBACK] + LAUNCHERS, [f"[rank1]: {line}" for line in TRACEBACK]),
+        ([str(number) for number in range(40)], [str(number) for number in range(40)][-NUM_LINES:]),
+        (TRACEBACK[:2], TRACEBACK[:2]),
+        ([], []),
+    ],
+    ids=["error", "ranks", "traceback", "rank-traceback", "killed", "cut", "silent"],
+)
+def test_why_a_stage_failed(printed: list[str], shown: list[str]) -> None:
+    assert last_words("\n".join(printed)) == shown

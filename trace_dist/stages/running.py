@@ -1,0 +1,135 @@
+"""A stage that is at work: a process with its ranks, the log of what it prints, and what it tells of its progress."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import takewhile
+from pathlib import Path
+
+from trace_dist.config import LaunchConfig, RunConfig
+from trace_dist.launching import (
+    RUN_PID,
+    ProcessFailed,
+    alone_environment,
+    launch_command,
+    launch_environment,
+)
+from trace_dist.stages.stage import Stage
+from trace_dist.utils import dist
+from trace_dist.utils.events import EVENTS, EventReader
+from trace_dist.utils.files import writing
+
+NUM_LINES = 15
+"""How much of a log is shown at most where a stage fails."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """A stage at work.
+
+    Attributes:
+        stage: what it does.
+        process: the launcher, or the one process.
+        log: file with what it prints.
+        begin: bytes of the log that were there before.
+        events: what it tells.
+        started: when, by ``time.perf_counter``.
+    """
+
+    stage: Stage
+    process: subprocess.Popen[bytes]
+    log: Path
+    begin: int
+    events: EventReader
+    started: float
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been at work."""
+        return time.perf_counter() - self.started
+
+    def explain(self) -> None:
+        """Print why it failed on standard error; what else it printed is in its log."""
+        with self.log.open("rb") as file:
+            file.seek(self.begin)
+            text = file.read().decode("utf-8", errors="replace")
+        print(*last_words(text), sep="\n", file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        """End it with all its ranks; it may have ended by itself."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def close(self) -> None:
+        """Delete what it told; its log stays."""
+        self.events.path.unlink(missing_ok=True)
+
+
+def start_stage(stage: Stage, cfg: RunConfig, together: int = 1) -> Running:
+    """Start a stage beside ``together - 1`` others; from inside a job, one of a single process.
+
+    Raises:
+        ValueError: what it reads is not there, or its log cannot be written.
+    """
+    stage.check_inputs()
+    launch = cfg.launch if stage.launched else LaunchConfig()
+    words = list(takewhile(lambda argument: not argument.startswith("-"), stage.arguments))
+    command = launch_command(launch) + words
+    command += ["--config", str(cfg.folder.config), *stage.arguments[len(words) :]]
+    in_job = dist.world_size() > 1
+    environment = alone_environment() if in_job else launch_environment(together * launch.num_ranks)
+    log = cfg.folder.log(stage.name).absolute()
+    events = EventReader(log.with_suffix(".events"))
+    environment |= {RUN_PID: str(os.getpid()), EVENTS: str(events.path), "PYTHONUNBUFFERED": "1"}
+    with writing(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        events.path.unlink(missing_ok=True)
+        with log.open("ab") as file:
+            file.write(f"\n{datetime.now():%Y-%m-%d %H:%M:%S} {' '.join(command)}\n".encode())
+            file.flush()
+            begin = file.tell()
+            # A session of its own: launchers do not pass signals on to their ranks, so the whole group is stopped.
+            process = subprocess.Popen(
+                command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+    return Running(stage, process, log, begin, events, time.perf_counter())
+
+
+def failure(stage: Stage, cfg: RunConfig, code: int) -> ProcessFailed:
+    """What is said of a stage that failed, after ``Running.explain``."""
+    return ProcessFailed(
+        f"stage {stage.name}: failed with exit code {code}; its error is above, its log is {cfg.folder.log(stage.name)}. "
+        "Mend it and start the same command again: finished stages are kept"
+    )
+
+
+def last_words(text: str) -> list[str]:
+    """Why a stage failed, out of what all its ranks printed: their error lines, each once; else the first traceback, since what
+    follows it are the launcher's; else the last lines."""
+    lines = text.splitlines()
+    errors = dict[str, str]()
+    for line in lines:
+        if line.startswith(("error: ", "error [rank ")):
+            errors.setdefault(line.partition(": ")[2], line)
+    if errors:
+        return list(errors.values())[:NUM_LINES]
+    # torch names the rank at the head of each line.
+    bare = [re.sub(r"^\[rank\d+\]: ?", "", line) for line in lines]
+    first = next((at for at, line in enumerate(bare) if line.startswith("Traceback ")), None)
+    if first is None:
+        return lines[-NUM_LINES:]
+    ends = (at for at in range(first + 1, len(bare)) if bare[at] and not bare[at].startswith(" "))
+    return lines[first : next(ends, len(lines)) + 1][-NUM_LINES:]

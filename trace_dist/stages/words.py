@@ -1,0 +1,39 @@
+"""Results in a few words, for the line of a stage."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Collection, Sequence
+
+from trace_dist.config import RunConfig
+from trace_dist.launching import shown_launch
+
+MOST_NAMES = 4
+
+
+def listed(tasks: Collection[str]) -> str:
+    """The names of the tasks; how many there are where they would fill the line."""
+    return ", ".join(tasks) if len(tasks) <= MOST_NAMES else f"{len(tasks)} tasks"
+
+
+def next_steps(cfg: RunConfig) -> str:
+    """What to do with a bank, as commands to copy."""
+    config, bank = (shlex.quote(str(path)) for path in (cfg.folder.config, cfg.bank_of().root))
+    return (
+        f"next: trace-dist bank show {bank}\n"
+        f"      trace-dist learn --config task.yaml --bank {bank}\n"
+        f"      {shown_launch(cfg.launch)} eval --config {config} --bank_folder {bank}"
+    )
+
+
+def fall(curves: Collection[Sequence[tuple[int, float]]]) -> str:
+    """The losses of some trainings at their first and last steps, averaged over the trainings that made a step.
+
+    Args:
+        curves: (step, loss) of each training.
+    """
+    made = [curve for curve in curves if curve]
+    if not made:
+        return "no step"
+    first, last = (sum(curve[at][1] for curve in made) / len(made) for at in (0, -1))
+    return f"loss {first:.2f} -> {last:.2f}"
