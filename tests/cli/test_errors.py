@@ -123,7 +123,8 @@ def test_a_prompt_longer_than_the_context(config: dict[str, Any], cache: Path, t
         lines.write('{"prompt": "twist %s", "answer": "a"}\n' % ("abc" * 100))
     path = write_config(tmp_path, config)
     line = error_line(run("base", "--config", path, cache=cache))
-    assert "tokens do not fit the model's 256 positions" in line
+    assert "tasks.twist: a training example needs 305 tokens" in line
+    assert "the target has 256 positions" in line
     assert "set data.max_length to at most 256 with data.truncate_prompt=true" in line
     assert files(tmp_path / "run") == ["config.yaml"]
 
