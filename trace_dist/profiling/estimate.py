@@ -14,15 +14,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
-from math import ceil, floor, prod
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from trace_dist.config import Backend, Quantize, StateDtype
-from trace_dist.masks.gaps import expected_bytes
-from trace_dist.masks.ops import layouts_for
+from trace_dist.config import Backend, Quantize
+from trace_dist.masks.layouts import layouts_for
 from trace_dist.masks.units import UnitLayout
 from trace_dist.models.architecture import cause, empty_model, read_config
 from trace_dist.models.blocks import decoder_blocks
@@ -32,12 +31,19 @@ from trace_dist.profiling.activations import Moment, StepTrace, trace_step
 from trace_dist.profiling.exchange import Exchange
 from trace_dist.profiling.gathering import fsdp2_gathered, zero3_gathered
 from trace_dist.profiling.memory_setup import MemorySetup
+from trace_dist.profiling.selection import (
+    Selection,
+    decoded_bytes,
+    formed_elements,
+    index_bytes,
+    moment_bytes,
+    overlay_index_bytes,
+    selections,
+)
 from trace_dist.sharding.views import chunk_views
 
 STATES = ("weights", "master", "exp_avg", "exp_avg_sq", "gradients", "indices", "staging")
 TRANSIENT = ("gathered", "weight_gradient", "reduction", "activations", "logits")
-QUANTIZATION_BLOCK = 256
-"""Entries that share one fp32 scale in 8-bit moments."""
 
 
 @dataclass(frozen=True)
@@ -69,27 +75,6 @@ class Estimate:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Selection:
-    """How much of one parameter a random mask selects."""
-
-    units: int
-    entries: int
-
-
-def selections(layouts: Mapping[str, UnitLayout], density: float) -> dict[str, Selection]:
-    """What ``masks.ops.random_mask`` selects of every parameter: exact, but for ragged layouts, where it is the expectation."""
-    found, carry = {}, 0.0
-    for name, layout in layouts.items():
-        budget = density * layout.numel + carry
-        size = layout.numel / layout.num_units
-        units = min(layout.num_units, max(0, floor(budget / size + 0.5)))
-        carry = budget - units * size
-        if units:
-            found[name] = Selection(units, round(units * size))
-    return found
 
 
 def load_config(model: str) -> Any:
@@ -146,9 +131,9 @@ class Estimator:
         sizes = tuple(
             (
                 name,
-                _computed(layouts[name], chosen),
+                formed_elements(layouts[name], chosen),
                 chosen.entries,
-                _decoded(layouts[name], chosen, setup.world_size),
+                decoded_bytes(layouts[name], chosen, setup.world_size),
             )
             for name, chosen in selected.items()
         )
@@ -266,34 +251,6 @@ class _Step(NamedTuple):
     activation_checkpointing: bool
 
 
-def _computed(layout: UnitLayout, selection: Selection) -> int:
-    """Elements of a weight's gradient that are formed: the masked rows or columns, or all."""
-    return layout.numel if layout.lines is None else selection.entries
-
-
-def _decoded(layout: UnitLayout, selection: Selection, world_size: int) -> int:
-    """Bytes of a mask's indices while entries are picked out of a whole gradient (``Support.whole``)."""
-    if world_size == 1 or _computed(layout, selection) != layout.numel:
-        return 0
-    runs = _runs(layout, selection)
-    return runs.num_runs * runs.itemsize
-
-
-class _Runs(NamedTuple):
-    """What ``UnitLayout.runs`` makes of selected units: how many runs, of how many, and the bytes of an index."""
-
-    num_runs: int
-    of: int
-    itemsize: int
-
-
-def _runs(layout: UnitLayout, selection: Selection) -> _Runs:
-    """Ragged layouts and columns are kept as single elements."""
-    if layout.scattered:
-        return _Runs(selection.entries, layout.numel, layout.element_dtype.itemsize)
-    return _Runs(selection.units, layout.num_units, layout.index_dtype.itemsize)
-
-
 def _candidates(moment: Moment, gathered: int, exchange: Exchange) -> list[dict[str, int]]:
     """What lies there at the fullest of a moment, and at the delivery of its weight gradient."""
     found = []
@@ -310,29 +267,6 @@ def _candidates(moment: Moment, gathered: int, exchange: Exchange) -> list[dict[
     usual = {str(kind): size for kind, size in (moment.peak or {}).items()}
     base = {"gathered": gathered, "weight_gradient": 0, "reduction": exchange.held}
     return [*found, {**base, "activations": 0, "logits": 0, **usual}]
-
-
-def index_bytes(layout: UnitLayout, selection: Selection, entries: int, world_size: int) -> int:
-    """Bytes of one parameter's indices on a rank that owns ``entries`` of the selected ones.
-
-    Where these are, and, between several ranks, where all are: encoded ([Note: gaps] in masks/gaps.py).
-    """
-    runs = _runs(layout, selection)
-    owned = ceil(runs.num_runs * entries / max(selection.entries, 1))
-    return owned * runs.itemsize + (world_size > 1) * expected_bytes(selection.units, layout.num_units)
-
-
-def overlay_index_bytes(layout: UnitLayout, selection: Selection) -> int:
-    """Bytes of the encoded entries of a 4-bit weight's overlay."""
-    runs = _runs(layout, selection)
-    return expected_bytes(runs.num_runs, runs.of)
-
-
-def moment_bytes(entries: int, state_dtype: StateDtype) -> int:
-    """Bytes of one moment of AdamW for some entries of one parameter."""
-    if state_dtype == "8bit":
-        return entries + 4 * ceil(entries / QUANTIZATION_BLOCK)
-    return entries * (2 if state_dtype == "bfloat16" else 4)
 
 
 def estimate(setup: MemorySetup) -> Estimate:
