@@ -58,6 +58,14 @@ def test_help_says_what_for_and_gives_an_example(
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_what_for_stands_at_the_top(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    """Not below a usage of a hundred options."""
+    command = COMMANDS[words]
+    top = " ".join(" ".join(helped(capsys, *words).splitlines()[:14]).split())
+    assert command.purpose[1:] in top
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_examples_are_command_lines_that_the_program_takes(
     words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

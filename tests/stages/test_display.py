@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
+from rich.console import Console
 
 from trace_dist.stages import display as shown
 from trace_dist.stages.display import Display
@@ -38,6 +41,24 @@ def test_progress_is_a_line_now_and_then(
         display.show("probe", [event("progress", "probe copy", done=1, total=4)])
         display.drop("probe")
     assert capsys.readouterr().err.split() == ["probe", "probe", "copy:", "1", "of", "4"]
+
+
+def test_a_terminal_shows_a_bar_and_keeps_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(
+        shown, "console", Console(file=screen, force_terminal=True, width=120, color_system=None)
+    )
+    with Display(["probe", "memory"]) as display:
+        for name in ("probe", "memory"):
+            display.begin(name)
+            display.show(name, [event("progress", f"{name} copy", done=1, total=4)])
+        display._bars.refresh()
+        assert "probe copy" in screen.getvalue()
+        assert screen.getvalue().count("1/4") >= 2
+        display.show("probe", [event("outcome", "loss 3 -> 1")])
+        display.end("probe", 1.0)
+        display.drop("memory")
+    assert "loss 3 -> 1" in screen.getvalue()
 
 
 def test_a_warning_of_several_stages_comes_once(caplog: pytest.LogCaptureFixture) -> None:

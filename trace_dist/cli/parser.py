@@ -60,7 +60,7 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # Parsers of nested values carry the name of the script instead.
-        program = self.prog.replace("[options] ", "") if self.prog.startswith(PROGRAM) else PROGRAM
+        program = self.prog if self.prog.startswith(PROGRAM) else PROGRAM
         report_error(f"{explain(message)}; see {program} --help")
         raise SystemExit(2)
 
@@ -83,8 +83,7 @@ def build_parser(words: Sequence[str] | None = None) -> Parser:
     parser = Parser(prog=PROGRAM, description=PURPOSE, version=_version())
     commands: Any = parser.add_subcommands(dest="command")
     for name, command in (known.RUN_COMMANDS | known.FILE_COMMANDS).items():
-        child = Parser(command)
-        commands.add_subcommand(name, child, help=command.purpose)
+        child = _subcommand(parser, commands, name, command)
         if words is None or name in words:
             FILL.get(name, _fill_run)(child, command)
     return parser
@@ -129,7 +128,18 @@ def _version() -> str:
     return version("trace-dist")
 
 
+def _subcommand(parent: Parser, siblings: Any, name: str, command: Command) -> Parser:
+    """A parser of a command below another one; its arguments are added later."""
+    child = Parser(command)
+    siblings.add_subcommand(name, child, help=command.purpose)
+    # It would be called `trace-dist [options] name`.
+    child.prog = f"{parent.prog} {name}"
+    return child
+
+
 def _fill_run(parser: Parser, command: Command) -> None:
+    # Every key is an option: too many for a line of usage.
+    parser.usage = "%(prog)s --config FILE [--key VALUE ...]"
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of the run")
     parser.add_class_arguments(RunConfig, nested_key=None, fail_untyped=True)
     _add(parser, command.own)
@@ -146,9 +156,7 @@ def _fill_actions(actions: Mapping[str, tuple[Command, known.Options]]) -> Fill:
     def fill(parser: Parser, _: Command) -> None:
         sub: Any = parser.add_subcommands(dest="action")
         for name, (command, arguments) in actions.items():
-            child = Parser(command)
-            _add_options(child, arguments)
-            sub.add_subcommand(name, child, help=command.purpose)
+            _add_options(_subcommand(parser, sub, name, command), arguments)
 
     return fill
 
@@ -165,23 +173,19 @@ def _add_options(parser: Parser, arguments: known.Options) -> None:
 
 def _fill_memory(parser: Parser, _: Command) -> None:
     sub: Any = parser.add_subcommands(dest="action")
-    measure = Parser(known.MEASURE)
-    _fill_run(measure, known.MEASURE)
-    sub.add_subcommand("measure", measure, help=known.MEASURE.purpose)
+    _fill_run(_subcommand(parser, sub, "measure", known.MEASURE), known.MEASURE)
     for name, command in known.MEMORY_ACTIONS.items():
-        child = Parser(command)
+        child = _subcommand(parser, sub, name, command)
+        child.usage = "%(prog)s --model MODEL [--key VALUE ...]"
         skip = set(known.NOT_ASKED[name])
         child.add_class_arguments(MemorySetup, nested_key=None, fail_untyped=True, skip=skip)
         _add(child, command.own)
-        sub.add_subcommand(name, child, help=command.purpose)
 
 
 def _fill_bench(parser: Parser, _: Command) -> None:
     sub: Any = parser.add_subcommands(dest="action")
     for name, command in known.BENCHMARKS.items():
-        child = Parser(command)
-        _add(child, command.own)
-        sub.add_subcommand(name, child, help=command.purpose)
+        _add(_subcommand(parser, sub, name, command), command.own)
 
 
 FILL: dict[str, Fill] = {
