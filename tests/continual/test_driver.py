@@ -12,7 +12,7 @@ from continual.small import METHODS, STEPS, TASKS, result
 from trace_dist.bank.bank import BASE, DeltaBank
 from trace_dist.config import RunConfig
 from trace_dist.continual.driver import run_continual
-from trace_dist.masks.format import Mask
+from trace_dist.masks.mask import Mask
 from trace_dist.models.loading import load_model
 from trace_dist.run_folder import RunFolder
 from trace_dist.sharding.build import load_sharded

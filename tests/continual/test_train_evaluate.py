@@ -9,7 +9,7 @@ from continual.small import TASKS, result
 
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.config import RunConfig
-from trace_dist.masks.format import Mask
+from trace_dist.masks.mask import Mask
 from trace_dist.run_folder import RunFolder
 from trace_dist.stages.evaluate import run_evaluate
 from trace_dist.stages.train import run_train

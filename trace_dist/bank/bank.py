@@ -27,7 +27,7 @@ from trace_dist.bank.retrieval import Retriever
 from trace_dist.bank.signature import Signature
 from trace_dist.bank.sketch import Sketch
 from trace_dist.bank.writer import Writer, read_index, writing_to
-from trace_dist.masks.format import Mask
+from trace_dist.masks.mask import Mask
 from trace_dist.run_folder import DELTA, SIGNATURE, SKETCH, BankFolder
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.utils.names import BASE

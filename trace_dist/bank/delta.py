@@ -17,9 +17,9 @@ from torch import Tensor
 from trace_kernels.compact import compact_gather, compact_scatter
 from trace_kernels.delta_swap import delta_swap
 
-from trace_dist.masks.format import Mask
 from trace_dist.masks.gaps import decode_gaps
 from trace_dist.masks.header import layouts_from_header, layouts_header
+from trace_dist.masks.mask import Mask
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.support import build_supports
 from trace_dist.utils import dist

@@ -10,7 +10,7 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from trace_dist.bank.bank import DeltaBank
-from trace_dist.masks.format import Mask
+from trace_dist.masks.mask import Mask
 from trace_dist.utils.names import BASE
 
 

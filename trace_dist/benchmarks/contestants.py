@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from trace_dist.benchmarks.peers import with_adapters
-from trace_dist.masks.format import Mask
+from trace_dist.masks.mask import Mask
 from trace_dist.masks.ops import layouts_for, random_mask
 from trace_dist.models.blocks import whole_blocks
 from trace_dist.optim.masked_adamw import MaskedAdamW

@@ -17,7 +17,7 @@ from trace_dist.checkpoint.format import MANIFEST, MASK, damaged, is_count, is_m
 from trace_dist.checkpoint.random_state import restore_random_state
 from trace_dist.checkpoint.retention import KEEP
 from trace_dist.checkpoint.writer import Contents, FileBeside, write_checkpoint
-from trace_dist.masks.format import Mask
+from trace_dist.masks.mask import Mask
 from trace_dist.optim.masked_adamw import MaskedAdamW
 from trace_dist.optim.pieces import Piece, covers, pieces_of, restore
 from trace_dist.optim.states import State, tensors_of

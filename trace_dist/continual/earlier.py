@@ -10,7 +10,7 @@ from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.delta import extract_delta
 from trace_dist.config import RunConfig
 from trace_dist.continual.isolation.base import Change
-from trace_dist.masks.format import Mask
+from trace_dist.masks.mask import Mask
 from trace_dist.masks.room import free_elements
 from trace_dist.masks.select import Units
 from trace_dist.masks.units import UnitLayout

@@ -15,7 +15,7 @@ from trace_dist.continual.earlier import changes_in
 from trace_dist.continual.progress import examples_digest, keep_trained, kept_trained
 from trace_dist.continual.setting import Setting
 from trace_dist.data.batches import Batches
-from trace_dist.masks.format import Mask
+from trace_dist.masks.mask import Mask
 from trace_dist.train.learner import Learner
 from trace_dist.train.loop import TrainResult
 from trace_dist.train.task import train_mask

@@ -18,7 +18,7 @@ from trace_dist.continual.earlier import bank_before, check_apart
 from trace_dist.continual.isolation.base import Isolation, load_isolation
 from trace_dist.continual.judge import Judge, Row
 from trace_dist.continual.masks import KINDS, project_stream
-from trace_dist.masks.format import Mask
+from trace_dist.masks.mask import Mask
 from trace_dist.masks.ops import layouts_for, tensor_seed
 from trace_dist.masks.select import Units
 from trace_dist.masks.units import UnitLayout

@@ -35,7 +35,7 @@ from trace_dist.utils.finite import check_finite
 if TYPE_CHECKING:
     from trace_kernels.runs import Runs
 
-    from trace_dist.masks.format import Mask
+    from trace_dist.masks.mask import Mask
     from trace_dist.sharding.base import ShardedModel
     from trace_dist.sharding.support import Support
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from trace_dist.masks.format import Mask
+from trace_dist.masks.mask import Mask
 from trace_dist.masks.room import fill
 from trace_dist.masks.units import UnitLayout
 from trace_dist.models.roles import ParamInfo

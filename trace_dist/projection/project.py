@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from trace_dist.config import MaskConfig, ProbeConfig, ProjectionConfig, TrainConfig
 from trace_dist.data.batches import Batches
-from trace_dist.masks.format import Mask
+from trace_dist.masks.mask import Mask
 from trace_dist.masks.ops import layouts_for, place
 from trace_dist.masks.select import Units
 from trace_dist.models.roles import describe

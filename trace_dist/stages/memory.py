@@ -14,7 +14,7 @@ import torch
 
 from trace_dist.config import RunConfig
 from trace_dist.data.batches import Step
-from trace_dist.masks.format import Mask
+from trace_dist.masks.mask import Mask
 from trace_dist.models.nf4 import BYTES_PER_ELEMENT, NF4Linear, named_weights
 from trace_dist.profiling.states import bytes_per_param
 from trace_dist.sharding.dense import FullAdamW

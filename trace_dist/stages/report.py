@@ -10,7 +10,7 @@ from typing import Any
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.overlap import mask_overlap, overlap
 from trace_dist.config import RunConfig
-from trace_dist.masks.format import Mask
+from trace_dist.masks.mask import Mask
 from trace_dist.models.roles import describe
 from trace_dist.parts import METHODS
 from trace_dist.report import render_png, write_report

@@ -11,7 +11,7 @@ from trace_dist.config.checks import AUTO
 from trace_dist.continual.learn import train_stream, try_mask
 from trace_dist.continual.race import held_race
 from trace_dist.continual.setting import Setting
-from trace_dist.masks.format import Mask
+from trace_dist.masks.mask import Mask
 from trace_dist.stages.base import prepare_base
 from trace_dist.train.learner import Learner
 from trace_dist.train.workbench import Stream

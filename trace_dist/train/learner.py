@@ -18,7 +18,7 @@ from trace_kernels.compact import compact_gather
 from trace_dist.checkpoint import load_checkpoint, load_dense, save_checkpoint, save_dense
 from trace_dist.config import TrainConfig
 from trace_dist.data.batches import Step
-from trace_dist.masks.format import Mask
+from trace_dist.masks.mask import Mask
 from trace_dist.optim.masked_adamw import MaskedAdamW
 from trace_dist.optim.states import tensors_of
 from trace_dist.sharding.base import ShardedModel

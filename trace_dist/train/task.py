@@ -12,7 +12,7 @@ from torch import Tensor
 from trace_dist.checkpoint import latest_checkpoint
 from trace_dist.config import TrainConfig
 from trace_dist.data.batches import Batches
-from trace_dist.masks.format import Mask
+from trace_dist.masks.mask import Mask
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.cadence import Cadence
 from trace_dist.train.learner import Learner, MaskedLearner

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trace_dist.bank.delta import Delta
 from trace_dist.config import MaskConfig
-from trace_dist.masks.format import Mask
+from trace_dist.masks.mask import Mask
 from trace_dist.masks.select import Units
 from trace_dist.masks.units import UnitLayout
 from trace_dist.parts import ISOLATIONS

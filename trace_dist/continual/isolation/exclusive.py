@@ -13,7 +13,7 @@ from torch import Tensor
 from trace_dist.config import MaskConfig
 from trace_dist.config.checks import check
 from trace_dist.continual.isolation.base import Isolation
-from trace_dist.masks.format import Mask
+from trace_dist.masks.mask import Mask
 from trace_dist.masks.select import Units
 from trace_dist.masks.units import UnitLayout
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trace_dist.config.checks import Section
 from trace_dist.continual.isolation.base import Change, Isolation
-from trace_dist.masks.format import Mask
+from trace_dist.masks.mask import Mask
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)

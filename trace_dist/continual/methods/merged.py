@@ -18,7 +18,7 @@ from trace_dist.continual.learn import train_stream, try_mask
 from trace_dist.continual.methods.base import Method
 from trace_dist.continual.setting import Setting
 from trace_dist.data.batches import Batches
-from trace_dist.masks.format import Mask
+from trace_dist.masks.mask import Mask
 from trace_dist.train.learner import Learner
 from trace_dist.train.loop import TrainResult
 from trace_dist.train.workbench import Stream

@@ -15,7 +15,7 @@ from torch import Tensor
 from trace_dist.config import MaskConfig, ProbeConfig, TrainConfig
 from trace_dist.config.checks import Section, check
 from trace_dist.data.batches import Batches
-from trace_dist.masks.format import Mask
+from trace_dist.masks.mask import Mask
 from trace_dist.masks.ops import Scores, place
 from trace_dist.masks.units import UnitLayout
 from trace_dist.probe.importance import element_energy

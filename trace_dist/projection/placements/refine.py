@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from trace_dist.data.batches import Batches
-from trace_dist.masks.format import Mask
+from trace_dist.masks.mask import Mask
 from trace_dist.masks.ops import Scores
 from trace_dist.masks.units import UnitLayout
 from trace_dist.projection.site import Site
