@@ -29,9 +29,9 @@ bench: $(VENV)/.dev
 	$(BIN)/trace-dist bench memory --out docs/results/bench_memory.json
 	$(BIN)/python -m trace_dist.benchmarks.document docs/results docs/benchmarks.md
 
-# Two processes share the tests out; one thread each, since the tests start more.
+# One thread per process: the tests start several.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

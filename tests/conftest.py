@@ -48,15 +48,6 @@ SECTIONS: dict[int, tuple[Launcher, list[str]]] = {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes share the tests out (``-n 2 --dist loadgroup``), what shares a costly fixture stays together."""
-    tests = Path(__file__).parent
-    for item in items:
-        ranks = "world" in getattr(item, "fixturenames", ())
-        group = "ranks" if ranks else item.path.relative_to(tests).parts[0]
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @dataclass(frozen=True)
 class World:
     """What the ranks of one launch found: ``reports[rank][section]``, and files in ``folder``."""
