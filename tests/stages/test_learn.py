@@ -118,7 +118,7 @@ def test_learned_with_a_mask_of_ones_own(first: Path, later: Callable[..., Path]
     ("changes", "words"),
     [
         ({"tasks": [{"name": "copy", "path": "copy.jsonl"}]}, "holds a task of this name"),
-        ({"target": {"path": "run/models/proxy"}}, "use the model"),
+        ({"target": {"path": "run/models/proxy"}}, "load the model it was made for"),
     ],
     ids=["name", "base"],
 )
