@@ -30,7 +30,7 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
     "whole": load_model,
     "nf4": lambda folder: load_model(folder, quantize="nf4"),
     "zero3": lambda folder: load_model_zero3(folder, "float32", ZERO3),
-    "fsdp2": lambda folder: load_model_fsdp2(folder, "float32", never, torch.device("cpu")),
+    "fsdp2": lambda folder: load_model_fsdp2(folder, "float32", never, torch.device("cpu"), never),
     "load_sharded": lambda folder: load_sharded(str(folder), "float32"),
     "fingerprint": fingerprint,
     "prune": lambda folder: depth_prune(folder, 1, folder.parent / "proxy"),

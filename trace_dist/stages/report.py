@@ -100,9 +100,9 @@ def _densities(paths: Iterable[tuple[str, Path]]) -> dict[str, Any]:
 
 
 def mask_heat_map(mask: Mask) -> dict[str, Any]:
-    """Layers, roles, and the density of every maskable tensor at their crossing."""
+    """Layers and roles of the text model, and the density of every maskable tensor at their crossing."""
     infos = describe({name: layout.shape for name, layout in mask.layouts.items()})
-    placed = [info for info in infos.values() if info.layer is not None]
+    placed = [info for info in infos.values() if info.layer is not None and info.tower == "text"]
     num_layers = 1 + max((info.layer for info in placed if info.layer is not None), default=0)
     roles = [role for role in ROLES if any(info.role == role for info in placed)]
     selected = {(layer, role): [0.0, 0.0] for layer in range(num_layers) for role in roles}
