@@ -62,7 +62,7 @@ def test_a_probe_that_was_cut_measures_the_rest_alone(cfg: RunConfig) -> None:
     whole = {path: path.read_bytes() for path in (folder.root / "probe").rglob("*") if path.is_file()}
     kept = folder.trace("copy").stat().st_mtime_ns
     for path in whole:
-        if path != folder.trace("copy"):
+        if path not in (folder.trace("copy"), folder.sketch("copy")):
             path.unlink()
     run_probe(cfg)
     assert folder.trace("copy").stat().st_mtime_ns == kept
@@ -72,7 +72,9 @@ def test_a_probe_that_was_cut_measures_the_rest_alone(cfg: RunConfig) -> None:
 def test_what_was_probed_in_another_way_is_probed_again(cfg: RunConfig, tmp_path: Path) -> None:
     other = replace(cfg, run_dir=str(tmp_path), probe=replace(cfg.probe, score="l2"))
     other.folder.trace("copy").parent.mkdir(parents=True)
+    other.folder.sketch("copy").parent.mkdir(parents=True)
     other.folder.trace("copy").write_bytes(cfg.folder.trace("copy").read_bytes())
+    other.folder.sketch("copy").write_bytes(cfg.folder.sketch("copy").read_bytes())
     run_probe(other)
     assert Mask.load(other.folder.proxy_mask("copy")) != Mask.load(cfg.folder.proxy_mask("copy"))
 
