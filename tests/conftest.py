@@ -94,6 +94,19 @@ def continue_alone(relay: Path) -> None:
     run(shard(PLAIN.model(), "single"), PLAIN, relay, last=7)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Several workers: a file's tests stay together, and so do all files that read a world, which is started once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "world" if "world(" in (config.rootpath / file).read_text() else file
+
+    return Together(config, log)
+
+
 @pytest.fixture
 def torch_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """CPU tensors take the torch path, which has torch's bits; the C++ path rounds square roots correctly, torch does not."""

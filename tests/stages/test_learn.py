@@ -118,7 +118,10 @@ def test_learned_with_a_mask_of_ones_own(first: Path, later: Callable[..., Path]
     ("changes", "words"),
     [
         ({"tasks": [{"name": "copy", "path": "copy.jsonl"}]}, "holds a task of this name"),
-        ({"target": {"path": "run/models/proxy"}}, "load the model it was made for"),
+        (
+            {"target": {"path": "run/models/proxy"}, "tasks": [{"name": "other", "path": f"{LATER}.jsonl"}]},
+            "load the model it was made for",
+        ),
     ],
     ids=["name", "base"],
 )

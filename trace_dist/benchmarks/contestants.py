@@ -45,6 +45,26 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 3,
         "tie_word_embeddings": True,
     },
+    "Llama-3.2-1B": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+    "Llama-3-8B": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+    },
     "tiny": {
         "vocab_size": 512,
         "hidden_size": 64,
@@ -55,7 +75,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-"""Model shapes: the one of the published results, and one that shows in seconds that everything runs."""
+"""Model shapes: that of the results on a CPU, two for a GPU, and one that shows in seconds that everything runs."""
 ATTENTION = ("auto", "eager", "sdpa")
 """transformers' unfused attention, and torch's fused one."""
 MASKED = {"element": 1, "block 64": 64, "row": 0}
@@ -96,7 +116,11 @@ class Race:
         if attention == "auto":
             attention = "sdpa" if torch.cuda.is_available() else "eager"
         config = LlamaConfig(**SHAPES[self.shape])
-        return AutoModelForCausalLM.from_config(config, attn_implementation=attention).bfloat16().train()
+        with dist.local_device():
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention, dtype=torch.bfloat16
+            )
+        return model.train()
 
     def batch(self) -> dict[str, Tensor]:
         """This rank's batch, the same on any device, where the model computes."""

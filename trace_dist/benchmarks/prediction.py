@@ -8,6 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from trace_dist.config import LaunchConfig
 from trace_dist.launching import ProcessFailed, launch_command, launch_environment
 from trace_dist.report.memory_tables import comparison_table, print_table
@@ -23,14 +25,15 @@ SHAPES = {
 
 
 def compare_memory() -> dict[str, Any]:
-    """Predicted beside measured memory of three Llamas on one and two ranks, each a ``memory profile`` of its own.
+    """Predicted beside measured memory of three Llamas on one and two ranks (GPUs where there are some), each a ``memory profile`` of its own.
 
     Raises:
         ProcessFailed: a profile failed; its own error is printed above.
     """
+    max_ranks = min(2, torch.cuda.device_count() or 2)
     rows = []
     for name, shape in SHAPES.items():
-        for num_ranks in (1, 2):
+        for num_ranks in range(1, max_ranks + 1):
             result = _profile_in_processes(shape, num_ranks)
             print_table(comparison_table(result))
             rows.append({"name": name, **result, "setup": {**result["setup"], "model": name}})

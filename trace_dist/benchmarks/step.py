@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 from trace_dist.benchmarks.contestants import CONTESTANTS, Contestant, Race, build
@@ -36,6 +37,7 @@ logger = get_logger(__name__)
 
 WARM_UP = 2
 PHASES = ("forward", "backward", "optimizer")
+BYTES = ("peak_rss_bytes", "peak_device_bytes", "gradient_bytes_sent", "weight_bytes_sent")
 KINDS: dict[str, tuple[str, ...]] = {
     "matmul": ("aten::mm", "aten::addmm", "aten::bmm", "aten::_addmm"),
     "attention": ("scaled_dot_product", "flash_attention"),
@@ -115,7 +117,7 @@ def _summary(name: str, runs: Sequence[dict[str, Any]], full: Sequence[dict[str,
     row: dict[str, Any] = {"name": name, "num_trained": whole[0]["num_trained"]}
     row["step_s"] = _median(whole, "step_s")
     row["phases_s"] = {phase: _median(whole, f"{phase}_s") for phase in PHASES}
-    for key in ("peak_rss_bytes", "gradient_bytes_sent", "weight_bytes_sent"):
+    for key in filter(whole[0].__contains__, BYTES):
         row[key] = statistics.median(run[key] for run in whole)
     row["time_s"] = {
         kind: statistics.median(run["time_s"][kind] for run in whole) for kind in whole[0]["time_s"]
@@ -123,7 +125,8 @@ def _summary(name: str, runs: Sequence[dict[str, Any]], full: Sequence[dict[str,
     dense = [run for run in full if "error" not in run]
     if dense:
         row["step_ratio"] = row["step_s"] / _median(dense, "step_s")
-        row["gradient_bytes_ratio"] = row["gradient_bytes_sent"] / dense[0]["gradient_bytes_sent"]
+        if dense[0]["gradient_bytes_sent"]:  # a rank that is alone sends none
+            row["gradient_bytes_ratio"] = row["gradient_bytes_sent"] / dense[0]["gradient_bytes_sent"]
         row["peak_rss_ratio"] = row["peak_rss_bytes"] / statistics.median(
             run["peak_rss_bytes"] for run in dense
         )
@@ -150,10 +153,12 @@ def measure(contestant: Contestant, steps: int) -> dict[str, Any]:
             for phase, begin, end in zip(PHASES, marks, marks[1:], strict=False):
                 times[f"{phase}_s"].append(end - begin)
             times["step_s"].append(marks[-1] - marks[0])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peaks = {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    on_gpu = dist.local_device().type == "cuda"
+    if on_gpu:
+        peaks["peak_device_bytes"] = torch.cuda.max_memory_allocated()
     with WireCounter() as wire:
         _once(contestant)
-    on_gpu = dist.local_device().type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiled:
         begin = now()
@@ -162,7 +167,7 @@ def measure(contestant: Contestant, steps: int) -> dict[str, Any]:
     return {
         **times,
         "num_trained": contestant.num_trained,
-        "peak_rss_bytes": dist.max_over_ranks(peak),
+        **{name: dist.max_over_ranks(peak) for name, peak in peaks.items()},
         "gradient_bytes_sent": wire.reduced,
         "weight_bytes_sent": wire.gathered,
         "time_s": _time_by_kind(profiled, wall, on_gpu),

@@ -18,7 +18,8 @@ from trace_dist.data.encoding import IGNORE
 
 CHUNK_ELEMENTS = {"cpu": 2**20}
 """Logits that are upcast at a time, by device: what a core's caches hold."""
-DEFAULT_CHUNK_ELEMENTS = 2**22
+DEFAULT_CHUNK_ELEMENTS = 2**25
+"""On a GPU: 128 MiB in fp32, enough that a chunk's dozen kernels take longer than their launches."""
 
 
 class _NllSum(torch.autograd.Function):
