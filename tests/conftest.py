@@ -97,6 +97,8 @@ def continue_alone(relay: Path) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Several workers: a file's tests stay together, and so do all files that read a world, which is started once."""
+    if config.getoption("dist") != "load":  # somebody wants it otherwise
+        return None
     from xdist.scheduler import LoadScopeScheduling
 
     class Together(LoadScopeScheduling):

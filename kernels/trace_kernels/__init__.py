@@ -3,6 +3,7 @@
 Depends on torch and triton alone.
 """
 
+from .adamw_batch import AdamWBatch
 from .bitmask import pack, unpack
 from .blockwise import Blockwise, dequantize_blockwise, quantize_blockwise
 from .compact import compact_gather, compact_gather_sumsq, compact_scatter, compact_sumsq
@@ -13,6 +14,7 @@ from .runs import Piece, Runs
 from .unit_reduce import unit_dot, unit_sumsq
 
 __all__ = [
+    "AdamWBatch",
     "Blockwise",
     "Piece",
     "Runs",

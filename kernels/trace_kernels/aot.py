@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import __path__ as nvidia_path
 from triton.compiler import ASTSource
 
+from .adamw_batch import _FIELDS, _TYPES, _adamw_batch_kernel
 from .bitmask import _pack_kernel, _unpack_kernel
 from .blockwise import BLOCK_SIZE
 from .compact import _compact_gather_kernel, _compact_scatter_kernel
@@ -176,11 +178,22 @@ def _support_variants(dtype: str, suffix: str, tile: dict[str, Any]) -> Iterator
     yield _variant(
         f"adamw_ages.{suffix}", _masked_adamw_kernel, adamw | by_age, flags | {"SCALE_IS_POINTER": True}
     )
+    yield _batch_variant(dtype, suffix, tile)
     if dtype == "bf16":
         adamw.pop("master_ptr")
         yield _variant(
             f"adamw_stochastic.{suffix}", _masked_adamw_kernel, adamw, flags | {"STOCHASTIC": True}
         )
+
+
+def _batch_variant(dtype: str, suffix: str, tile: dict[str, Any]) -> Variant:
+    signature = {"table_ptr": "*i64", "owner_ptr": "*i32", "step": "i32", "block": "i32"} | _STEP_ARGS
+    signature = {name: kind for name, kind in signature.items() if not name.startswith("key")}
+    weight = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    types = {"WEIGHT": _TYPES[weight], "UNIT": _TYPES[torch.int32], "FIELDS": _FIELDS}
+    types |= dict.fromkeys(("GRAD", "EXP_AVG", "EXP_AVG_SQ"), _TYPES[torch.float32])
+    flags = {"HAS_MASTER": True, "SCALE_IS_POINTER": False, "STOCHASTIC": False}
+    return _variant(f"adamw_batch.{suffix}", _adamw_batch_kernel, signature, types | flags | tile)
 
 
 def _adamw_8bit_variants(dtype: str) -> Iterator[Variant]:

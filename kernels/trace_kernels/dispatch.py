@@ -41,6 +41,7 @@ class BenchCase(NamedTuple):
 
 @triton.jit
 def locate(  # type: ignore[no-untyped-def]
+    pid,
     units_ptr,
     num_units,
     num_entries,
@@ -51,11 +52,10 @@ def locate(  # type: ignore[no-untyped-def]
     LANES: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Local index, compact position, validity of this program's entries (runs.py, [Note: compact order]).
+    """Local index, compact position, validity of the entries of program ``pid`` (int64; runs.py, [Note: compact order]).
 
     LANES == 0 gives a [UNITS] tile of compact positions, else a [UNITS, LANES] tile of LANES-wide strips.
     """
-    pid = tl.program_id(0).to(tl.int64)
     if LANES == 0:
         position = pid * UNITS + tl.arange(0, UNITS)
         valid = position < num_entries

@@ -32,8 +32,8 @@ from .runs import Runs
 Rounding = Literal["nearest", "stochastic"]
 
 
-class _State(NamedTuple):
-    """The operands of one step; every one but ``weight`` is compact."""
+class Operands(NamedTuple):
+    """What a step reads and writes; all but ``weight`` is compact."""
 
     weight: Tensor
     runs: Runs
@@ -98,6 +98,50 @@ def store_weight(weight_ptr, local, p, valid, base, key_1, key_2, STOCHASTIC: tl
     tl.store(weight_ptr + local, p, mask=valid)
 
 
+@triton.jit
+def update_tile(  # type: ignore[no-untyped-def]
+    weight_ptr,
+    master_ptr,  # None where the weight is the master copy
+    grad_ptr,
+    exp_avg_ptr,
+    exp_avg_sq_ptr,
+    local,
+    position,
+    valid,
+    base,
+    step_size,
+    correction2_sqrt,
+    grad_scale,
+    decay,
+    weight1,
+    beta2,
+    weight2,
+    eps,
+    key_1,
+    key_2,
+    STOCHASTIC: tl.constexpr,
+):
+    """One step on the entries that `locate` found."""
+    g = tl.load(grad_ptr + position, mask=valid, other=0.0).to(tl.float32) * grad_scale
+    m = tl.load(exp_avg_ptr + position, mask=valid, other=0.0).to(tl.float32)
+    v = tl.load(exp_avg_sq_ptr + position, mask=valid, other=0.0).to(tl.float32)
+    if master_ptr is None:
+        p = tl.load(weight_ptr + local, mask=valid, other=0.0).to(tl.float32)
+    else:
+        p = tl.load(master_ptr + position, mask=valid, other=0.0)
+
+    p, m, v = adamw_update(p, m, v, g, step_size, correction2_sqrt, decay, weight1, beta2, weight2, eps)
+    if exp_avg_ptr.dtype.element_ty == tl.bfloat16:
+        m = round_bf16(m)
+    if exp_avg_sq_ptr.dtype.element_ty == tl.bfloat16:
+        v = round_bf16(v)
+    tl.store(exp_avg_ptr + position, m, mask=valid)
+    tl.store(exp_avg_sq_ptr + position, v, mask=valid)
+    if master_ptr is not None:
+        tl.store(master_ptr + position, p, mask=valid)
+    store_weight(weight_ptr, local, p, valid, base, key_1, key_2, STOCHASTIC)
+
+
 @triton.jit(do_not_specialize=["key_1", "key_2"])
 def _masked_adamw_kernel(  # type: ignore[no-untyped-def]
     weight_ptr,
@@ -129,8 +173,9 @@ def _masked_adamw_kernel(  # type: ignore[no-untyped-def]
     LANES: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
+    pid = tl.program_id(0).to(tl.int64)
     local, position, valid = locate(
-        units_ptr, num_units, num_entries, block, base, skip, UNITS, LANES, ALIGNED
+        pid, units_ptr, num_units, num_entries, block, base, skip, UNITS, LANES, ALIGNED
     )
     if SCALE_IS_POINTER:
         grad_scale = tl.load(grad_scale).to(tl.float32)
@@ -138,24 +183,28 @@ def _masked_adamw_kernel(  # type: ignore[no-untyped-def]
         age = tl.minimum(tl.load(age_ptr + position, mask=valid, other=1), last_age)
         step_size = tl.load(step_size + age, mask=valid, other=0.0)
         correction2_sqrt = tl.load(correction2_sqrt + age, mask=valid, other=1.0)
-    g = tl.load(grad_ptr + position, mask=valid, other=0.0).to(tl.float32) * grad_scale
-    m = tl.load(exp_avg_ptr + position, mask=valid, other=0.0).to(tl.float32)
-    v = tl.load(exp_avg_sq_ptr + position, mask=valid, other=0.0).to(tl.float32)
-    if master_ptr is None:
-        p = tl.load(weight_ptr + local, mask=valid, other=0.0).to(tl.float32)
-    else:
-        p = tl.load(master_ptr + position, mask=valid, other=0.0)
-
-    p, m, v = adamw_update(p, m, v, g, step_size, correction2_sqrt, decay, weight1, beta2, weight2, eps)
-    if exp_avg_ptr.dtype.element_ty == tl.bfloat16:
-        m = round_bf16(m)
-    if exp_avg_sq_ptr.dtype.element_ty == tl.bfloat16:
-        v = round_bf16(v)
-    tl.store(exp_avg_ptr + position, m, mask=valid)
-    tl.store(exp_avg_sq_ptr + position, v, mask=valid)
-    if master_ptr is not None:
-        tl.store(master_ptr + position, p, mask=valid)
-    store_weight(weight_ptr, local, p, valid, base, key_1, key_2, STOCHASTIC)
+    update_tile(
+        weight_ptr,
+        master_ptr,
+        grad_ptr,
+        exp_avg_ptr,
+        exp_avg_sq_ptr,
+        local,
+        position,
+        valid,
+        base,
+        step_size,
+        correction2_sqrt,
+        grad_scale,
+        decay,
+        weight1,
+        beta2,
+        weight2,
+        eps,
+        key_1,
+        key_2,
+        STOCHASTIC,
+    )
 
 
 def masked_adamw(
@@ -198,9 +247,9 @@ def masked_adamw(
     Raises:
         ValueError: shapes, dtypes or hyper-parameters break a rule above.
     """
-    state = _State(weight, runs, master, grad, exp_avg, exp_avg_sq)
+    state = Operands(weight, runs, master, grad, exp_avg, exp_avg_sq)
     hyper = AdamWHyper(lr, beta1, beta2, eps, weight_decay)
-    _check_state(state, rounding)
+    check_state(state, rounding)
     check_step(step, grad_scale, runs)
     if squares is not None:
         _check_squares(squares, grad)
@@ -232,7 +281,7 @@ def bench_case(numel: int, density: float, block: int, dtype: torch.dtype, devic
 
 
 def _step_triton(
-    state: _State, hyper: AdamWHyper, step: int | Tensor, grad_scale: float | Tensor, seed: int | None
+    state: Operands, hyper: AdamWHyper, step: int | Tensor, grad_scale: float | Tensor, seed: int | None
 ) -> None:
     corrections: tuple[float | Tensor, float | Tensor, int]
     if isinstance(step, Tensor):
@@ -257,7 +306,7 @@ def _step_triton(
 
 
 def _step_cpp(
-    state: _State,
+    state: Operands,
     hyper: AdamWHyper,
     step: int | Tensor,
     grad_scale: float | Tensor,
@@ -275,7 +324,7 @@ def _step_cpp(
 
 
 def _step_torch(
-    state: _State, hyper: AdamWHyper, step: int | Tensor, grad_scale: float | Tensor, seed: int | None
+    state: Operands, hyper: AdamWHyper, step: int | Tensor, grad_scale: float | Tensor, seed: int | None
 ) -> None:
     weight, runs, master = state.weight, state.runs, state.master
     for piece in runs.pieces():
@@ -304,7 +353,8 @@ def _step_torch(
         piece.scatter(weight, p.to(weight.dtype))
 
 
-def _check_state(state: _State, rounding: Rounding) -> None:
+def check_state(state: Operands, rounding: Rounding) -> None:
+    """Raises ValueError unless the operands suit each other."""
     for name, moment in (("exp_avg", state.exp_avg), ("exp_avg_sq", state.exp_avg_sq)):
         check_vector(name, moment, state.runs.num_entries, (state.dtype, torch.bfloat16))
     check_operands(state.weight, state.runs, state.master, state.grad, state.dtype, rounding)

@@ -65,6 +65,16 @@ def stochastic_bf16(x: Tensor, indices: Tensor, seed: int) -> Tensor:
 
 
 @triton.jit
+def seed_keys_kernel(seed):  # type: ignore[no-untyped-def]
+    """`seed_keys` of an int64 seed, on the device."""
+    word = seed.to(tl.uint64, bitcast=True) + 0x9E3779B97F4A7C15
+    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9
+    word = (word ^ (word >> 27)) * 0x94D049BB133111EB
+    word = word ^ (word >> 31)
+    return word.to(tl.uint32), (word >> 32).to(tl.uint32)
+
+
+@triton.jit
 def stochastic_noise(index, key_1, key_2):  # type: ignore[no-untyped-def]
     """16 random bits (as uint32) for each int64 global index."""
     word = _mix_kernel(index.to(tl.uint32) ^ key_1.to(tl.uint32))

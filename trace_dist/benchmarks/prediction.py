@@ -25,7 +25,9 @@ SHAPES = {
 
 
 def compare_memory() -> dict[str, Any]:
-    """Predicted beside measured memory of three Llamas on one and two ranks (GPUs where there are some), each a ``memory profile`` of its own.
+    """Predicted beside measured memory of three Llamas on one and two ranks, each a ``memory profile`` of its own.
+
+    Where there are GPUs, every rank has one.
 
     Raises:
         ProcessFailed: a profile failed; its own error is printed above.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from trace_kernels.compact import compact_gather, compact_scatter, compact_sumsq
 
 from trace_dist.config import StateDtype
+from trace_dist.optim.batches import Batches, Entry, can_batch, sum_of_squares
 from trace_dist.optim.factors import own_factors
 from trace_dist.optim.offload import HostEntries, Offload
 from trace_dist.optim.part_server import PartServer, Source
@@ -102,6 +103,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         super().__init__(entries, defaults)
         for support, parameter in zip(self.supports, entries, strict=True):
             self.state[parameter] = new_state(self._weights(support), options)
+        self._batches = Batches()
         self._server = self._serve() if dist.world_size() > 1 else None
 
     def compact(self) -> list[tuple[Support, State]]:
@@ -191,7 +193,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             self._update(reached, 1.0, squares)
             self._record_norm(squares)
         else:
-            norm = self._record_norm(_sum_of_squares(reached, self.model.device))
+            norm = self._record_norm(self._sum_of_squares(reached))
             self._update(reached, min(1.0, self.max_grad_norm / (norm + 1e-6)))
         self.model.refresh(reached)
         self.model.mark_gradients_spent()
@@ -232,8 +234,25 @@ class MaskedAdamW(torch.optim.Optimizer):
         if self._offload is not None:
             self._offload.step(supports, on_host)
             return
+        batched: list[Entry] = []
         for support in supports:
-            step(support, *self.model.storage(support), support.grad)
+            weight, runs = self.model.storage(support)
+            if support.name not in self._factors and can_batch(weight, states[support.name]):
+                batched.append((support.name, weight, runs, support.grad, states[support.name]))
+            else:
+                step(support, weight, runs, support.grad)
+        if squares is not None:
+            squares += sum_of_squares([grad for *_, grad, _ in batched], squares.device)
+        self._batches.step(batched, group, grad_scale)
+
+    def _sum_of_squares(self, supports: list[Support]) -> Tensor:
+        """Of this rank's gradients: 0-dim fp64."""
+        if self.model.device.type != "cpu":
+            return sum_of_squares([support.grad for support in supports], self.model.device)
+        squares = torch.zeros((), dtype=torch.float64)
+        for support in supports:
+            squares += compact_sumsq(support.grad)
+        return squares
 
     def _record_norm(self, squares: Tensor) -> float:
         """The global norm from this rank's sum of squares."""
@@ -297,13 +316,6 @@ def _entries(support: Support) -> nn.Parameter:
     parameter = nn.Parameter(support.grad.new_zeros(()).expand(support.runs.num_entries))
     parameter.grad = support.grad
     return parameter
-
-
-def _sum_of_squares(supports: list[Support], device: torch.device) -> Tensor:
-    squares = torch.zeros((), dtype=torch.float64, device=device)
-    for support in supports:
-        squares += compact_sumsq(support.grad)
-    return squares
 
 
 def _check_hyperparameters(

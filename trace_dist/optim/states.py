@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 from trace_kernels.compact import compact_gather, compact_scatter, compact_sumsq
-from trace_kernels.masked_adamw import masked_adamw
+from trace_kernels.masked_adamw import Rounding, masked_adamw
 from trace_kernels.masked_adamw_8bit import (
     Blockwise,
     dequantize_blockwise,
@@ -146,8 +146,8 @@ def update(
         "weight_decay": group["weight_decay"],
         "step": state["step"],
         "grad_scale": grad_scale,
-        "rounding": "nearest" if "master" in state or weight.dtype != torch.bfloat16 else "stochastic",
-        "seed": _seed(name, state["step"]),
+        "rounding": rounding_of(state, weight),
+        "seed": seed_of(name, state["step"]),
     }
     master = state.get("master")
     if is_quantized(state):
@@ -180,7 +180,7 @@ def scaled_update(
         name, weight, runs, grad, state, group, grad_scale, squares: as of ``update``.
         factors: [runs.num_entries] fp32, where the state lives.
     """
-    rounds_by_chance = "master" not in state and weight.dtype == torch.bfloat16
+    rounds_by_chance = rounding_of(state, weight) == "stochastic"
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     before = state["master"] if "master" in state else compact_gather(weight, runs).to(wide)
     after, count = before.clone(), len(before)
@@ -197,12 +197,17 @@ def scaled_update(
     if rounds_by_chance:
         for piece in runs.pieces():
             span, places = slice(piece.start, piece.stop), piece.indices(weight.device) + runs.base
-            values[span] = stochastic_bf16(values[span], places, _seed(name, state["step"]))
+            values[span] = stochastic_bf16(values[span], places, seed_of(name, state["step"]))
     compact_scatter(weight, runs, values)
 
 
-def _seed(name: str, step: int) -> int:
-    """Of the stochastic rounding of a parameter at a step."""
+def rounding_of(state: State, weight: Tensor) -> Rounding:
+    """How new values become the weight."""
+    return "nearest" if "master" in state or weight.dtype != torch.bfloat16 else "stochastic"
+
+
+def seed_of(name: str, step: int) -> int:
+    """Of the stochastic rounding of a parameter at a step; that of step 0 plus the step."""
     return (zlib.crc32(name.encode()) << 32) + step
 
 

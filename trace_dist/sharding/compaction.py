@@ -131,8 +131,9 @@ class Compactor:
         """Reset the gradients; what a pass that was cut short left behind goes too."""
         self._spent = False
         for support in self.supports:
-            support.grad.zero_()
             support.reached = False
+        if self.supports:
+            torch._foreach_zero_([support.grad for support in self.supports])
         self._reducer.discard()
 
     def mark_spent(self) -> None:
