@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: quickstart quickstart-smollm2 publish bench test lint format clean
+.PHONY: quickstart quickstart-smollm2 publish bench gpu test lint format clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/trace-dist run --config configs/quickstart.yaml
@@ -29,9 +29,20 @@ bench: $(VENV)/.dev
 	$(BIN)/trace-dist bench memory --out docs/results/bench_memory.json
 	$(BIN)/python -m trace_dist.benchmarks.document docs/results docs/benchmarks.md
 
-# One thread per process: the tests start several.
+# Where there is a GPU: the kernels' tests on it, and what the benchmarks say of it. A quarter of an hour.
+STEP = $(BIN)/trace-dist bench step --ranks 1 --rounds 1 --sequence 2048
+gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/kernels tests/optim/test_batches.py
+	$(BIN)/trace-dist bench kernels --out docs/results/gpu_kernels.json
+	$(BIN)/trace-dist bench optimizer --out docs/results/gpu_optimizer.json
+	$(STEP) --shape Llama-3.2-1B --micro_batch 4 --steps 7 --contestants '[row,full,LoRA,element,"LoRA, tuned"]' \
+		--out docs/results/gpu_step_1b.json
+	$(STEP) --shape Llama-3-8B --micro_batch 2 --steps 4 --contestants '[row,full,LoRA]' --out docs/results/gpu_step_8b.json
+	$(BIN)/python -m trace_dist.benchmarks.document docs/results docs/benchmarks.md
+
+# Two at a time, one thread per process: the tests start several.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -57,7 +57,10 @@ def test_every_kernel_is_timed_at_every_granularity(tmp_path: Path) -> None:
             (*STEP, "--contestants", '["row", "galore"]'),
             "contestants: 'galore' is unknown; use some of element",
         ),
-        (("bench", "step", "--shape", "huge"), "shape='huge': unknown; use one of SmolLM2-135M, tiny"),
+        (
+            ("bench", "step", "--shape", "huge"),
+            "shape='huge': unknown; use one of SmolLM2-135M, Llama-3.2-1B",
+        ),
         (
             ("bench", "step", "--attention", "flash"),
             "attention='flash': unknown; use one of auto, eager, sdpa",

@@ -46,15 +46,16 @@ def test_full_density_equals_torch_bit_for_bit(dtype: torch.dtype, with_master: 
 
 @pytest.mark.parametrize("with_master", [True, False])
 def test_equals_dense_float64_with_the_rest_restored(runs: Runs, with_master: bool) -> None:
-    weight = torch.randn(runs.numel, dtype=torch.float64)
+    device = runs.units.device
+    weight = torch.randn(runs.numel, dtype=torch.float64, device=device)
     theirs = torch.nn.Parameter(weight.clone())
     optimizer = torch_adamw(theirs)
-    chosen = torch.zeros(runs.numel, dtype=torch.bool)
+    chosen = torch.zeros(runs.numel, dtype=torch.bool, device=device)
     chosen[runs.indices()] = True
     master = weight[runs.indices()] if with_master else None
     exp_avg, exp_avg_sq = zeros(runs, 2, torch.float64)
     for step in range(1, 6):
-        theirs.grad = torch.randn(runs.numel, dtype=torch.float64)
+        theirs.grad = torch.randn(runs.numel, dtype=torch.float64, device=device)
         before = theirs.detach().clone()
         optimizer.step()
         with torch.no_grad():
@@ -103,16 +104,18 @@ def test_equals_the_reference(runs: Runs, impl: Impl, device: str, dtype: torch.
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 def test_every_path_rounds_alike(runs: Runs, impl: Impl, device: str, rounding: str) -> None:
-    """Moments equal bit for bit, masters to 2 ulp; each weight is its master rounded as torch would."""
+    """Moments equal bit for bit, masters to 2 ulp; each weight is its master rounded as torch would, on a CPU."""
     weight = torch.randn(runs.numel, device=device).bfloat16()
     start = [weight, weight[runs.indices()].float(), *zeros(runs, 2)]
-    one, other = ([tensor.clone() for tensor in start] for _ in range(2))
-    ages = torch.randint(1, 4000, (runs.num_entries,), dtype=torch.int32, device=device)
+    one, other = [tensor.clone() for tensor in start], [tensor.cpu().clone() for tensor in start]
+    ages = torch.randint(1, 4000, (runs.num_entries,), dtype=torch.int32)
     for step in (1, 2, ages):
-        grad = torch.randn(runs.num_entries, device=device)
+        grad = torch.randn(runs.num_entries)
         for (w, p, m, v), path in ((one, impl), (other, "torch")):
             options = {"rounding": rounding, "seed": 5, "impl": path}
-            masked_adamw(w, runs, p, grad, m, v, **HYPER, step=step, **options)
+            mine = step.to(w.device) if isinstance(step, Tensor) else step
+            masked_adamw(w, runs.to(w.device), p, grad.to(w.device), m, v, **HYPER, step=mine, **options)
+    one, runs = [tensor.cpu() for tensor in one], runs.to("cpu")
     # near zero an entry keeps the rounding of the larger terms that it is the difference of
     torch.testing.assert_close(one[1], other[1], rtol=2.4e-7, atol=2e-8)
     assert torch.equal(one[2], other[2])

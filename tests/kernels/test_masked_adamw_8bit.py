@@ -14,6 +14,7 @@ from trace_kernels.blockwise import Blockwise, dequantize_blockwise, quantize_bl
 from trace_kernels.dispatch import Impl
 from trace_kernels.masked_adamw_8bit import masked_adamw_8bit, masked_adamw_8bit_ref
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HYPER = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 
 
@@ -28,8 +29,8 @@ def used_moments(runs: Runs) -> list[Blockwise]:
     return [quantize_blockwise(0.3 * g[0], True), quantize_blockwise(g[1].square(), False)]
 
 
-def copies(state: list[Blockwise]) -> list[Blockwise]:
-    return [Blockwise(*(tensor.clone() for tensor in moment)) for moment in state]
+def copies(state: list[Blockwise], device: str | None = None) -> list[Blockwise]:
+    return [Blockwise(*(tensor.to(device, copy=True) for tensor in moment)) for moment in state]
 
 
 def share_off(one: Tensor, other: Tensor, most: int = 1) -> float:
@@ -46,7 +47,7 @@ def bitsandbytes_step(p: Tensor, g: Tensor, exp_avg: Blockwise, exp_avg_sq: Bloc
     options = (HYPER["beta1"], HYPER["beta2"], 0.0, 0.0, HYPER["eps"], step, HYPER["lr"])
     scales = (exp_avg.absmax, exp_avg_sq.absmax, HYPER["weight_decay"], 1.0)
     update = torch.ops.bitsandbytes.optimizer_update_8bit_blockwise
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if INTERPRETED:
         kernels = importlib.import_module("bitsandbytes.backends.triton.kernels_optim")
         update = kernels.optimizer_update_8bit_blockwise_impl
     update("adam", g, p, *state, *options, *maps, *scales)
@@ -54,20 +55,21 @@ def bitsandbytes_step(p: Tensor, g: Tensor, exp_avg: Blockwise, exp_avg_sq: Bloc
 
 def test_equals_bitsandbytes(runs: Runs, impl: Impl, device: str) -> None:
     """Its Triton kernel under the interpreter: codes equal or off by one at ties (it forms beta1 m + (1 - beta1) g
-    without a fused multiply-add); its CPU path: values alike, codes not, since it does not take the nearest."""
+    without a fused multiply-add); its CPU path: values alike, codes not, since it does not take the nearest. Its CUDA
+    kernel is further off: on an H100 1 of 20 values by more than rounding, up to 1e-3."""
     if runs.num_entries == 0:
         return
     weight = torch.randn(runs.numel, device=device)
     state = used_moments(runs)
     for step in (5, 6):
-        p, theirs = weight[runs.indices()], copies(state)
+        p, theirs = weight[runs.indices()].cpu(), copies(state, "cpu")
         grad = torch.randn_like(p)
-        masked_adamw_8bit(weight, runs, None, grad, *state, **HYPER, step=step, impl=impl)
+        masked_adamw_8bit(weight, runs, None, grad.to(device), *state, **HYPER, step=step, impl=impl)
         bitsandbytes_step(p, grad, *theirs, step)
-        torch.testing.assert_close(weight[runs.indices()], p, rtol=2e-6, atol=1e-7)
-        for mine, other in zip(state, theirs, strict=True):
+        torch.testing.assert_close(weight[runs.indices()].cpu(), p, rtol=2e-6, atol=1e-7)
+        for mine, other in zip(copies(state, "cpu"), theirs, strict=True):
             torch.testing.assert_close(mine.absmax, other.absmax, rtol=1e-6, atol=0)
-            if impl == "triton":
+            if INTERPRETED:
                 assert share_off(mine.codes, other.codes) < 1e-3 or runs.num_entries < 1000
             else:
                 assert share_off(mine.codes, other.codes, most=8) < 0.1
@@ -100,12 +102,13 @@ def test_every_path_finds_the_same_codes(runs: Runs, impl: Impl, device: str, ro
     weight = torch.randn(runs.numel, device=device).bfloat16()
     master = weight[runs.indices()].float() if rounding == "nearest" else None
     ours = (weight.clone(), None if master is None else master.clone(), used_moments(runs))
-    theirs = (weight.clone(), None if master is None else master.clone(), copies(ours[2]))
+    theirs = (weight.cpu().clone(), None if master is None else master.cpu().clone(), copies(ours[2], "cpu"))
     for step in (1, 2, 900):
-        grad = torch.randn(runs.num_entries, device=device)
+        grad = torch.randn(runs.num_entries)
         for (w, p, state), path in ((ours, impl), (theirs, "torch")):
             options = {**HYPER, "step": step, "rounding": rounding, "seed": 5, "impl": path}
-            masked_adamw_8bit(w, runs, p, grad, *state, **options)
+            masked_adamw_8bit(w, runs.to(w.device), p, grad.to(w.device), *state, **options)
+    ours = (ours[0].cpu(), None if master is None else ours[1].cpu(), copies(ours[2], "cpu"))
     for mine, other in zip(ours[2], theirs[2], strict=True):
         assert torch.equal(mine.codes, other.codes)
         assert torch.equal(mine.absmax, other.absmax)

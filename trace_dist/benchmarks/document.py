@@ -99,6 +99,40 @@ def time_table(result: Result) -> str:
     return _with_origin(result, _table(["seconds", *kinds], cells))
 
 
+def gpu_step_table(*results: Result) -> str:
+    """Ratios to full fine-tuning and LoRA first; peak memory is the device's."""
+    head = ["step / full", "step / LoRA", "memory / full", "step, ms", "forward", "backward", "optimizer"]
+    rows = []
+    for result in results:
+        shape = result["settings"]["shape"]
+        measured = {row["name"]: row for row in result["rows"] if "error" not in row}
+        for row in result["rows"]:
+            name = f"{shape}, {row['name']}"
+            if "error" in row:
+                rows.append([name, "out of memory", *["–"] * 7])  # noqa: RUF001
+                continue
+            ratios = [_ratio(row, measured.get(peer), "step_s") for peer in ("full", "LoRA")]
+            ratios.append(_ratio(row, measured.get("full"), "peak_device_bytes"))
+            times = [f"{1e3 * seconds:.0f}" for seconds in (row["step_s"], *row["phases_s"].values())]
+            rows.append([name, *ratios, *times, f"{row['peak_device_bytes'] / 2**30:.1f}"])
+    return _with_origin(results[0], _table(["", *head, "peak, GiB"], rows))
+
+
+def _ratio(row: Result, peer: Result | None, key: str) -> str:
+    return "–" if peer is None else f"{row[key] / peer[key]:.2f}x"  # noqa: RUF001
+
+
+def kernels_table(result: Result) -> str:
+    """Share of a device copy's bandwidth first; the largest parameter, 5 % of it."""
+    largest = max(row["numel"] for row in result["rows"])
+    rows = []
+    for row in result["rows"]:
+        if (row["numel"], row.get("density")) == (largest, 0.05):
+            cells = [f"{row['share_of_copy']:.2f}", f"{row['gb_per_s']:,.0f}", f"{row['ms']:.3f}"]
+            rows.append([row["op"], str(row["block"]), *cells])
+    return _with_origin(result, _table(["kernel", "block", "share of copy", "GB/s", "ms"], rows))
+
+
 STEP = "bench_step.json"
 SECTIONS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "optimizer": (("bench_optimizer.json",), optimizer_table),
@@ -107,6 +141,9 @@ SECTIONS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "step": ((STEP,), step_table),
     "time": ((STEP,), time_table),
     "memory": (("bench_memory.json",), memory_table),
+    "gpu_optimizer": (("gpu_optimizer.json",), optimizer_table),
+    "gpu_step": (("gpu_step_1b.json", "gpu_step_8b.json"), gpu_step_table),
+    "gpu_kernels": (("gpu_kernels.json",), kernels_table),
 }
 """Section of the document -> its result files and its table."""
 
