@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: quickstart quickstart-smollm2 publish bench gpu test lint format clean
+.PHONY: quickstart quickstart-smollm2 publish bench stream20 gpu test lint format clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/trace-dist run --config configs/quickstart.yaml
@@ -28,6 +28,10 @@ bench: $(VENV)/.dev
 	$(BIN)/trace-dist bench step --attention sdpa --contestants '[row,element,full,LoRA]' --out docs/results/bench_step_fused.json
 	$(BIN)/trace-dist bench memory --out docs/results/bench_memory.json
 	$(BIN)/python -m trace_dist.benchmarks.document docs/results docs/benchmarks.md
+
+# Twenty tasks, each learned by a command of its own; a quarter of an hour. A stream that was cut continues.
+stream20: $(VENV)/.quickstart
+	$(BIN)/python -m trace_dist.benchmarks.stream --config configs/stream20.yaml --out docs/results/stream20.json
 
 # Where there is a GPU: the kernels' tests on it, and what the benchmarks say of it. A quarter of an hour.
 STEP = $(BIN)/trace-dist bench step --ranks 1 --rounds 1 --sequence 2048

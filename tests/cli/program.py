@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,16 @@ def environment(cache: Path) -> dict[str, str]:
 
 
 def run(
-    *arguments: object, cache: Path, launcher: list[str] | None = None
+    *arguments: object,
+    cache: Path,
+    launcher: list[str] | None = None,
+    changes: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """``python -m trace_dist arguments...``; ``launcher`` is what starts its ranks."""
+    """``python -m trace_dist arguments...``; ``launcher`` is what starts its ranks, ``changes`` are to the environment."""
     start = [sys.executable, *(launcher or []), *([] if launcher else ["-m"]), "trace_dist"]
     return subprocess.run(
         [*start, *map(str, arguments)],
-        env=environment(cache),
+        env=environment(cache) | dict(changes or {}),
         capture_output=True,
         text=True,
         timeout=300,

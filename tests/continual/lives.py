@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 from continual.small import make_config
+from moments import watch
 
 from trace_dist.continual.driver import run_continual
 from trace_dist.data.batches import Batches
@@ -26,35 +26,18 @@ logger = get_logger(__name__)
 
 def die_at(moment: str, folder: Path) -> None:
     """Make this process kill itself at a moment."""
-    replace, rename, remove, following = Path.replace, Path.rename, shutil.rmtree, Batches.__next__
+    following = Batches.__next__
 
     def happened(event: str) -> None:
         if re.fullmatch(moment, event):
             os.kill(os.getpid(), signal.SIGKILL)
-
-    def place(path: Path) -> str:
-        return Path(path).relative_to(folder).as_posix() if folder in Path(path).parents else "elsewhere"
-
-    def replaced(self: Path, target: Path) -> Path:
-        new = replace(self, target)
-        happened(f"replace {place(target)}")
-        return new
-
-    def renamed(self: Path, target: Path) -> Path:
-        new = rename(self, target)
-        happened(f"rename {place(target)}")
-        return new
-
-    def removed(path: Path, *args: Any, **options: Any) -> None:
-        remove(path, *args, **options)
-        happened(f"remove {place(path)}")
 
     def next_batch(self: Batches) -> Any:
         batch = following(self)
         happened(f"batch {self._consumed // self._batch_size}")
         return batch
 
-    Path.replace, Path.rename, shutil.rmtree = replaced, renamed, removed  # type: ignore[assignment, method-assign]
+    watch(folder, happened)
     Batches.__next__ = next_batch  # type: ignore[method-assign]
 
 

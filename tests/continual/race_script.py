@@ -31,7 +31,7 @@ def main() -> None:
     before = setting.model.full_state_dict()
     for entry in check_methods(cfg):
         method = entry.kind(entry.name, setting, entry.options)
-        found = held_race(setting, entry.name, setting.bench.tasks[0], method.trial)
+        found = held_race(setting, entry.name, [setting.bench.tasks[0]], method.trial)
         after = setting.model.full_state_dict()
         same = all(torch.equal(after[name], value) for name, value in before.items())
         about = {"rates": found.to_json(), "lr": found.lr, "restored": same}

@@ -118,7 +118,8 @@ def test_a_race_leaves_nothing_behind(fresh: RunConfig, name: str) -> None:
     method = method_of(cfg)
     method.score()
     before, state = weights(method), torch.get_rng_state()
-    found = held_race(method.setting, name, method.setting.bench.tasks[0], method.trial)
+    streams = method.setting.bench.tasks[:2]
+    found = held_race(method.setting, name, streams, method.trial, method.continues)
     after = weights(method)
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], value) for key, value in before.items())
@@ -126,7 +127,40 @@ def test_a_race_leaves_nothing_behind(fresh: RunConfig, name: str) -> None:
     assert found.lr == 1e-2
     assert found.losses[1e30] == math.inf
     # the race is kept: nothing trains a second time
-    assert held_race(method.setting, name, method.setting.bench.tasks[0], refuse) == found
+    assert held_race(method.setting, name, streams, refuse) == found
+
+
+@pytest.mark.parametrize("name", ["retrieved", "merged", "full", "lora"])
+def test_the_second_task_starts_as_it_will_in_the_run(fresh: RunConfig, name: str) -> None:
+    """From the base where each task has a delta of its own; else from what the first one left."""
+    method = method_of(racing(fresh, name))
+    method.score()
+    base, starts = weights(method), []
+
+    @contextmanager
+    def watched(stream: Any, part: Any, lr: float) -> Iterator[Any]:
+        starts.append(
+            (stream.task.name, all(torch.equal(base[key], value) for key, value in weights(method).items()))
+        )
+        with method.trial(stream, part, lr) as learner:
+            yield learner
+
+    held_race(method.setting, name, method.setting.bench.tasks[:2], watched, method.continues)
+    (first, second), each = TASKS[:2], starts[:2]
+    assert each == [(first, True), (second, name == "retrieved")]
+    assert all(from_base for task, from_base in starts if task == first)
+
+
+def test_the_loss_is_the_mean_over_the_tasks(fresh: RunConfig) -> None:
+    method = method_of(racing(fresh, "retrieved"))
+    one, other, both = (
+        held_race(method.setting, f"retrieved-{number}", streams, method.trial).losses
+        for number, streams in enumerate(
+            (method.setting.bench.tasks[i:j] for i, j in ((0, 1), (1, 2), (0, 2)))
+        )
+    )
+    for lr in GRID:
+        assert both[lr] == pytest.approx((one[lr] + other[lr]) / 2)
 
 
 def refuse(*_: Any) -> Any:
@@ -175,7 +209,8 @@ def test_a_run_that_was_cut_does_not_race_again(fresh: RunConfig, monkeypatch: p
     monkeypatch.setattr(kind, "learn", learn)
     run_continual(cfg)
     assert len(trials) == number
-    assert [each["lr"] for each in result(cfg, "full")["rates"]] == sorted(trials)
+    # each on two tasks
+    assert sorted(2 * [each["lr"] for each in result(cfg, "full")["rates"]]) == sorted(trials)
 
 
 def test_a_race_under_other_conditions_is_held_again(fresh: RunConfig) -> None:
@@ -188,10 +223,10 @@ def test_a_race_under_other_conditions_is_held_again(fresh: RunConfig) -> None:
         raise NotFinite("the loss is nan")
         yield
 
-    held_race(method.setting, "full", stream, method.trial)
+    held_race(method.setting, "full", [stream], method.trial)
     other = replace(method.setting, cfg=replace(cfg, race=replace(cfg.race, steps=STEPS + 1)))
     with pytest.raises(ValueError, match="training diverges at each of"):
-        held_race(other, "full", stream, diverges)
+        held_race(other, "full", [stream], diverges)
 
 
 class Silent(Method):

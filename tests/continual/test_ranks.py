@@ -52,7 +52,7 @@ def test_a_race_on_two_ranks_is_that_of_one(folder: Path) -> None:
     setting = Setting.load(cfg)
     for entry in check_methods(cfg):
         method = entry.kind(entry.name, setting, entry.options)
-        alone = held_race(setting, entry.name, setting.bench.tasks[0], method.trial)
+        alone = held_race(setting, entry.name, [setting.bench.tasks[0]], method.trial)
         first, second = (read_json(folder / f"race-{entry.name}-{rank}.json") for rank in range(2))
         assert first == second
         assert first["restored"]

@@ -120,7 +120,9 @@ def run_method(setting: Setting, entry: Entry) -> None:
     elif not progress.record.rows:
         progress.begin(method.score())
     if entry.kind.races(entry.options, setting.cfg):
-        method.race = held_race(setting, name, setting.bench.tasks[0], method.trial)
+        method.race = held_race(
+            setting, name, setting.bench.tasks[: setting.cfg.race.tasks], method.trial, method.continues
+        )
     for stream in streams:
         task = stream.task.name
         keep_trained(progress.folder, task, method.learn(stream))

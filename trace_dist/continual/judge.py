@@ -114,7 +114,7 @@ class Judge:
         scored = Scored() if scored is None else scored
         texts = [task for task in self._all if task.metric == "bits_per_byte"]
         asked = [task for task in self._all if task.metric != "bits_per_byte"]
-        routes = {task.name: self.route(model, bank, task) for task in asked}
+        routes = self.routes(model, bank)
         for name in dict.fromkeys(route for names in routes.values() for route in names):
             missing = {
                 task.name: [
@@ -151,6 +151,12 @@ class Judge:
         if not bank.tasks:
             return [BASE] * len(task.test)
         return bank.retrieve(self.representations(model, task, bank.layer))
+
+    def routes(self, model: ShardedModel, bank: DeltaBank) -> dict[str, list[str]]:
+        """``route`` of every set whose prompts are answered."""
+        return {
+            task.name: self.route(model, bank, task) for task in self._all if task.metric != "bits_per_byte"
+        }
 
     def representations(self, model: ShardedModel, task: Task, layer: int) -> torch.Tensor:
         """Representations of a task's test prompts under the base: [N, hidden] fp32."""

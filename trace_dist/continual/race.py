@@ -1,20 +1,21 @@
 """The race: which peak learning rate a method trains with where the configuration says ``auto``.
 
-[Note: the race] A method trains the run's first task for a few steps with each rate of a grid: from the same start, on the same
-batches, with the same random numbers and a whole schedule of its own. The rate whose answer loss on held-out training examples
-is least wins; one that diverges has lost. Where the winner is the lowest or the highest rate, the next one beyond it races too.
+[Note: the race] A method trains the run's first two tasks for a few steps each with every rate of a grid: from the same start, on
+the same batches, with the same random numbers and a whole schedule of its own. The rate whose answer loss on held-out training
+examples, just after each task was trained, is least on average wins; one that diverges has lost. Where the winner is the lowest
+or the highest rate, the next one beyond it races too.
 
-One race a method, on the first task: what comes later is not known when a stream begins, one set of weights that learns task
-after task is tuned no other way by those who use it, and so every method is given the same number of trials. A rate that wins
-a short race may be too high for a long training; that holds for every method alike.
+Two tasks, since a rate can be the best for the first one and leave weights that learn no other: a method that goes on from what
+earlier tasks left does so in the race too. Not more: what comes later is not known when a stream begins. Every method
+is given the same trials. A rate that wins a short race may be too high for a long training; that holds for every method alike.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,9 @@ def _beyond(race: Race) -> list[float]:
     return [float(f"{race.lr**2 / pairs[race.lr]:.3g}")] if race.lr in pairs else []
 
 
-def held_race(setting: Setting, name: str, stream: Stream, trial: Trial) -> Race:
+def held_race(
+    setting: Setting, name: str, streams: Sequence[Stream], trial: Trial, continues: bool = False
+) -> Race:
     """The race of a method, from its progress if it was held before. Collective.
 
     The method, the random numbers and the place in the data are as before, bit for bit.
@@ -112,29 +115,37 @@ def held_race(setting: Setting, name: str, stream: Stream, trial: Trial) -> Race
     Args:
         setting: the run.
         name: of the method, for its files and logs.
-        stream: the task that is raced on.
+        streams: the tasks that are raced on.
         trial: trains part of a task with a rate (``Method.trial``).
+        continues: each task is trained on the weights that those before it left (``Method.continues``).
 
     Raises:
         ValueError: training diverges at every rate, or as it does.
     """
     cfg, path = setting.cfg.race, setting.folder.race(name)
     sections = {"race": asdict(cfg), "train": asdict(setting.cfg.train)}
-    about = {**sections, "examples": examples_digest([stream]), "model": setting.fingerprint}
+    about = {**sections, "examples": examples_digest(streams), "model": setting.fingerprint}
     kept = on_main(lambda: _read(path, about))
     if kept is not None:
         return kept
-    part, heldout = split(stream, cfg, setting.cfg.seed)
-    # one global batch, the same for each rate
-    step = next(setting.bench.batches([heldout], len(heldout.encoded)))
+    parts = [split(stream, cfg, setting.cfg.seed) for stream in streams]
+    # one global batch of each, the same for each rate
+    steps = [next(setting.bench.batches([heldout], len(heldout.encoded))) for _, heldout in parts]
 
     def measure(lr: float) -> float:
-        setting.seed(stream.task.name)
-        loss = dist.broadcast_object(_loss_after(trial(stream, part, lr), step))
-        logger.info(
-            "%s: lr %g: held-out loss %.4f after %d steps of %s", name, lr, loss, part.steps, stream.task.name
-        )
-        return float(loss)
+        losses = []
+        with ExitStack() as trained:
+            for stream, (part, _), step in zip(streams, parts, steps, strict=True):
+                setting.seed(stream.task.name)
+                losses.append(_loss_after(trial(stream, part, lr), step, trained))
+                if math.isinf(losses[-1]):
+                    break
+                if not continues:
+                    trained.close()
+        loss = float(dist.broadcast_object(sum(losses) / len(losses)))
+        tasks = " and ".join(f"{part.steps} steps of {part.task.name}" for part, _ in parts)
+        logger.info("%s: lr %g: held-out loss %.4f after %s", name, lr, loss, tasks)
+        return loss
 
     with _random_numbers_kept():
         race = race_rates(cfg.grid, measure)
@@ -153,10 +164,14 @@ def split(stream: Stream, cfg: RaceConfig, seed: int) -> tuple[Stream, Stream]:
     return first, second
 
 
-def _loss_after(trial: AbstractContextManager[Learner], step: Step) -> float:
-    """Nats per answer token of a global batch after a trial; infinite where it diverges. Collective."""
+def _loss_after(trial: AbstractContextManager[Learner], step: Step, trained: ExitStack) -> float:
+    """Nats per answer token of a global batch after a trial, which holds until ``trained`` is closed; infinite where it diverges.
+
+    Collective.
+    """
     try:
-        with trial as learner, torch.no_grad():
+        learner = trained.enter_context(trial)
+        with torch.no_grad():
             learner.module.eval()
             mine = accumulate(step, learner.forward, lambda loss: None, learner.device)
             return float(dist.sum_over_ranks(mine))

@@ -87,12 +87,15 @@ def chosen_rates(view: RunView) -> list[str]:
         several = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
         race = mapping(view.part("config").get("race"))
         steps = number(race.get("steps"))
-        long = "" if math.isnan(steps) else f" for {steps:.0f} steps"
+        raced_on = min(number(race.get("tasks", 1)), len(view.tasks))
+        which = "the first task" if raced_on <= 1 else f"the first {raced_on:.0f} tasks"
+        each = " each" if raced_on > 1 else ""
+        long = "" if math.isnan(steps) else f" for {steps:.0f} steps{each}"
         whose = (
             "Every learning rate" if not given else f"The learning rate of {join([m.label for m in raced])}"
         )
         out.append(
-            f"{whose} won a race of {several} rates, each of which trained the first task{long}, by the loss on held-out "
+            f"{whose} won a race of {several} rates, each of which trained {which}{long}, by the loss on held-out "
             "training examples."
         )
     if given:

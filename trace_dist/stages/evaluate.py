@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.config import RunConfig
 from trace_dist.continual.setting import Setting
@@ -12,7 +14,8 @@ from trace_dist.utils.files import write_json
 
 
 def run_evaluate(cfg: RunConfig, bank_folder: str | None) -> dict[str, float]:
-    """Score the target, plain or with retrieval from a bank; writes ``eval.json``. Collective.
+    """Score the target, plain or with retrieval from a bank; writes ``eval.json``, with a bank also how many prompts of
+    each set every delta (or ``base``) answered. Collective.
 
     Returns:
         Task or general set -> score in percent, or in bits per byte.
@@ -27,8 +30,10 @@ def run_evaluate(cfg: RunConfig, bank_folder: str | None) -> dict[str, float]:
         check_same(bank.base, setting.fingerprint, f"bank {bank_folder}")
     judge = setting.judge
     row = setting.base_row if bank is None else judge.score_retrieved(setting.model, bank)
+    routes = {} if bank is None else judge.routes(setting.model, bank)
     names = [task.name for task in cfg.tasks] + judge.general_names + judge.text_names
     scores = dict(zip(names, [*row.tasks, *row.general, *row.bits_per_byte], strict=True))
     if dist.is_main():
-        write_json(cfg.folder.scores, {"bank": bank_folder, "scores": scores})
+        answered = {name: dict(Counter(found)) for name, found in routes.items()}
+        write_json(cfg.folder.scores, {"bank": bank_folder, "scores": scores, "answered_by": answered})
     return scores

@@ -67,4 +67,4 @@ def _won(setting: Setting, stream: Stream, mask: Mask) -> float | None:
         batches = setting.bench.batches([part], cfg.batch_size)
         return try_mask(setting, mask, batches, lr, part.steps, name="train")
 
-    return held_race(setting, "train", stream, trial).lr
+    return held_race(setting, "train", [stream], trial).lr

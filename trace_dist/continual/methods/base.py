@@ -41,6 +41,8 @@ class Method(ABC):
     """Whether it trains the entries of masks alone."""
     on_ranks: ClassVar[bool]
     """Whether it runs on all ranks of a sharded model; otherwise it runs in one process."""
+    continues: ClassVar[bool] = False
+    """Whether a task is trained on the weights that earlier tasks left; otherwise from the base."""
     race: Race | None = None
     """What chose its learning rate; the driver sets it before the first task where the rate is ``auto``."""
 

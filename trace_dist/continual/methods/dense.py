@@ -30,6 +30,7 @@ class Dense(Method):
 
     masked = False
     on_ranks = False
+    continues = True
 
     @classmethod
     def check(cls, name: str, cfg: RunConfig) -> None:

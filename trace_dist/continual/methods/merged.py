@@ -61,6 +61,7 @@ class Merged(Method):
     colour = "sky"
     masked = True
     on_ranks = True
+    continues = True
 
     def __init__(self, name: str, setting: Setting, options: Options) -> None:
         super().__init__(name, setting, options)
@@ -87,6 +88,7 @@ class Merged(Method):
         return result
 
     def trial(self, stream: Stream, part: Stream, lr: float) -> AbstractContextManager[Learner]:
+        self._project()
         mask = self.setting.mask_for(stream)
         return try_mask(self.setting, mask, self._batches(part), lr, part.steps, name=self.name)
 
