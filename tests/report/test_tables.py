@@ -69,6 +69,9 @@ def test_it_is_said_how_learning_rates_were_chosen() -> None:
     results = make_results(["reverse"])
     raced = "Every learning rate won a race of 3 rates, each of which trained the first task for 40 steps, by the loss on "
     assert f"{raced}held-out training examples." in markdown_table(results)
+    results = make_results(["reverse", "spiral", "rotate"])
+    results["config"]["race"]["tasks"] = 2
+    assert "each of which trained the first 2 tasks for 40 steps each, by the loss" in markdown_table(results)
     results["modes"]["lora"] |= {"rates": [], "lr": 1e-3}
     results["modes"]["random"]["rates"].append({"lr": 5e-2, "loss": 0.9})
     text = markdown_table(results)

@@ -37,6 +37,7 @@ from trace_dist.models.loading import check_zero_config, load_model_zero3
 from trace_dist.models.wrapping import unwrap
 from trace_dist.sharding import gloo
 from trace_dist.sharding.base import ShardedModel
+from trace_dist.sharding.compile_lock import say_first_use, wait_for_compilations
 from trace_dist.sharding.support import Support
 from trace_dist.sharding.views import PartitionView, flat_views
 from trace_dist.utils import dist
@@ -55,6 +56,9 @@ def start_deepspeed() -> Any:
     dist.ensure_group()
     import deepspeed
 
+    wait_for_compilations()
+    if not torch.cuda.is_available() and dist.is_main():
+        say_first_use()
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     return deepspeed
 

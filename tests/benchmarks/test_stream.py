@@ -1,0 +1,48 @@
+"""A stream of commands, and one that goes on where it was cut; a test for the JSON that the page of results is made from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from cli.program import environment, make_config, write_config, write_tasks
+
+from trace_dist.bank.bank import BASE, DeltaBank
+from trace_dist.benchmarks.stream import run_stream
+
+RESULT = Path(__file__).parents[2] / "docs" / "results" / "stream20.json"
+
+
+def test_tasks_are_learned_by_commands_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment(tmp_path / "cache").items():
+        monkeypatch.setenv(name, value)
+    write_tasks(tmp_path)
+    config = make_config(tmp_path) | {"backend": "single"}
+    config["bank"] |= {"layer": 0}
+    cut = config | {"tasks": config["tasks"][:1]}
+    out = tmp_path / "stream.json"
+    (first,) = run_stream(write_config(tmp_path, cut, "cut.yaml"), out)["tasks"]
+    result = run_stream(write_config(tmp_path, config), out)
+    assert result == json.loads(out.read_text())
+    again, second = result["tasks"]
+    # The first is not learned again, and answers as it did.
+    assert {**again, "final": 0, "retrieved_percent": 0} == {**first, "final": 0, "retrieved_percent": 0}
+    assert again["final"] == again["learned"]
+    assert second["name"] == "twist"
+    assert second["wall_s"] > 0
+    assert second["processor_s"] > 0
+    assert second["peak_rss_bytes"] > 2**27
+    assert DeltaBank(tmp_path / "run" / "bank").tasks == [BASE, "copy", "twist"]
+
+
+def test_nothing_was_forgotten_and_nothing_grew_in_the_published_stream() -> None:
+    tasks = json.loads(RESULT.read_text())["tasks"]
+    assert len(tasks) == 20
+    for task in tasks:
+        if task["retrieved_percent"] == 100:
+            assert task["final"] == task["learned"], task["name"]
+    early, late = tasks[:10], tasks[10:]
+    for key, growth in (("peak_rss_bytes", 1.05), ("processor_s", 1.3)):
+        median = [sorted(task[key] for task in part)[5] for part in (early, late)]
+        assert median[1] < growth * median[0], key
