@@ -15,7 +15,9 @@ def _rows(field: str, package: str, *names: str) -> Registry:
 METHODS = _rows(
     "continual.methods", "continual.methods", "retrieved", "merged", "random", "full", "lora"
 )  # fmt: skip
-SCORES = _rows("probe.score", "probe.importance", "l2", "fisher", "l2_fisher")
+SCORES = _rows(
+    "probe.score", "probe.importance", "l2", "fisher", "l2_fisher", "first_order", "relative_update", "snr"
+)  # fmt: skip
 PLACEMENTS = _rows(
     "projection.placement", "projection.placements", "magnitude", "random", "refine", "narrow"
 )  # fmt: skip

@@ -9,13 +9,17 @@ import torch
 
 from trace_dist.bank.sketch import Sketch, sketch_update
 from trace_dist.masks.units import UnitLayout
-from trace_dist.probe.importance import unit_importance
+from trace_dist.parts import SCORES
+from trace_dist.probe.importance import Evidence, unit_importance
 from trace_dist.probe.specificity import cosine_matrix, specificity, tensor_specificity
 from trace_dist.probe.warm_start import Trace
 
 U = torch.tensor([[1.0, -2.0, 0.0], [3.0, 0.0, 4.0]])
 F = torch.tensor([[4.0, 9.0, 1.0], [0.0, 16.0, 1.0]])
-TRACE = Trace({"w": U}, {"w": F}, [])
+W = torch.tensor([[2.0, 0.0, 5.0], [1.0, -3.0, 0.5]])
+G = torch.tensor([[1.0, -3.0, 0.0], [0.0, 2.0, -0.5]])
+TRACE = Trace({"w": Evidence(W, U, G, F)}, [])
+RMS = sqrt((4 + 25 + 1 + 9 + 0.25) / 6)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +34,12 @@ TRACE = Trace({"w": U}, {"w": F}, [])
         ("l2_fisher", 2, [sqrt((4 + 36) / 2), 0, 0, 4]),
         ("l2", 3, [sqrt(5 / 3), sqrt(25 / 3)]),
         ("l2_fisher", 6, [sqrt((4 + 36 + 16) / 6)]),
+        ("first_order", 1, [4, 0, 5, 0, 12, 0.5]),
+        ("first_order", 3, [sqrt((16 + 25) / 3), sqrt((144 + 0.25) / 3)]),
+        # A weight of zero counts as a thousandth of the root mean square.
+        ("relative_update", 1, [1 / 2, 2 / (1e-3 * RMS), 0, 3, 0, 8]),
+        # The second gradient has no noise beyond fp32's, the fourth is not there at all.
+        ("snr", 1, [1 / sqrt(3), 1 / sqrt(2**-23), 0, 0, 2 / sqrt(12), 0.5 / sqrt(0.75)]),
     ],
 )
 def test_formulas(score: str, unit: int, expected: list[float]) -> None:
@@ -45,9 +55,20 @@ def test_columns() -> None:
 
 def test_small_products_do_not_underflow() -> None:
     """u = 1e-12 and F = 1e-30 give u^2 F = 1e-54, below fp32."""
-    trace = Trace({"w": torch.tensor([1e-12, 2e-12])}, {"w": torch.tensor([1e-30, 1e-30])}, [])
+    update, fisher = torch.tensor([1e-12, 2e-12]), torch.tensor([1e-30, 1e-30])
+    trace = Trace({"w": Evidence(torch.ones(2), update, torch.zeros(2), fisher)}, [])
     found = unit_importance(trace, {"w": UnitLayout((2,), 1)}, "l2_fisher")["w"]
     assert found.tolist() == pytest.approx([1e-27, 2e-27])
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_nothing_in_nothing_out(score: str) -> None:
+    """A parameter that neither moved nor felt a gradient, of weights that are zero too."""
+    zeros = torch.zeros(2, 3)
+    found = unit_importance(
+        Trace({"w": Evidence(zeros, zeros, zeros, zeros)}, []), {"w": UnitLayout((2, 3), 1)}, score
+    )
+    assert found["w"].tolist() == [0.0] * 6
 
 
 def update(*values: float) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -52,9 +53,13 @@ def test_fisher_is_the_mean_squared_gradient_at_the_point_reached(measured: tupl
     batches = make_batches()
     list(islice(batches, PROBE.steps))  # the warm start's own
     gradients = reference_gradients(model, batches, PROBE.fisher_batches)
-    for name, fisher in trace.fisher.items():
+    for name, evidence in trace.evidence.items():
         expected = sum(g[name].square() for g in gradients) / PROBE.fisher_batches
-        torch.testing.assert_close(fisher.double(), expected, rtol=2e-3, atol=1e-3 * float(expected.max()))
+        largest = float(expected.max())
+        torch.testing.assert_close(evidence.fisher.double(), expected, rtol=2e-3, atol=1e-3 * largest)
+        mean = sum(g[name] for g in gradients) / PROBE.fisher_batches
+        torch.testing.assert_close(evidence.gradient.double(), mean, rtol=2e-3, atol=1e-3 * largest**0.5)
+        assert torch.equal(evidence.weight, before[name])
 
 
 def test_gradients_of_opposite_sign_do_not_cancel(measured: tuple) -> None:
@@ -66,18 +71,31 @@ def test_gradients_of_opposite_sign_do_not_cancel(measured: tuple) -> None:
     list(islice(batches, PROBE.steps))
     gradients = reference_gradients(model, batches, PROBE.fisher_batches)
     cancelled = 0
-    for name, fisher in trace.fisher.items():
-        mean = sum(g[name] for g in gradients) / PROBE.fisher_batches
+    for name, evidence in trace.evidence.items():
+        mean, fisher = sum(g[name] for g in gradients) / PROBE.fisher_batches, evidence.fisher
         assert bool((fisher.double() >= mean.square() * 0.99 - 1e-12).all())
         cancelled += int((fisher.double().sqrt() > 10 * mean.abs()).sum())
     assert cancelled > 100
+
+
+def test_without_a_warm_start_it_is_measured_at_the_base() -> None:
+    model = make_model()
+    name = "model.layers.0.mlp.up_proj.weight"
+    probe = replace(PROBE, steps=0)
+    evidence = warm_start(model, [name], make_batches(), probe, make_config().train).evidence[name]
+    gradients = reference_gradients(make_model(), make_batches(), PROBE.fisher_batches)
+    expected = sum(g[name].square() for g in gradients) / PROBE.fisher_batches
+    assert not evidence.update.any()
+    torch.testing.assert_close(
+        evidence.fisher.double(), expected, rtol=2e-3, atol=1e-3 * float(expected.max())
+    )
 
 
 def test_all_but_the_named_parameters_stay_frozen() -> None:
     model = make_model()
     name = "model.layers.0.mlp.up_proj.weight"
     trace = warm_start(model, [name], make_batches(), PROBE, make_config().train)
-    assert list(trace.update) == list(trace.fisher) == [name]
+    assert list(trace.update) == list(trace.evidence) == [name]
     assert [n for n, p in model.named_parameters() if p.grad is not None] == []
 
 

@@ -22,8 +22,9 @@ SCORE = '''
 label = "first elements"
 
 
-def energy(update, fisher):
+def energy(evidence):
     """Earlier elements count more, whatever the task."""
+    update = evidence.update
     return -update.new_tensor(range(update.numel())).double().view_as(update).log1p() + 100
 '''
 PLACEMENT = """

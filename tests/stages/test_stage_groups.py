@@ -13,6 +13,7 @@ from trace_dist.config import (
     LaunchConfig,
     MaskConfig,
     ModelConfig,
+    ProbeConfig,
     ProjectionConfig,
     PruneConfig,
     RunConfig,
@@ -102,6 +103,8 @@ def test_what_one_stage_needs_another_leaves(tmp_path: Path) -> None:
         ({"continual": ContinualConfig(options={"lora": {"rang": 3}})}, "'rang' is not an option"),
         ({"continual": ContinualConfig(options={"merged": {"replay": 1.0}})}, "merged.replay=1.0: must lie in [0, 1)"),
         ({"continual": ContinualConfig(["full"], {"lora": {"rank": "x"}})}, 'key "rank"'),
+        ({"probe": ProbeConfig(steps=0)}, "probe.steps=0: probe.score='l2_fisher' reads the update"),
+        ({"probe": ProbeConfig(score="snr", fisher_batches=1)}, "probe.fisher_batches=1: probe.score='snr' needs at least 2"),
     ],
 )  # fmt: skip
 def test_options_are_checked_before_work(changes: dict, message: str, tmp_path: Path) -> None:

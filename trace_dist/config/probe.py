@@ -16,7 +16,7 @@ class ProbeConfig(Section):
     section: ClassVar[str] = "probe"
 
     steps: int = 40
-    """Optimizer steps of the warm start."""
+    """Optimizer steps of the warm start; 0 to measure at the base, with a score that reads no update."""
     lr: float = 1e-3
     """Peak learning rate of the warm start."""
     batch_size: int = 64
@@ -24,13 +24,14 @@ class ProbeConfig(Section):
     fisher_batches: int = 5
     """Batches over which the empirical Fisher information is averaged after the warm start."""
     score: str = "l2_fisher"
-    """l2 (|update|), fisher (root of the mean squared gradient), l2_fisher (their product), or the path of a module
-    of your own."""
+    """l2 (|update|), fisher (root of the mean squared gradient), l2_fisher (their product), first_order (|weight| times
+    that root), relative_update (|update| over |weight|), snr (mean of the gradient over its deviation), or the path of a
+    module of your own."""
     specificity_weight: float = 0.0
     """Exponent s >= 0: a tensor's budget is scaled by its specificity (1 - max cosine with other tasks) ** s."""
 
     def check(self) -> None:
-        self.at_least(1, "steps", "batch_size", "fisher_batches")
-        self.at_least(0, "specificity_weight")
+        self.at_least(1, "batch_size", "fisher_batches")
+        self.at_least(0, "steps", "specificity_weight")
         self.positive("lr")
         SCORES.check(self.score)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trace_dist.config import ProbeConfig, TrainConfig
 from trace_dist.data.batches import Batches, Step
+from trace_dist.probe.importance.evidence import Evidence
 from trace_dist.train.learner import DenseLearner
 from trace_dist.train.loop import train_steps
 from trace_dist.utils import dist
@@ -26,14 +27,17 @@ class Trace:
     Everything is on the CPU, since the traces of all tasks are compared.
 
     Attributes:
-        update: parameter -> fp32 weight after minus weight before.
-        fisher: parameter -> fp32 mean squared gradient of the mean loss over batches (empirical Fisher), after the warm start.
+        evidence: parameter -> what scores are computed from.
         losses: (step, nats per answer token).
     """
 
-    update: dict[str, Tensor]
-    fisher: dict[str, Tensor]
+    evidence: dict[str, Evidence]
     losses: list[tuple[int, float]]
+
+    @property
+    def update(self) -> dict[str, Tensor]:
+        """Parameter -> fp32 weight after minus weight before."""
+        return {name: each.update for name, each in self.evidence.items()}
 
 
 def warm_start(
@@ -63,24 +67,32 @@ def warm_start(
     before = {name: parameter.detach().clone() for name, parameter in tuned.items()}
     learner = DenseLearner(module, tuned.values(), train, probe.lr, dtype)
     result = train_steps(learner, batches, train, probe.steps, description=description, rate="probe.lr")
-    update = {
-        name: (parameter.detach().float() - before[name].float()).cpu() for name, parameter in tuned.items()
+    update = {name: parameter.detach().float() - before[name].float() for name, parameter in tuned.items()}
+    gradient, fisher = _gradients(learner, tuned, iter(batches), probe.fisher_batches)
+    evidence = {
+        name: Evidence(
+            *(
+                each[name].float().cpu() for each in (before, update, gradient, fisher)
+            )  # in the order of its fields
+        )
+        for name in tuned
     }
-    fisher = _fisher(learner, tuned, iter(batches), probe.fisher_batches)
     with torch.no_grad():
         for name, parameter in tuned.items():
             parameter.copy_(before[name])
-    return Trace(update, fisher, result.losses)
+    return Trace(evidence, result.losses)
 
 
-def _fisher(
+def _gradients(
     learner: DenseLearner, tuned: dict[str, nn.Parameter], steps: Iterator[Step], num_batches: int
-) -> dict[str, Tensor]:
-    total = {name: torch.zeros_like(parameter) for name, parameter in tuned.items()}
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Mean over batches of the gradient, and of its square."""
+    mean, squares = ({name: torch.zeros_like(p) for name, p in tuned.items()} for _ in range(2))
     for _ in range(num_batches):
         learner.accumulate(next(steps))
         for name, parameter in tuned.items():
             if parameter.grad is not None:
-                total[name].addcmul_(parameter.grad, parameter.grad, value=1 / num_batches)
+                mean[name].add_(parameter.grad, alpha=1 / num_batches)
+                squares[name].addcmul_(parameter.grad, parameter.grad, value=1 / num_batches)
                 parameter.grad = None
-    return {name: values.cpu() for name, values in total.items()}
+    return mean, squares

@@ -66,7 +66,7 @@ def check_parts(cfg: RunConfig) -> None:
     from trace_dist.continual.driver import check_methods
     from trace_dist.continual.isolation.base import load_isolation
 
-    SCORES.load(cfg.probe.score)
+    _check_score(cfg)
     placement = PLACEMENTS.load(cfg.projection.placement)
     options = PLACEMENTS.options(cfg.projection.placement, cfg.projection.options)
     # Without a proxy nothing is projected.
@@ -74,6 +74,21 @@ def check_parts(cfg: RunConfig) -> None:
         placement.check_mask(options, cfg.mask)
     load_isolation(cfg.mask).check(cfg.mask, len(cfg.tasks))
     check_methods(cfg)
+
+
+def _check_score(cfg: RunConfig) -> None:
+    """Raise ``ValueError`` where the score cannot be read from the probe."""
+    score, name = SCORES.load(cfg.probe.score), cfg.probe.score
+    if cfg.probe.steps == 0 and getattr(score, "uses_update", True):
+        raise ValueError(
+            f"probe.steps=0: probe.score={name!r} reads the update of a warm start, and there is none; raise probe.steps, or "
+            "choose a score of gradients, such as fisher"
+        )
+    least = getattr(score, "least_batches", 1)
+    if cfg.probe.fisher_batches < least:
+        raise ValueError(
+            f"probe.fisher_batches={cfg.probe.fisher_batches}: probe.score={name!r} needs at least {least}; raise it"
+        )
 
 
 def take_folder(cfg: RunConfig) -> None:

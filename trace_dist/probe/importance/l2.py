@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from trace_dist.probe.importance.evidence import Evidence
+
 label = "size of the update"
+uses_update = True
 
 
-def energy(update: Tensor, fisher: Tensor) -> Tensor:
+def energy(evidence: Evidence) -> Tensor:
     """``u^2`` of each element, fp64."""
-    return update.double().square()
+    return evidence.update.double().square()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from trace_dist.probe.importance.evidence import Evidence
+
 label = "update times the root of the mean squared gradient"
+uses_update = True
 
 
-def energy(update: Tensor, fisher: Tensor) -> Tensor:
+def energy(evidence: Evidence) -> Tensor:
     """``u^2 F`` of each element, fp64."""
-    return update.double().square() * fisher.double()
+    return evidence.update.double().square() * evidence.fisher.double()

@@ -18,7 +18,7 @@ from trace_dist.data.batches import Batches
 from trace_dist.masks.mask import Mask
 from trace_dist.masks.ops import Scores, place
 from trace_dist.masks.units import UnitLayout
-from trace_dist.probe.importance import element_energy
+from trace_dist.probe.importance import Evidence, element_energy
 from trace_dist.projection.budget import scale_budgets
 from trace_dist.projection.placements.magnitude import magnitude_scores
 from trace_dist.projection.site import Site
@@ -91,11 +91,14 @@ def narrow_scores(
     start = [optimizer.values(support).clone() for support in optimizer.supports]
     label, rate = f"narrow {task}".rstrip(), f"{options.where}.lr"
     train_steps(learner, batches, train, options.steps, description=label, rate=rate)
-    fisher = _compact_fisher(learner, batches, probe.fisher_batches)
+    gradients = _compact_gradients(learner, batches, probe.fisher_batches)
     energy = {}
-    for support, before, squares in zip(optimizer.supports, start, fisher, strict=True):
-        update = optimizer.values(support).float() - before.float()
-        local = element_energy(update.to(squares.device), squares, probe.score)
+    for support, before, (mean, squares) in zip(optimizer.supports, start, gradients, strict=True):
+        weight, after = (
+            before.to(squares.device).float(),
+            optimizer.values(support).to(squares.device).float(),
+        )
+        local = element_energy(Evidence(weight, after - weight, mean, squares), probe.score)
         offset = support.offset
         elements = pool.elements(support.name)[offset : offset + support.runs.num_entries]
         energy[support.name] = (local, elements)
@@ -114,14 +117,17 @@ def narrow_scores(
     return scores
 
 
-def _compact_fisher(learner: MaskedLearner, batches: Batches, num_batches: int) -> list[Tensor]:
-    """Mean squared gradient at each entry of this rank's supports."""
+def _compact_gradients(
+    learner: MaskedLearner, batches: Batches, num_batches: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Mean gradient and mean squared gradient at each entry of this rank's supports."""
     supports = learner.optimizer.supports
-    fisher = [torch.zeros_like(support.grad) for support in supports]
+    found = [(torch.zeros_like(support.grad), torch.zeros_like(support.grad)) for support in supports]
     stream = iter(batches)
     for _ in range(num_batches):
         learner.accumulate(next(stream))
-        for support, total in zip(supports, fisher, strict=True):
-            total.addcmul_(support.grad, support.grad, value=1 / num_batches)
+        for support, (mean, squares) in zip(supports, found, strict=True):
+            mean.add_(support.grad, alpha=1 / num_batches)
+            squares.addcmul_(support.grad, support.grad, value=1 / num_batches)
         learner.optimizer.zero_grad()
-    return fisher
+    return found

@@ -1,0 +1,24 @@
+"""What a warm start shows of the elements of one parameter; every score is computed from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Four tensors of one shape, fp32.
+
+    Attributes:
+        weight: before the warm start.
+        update: weight after minus weight before.
+        gradient: mean over batches of the gradient of the mean loss, after the warm start.
+        fisher: mean over batches of its square (empirical Fisher information).
+    """
+
+    weight: Tensor
+    update: Tensor
+    gradient: Tensor
+    fisher: Tensor
