@@ -55,7 +55,7 @@ def run(**changes: Any) -> c.RunConfig:
         (lambda: task(name="a/b"), "tasks.name", "must not hold '/'"),
         (lambda: task(name="Base"), "tasks.name", "is reserved for the base model"),
         (lambda: task(num_test=0), "tasks.t.num_test", "must be at least 1"),
-        (lambda: c.ProbeConfig(steps=0), "probe.steps", "must be at least 1"),
+        (lambda: c.ProbeConfig(steps=-1), "probe.steps", "must be at least 0"),
         (lambda: c.ProbeConfig(fisher_batches=0), "probe.fisher_batches", "must be at least 1"),
         (lambda: c.TrainConfig(steps=0), "train.steps", "must be at least 1"),
         (lambda: c.TrainConfig(lr=0), "train.lr", "must be positive"),

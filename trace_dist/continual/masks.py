@@ -51,9 +51,10 @@ def project_stream(
     for kind in KINDS:
         check_room(layouts, mask.density, refused[kind], task, mask.isolation)
     index = [other.task.name for other in bench.tasks].index(task)
+    # The projected one is written last: where it lies, both do.
     masks = {
-        "projected": _projected(model, cfg, bench, stream, refused["projected"]),
         "random": random_mask(layouts, mask.granularity, mask.density, cfg.seed + index, refused["random"]),
+        "projected": _projected(model, cfg, bench, stream, refused["projected"]),
     }
 
     def write() -> None:
