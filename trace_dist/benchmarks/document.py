@@ -133,6 +133,15 @@ def kernels_table(result: Result) -> str:
     return _with_origin(result, _table(["kernel", "block", "share of copy", "GB/s", "ms"], rows))
 
 
+def before_after_table(result: Result) -> str:
+    """Ratios of two commits, measured in turn."""
+    rows = []
+    for row in result["rows"]:
+        form = "{:.1%}" if "error" in row["what"] else "{:.1f}x" if "speed-up" in row["what"] else "{:.2f}x"
+        rows.append([row["what"], form.format(row["before"]), form.format(row["after"])])
+    return _with_origin(result, _table(["", "before", "after"], rows))
+
+
 STEP = "bench_step.json"
 SECTIONS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "optimizer": (("bench_optimizer.json",), optimizer_table),
@@ -141,6 +150,7 @@ SECTIONS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "step": ((STEP,), step_table),
     "time": ((STEP,), time_table),
     "memory": (("bench_memory.json",), memory_table),
+    "before_after": (("bench_before_after.json",), before_after_table),
     "gpu_optimizer": (("gpu_optimizer.json",), optimizer_table),
     "gpu_step": (("gpu_step_1b.json", "gpu_step_8b.json"), gpu_step_table),
     "gpu_kernels": (("gpu_kernels.json",), kernels_table),
