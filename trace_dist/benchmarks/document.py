@@ -142,6 +142,20 @@ def before_after_table(result: Result) -> str:
     return _with_origin(result, _table(["", "before", "after"], rows))
 
 
+def stream_table(result: Result) -> str:
+    """One row per task, in the order in which they were learned."""
+    rows = []
+    for number, task in enumerate([*result["tasks"], result["again"]], 1):
+        scores = [
+            f"{task[key]:.1f}" if key in task else "" for key in ("learned", "final", "retrieved_percent")
+        ]
+        times = [f"{task[key]:.0f}" for key in ("wall_s", "processor_s")]
+        sizes = [f"{task['peak_rss_bytes'] / 2**20:,.0f}", f"{task['bank_bytes'] / 2**20:.2f}"]
+        rows.append([f"{number} {task['name']}", *scores, *times, *sizes])
+    scores_head, times_head = ["learned, %", "at the end, %", "retrieved, %"], ["wall, s", "processor, s"]
+    return _with_origin(result, _table(["task", *scores_head, *times_head, "peak, MiB", "bank, MiB"], rows))
+
+
 STEP = "bench_step.json"
 SECTIONS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "optimizer": (("bench_optimizer.json",), optimizer_table),
@@ -151,6 +165,7 @@ SECTIONS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "time": ((STEP,), time_table),
     "memory": (("bench_memory.json",), memory_table),
     "before_after": (("bench_before_after.json",), before_after_table),
+    "stream": (("stream20.json",), stream_table),
     "gpu_optimizer": (("gpu_optimizer.json",), optimizer_table),
     "gpu_step": (("gpu_step_1b.json", "gpu_step_8b.json"), gpu_step_table),
     "gpu_kernels": (("gpu_kernels.json",), kernels_table),

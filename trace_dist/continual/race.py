@@ -34,6 +34,7 @@ from trace_dist.utils import dist
 from trace_dist.utils.files import read_json, write_json
 from trace_dist.utils.finite import NotFinite
 from trace_dist.utils.log import get_logger
+from trace_dist.utils.rng import random_numbers_kept
 from trace_dist.utils.together import on_main
 
 logger = get_logger(__name__)
@@ -147,7 +148,7 @@ def held_race(
         logger.info("%s: lr %g: held-out loss %.4f after %s", name, lr, loss, tasks)
         return loss
 
-    with _random_numbers_kept():
+    with random_numbers_kept():
         race = race_rates(cfg.grid, measure)
     logger.info("%s: lr %g has won the race", name, race.lr)
     on_main(lambda: write_json(path, {"about": about, "rates": race.to_json()}))
@@ -177,13 +178,6 @@ def _loss_after(trial: AbstractContextManager[Learner], step: Step, trained: Exi
             return float(dist.sum_over_ranks(mine))
     except NotFinite:
         return math.inf
-
-
-def _random_numbers_kept() -> AbstractContextManager[None]:
-    """Puts torch's generators back."""
-    device = dist.local_device()
-    kept: AbstractContextManager[None] = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    return kept
 
 
 def _read(path: Path, about: dict[str, Any]) -> Race | None:

@@ -29,6 +29,7 @@ from trace_dist.train.loop import MetricLog
 from trace_dist.train.target import base_path, load_target
 from trace_dist.train.workbench import Stream, Workbench
 from trace_dist.utils import dist
+from trace_dist.utils.rng import random_numbers_kept
 from trace_dist.utils.together import on_all
 
 METHOD_OF = {"projected": "retrieved", "random": "random"}
@@ -108,7 +109,7 @@ class Setting:
         return mask
 
     def project(self, stream: Stream) -> None:
-        """Write a task's projected and random mask of the target, which is left as it was. Collective.
+        """Write a task's projected and random mask of the target, which is left as it was, like the random numbers. Collective.
 
         Raises:
             ValueError: the proxy was not probed, or earlier tasks have left no room.
@@ -117,8 +118,9 @@ class Setting:
         layouts = layouts_for(self.model, mask.granularity, mask.block, mask.maskable)
         for kind in KINDS:
             refused[kind], meta[kind] = self._refused(layouts, stream, kind)
-        self.seed(stream.task.name)
-        project_stream(self.model, self.cfg, self.bench, stream, self.fingerprint, refused, meta)
+        with random_numbers_kept():
+            self.seed(stream.task.name)
+            project_stream(self.model, self.cfg, self.bench, stream, self.fingerprint, refused, meta)
 
     def _refused(
         self, layouts: Mapping[str, UnitLayout], stream: Stream, kind: str
