@@ -4,8 +4,8 @@
 
 Per task: wall and processor time of ``trace-dist learn``, the resident set of its largest process, the size of the bank, and the
 score when it was learned. After the last one ``trace-dist eval`` scores all of them through the bank. Then the first task is
-learned once more under another name, into a copy of the full bank: the same work as at the beginning, so what it takes more is what
-a full bank costs. A stream that was cut goes on behind the last task in its JSON; the time of a task that was cut is not
+learned once more under another name, into a copy of the full bank: the same work as at the beginning, so what it takes more is
+what a full bank costs. A stream that was cut goes on behind the last task in its JSON; the time of a task that was cut is not
 whole, so it is learned anew.
 """
 
