@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from engine.cases import CASES
 from engine.resuming import CONFIG, PLAIN, STEPS, Resumed, dropout_model, make_batches, run
 
 from trace_dist import shard
+from trace_dist.train.cadence import Cadence
 from trace_dist.train.task import train_mask
 
 LOSS_TOLERANCE = 2e-6
@@ -65,7 +67,14 @@ def test_a_finished_training_started_again_repeats_its_result(tmp_path: Path) ->
     ],
     ids=["short", "by-time", "none"],
 )
-def test_checkpoints_by_time(options: dict[str, float], kept: int, tmp_path: Path) -> None:
+def test_checkpoints_by_time(
+    options: dict[str, float], kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that ticks at every look: a checkpoint takes one tick, and the next one is due after nineteen."""
+    ticks = itertools.count()
+    monkeypatch.setattr(
+        "trace_dist.train.task.Cadence", functools.partial(Cadence, clock=lambda: float(next(ticks)))
+    )
     cfg = replace(CONFIG, **({"checkpoint_every": None} | options))
     model = shard(PLAIN.model(), "single")
     mask, batches = PLAIN.mask(model), make_batches()
