@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import launch, locate, plan
+from .dispatch import launch, locate_program, plan
 from .hyper import AdamWHyper
 from .masked_adamw import Operands, Rounding, check_state, update_tile
 from .rounding import seed_keys_kernel
@@ -82,7 +82,7 @@ def _adamw_batch_kernel(  # type: ignore[no-untyped-def]
     if ALIGNED:
         base, skip = tl.multiple_of(base, 8), tl.multiple_of(skip, 8)
     first = tl.load(row + 10)
-    local, position, valid = locate(
+    local, position, valid = locate_program(
         pid - first, units_ptr, num_units, num_entries, block, base, skip, UNITS, LANES, ALIGNED
     )
     if SCALE_IS_POINTER:
@@ -131,8 +131,6 @@ class AdamWBatch:
         self, operands: Sequence[Operands], seeds: Sequence[int], rounding: Rounding = "nearest"
     ) -> None:
         self._places = _places(operands)
-        self.num_launches = 0
-        """Launches of one step."""
         kinds: dict[tuple[Any, ...], list[tuple[Operands, int]]] = {}
         for state, seed in zip(operands, seeds, strict=True):
             check_state(state, rounding)
@@ -142,6 +140,7 @@ class AdamWBatch:
                 kinds.setdefault(_kind(state, rounding), []).append((state, seed))
         self._launches = [_Launch(kind, members) for kind, members in kinds.items()]
         self.num_launches = len(self._launches)
+        """Launches of one step."""
 
     def holds(self, operands: Sequence[Operands]) -> bool:
         """Whether these are the batch's own operands, and lie where they lay."""
@@ -214,23 +213,16 @@ def _kind(state: Operands, rounding: Rounding) -> tuple[Any, ...]:
 
 def _row(state: Operands, first: int, seed: int) -> list[int]:
     runs = state.runs
-    tensors = (getattr(state, name) for name in _POINTERS)
-    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    support = [runs.units.data_ptr(), runs.num_units, runs.num_entries, runs.base, runs.skip]
-    return [*pointers, *support, first, (seed + 2**63) % 2**64 - 2**63]
+    support = [runs.num_units, runs.num_entries, runs.base, runs.skip]
+    return [*_addresses(state), *support, first, (seed + 2**63) % 2**64 - 2**63]
 
 
-def _places(operands: Sequence[Operands]) -> list[int]:
+def _places(operands: Sequence[Operands]) -> list[list[int]]:
     """Addresses of all operands."""
-    return [
-        0 if tensor is None else tensor.data_ptr()
-        for state in operands
-        for tensor in (
-            state.weight,
-            state.master,
-            state.grad,
-            state.exp_avg,
-            state.exp_avg_sq,
-            state.runs.units,
-        )
-    ]
+    return [_addresses(state) for state in operands]
+
+
+def _addresses(state: Operands) -> list[int]:
+    """Of the operands and the unit ids, in the order of the table's columns; 0 where there is none."""
+    tensors = (*(getattr(state, name) for name in _POINTERS), state.runs.units)
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

@@ -50,16 +50,7 @@ def _compact_gather_kernel(  # type: ignore[no-untyped-def]
     ALIGNED: tl.constexpr,
 ):
     local, position, valid = locate(
-        tl.program_id(0).to(tl.int64),
-        units_ptr,
-        num_units,
-        num_entries,
-        block,
-        base,
-        skip,
-        UNITS,
-        LANES,
-        ALIGNED,
+        units_ptr, num_units, num_entries, block, base, skip, UNITS, LANES, ALIGNED
     )
     value = tl.load(src_ptr + local, mask=valid, other=0.0).to(tl.float32) * scale
     if ACCUMULATE:
@@ -85,16 +76,7 @@ def _compact_scatter_kernel(  # type: ignore[no-untyped-def]
     ALIGNED: tl.constexpr,
 ):
     local, position, valid = locate(
-        tl.program_id(0).to(tl.int64),
-        units_ptr,
-        num_units,
-        num_entries,
-        block,
-        base,
-        skip,
-        UNITS,
-        LANES,
-        ALIGNED,
+        units_ptr, num_units, num_entries, block, base, skip, UNITS, LANES, ALIGNED
     )
     value = tl.load(values_ptr + position, mask=valid, other=0.0)
     if dst_ptr.dtype.element_ty == tl.bfloat16 and value.dtype != tl.bfloat16:

@@ -44,16 +44,7 @@ def _delta_swap_kernel(  # type: ignore[no-untyped-def]
     ALIGNED: tl.constexpr,
 ):
     local, position, valid = locate(
-        tl.program_id(0).to(tl.int64),
-        units_ptr,
-        num_units,
-        num_entries,
-        block,
-        base,
-        skip,
-        UNITS,
-        LANES,
-        ALIGNED,
+        units_ptr, num_units, num_entries, block, base, skip, UNITS, LANES, ALIGNED
     )
     old = tl.load(weight_ptr + local, mask=valid)
     new = tl.load(values_ptr + position, mask=valid)

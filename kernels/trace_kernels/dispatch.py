@@ -40,7 +40,7 @@ class BenchCase(NamedTuple):
 
 
 @triton.jit
-def locate(  # type: ignore[no-untyped-def]
+def locate_program(  # type: ignore[no-untyped-def]
     pid,
     units_ptr,
     num_units,
@@ -81,6 +81,23 @@ def locate(  # type: ignore[no-untyped-def]
         position = unit_position[:, None] + lane
         valid = in_range[:, None] & (lane >= low[:, None]) & (lane < high[:, None])
     return local, position, valid
+
+
+@triton.jit
+def locate(  # type: ignore[no-untyped-def]
+    units_ptr,
+    num_units,
+    num_entries,
+    block,
+    base,
+    skip,
+    UNITS: tl.constexpr,
+    LANES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """`locate_program` of this program."""
+    pid = tl.program_id(0).to(tl.int64)
+    return locate_program(pid, units_ptr, num_units, num_entries, block, base, skip, UNITS, LANES, ALIGNED)
 
 
 def strip_width(block: int) -> int:

@@ -173,9 +173,8 @@ def _masked_adamw_kernel(  # type: ignore[no-untyped-def]
     LANES: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
     local, position, valid = locate(
-        pid, units_ptr, num_units, num_entries, block, base, skip, UNITS, LANES, ALIGNED
+        units_ptr, num_units, num_entries, block, base, skip, UNITS, LANES, ALIGNED
     )
     if SCALE_IS_POINTER:
         grad_scale = tl.load(grad_scale).to(tl.float32)

@@ -101,9 +101,7 @@ def _masked_adamw_8bit_kernel(  # type: ignore[no-untyped-def]
     TILE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    local, position, valid = locate(
-        tl.program_id(0).to(tl.int64), units_ptr, num_units, num_entries, block, base, skip, TILE, 0, False
-    )
+    local, position, valid = locate(units_ptr, num_units, num_entries, block, base, skip, TILE, 0, False)
     blocks = tl.program_id(0).to(tl.int64) * (TILE // BLOCK_SIZE) + tl.arange(0, TILE // BLOCK_SIZE)
     blocks_valid = blocks * BLOCK_SIZE < num_entries
     if SCALE_IS_POINTER:

@@ -84,9 +84,8 @@ def _locate_kernel(  # type: ignore[no-untyped-def]
     LANES: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
     local, position, valid = locate(
-        pid, units_ptr, num_units, num_entries, block, base, skip, UNITS, LANES, ALIGNED
+        units_ptr, num_units, num_entries, block, base, skip, UNITS, LANES, ALIGNED
     )
     entry = tl.program_id(0) * local.numel + tl.reshape(tl.arange(0, local.numel), local.shape)
     tl.store(local_ptr + entry, local)
