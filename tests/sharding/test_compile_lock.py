@@ -70,12 +70,13 @@ def test_an_old_lock_that_is_worked_under_stays(lock: Path, tmp_path: Path) -> N
     assert not lock.exists()
 
 
-def test_the_first_use_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("between", ["", "py311_cpu"])
+def test_the_first_use_is_said(between: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         say_first_use(tmp_path)
     assert "compiles an operator on its first use" in caplog.text
     caplog.clear()
-    built = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "deepspeed_shm_comm.so"
+    built = tmp_path / between / "deepspeed_shm_comm" / "deepspeed_shm_comm.so"
     built.parent.mkdir(parents=True)
     built.touch()
     with caplog.at_level("INFO"):

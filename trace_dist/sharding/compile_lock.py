@@ -52,7 +52,8 @@ def wait_for_compilations(folder: Path | None = None, poll_seconds: float = 0.5)
 def say_first_use(folder: Path | None = None) -> None:
     """Say that the operator will be compiled, where it is not there yet: that takes minutes without a word from DeepSpeed."""
     folder = folder_of_operators() if folder is None else folder
-    if not any(folder.glob(f"*/{OPERATOR}/{OPERATOR}.so")):
+    built = f"{OPERATOR}/{OPERATOR}.so"  # right there where TORCH_EXTENSIONS_DIR names the folder
+    if not any([*folder.glob(built), *folder.glob(f"*/{built}")]):
         logger.info("DeepSpeed compiles an operator on its first use on this machine: one to three minutes")
 
 
