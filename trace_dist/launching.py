@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from pathlib import Path
 
 from trace_dist.config import LaunchConfig
 from trace_dist.utils.launch import LAUNCHERS
@@ -57,8 +56,6 @@ def launch_environment(num_processes: int = 1, num_threads: int | None = None) -
     import torch
 
     environment = dict(os.environ)
-    # ninja lies beside the interpreter.
-    environment["PATH"] = str(Path(sys.executable).parent) + os.pathsep + environment.get("PATH", "")
     share = max(1, (os.cpu_count() or 1) // num_processes)
     environment["OMP_NUM_THREADS"] = str(share if num_threads is None else num_threads)
     if not torch.cuda.is_available():

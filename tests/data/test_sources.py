@@ -12,7 +12,7 @@ import pytest
 
 from trace_dist.config import TaskConfig
 from trace_dist.data import load_examples, load_task
-from trace_dist.data.sources import _derived_seed
+from trace_dist.data.generated import derived_seed
 
 SPELL = {"dataset": "spell_backward", "min_word_len": 5, "max_word_len": 7}
 SPIRAL = {"dataset": "spiral_matrix", "min_n": 2, "max_n": 2}
@@ -49,6 +49,29 @@ def test_reasoning_gym_depends_on_the_seed_alone() -> None:
     assert load_examples(cfg, seed=3).test != load_examples(cfg, seed=4).test
 
 
+def test_reasoning_gym_is_asked_once(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
+    cfg = task(reasoning_gym=SPELL)
+    first = load_examples(cfg, seed=3)
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    assert load_examples(cfg, seed=3) == first
+    for other in (task(reasoning_gym=SPELL | {"max_word_len": 8}), task(reasoning_gym=SPELL, num_train=301)):
+        with pytest.raises(ValueError, match="not installed"):
+            load_examples(other, seed=3)
+    with pytest.raises(ValueError, match="not installed"):
+        load_examples(cfg, seed=4)
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"examples": ', '{"other": 1}'])
+def test_a_damaged_cache_is_generated_again(damage: str, own_cache: Path) -> None:
+    cfg = task(reasoning_gym=SPELL)
+    first = load_examples(cfg, seed=3)
+    kept = list(own_cache.rglob("*.json"))
+    assert len(kept) == 2
+    for path in kept:
+        path.write_text(damage)
+    assert load_examples(cfg, seed=3) == first
+
+
 def test_neighbouring_seeds_would_overlap_so_splits_use_unrelated_ones() -> None:
     import reasoning_gym
 
@@ -56,8 +79,8 @@ def test_neighbouring_seeds_would_overlap_so_splits_use_unrelated_ones() -> None
         reasoning_gym.create_dataset("spell_backward", size=9, seed=seed)[0]["question"] for seed in (1, 2)
     ]
     assert near[1] == reasoning_gym.create_dataset("spell_backward", size=9, seed=1)[1]["question"]
-    assert abs(_derived_seed(1, "train") - _derived_seed(1, "test")) > 10**6
-    assert abs(_derived_seed(1, "train") - _derived_seed(2, "train")) > 10**6
+    assert abs(derived_seed(1, "train") - derived_seed(1, "test")) > 10**6
+    assert abs(derived_seed(1, "train") - derived_seed(2, "train")) > 10**6
 
 
 def test_task_with_too_few_prompts_keeps_and_reports_the_overlap(caplog: pytest.LogCaptureFixture) -> None:

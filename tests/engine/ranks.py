@@ -201,10 +201,12 @@ def attaching(out: Path) -> Found:
 
 
 def shared_memory(out: Path) -> Found:
-    """Files of this job under /dev/shm, and what the launcher said of it."""
+    """Files of this job under /dev/shm, and the operator that would lay them there."""
+    import deepspeed
+
     port = os.environ.get("MASTER_PORT", "")
     left = [path.name for path in Path("/dev/shm").glob(f"deepspeed*_{port}_*")]
-    return {"left": left, "LOCAL_SIZE": os.environ.get("LOCAL_SIZE")}
+    return {"left": left, "operator": repr(deepspeed.comm.comm.cdb.shm_comm_op)}
 
 
 def toy(out: Path) -> Found:

@@ -161,7 +161,7 @@ class Judge:
     def representations(self, model: ShardedModel, task: Task, layer: int) -> torch.Tensor:
         """Representations of a task's test prompts under the base: [N, hidden] fp32."""
         if (task.name, layer) not in self._representations:
-            self._representations[task.name, layer] = self.represent(model, task.test["prompt"], layer)
+            self._representations[task.name, layer] = self.represent(model, task.test["prompt"][:], layer)
         return self._representations[task.name, layer]
 
     def represent(self, model: ShardedModel, prompts: Any, layer: int) -> torch.Tensor:

@@ -88,7 +88,7 @@ class Batches(Iterator[Step]):
         self._datasets = [dataset, *(replayed for replayed, _ in replay)]
         if not all(len(each) for each in self._datasets):
             raise ValueError("dataset: a training or replay dataset has no examples; give it some")
-        self._num_answer_tokens = [np.asarray(each["num_answer_tokens"]) for each in self._datasets]
+        self._num_answer_tokens = [np.asarray(each["num_answer_tokens"][:]) for each in self._datasets]
         self._weights = np.asarray([weight for _, weight in replay], dtype=np.float64)
         self._replay_share = replay_share
         self._batch_size = batch_size

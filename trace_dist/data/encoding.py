@@ -17,7 +17,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache as once
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import datasets
@@ -25,6 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from trace_dist.config import DataConfig
 from trace_dist.data import template
+from trace_dist.data.cache import cached
 from trace_dist.data.template import Frame, end_token, frames
 from trace_dist.utils import dist
 from trace_dist.utils.log import console, get_logger
@@ -123,10 +123,7 @@ def encode(
     """
     ids = datasets.Sequence(datasets.Value("int32"))
     number = datasets.Value("int32")
-    cache = (
-        Path(datasets.config.HF_DATASETS_CACHE) / "trace_dist" / f"{_digest(dataset, tokenizer, cfg)}.arrow"
-    )
-    cache.parent.mkdir(parents=True, exist_ok=True)
+    cache = cached(_digest(dataset, tokenizer, cfg), ".arrow")
     with _progress_on_main():
         encoded = dataset.map(
             _encode_batch,
@@ -140,7 +137,7 @@ def encode(
             new_fingerprint=cache.stem,
             desc="tokenising",
         )
-    num_cut = sum(n > 0 for n in encoded["num_cut"])
+    num_cut = sum(n > 0 for n in encoded["num_cut"][:])
     if num_cut:
         _say_cut(num_cut, len(encoded), cfg.max_length)
     return encoded.remove_columns("num_cut")
@@ -266,5 +263,5 @@ def _digest(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, cfg: 
     )
     digest = hashlib.sha256(json.dumps(parts).encode())
     for column in ("prompt", "answer"):
-        digest.update(json.dumps(list(dataset[column])).encode())
+        digest.update(json.dumps(dataset[column][:]).encode())
     return digest.hexdigest()[:32]

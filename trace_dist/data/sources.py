@@ -21,6 +21,7 @@ import numpy as np
 
 from trace_dist.config import TaskConfig
 from trace_dist.data.files import read_json_lines, read_json_list
+from trace_dist.data.generated import derived_seed, generated
 from trace_dist.utils.log import get_logger
 
 Example = dict[str, str]
@@ -49,18 +50,13 @@ def load_examples(task: TaskConfig, seed: int) -> Splits:
         ValueError: the source is missing, empty, lacks a split or a column, holds a value that is neither a
             string nor a number, or (reasoning-gym) is not installed, unknown, or has no answers.
     """
-    train, test = _from_reasoning_gym(task, seed) if task.reasoning_gym is not None else _from_path(task)
+    train, test = generated(task, seed) if task.reasoning_gym is not None else _from_path(task)
     for split, examples in (("train", train), ("test", test)):
         if not examples:
             raise ValueError(f"tasks.{task.name}: the {split} split is empty; give the source more examples")
-    test = _pick(test, task.num_test, _derived_seed(seed, "pick test"))
-    train = _pick(_without(train, test, task.name), task.num_train, _derived_seed(seed, "pick train"))
+    test = _pick(test, task.num_test, derived_seed(seed, "pick test"))
+    train = _pick(_without(train, test, task.name), task.num_train, derived_seed(seed, "pick train"))
     return Splits(train, test)
-
-
-def _derived_seed(seed: int, purpose: str) -> int:
-    """An unrelated 31-bit seed per purpose."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:4]) >> 1
 
 
 def _pick(examples: list[Example], num: int, seed: int) -> list[Example]:
@@ -205,41 +201,3 @@ def _rows(dataset: datasets.Dataset, where: str) -> Iterator[Mapping[str, Any]]:
             raise ValueError(
                 f"{where}: example {i}: not UTF-8 ({error.reason}); save the dataset again from clean text"
             ) from None
-
-
-def _from_reasoning_gym(task: TaskConfig, seed: int) -> tuple[list[Example], list[Example]]:
-    """Generate both splits. Item i of most datasets is drawn from ``Random(seed + i)``: neighbouring seeds
-    give the same examples, so the two splits take unrelated seeds."""
-    try:
-        import reasoning_gym  # an optional extra
-    except ImportError:
-        raise ValueError(
-            f"tasks.{task.name}.reasoning_gym: the package reasoning_gym is not installed; "
-            "install the extra with: pip install 'trace-dist[eval]'"
-        ) from None
-    options = dict(task.reasoning_gym or {})
-    dataset = options.pop("dataset")
-    field = f"tasks.{task.name}.reasoning_gym"
-    for key in ("size", "seed"):
-        if key in options:
-            raise ValueError(
-                f"{field}: {key!r} is set by num_train, num_test and the run's seed; remove it here"
-            )
-    parts = []
-    for split, size in (("train", task.num_train), ("test", task.num_test)):
-        try:
-            generated = reasoning_gym.create_dataset(
-                dataset, size=size, seed=_derived_seed(seed, split), **options
-            )
-            rows = [generated[i] for i in range(size)]
-        except (TypeError, ValueError, AssertionError, LookupError) as error:
-            raise ValueError(
-                f"{field}: {dataset!r} with {options}: {error}; check its name and options"
-            ) from error
-        if any(row["answer"] is None for row in rows):
-            raise ValueError(
-                f"{field}: {dataset!r} has no reference answer for some questions, only a verifier; "
-                "choose a dataset that states its answers"
-            )
-        parts.append([{"prompt": str(row["question"]), "answer": str(row["answer"])} for row in rows])
-    return parts[0], parts[1]

@@ -37,7 +37,6 @@ from trace_dist.models.loading import check_zero_config, load_model_zero3
 from trace_dist.models.wrapping import unwrap
 from trace_dist.sharding import gloo
 from trace_dist.sharding.base import ShardedModel
-from trace_dist.sharding.compile_lock import say_first_use, wait_for_compilations
 from trace_dist.sharding.support import Support
 from trace_dist.sharding.views import PartitionView, flat_views
 from trace_dist.utils import dist
@@ -49,31 +48,31 @@ PERSISTENCE_THRESHOLD = 10_000
 """Parameters with at most this many elements stay gathered (DeepSpeed's default is 100,000)."""
 
 
+SHARED_MEMORY_OPERATOR = "deepspeed_shm_comm"
+"""What DeepSpeed builds on CPUs for the all-reduce of inference with tensor parallelism."""
+
+
 def start_deepspeed() -> Any:
-    """The deepspeed module, with a process group for it to run in."""
+    """The deepspeed module, with a process group for it to run in.
+
+    On a CPU without its shared-memory operator, which training never calls: building it takes one to three minutes and wants a
+    compiler and ninja, a build that was killed leaves a lock on which later jobs hang, and every rank leaves 66 MiB in /dev/shm.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     dist.ensure_group()
     import deepspeed
 
-    wait_for_compilations()
-    if not torch.cuda.is_available() and dist.is_main():
-        say_first_use()
+    deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OPERATOR] = False
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     return deepspeed
 
 
 def load_deepspeed() -> Any:
     """The deepspeed module, started, and, on a CPU, with our all-gather over gloo."""
-    if torch.cuda.is_available():
-        return start_deepspeed()
-    # Where DeepSpeed's launcher names it, every rank maps 66 MiB of /dev/shm for an all-reduce that masked training never
-    # calls, and leaves them there when the job is over.
-    local_size = os.environ.pop("LOCAL_SIZE", None)
     deepspeed = start_deepspeed()
-    if local_size is not None:
-        os.environ["LOCAL_SIZE"] = local_size
-    deepspeed.comm.comm.cdb.all_gather_function = gloo.all_gather
+    if not torch.cuda.is_available():
+        deepspeed.comm.comm.cdb.all_gather_function = gloo.all_gather
     return deepspeed
 
 

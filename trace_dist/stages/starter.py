@@ -142,7 +142,7 @@ def _task(path: str) -> tuple[TaskConfig, Task]:
             if "has no column" not in problems[-1]:
                 break
             continue
-        choice = len(set(task.train["answer"])) <= FEW_ANSWERS < len(task.train)
+        choice = len(set(task.train["answer"][:])) <= FEW_ANSWERS < len(task.train)
         return replace(config, metric="choice" if choice else "exact_match"), task
     tried = ", ".join(f"{prompt}/{answer}" for prompt, answer in FIELDS)
     hint = f"; columns that were tried: {tried}" if len(problems) == len(FIELDS) else ""

@@ -72,7 +72,7 @@ def _of(task: Task) -> Iterator[None]:
 
 
 def _check_texts(task: Task) -> None:
-    empty = [i for i, answer in enumerate(task.test["answer"]) if not answer]
+    empty = [i for i, answer in enumerate(task.test["answer"][:]) if not answer]
     if task.metric == "bits_per_byte" and empty:
         raise ValueError(
             f"tasks.{task.name}: the answer of test example {empty[0]} is empty, so it has no bits per byte; "
@@ -102,7 +102,7 @@ def _check_layer(reader: Reader, bank: BankConfig) -> None:
 
 
 def _check_lengths(task: Task, reader: Reader, data: DataConfig, evaluation: EvalConfig) -> None:
-    longest = max(map(len, encode(task.train, reader.tokenizer, data)["input_ids"]))
+    longest = max(map(len, encode(task.train, reader.tokenizer, data)["input_ids"][:]))
     parts = [("training", longest)]
     if reader.scored:
         parts.append(("test", tokens_needed(reader.tokenizer, task, evaluation, data)))

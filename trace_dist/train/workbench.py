@@ -84,8 +84,8 @@ class Tasks:
         """The tokenizer of a tiny base over these examples."""
         tasks = [*self.general, *self.tasks]
         return char_tokenizer(
-            {task.name: [*task.train["prompt"], *task.test["prompt"]] for task in tasks},
-            [answer for task in tasks for answer in (*task.train["answer"], *task.test["answer"])],
+            {task.name: [*task.train["prompt"][:], *task.test["prompt"][:]] for task in tasks},
+            [answer for task in tasks for answer in (*task.train["answer"][:], *task.test["answer"][:])],
         )
 
     def _readers(self, cfg: Sections) -> Iterator[Reader]:
