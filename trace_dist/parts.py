@@ -13,7 +13,7 @@ def _rows(field: str, package: str, *names: str) -> Registry:
 
 
 METHODS = _rows(
-    "continual.methods", "continual.methods", "retrieved", "merged", "random", "full", "lora"
+    "continual.methods", "continual.methods", "retrieved", "merged", "consolidated", "random", "full", "lora"
 )  # fmt: skip
 SCORES = _rows(
     "probe.score", "probe.importance", "l2", "fisher", "l2_fisher", "first_order", "relative_update", "snr"

@@ -1,4 +1,4 @@
-"""Both ways of learning on masks, on the ranks of a job: ``rank_script.py FOLDER``; whole, and cut inside each task."""
+"""The ways of learning on masks, on the ranks of a job: ``rank_script.py FOLDER``; whole, and cut inside each task."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trace_dist.continual.driver import run_continual
 from trace_dist.data.batches import Batches, Step
 from trace_dist.utils import dist
 
-METHODS = ("retrieved", "merged")
+METHODS = ("retrieved", "merged", "consolidated")
 CUTS = (CHECKPOINT_EVERY + 2, 1, CHECKPOINT_EVERY + 2)
 """Batches of a training after which all ranks stop: inside the first task, at the start of the second, inside it."""
 

@@ -26,7 +26,7 @@ from trace_dist.stages.base import prepare_base
 from trace_dist.stages.probe import run_probe
 
 TASKS = ("one", "two")
-METHODS = ("retrieved", "random", "merged", "full", "lora")
+METHODS = ("retrieved", "random", "merged", "consolidated", "full", "lora")
 STEPS = 24
 CHECKPOINT_EVERY = 8
 OF_THE_CLOCK = ("step_ms", "seconds", "measured")
@@ -37,6 +37,7 @@ def make_config(folder: Path, methods: Sequence[str], run: str = "run", **change
     """The run ``folder/run``; bases and examples lie in ``folder`` and are shared by its runs."""
     options = {
         "merged": {"replay": 0.3, "replay_memory": 0.2},
+        "consolidated": {"prompts": 60, "top": 4, "steps": STEPS},
         "random": {"lr": 2e-2},
         "full": {"lr": 4e-3},
         "lora": {"lr": 5e-3},

@@ -33,6 +33,13 @@ def racing(cfg: RunConfig, *methods: str) -> RunConfig:
     return replace(cfg, continual=ContinualConfig(list(methods), options), race=race_of)
 
 
+def with_teachers(cfg: RunConfig, folder: Path) -> RunConfig:
+    """The run with the bank that ``consolidated`` is taught by."""
+    if cfg.continual.methods == ["consolidated"]:
+        shutil.copytree(folder / "whole" / "bank", Path(cfg.run_dir) / "bank")
+    return cfg
+
+
 def method_of(cfg: RunConfig) -> Method:
     (entry,) = check_methods(cfg)
     return entry.kind(entry.name, Setting.load(cfg), entry.options)
@@ -94,8 +101,12 @@ def test_where_all_diverge_lower_rates_race_before_it_is_an_error() -> None:
         race_rates([1.0, 3.0], lambda lr: math.nan)
 
 
-def test_of_two_rates_that_are_level_the_lower_one_wins() -> None:
+def test_of_rates_that_are_level_the_lowest_wins() -> None:
+    """A short training bears higher rates than a long one."""
     assert Race({1e-3: 2.0, 1e-2: 1.0, 1e-1: 1.0}).lr == 1e-2
+    assert Race({1e-3: 2.0, 1e-2: 1.049, 1e-1: 1.0}).lr == 1e-2
+    assert Race({1e-3: 2.0, 1e-2: 1.051, 1e-1: 1.0}).lr == 1e-1
+    assert Race({1e-3: 0.0, 1e-2: 0.0, 1e-1: math.inf}).lr == 1e-3
 
 
 def test_heldout_examples_are_training_examples_that_no_rate_trains_on(fresh: RunConfig) -> None:
@@ -110,10 +121,10 @@ def test_heldout_examples_are_training_examples_that_no_rate_trains_on(fresh: Ru
     assert few[0].steps == stream.steps
 
 
-@pytest.mark.parametrize("name", ["retrieved", "merged", "full", "lora"])
-def test_a_race_leaves_nothing_behind(fresh: RunConfig, name: str) -> None:
+@pytest.mark.parametrize("name", ["retrieved", "merged", "consolidated", "full", "lora"])
+def test_a_race_leaves_nothing_behind(fresh: RunConfig, folder: Path, name: str) -> None:
     """Weights, random numbers and place in the data are as before, also after a rate that diverges; a sensible rate wins."""
-    cfg = racing(fresh, name)
+    cfg = with_teachers(racing(fresh, name), folder)
     cfg = replace(cfg, race=replace(cfg.race, grid=[1e-7, 1e-2, 1e30]))
     method = method_of(cfg)
     method.score()
@@ -130,10 +141,10 @@ def test_a_race_leaves_nothing_behind(fresh: RunConfig, name: str) -> None:
     assert held_race(method.setting, name, streams, refuse) == found
 
 
-@pytest.mark.parametrize("name", ["retrieved", "merged", "full", "lora"])
-def test_the_second_task_starts_as_it_will_in_the_run(fresh: RunConfig, name: str) -> None:
-    """From the base where each task has a delta of its own; else from what the first one left."""
-    method = method_of(racing(fresh, name))
+@pytest.mark.parametrize("name", ["retrieved", "merged", "consolidated", "full", "lora"])
+def test_the_second_task_starts_as_it_will_in_the_run(fresh: RunConfig, folder: Path, name: str) -> None:
+    """From the base where each task has a delta of its own, or the bank teaches; else from what the first one left."""
+    method = method_of(with_teachers(racing(fresh, name), folder))
     method.score()
     base, starts = weights(method), []
 
@@ -147,7 +158,7 @@ def test_the_second_task_starts_as_it_will_in_the_run(fresh: RunConfig, name: st
 
     held_race(method.setting, name, method.setting.bench.tasks[:2], watched, method.continues)
     (first, second), each = TASKS[:2], starts[:2]
-    assert each == [(first, True), (second, name == "retrieved")]
+    assert each == [(first, True), (second, name in ("retrieved", "consolidated"))]
     assert all(from_base for task, from_base in starts if task == first)
 
 

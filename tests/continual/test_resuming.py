@@ -18,11 +18,12 @@ def moments(method: str) -> list[str]:
     """Where the lives of a method's run end, in the order in which they come."""
     first, inside = TASKS[0], CHECKPOINT_EVERY + 2
     progress, checkpoints = f"progress/{method}", f"checkpoints/{method}"
+    masks = [] if method in ("full", "consolidated") else [f"replace masks/{first}.safetensors"]
     if method in ("random", "lora"):  # theirs is the code of retrieved and full
         return [f"batch {inside}", f"remove {checkpoints}/{first}", f"batch {inside}"]
     return [
         f"replace {progress}/progress.json",  # the base was scored
-        *([f"replace masks/{first}.safetensors"] if method != "full" else []),
+        *masks,
         "batch 2",  # before any checkpoint
         f"batch {inside}",
         f"rename {checkpoints}/{first}/step-{STEPS:08d}",  # the checkpoint of the last step
@@ -43,6 +44,8 @@ def moments(method: str) -> list[str]:
 def test_killed_at_every_moment(folder: Path, method: str) -> None:
     run = f"killed-{method}"
     shutil.copytree(folder / "probed", folder / run)
+    if method == "consolidated":  # its teachers
+        shutil.copytree(folder / "whole" / "bank", folder / run / "bank")
     script = Path(__file__).with_name("lives.py")
     done = subprocess.run(
         [sys.executable, str(script), str(folder), run, method, *moments(method)],

@@ -26,7 +26,7 @@ from trace_dist.sharding.build import load_sharded
 pytestmark = pytest.mark.launcher
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
-MODES = ["retrieved", "merged", "random", "full", "lora"]
+MODES = ["retrieved", "consolidated", "random", "full", "lora"]
 OVERRIDES = [
     *("--probe.steps", "4", "--probe.fisher_batches", "1", "--projection.options.steps", "4"),
     *("--train.batch_size", "8", "--train.warmup_steps", "2", "--bank.num_prompts", "30"),
@@ -143,7 +143,16 @@ def test_a_killed_run_continues_with_what_was_missing(run: Run) -> None:
 def test_a_finished_run_does_nothing_but_report(run: Run) -> None:
     assert run.again.returncode == 0, run.again.stdout
     kept = [line.split("  ")[0] for line in run.again.stdout.splitlines() if line.endswith(" kept")]
-    assert kept == ["base target", "probe", "project retrieved", "memory", "merged", "random", "full", "lora"]
+    assert kept == [
+        "base target",
+        "probe",
+        "project retrieved",
+        "memory",
+        "consolidated",
+        "random",
+        "full",
+        "lora",
+    ]
     assert run.stage_files[0] == run.stage_files[1]
     *_, report, show, _, score = run.again.stdout.splitlines()
     assert report == f"report: {run.folder / 'report.html'}"

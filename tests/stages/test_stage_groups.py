@@ -33,7 +33,7 @@ def make(folder: Path, **changes: object) -> RunConfig:
         "proxy": ModelConfig(str(folder / "proxy"), tiny=TinyConfig()),
         "tasks": [TaskConfig("one", "one.jsonl"), TaskConfig("two", "two.jsonl")],
         "backend": "zero3",
-        "launch": LaunchConfig("deepspeed", 2, single_process=["merged"]),
+        "launch": LaunchConfig("deepspeed", 2, single_process=["consolidated"]),
     }
     return RunConfig(**{**values, **changes})
 
@@ -48,7 +48,7 @@ def test_methods_on_ranks_share_a_launch_and_the_others_run_alone(tmp_path: Path
         ["base target", "probe"],
         ["probe"],
         ["project retrieved random"],
-        ["memory", "merged", "full", "lora"],
+        ["memory", "consolidated", "full", "lora"],
     ]
     *_, (shared,), (states, *alone) = stage_groups(cfg)
     assert shared.launched

@@ -2,8 +2,9 @@
 
 [Note: the race] A method trains the run's first two tasks for a few steps each with every rate of a grid: from the same start, on
 the same batches, with the same random numbers and a whole schedule of its own. The rate whose answer loss on held-out training
-examples, just after each task was trained, is least on average wins; one that diverges has lost. Where the winner is the lowest
-or the highest rate, the next one beyond it races too.
+examples, just after each task was trained, is least on average wins; of rates that are level within 5 % the lowest does, since a
+short training bears higher rates than a long one. One that diverges has lost. Where the winner is the lowest or the highest rate,
+the next one beyond it races too.
 
 Two tasks, since a rate can be the best for the first one and leave weights that learn no other: a method that goes on from what
 earlier tasks left does so in the race too. Not more: what comes later is not known when a stream begins. Every method
@@ -39,6 +40,8 @@ from trace_dist.utils.together import on_main
 
 logger = get_logger(__name__)
 
+LEVEL = 0.05
+"""Share by which a loss may lie above the best one and still be level with it."""
 MOST_EXTENSIONS = 2
 """Rates beyond the grid that may race."""
 MOST_HELDOUT = 0.2
@@ -60,8 +63,9 @@ class Race:
 
     @property
     def lr(self) -> float:
-        """The rate that won; the lower one of two that are level."""
-        return min(self.losses, key=lambda rate: (self.losses[rate], rate))
+        """The rate that won: the lowest of those that are level with the best."""
+        best = min(self.losses.values())
+        return min(rate for rate, loss in self.losses.items() if loss <= (1 + LEVEL) * best)
 
     def to_json(self) -> list[dict[str, Any]]:
         """JSON-ready; no loss where training diverged."""

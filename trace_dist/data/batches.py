@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,20 +167,26 @@ class Batches(Iterator[Step]):
         return 0, int(self._epoch[1][offset])
 
     def _collate(self, slots: list[Slot]) -> dict[str, torch.Tensor]:
-        if not slots:  # a filler: the shortest input that a causal LM's shifted loss accepts
-            rows: list[dict[str, Any]] = [{"input_ids": [self._pad_id] * 2, "labels": [IGNORE] * 2}]
-        else:
-            rows = [self._datasets[source][row] for source, row in slots]
-        longest = max(len(row["input_ids"]) for row in rows)
-        input_ids = torch.full((len(rows), longest), self._pad_id)
-        labels = torch.full((len(rows), longest), IGNORE)
-        attention_mask = torch.zeros((len(rows), longest), dtype=torch.int64)
-        for i, row in enumerate(rows):
-            length = len(row["input_ids"])
-            input_ids[i, :length] = torch.tensor(row["input_ids"])
-            labels[i, :length] = torch.tensor(row["labels"])
-            attention_mask[i, :length] = 1
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        """A micro-batch; a filler where there are no slots."""
+        return collate(self._rows(slots), self._pad_id)
+
+    def _rows(self, slots: list[Slot]) -> list[dict[str, Any]]:
+        return [self._datasets[source][row] for source, row in slots]
+
+
+def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_id: int) -> dict[str, torch.Tensor]:
+    """A micro-batch, as in ``Step``, of encoded examples; without any, the shortest input that a causal LM's loss accepts."""
+    rows = rows or [{"input_ids": [pad_id] * 2, "labels": [IGNORE] * 2}]
+    longest = max(len(row["input_ids"]) for row in rows)
+    input_ids = torch.full((len(rows), longest), pad_id)
+    labels = torch.full((len(rows), longest), IGNORE)
+    attention_mask = torch.zeros((len(rows), longest), dtype=torch.int64)
+    for i, row in enumerate(rows):
+        length = len(row["input_ids"])
+        input_ids[i, :length] = torch.tensor(row["input_ids"])
+        labels[i, :length] = torch.tensor(row["labels"])
+        attention_mask[i, :length] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
 def _digest(dataset: datasets.Dataset) -> str:

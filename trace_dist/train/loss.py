@@ -22,6 +22,7 @@ from trace_dist.utils import dist
 
 Forward = Callable[..., Any]
 Backward = Callable[[Tensor], None]
+NllSum = Callable[[Forward, dict[str, Tensor], Tensor, float], Tensor]
 
 
 def answer_nll_sum_(logits: Tensor, labels: Tensor, scale: float = 1.0) -> Tensor:
@@ -50,16 +51,33 @@ def forward_nll_sum(
         labels: as above.
         scale: as above.
     """
+    logits, targets = answer_logits(forward, inputs, labels)
+    return nll_sum_(logits, targets, scale)
+
+
+def answer_logits(forward: Forward, inputs: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the model where an answer token follows in some row of the batch.
+
+    Args:
+        forward: as in ``forward_nll_sum``.
+        inputs: as there, [batch, length].
+        labels: [batch, length] int64; -100 where there is no loss.
+
+    Returns:
+        Logits [n, vocabulary], and what follows, [n] int64: -100 where that is no answer token. Row by row of the batch.
+    """
     # No token follows these: keys, values and states kept for one would be copies of what backward keeps anyway.
     options = {"use_cache": False} if _takes(forward, "use_cache") else {}
     if not _takes(forward, "logits_to_keep"):
-        return answer_nll_sum_(forward(**inputs, **options).logits, labels, scale)
+        # not logits[:, :-1], which would copy them
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        return forward(**inputs, **options).logits.flatten(0, 1), targets.flatten()
     targets = labels[:, 1:]
     positions = (targets != IGNORE).any(0).nonzero().flatten()
     if len(positions) == 0:  # a filler batch: its backward pass must still run
         positions = positions.new_zeros(1)
     logits = forward(**inputs, **options, logits_to_keep=positions).logits
-    return nll_sum_(logits.flatten(0, 1), targets[:, positions].flatten(), scale)
+    return logits.flatten(0, 1), targets[:, positions].flatten()
 
 
 def _takes(forward: Forward, argument: str) -> bool:
@@ -69,7 +87,13 @@ def _takes(forward: Forward, argument: str) -> bool:
     return isinstance(module, nn.Module) and names_argument(module, argument)
 
 
-def accumulate(step: Step, forward: Forward, backward: Backward, device: torch.device) -> Tensor:
+def accumulate(
+    step: Step,
+    forward: Forward,
+    backward: Backward,
+    device: torch.device,
+    nll_sum: NllSum = forward_nll_sum,
+) -> Tensor:
     """Forward and backward over a step's micro-batches on this rank.
 
     Args:
@@ -77,6 +101,7 @@ def accumulate(step: Step, forward: Forward, backward: Backward, device: torch.d
         forward: the model, a sharded model, or a learner's ``forward``.
         backward: takes each micro-batch's loss; what it adds up over ranks is the gradient of the global mean loss.
         device: where the model computes.
+        nll_sum: the loss of a micro-batch, as ``forward_nll_sum``; ``inputs`` holds whatever the batches do beside labels.
 
     Returns:
         This rank's part of the mean loss per answer token of the global batch: scalar fp64, detached.
@@ -85,7 +110,7 @@ def accumulate(step: Step, forward: Forward, backward: Backward, device: torch.d
     for micro_batch in step.micro_batches:
         inputs = {key: value.to(device) for key, value in micro_batch.items()}
         labels = inputs.pop("labels")
-        loss = forward_nll_sum(forward, inputs, labels, 1 / max(step.num_answer_tokens, 1))
+        loss = nll_sum(forward, inputs, labels, 1 / max(step.num_answer_tokens, 1))
         backward(loss)
         total += loss.detach().double()
     return total

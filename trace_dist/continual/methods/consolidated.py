@@ -1,0 +1,235 @@
+"""``consolidated``: one set of weights, taught by the bank.
+
+Each task's delta on the base answers the prompts of that task, and the base the general ones. After each task the union of the
+masks so far is trained from the base on all these answers (distillation, train/soft.py). No label is read: the prompts are those
+of the training examples. The bank is that of ``retrieved``.
+
+What was said is kept as long as the process lives; a run that was cut asks again, with the same answers. The state between tasks
+is a delta against the base, which the shared model holds between calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
+from operator import or_
+from pathlib import Path
+from typing import Any, ClassVar
+
+import datasets
+
+from trace_dist.bank.bank import BASE, DeltaBank
+from trace_dist.bank.delta import Delta, Snapshot, applied, extract_delta
+from trace_dist.config import RunConfig
+from trace_dist.config.checks import Rate, Section, check
+from trace_dist.continual.judge import Row
+from trace_dist.continual.methods.base import Method
+from trace_dist.continual.setting import Setting
+from trace_dist.data.encoding import Pair, pad_id, stop_ids
+from trace_dist.masks.mask import Mask
+from trace_dist.train.learner import Learner
+from trace_dist.train.loop import TrainResult
+from trace_dist.train.soft import SoftBatches, SoftLearner
+from trace_dist.train.task import train_learner
+from trace_dist.train.teacher import answer, teach
+from trace_dist.train.workbench import Stream
+from trace_dist.utils.together import on_main
+
+
+@dataclass(frozen=True)
+class Options(Section):
+    """Of ``consolidated``."""
+
+    section: ClassVar[str] = "continual.options.consolidated"
+
+    prompts: int = 1000
+    """Prompts of each task, and of each general set, that the teachers answer; those of the first training examples."""
+    general: float = 0.25
+    """Share of each batch that the base teaches on general prompts, in [0, 1); 0 where there are no general tasks."""
+    top: int = 16
+    """Tokens whose probabilities are kept for each answer token; the others count as one."""
+    steps: int | None = None
+    """Optimizer steps after each task; when not set, as many as the tasks so far have together, and the general share on top."""
+    lr: Rate | None = None
+    """Peak learning rate, or `auto`; as `train.lr` when not set."""
+
+    def check(self) -> None:
+        share = self.general
+        check(0 <= share < 1, f"{self.where}.general", share, "must lie in [0, 1)", "use for example 0.25")
+        self.rates("lr")
+        self.at_least(1, "prompts", "top", "steps")
+
+
+class Consolidated(Method):
+    """One set of weights that knows what the bank knows."""
+
+    label = "consolidated"
+    colour = "green"
+    masked = True
+    on_ranks = True
+
+    def __init__(self, name: str, setting: Setting, options: Options) -> None:
+        super().__init__(name, setting, options)
+        self._delta: Delta | None = None  # what is known; not None iff a task was learned
+        self._said: dict[str, datasets.Dataset] = {}
+
+    @classmethod
+    def check(cls, name: str, cfg: RunConfig) -> None:
+        methods = cfg.continual.methods
+        before = methods[: methods.index(name)] if name in methods else []
+        missing = [] if "retrieved" in before else _missing(cfg)
+        if missing:
+            raise ValueError(
+                f"continual.methods={methods}: {name} is taught by the bank that `retrieved` fills, which does not hold "
+                f"{', '.join(missing)}; name retrieved before it"
+            )
+
+    @cached_property
+    def _bank(self) -> DeltaBank:
+        return DeltaBank(self.setting.cfg.bank_of().root)
+
+    def learn(self, stream: Stream) -> TrainResult:
+        self._ask()
+        with (
+            self.setting.training(self.name, stream.task.name) as options,
+            self._trained(stream, self._steps(stream), self.lr, **options) as (result, _),
+        ):
+            self._delta = extract_delta(self.setting.model, self._mask(stream), self.name)
+        return result
+
+    @contextmanager
+    def trial(self, stream: Stream, part: Stream, lr: float) -> Iterator[Learner]:
+        self._ask()
+        options = {"description": f"{self.name} at {lr:g}", "rate": "race.grid"}
+        with self._trained(stream, part.steps, lr, **options) as (_, learner):
+            yield learner
+
+    @contextmanager
+    def _trained(
+        self, stream: Stream, steps: int, lr: float, **options: Any
+    ) -> Iterator[tuple[TrainResult, Learner]]:
+        """Train on all that was said up to a task; the model holds the result inside the block, afterwards the base again."""
+        model, mask = self.setting.model, self._mask(stream)
+        cfg = replace(self.setting.cfg.train, lr=lr)
+        before = Snapshot(model, mask)
+        try:
+            learner = SoftLearner(model, mask, cfg)
+            result = train_learner(learner, self._batches(stream), cfg, steps, **options)
+            model.detach()
+            yield result, learner
+        finally:
+            model.detach()
+            before.restore()
+
+    def _steps(self, stream: Stream) -> int:
+        own = sum(each.steps for each in self._upto(stream))
+        return self.options.steps or round(own / (1 - self._general_share))
+
+    @property
+    def _general_share(self) -> float:
+        return self.options.general if self.setting.bench.general else 0.0
+
+    def _upto(self, stream: Stream) -> list[Stream]:
+        """The tasks up to one, which is the last."""
+        names = [each.task.name for each in self.setting.bench.tasks]
+        return self.setting.bench.tasks[: names.index(stream.task.name) + 1]
+
+    def _mask(self, stream: Stream) -> Mask:
+        """The union of the masks up to a task's."""
+        return reduce(or_, (self._bank.mask(each.task.name) for each in self._upto(stream)))
+
+    def _batches(self, stream: Stream) -> SoftBatches:
+        """Tasks are drawn as often as they have steps, the general sets equally often."""
+        cfg, bench, share = self.setting.cfg, self.setting.bench, self._general_share
+        tasks, general = self._upto(stream), bench.general if share else []
+        total = sum(each.steps for each in tasks)
+        weights = {each.task.name: (1 - share) * each.steps / total for each in tasks}
+        weights |= {each.task.name: share / len(general) for each in general}
+        others = {name: weight for name, weight in weights.items() if name != stream.task.name}
+        return SoftBatches(
+            self._said[stream.task.name],
+            batch_size=cfg.train.batch_size,
+            micro_batch_size=cfg.train.micro_batch_size,
+            seed=cfg.seed,
+            pad_id=pad_id(bench.tokenizer),
+            replay=[(self._said[name], weight) for name, weight in others.items()],
+            replay_share=sum(others.values()),
+        )
+
+    def _ask(self) -> None:
+        """Ask the teachers, once: the base, and each task's delta on it. The model holds the base. Collective."""
+        if self._said:
+            return
+        bench = self.setting.bench
+        teachers = [
+            *((BASE, each) for each in bench.general),
+            *((each.task.name, each) for each in bench.tasks),
+        ]
+        for teacher, stream in teachers:
+            with self._bank.activated(self.setting.model, teacher):
+                self._said[stream.task.name] = self._taught(stream)
+
+    def _taught(self, stream: Stream) -> datasets.Dataset:
+        """What the model as it is says to a task's prompts."""
+        setting, bench = self.setting, self.setting.bench
+        rows = stream.encoded.select(range(min(self.options.prompts, len(stream.encoded)))).to_list()
+        pairs = [
+            Pair(row["input_ids"][: -row["num_answer_tokens"]], row["input_ids"][-row["num_answer_tokens"] :])
+            for row in rows
+        ]
+        # Running text is its own answer.
+        if stream.task.metric != "bits_per_byte":
+            cap = setting.cfg.eval.max_new_tokens or 1 + max(row["num_answer_tokens"] for row in rows)
+            pairs = answer(
+                setting.model.module,
+                bench.tokenizer,
+                [pair.prompt for pair in pairs],
+                stop=stop_ids(bench.tokenizer)[0],
+                batch_size=setting.cfg.eval.batch_size,
+                max_new_tokens=cap,
+            )
+        return teach(
+            setting.model.module,
+            pairs,
+            top=self.options.top,
+            batch_size=setting.cfg.eval.batch_size,
+            pad_id=pad_id(bench.tokenizer),
+        )
+
+    def score(self) -> Row:
+        if self._delta is None:
+            return self.setting.base_row
+        with applied(self.setting.model, self._delta):
+            return self.setting.judge.score(self.setting.model.module)
+
+    def facts(self) -> dict[str, Any]:
+        if self._delta is None:
+            raise AssertionError(f"{self.name}: there are no facts before the first task")
+        mask = self._delta.mask
+        return {
+            "density": mask.density,
+            "trainable": mask.num_entries,
+            "prompts": self.options.prompts,
+            "delta_bytes": {self.name: self._delta.nbytes},
+        }
+
+    def state(self, folder: Path) -> None:
+        delta = self._delta
+        if delta is None:
+            raise AssertionError(f"{self.name}: there is no state before the first task")
+        on_main(lambda: delta.save(folder / "delta.safetensors"))
+
+    def load_state(self, folder: Path) -> None:
+        self._delta = Delta.load(folder / "delta.safetensors")
+
+
+def _missing(cfg: RunConfig) -> list[str]:
+    """Tasks of a run that its bank does not hold yet."""
+    folder = cfg.bank_of()
+    held = DeltaBank(folder.root).tasks if folder.index.is_file() else []
+    return [task.name for task in cfg.tasks if task.name not in held]
+
+
+METHOD = Consolidated
