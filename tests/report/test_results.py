@@ -96,3 +96,13 @@ def test_a_method_looks_as_its_result_says() -> None:
     assert (odd.label, method_color(odd.colour, 1) in LIGHT.values()) == ("odd", True)
     assert math.isnan(view.bytes_per_param("odd"))
     assert "of my own" in narrate(view)
+
+
+@pytest.mark.parametrize(("density", "known"), [(0.05, True), (0.053, True), (0.09, False), (None, True)])
+def test_states_of_a_mask_are_those_of_masks_of_its_size(density: float | None, known: bool) -> None:
+    """A union of masks holds more than the mask whose memory was measured; earlier versions did not say its size."""
+    results = make_results(["reverse"])
+    results["memory"]["density"] = 0.05
+    results["modes"]["union"] = results["modes"]["retrieved"] | {"density": density, "masked": True}
+    found = parse_results(results).bytes_per_param("union")
+    assert math.isnan(found) != known

@@ -34,6 +34,8 @@ OLD_METHODS = {
     "random": ("random mask", "grey", True),
 }
 """Label, colour and whether a mask is trained, where a file of an earlier version does not say it."""
+SAME_SIZE = 0.1
+"""Share by which the density of a mask may differ from that of the one whose memory was measured."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,13 @@ class RunView:
         return value if isinstance(value, Mapping) else {}
 
     def bytes_per_param(self, name: str) -> float:
-        """Measured model-state bytes per parameter of a method, NaN if unknown."""
-        measured, method = mapping(self.part("memory").get("bytes_per_param")), self.method(name)
-        fallback = measured.get("masked") if method is not None and method.masked else None
+        """Measured model-state bytes per parameter of a method, NaN if unknown; those of a mask hold for masks of its size."""
+        memory, method = self.part("memory"), self.method(name)
+        measured = mapping(memory.get("bytes_per_param"))
+        fallback = None
+        if method is not None and method.masked:
+            size, of = method.stat("density"), number(memory.get("density"))
+            fallback = None if abs(size - of) > SAME_SIZE * of else measured.get("masked")
         return number(measured.get(name, fallback))
 
 
