@@ -106,7 +106,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = nodeid.partition("::")[0]
             return "world" if "world(" in (config.rootpath / file).read_text() else file
 
+    # xdist would begin with the files of many tests; the long ones have few.
+    config.option.loadscopereorder = False
     return Together(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start launchers come first: a long test at the end would leave one of two workers idle."""
+    slow = {item.path for item in items if item.get_closest_marker("launcher")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture

@@ -93,7 +93,8 @@ def test_commands_run_one_after_the_other(checkout: Path) -> None:
     assert {path.stem for path in (run / "deltas").iterdir()} == {"reverse", "spiral", "rotate"}
     for name in ("results.json", "report.html", "config.yaml", "metrics.jsonl"):
         assert (run / name).stat().st_size > 0
-    assert (checkout / "runs/reverse-merged/model.safetensors").is_file()
+    for model in ("reverse-merged", "one-model"):
+        assert (checkout / f"runs/{model}/model.safetensors").is_file()
 
 
 @pytest.mark.launcher

@@ -13,7 +13,8 @@ def _rows(field: str, package: str, *names: str) -> Registry:
 
 
 METHODS = _rows(
-    "continual.methods", "continual.methods", "retrieved", "merged", "consolidated", "random", "full", "lora"
+    "continual.methods", "continual.methods",
+    "retrieved", "consolidated", "merged", "random", "full", "lora", "sum", "average", "ties", "dare",
 )  # fmt: skip
 SCORES = _rows(
     "probe.score", "probe.importance", "l2", "fisher", "l2_fisher", "first_order", "relative_update", "snr"
@@ -22,5 +23,5 @@ PLACEMENTS = _rows(
     "projection.placement", "projection.placements", "magnitude", "random", "refine", "narrow"
 )  # fmt: skip
 ISOLATIONS = _rows("mask.isolation", "continual.isolation", "shared", "exclusive", "soft")
-COMPOSITIONS = _rows("composition", "bank.composition", "sum")
+COMPOSITIONS = _rows("composition", "bank.composition", "sum", "average", "ties", "dare")
 EXPORTERS = _rows("exporter", "bank.export", "hf")

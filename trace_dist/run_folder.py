@@ -129,6 +129,10 @@ class RunFolder:
         """A method's result."""
         return self.methods / f"{name}.json"
 
+    def product(self, name: str) -> Path:
+        """The one set of weights that a method has made of all tasks, as a delta against the base."""
+        return self.root / f"{name}.safetensors"
+
     def progress(self, name: str) -> Path:
         """What a method has finished so far, until its result is written: scores and state after each task."""
         return self.root / "progress" / name

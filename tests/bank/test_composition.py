@@ -54,3 +54,91 @@ def test_composition_of_strangers() -> None:
         compose([replace(one, mask=one.mask.with_meta(model="aaaa")), foreign], model, "all")
     with pytest.raises(ValueError, match="differ in granularity"):
         compose([one, make_delta(model, "b", 1, granularity="row", density=0.2)], model, "all")
+
+
+def three(dtype: str = "float32") -> list[Delta]:
+    base = base_model(dtype)
+    return [make_delta(base, task, seed, density=0.3) for task, seed in (("a", 0), ("b", 1), ("c", 2))]
+
+
+def test_the_average_of_the_models() -> None:
+    """A model that does not hold an entry has the base's value there."""
+    model, deltas = base_model(), three()
+    base = model.full_state_dict()
+    found = dense_change(compose(deltas, model, "all", "average"), base)
+    for name, change in found.items():
+        models = [base[name].flatten().double() + dense_change(delta, base)[name] for delta in deltas]
+        expected = torch.stack(models).mean(0) - base[name].flatten().double()
+        torch.testing.assert_close(change, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("keep", "weight"), [(1.0, 1.0), (0.2, 1.0), (0.5, 0.3)])
+def test_ties_is_the_papers_algorithm(keep: float, weight: float) -> None:
+    """Beside algorithm 1 on dense vectors of all parameters, one after another."""
+    model, deltas = base_model(), three()
+    base = model.full_state_dict()
+    names = list(base)
+    vectors = []
+    for delta in deltas:
+        change = torch.cat([dense_change(delta, base)[name] for name in names])
+        count = max(1, round(keep * delta.mask.num_entries))
+        least = change.abs().topk(count).values[-1]
+        vectors.append(torch.where(change.abs() >= least, change, 0.0))
+    positive = sum(vector.clamp(min=0) for vector in vectors)
+    negative = sum((-vector).clamp(min=0) for vector in vectors)
+    wanted = []
+    for values in zip(*(vector.tolist() for vector in vectors), (positive - negative).tolist(), strict=True):
+        *each, elected = values
+        agreeing = [value for value in each if value * elected > 0]
+        wanted.append(weight * sum(agreeing) / len(agreeing) if agreeing else 0.0)
+    options = {"keep": keep, "weight": weight}
+    found = dense_change(compose(deltas, model, "all", "ties", options), base)
+    got = torch.cat([found[name] for name in names])
+    torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float64), rtol=1e-5, atol=1e-7)
+    assert 0 < int((got != 0).sum()) <= len(got)
+
+
+def test_dare_drops_and_rescales() -> None:
+    model, deltas = base_model(), three()[:1]
+    base = model.full_state_dict()
+    change, kept, total = dense_change(deltas[0], base), 0, 0
+    options = {"drop": 0.75, "weight": 0.5}
+    found = dense_change(compose(deltas, model, "all", "dare", options), base)
+    for name, value in found.items():
+        left = value != 0
+        torch.testing.assert_close(value[left], 0.5 / 0.25 * change[name][left], rtol=1e-4, atol=1e-6)
+        kept, total = kept + int(left.sum()), total + int((change[name] != 0).sum())
+    # four standard deviations of a binomial count
+    assert kept / total == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / total) ** 0.5)
+
+
+def test_dare_depends_on_its_seed_alone() -> None:
+    model, deltas = base_model(), three()
+    one, again, other = (compose(deltas, model, "all", "dare", {"seed": seed}).values for seed in (3, 3, 4))
+    assert all(torch.equal(again[name], value) for name, value in one.items())
+    assert any(not torch.equal(other[name], value) for name, value in one.items())
+    nothing_dropped = compose(deltas, model, "all", "dare", {"drop": 0.0})
+    total = compose(deltas, model, "all", "sum")
+    assert all(torch.equal(nothing_dropped.values[name], value) for name, value in total.values.items())
+
+
+@pytest.mark.parametrize("kind", ["sum", "ties", "dare"])
+def test_a_delta_alone_stays_what_it_is(kind: str) -> None:
+    model = base_model("bfloat16")
+    (delta, *_) = three("bfloat16")
+    found = compose([delta], model, "all", kind, {"drop": 0.0} if kind == "dare" else None)
+    assert all(torch.equal(found.values[name], value) for name, value in delta.values.items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("ties", {"keep": 0.0}, r"composition.options.keep=0.0: must lie in \(0, 1\]"),
+        ("dare", {"drop": 1.0}, r"composition.options.drop=1.0: must lie in \[0, 1\)"),
+        ("sum", {"weight": 1.0}, "it has no options"),
+        ("linear", None, "choose among sum, average, ties, dare"),
+    ],
+)
+def test_options_of_a_composition(kind: str, options: dict[str, float] | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compose(three(), base_model(), "all", kind, options)

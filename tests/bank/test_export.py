@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,9 @@ class Options:
     indent: int = 0
     """Spaces."""
 
-def write(bank, tasks, out, base, dtype, options):
+def write(deltas, out, base, dtype, options):
     out.mkdir()
-    sizes = [bank.delta(task).mask.num_entries for task in tasks]
+    tasks, sizes = [delta.task for delta in deltas], [delta.mask.num_entries for delta in deltas]
     (out / "list.json").write_text(json.dumps([tasks, sizes, base, dtype, options.indent]))
 '''
 
@@ -57,17 +58,32 @@ def bank(base: str, tmp_path: Path) -> DeltaBank:
     return bank
 
 
+@pytest.mark.parametrize("kind", ["sum", "average"])
 @pytest.mark.parametrize("tasks", [["one"], [BASE], ["one", "two"], ["one", BASE]])
-def test_a_checkpoint(tasks: list[str], bank: DeltaBank, base: str, tmp_path: Path) -> None:
-    export(bank, tasks, tmp_path / "out", base)
+def test_a_checkpoint(tasks: list[str], kind: str, bank: DeltaBank, base: str, tmp_path: Path) -> None:
+    export(bank, tasks, tmp_path / "out", base, options={"composition": kind})
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     model = base_model()
     deltas = [delta for task in tasks if (delta := bank.delta(task))]
-    delta = compose(deltas, model, "all") if deltas else None
+    delta = deltas[0] if len(deltas) == 1 else compose(deltas, model, "all", kind) if deltas else None
     with applied(model, delta):
         wanted = model.full_state_dict()
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_a_delta_that_is_no_task_of_the_bank(bank: DeltaBank, base: str, tmp_path: Path) -> None:
+    model = base_model()
+    both = compose([delta for task in ("one", "two") if (delta := bank.delta(task))], model, "consolidated")
+    both.save(tmp_path / "consolidated.safetensors")
+    export(bank, [], tmp_path / "out", base, files=[tmp_path / "consolidated.safetensors"])
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    with applied(model, both):
+        wanted = model.full_state_dict()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    replace(both, mask=both.mask.with_meta(model="bbbb")).save(tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match=r"foreign.safetensors: made for model bbbb, but the model given is"):
+        export(bank, [], tmp_path / "no", base, files=[tmp_path / "foreign.safetensors"])
 
 
 def test_a_dropped_in_exporter(
@@ -98,7 +114,7 @@ def test_refusals_come_before_the_work(bank: DeltaBank, base: str, tmp_path: Pat
             (bank, ["one"], tmp_path / "out", base, "float32", "gguf"),
             "there is no such part; choose among hf",
         ),
-        ((bank, ["one"], tmp_path / "out", base, "float32", "hf", {"x": 1}), "it has no options"),
+        ((bank, ["one"], tmp_path / "out", base, "float32", "hf", {"x": 1}), "its options are composition"),
     ):
         with pytest.raises(ValueError, match=words):
             export(*arguments)  # type: ignore[arg-type]

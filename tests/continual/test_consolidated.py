@@ -42,10 +42,10 @@ def test_it_knows_what_the_bank_knows(whole: RunConfig, cfg: RunConfig) -> None:
     base = sum(method.score().tasks) / 2
     first, last = method.setting.bench.tasks
     method.learn(first)
-    assert method._delta is not None
-    assert method._delta.mask == method._bank.mask(first.task.name)
+    assert method.delta is not None
+    assert method.delta.mask == method.bank.mask(first.task.name)
     method.learn(last)
-    assert method._delta.mask == method._bank.mask(first.task.name) | method._bank.mask(last.task.name)
+    assert method.delta.mask == method.bank.mask(first.task.name) | method.bank.mask(last.task.name)
     assert sum(method.score().tasks) / 2 > 0.9 * bank > base + 30
 
 

@@ -19,6 +19,7 @@ from trace_dist.config import (
     RunConfig,
     TaskConfig,
     TinyConfig,
+    TrainConfig,
 )
 from trace_dist.stages import memory, project
 from trace_dist.stages.pipeline import stage_groups
@@ -103,6 +104,8 @@ def test_what_one_stage_needs_another_leaves(tmp_path: Path) -> None:
         ({"continual": ContinualConfig(options={"lora": {"rang": 3}})}, "'rang' is not an option"),
         ({"continual": ContinualConfig(options={"merged": {"replay": 1.0}})}, "merged.replay=1.0: must lie in [0, 1)"),
         ({"continual": ContinualConfig(["full"], {"lora": {"rank": "x"}})}, 'key "rank"'),
+        ({"train": TrainConfig(scheduler="cosin")}, "train.scheduler='cosin'"),
+        ({"train": TrainConfig(scheduler="reduce_lr_on_plateau")}, "must depend on the step alone"),
         ({"probe": ProbeConfig(steps=0)}, "probe.steps=0: probe.score='l2_fisher' reads the update"),
         ({"probe": ProbeConfig(score="snr", fisher_batches=1)}, "probe.fisher_batches=1: probe.score='snr' needs at least 2"),
     ],

@@ -82,3 +82,16 @@ def test_this_process_may_hold_a_folder_twice_and_lets_go_once(tmp_path: Path) -
     hold_until_exit(path, "folder='x'")
     release()
     assert not path.exists()
+
+
+def test_a_folder_made_for_the_lock_goes_with_it_unless_it_holds_something(tmp_path: Path) -> None:
+    """A command that is refused leaves no empty run folder."""
+    made, used, there = tmp_path / "made", tmp_path / "used", tmp_path / "there"
+    there.mkdir()
+    for folder in (made, used, there):
+        with hold(folder / ".lock", f"folder={folder}"):
+            if folder == used:
+                (folder / "result").write_text("")
+    assert not made.exists()
+    assert [path.name for path in used.iterdir()] == ["result"]
+    assert there.is_dir()

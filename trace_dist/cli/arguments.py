@@ -239,9 +239,18 @@ BANK_ACTIONS: dict[str, tuple[Command, Options]] = {
         | {
             "--base": {"required": True, "help": "the base model: folder or hub id"},
             "--task": {
-                "required": True,
                 "nargs": "+",
-                "help": "task whose delta is applied; the changes of several add up",
+                "default": [],
+                "help": "task whose delta is applied; --composition says what several make together",
+            },
+            "--delta": {
+                "nargs": "+",
+                "default": [],
+                "help": "file of a delta beside them, as <run_dir>/consolidated.safetensors: one set of weights",
+            },
+            "--composition": {
+                "default": "sum",
+                "help": "sum, average, ties, dare, or the path of a module of your own",
             },
             "--out": {"required": True, "help": "folder to write"},
             "--dtype": {"default": "float32", "choices": ["float32", "bfloat16"], "help": "of the weights"},

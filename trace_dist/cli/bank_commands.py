@@ -74,7 +74,18 @@ def _merge(bank: DeltaBank, arguments: Any) -> None:
 def _export(bank: DeltaBank, arguments: Any) -> None:
     from trace_dist.bank.export import export
 
-    export(bank, arguments.task, arguments.out, arguments.base, arguments.dtype, arguments.exporter)
+    several = len(arguments.task) + len(arguments.delta) > 1
+    options = {"composition": arguments.composition} if several else None
+    export(
+        bank,
+        arguments.task,
+        arguments.out,
+        arguments.base,
+        arguments.dtype,
+        arguments.exporter,
+        options,
+        arguments.delta,
+    )
 
 
 ACTIONS = {

@@ -126,13 +126,23 @@ def run_method(setting: Setting, entry: Entry) -> None:
     for stream in streams:
         task = stream.task.name
         keep_trained(progress.folder, task, method.learn(stream))
-        progress.finish(task, method.score(), method.lr, method.facts(), method.state)
+        rate = method.lr if method.trains else None
+        progress.finish(task, method.score(), rate, method.facts(), method.state)
         _drop_checkpoints(folder, name, [task])
+    _keep_product(method)
     method.close()
     result = result_of(method, progress)
     on_main(lambda: write_json(folder.method(name), result))
     _drop_leftovers(folder, name)
     outcome(f"{name}: {' / '.join(f'{score:.1f}' for score in progress.record.rows[-1].tasks)} %")
+
+
+def _keep_product(method: Method) -> None:
+    """Write what a method has made of the tasks, where that is one set of weights."""
+    product, path = method.product(), method.setting.folder.product(method.name)
+    if product is not None:
+        on_main(lambda: product.save(path))
+        logger.info("%s: its weights are %s, a delta against the base", method.name, path)
 
 
 def _drop_checkpoints(folder: RunFolder, name: str, tasks: list[str]) -> None:

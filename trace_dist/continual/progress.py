@@ -45,7 +45,7 @@ class Record:
 
     tasks: list[str] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
-    rates: dict[str, float] = field(default_factory=dict)
+    rates: dict[str, float | None] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     state: str | None = None
     files: dict[str, str] = field(default_factory=dict)
@@ -90,14 +90,14 @@ class Progress:
         self._write(replace(self.record, rows=[base]))
 
     def finish(
-        self, task: str, row: Row, rate: float, facts: dict[str, Any], state: Callable[[Path], None]
+        self, task: str, row: Row, rate: float | None, facts: dict[str, Any], state: Callable[[Path], None]
     ) -> None:
         """Keep a task that was learned, beside what ``keep_trained`` kept of it.
 
         Args:
             task: its name.
             row: scores after it.
-            rate: peak learning rate of its training.
+            rate: peak learning rate of its training; None where there was none.
             facts: the method's.
             state: writes the method's state into an empty folder.
         """

@@ -65,6 +65,7 @@ def check_parts(cfg: RunConfig) -> None:
     """Raise ``ValueError`` where the drop-in parts or their options do not exist or do not fit."""
     from trace_dist.continual.driver import check_methods
     from trace_dist.continual.isolation.base import load_isolation
+    from trace_dist.train.loop import check_schedule
 
     _check_score(cfg)
     placement = PLACEMENTS.load(cfg.projection.placement)
@@ -74,6 +75,7 @@ def check_parts(cfg: RunConfig) -> None:
         placement.check_mask(options, cfg.mask)
     load_isolation(cfg.mask).check(cfg.mask, len(cfg.tasks))
     check_methods(cfg)
+    check_schedule(cfg.train)
 
 
 def _check_score(cfg: RunConfig) -> None:

@@ -128,6 +128,11 @@ def make_schedule(optimizer: torch.optim.Optimizer, cfg: TrainConfig, steps: int
     return schedule
 
 
+def check_schedule(cfg: TrainConfig) -> None:
+    """Raise ValueError as ``make_schedule`` would."""
+    make_schedule(torch.optim.SGD([torch.zeros(1)], lr=1.0), cfg, cfg.steps)
+
+
 def continue_schedule(schedule: LambdaLR, step: int) -> None:
     """Put a new schedule where it is after some steps; the learning rate and the shape are those that it was made with."""
     schedule.last_epoch = step

@@ -7,7 +7,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -38,7 +38,7 @@ def process_name(pid: int) -> str:
 
 @contextmanager
 def hold(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
-    """Hold a lock file while the block runs; it is gone afterwards.
+    """Hold a lock file while the block runs; it is gone afterwards, and so is a folder that was made for it and is empty.
 
     Args:
         path: the file; folders on the way to it are made.
@@ -49,8 +49,8 @@ def hold(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
         Held: another process, or another part of this one, holds it.
         ValueError: nothing can be written there.
     """
+    made = not path.parent.exists()
     with writing(what):
-        path.parent.mkdir(parents=True, exist_ok=True)
         handle = _take(path, what, wait)
     with handle:
         handle.truncate(0)
@@ -60,6 +60,9 @@ def hold(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+            if made:
+                with suppress(OSError):  # it holds something
+                    path.parent.rmdir()
 
 
 def hold_until_exit(path: Path, what: str, sharers: Collection[str] = ()) -> None:
@@ -91,6 +94,7 @@ def release() -> None:
 def _take(path: Path, what: str, wait: bool) -> TextIO:
     """The locked file at ``path``. One that its holder removed before it let go is no longer there, so a new one is opened."""
     while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle = path.open("a+", encoding="utf-8")
         try:
             _lock(handle, what, wait)

@@ -1,7 +1,8 @@
 """Tasks of a bank in the form that other tools read, by an exporter of this room or of a module of one's own.
 
-An exporter ([Note: drop-in parts]) is a module with ``label`` and ``write(bank, tasks, out, base, dtype)``, which also takes
-``options`` where the module has ``Options``.
+An exporter ([Note: drop-in parts]) is a module with ``label`` and ``write(deltas, out, base, dtype)``, which also takes
+``options`` where the module has ``Options``. It is given deltas and not tasks, since one set of weights that a method has made is
+no task.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_dist.bank.bank import DeltaBank
+from trace_dist.bank.delta import Delta, check_base
 from trace_dist.models.fingerprint import check_same, fingerprint
 from trace_dist.parts import EXPORTERS
 
@@ -23,30 +25,36 @@ def export(
     dtype: str = "float32",
     kind: str = "hf",
     options: Mapping[str, Any] | None = None,
+    files: Sequence[Path | str] = (),
 ) -> None:
     """Write tasks of a bank for another tool.
 
     Args:
         bank: the bank.
-        tasks: whose deltas.
+        tasks: whose deltas; the base model's are none.
         out: folder to write.
         base: the bank's base model: folder or hub id.
         dtype: of the weights: float32 or bfloat16.
         kind: name of an exporter, or the path of a module.
         options: its options.
+        files: deltas beside those of the tasks, such as the one set of weights that a method has made.
 
     Raises:
-        ValueError: a task is not in the bank, the base is not the bank's, or there is no such exporter.
+        ValueError: a task is not in the bank, a file is no delta, the base is not the bank's, or there is no such exporter.
     """
     exporter = EXPORTERS.load(kind)
     chosen = EXPORTERS.options(kind, options)
     out = Path(out)
-    if not tasks:
-        raise ValueError("task: none is given to export; name at least one")
+    if not tasks and not files:
+        raise ValueError("task: none is given to export; name at least one, or a delta")
     for task in tasks:
         bank.path(task)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out={str(out)!r}: is a file; give a folder")
     check_same(bank.base, fingerprint(base), f"bank {bank.folder}")
+    deltas = [delta for task in tasks if (delta := bank.delta(task)) is not None]
+    for path in files:
+        deltas.append(Delta.load(Path(path)))
+        check_base(deltas[-1].mask, bank.base, str(path))
     extra = {} if chosen is None else {"options": chosen}
-    exporter.write(bank, tasks, out, base, dtype, **extra)
+    exporter.write(deltas, out, base, dtype, **extra)

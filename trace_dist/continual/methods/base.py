@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 
+from trace_dist.bank.delta import Delta
 from trace_dist.config import RunConfig
 from trace_dist.config.checks import AUTO
 from trace_dist.continual.judge import Row
@@ -43,6 +44,8 @@ class Method(ABC):
     """Whether it runs on all ranks of a sharded model; otherwise it runs in one process."""
     continues: ClassVar[bool] = False
     """Whether a task is trained on the weights that earlier tasks left; otherwise from the base."""
+    trains: ClassVar[bool] = True
+    """Whether it trains at all; otherwise it has no learning rate."""
     race: Race | None = None
     """What chose its learning rate; the driver sets it before the first task where the rate is ``auto``."""
 
@@ -57,7 +60,7 @@ class Method(ABC):
     def races(cls, options: Any, cfg: RunConfig) -> bool:
         """Whether its learning rate is chosen by a race."""
         own = getattr(options, "lr", None)
-        return (cfg.train.lr if own is None else own) == AUTO
+        return cls.trains and (cfg.train.lr if own is None else own) == AUTO
 
     @property
     def own_lr(self) -> float | None:
@@ -106,6 +109,13 @@ class Method(ABC):
     @abstractmethod
     def load_state(self, folder: Path) -> None:
         """Become what ``state`` wrote; called before anything was learned, on any number of ranks."""
+
+    def product(self) -> Delta | None:
+        """What is to be had of it when all tasks are learned, as a delta against the base; None where that is a bank, or nothing.
+
+        Collective; called before ``close``.
+        """
+        return None
 
     def close(self) -> None:  # noqa: B027 - most methods leave the shared model as it was
         """Put the shared model back; called when all tasks are learned."""

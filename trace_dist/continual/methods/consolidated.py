@@ -4,8 +4,7 @@ Each task's delta on the base answers the prompts of that task, and the base the
 masks so far is trained from the base on all these answers (distillation, train/soft.py). No label is read: the prompts are those
 of the training examples. The bank is that of ``retrieved``.
 
-What was said is kept as long as the process lives; a run that was cut asks again, with the same answers. The state between tasks
-is a delta against the base, which the shared model holds between calls.
+What was said is kept as long as the process lives; a run that was cut asks again, with the same answers.
 """
 
 from __future__ import annotations
@@ -13,19 +12,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from functools import reduce
 from operator import or_
-from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
 
-from trace_dist.bank.bank import BASE, DeltaBank
-from trace_dist.bank.delta import Delta, Snapshot, applied, extract_delta
-from trace_dist.config import RunConfig
+from trace_dist.bank.bank import BASE
+from trace_dist.bank.delta import Snapshot, extract_delta
 from trace_dist.config.checks import Rate, Section, check
-from trace_dist.continual.judge import Row
-from trace_dist.continual.methods.base import Method
+from trace_dist.continual.methods.one_set import OneSet
 from trace_dist.continual.setting import Setting
 from trace_dist.data.encoding import Pair, pad_id, stop_ids
 from trace_dist.masks.mask import Mask
@@ -35,7 +31,6 @@ from trace_dist.train.soft import SoftBatches, SoftLearner
 from trace_dist.train.task import train_learner
 from trace_dist.train.teacher import answer, teach
 from trace_dist.train.workbench import Stream
-from trace_dist.utils.together import on_main
 
 
 @dataclass(frozen=True)
@@ -62,33 +57,15 @@ class Options(Section):
         self.at_least(1, "prompts", "top", "steps")
 
 
-class Consolidated(Method):
+class Consolidated(OneSet):
     """One set of weights that knows what the bank knows."""
 
     label = "consolidated"
     colour = "green"
-    masked = True
-    on_ranks = True
 
     def __init__(self, name: str, setting: Setting, options: Options) -> None:
         super().__init__(name, setting, options)
-        self._delta: Delta | None = None  # what is known; not None iff a task was learned
         self._said: dict[str, datasets.Dataset] = {}
-
-    @classmethod
-    def check(cls, name: str, cfg: RunConfig) -> None:
-        methods = cfg.continual.methods
-        before = methods[: methods.index(name)] if name in methods else []
-        missing = [] if "retrieved" in before else _missing(cfg)
-        if missing:
-            raise ValueError(
-                f"continual.methods={methods}: {name} is taught by the bank that `retrieved` fills, which does not hold "
-                f"{', '.join(missing)}; name retrieved before it"
-            )
-
-    @cached_property
-    def _bank(self) -> DeltaBank:
-        return DeltaBank(self.setting.cfg.bank_of().root)
 
     def learn(self, stream: Stream) -> TrainResult:
         self._ask()
@@ -96,7 +73,7 @@ class Consolidated(Method):
             self.setting.training(self.name, stream.task.name) as options,
             self._trained(stream, self._steps(stream), self.lr, **options) as (result, _),
         ):
-            self._delta = extract_delta(self.setting.model, self._mask(stream), self.name)
+            self.delta = extract_delta(self.setting.model, self._mask(stream), self.name)
         return result
 
     @contextmanager
@@ -124,26 +101,21 @@ class Consolidated(Method):
             before.restore()
 
     def _steps(self, stream: Stream) -> int:
-        own = sum(each.steps for each in self._upto(stream))
+        own = sum(each.steps for each in self.upto(stream))
         return self.options.steps or round(own / (1 - self._general_share))
 
     @property
     def _general_share(self) -> float:
         return self.options.general if self.setting.bench.general else 0.0
 
-    def _upto(self, stream: Stream) -> list[Stream]:
-        """The tasks up to one, which is the last."""
-        names = [each.task.name for each in self.setting.bench.tasks]
-        return self.setting.bench.tasks[: names.index(stream.task.name) + 1]
-
     def _mask(self, stream: Stream) -> Mask:
         """The union of the masks up to a task's."""
-        return reduce(or_, (self._bank.mask(each.task.name) for each in self._upto(stream)))
+        return reduce(or_, (self.bank.mask(each.task.name) for each in self.upto(stream)))
 
     def _batches(self, stream: Stream) -> SoftBatches:
         """Tasks are drawn as often as they have steps, the general sets equally often."""
         cfg, bench, share = self.setting.cfg, self.setting.bench, self._general_share
-        tasks, general = self._upto(stream), bench.general if share else []
+        tasks, general = self.upto(stream), bench.general if share else []
         total = sum(each.steps for each in tasks)
         weights = {each.task.name: (1 - share) * each.steps / total for each in tasks}
         weights |= {each.task.name: share / len(general) for each in general}
@@ -168,7 +140,7 @@ class Consolidated(Method):
             *((each.task.name, each) for each in bench.tasks),
         ]
         for teacher, stream in teachers:
-            with self._bank.activated(self.setting.model, teacher):
+            with self.bank.activated(self.setting.model, teacher):
                 self._said[stream.task.name] = self._taught(stream)
 
     def _taught(self, stream: Stream) -> datasets.Dataset:
@@ -198,38 +170,8 @@ class Consolidated(Method):
             pad_id=pad_id(bench.tokenizer),
         )
 
-    def score(self) -> Row:
-        if self._delta is None:
-            return self.setting.base_row
-        with applied(self.setting.model, self._delta):
-            return self.setting.judge.score(self.setting.model.module)
-
     def facts(self) -> dict[str, Any]:
-        if self._delta is None:
-            raise AssertionError(f"{self.name}: there are no facts before the first task")
-        mask = self._delta.mask
-        return {
-            "density": mask.density,
-            "trainable": mask.num_entries,
-            "prompts": self.options.prompts,
-            "delta_bytes": {self.name: self._delta.nbytes},
-        }
-
-    def state(self, folder: Path) -> None:
-        delta = self._delta
-        if delta is None:
-            raise AssertionError(f"{self.name}: there is no state before the first task")
-        on_main(lambda: delta.save(folder / "delta.safetensors"))
-
-    def load_state(self, folder: Path) -> None:
-        self._delta = Delta.load(folder / "delta.safetensors")
-
-
-def _missing(cfg: RunConfig) -> list[str]:
-    """Tasks of a run that its bank does not hold yet."""
-    folder = cfg.bank_of()
-    held = DeltaBank(folder.root).tasks if folder.index.is_file() else []
-    return [task.name for task in cfg.tasks if task.name not in held]
+        return {**super().facts(), "prompts": self.options.prompts}
 
 
 METHOD = Consolidated

@@ -118,10 +118,13 @@ class Merged(Method):
             "replay_memory": self.options.replay_memory,
         }
 
-    def state(self, folder: Path) -> None:
+    def product(self) -> Delta:
         if self._union is None:
-            raise AssertionError("merged: there is no state before the first task")
-        delta = extract_delta(self.setting.model, self._union, self.name)
+            raise AssertionError(f"{self.name}: nothing is known before the first task")
+        return extract_delta(self.setting.model, self._union, self.name)
+
+    def state(self, folder: Path) -> None:
+        delta = self.product()
         on_main(lambda: delta.save(folder / "delta.safetensors"))
         on_main(lambda: self._save_changes(folder))
         on_main(lambda: write_json(folder / "sizes.json", self._sizes))

@@ -1,0 +1,83 @@
+"""What methods that make one set of weights out of the bank of ``retrieved`` have in common.
+
+The state between tasks is a delta against the base, which the shared model holds between calls.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from trace_dist.bank.bank import DeltaBank
+from trace_dist.bank.delta import Delta, applied
+from trace_dist.config import RunConfig
+from trace_dist.continual.judge import Row
+from trace_dist.continual.methods.base import Method
+from trace_dist.continual.setting import Setting
+from trace_dist.train.workbench import Stream
+from trace_dist.utils.together import on_main
+
+
+class OneSet(Method):
+    """One set of weights, made of what a bank holds."""
+
+    masked = True
+    on_ranks = True
+
+    def __init__(self, name: str, setting: Setting, options: Any) -> None:
+        super().__init__(name, setting, options)
+        self.delta: Delta | None = None  # what is known; not None iff a task was learned
+
+    @classmethod
+    def check(cls, name: str, cfg: RunConfig) -> None:
+        methods = cfg.continual.methods
+        before = methods[: methods.index(name)] if name in methods else []
+        missing = [] if "retrieved" in before else _missing(cfg)
+        if missing:
+            raise ValueError(
+                f"continual.methods={methods}: {name} is made of the bank that `retrieved` fills, which does not hold "
+                f"{', '.join(missing)}; name retrieved before it"
+            )
+
+    @cached_property
+    def bank(self) -> DeltaBank:
+        """The bank of ``retrieved``."""
+        return DeltaBank(self.setting.cfg.bank_of().root)
+
+    def upto(self, stream: Stream) -> list[Stream]:
+        """The tasks up to one, which is the last."""
+        names = [each.task.name for each in self.setting.bench.tasks]
+        return self.setting.bench.tasks[: names.index(stream.task.name) + 1]
+
+    def score(self) -> Row:
+        if self.delta is None:
+            return self.setting.base_row
+        with applied(self.setting.model, self.delta):
+            return self.setting.judge.score(self.setting.model.module)
+
+    def facts(self) -> dict[str, Any]:
+        mask = self._known.mask
+        return {"density": mask.density, "trainable": mask.num_entries}
+
+    def product(self) -> Delta:
+        return self._known
+
+    def state(self, folder: Path) -> None:
+        on_main(lambda: self._known.save(folder / "delta.safetensors"))
+
+    def load_state(self, folder: Path) -> None:
+        self.delta = Delta.load(folder / "delta.safetensors")
+
+    @property
+    def _known(self) -> Delta:
+        if self.delta is None:
+            raise AssertionError(f"{self.name}: nothing is known before the first task")
+        return self.delta
+
+
+def _missing(cfg: RunConfig) -> list[str]:
+    """Tasks of a run that its bank does not hold yet."""
+    folder = cfg.bank_of()
+    held = DeltaBank(folder.root).tasks if folder.index.is_file() else []
+    return [task.name for task in cfg.tasks if task.name not in held]
