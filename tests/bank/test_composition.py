@@ -44,6 +44,13 @@ def test_composition_adds_changes_and_is_exact_where_masks_do_not_overlap(dtype:
         assert int((times > 1).sum()) > 0 or len(entries) < 50
 
 
+def test_deltas_of_another_dtype_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"delta 'a': holds torch.bfloat16, the model torch.float32; load the model"
+    ):
+        compose(three("bfloat16"), base_model(), "all")
+
+
 def test_composition_of_strangers() -> None:
     model = base_model()
     one, other = make_delta(model, "a", 0), make_delta(model, "b", 1)

@@ -15,7 +15,7 @@ from continual.small import STEPS, TASKS, make_config, result
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.config import RunConfig
 from trace_dist.continual.driver import check_methods
-from trace_dist.continual.methods.consolidated import Consolidated
+from trace_dist.continual.methods.consolidated import Consolidated, _prompt
 from trace_dist.continual.setting import Setting
 from trace_dist.data.encoding import IGNORE
 from trace_dist.run_folder import RunFolder
@@ -93,7 +93,7 @@ def test_a_batch_holds_tasks_by_their_steps_and_a_general_share(cfg: RunConfig) 
     streams = [replace(stream, steps=steps) for stream, steps in zip(bench.tasks, (30, 10), strict=True)]
     bench.tasks[:] = streams
     method._ask()
-    batches = method._batches(streams[-1])
+    batches = method._batches(streams[-1], method._said)
     batches._batch_size = 4000
     where = [streams[-1], *bench.general, streams[0]]
     drawn = Counter(source for source, _ in map(batches._slot, range(4000)))
@@ -132,3 +132,39 @@ def test_without_its_teachers_it_is_refused_before_any_work(folder: Path, cfg: R
     options = {"consolidated": {"general": 1.0}}
     with pytest.raises(ValueError, match=r"continual.options.consolidated.general=1.0: must lie in \[0, 1\)"):
         check_methods(replace(cfg, continual=replace(cfg.continual, options=options)))
+
+
+def test_a_race_trains_on_nothing_that_was_held_out(cfg: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = method_of(cfg)
+    stream = method.setting.bench.tasks[0]
+    method._ask()
+    part = replace(stream, encoded=stream.encoded.select(range(10, 30)), steps=2)
+    prompts = {tuple(_prompt(row)) for row in part.encoded}
+    seen = []
+    following = Consolidated._batches
+
+    def watched(self: Consolidated, stream: Stream, said: Any) -> Any:
+        seen.extend(tuple(_prompt(row)) for row in said[stream.task.name])
+        return following(self, stream, said)
+
+    monkeypatch.setattr(Consolidated, "_batches", watched)
+    with method.trial(stream, part, 1e-3):
+        pass
+    assert seen
+    assert set(seen) <= prompts
+
+
+def test_a_bank_of_another_base_is_refused(cfg: RunConfig) -> None:
+    method = method_of(cfg)
+    method.setting = replace(method.setting, fingerprint="0" * 64)
+    with pytest.raises(ValueError, match=r"bank .*: made for the model with fingerprint"):
+        method._ask()
+
+
+def test_a_bank_that_is_filled_too_late_is_refused(folder: Path) -> None:
+    cfg = make_config(folder, ["retrieved", "consolidated"], "nowhere")
+    cfg = replace(cfg, launch=replace(cfg.launch, single_process=["retrieved"]))
+    with pytest.raises(
+        ValueError, match=r"launch.single_process=\['retrieved'\]: retrieved would run after consolidated"
+    ):
+        check_methods(cfg)

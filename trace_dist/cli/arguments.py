@@ -249,8 +249,8 @@ BANK_ACTIONS: dict[str, tuple[Command, Options]] = {
                 "help": "file of a delta beside them, as <run_dir>/consolidated.safetensors: one set of weights",
             },
             "--composition": {
-                "default": "sum",
-                "help": "sum, average, ties, dare, or the path of a module of your own",
+                "default": None,
+                "help": "sum, which is usual, average, ties, dare, or the path of a module of your own",
             },
             "--out": {"required": True, "help": "folder to write"},
             "--dtype": {"default": "float32", "choices": ["float32", "bfloat16"], "help": "of the weights"},

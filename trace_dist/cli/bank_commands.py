@@ -74,8 +74,7 @@ def _merge(bank: DeltaBank, arguments: Any) -> None:
 def _export(bank: DeltaBank, arguments: Any) -> None:
     from trace_dist.bank.export import export
 
-    several = len(arguments.task) + len(arguments.delta) > 1
-    options = {"composition": arguments.composition} if several else None
+    options = None if arguments.composition is None else {"composition": arguments.composition}
     export(
         bank,
         arguments.task,

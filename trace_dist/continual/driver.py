@@ -110,11 +110,13 @@ def run_method(setting: Setting, entry: Entry) -> None:
         "model": setting.fingerprint,
         "examples": examples_digest([*setting.bench.tasks, *setting.bench.general]),
         "options": {key: value for key, value in options.items() if key != "lr"},
+        **method.made_of(),
     }
     progress = Progress(folder.progress(name), about)
     streams = setting.bench.tasks[len(progress.record.tasks) :]
     _drop_checkpoints(folder, name, progress.record.tasks)
-    if streams and progress.record.tasks:
+    if progress.record.tasks:
+        # Also after the last one: what the method has made of them is still to be kept.
         method.load_state(progress.state)
         logger.info("%s: going on after %s", name, ", ".join(progress.record.tasks))
     elif not progress.record.rows:

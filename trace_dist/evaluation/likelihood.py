@@ -21,7 +21,7 @@ from trace_dist.evaluation.inputs import (
 )
 from trace_dist.evaluation.passes import evaluating, map_over_ranks
 
-_MAX_LOGITS = 2**28
+MAX_LOGITS = 2**28
 """Largest number of fp32 logits held at once (1 GiB); batches of long texts are cut to it."""
 
 
@@ -50,7 +50,7 @@ def log_likelihoods(
     left = may_pad_left(model)
     # Padded on the left, all answers end in the last column; on the right, their columns may lie anywhere.
     scored = max(len(pair.answer) for pair in pairs) if left else max(lengths)
-    limit = max(1, _MAX_LOGITS // (max(1, scored) * config_of(model).get_text_config().vocab_size))
+    limit = max(1, MAX_LOGITS // (max(1, scored) * config_of(model).get_text_config().vocab_size))
 
     def run(indices: list[int]) -> list[float]:
         return _score_batch(model, [pairs[i] for i in indices], pad_id, left)

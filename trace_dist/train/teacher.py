@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from trace_dist.data.batches import collate
 from trace_dist.data.encoding import IGNORE, Pair
 from trace_dist.evaluation.decode import greedy_decode
-from trace_dist.evaluation.inputs import device_of
+from trace_dist.evaluation.inputs import config_of, device_of
+from trace_dist.evaluation.likelihood import MAX_LOGITS
 from trace_dist.evaluation.passes import evaluating, map_over_ranks
 from trace_dist.train.loss import answer_logits
 from trace_dist.train.soft import SOFT_IDS, SOFT_PROBABILITIES
@@ -56,7 +57,7 @@ def teach(
         model: causal LM, possibly sharded.
         pairs: prompts and answers, the same on every rank; a prompt has at least one token, and so has an answer.
         top: how many tokens are kept with their probabilities; at most the vocabulary.
-        batch_size: examples at a time on one rank.
+        batch_size: examples at a time on one rank; fewer where their logits would exceed 1 GiB.
         pad_id: id for padded positions.
 
     Returns:
@@ -70,12 +71,14 @@ def teach(
         logits, targets = answer_logits(model, batch, batch.pop("labels"))
         logits = logits[targets != IGNORE].float()
         found = logits.softmax(1).topk(min(top, logits.shape[1]))
-        lengths = [len(pairs[i].answer) for i in indices]
-        parts = (found.indices.split(lengths), found.values.split(lengths))
+        sizes = [len(pairs[i].answer) for i in indices]
+        parts = (found.indices.split(sizes), found.values.split(sizes))
         return [(ids.tolist(), values.tolist()) for ids, values in zip(*parts, strict=True)]
 
+    lengths = [len(row["input_ids"]) for row in rows]
+    limit = max(1, MAX_LOGITS // (max(lengths) * config_of(model).get_text_config().vocab_size))
     with evaluating(model), torch.no_grad():
-        said = map_over_ranks([len(row["input_ids"]) for row in rows], batch_size, run)
+        said = map_over_ranks(lengths, min(batch_size, limit), run)
     return datasets.Dataset.from_list(
         [
             {**row, "num_answer_tokens": len(ids), SOFT_IDS: ids, SOFT_PROBABILITIES: values}

@@ -49,8 +49,8 @@ def hold(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
         Held: another process, or another part of this one, holds it.
         ValueError: nothing can be written there.
     """
-    made = not path.parent.exists()
     with writing(what):
+        made = not path.parent.exists()
         handle = _take(path, what, wait)
     with handle:
         handle.truncate(0)
@@ -95,7 +95,10 @@ def _take(path: Path, what: str, wait: bool) -> TextIO:
     """The locked file at ``path``. One that its holder removed before it let go is no longer there, so a new one is opened."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = path.open("a+", encoding="utf-8")
+        try:
+            handle = path.open("a+", encoding="utf-8")
+        except FileNotFoundError:  # a holder that was refused has just taken its empty folder away
+            continue
         try:
             _lock(handle, what, wait)
         except BaseException:

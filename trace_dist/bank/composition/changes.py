@@ -28,13 +28,20 @@ def composed(deltas: Sequence[Delta], base: ShardedModel, task: str, rule: Rule)
         rule: how changes become one.
 
     Raises:
-        ValueError: they are of different base models, granularities or shapes.
+        ValueError: they are of different base models, granularities, shapes or dtypes.
     """
     mask = deltas[0].mask
     for other in deltas[1:]:
         mask = combine(mask, other.mask, "union")
     mask = mask.with_meta(task=task, method="composed")
     start = extract_delta(base, mask, task)
+    for delta in deltas:
+        for name, tuned in delta.values.items():
+            own = start.values[name].dtype
+            if tuned.dtype != own:
+                raise ValueError(
+                    f"delta {delta.task!r}: holds {tuned.dtype}, the model {own}; load the model in the same dtype"
+                )
     values = {name: _value(deltas, name, mask.elements(name), start.values[name], rule) for name in mask}
     return Delta(mask, values, task)
 

@@ -56,6 +56,8 @@ def compose(deltas: Sequence[Delta], base: ShardedModel, task: str, options: Opt
 
 def _threshold(delta: Delta, base: ShardedModel, keep: float) -> Tensor:
     """The least change that takes part: scalar float64."""
+    if keep == 1:
+        return torch.zeros((), dtype=torch.float64)
     own = extract_delta(base, delta.mask, delta.task).values
     sizes = torch.cat([(delta.values[name].double() - own[name].double()).abs() for name in delta.mask])
     count = max(1, round(keep * len(sizes)))

@@ -110,6 +110,11 @@ class Method(ABC):
     def load_state(self, folder: Path) -> None:
         """Become what ``state`` wrote; called before anything was learned, on any number of ranks."""
 
+    def made_of(self) -> dict[str, Any]:
+        """What its result depends on beside the model, the examples and its options; JSON-ready. A run that was cut goes on only
+        where it is the same. Collective."""
+        return {}
+
     def product(self) -> Delta | None:
         """What is to be had of it when all tasks are learned, as a delta against the base; None where that is a bank, or nothing.
 

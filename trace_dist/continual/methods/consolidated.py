@@ -23,7 +23,8 @@ from trace_dist.bank.delta import Snapshot, extract_delta
 from trace_dist.config.checks import Rate, Section, check
 from trace_dist.continual.methods.one_set import OneSet
 from trace_dist.continual.setting import Setting
-from trace_dist.data.encoding import Pair, pad_id, stop_ids
+from trace_dist.data.encoding import Pair, context_length, pad_id, stop_ids
+from trace_dist.evaluation.inputs import config_of
 from trace_dist.masks.mask import Mask
 from trace_dist.train.learner import Learner
 from trace_dist.train.loop import TrainResult
@@ -31,6 +32,7 @@ from trace_dist.train.soft import SoftBatches, SoftLearner
 from trace_dist.train.task import train_learner
 from trace_dist.train.teacher import answer, teach
 from trace_dist.train.workbench import Stream
+from trace_dist.utils.together import on_all
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,10 @@ class Options(Section):
         self.at_least(1, "prompts", "top", "steps")
 
 
+Said = dict[str, datasets.Dataset]
+"""Name of a task or general set -> what its teacher said (``train.teacher.teach``)."""
+
+
 class Consolidated(OneSet):
     """One set of weights that knows what the bank knows."""
 
@@ -65,13 +71,17 @@ class Consolidated(OneSet):
 
     def __init__(self, name: str, setting: Setting, options: Options) -> None:
         super().__init__(name, setting, options)
-        self._said: dict[str, datasets.Dataset] = {}
+        self._said: Said = {}
 
     def learn(self, stream: Stream) -> TrainResult:
         self._ask()
+        rate = "train.lr" if self.own_lr is None else f"continual.options.{self.name}.lr"
         with (
             self.setting.training(self.name, stream.task.name) as options,
-            self._trained(stream, self._steps(stream), self.lr, **options) as (result, _),
+            self._trained(stream, self._said, self._steps(stream), self.lr, rate=rate, **options) as (
+                result,
+                _,
+            ),
         ):
             self.delta = extract_delta(self.setting.model, self._mask(stream), self.name)
         return result
@@ -79,21 +89,25 @@ class Consolidated(OneSet):
     @contextmanager
     def trial(self, stream: Stream, part: Stream, lr: float) -> Iterator[Learner]:
         self._ask()
+        task = stream.task.name
+        # Nothing that was said of the examples held out.
+        known = {tuple(_prompt(row)) for row in part.encoded}
+        said = self._said | {task: self._said[task].filter(lambda row: tuple(_prompt(row)) in known)}
         options = {"description": f"{self.name} at {lr:g}", "rate": "race.grid"}
-        with self._trained(stream, part.steps, lr, **options) as (_, learner):
+        with self._trained(stream, said, part.steps, lr, **options) as (_, learner):
             yield learner
 
     @contextmanager
     def _trained(
-        self, stream: Stream, steps: int, lr: float, **options: Any
+        self, stream: Stream, said: Said, steps: int, lr: float, **options: Any
     ) -> Iterator[tuple[TrainResult, Learner]]:
-        """Train on all that was said up to a task; the model holds the result inside the block, afterwards the base again."""
+        """Train on what was said up to a task; the model holds the result inside the block, afterwards the base again."""
         model, mask = self.setting.model, self._mask(stream)
         cfg = replace(self.setting.cfg.train, lr=lr)
         before = Snapshot(model, mask)
         try:
             learner = SoftLearner(model, mask, cfg)
-            result = train_learner(learner, self._batches(stream), cfg, steps, **options)
+            result = train_learner(learner, self._batches(stream, said), cfg, steps, **options)
             model.detach()
             yield result, learner
         finally:
@@ -110,9 +124,10 @@ class Consolidated(OneSet):
 
     def _mask(self, stream: Stream) -> Mask:
         """The union of the masks up to a task's."""
-        return reduce(or_, (self.bank.mask(each.task.name) for each in self.upto(stream)))
+        bank, names = self.bank, [each.task.name for each in self.upto(stream)]
+        return reduce(or_, on_all(lambda: [bank.mask(name) for name in names]))
 
-    def _batches(self, stream: Stream) -> SoftBatches:
+    def _batches(self, stream: Stream, said: Said) -> SoftBatches:
         """Tasks are drawn as often as they have steps, the general sets equally often."""
         cfg, bench, share = self.setting.cfg, self.setting.bench, self._general_share
         tasks, general = self.upto(stream), bench.general if share else []
@@ -121,12 +136,12 @@ class Consolidated(OneSet):
         weights |= {each.task.name: share / len(general) for each in general}
         others = {name: weight for name, weight in weights.items() if name != stream.task.name}
         return SoftBatches(
-            self._said[stream.task.name],
+            said[stream.task.name],
             batch_size=cfg.train.batch_size,
             micro_batch_size=cfg.train.micro_batch_size,
             seed=cfg.seed,
             pad_id=pad_id(bench.tokenizer),
-            replay=[(self._said[name], weight) for name, weight in others.items()],
+            replay=[(said[name], weight) for name, weight in others.items()],
             replay_share=sum(others.values()),
         )
 
@@ -134,26 +149,27 @@ class Consolidated(OneSet):
         """Ask the teachers, once: the base, and each task's delta on it. The model holds the base. Collective."""
         if self._said:
             return
-        bench = self.setting.bench
-        teachers = [
-            *((BASE, each) for each in bench.general),
+        bench, said = self.setting.bench, {}
+        general = bench.general if self._general_share else []
+        for teacher, stream in (
+            *((BASE, each) for each in general),
             *((each.task.name, each) for each in bench.tasks),
-        ]
-        for teacher, stream in teachers:
+        ):
             with self.bank.activated(self.setting.model, teacher):
-                self._said[stream.task.name] = self._taught(stream)
+                said[stream.task.name] = self._taught(stream)
+        self._said = said
 
     def _taught(self, stream: Stream) -> datasets.Dataset:
         """What the model as it is says to a task's prompts."""
         setting, bench = self.setting, self.setting.bench
         rows = stream.encoded.select(range(min(self.options.prompts, len(stream.encoded)))).to_list()
-        pairs = [
-            Pair(row["input_ids"][: -row["num_answer_tokens"]], row["input_ids"][-row["num_answer_tokens"] :])
-            for row in rows
-        ]
+        pairs = [Pair(_prompt(row), row["input_ids"][len(_prompt(row)) :]) for row in rows]
         # Running text is its own answer.
         if stream.task.metric != "bits_per_byte":
             cap = setting.cfg.eval.max_new_tokens or 1 + max(row["num_answer_tokens"] for row in rows)
+            context = context_length(config_of(setting.model.module))
+            if context is not None:  # prompts and answers were checked together, row by row
+                cap = min(cap, context - max(len(pair.prompt) for pair in pairs))
             pairs = answer(
                 setting.model.module,
                 bench.tokenizer,
@@ -172,6 +188,12 @@ class Consolidated(OneSet):
 
     def facts(self) -> dict[str, Any]:
         return {**super().facts(), "prompts": self.options.prompts}
+
+
+def _prompt(row: dict[str, Any]) -> list[int]:
+    """Token ids of an example's prompt."""
+    ids: list[int] = row["input_ids"]
+    return ids[: len(ids) - row["num_answer_tokens"]]
 
 
 METHOD = Consolidated

@@ -15,7 +15,10 @@ from trace_dist.config import RunConfig
 from trace_dist.continual.judge import Row
 from trace_dist.continual.methods.base import Method
 from trace_dist.continual.setting import Setting
+from trace_dist.models.fingerprint import check_same
+from trace_dist.run_folder import DELTA
 from trace_dist.train.workbench import Stream
+from trace_dist.utils import dist
 from trace_dist.utils.together import on_main
 
 
@@ -31,9 +34,16 @@ class OneSet(Method):
 
     @classmethod
     def check(cls, name: str, cfg: RunConfig) -> None:
-        methods = cfg.continual.methods
+        methods, alone = cfg.continual.methods, cfg.launch.single_process
         before = methods[: methods.index(name)] if name in methods else []
-        missing = [] if "retrieved" in before else _missing(cfg)
+        if "retrieved" in before and "retrieved" not in alone:
+            return
+        missing = _missing(cfg)
+        if missing and "retrieved" in before:
+            raise ValueError(
+                f"launch.single_process={alone}: retrieved would run after {name}, or beside it, which is made of its bank; take "
+                "retrieved out"
+            )
         if missing:
             raise ValueError(
                 f"continual.methods={methods}: {name} is made of the bank that `retrieved` fills, which does not hold "
@@ -42,8 +52,20 @@ class OneSet(Method):
 
     @cached_property
     def bank(self) -> DeltaBank:
-        """The bank of ``retrieved``."""
-        return DeltaBank(self.setting.cfg.bank_of().root)
+        """The bank of ``retrieved``. Collective when first used.
+
+        Raises:
+            ValueError: it is of another base model.
+        """
+        bank = DeltaBank(self.setting.cfg.bank_of().root)
+        check_same(bank.base, self.setting.fingerprint, f"bank {bank.folder}")
+        return bank
+
+    def made_of(self) -> dict[str, Any]:
+        records = [self.bank.index.get(stream.task.name) for stream in self.setting.bench.tasks]
+        return {
+            "bank": {record.name: record.files[DELTA].sha256 for record in records if record and record.files}
+        }
 
     def upto(self, stream: Stream) -> list[Stream]:
         """The tasks up to one, which is the last."""
@@ -79,5 +101,5 @@ class OneSet(Method):
 def _missing(cfg: RunConfig) -> list[str]:
     """Tasks of a run that its bank does not hold yet."""
     folder = cfg.bank_of()
-    held = DeltaBank(folder.root).tasks if folder.index.is_file() else []
+    held = DeltaBank(folder.root).tasks if dist.broadcast_object(folder.index.is_file()) else []
     return [task.name for task in cfg.tasks if task.name not in held]
