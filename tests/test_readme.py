@@ -47,7 +47,10 @@ def shrink(config: dict) -> dict:
     config["probe"] = {"steps": 2, "batch_size": 8, "fisher_batches": 1}
     config["projection"] = {"options": {"steps": 2}}
     config["bank"] = {"layer": 0, "num_prompts": 20, "clusters": 1}
-    config["continual"] = {"methods": ["retrieved"]}
+    config["continual"] = {
+        "methods": ["retrieved", "consolidated"],
+        "options": {"consolidated": {"prompts": 20}},
+    }
     return config
 
 
