@@ -15,7 +15,7 @@ from continual.small import STEPS, TASKS, make_config, result
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.config import RunConfig
 from trace_dist.continual.driver import check_methods
-from trace_dist.continual.methods.consolidated import Consolidated, _prompt
+from trace_dist.continual.methods.consolidated import Consolidated, _prompts
 from trace_dist.continual.setting import Setting
 from trace_dist.data.encoding import IGNORE
 from trace_dist.run_folder import RunFolder
@@ -139,12 +139,12 @@ def test_a_race_trains_on_nothing_that_was_held_out(cfg: RunConfig, monkeypatch:
     stream = method.setting.bench.tasks[0]
     method._ask()
     part = replace(stream, encoded=stream.encoded.select(range(10, 30)), steps=2)
-    prompts = {tuple(_prompt(row)) for row in part.encoded}
+    prompts = set(_prompts(part.encoded))
     seen = []
     following = Consolidated._batches
 
     def watched(self: Consolidated, stream: Stream, said: Any) -> Any:
-        seen.extend(tuple(_prompt(row)) for row in said[stream.task.name])
+        seen.extend(_prompts(said[stream.task.name]))
         return following(self, stream, said)
 
     monkeypatch.setattr(Consolidated, "_batches", watched)

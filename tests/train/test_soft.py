@@ -138,23 +138,27 @@ def rows(*answers: int) -> datasets.Dataset:
     )
 
 
+def stream(batch: int, rank: int, world_size: int) -> SoftBatches:
+    """Batches of four, replayed examples among them, ``batch`` at a time."""
+    return SoftBatches(
+        rows(1, 3, 2),
+        batch_size=4,
+        micro_batch_size=batch,
+        seed=0,
+        pad_id=0,
+        replay=[(rows(5, 4), 1.0)],
+        replay_share=0.5,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 def test_what_was_said_goes_with_its_tokens(world_size: int) -> None:
     """In the order of the labels, rows of other lengths and replayed ones among them; fillers have none."""
     seen = 0
     for rank in range(world_size):
-        batches = SoftBatches(
-            rows(1, 3, 2),
-            batch_size=4,
-            micro_batch_size=2,
-            seed=0,
-            pad_id=0,
-            replay=[(rows(5, 4), 1.0)],
-            replay_share=0.5,
-            rank=rank,
-            world_size=world_size,
-        )
-        for batch in next(batches).micro_batches:
+        for batch in next(stream(2, rank, world_size)).micro_batches:
             labels = batch["labels"][batch["labels"] != IGNORE]
             assert batch[SOFT_IDS].dtype == torch.int64
             assert batch[SOFT_PROBABILITIES].dtype == torch.float32
@@ -162,19 +166,4 @@ def test_what_was_said_goes_with_its_tokens(world_size: int) -> None:
             torch.testing.assert_close(batch[SOFT_PROBABILITIES][:, 0], labels / 100)
             assert batch[SOFT_IDS].shape == batch[SOFT_PROBABILITIES].shape
             seen += len(labels)
-    assert seen == next(batches_of_one()).num_answer_tokens
-
-
-def batches_of_one() -> SoftBatches:
-    """The stream above on a single rank."""
-    return SoftBatches(
-        rows(1, 3, 2),
-        batch_size=4,
-        micro_batch_size=4,
-        seed=0,
-        pad_id=0,
-        replay=[(rows(5, 4), 1.0)],
-        replay_share=0.5,
-        rank=0,
-        world_size=1,
-    )
+    assert seen == next(stream(4, 0, 1)).num_answer_tokens

@@ -62,7 +62,7 @@ def test_an_answer_has_its_end_token_unless_it_was_cut(model: LlamaForCausalLM) 
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")), pad_token="w0", eos_token="w2"
     )
     prompts = [[1, first, second] for first in range(3, 13) for second in (4, 9)]
-    found = answer(model, tokenizer, prompts, stop=2, batch_size=7, max_new_tokens=3)
+    found = answer(model, tokenizer, prompts, batch_size=7, max_new_tokens=3)
     model.eval()
     ended = 0
     for prompt, pair in zip(prompts, found, strict=True):

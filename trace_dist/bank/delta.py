@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from trace_kernels.compact import compact_gather, compact_scatter
 from trace_kernels.delta_swap import delta_swap
@@ -152,10 +153,7 @@ def applied(model: ShardedModel, delta: Delta | None) -> Iterator[None]:
     for support in build_supports(model, delta.mask):
         values = delta.values[support.name]
         local = model.like(support.name)
-        if values.dtype != local.dtype:
-            raise ValueError(
-                f"delta {delta.task!r}: holds {values.dtype}, the model {local.dtype}; load the model in the same dtype"
-            )
+        check_dtype(delta, support.name, local.dtype)
         swapped.append(
             (
                 support,
@@ -168,6 +166,15 @@ def applied(model: ShardedModel, delta: Delta | None) -> Iterator[None]:
     finally:
         _swap(model, swapped)
         model.release()
+
+
+def check_dtype(delta: Delta, name: str, dtype: torch.dtype) -> None:
+    """Raise ValueError unless a delta holds a parameter's entries in the dtype that the model has."""
+    found = delta.values[name].dtype
+    if found != dtype:
+        raise ValueError(
+            f"delta {delta.task!r}: holds {found}, the model {dtype}; load the model in the same dtype"
+        )
 
 
 def _swap(model: ShardedModel, swapped: list[tuple[Any, Tensor]]) -> None:

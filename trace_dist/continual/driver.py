@@ -128,8 +128,7 @@ def run_method(setting: Setting, entry: Entry) -> None:
     for stream in streams:
         task = stream.task.name
         keep_trained(progress.folder, task, method.learn(stream))
-        rate = method.lr if method.trains else None
-        progress.finish(task, method.score(), rate, method.facts(), method.state)
+        progress.finish(task, method.score(), method.lr_trained_with, method.facts(), method.state)
         _drop_checkpoints(folder, name, [task])
     _keep_product(method)
     method.close()

@@ -16,6 +16,7 @@ from trace_dist.continual.progress import examples_digest, keep_trained, kept_tr
 from trace_dist.continual.setting import Setting
 from trace_dist.data.batches import Batches
 from trace_dist.masks.mask import Mask
+from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.learner import Learner
 from trace_dist.train.loop import TrainResult
 from trace_dist.train.task import train_mask
@@ -126,13 +127,21 @@ def try_mask(
     Raises:
         NotFinite: training diverges; the model holds what it held before.
     """
-    before, cfg = Snapshot(setting.model, mask), replace(setting.cfg.train, lr=lr)
-    try:
+    cfg = replace(setting.cfg.train, lr=lr)
+    with put_back(setting.model, mask):
         _, learner = train_mask(
             setting.model, mask, batches, cfg, steps, description=f"{name} at {lr:g}", rate="race.grid"
         )
         setting.model.detach()
         yield learner
+
+
+@contextmanager
+def put_back(model: ShardedModel, mask: Mask) -> Iterator[None]:
+    """After the block, however it ends, a mask's entries are as before, bit for bit, and collect no gradients. Collective."""
+    before = Snapshot(model, mask)
+    try:
+        yield
     finally:
-        setting.model.detach()
+        model.detach()
         before.restore()

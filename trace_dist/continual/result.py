@@ -22,7 +22,7 @@ def result_of(method: Method, progress: Progress) -> dict[str, Any]:
         "masked": method.masked,
         "on_ranks": method.on_ranks,
         "options": {} if method.options is None else asdict(method.options),
-        "lr": method.lr if method.trains else None,
+        "lr": method.lr_trained_with,
         "lr_by_task": record.rates,
         "rates": [] if method.race is None else method.race.to_json(),
         **summarise(

@@ -21,10 +21,9 @@ import numpy as np
 
 from trace_dist.config import TaskConfig
 from trace_dist.data.files import read_json_lines, read_json_list
-from trace_dist.data.generated import derived_seed, generated
+from trace_dist.data.generated import Example, derived_seed, generated
 from trace_dist.utils.log import get_logger
 
-Example = dict[str, str]
 logger = get_logger(__name__)
 
 # One prompt in ten is a test prompt where the source does not say which.

@@ -22,7 +22,24 @@ DEFAULT_CHUNK_ELEMENTS = 2**25
 """On a GPU: 128 MiB in fp32, enough that a chunk's dozen kernels take longer than their launches."""
 
 
-class _NllSum(torch.autograd.Function):
+def rows_at_a_time(logits: Tensor) -> int:
+    """How many rows of logits [n, vocabulary] are upcast at a time."""
+    return max(1, CHUNK_ELEMENTS.get(logits.device.type, DEFAULT_CHUNK_ELEMENTS) // logits.shape[1])
+
+
+class GradientInPlace(torch.autograd.Function):
+    """A loss whose forward pass saves the gradient of its first argument, the logits; the others have none."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        if grad.device.type != "cpu" or grads[0] != 1:  # a GPU would have to be waited for
+            grad.mul_(grads[0])
+        return grad, *[None] * (len(ctx.needs_input_grad) - 1)
+
+
+class _NllSum(GradientInPlace):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, scale: float, overwrite: bool) -> Tensor:
         logits = logits.detach()  # the same memory and version, without what autograd knows of views
@@ -31,7 +48,7 @@ class _NllSum(torch.autograd.Function):
         targets = targets.where(kept, 0)[:, None]
         weights = (scale * kept.to(wide))[:, None]
         nll = torch.empty_like(weights)
-        size = max(1, CHUNK_ELEMENTS.get(logits.device.type, DEFAULT_CHUNK_ELEMENTS) // logits.shape[1])
+        size = rows_at_a_time(logits)
         buffer = logits.new_empty(min(size, len(logits)), logits.shape[1], dtype=wide)
         for start in range(0, len(logits), size):
             rows = slice(start, start + size)
@@ -44,14 +61,6 @@ class _NllSum(torch.autograd.Function):
                 logits[rows] = chunk
         ctx.save_for_backward(logits)
         return scale * nll[:, 0].where(kept, 0).sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (grad,) = ctx.saved_tensors
-        if grad.device.type != "cpu" or grads[0] != 1:  # a GPU would have to be waited for
-            grad.mul_(grads[0])
-        return grad, None, None, None
 
 
 def nll_sum_(logits: Tensor, targets: Tensor, scale: float = 1.0) -> Tensor:

@@ -36,8 +36,7 @@ def answer_nll_sum_(logits: Tensor, labels: Tensor, scale: float = 1.0) -> Tenso
     Returns:
         Scalar, in nats, fp32 (fp64 for fp64 logits); 0 with gradient when nothing is labelled.
     """
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # not logits[:, :-1], which would copy them
-    return nll_sum_(logits.flatten(0, 1), targets.flatten(), scale)
+    return nll_sum_(logits.flatten(0, 1), _following(labels), scale)
 
 
 def forward_nll_sum(
@@ -69,15 +68,18 @@ def answer_logits(forward: Forward, inputs: dict[str, Tensor], labels: Tensor) -
     # No token follows these: keys, values and states kept for one would be copies of what backward keeps anyway.
     options = {"use_cache": False} if _takes(forward, "use_cache") else {}
     if not _takes(forward, "logits_to_keep"):
-        # not logits[:, :-1], which would copy them
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-        return forward(**inputs, **options).logits.flatten(0, 1), targets.flatten()
+        return forward(**inputs, **options).logits.flatten(0, 1), _following(labels)
     targets = labels[:, 1:]
     positions = (targets != IGNORE).any(0).nonzero().flatten()
     if len(positions) == 0:  # a filler batch: its backward pass must still run
         positions = positions.new_zeros(1)
     logits = forward(**inputs, **options, logits_to_keep=positions).logits
     return logits.flatten(0, 1), targets[:, positions].flatten()
+
+
+def _following(labels: Tensor) -> Tensor:
+    """What follows each position, [batch * length]; nothing the last ones: to cut their logits off would copy the others."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
 
 
 def _takes(forward: Forward, argument: str) -> bool:

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from trace_dist.data.batches import Batches, Slot, Step
+from trace_dist.data.batches import Batches, Slot, Step, collate
 from trace_dist.data.encoding import IGNORE
-from trace_dist.train.cross_entropy import CHUNK_ELEMENTS, DEFAULT_CHUNK_ELEMENTS
+from trace_dist.train.cross_entropy import GradientInPlace, rows_at_a_time
 from trace_dist.train.learner import MaskedLearner
 from trace_dist.train.loss import Forward, accumulate, answer_logits
 
@@ -31,7 +30,8 @@ class SoftBatches(Batches):
     """Batches of a taught dataset (``train.teacher``)."""
 
     def _collate(self, slots: list[Slot]) -> dict[str, Tensor]:
-        rows, batch = self._rows(slots), super()._collate(slots)
+        rows = self._rows(slots)
+        batch = collate(rows, self._pad_id)
         ids = [token for row in rows for token in row[SOFT_IDS]]
         probabilities = [token for row in rows for token in row[SOFT_PROBABILITIES]]
         batch[SOFT_IDS] = torch.tensor(ids, dtype=torch.int64).view(len(ids), -1 if ids else 1)
@@ -76,7 +76,7 @@ def soft_nll_sum_(
     return _SoftNllSum.apply(logits, targets, ids, probabilities, scale, overwrite)
 
 
-class _SoftNllSum(torch.autograd.Function):
+class _SoftNllSum(GradientInPlace):
     """With q = softmax(z), K the teacher's tokens, p their probabilities, r = 1 - sum p and R = 1 - sum of q over K:
 
     loss = - sum p log q - r log R;  its gradient is q - p on K, and q (1 - r / R) elsewhere.
@@ -96,7 +96,7 @@ class _SoftNllSum(torch.autograd.Function):
         wide = torch.promote_types(logits.dtype, torch.float32)
         rows = (targets != IGNORE).nonzero().flatten()
         total = logits.new_zeros((), dtype=wide)
-        size = max(1, CHUNK_ELEMENTS.get(logits.device.type, DEFAULT_CHUNK_ELEMENTS) // logits.shape[1])
+        size = rows_at_a_time(logits)
         for start in range(0, len(rows), size):
             some = rows[start : start + size]
             known = ids[start : start + size]
@@ -115,11 +115,3 @@ class _SoftNllSum(torch.autograd.Function):
             logits[targets == IGNORE] = 0
         ctx.save_for_backward(logits)
         return scale * total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        (grad,) = ctx.saved_tensors
-        if grad.device.type != "cpu" or grads[0] != 1:  # a GPU would have to be waited for
-            grad.mul_(grads[0])
-        return grad, None, None, None, None, None

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from trace_dist.data.batches import collate
-from trace_dist.data.encoding import IGNORE, Pair
+from trace_dist.data.encoding import IGNORE, Pair, stop_ids
 from trace_dist.evaluation.decode import greedy_decode
 from trace_dist.evaluation.inputs import config_of, device_of
 from trace_dist.evaluation.likelihood import MAX_LOGITS
@@ -24,7 +24,6 @@ def answer(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
     *,
-    stop: int,
     batch_size: int,
     max_new_tokens: int,
 ) -> list[Pair]:
@@ -34,13 +33,13 @@ def answer(
         model: causal LM, possibly sharded.
         tokenizer: its tokenizer.
         prompts: token ids, the same on every rank.
-        stop: id of the token that ends an answer.
         batch_size: prompts at a time on one rank.
         max_new_tokens: where an answer is cut.
 
     Raises:
         ValueError: as ``greedy_decode``.
     """
+    stop = stop_ids(tokenizer)[0]
     found = greedy_decode(model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens)
     return [
         Pair(prompt, ids if len(ids) == max_new_tokens else [*ids, stop])
@@ -68,7 +67,8 @@ def teach(
 
     def run(indices: list[int]) -> list[tuple[list[list[int]], list[list[float]]]]:
         batch = {key: value.to(device) for key, value in collate([rows[i] for i in indices], pad_id).items()}
-        logits, targets = answer_logits(model, batch, batch.pop("labels"))
+        labels = batch.pop("labels")
+        logits, targets = answer_logits(model, batch, labels)
         logits = logits[targets != IGNORE].float()
         found = logits.softmax(1).topk(min(top, logits.shape[1]))
         sizes = [len(pairs[i].answer) for i in indices]

@@ -17,4 +17,4 @@ def compose(deltas: Sequence[Delta], base: ShardedModel, task: str) -> Delta:
     Raises:
         ValueError: they are of different base models, granularities or shapes.
     """
-    return composed(deltas, base, task, lambda name, changes, held: changes.mean(0))
+    return composed(deltas, base, task, lambda name, changes: changes.mean(0))

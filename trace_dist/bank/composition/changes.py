@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import or_
 
 import torch
 from torch import Tensor
 
-from trace_dist.bank.delta import Delta, extract_delta
-from trace_dist.masks.ops import combine
+from trace_dist.bank.delta import Delta, check_dtype, extract_delta
 from trace_dist.sharding.base import ShardedModel
 
-Rule = Callable[[str, Tensor, Tensor], Tensor]
-"""Name of a parameter, the deltas' changes [deltas, entries] float64, which of them hold an entry [deltas, entries] bool ->
+Rule = Callable[[str, Tensor], Tensor]
+"""Name of a parameter, the deltas' changes [deltas, entries] float64, 0 where a delta does not hold an entry ->
 change [entries] float64."""
 
 
@@ -30,18 +31,11 @@ def composed(deltas: Sequence[Delta], base: ShardedModel, task: str, rule: Rule)
     Raises:
         ValueError: they are of different base models, granularities, shapes or dtypes.
     """
-    mask = deltas[0].mask
-    for other in deltas[1:]:
-        mask = combine(mask, other.mask, "union")
-    mask = mask.with_meta(task=task, method="composed")
+    mask = reduce(or_, (delta.mask for delta in deltas)).with_meta(task=task, method="composed")
     start = extract_delta(base, mask, task)
     for delta in deltas:
-        for name, tuned in delta.values.items():
-            own = start.values[name].dtype
-            if tuned.dtype != own:
-                raise ValueError(
-                    f"delta {delta.task!r}: holds {tuned.dtype}, the model {own}; load the model in the same dtype"
-                )
+        for name in delta.values:
+            check_dtype(delta, name, start.values[name].dtype)
     values = {name: _value(deltas, name, mask.elements(name), start.values[name], rule) for name in mask}
     return Delta(mask, values, task)
 
@@ -55,7 +49,7 @@ def _value(deltas: Sequence[Delta], name: str, entries: Tensor, own: Tensor, rul
             place = torch.searchsorted(entries, delta.mask.elements(name))
             tuned[index, place], held[index, place] = delta.values[name], True
     changes = tuned.double() - own.double()
-    change = rule(name, changes, held)
+    change = rule(name, changes)
     # own + (tuned - own) may differ from tuned in the last bit
     alone = (held.sum(0) == 1) & (change == changes.sum(0))
     kept = tuned.gather(0, held.int().argmax(0, keepdim=True))[0]

@@ -44,7 +44,7 @@ def compose(deltas: Sequence[Delta], base: ShardedModel, task: str, options: Opt
         ValueError: they are of different base models, granularities or shapes.
     """
 
-    def rule(name: str, changes: Tensor, held: Tensor) -> Tensor:
+    def rule(name: str, changes: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(tensor_seed(options.seed, name))
         left = torch.rand(changes.shape, generator=generator) >= options.drop
         return options.weight / (1 - options.drop) * changes.where(left, 0.0).sum(0)

@@ -19,4 +19,4 @@ def compose(deltas: Sequence[Delta], base: ShardedModel, task: str) -> Delta:
     Raises:
         ValueError: they are of different base models, granularities or shapes.
     """
-    return composed(deltas, base, task, lambda name, changes, held: changes.sum(0))
+    return composed(deltas, base, task, lambda name, changes: changes.sum(0))

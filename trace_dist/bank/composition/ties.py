@@ -45,7 +45,7 @@ def compose(deltas: Sequence[Delta], base: ShardedModel, task: str, options: Opt
     """
     least = torch.stack([_threshold(delta, base, options.keep) for delta in deltas])[:, None]
 
-    def rule(name: str, changes: Tensor, held: Tensor) -> Tensor:
+    def rule(name: str, changes: Tensor) -> Tensor:
         changes = changes.where(changes.abs() >= least, 0.0)
         sign = changes.sum(0).sign()
         agree = (changes.sign() == sign) & (sign != 0)

@@ -75,6 +75,16 @@ class Method(ABC):
         """Peak learning rate."""
         return self.setting.cfg.train.rate if self.own_lr is None else self.own_lr
 
+    @property
+    def lr_trained_with(self) -> float | None:
+        """``lr`` for results; None where nothing is trained."""
+        return self.lr if self.trains else None
+
+    @property
+    def lr_field(self) -> str:
+        """The field that sets ``lr``, for messages."""
+        return "train.lr" if self.own_lr is None else f"continual.options.{self.name}.lr"
+
     def trial(self, stream: Stream, part: Stream, lr: float) -> AbstractContextManager[Learner]:
         """Train as ``learn`` would, without files: the result holds inside the block, and nothing of it afterwards, bit for bit.
 

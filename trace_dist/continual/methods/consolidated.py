@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 from typing import Any, ClassVar
@@ -19,11 +19,12 @@ from typing import Any, ClassVar
 import datasets
 
 from trace_dist.bank.bank import BASE
-from trace_dist.bank.delta import Snapshot, extract_delta
+from trace_dist.bank.delta import extract_delta
 from trace_dist.config.checks import Rate, Section, check
+from trace_dist.continual.learn import put_back
 from trace_dist.continual.methods.one_set import OneSet
 from trace_dist.continual.setting import Setting
-from trace_dist.data.encoding import Pair, context_length, pad_id, stop_ids
+from trace_dist.data.encoding import Pair, context_length, pad_id
 from trace_dist.evaluation.inputs import config_of
 from trace_dist.masks.mask import Mask
 from trace_dist.train.learner import Learner
@@ -75,44 +76,34 @@ class Consolidated(OneSet):
 
     def learn(self, stream: Stream) -> TrainResult:
         self._ask()
-        rate = "train.lr" if self.own_lr is None else f"continual.options.{self.name}.lr"
-        with (
-            self.setting.training(self.name, stream.task.name) as options,
-            self._trained(stream, self._said, self._steps(stream), self.lr, rate=rate, **options) as (
-                result,
-                _,
-            ),
-        ):
-            self.delta = extract_delta(self.setting.model, self._mask(stream), self.name)
+        model, cfg, mask = self.setting.model, self.setting.cfg.train, self._mask(stream)
+        batches, steps = self._batches(stream, self._said), self._steps(stream)
+        with self.setting.training(self.name, stream.task.name) as options, put_back(model, mask):
+            learner = SoftLearner(model, mask, cfg, self.lr)
+            result = train_learner(learner, batches, cfg, steps, rate=self.lr_field, **options)
+            model.detach()
+            self.delta = extract_delta(model, mask, self.name)
         return result
 
     @contextmanager
     def trial(self, stream: Stream, part: Stream, lr: float) -> Iterator[Learner]:
         self._ask()
-        task = stream.task.name
+        model, cfg, mask, task = (
+            self.setting.model,
+            self.setting.cfg.train,
+            self._mask(stream),
+            stream.task.name,
+        )
         # Nothing that was said of the examples held out.
-        known = {tuple(_prompt(row)) for row in part.encoded}
-        said = self._said | {task: self._said[task].filter(lambda row: tuple(_prompt(row)) in known)}
-        options = {"description": f"{self.name} at {lr:g}", "rate": "race.grid"}
-        with self._trained(stream, said, part.steps, lr, **options) as (_, learner):
+        known = set(_prompts(part.encoded))
+        rows = [row for row, prompt in enumerate(_prompts(self._said[task])) if prompt in known]
+        batches = self._batches(stream, self._said | {task: self._said[task].select(rows)})
+        with put_back(model, mask):
+            learner = SoftLearner(model, mask, cfg, lr)
+            description = f"{self.name} at {lr:g}"
+            train_learner(learner, batches, cfg, part.steps, description=description, rate="race.grid")
+            model.detach()
             yield learner
-
-    @contextmanager
-    def _trained(
-        self, stream: Stream, said: Said, steps: int, lr: float, **options: Any
-    ) -> Iterator[tuple[TrainResult, Learner]]:
-        """Train on what was said up to a task; the model holds the result inside the block, afterwards the base again."""
-        model, mask = self.setting.model, self._mask(stream)
-        cfg = replace(self.setting.cfg.train, lr=lr)
-        before = Snapshot(model, mask)
-        try:
-            learner = SoftLearner(model, mask, cfg)
-            result = train_learner(learner, self._batches(stream, said), cfg, steps, **options)
-            model.detach()
-            yield result, learner
-        finally:
-            model.detach()
-            before.restore()
 
     def _steps(self, stream: Stream) -> int:
         own = sum(each.steps for each in self.upto(stream))
@@ -163,7 +154,7 @@ class Consolidated(OneSet):
         """What the model as it is says to a task's prompts."""
         setting, bench = self.setting, self.setting.bench
         rows = stream.encoded.select(range(min(self.options.prompts, len(stream.encoded)))).to_list()
-        pairs = [Pair(_prompt(row), row["input_ids"][len(_prompt(row)) :]) for row in rows]
+        pairs = [_pair(row["input_ids"], row["num_answer_tokens"]) for row in rows]
         # Running text is its own answer.
         if stream.task.metric != "bits_per_byte":
             cap = setting.cfg.eval.max_new_tokens or 1 + max(row["num_answer_tokens"] for row in rows)
@@ -174,7 +165,6 @@ class Consolidated(OneSet):
                 setting.model.module,
                 bench.tokenizer,
                 [pair.prompt for pair in pairs],
-                stop=stop_ids(bench.tokenizer)[0],
                 batch_size=setting.cfg.eval.batch_size,
                 max_new_tokens=cap,
             )
@@ -190,10 +180,16 @@ class Consolidated(OneSet):
         return {**super().facts(), "prompts": self.options.prompts}
 
 
-def _prompt(row: dict[str, Any]) -> list[int]:
-    """Token ids of an example's prompt."""
-    ids: list[int] = row["input_ids"]
-    return ids[: len(ids) - row["num_answer_tokens"]]
+def _prompts(encoded: datasets.Dataset) -> list[tuple[int, ...]]:
+    """Token ids of the examples' prompts."""
+    columns = encoded["input_ids"][:], encoded["num_answer_tokens"][:]
+    return [tuple(_pair(ids, count).prompt) for ids, count in zip(*columns, strict=True)]
+
+
+def _pair(ids: list[int], num_answer_tokens: int) -> Pair:
+    """Token ids of an example, taken apart."""
+    start = len(ids) - num_answer_tokens
+    return Pair(ids[:start], ids[start:])
 
 
 METHOD = Consolidated

@@ -62,9 +62,8 @@ class Dense(Method):
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
     def learn(self, stream: Stream) -> TrainResult:
-        rate = "train.lr" if self.own_lr is None else f"continual.options.{self.name}.lr"
         with self.setting.training(self.name, stream.task.name) as options:
-            return self._train(self._learner(self.lr), stream, rate=rate, **options)
+            return self._train(self._learner(self.lr), stream, rate=self.lr_field, **options)
 
     @contextmanager
     def trial(self, stream: Stream, part: Stream, lr: float) -> Iterator[Learner]:
