@@ -63,7 +63,7 @@ def test_padding_does_not_shift_absolute_positions() -> None:
 def test_batches_are_cut_to_the_memory_of_their_logits(
     model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(likelihood, "_MAX_LOGITS", 11 * 4 * 2)  # two rows of 4 scored positions
+    monkeypatch.setattr(likelihood, "MAX_LOGITS", 11 * 4 * 2)  # two rows of 4 scored positions
     rows: list[int] = []
     model.register_forward_pre_hook(
         lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
