@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from continual.small import STEPS, TASKS, make_config, result
+from continual.small import STEPS, make_config, result
 
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.config import RunConfig
 from trace_dist.continual.driver import check_methods
-from trace_dist.continual.methods.consolidated import Consolidated, _prompts
+from trace_dist.continual.methods.consolidated import Consolidated, _asked
+from trace_dist.continual.prompts import prompts_of
 from trace_dist.continual.setting import Setting
 from trace_dist.data.encoding import IGNORE
 from trace_dist.run_folder import RunFolder
-from trace_dist.train.workbench import Stream
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_it_knows_what_the_bank_knows(whole: RunConfig, cfg: RunConfig) -> None:
 
 
 def test_no_label_is_read(cfg: RunConfig) -> None:
-    """Other answers of the same length to the same prompts change nothing."""
+    """Other answers of the same length to the same prompts change nothing, and the bank keeps no answer."""
     method = method_of(cfg)
     stream = method.setting.bench.tasks[0]
 
@@ -61,7 +61,11 @@ def test_no_label_is_read(cfg: RunConfig) -> None:
 
     other = replace(stream, encoded=stream.encoded.map(spoiled))
     assert other.encoded["labels"][:] != stream.encoded["labels"][:]
-    assert method._taught(other).to_dict() == method._taught(stream).to_dict()
+    kept = method.bank.prompts(stream.task.name)
+    assert kept is not None
+    expected = prompts_of(method.setting, other, None)
+    assert kept == {stream.task.name: expected}
+    assert not any(pair.answer for pair in expected.pairs)
 
 
 def test_each_task_is_answered_by_its_own_delta(cfg: RunConfig) -> None:
@@ -69,47 +73,49 @@ def test_each_task_is_answered_by_its_own_delta(cfg: RunConfig) -> None:
     method = method_of(cfg, prompts=9)
     model, bench = method.setting.model, method.setting.bench
     base = model.full_state_dict()
-    method._ask()
+    said = method._said
     after = model.full_state_dict()
     assert all(torch.equal(after[name], value) for name, value in base.items())
     bank = DeltaBank(cfg.folder.bank().root)
-    teachers = {
-        **{stream.task.name: "base" for stream in bench.general},
-        **dict(zip(TASKS, TASKS, strict=True)),
-    }
-    for stream in (*bench.general, *bench.tasks):
-        name = stream.task.name
-        with bank.activated(model, teachers[name]):
-            expected = method._taught(stream)
-        assert method._said[name].to_dict() == expected.to_dict()
+    general = [("base", stream, found) for stream, found in zip(bench.general, said.general, strict=True)]
+    own = [(stream.task.name, stream, said.tasks[stream.task.name]) for stream in bench.tasks]
+    for teacher, stream, found in (*general, *own):
+        with bank.activated(model, teacher):
+            expected = method._taught(method._wanted(prompts_of(method.setting, stream, None)))
+        assert found.to_dict() == expected.to_dict()
         assert len(expected) == 9
         if stream.task.metric == "bits_per_byte":
             assert expected["input_ids"][:] == stream.encoded.select(range(9))["input_ids"][:]
 
 
+def test_what_the_bank_keeps_teaches_as_the_examples_do(cfg: RunConfig) -> None:
+    """A bank without prompts is taught with those of this run's examples."""
+    method = method_of(cfg, prompts=9)
+    bare = DeltaBank.create(Path(cfg.run_dir) / "bare", method.bank.base, method.bank.layer)
+    for name in method.bank.tasks:
+        bare.add(method.bank.signature(name), method.bank.delta(name))
+    other = method_of(replace(cfg, bank=replace(cfg.bank, path=str(bare.folder))), prompts=9)
+    assert other.bank.prompts("one") is None
+    assert {name: rows.to_dict() for name, rows in other._said.tasks.items()} == {
+        name: rows.to_dict() for name, rows in method._said.tasks.items()
+    }
+    gone = replace(other.setting.cfg, tasks=cfg.tasks[1:])
+    with pytest.raises(ValueError, match=r"task='one': the bank .* keeps no prompts of it"):
+        method_of(gone).learn(method.setting.bench.tasks[1])
+
+
 def test_a_batch_holds_tasks_by_their_steps_and_a_general_share(cfg: RunConfig) -> None:
     method = method_of(cfg, prompts=20, general=0.4)
     bench = method.setting.bench
-    streams = [replace(stream, steps=steps) for stream, steps in zip(bench.tasks, (30, 10), strict=True)]
-    bench.tasks[:] = streams
-    method._ask()
-    batches = method._batches(streams[-1], method._said)
-    batches._batch_size = 4000
-    where = [streams[-1], *bench.general, streams[0]]
-    drawn = Counter(source for source, _ in map(batches._slot, range(4000)))
-    share = dict(zip(_order(method, streams, where), (0.15, 0.2, 0.2, 0.45), strict=True))
-    for source, expected in share.items():
-        assert drawn[source] / 4000 == pytest.approx(expected, abs=0.03)
-
-
-def _order(method: Consolidated, streams: list[Stream], wanted: list[Stream]) -> list[int]:
-    """Numbers of the batches' datasets: the newest task, the earlier ones, the general sets."""
-    names = [
-        streams[-1].task.name,
-        streams[0].task.name,
-        *(each.task.name for each in method.setting.bench.general),
+    bench.tasks[:] = [
+        replace(stream, steps=steps) for stream, steps in zip(bench.tasks, (30, 10), strict=True)
     ]
-    return [names.index(each.task.name) for each in wanted]
+    batches = method._batches(bench.tasks[-1], method._said)
+    batches._batch_size = 4000
+    drawn = Counter(source for source, _ in map(batches._slot, range(4000)))
+    # The newest task, the earlier one, two general sets.
+    for source, expected in enumerate((0.15, 0.45, 0.2, 0.2)):
+        assert drawn[source] / 4000 == pytest.approx(expected, abs=0.03)
 
 
 @pytest.mark.parametrize(
@@ -137,14 +143,13 @@ def test_without_its_teachers_it_is_refused_before_any_work(folder: Path, cfg: R
 def test_a_race_trains_on_nothing_that_was_held_out(cfg: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     method = method_of(cfg)
     stream = method.setting.bench.tasks[0]
-    method._ask()
     part = replace(stream, encoded=stream.encoded.select(range(10, 30)), steps=2)
-    prompts = set(_prompts(part.encoded))
+    prompts = set(_asked(part.encoded))
     seen = []
     following = Consolidated._batches
 
-    def watched(self: Consolidated, stream: Stream, said: Any) -> Any:
-        seen.extend(_prompts(said[stream.task.name]))
+    def watched(self: Consolidated, stream: Any, said: Any) -> Any:
+        seen.extend(_asked(said.tasks[stream.task.name]))
         return following(self, stream, said)
 
     monkeypatch.setattr(Consolidated, "_batches", watched)
@@ -158,7 +163,7 @@ def test_a_bank_of_another_base_is_refused(cfg: RunConfig) -> None:
     method = method_of(cfg)
     method.setting = replace(method.setting, fingerprint="0" * 64)
     with pytest.raises(ValueError, match=r"bank .*: made for the model with fingerprint"):
-        method._ask()
+        _ = method.bank
 
 
 def test_a_bank_that_is_filled_too_late_is_refused(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from trace_dist.config import ModelConfig, PruneConfig, RunConfig, TaskConfig
-from trace_dist.stages.changes import differing_fields, forbidden
+from trace_dist.stages.changes import completed, differing_fields, forbidden
 
 LOGS = [
     "config.yaml",
@@ -19,6 +20,7 @@ LOGS = [
     "logs/base.txt",
     "stages.json",
     "progress/retrieved/race.json",
+    "progress/consolidated/made_of.json",
     ".lock",
 ]
 BASES = ["models/target/config.json", "models/proxy/config.json"]
@@ -115,3 +117,16 @@ def test_how_often_checkpoints_are_kept_changes_nothing(tmp_path: Path) -> None:
     old = make(tmp_path)
     new = replace(old, train=replace(old.train, checkpoint_every=5, checkpoint_minutes=1.0, log_every=1))
     assert differing_fields(asdict(old), asdict(new)) == []
+
+
+def test_fields_that_an_earlier_release_did_not_have_had_their_defaults(tmp_path: Path) -> None:
+    cfg = make(tmp_path)
+    present = json.loads(json.dumps(asdict(cfg)))
+    kept = json.loads(json.dumps(present))
+    del kept["bank"]["keep_prompts"], kept["race"], kept["tasks"][0]["metric"], kept["target"]["quantize"]
+    assert completed(kept, cfg) == present
+    other = replace(cfg, bank=replace(cfg.bank, keep_prompts=5))
+    now = json.loads(json.dumps(asdict(other)))
+    assert differing_fields(completed(kept, other), now) == ["bank.keep_prompts"]
+    # What is no field of this release is still seen.
+    assert completed({**kept, "gone": 1}, cfg)["gone"] == 1

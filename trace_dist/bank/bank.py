@@ -4,6 +4,7 @@
     bank/tasks/<folder>/delta.safetensors       tuned values and their mask (bank.delta)
     bank/tasks/<folder>/signature.safetensors   clusters of prompt representations under the frozen base (bank.signature)
     bank/tasks/<folder>/sketch.safetensors      the proxy's update in little (bank.sketch), where the task was probed
+    bank/tasks/<folder>/prompts.safetensors     prompts without their answers (bank.prompts), where they are kept
 
 A signature without a delta, called ``base``, stands for the base model itself: inputs that resemble it are answered
 without any delta. How a bank changes, and what a cut leaves, says [Note: changes] in bank/writer.py.
@@ -23,12 +24,13 @@ from trace_dist.bank import changes, legacy
 from trace_dist.bank.delta import Delta, applied
 from trace_dist.bank.facts import describe
 from trace_dist.bank.index import Index, Record
+from trace_dist.bank.prompts import PromptSets, load_prompts
 from trace_dist.bank.retrieval import Retriever
 from trace_dist.bank.signature import Signature
 from trace_dist.bank.sketch import Sketch
 from trace_dist.bank.writer import Writer, read_index, writing_to
 from trace_dist.masks.mask import Mask
-from trace_dist.run_folder import DELTA, SIGNATURE, SKETCH, BankFolder
+from trace_dist.run_folder import DELTA, PROMPTS, SIGNATURE, SKETCH, BankFolder
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.utils.names import BASE
 from trace_dist.utils.together import on_all, on_main
@@ -155,6 +157,12 @@ class DeltaBank:
             return None
         return self._read(task, SKETCH, Sketch.load)
 
+    def prompts(self, task: str) -> PromptSets | None:
+        """A task's prompts; None where the bank keeps none. Raises ValueError as ``delta`` does."""
+        if PROMPTS not in self._record(task).files:
+            return None
+        return self._read(task, PROMPTS, load_prompts)
+
     @property
     def retriever(self) -> Retriever:
         """Retrieval among the tasks; the signatures are read at the first use, those that were added since at the next."""
@@ -183,6 +191,7 @@ class DeltaBank:
         delta: Delta | None,
         sketch: Sketch | None = None,
         facts: Mapping[str, Any] | None = None,
+        prompts: PromptSets | None = None,
     ) -> None:
         """Keep a task; rank 0 writes. Nothing happens where the very same task is there already. Collective.
 
@@ -192,12 +201,13 @@ class DeltaBank:
             sketch: of the proxy's update, for the specificity of later tasks.
             facts: small JSON values for the index, such as the learning rate and the steps. Dates and times do not belong
                 here: work that is done again must give the same bytes.
+            prompts: of the task, without answers, for whoever folds the bank later.
 
         Raises:
             ValueError: the name is no name of a task, or there with other bytes; the delta is of another base model or
                 another task; or another process writes the bank.
         """
-        task = changes.Task(signature, delta, sketch, facts)
+        task = changes.Task(signature, delta, sketch, facts, prompts)
         self._change(lambda writer: changes.add(writer, task))
 
     def remove(self, task: str) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 from trace_dist.bank.delta import Delta, check_base
 from trace_dist.bank.facts import describe
 from trace_dist.bank.index import Index, Record
+from trace_dist.bank.prompts import PromptSets, save_prompts
 from trace_dist.bank.signature import Signature
 from trace_dist.bank.sketch import Sketch
 from trace_dist.bank.writer import Writer, locked, read_index
-from trace_dist.run_folder import DELTA, SIGNATURE, SKETCH, BankFolder
+from trace_dist.run_folder import DELTA, PROMPTS, SIGNATURE, SKETCH, BankFolder
 from trace_dist.utils.names import BASE, check_task_name
 from trace_dist.utils.sealed import same_content
 
@@ -30,6 +31,7 @@ class Task:
     delta: Delta | None
     sketch: Sketch | None = None
     facts: Mapping[str, Any] | None = None
+    prompts: PromptSets | None = None
 
     def __post_init__(self) -> None:
         name = self.signature.task
@@ -52,6 +54,8 @@ class Task:
             self.delta.save(folder / DELTA)
         if self.sketch is not None:
             self.sketch.save(folder / SKETCH)
+        if self.prompts is not None:
+            save_prompts(folder / PROMPTS, self.prompts)
 
 
 def found(index: Index, files: BankFolder, task: str) -> Record:

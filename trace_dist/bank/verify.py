@@ -48,6 +48,7 @@ def _inconsistent(bank: DeltaBank, record: Record, dims: dict[int, str]) -> list
     try:
         dims.setdefault(bank.signature(name).dim, name)
         bank.sketch(name)
+        bank.prompts(name)
         delta = bank.delta(name)
         if delta is None:
             return []

@@ -47,6 +47,10 @@ RUN_COMMANDS = {
             "dry_run": DRY_RUN,
         },
     ),
+    "consolidate": Command(
+        "fold all tasks of a bank into one set of weights, which the bank itself teaches, without labels",
+        "consolidate --config task.yaml --bank runs/quickstart/bank",
+    ),
     "base": Command(
         "make the base models that the config describes (tiny, GGUF, pruned); those that are there are kept",
         f"base {CONFIG} --which proxy",

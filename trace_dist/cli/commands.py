@@ -5,6 +5,7 @@ A command checks its configuration before the slow imports of its stage, since i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -38,6 +39,16 @@ def learn_command(cfg: RunConfig, mask_file: str | None, dry_run: bool) -> None:
         return
     start(cfg, "learn", mask_file=mask_file)
     run_learn(cfg, mask_file)
+
+
+def consolidate_command(cfg: RunConfig) -> None:
+    from trace_dist.stages.consolidate import as_consolidated, next_step, run_consolidate
+
+    cfg = as_consolidated(cfg)
+    start(cfg, "consolidate")
+    print_scores(run_consolidate(cfg))
+    if dist.is_main():
+        print(next_step(cfg))
 
 
 def say_preview(cfg: RunConfig) -> None:
@@ -88,7 +99,11 @@ def eval_command(cfg: RunConfig, bank_folder: str | None) -> None:
     start(cfg, "eval", bank_folder=bank_folder)
     from trace_dist.stages.evaluate import run_evaluate
 
-    scores = run_evaluate(cfg, bank_folder)
+    print_scores(run_evaluate(cfg, bank_folder))
+
+
+def print_scores(scores: Mapping[str, float]) -> None:
+    """Print a table of scores, on one rank."""
     if dist.is_main():
         table = Table("set", "score")
         for name, value in scores.items():
@@ -111,6 +126,7 @@ def report_command(cfg: RunConfig, picture: str | None = None) -> None:
 RUN: dict[str, Any] = {
     "run": run_command,
     "learn": learn_command,
+    "consolidate": consolidate_command,
     "base": base_command,
     "probe": probe_command,
     "project": project_command,

@@ -23,5 +23,10 @@ class BankConfig(Section):
     layer: int = -1
     """Hidden layer whose mean over the prompt's tokens represents it (-1 is the last)."""
 
+    keep_prompts: int = 1000
+    """Training prompts per task that the bank keeps, without their answers, so that it can be folded into one set of weights
+    later (`consolidate`); 0 keeps none. Of general sets of running text the text itself is kept."""
+
     def check(self) -> None:
         self.at_least(1, "clusters", "num_prompts")
+        self.at_least(0, "keep_prompts")

@@ -13,6 +13,7 @@ from trace_dist.bank.delta import Snapshot, extract_delta
 from trace_dist.bank.sketch import Sketch
 from trace_dist.continual.earlier import changes_in
 from trace_dist.continual.progress import examples_digest, keep_trained, kept_trained
+from trace_dist.continual.prompts import to_keep
 from trace_dist.continual.setting import Setting
 from trace_dist.data.batches import Batches
 from trace_dist.masks.mask import Mask
@@ -72,7 +73,7 @@ def learn_task(
     # A mask that was given comes without a probe.
     path = setting.folder.sketch(task)
     sketch = on_all(lambda: Sketch.load(path) if path.is_file() else None)
-    bank.add(signature, delta, sketch=sketch, facts=facts)
+    bank.add(signature, delta, sketch=sketch, facts=facts, prompts=to_keep(setting, [stream]))
     return result
 
 

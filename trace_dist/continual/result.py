@@ -33,7 +33,7 @@ def result_of(method: Method, progress: Progress) -> dict[str, Any]:
         "bits_per_byte": {
             name: [row.bits_per_byte[i] for row in record.rows] for i, name in enumerate(judge.text_names)
         },
-        "losses": {task: _thinned(result.losses) for task, result in trained.items()},
+        "losses": {task: thinned(result.losses) for task, result in trained.items()},
         "step_ms": sum(timed) / len(timed) if timed else 0.0,
         "seconds": sum(result.seconds for result in trained.values()),
         "measured": run_info(),
@@ -41,7 +41,7 @@ def result_of(method: Method, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _thinned(curve: list[tuple[int, float]], points: int = 100) -> list[tuple[int, float]]:
+def thinned(curve: list[tuple[int, float]], points: int = 100) -> list[tuple[int, float]]:
     """At most about ``points`` points of a curve, the last one among them; none of a task that another run trained."""
     stride = max(1, -(-len(curve) // points))
     return curve[::-1][::stride][::-1]

@@ -6,7 +6,9 @@ newest checkpoint is continued. Results of two configurations never lie in one f
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -33,12 +35,36 @@ LOGS = (
     "stages.json",
     "tasks.json",
     "progress/*/race.json",
+    "progress/*/made_of.json",
 )
-"""Files that are no results; a race is held again where anything differs that it was held with."""
+"""Files that are no results; a race is held again where anything differs that it was held with, and so is a folding."""
 PROBED = ("probe/*",)
 TRAINED = ("deltas/*", "bank*/deltas/*", "bank*/tasks/*", "methods/*", "progress/*")
 MASKED = ("masks/*", "memory.json", *TRAINED)
 """Masks and what is made with them. Patterns are of paths in the run folder; ``*`` goes through folders."""
+
+
+def completed(kept: Any, cfg: Any) -> Any:
+    """A configuration that was kept, with the fields that it lacks at their defaults: an earlier release did not have them.
+
+    Args:
+        kept: plain values, as they were read.
+        cfg: the present configuration, or a part of it; says which fields there are.
+    """
+    if isinstance(kept, list) and isinstance(cfg, list) and len(kept) == len(cfg):
+        return [completed(*pair) for pair in zip(kept, cfg, strict=True)]
+    if not (isinstance(kept, dict) and is_dataclass(cfg)):
+        return kept
+    present = {name: completed(value, getattr(cfg, name, None)) for name, value in kept.items()}
+    return {entry.name: _default(entry) for entry in fields(cfg)} | present
+
+
+def _default(entry: Field[Any]) -> Any:
+    """A field's default as a plain value; None where it has none."""
+    value = entry.default if entry.default_factory is MISSING else entry.default_factory()
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    return None if value is MISSING else json.loads(json.dumps(value))
 
 
 def differing_fields(old: Any, new: Any, prefix: str = "") -> list[str]:

@@ -14,7 +14,7 @@ import yaml
 from trace_dist.config import RunConfig
 from trace_dist.launching import RUN_PID
 from trace_dist.parts import PLACEMENTS, SCORES
-from trace_dist.stages.changes import differing_fields, forbidden
+from trace_dist.stages.changes import completed, differing_fields, forbidden
 from trace_dist.utils import dist
 from trace_dist.utils.agreement import agree
 from trace_dist.utils.env import code_version
@@ -28,7 +28,7 @@ from trace_dist.utils.yaml import load_yaml
 logger = get_logger(__name__)
 IN_ONE_PROCESS = ("run", "probe")
 """Commands that refuse several ranks: ``run`` starts its own, and the proxy is small."""
-STARTS_STAGES = ("run", "learn")
+STARTS_STAGES = ("run", "learn", "consolidate")
 """Commands that start others, unless a launcher started them."""
 ON_ALL_RANKS = ("project", "train", "continual", "eval", "memory measure")
 """Commands that work on as many ranks as the configuration asks for."""
@@ -110,7 +110,7 @@ def _check_number_of_ranks(cfg: RunConfig, command: str) -> None:
         raise ValueError(
             f"backend='single': {found} ranks were started; set --backend zero3, or start one process"
         )
-    on_ranks = command in ON_ALL_RANKS or (command == "learn" and found > 1)
+    on_ranks = command in ON_ALL_RANKS or (command in STARTS_STAGES and found > 1)
     if not on_ranks or cfg.backend == "single":
         return
     if found < asked:
@@ -145,7 +145,7 @@ def _keep_config(cfg: RunConfig, whole_run: bool) -> None:
     if not path.is_file():
         write_text(path, yaml.safe_dump(present, sort_keys=False))
         return
-    differing = differing_fields(_read_yaml(path), present)
+    differing = differing_fields(completed(_read_yaml(path), cfg), present)
     refused = forbidden(cfg, differing)
     if refused:
         results = sorted({result for found in refused.values() for result in found})

@@ -22,8 +22,16 @@ def next_steps(cfg: RunConfig) -> str:
     return (
         f"next: trace-dist bank show {bank}\n"
         f"      trace-dist learn --config task.yaml --bank {bank}\n"
+        f"      trace-dist consolidate --config {config} --bank {bank}\n"
         f"      {shown_launch(cfg.launch)} eval --config {config} --bank_folder {bank}"
     )
+
+
+def fold_steps(cfg: RunConfig, method: str) -> str:
+    """What to do with the one set of weights that a bank became, as a command to copy."""
+    paths = (cfg.bank_of().root, cfg.target.path, cfg.folder.product(method))
+    bank, base, delta = (shlex.quote(str(path)) for path in paths)
+    return f"next: trace-dist bank export {bank} --base {base} --delta {delta} --out one-model"
 
 
 def fall(curves: Collection[Sequence[tuple[int, float]]]) -> str:

@@ -1,8 +1,9 @@
 """``consolidated``: one set of weights, taught by the bank.
 
 Each task's delta on the base answers the prompts of that task, and the base the general ones. After each task the union of the
-masks so far is trained from the base on all these answers (distillation, train/soft.py). No label is read: the prompts are those
-of the training examples. The bank is that of ``retrieved``.
+masks so far is trained from the base on all these answers (distillation, train/soft.py). No label is read. The bank is that of
+``retrieved``, with all tasks that earlier runs have left in it, and the prompts are those that it keeps; where it keeps none of a
+task of this run, they are those of the task's training examples.
 
 What was said is kept as long as the process lives; a run that was cut asks again, with the same answers.
 """
@@ -11,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import reduce
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
 from operator import or_
 from typing import Any, ClassVar
 
@@ -20,11 +21,12 @@ import datasets
 
 from trace_dist.bank.bank import BASE
 from trace_dist.bank.delta import extract_delta
+from trace_dist.bank.prompts import Prompts, PromptSets
 from trace_dist.config.checks import Rate, Section, check
 from trace_dist.continual.learn import put_back
 from trace_dist.continual.methods.one_set import OneSet
-from trace_dist.continual.setting import Setting
-from trace_dist.data.encoding import Pair, context_length, pad_id
+from trace_dist.continual.prompts import prompts_of, split_pairs
+from trace_dist.data.encoding import context_length, pad_id
 from trace_dist.evaluation.inputs import config_of
 from trace_dist.masks.mask import Mask
 from trace_dist.train.learner import Learner
@@ -42,8 +44,9 @@ class Options(Section):
 
     section: ClassVar[str] = "continual.options.consolidated"
 
-    prompts: int = 1000
-    """Prompts of each task, and of each general set, that the teachers answer; those of the first training examples."""
+    prompts: int | None = None
+    """Prompts of each task, and of each general set, that the teachers answer; when not set, all that the bank keeps
+    (`bank.keep_prompts`)."""
     general: float = 0.25
     """Share of each batch that the base teaches on general prompts, in [0, 1); 0 where there are no general tasks."""
     top: int = 16
@@ -60,8 +63,17 @@ class Options(Section):
         self.at_least(1, "prompts", "top", "steps")
 
 
-Said = dict[str, datasets.Dataset]
-"""Name of a task or general set -> what its teacher said (``train.teacher.teach``)."""
+@dataclass(frozen=True)
+class Said:
+    """What the teachers said (``train.teacher.teach``).
+
+    Attributes:
+        tasks: task -> what its delta said.
+        general: what the base said, to each general set.
+    """
+
+    tasks: dict[str, datasets.Dataset]
+    general: list[datasets.Dataset]
 
 
 class Consolidated(OneSet):
@@ -70,16 +82,21 @@ class Consolidated(OneSet):
     label = "consolidated"
     colour = "green"
 
-    def __init__(self, name: str, setting: Setting, options: Options) -> None:
-        super().__init__(name, setting, options)
-        self._said: Said = {}
+    def folded(self, stream: Stream) -> list[str]:
+        """The tasks that are known after a task: those that other runs have left in the bank, and this run's up to that one."""
+        own = [each.task.name for each in self.setting.bench.tasks]
+        others = [name for name in self.bank.tasks if name not in (BASE, *own)]
+        return [*others, *own[: own.index(stream.task.name) + 1]]
+
+    def made_of(self) -> dict[str, Any]:
+        return self.deltas(self.folded(self.setting.bench.tasks[-1]))
 
     def learn(self, stream: Stream) -> TrainResult:
-        self._ask()
-        model, cfg, mask = self.setting.model, self.setting.cfg.train, self._mask(stream)
-        batches, steps = self._batches(stream, self._said), self._steps(stream)
+        said, mask = self._said, self._mask(stream)
+        model, cfg, batches = self.setting.model, self.setting.cfg.train, self._batches(stream, said)
         with self.setting.training(self.name, stream.task.name) as options, put_back(model, mask):
             learner = SoftLearner(model, mask, cfg, self.lr)
+            steps = self._steps(stream)
             result = train_learner(learner, batches, cfg, steps, rate=self.lr_field, **options)
             model.detach()
             self.delta = extract_delta(model, mask, self.name)
@@ -87,17 +104,13 @@ class Consolidated(OneSet):
 
     @contextmanager
     def trial(self, stream: Stream, part: Stream, lr: float) -> Iterator[Learner]:
-        self._ask()
-        model, cfg, mask, task = (
-            self.setting.model,
-            self.setting.cfg.train,
-            self._mask(stream),
-            stream.task.name,
-        )
+        said, mask, task = self._said, self._mask(stream), stream.task.name
+        model, cfg = self.setting.model, self.setting.cfg.train
         # Nothing that was said of the examples held out.
-        known = set(_prompts(part.encoded))
-        rows = [row for row, prompt in enumerate(_prompts(self._said[task])) if prompt in known]
-        batches = self._batches(stream, self._said | {task: self._said[task].select(rows)})
+        known = set(_asked(part.encoded))
+        rows = [row for row, prompt in enumerate(_asked(said.tasks[task])) if prompt in known]
+        part_said = replace(said, tasks=said.tasks | {task: said.tasks[task].select(rows)})
+        batches = self._batches(stream, part_said)
         with put_back(model, mask):
             learner = SoftLearner(model, mask, cfg, lr)
             description = f"{self.name} at {lr:g}"
@@ -105,91 +118,114 @@ class Consolidated(OneSet):
             model.detach()
             yield learner
 
+    def _mask(self, stream: Stream) -> Mask:
+        """The union of the masks of the tasks that are folded."""
+        bank, names = self.bank, self.folded(stream)
+        return reduce(or_, on_all(lambda: [bank.mask(name) for name in names]))
+
     def _steps(self, stream: Stream) -> int:
-        own = sum(each.steps for each in self.upto(stream))
-        return self.options.steps or round(own / (1 - self._general_share))
+        return self.options.steps or round(sum(self._trained(stream).values()) / (1 - self._general_share))
+
+    def _trained(self, stream: Stream) -> dict[str, int]:
+        """Steps that each task that is folded was trained for."""
+        own = {each.task.name: each.steps for each in self.setting.bench.tasks}
+        usual = self.setting.cfg.train.steps
+        return {
+            name: own.get(name) or self.bank.facts(name).get("training", {}).get("steps", usual)
+            for name in self.folded(stream)
+        }
 
     @property
     def _general_share(self) -> float:
-        return self.options.general if self.setting.bench.general else 0.0
-
-    def _mask(self, stream: Stream) -> Mask:
-        """The union of the masks up to a task's."""
-        bank, names = self.bank, [each.task.name for each in self.upto(stream)]
-        return reduce(or_, on_all(lambda: [bank.mask(name) for name in names]))
+        share: float = self.options.general
+        return share if share and self._general_prompts else 0.0
 
     def _batches(self, stream: Stream, said: Said) -> SoftBatches:
-        """Tasks are drawn as often as they have steps, the general sets equally often."""
-        cfg, bench, share = self.setting.cfg, self.setting.bench, self._general_share
-        tasks, general = self.upto(stream), bench.general if share else []
-        total = sum(each.steps for each in tasks)
-        weights = {each.task.name: (1 - share) * each.steps / total for each in tasks}
-        weights |= {each.task.name: share / len(general) for each in general}
-        others = {name: weight for name, weight in weights.items() if name != stream.task.name}
+        """Tasks are drawn as often as they were trained, the general sets equally often."""
+        cfg, share, trained = self.setting.cfg, self._general_share, self._trained(stream)
+        total, newest = sum(trained.values()), stream.task.name
+        replay = [
+            (said.tasks[name], (1 - share) * steps / total)
+            for name, steps in trained.items()
+            if name != newest
+        ]
+        if share:
+            replay += [(each, share / len(said.general)) for each in said.general]
         return SoftBatches(
-            said[stream.task.name],
+            said.tasks[newest],
             batch_size=cfg.train.batch_size,
             micro_batch_size=cfg.train.micro_batch_size,
             seed=cfg.seed,
-            pad_id=pad_id(bench.tokenizer),
-            replay=[(said[name], weight) for name, weight in others.items()],
-            replay_share=sum(others.values()),
+            pad_id=pad_id(self.setting.bench.tokenizer),
+            replay=replay,
+            replay_share=sum(weight for _, weight in replay),
         )
 
-    def _ask(self) -> None:
-        """Ask the teachers, once: the base, and each task's delta on it. The model holds the base. Collective."""
-        if self._said:
-            return
-        bench, said = self.setting.bench, {}
-        general = bench.general if self._general_share else []
-        for teacher, stream in (
-            *((BASE, each) for each in general),
-            *((each.task.name, each) for each in bench.tasks),
-        ):
-            with self.bank.activated(self.setting.model, teacher):
-                said[stream.task.name] = self._taught(stream)
-        self._said = said
+    @cached_property
+    def _said(self) -> Said:
+        """What the teachers say: the base, and each task's delta on it. The model holds the base. Collective."""
+        model, last = self.setting.model, self.setting.bench.tasks[-1]
+        general, tasks = [], {}
+        if self._general_share:
+            general = [self._taught(self._wanted(prompts)) for prompts in self._general_prompts.values()]
+        for name in self.folded(last):
+            prompts = self._prompts(name)
+            with self.bank.activated(model, name):
+                tasks[name] = self._taught(prompts)
+        return Said(tasks, general)
 
-    def _taught(self, stream: Stream) -> datasets.Dataset:
-        """What the model as it is says to a task's prompts."""
-        setting, bench = self.setting, self.setting.bench
-        rows = stream.encoded.select(range(min(self.options.prompts, len(stream.encoded)))).to_list()
-        pairs = [_pair(row["input_ids"], row["num_answer_tokens"]) for row in rows]
+    @cached_property
+    def _general_prompts(self) -> PromptSets:
+        """Prompts of the base: those that the bank keeps, or of this run's general sets. Collective."""
+        kept = on_all(lambda: self.bank.prompts(BASE)) if BASE in self.bank.tasks else None
+        if kept is not None:
+            return kept
+        return {each.task.name: prompts_of(self.setting, each, None) for each in self.setting.bench.general}
+
+    def _prompts(self, task: str) -> Prompts:
+        """Prompts of a task: those that the bank keeps, or of this run's examples. Collective.
+
+        Raises:
+            ValueError: there are neither.
+        """
+        kept = on_all(lambda: self.bank.prompts(task))
+        if kept is not None:
+            return self._wanted(next(iter(kept.values())))
+        for stream in self.setting.bench.tasks:
+            if stream.task.name == task:
+                return self._wanted(prompts_of(self.setting, stream, None))
+        raise ValueError(
+            f"task={task!r}: the bank {self.bank.folder} keeps no prompts of it to teach with, and it is none of this run's "
+            "tasks; add its examples to the tasks of the configuration, or learn it again with bank.keep_prompts"
+        )
+
+    def _wanted(self, prompts: Prompts) -> Prompts:
+        return Prompts(prompts.pairs[: self.options.prompts], prompts.max_new_tokens)
+
+    def _taught(self, prompts: Prompts) -> datasets.Dataset:
+        """What the model as it is says to some prompts."""
+        module, tokenizer = self.setting.model.module, self.setting.bench.tokenizer
+        batch_size = self.setting.cfg.eval.batch_size
+        pairs, cap = prompts.pairs, prompts.max_new_tokens
         # Running text is its own answer.
-        if stream.task.metric != "bits_per_byte":
-            cap = setting.cfg.eval.max_new_tokens or 1 + max(row["num_answer_tokens"] for row in rows)
-            context = context_length(config_of(setting.model.module))
-            if context is not None:  # prompts and answers were checked together, row by row
+        if cap is not None:
+            context = context_length(config_of(module))
+            # Prompts and answers were checked together, row by row.
+            if context is not None:
                 cap = min(cap, context - max(len(pair.prompt) for pair in pairs))
-            pairs = answer(
-                setting.model.module,
-                bench.tokenizer,
-                [pair.prompt for pair in pairs],
-                batch_size=setting.cfg.eval.batch_size,
-                max_new_tokens=cap,
-            )
-        return teach(
-            setting.model.module,
-            pairs,
-            top=self.options.top,
-            batch_size=setting.cfg.eval.batch_size,
-            pad_id=pad_id(bench.tokenizer),
-        )
+            texts = [pair.prompt for pair in pairs]
+            pairs = answer(module, tokenizer, texts, batch_size=batch_size, max_new_tokens=cap)
+        return teach(module, pairs, top=self.options.top, batch_size=batch_size, pad_id=pad_id(tokenizer))
 
     def facts(self) -> dict[str, Any]:
-        return {**super().facts(), "prompts": self.options.prompts}
+        tasks = self.folded(self.setting.bench.tasks[-1])
+        return {**super().facts(), "prompts": {task: len(self._prompts(task).pairs) for task in tasks}}
 
 
-def _prompts(encoded: datasets.Dataset) -> list[tuple[int, ...]]:
+def _asked(encoded: datasets.Dataset) -> list[tuple[int, ...]]:
     """Token ids of the examples' prompts."""
-    columns = encoded["input_ids"][:], encoded["num_answer_tokens"][:]
-    return [tuple(_pair(ids, count).prompt) for ids, count in zip(*columns, strict=True)]
-
-
-def _pair(ids: list[int], num_answer_tokens: int) -> Pair:
-    """Token ids of an example, taken apart."""
-    start = len(ids) - num_answer_tokens
-    return Pair(ids[:start], ids[start:])
+    pairs = split_pairs(encoded["input_ids"][:], encoded["num_answer_tokens"][:])
+    return [tuple(pair.prompt) for pair in pairs]
 
 
 METHOD = Consolidated

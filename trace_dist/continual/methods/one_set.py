@@ -5,6 +5,7 @@ The state between tasks is a delta against the base, which the shared model hold
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,11 @@ class OneSet(Method):
         return bank
 
     def made_of(self) -> dict[str, Any]:
-        records = [self.bank.index.get(stream.task.name) for stream in self.setting.bench.tasks]
+        return self.deltas(stream.task.name for stream in self.setting.bench.tasks)
+
+    def deltas(self, names: Iterable[str]) -> dict[str, Any]:
+        """Checksums of the deltas of some tasks, for ``made_of``."""
+        records = map(self.bank.index.get, names)
         return {
             "bank": {record.name: record.files[DELTA].sha256 for record in records if record and record.files}
         }

@@ -18,6 +18,7 @@ from trace_dist.config.checks import Rate, Section
 from trace_dist.continual.judge import Row, Scored
 from trace_dist.continual.learn import learn_task, try_mask
 from trace_dist.continual.methods.base import Method
+from trace_dist.continual.prompts import to_keep
 from trace_dist.continual.setting import Setting
 from trace_dist.train.learner import Learner
 from trace_dist.train.loop import TrainResult
@@ -61,7 +62,8 @@ class Retrieved(Method):
         folder = setting.cfg.bank_of(self.name).root
         bank = DeltaBank.create(folder, setting.fingerprint, setting.cfg.bank.layer)
         if setting.bench.general and not bank.tasks:
-            bank.add(setting.judge.signature(setting.model, setting.bench.general, BASE), None)
+            signature = setting.judge.signature(setting.model, setting.bench.general, BASE)
+            bank.add(signature, None, prompts=to_keep(setting, setting.bench.general))
         return bank
 
     def learn(self, stream: Stream) -> TrainResult:

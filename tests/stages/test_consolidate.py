@@ -1,0 +1,75 @@
+"""A bank is folded by a command of its own: all that lies in it, whatever the configuration names; anew when it has changed."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from continual.small import TASKS, make_config, prepare
+
+from trace_dist.bank.bank import DeltaBank
+from trace_dist.bank.delta import Delta
+from trace_dist.config import RunConfig
+from trace_dist.continual.driver import run_continual
+from trace_dist.continual.methods.consolidated import Consolidated
+from trace_dist.stages.consolidate import as_consolidated, run_consolidate
+from trace_dist.utils.files import read_json
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run of two tasks that has filled a bank."""
+    folder = tmp_path_factory.mktemp("folded")
+    prepare(folder)
+    shutil.copytree(folder / "probed", folder / "run")
+    cfg = make_config(folder, ["retrieved"])
+    run_continual(cfg)
+    return cfg
+
+
+@pytest.fixture
+def cfg(learned: RunConfig, tmp_path: Path) -> RunConfig:
+    """A run of the second task alone, with a copy of that bank."""
+    shutil.copytree(learned.bank_of().root, tmp_path / "bank")
+    options = {"consolidated": {"steps": 6, "top": 4}}
+    return replace(
+        learned,
+        run_dir=str(tmp_path / "later"),
+        tasks=learned.tasks[1:],
+        bank=replace(learned.bank, path=str(tmp_path / "bank"), layer=-1),
+        continual=replace(learned.continual, options=options),
+    )
+
+
+def test_it_folds_tasks_that_the_configuration_does_not_name(
+    cfg: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folding = as_consolidated(cfg)
+    assert as_consolidated(folding) == folding
+    scores = run_consolidate(folding)
+    assert list(scores) == [TASKS[1], "plain", "text"]
+    bank, product = DeltaBank(cfg.bank_of().root), folding.folder.product("consolidated")
+    assert Delta.load(product).mask == bank.mask(TASKS[0]) | bank.mask(TASKS[1])
+    found = read_json(product.with_suffix(".json"))
+    assert found["tasks"] == list(TASKS)
+    assert found["scores"] == scores
+    assert set(found["prompts"]) == set(TASKS)
+    learn = Consolidated.learn
+    monkeypatch.delattr(Consolidated, "learn")
+    # Nothing is trained again while the bank is as it was.
+    assert run_consolidate(as_consolidated(cfg)) == scores
+    monkeypatch.setattr(Consolidated, "learn", learn)
+    bank.remove(TASKS[0])
+    run_consolidate(as_consolidated(cfg))
+    assert Delta.load(product).mask == bank.mask(TASKS[1])
+
+
+def test_without_a_bank_or_its_task_it_is_refused(cfg: RunConfig) -> None:
+    nowhere = replace(cfg, bank=replace(cfg.bank, path=str(Path(cfg.run_dir) / "nowhere")))
+    with pytest.raises(ValueError, match="nowhere"):
+        as_consolidated(nowhere)
+    DeltaBank(cfg.bank_of().root).remove(TASKS[1])
+    with pytest.raises(ValueError, match=f"does not hold {TASKS[1]}"):
+        run_consolidate(as_consolidated(cfg))
