@@ -106,7 +106,7 @@ class Consolidated(OneSet):
             yield learner
 
     def _steps(self, stream: Stream) -> int:
-        own = sum(each.steps for each in self.upto(stream))
+        own = sum(each.steps for each in self.setting.bench.upto(stream))
         return self.options.steps or round(own / (1 - self._general_share))
 
     @property
@@ -115,13 +115,13 @@ class Consolidated(OneSet):
 
     def _mask(self, stream: Stream) -> Mask:
         """The union of the masks up to a task's."""
-        bank, names = self.bank, [each.task.name for each in self.upto(stream)]
+        bank, names = self.bank, [each.task.name for each in self.setting.bench.upto(stream)]
         return reduce(or_, on_all(lambda: [bank.mask(name) for name in names]))
 
     def _batches(self, stream: Stream, said: Said) -> SoftBatches:
         """Tasks are drawn as often as they have steps, the general sets equally often."""
         cfg, bench, share = self.setting.cfg, self.setting.bench, self._general_share
-        tasks, general = self.upto(stream), bench.general if share else []
+        tasks, general = self.setting.bench.upto(stream), bench.general if share else []
         total = sum(each.steps for each in tasks)
         weights = {each.task.name: (1 - share) * each.steps / total for each in tasks}
         weights |= {each.task.name: share / len(general) for each in general}
