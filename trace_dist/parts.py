@@ -15,6 +15,7 @@ def _rows(field: str, package: str, *names: str) -> Registry:
 METHODS = _rows(
     "continual.methods", "continual.methods",
     "retrieved", "consolidated", "merged", "random", "full", "lora", "sum", "average", "ties", "dare",
+    "lora_retrieved", "ewc", "ella", "ps", "osft", "olora", "slao", "shira_random", "joint", "separate",
 )  # fmt: skip
 SCORES = _rows(
     "probe.score", "probe.importance", "l2", "fisher", "l2_fisher", "first_order", "relative_update", "snr"

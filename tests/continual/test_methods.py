@@ -18,6 +18,12 @@ from trace_dist.run_folder import RunFolder
 from trace_dist.stages.report import collect_results
 from trace_dist.utils import dist
 
+DENSE = (
+    *("full", "lora", "lora_retrieved", "ewc", "ella", "ps", "osft", "olora", "slao", "shira_random"),
+    *("joint", "separate"),
+)
+"""Methods that train no mask of ours, in one process."""
+
 OF_THEIR_OWN = '''
 """Answers with the base; it learns how many tasks there were."""
 
@@ -143,6 +149,25 @@ def test_a_method_of_their_own_goes_on_where_it_was_cut(
         ),
         ("merged", {"lr": -1.0}, "continual.options.merged.lr=-1.0: must be positive; "),
         ("full", {"lr": 0.0}, "continual.options.full.lr=0.0: must be positive; "),
+        ("full", {"replay": 1.0}, "continual.options.full.replay=1.0: must lie in [0, 1); "),
+        ("lora", {"replay_memory": 2.0}, "continual.options.lora.replay_memory=2.0: must lie in (0, 1]; "),
+        (
+            "joint",
+            {"replay": 0.1},
+            "continual.methods 'joint': 'replay' is not an option; its options are lr",
+        ),
+        ("separate", {"lr": -1.0}, "continual.options.separate.lr=-1.0: must be positive; "),
+        ("lora_retrieved", {"rank": 0}, "continual.options.lora_retrieved.rank=0: must be at least 1; "),
+        ("ewc", {"strength": -1.0}, "continual.options.ewc.strength=-1.0: must be at least 0; "),
+        ("ewc", {"examples": 0}, "continual.options.ewc.examples=0: must be at least 1; "),
+        ("ella", {"strength": float("nan")}, "continual.options.ella.strength=nan: must be finite; "),
+        ("ps", {"strength": -1.0}, "continual.options.ps.strength=-1.0: must be at least 0; "),
+        ("ps", {"replay": 1.0}, "continual.options.ps.replay=1.0: must lie in [0, 1); "),
+        ("osft", {"keep": 1.0}, "continual.options.osft.keep=1.0: must lie in (0, 1); "),
+        ("olora", {"strength": -0.5}, "continual.options.olora.strength=-0.5: must be at least 0; "),
+        ("olora", {"rank": 0}, "continual.options.olora.rank=0: must be at least 1; "),
+        ("slao", {"replay": -0.1}, "continual.options.slao.replay=-0.1: must lie in [0, 1); "),
+        ("shira_random", {"rank": 0}, "continual.options.shira_random.rank=0: must be at least 1; "),
         ("full", {"lr": float("inf")}, "continual.options.full.lr=inf: must be finite; "),
         ("lora", {"rank": 0}, "continual.options.lora.rank=0: must be at least 1; "),
         ("lora", {"rank": 1.5}, "continual.methods 'lora': "),
@@ -182,7 +207,7 @@ def test_what_is_no_method_is_refused_before_any_work(tmp_path: Path, name: str,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["full", "lora"])
+@pytest.mark.parametrize("name", DENSE)
 def test_dense_weights_are_not_trained_on_a_quantised_target(tmp_path: Path, name: str) -> None:
     cfg = make_config(tmp_path, ["retrieved"])
     pytest.importorskip("bitsandbytes")
@@ -208,5 +233,5 @@ def test_every_method_of_the_package_says_what_it_is() -> None:
     for entry in check_methods(make_config(Path("unused"), list(METHODS))):
         assert entry.kind.label
         assert entry.kind.colour
-        assert entry.kind.masked == (entry.name not in ("full", "lora"))
+        assert entry.kind.masked == (entry.name not in DENSE)
         assert entry.kind.on_ranks == entry.kind.masked

@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from trace_dist.bank.bank import BASE, DeltaBank
+from trace_dist.bank.bank import BASE
+from trace_dist.bank.bound import error_bound
 from trace_dist.bank.representation import represent
+from trace_dist.bank.retrieval import Retriever
 from trace_dist.bank.signature import Signature, fit_signature
 from trace_dist.config import RunConfig
 from trace_dist.data.encoding import encode_prompt, pad_id
 from trace_dist.data.tasks import Task
 from trace_dist.evaluation import evaluate_task
-from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.workbench import Stream, Workbench
+
+
+class Model(Protocol):
+    """What is asked: a sharded model, or whatever holds a plain one."""
+
+    @property
+    def module(self) -> Any: ...
+    def eval(self) -> Any: ...
+
+
+class Bank(Protocol):
+    """What is retrieved from: a bank of deltas, or of adapters."""
+
+    @property
+    def tasks(self) -> list[str]: ...
+    @property
+    def layer(self) -> int: ...
+    @property
+    def retriever(self) -> Retriever: ...
+    def retrieve(self, representations: torch.Tensor) -> list[str]: ...
+    def activated(self, model: Any, task: str) -> AbstractContextManager[None]: ...
 
 
 @dataclass(frozen=True)
@@ -96,13 +119,14 @@ class Judge:
 
     def score(self, module: nn.Module) -> Row:
         """Scores of the model as it is."""
-        module.eval()
-        return self._row({task.name: self._evaluate(module, task) for task in self._all})
+        return self._row({task.name: self.evaluate(module, task) for task in self._all})
 
-    def _evaluate(self, module: nn.Module, task: Task) -> float:
+    def evaluate(self, module: nn.Module, task: Task) -> float:
+        """Score of the model as it is on one test set."""
+        module.eval()
         return evaluate_task(module, self.bench.tokenizer, task, self.cfg.eval, self.cfg.data).value
 
-    def score_retrieved(self, model: ShardedModel, bank: DeltaBank, scored: Scored | None = None) -> Row:
+    def score_retrieved(self, model: Model, bank: Bank, scored: Scored | None = None) -> Row:
         """Scores when every input is answered with the delta that its representation retrieves.
 
         Args:
@@ -132,7 +156,7 @@ class Judge:
         values = {}
         for task in texts:
             if task.name not in scored.texts:
-                scored.texts[task.name] = self._evaluate(model.module, task)
+                scored.texts[task.name] = self.evaluate(model.module, task)
             values[task.name] = scored.texts[task.name]
         for task in asked:
             each = [scored.of(route, task.name)[i] for i, route in enumerate(routes[task.name])]
@@ -146,25 +170,39 @@ class Judge:
         score = evaluate_task(module, self.bench.tokenizer, some, self.cfg.eval, self.cfg.data)
         return dict(zip(indices, score.per_example, strict=True))
 
-    def route(self, model: ShardedModel, bank: DeltaBank, task: Task) -> list[str]:
+    def route(self, model: Model, bank: Bank, task: Task) -> list[str]:
         """Name of the delta (or ``base``) for each test prompt of a task."""
         if not bank.tasks:
             return [BASE] * len(task.test)
         return bank.retrieve(self.representations(model, task, bank.layer))
 
-    def routes(self, model: ShardedModel, bank: DeltaBank) -> dict[str, list[str]]:
+    def routes(self, model: Model, bank: Bank) -> dict[str, list[str]]:
         """``route`` of every set whose prompts are answered."""
         return {
             task.name: self.route(model, bank, task) for task in self._all if task.metric != "bits_per_byte"
         }
 
-    def representations(self, model: ShardedModel, task: Task, layer: int) -> torch.Tensor:
+    def retrieval(self, model: Model, bank: Bank) -> dict[str, Any]:
+        """Where the tasks' test prompts go, and the bound on the error; JSON-ready."""
+        columns, tasks = bank.tasks, [stream.task for stream in self.bench.tasks]
+        routes = {task.name: self.route(model, bank, task) for task in tasks}
+        right = sum(found.count(task) for task, found in routes.items())
+        return {
+            **error_bound(bank.retriever).to_json(),
+            "accuracy": 100 * right / sum(map(len, routes.values())),
+            "tasks": list(routes),
+            "columns": columns,
+            "confusion": [[found.count(name) for name in columns] for found in routes.values()],
+            "num_clusters": sum(len(signature.weights) for signature in bank.retriever.signatures),
+        }
+
+    def representations(self, model: Model, task: Task, layer: int) -> torch.Tensor:
         """Representations of a task's test prompts under the base: [N, hidden] fp32."""
         if (task.name, layer) not in self._representations:
             self._representations[task.name, layer] = self.represent(model, task.test["prompt"][:], layer)
         return self._representations[task.name, layer]
 
-    def represent(self, model: ShardedModel, prompts: Any, layer: int) -> torch.Tensor:
+    def represent(self, model: Model, prompts: Any, layer: int) -> torch.Tensor:
         """Representations of prompts under the model as it is: [N, hidden] fp32."""
         tokenizer = self.bench.tokenizer
         limit = self.cfg.data.max_length if self.cfg.data.truncate_prompt else None
@@ -174,7 +212,7 @@ class Judge:
             model.module, ids, layer=layer, batch_size=self.cfg.eval.batch_size, pad_id=pad_id(tokenizer)
         )
 
-    def signature(self, model: ShardedModel, streams: list[Stream], name: str) -> Signature:
+    def signature(self, model: Model, streams: list[Stream], name: str) -> Signature:
         """Fit the signature of a task (or of the general sets together) from training prompts under the base."""
         per_stream = -(-self.cfg.bank.num_prompts // len(streams))
         prompts = [prompt for stream in streams for prompt in stream.task.train["prompt"][:per_stream]]

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +129,7 @@ class Setting:
         if name == "shared":
             return {}, {}
         bank, names = bank_before(self.cfg, METHOD_OF[kind], self.fingerprint)
-        before = list(takewhile(lambda other: other.task.name != stream.task.name, self.bench.tasks))
+        before = self.bench.before(stream)
 
         def masks() -> Iterator[Mask]:
             if bank is not None:

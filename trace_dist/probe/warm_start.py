@@ -68,7 +68,7 @@ def warm_start(
     learner = DenseLearner(module, tuned.values(), train, probe.lr, dtype)
     result = train_steps(learner, batches, train, probe.steps, description=description, rate="probe.lr")
     update = {name: parameter.detach().float() - before[name].float() for name, parameter in tuned.items()}
-    gradient, fisher = _gradients(learner, tuned, iter(batches), probe.fisher_batches)
+    gradient, fisher = mean_gradients(learner, tuned, iter(batches), probe.fisher_batches)
     evidence = {
         name: Evidence(
             *(
@@ -83,7 +83,7 @@ def warm_start(
     return Trace(evidence, result.losses)
 
 
-def _gradients(
+def mean_gradients(
     learner: DenseLearner, tuned: dict[str, nn.Parameter], steps: Iterator[Step], num_batches: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Mean over batches of the gradient, and of its square."""

@@ -7,7 +7,7 @@ tiny bases, warm starts of the probe, full fine-tuning and LoRA.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,10 @@ class MaskedLearner(Learner):
 
 
 class DenseLearner(Learner):
-    """Ordinary AdamW over the given fp32 parameters, in one process; ``dtype`` is that of matmuls (mixed precision)."""
+    """Ordinary AdamW over the given fp32 parameters, in one process; ``dtype`` is that of matmuls (mixed precision).
+
+    ``penalise`` adds to the gradients of a step, before they are clipped.
+    """
 
     def __init__(
         self,
@@ -128,8 +131,9 @@ class DenseLearner(Learner):
         cfg: TrainConfig,
         lr: float | None = None,
         dtype: str = "float32",
+        penalise: Callable[[], None] | None = None,
     ) -> None:
-        self.module, self.dtype = module.to(self.device), dtype
+        self.module, self.dtype, self._penalise = module.to(self.device), dtype, penalise
         self.parameters = list(parameters)
         for parameter in self.parameters:
             parameter.requires_grad_(True)
@@ -151,6 +155,8 @@ class DenseLearner(Learner):
         loss.backward()
 
     def step(self) -> float:
+        if self._penalise is not None:
+            self._penalise()
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
         check_finite(norm, "the gradient norm")

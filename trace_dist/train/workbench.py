@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Protocol
 
@@ -128,6 +129,14 @@ class Workbench:
         )
         return cls(cfg, tokenizer, tasks, general)
 
+    def before(self, stream: Stream) -> list[Stream]:
+        """The tasks before one, or before the one that it is a part of."""
+        return list(takewhile(lambda other: other.task.name != stream.task.name, self.tasks))
+
+    def upto(self, stream: Stream) -> list[Stream]:
+        """The tasks up to one, which is the last and whole."""
+        return self.tasks[: len(self.before(stream)) + 1]
+
     def batches(
         self,
         streams: Sequence[Stream],
@@ -136,6 +145,7 @@ class Workbench:
         replay_share: float = 0.0,
         replay_memory: float = 1.0,
         seed: int | None = None,
+        weights: Sequence[float] | None = None,
     ) -> Batches:
         """Batches over the union of some streams, with a share of replayed examples from others.
 
@@ -146,7 +156,9 @@ class Workbench:
             replay_share: share of each batch that is replayed.
             replay_memory: share of the training examples of each of them that is kept for it.
             seed: of the order; the run's when None.
+            weights: how often each of the replayed ones is drawn; equally often when None.
         """
+        weights = [1.0] * len(replay) if weights is None else weights
         encoded = [stream.encoded for stream in streams]
         return Batches(
             encoded[0] if len(encoded) == 1 else datasets.concatenate_datasets(encoded),
@@ -154,7 +166,10 @@ class Workbench:
             micro_batch_size=self.cfg.train.micro_batch_size,
             seed=self.cfg.seed if seed is None else seed,
             pad_id=pad_id(self.tokenizer),
-            replay=[(_remembered(stream, replay_memory), 1.0) for stream in replay],
+            replay=[
+                (_remembered(stream, replay_memory), weight)
+                for stream, weight in zip(replay, weights, strict=True)
+            ],
             replay_share=replay_share if replay else 0.0,
         )
 

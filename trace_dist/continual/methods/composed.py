@@ -21,7 +21,7 @@ class Composed(OneSet):
     """Name of the composition (bank/composition/)."""
 
     def learn(self, stream: Stream) -> TrainResult:
-        bank, names = self.bank, [each.task.name for each in self.upto(stream)]
+        bank, names = self.bank, [each.task.name for each in self.setting.bench.upto(stream)]
         deltas = on_all(lambda: [delta for name in names if (delta := bank.delta(name)) is not None])
         options = None if self.options is None else asdict(self.options)
         self.delta = compose(deltas, self.setting.model, self.name, self.kind, options)

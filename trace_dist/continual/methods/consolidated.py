@@ -84,9 +84,10 @@ class Consolidated(OneSet):
 
     def folded(self, stream: Stream) -> list[str]:
         """The tasks that are known after a task: those that other runs have left in the bank, and this run's up to that one."""
-        own = [each.task.name for each in self.setting.bench.tasks]
-        others = [name for name in self.bank.tasks if name not in (BASE, *own)]
-        return [*others, *own[: own.index(stream.task.name) + 1]]
+        bench = self.setting.bench
+        own = {each.task.name for each in bench.tasks}
+        others = [name for name in self.bank.tasks if name not in {BASE, *own}]
+        return [*others, *(each.task.name for each in bench.upto(stream))]
 
     def made_of(self) -> dict[str, Any]:
         return self.deltas(self.folded(self.setting.bench.tasks[-1]))

@@ -1,20 +1,27 @@
-"""What dense training, task after task on one set of weights, has in common: ``full`` and ``lora``. In one process."""
+"""What dense training in one process has in common: ``full``, ``lora`` and the methods that they are compared with.
+
+[Note: hooks of dense training] A task is ``begin``, the training, ``end``. A penalty adds its gradient in ``penalise``, before
+the gradients are clipped: it is a part of the loss. What is kept of earlier tasks beside the weights is in ``memory``. A training
+that was cut goes on from its checkpoint after ``begin``, once more; so both hooks draw no random numbers.
+"""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trace_dist.config import RunConfig
 from trace_dist.continual.judge import Row
 from trace_dist.continual.methods.base import Method
+from trace_dist.continual.methods.options import Replayed, replaying
+from trace_dist.continual.setting import Setting
+from trace_dist.data.batches import Batches
 from trace_dist.models.loading import load_model
 from trace_dist.train.learner import DenseLearner, Learner
 from trace_dist.train.loop import TrainResult
@@ -23,14 +30,24 @@ from trace_dist.train.task import train_learner
 from trace_dist.train.workbench import Stream
 from trace_dist.utils import dist
 from trace_dist.utils.files import load_tensors, save_tensors
+from trace_dist.utils.rng import random_numbers_kept
+
+MEMORY = "memory/"
+"""Before the names of what is kept beside the weights, in files."""
 
 
 class Dense(Method):
-    """One set of weights of its own, whose trained parameters are the state between tasks."""
+    """One model of its own, in fp32. Where ``continues``, its trained parameters are the state between tasks."""
 
     masked = False
     on_ranks = False
     continues = True
+
+    def __init__(self, name: str, setting: Setting, options: Any) -> None:
+        super().__init__(name, setting, options)
+        self.memory: dict[str, Tensor] = {}  # of earlier tasks; a tensor is replaced, never changed
+        self._module: nn.Module | None = None  # None until it is needed
+        self._total = 0  # parameters of the base; set with the model
 
     @classmethod
     def check(cls, name: str, cfg: RunConfig) -> None:
@@ -44,64 +61,117 @@ class Dense(Method):
     def prepare(self, module: Any) -> nn.Module:
         """The model that is trained, from the base; its parameters that require gradients are trained."""
 
-    @cached_property
-    def _models(self) -> tuple[nn.Module, int]:
-        """The model, and the number of the base's parameters."""
-        # in fp32 whatever the target's type: a bf16 copy without a master would stall; see `autocast`
-        base: Any = load_model(self.setting.base, torch.float32)
-        base = base.to(dist.local_device())
-        total = sum(parameter.numel() for parameter in base.parameters())
-        return self.prepare(base), total
+    def begin(self, stream: Stream) -> None:
+        """Called before a task is trained; the model holds what the tasks before it left."""
+        if not self.continues:
+            self.drop()
+
+    def penalise(self) -> None:
+        """Add to the gradients of a step."""
+
+    def end(self, stream: Stream, learner: DenseLearner) -> None:
+        """Called when a task is trained; what it leaves in the model is scored and kept."""
 
     @property
     def module(self) -> Any:
         """The model."""
-        return self._models[0]
+        if self._module is None:
+            # in the middle of a training, too, whose dropout must not depend on it
+            with random_numbers_kept():
+                self._module = self._load()
+        return self._module
 
-    def _trained(self) -> dict[str, nn.Parameter]:
+    def _load(self) -> nn.Module:
+        # in fp32 whatever the target's type: a bf16 copy without a master would stall; see `autocast`
+        base: Any = load_model(self.setting.base, torch.float32)
+        self._total = sum(parameter.numel() for parameter in base.parameters())
+        module = self.prepare(base.to(dist.local_device()))
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            raise ValueError(
+                f"continual.methods={self.name!r}: finds nothing that it could train in this model; remove the method"
+            )
+        return module
+
+    def drop(self) -> None:
+        """Forget the model: it is the base when it is next needed, and never two are held."""
+        self._module = None
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name."""
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def kept(self) -> dict[str, Tensor]:
+        """All that a task changes: the state between tasks."""
+        return {**self.trained(), **{MEMORY + name: value for name, value in self.memory.items()}}
+
+    @torch.no_grad()
+    def restore(self, kept: Mapping[str, Tensor]) -> None:
+        """Become what ``kept`` gave."""
+        device = dist.local_device()
+        self.memory = {
+            name.removeprefix(MEMORY): value.to(device)
+            for name, value in kept.items()
+            if name.startswith(MEMORY)
+        }
+        for name, parameter in self.trained().items():
+            parameter.copy_(kept[name])
+            # where training diverged
+            parameter.grad = None
 
     def learn(self, stream: Stream) -> TrainResult:
         with self.setting.training(self.name, stream.task.name) as options:
-            return self._train(self._learner(self.lr), stream, rate=self.lr_field, **options)
+            self.begin(stream)
+            learner = self.learner(self.lr)
+            result = self._train(learner, stream, self.steps(stream), rate=self.lr_field, **options)
+            self.end(stream, learner)
+        return result
 
     @contextmanager
     def trial(self, stream: Stream, part: Stream, lr: float) -> Iterator[Learner]:
-        trained = self._trained()
-        before = {name: parameter.detach().clone() for name, parameter in trained.items()}
-        learner = self._learner(lr)
+        before = {
+            name: value.detach().clone() if isinstance(value, nn.Parameter) else value
+            for name, value in self.kept().items()
+        }
         try:
-            self._train(learner, part, rate="race.grid", description=f"{self.name} at {lr:g}")
+            self.begin(part)
+            learner = self.learner(lr)
+            self._train(learner, part, part.steps, rate="race.grid", description=f"{self.name} at {lr:g}")
+            self.end(part, learner)
             yield learner
         finally:
-            with torch.no_grad():
-                for name, parameter in trained.items():
-                    parameter.copy_(before[name])
-                    # where training diverged
-                    parameter.grad = None
+            self.restore(before)
 
-    def _learner(self, lr: float) -> DenseLearner:
+    def learner(self, lr: float) -> DenseLearner:
+        """What trains the model."""
         cfg = self.setting.cfg
-        return DenseLearner(self.module, self._trained().values(), cfg.train, lr, cfg.target.dtype)
+        return DenseLearner(
+            self.module, self.trained().values(), cfg.train, lr, cfg.target.dtype, penalise=self.penalise
+        )
 
-    def _train(self, learner: DenseLearner, stream: Stream, **options: Any) -> TrainResult:
-        train = self.setting.cfg.train
-        batches = self.setting.bench.batches([stream], train.batch_size)
-        return train_learner(learner, batches, train, stream.steps, **options)
+    def steps(self, stream: Stream) -> int:
+        """Optimizer steps of a task."""
+        return stream.steps
+
+    def batches(self, stream: Stream) -> Batches:
+        """What a task, or a part of it, is trained on."""
+        if isinstance(self.options, Replayed):
+            return replaying(self.setting, stream, self.options)
+        return self.setting.bench.batches([stream], self.setting.cfg.train.batch_size)
+
+    def _train(self, learner: DenseLearner, stream: Stream, steps: int, **options: Any) -> TrainResult:
+        return train_learner(learner, self.batches(stream), self.setting.cfg.train, steps, **options)
 
     def score(self) -> Row:
         with autocast(self.setting.cfg.target.dtype):
             return self.setting.judge.score(self.module)
 
     def facts(self) -> dict[str, Any]:
-        trainable = sum(parameter.numel() for parameter in self._trained().values())
-        return {"trainable": trainable, "density": trainable / self._models[1]}
+        trainable = sum(parameter.numel() for parameter in self.trained().values())
+        return {"trainable": trainable, "density": trainable / self._total}
 
     def state(self, folder: Path) -> None:
-        save_tensors(folder / "weights.safetensors", self._trained(), {"format": "trace_dist.weights"})
+        save_tensors(folder / "weights.safetensors", self.kept(), {"format": "trace_dist.weights"})
 
-    @torch.no_grad()
     def load_state(self, folder: Path) -> None:
         tensors, _ = load_tensors(folder / "weights.safetensors", "weights")
-        for name, parameter in self._trained().items():
-            parameter.copy_(tensors[name])
+        self.restore(tensors)

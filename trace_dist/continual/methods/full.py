@@ -7,21 +7,15 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from trace_dist.config.checks import Rate, Section
 from trace_dist.continual.methods.dense import Dense
+from trace_dist.continual.methods.options import Replayed
 
 
 @dataclass(frozen=True)
-class Options(Section):
+class Options(Replayed):
     """Of ``full``."""
 
     section: ClassVar[str] = "continual.options.full"
-
-    lr: Rate | None = None
-    """Peak learning rate, or `auto`; as `train.lr` when not set."""
-
-    def check(self) -> None:
-        self.rates("lr")
 
 
 class Full(Dense):

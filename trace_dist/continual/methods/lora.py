@@ -2,58 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from trace_dist.config.checks import Rate, Section
-from trace_dist.continual.methods.dense import Dense
-from trace_dist.masks.ops import layouts_for
-from trace_dist.models.adapters import lora_rank
+from trace_dist.continual.methods.adapted import Adapted, rank_for
+from trace_dist.continual.methods.options import LowRank, Replayed
 
 
 @dataclass(frozen=True)
-class Options(Section):
+class Options(LowRank, Replayed):
     """Of ``lora``."""
 
     section: ClassVar[str] = "continual.options.lora"
 
-    lr: Rate | None = None
-    """Peak learning rate, or `auto`; as `train.lr` when not set."""
-    rank: int | None = None
-    """Rank of the adapters; when not set, the one that trains as many parameters as a task's mask."""
 
-    def check(self) -> None:
-        self.rates("lr")
-        self.at_least(1, "rank")
-
-
-class LoRA(Dense):
+class LoRA(Adapted):
     """Low-rank adapters."""
 
     label = "LoRA"
     colour = "pink"
 
-    def prepare(self, module: Any) -> nn.Module:
-        from peft import LoraConfig, get_peft_model  # slow to import, and needed here alone
+    def config(self, module: Any) -> Any:
+        from peft import LoraConfig  # slow to import, and needed here alone
 
-        self.rank = self.options.rank or lora_rank(module, self._entries(module))
-        torch.manual_seed(self.setting.cfg.seed)  # the adapters' random halves
-        config = LoraConfig(
+        self.rank = self.options.rank or rank_for(module, self.setting.cfg.mask)
+        return LoraConfig(
             r=self.rank, lora_alpha=2 * self.rank, target_modules="all-linear", task_type="CAUSAL_LM"
         )
-        return get_peft_model(module, config)
 
-    def _entries(self, module: nn.Module) -> float:
-        """Entries of a mask of the run's density."""
-        mask = self.setting.cfg.mask
-        layouts = layouts_for(module, "element", 1, mask.maskable)
-        return mask.density * sum(layout.numel for layout in layouts.values())
+    def prepare(self, module: Any) -> nn.Module:
+        torch.manual_seed(self.setting.cfg.seed)  # the adapters' random halves
+        adapted = super().prepare(module)
+        self._new = {
+            name: each.detach().clone() for name, each in adapted.named_parameters() if each.requires_grad
+        }
+        return adapted
+
+    def renew(self) -> None:
+        """Make the adapters what they were at first: they add nothing."""
+        self.put(self._new)
+
+    @torch.no_grad()
+    def put(self, adapters: Mapping[str, Tensor]) -> None:
+        """Make the adapters others, by name."""
+        for name, parameter in self.trained().items():
+            parameter.copy_(adapters[name])
 
     def facts(self) -> dict[str, Any]:
         return {**super().facts(), "lora_rank": self.rank}
+
+
+def is_a(name: str) -> bool:
+    """Whether an adapter's parameter is its A [rank, inputs]; the other one is B [outputs, rank]."""
+    return ".lora_A." in name
 
 
 METHOD = LoRA

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from trace_dist.bank.delta import Delta, Snapshot, applied, extract_delta
-from trace_dist.config.checks import Rate, Section, check
 from trace_dist.continual.isolation.base import Change
 from trace_dist.continual.judge import Row
 from trace_dist.continual.learn import train_stream, try_mask
 from trace_dist.continual.methods.base import Method
+from trace_dist.continual.methods.options import Replayed, replaying
 from trace_dist.continual.setting import Setting
-from trace_dist.data.batches import Batches
 from trace_dist.masks.mask import Mask
 from trace_dist.train.learner import Learner
 from trace_dist.train.loop import TrainResult
@@ -27,31 +26,13 @@ from trace_dist.utils.together import on_main
 
 
 @dataclass(frozen=True)
-class Options(Section):
+class Options(Replayed):
     """Of ``merged``."""
 
     section: ClassVar[str] = "continual.options.merged"
 
     replay: float = 0.1
     """Share of each batch that is drawn from earlier tasks and the general tasks, in [0, 1)."""
-    replay_memory: float = 0.01
-    """Share of the training examples of each of those tasks that is kept for replay, in (0, 1]."""
-    lr: Rate | None = None
-    """Peak learning rate, or `auto`; as `train.lr` when not set."""
-
-    def check(self) -> None:
-        kept = self.replay_memory
-        check(
-            0 <= self.replay < 1,
-            f"{self.where}.replay",
-            self.replay,
-            "must lie in [0, 1)",
-            "use for example 0.1",
-        )
-        check(
-            0 < kept <= 1, f"{self.where}.replay_memory", kept, "must lie in (0, 1]", "use for example 0.01"
-        )
-        self.rates("lr")
 
 
 class Merged(Method):
@@ -79,7 +60,7 @@ class Merged(Method):
         isolation, task = setting.isolation, stream.task.name
         before = extract_delta(setting.model, mask, task) if isolation.reads_changes else None
         scale = isolation.scale(mask, self._changes)
-        batches = self._batches(stream)
+        batches = replaying(setting, stream, self.options)
         result = train_stream(setting, stream, mask, batches, name=self.name, lr=self.own_lr, scale=scale)
         if before is not None:
             self._changes.append(Change.between(before, extract_delta(setting.model, mask, task)))
@@ -90,14 +71,8 @@ class Merged(Method):
     def trial(self, stream: Stream, part: Stream, lr: float) -> AbstractContextManager[Learner]:
         self._project()
         mask = self.setting.mask_for(stream)
-        return try_mask(self.setting, mask, self._batches(part), lr, part.steps, name=self.name)
-
-    def _batches(self, stream: Stream) -> Batches:
-        """Batches of the task that comes next, with replayed examples among them."""
-        bench, options = self.setting.bench, self.options
-        replayed = [*bench.general, *bench.tasks[: len(self._sizes)]]
-        size = self.setting.cfg.train.batch_size
-        return bench.batches([stream], size, replayed, options.replay, options.replay_memory)
+        batches = replaying(self.setting, part, self.options)
+        return try_mask(self.setting, mask, batches, lr, part.steps, name=self.name)
 
     def _project(self) -> None:
         """Masks are projected onto the base, which the model holds only now."""

@@ -18,7 +18,6 @@ from trace_dist.continual.methods.base import Method
 from trace_dist.continual.setting import Setting
 from trace_dist.models.fingerprint import check_same
 from trace_dist.run_folder import DELTA
-from trace_dist.train.workbench import Stream
 from trace_dist.utils import dist
 from trace_dist.utils.together import on_main
 
@@ -71,11 +70,6 @@ class OneSet(Method):
         return {
             "bank": {record.name: record.files[DELTA].sha256 for record in records if record and record.files}
         }
-
-    def upto(self, stream: Stream) -> list[Stream]:
-        """The tasks up to one, which is the last."""
-        names = [each.task.name for each in self.setting.bench.tasks]
-        return self.setting.bench.tasks[: names.index(stream.task.name) + 1]
 
     def score(self) -> Row:
         if self.delta is None:

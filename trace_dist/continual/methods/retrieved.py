@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from trace_dist.bank.bank import BASE, DeltaBank
-from trace_dist.bank.bound import error_bound
 from trace_dist.config.checks import Rate, Section
 from trace_dist.continual.judge import Row, Scored
 from trace_dist.continual.learn import learn_task, try_mask
@@ -97,22 +96,7 @@ class Retrieved(Method):
             "trainable": entries // len(sizes),
             "delta_bytes": {task: size["delta_bytes"] for task, size in self._sizes.items()},
             "bytes_per_entry": sum(size["delta_bytes"] for size in sizes) / entries,
-            "retrieval": self._retrieval(),
-        }
-
-    def _retrieval(self) -> dict[str, Any]:
-        """Where the tasks' test prompts go, and the bound on the error."""
-        bank, names = self.bank, self.bank.tasks
-        tasks = [stream.task for stream in self.setting.bench.tasks]
-        routes = {task.name: self.setting.judge.route(self.setting.model, bank, task) for task in tasks}
-        right = sum(found.count(task) for task, found in routes.items())
-        return {
-            **error_bound(bank.retriever).to_json(),
-            "accuracy": 100 * right / sum(map(len, routes.values())),
-            "tasks": list(routes),
-            "columns": names,
-            "confusion": [[found.count(name) for name in names] for found in routes.values()],
-            "num_clusters": sum(len(signature.weights) for signature in bank.retriever.signatures),
+            "retrieval": self.setting.judge.retrieval(self.setting.model, self.bank),
         }
 
     def state(self, folder: Path) -> None:

@@ -1,0 +1,49 @@
+"""What methods that train a PEFT model of the base have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+from torch import nn
+
+from trace_dist.config import MaskConfig
+from trace_dist.continual.methods.dense import Dense
+from trace_dist.masks.ops import layouts_for
+from trace_dist.models.adapters import lora_rank
+
+ADAPTER = "default"
+"""PEFT's name of the adapter that is trained."""
+
+
+class Adapted(Dense):
+    """Dense training of what PEFT adds to the base."""
+
+    @abstractmethod
+    def config(self, module: Any) -> Any:
+        """PEFT's configuration for the base."""
+
+    def prepare(self, module: Any) -> nn.Module:
+        from peft import get_peft_model  # slow to import, and needed here alone
+
+        config = self.config(module)
+        try:
+            adapted: nn.Module = get_peft_model(module, config)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"continual.methods={self.name!r}: PEFT cannot adapt this model ({error}); remove the method"
+            ) from error
+        return adapted
+
+    def layers(self) -> dict[str, Any]:
+        """The layers that PEFT adapted, by their names in the base."""
+        from peft.tuners.tuners_utils import BaseTunerLayer  # slow to import, and needed here alone
+
+        modules = self.module.get_base_model().named_modules()
+        return {name: each for name, each in modules if isinstance(each, BaseTunerLayer)}
+
+
+def rank_for(module: nn.Module, mask: MaskConfig) -> int:
+    """The rank at which LoRA trains about as many parameters as a mask has entries."""
+    layouts = layouts_for(module, "element", 1, mask.maskable)
+    return lora_rank(module, mask.density * sum(layout.numel for layout in layouts.values()))
