@@ -20,7 +20,8 @@ class ContinualConfig(Section):
 
     methods: list[str] = field(default_factory=lambda: list(USUAL))
     """retrieved (a delta per task), consolidated (one set of weights that those deltas teach), merged (one set of weights, masks
-    task after task with replay), random (retrieved with random masks), and for comparison full (full fine-tuning, task after
+    task after task with replay), random (retrieved with random masks), and for comparison trace (retrieved with whole tensors,
+    by TRACE's own recipe), full (full fine-tuning, task after
     task), lora (PEFT LoRA, task after task), and what merges of the deltas give without training: sum, average, ties, dare; or
     the path of a module of your own."""
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
