@@ -15,13 +15,14 @@ def _rows(field: str, package: str, *names: str) -> Registry:
 METHODS = _rows(
     "continual.methods", "continual.methods",
     "retrieved", "consolidated", "merged", "random", "full", "lora", "sum", "average", "ties", "dare",
-    "lora_retrieved", "ewc", "ella", "ps", "osft", "olora", "slao", "shira_random", "joint", "separate",
+    "lora_retrieved", "ewc", "ella", "ps", "osft", "olora", "slao", "shira_random", "joint", "separate", "trace",
 )  # fmt: skip
 SCORES = _rows(
-    "probe.score", "probe.importance", "l2", "fisher", "l2_fisher", "first_order", "relative_update", "snr"
+    "probe.score", "probe.importance",
+    "l2", "fisher", "l2_fisher", "first_order", "relative_update", "snr", "l2_plus_fisher", "specific",
 )  # fmt: skip
 PLACEMENTS = _rows(
-    "projection.placement", "projection.placements", "magnitude", "random", "refine", "narrow"
+    "projection.placement", "projection.placements", "magnitude", "random", "refine", "narrow", "target"
 )  # fmt: skip
 ISOLATIONS = _rows("mask.isolation", "continual.isolation", "shared", "exclusive", "soft")
 COMPOSITIONS = _rows("composition", "bank.composition", "sum", "average", "ties", "dare")

@@ -10,6 +10,8 @@ from continual.small import CHECKPOINT_EVERY, make_config
 
 from trace_dist.config import RunConfig
 from trace_dist.continual.driver import run_continual
+from trace_dist.continual.methods.trace import METHOD, Options
+from trace_dist.continual.setting import Setting
 from trace_dist.data.batches import Batches, Step
 from trace_dist.utils import dist
 
@@ -42,8 +44,16 @@ def run_until(cfg: RunConfig, number: int) -> None:
     raise AssertionError(f"batch {number} never came")
 
 
+def make_masks(cfg: RunConfig) -> None:
+    """TRACE's masks of all tasks."""
+    setting = Setting.load(cfg)
+    trace = METHOD("trace", setting, Options())
+    for stream in setting.bench.tasks:
+        trace.mask(stream)
+
+
 def main() -> None:
-    """One run that is whole, and one that is cut."""
+    """One run that is whole, one that is cut, and masks alone."""
     dist.init_distributed()
     # deepspeed puts --local_rank before it
     folder = Path(sys.argv[-1])
@@ -53,6 +63,7 @@ def main() -> None:
         for number in CUTS:
             run_until(cfg, number)
         run_continual(cfg)
+    make_masks(replace(make_config(folder, ["trace"], "ranks-masks"), backend="zero3"))
     dist.close()
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 from continual import race_script
-from continual.rank_script import METHODS
+from continual.rank_script import METHODS, make_masks
 from continual.small import TASKS, make_config, outcome, result
 from launching import launch
 
 from trace_dist.continual.driver import check_methods
 from trace_dist.continual.race import Race, held_race
 from trace_dist.continual.setting import Setting
+from trace_dist.masks import Mask
 from trace_dist.utils.files import read_json
 
 pytestmark = pytest.mark.launcher
@@ -22,8 +23,8 @@ pytestmark = pytest.mark.launcher
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> Path:
-    """The runs ``ranks-whole`` and ``ranks-cut``."""
-    for run in ("ranks-whole", "ranks-cut"):
+    """The runs ``ranks-whole`` and ``ranks-cut``, and ``ranks-masks``, which learns nothing."""
+    for run in ("ranks-whole", "ranks-cut", "ranks-masks"):
         shutil.copytree(folder / "probed", folder / run)
     launch(Path(__file__).with_name("rank_script.py"), 2, folder, launcher="deepspeed")
     return folder
@@ -41,6 +42,14 @@ def test_tasks_are_learned_on_two_ranks_too(ranks: Path) -> None:
     assert found["forgetting"] == 0
     assert list(found["losses"]) == list(TASKS)
     assert found["average_accuracy"] > 60
+
+
+def test_whole_tensors_are_the_same_on_two_ranks(ranks: Path) -> None:
+    shutil.copytree(ranks / "probed", ranks / "one-masks")
+    one, two = (make_config(ranks, ["trace"], run) for run in ("one-masks", "ranks-masks"))
+    make_masks(one)
+    for task in TASKS:
+        assert Mask.load(one.folder.mask(task, "trace")) == Mask.load(two.folder.mask(task, "trace"))
 
 
 def test_a_race_on_two_ranks_is_that_of_one(folder: Path) -> None:

@@ -62,7 +62,7 @@ def test_exact_beyond_two_to_the_24_elements() -> None:
     layouts = {"w": UnitLayout((num,), 1)}
     scores = torch.zeros(num)
     scores[::5] = 1
-    assert global_budgets({"w": scores}, layouts, (num - 2) / num) == {"w": num - 2}
+    assert global_budgets(lambda *_: scores, layouts, (num - 2) / num) == {"w": num - 2}
     assert torch.equal(top_units(scores, layouts["w"], num - 2), torch.arange(num - 2, dtype=torch.int32))
 
 

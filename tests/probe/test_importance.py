@@ -11,7 +11,8 @@ from trace_dist.bank.sketch import Sketch, sketch_update
 from trace_dist.masks.units import UnitLayout
 from trace_dist.parts import SCORES
 from trace_dist.probe.importance import Evidence, unit_importance
-from trace_dist.probe.specificity import cosine_matrix, specificity, tensor_specificity
+from trace_dist.probe.importance.contrast import Contrast
+from trace_dist.probe.specificity import cosine_matrix, mean_cosines, specificity, tensor_specificity
 from trace_dist.probe.warm_start import Trace
 
 U = torch.tensor([[1.0, -2.0, 0.0], [3.0, 0.0, 4.0]])
@@ -69,6 +70,60 @@ def test_nothing_in_nothing_out(score: str) -> None:
         Trace({"w": Evidence(zeros, zeros, zeros, zeros)}, []), {"w": UnitLayout((2, 3), 1)}, score
     )
     assert found["w"].tolist() == [0.0] * 6
+
+
+TWO = {
+    "w": Evidence(W, U, G, F),
+    "v": Evidence(*(torch.tensor([value]) for value in (1.0, -6.0, 0.5, 20.25))),
+}
+
+
+def test_the_sum_of_update_and_gradient_is_scaled_over_the_whole_model() -> None:
+    """Updates of 0 to 6 and mean squared gradients of 0 to 20.25, over both tensors."""
+    layouts = {"w": UnitLayout((2, 3), 1), "v": UnitLayout((1,), 1)}
+    found = unit_importance(Trace(TWO, []), layouts, "l2_plus_fisher")
+    expected = [
+        (abs(u) / 6 + f / 20.25) / 2 for u, f in zip(U.flatten().tolist(), F.flatten().tolist(), strict=True)
+    ]
+    assert found["w"].tolist() == pytest.approx(expected)
+    assert found["v"].tolist() == [1]
+    assert found["w"].dtype == torch.float32
+
+
+def test_whole_tensors_by_the_sum() -> None:
+    """Of two tensors one is best and one is worst in each part: rms 6 over sqrt(5), mean square 20.25 over 31 / 6."""
+    layouts = {"w": UnitLayout((2, 3), 6), "v": UnitLayout((1,), 1)}
+    assert unit_importance(Trace(TWO, []), layouts, "l2_plus_fisher") == {
+        "w": torch.zeros(1),
+        "v": torch.ones(1),
+    }
+
+
+def test_what_every_task_needs_is_not_specific() -> None:
+    """Three tasks, each over its mean; the third matters ten times as much everywhere, which must not count."""
+    tasks = [{"a": torch.tensor([4.0, 1.0]), "b": torch.tensor([1.0])}, {"a": torch.tensor([4.0, 1.0]), "b": torch.tensor([4.0])},
+             {"a": torch.tensor([40.0, 10.0]), "b": torch.tensor([10.0])}]  # fmt: skip
+    contrast = Contrast("specific")
+    for task in tasks:
+        contrast.add(task)
+    # Means 2, 3 and 20; of the others 4/3 and 2 (mean 5/3), 1/3 and 1/2 (5/12), 4/3 and 1/2 (11/12).
+    found = contrast.of(tasks[0])
+    expected = [2 / (1 + 5 / 3), 0.5 / (1 + 5 / 12), 0.5 / (1 + 11 / 12)]
+    assert torch.cat([found["a"], found["b"]]).tolist() == pytest.approx(expected)
+    assert found["a"].dtype == torch.float32
+    # Only the second task needs b much: there it is its most specific unit but for a's first.
+    second = contrast.of(tasks[1])
+    assert float(second["b"]) > float(second["a"][0])
+
+
+def test_signed_cosines_are_averaged_one_task_after_the_other() -> None:
+    own, same, opposite, apart = sketched(
+        [update(1, 0, 2), update(3, 0, 2), update(-1, 0, 2), update(0, 5, -1)]
+    )
+    assert mean_cosines(own, iter([same, opposite, apart])) == pytest.approx({"a": 0, "b": 1 / 3}, abs=1e-6)
+    assert mean_cosines(own, iter([opposite])) == pytest.approx({"a": -1, "b": 1})
+    with pytest.raises(ValueError, match="no other task to compare with; add one"):
+        mean_cosines(own, iter([]))
 
 
 def update(*values: float) -> dict[str, torch.Tensor]:

@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 from probe.setting import NARROW, make_batches, make_config, make_model
 
+from trace_dist.config import MaskConfig, ProjectionConfig
 from trace_dist.masks.ops import layouts_for, place, random_mask
 from trace_dist.projection.placements.magnitude import magnitude_scores
 from trace_dist.projection.placements.narrow import narrow_scores
 from trace_dist.projection.placements.refine import fisher_scores
+from trace_dist.projection.project import project_task
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.build import shard
 from trace_dist.utils import dist
@@ -29,7 +31,7 @@ def main(out: Path, backend: str) -> None:
     found: dict[str, torch.Tensor] = {}
     for granularity in GRANULARITIES:
         found |= scores_and_mask(model, granularity)
-    found |= narrowed(model)
+    found |= narrowed(model) | competing(model)
     after = model.full_state_dict()
     save_tensors(out / f"found.{dist.rank()}.safetensors", found, {"format": "trace_dist.found"})
     same = all(torch.equal(value, after[name]) for name, value in before.items())
@@ -55,6 +57,17 @@ def narrowed(model: ShardedModel) -> dict[str, torch.Tensor]:
     cfg = make_config()
     scores = narrow_scores(model, pool, make_batches(), NARROW, cfg.probe, cfg.train)
     return {f"narrow/{name}": scores(name, layout) for name, layout in layouts.items()}
+
+
+def competing(model: ShardedModel) -> dict[str, torch.Tensor]:
+    """The mask that the target alone makes, with floors and caps."""
+    cfg = make_config()
+    mask = MaskConfig(density=0.1, granularity="block", block=16, floor=0.02, cap=0.3)
+    placed = project_task(
+        model, None, "t", make_batches, mask=mask, projection=ProjectionConfig("target"), probe=cfg.probe,
+        train=cfg.train, seed=0,
+    )  # fmt: skip
+    return {f"target/{name}": units for name, units in placed.units.items()}
 
 
 def cut_units(model: ShardedModel) -> int:

@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trace_dist.config.mask import Spread
 from trace_dist.masks import Mask, UnitLayout
 from trace_dist.masks.ops import mask_from_scores, place
 from trace_dist.models.roles import describe
-from trace_dist.projection.budget import project_budgets, scale_budgets
+from trace_dist.projection.budget import carry_over, project_budgets, scale_budgets
 
 Layouts = dict[str, UnitLayout]
 
@@ -92,6 +93,19 @@ def test_two_norms_of_a_layer_count_as_one() -> None:
     assert list(budgets.values()) == pytest.approx([4, 4, 6, 6, 8, 8])
 
 
+def test_the_last_norm_is_not_one_of_the_first_layer() -> None:
+    proxy = {
+        f"model.{name}.weight": UnitLayout((10,), 1)
+        for name in ("layers.0.n_norm", "layers.1.n_norm", "norm")
+    }
+    target = {
+        f"model.{name}.weight": UnitLayout((20,), 1)
+        for name in ("layers.0.n_norm", "layers.1.n_norm", "norm")
+    }
+    budgets = projected(mask_with(proxy, dict(zip(proxy, (0.1, 0.2, 0.9), strict=True))), target, 0.4)
+    assert list(budgets.values()) == pytest.approx([2, 4, 18])
+
+
 @given(st.floats(0.01, 1.0), st.integers(0, 9))
 @settings(deadline=None)
 def test_the_same_model_is_its_own_projection(density: float, seed: int) -> None:
@@ -108,6 +122,41 @@ def test_the_same_model_is_its_own_projection(density: float, seed: int) -> None
     for name in layouts:
         assert budgets[name] == pytest.approx(mask.tensor_density(name) * layouts[name].numel)
     assert place(layouts, "element", budgets, lambda name, _: scores[name]) == mask
+
+
+def test_numbers_of_tensors_are_carried_over_by_role_and_depth() -> None:
+    """Three proxy layers at depth 0, 1/2, 1; four target layers at 0, 1/3, 2/3, 1; the head is unknown to the proxy."""
+    proxy = layouts_of(3, 10, ("mlp.up_proj", "self_attn.q_proj"))
+    values = dict(zip(proxy, (3.0, 30.0, 6.0, 10.0, 0.0, 50.0), strict=True))
+    target = layouts_of(4, 20, ("mlp.up_proj", "self_attn.q_proj")) | {
+        "lm_head.weight": UnitLayout((9, 20), 1)
+    }
+    infos = [describe({name: layout.shape for name, layout in each.items()}) for each in (proxy, target)]
+    carried = carry_over(values, *infos, target, default=7.0)
+    up, q = [3, 5, 4, 0], [30, 50 / 3, 70 / 3, 50]
+    expected = [number for pair in zip(up, q, strict=True) for number in pair] + [7]
+    assert list(carried.values()) == pytest.approx(expected)
+    assert carry_over(values, infos[0], infos[0], list(proxy), default=7.0) == values
+
+
+@given(st.integers(0, 200))
+@settings(deadline=None)
+def test_budgets_keep_to_floors_and_caps(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    layouts = {
+        f"t{i}": UnitLayout((1 + int(torch.randint(40, (1,), generator=generator)),), 1) for i in range(6)
+    }
+    wanted = {name: 10 ** (8 * float(torch.rand(1, generator=generator)) - 4) for name in layouts}
+    spread = Spread(floor=0.1, cap=0.5)
+    budgets = scale_budgets(wanted, layouts, 0.3, spread)
+    assert list(budgets) == list(layouts)
+    assert sum(budgets.values()) == pytest.approx(0.3 * sum(layout.numel for layout in layouts.values()))
+    for name, layout in layouts.items():
+        assert 0.1 * layout.numel * (1 - 1e-6) <= budgets[name] <= 0.5 * layout.numel * (1 + 1e-6)
+    # Between the bounds they keep their proportions.
+    free = [n for n, each in layouts.items() if 0.1001 * each.numel < budgets[n] < 0.4999 * each.numel]
+    factors = [budgets[name] / wanted[name] for name in free]
+    assert factors == pytest.approx(factors[:1] * len(factors))
 
 
 amounts = st.just(0.0) | st.floats(1e-9, 100)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +10,15 @@ import torch
 from probe.setting import NARROW, make_batches, make_config, make_model, reference_gradients
 from projection.rank_script import GRANULARITIES
 
+from trace_dist.config import MaskConfig, ProjectionConfig
 from trace_dist.masks import Mask, UnitLayout
-from trace_dist.masks.ops import Scores, layouts_for, place
+from trace_dist.masks.ops import Scores, layouts_for, place, random_mask
 from trace_dist.projection.placements.narrow import OUTSIDE, narrow_scores
+from trace_dist.projection.placements.narrow import Options as NarrowOptions
+from trace_dist.projection.placements.narrow import scores as narrow_placement
 from trace_dist.projection.placements.refine import fisher_scores
+from trace_dist.projection.project import project_task
+from trace_dist.projection.site import Site
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.build import shard
 
@@ -91,6 +97,19 @@ def test_narrowing_in_shards_equals_narrowing_in_one_process(single: Any, sharde
         )
 
 
+def test_the_target_alone_makes_the_same_mask_in_shards(single: Any, sharded: Any) -> None:
+    """But for a few units at the limit, since sums are rounded in another order."""
+    pairs = [
+        {(name, unit) for name, units in each.part("target").items() for unit in units.tolist()}
+        for each in (single, sharded)
+    ]
+    assert len(pairs[0] & pairs[1]) >= 0.97 * len(pairs[0])
+    layouts = layouts_for(make_model(), "block", 16, "linear")
+    for name, layout in layouts.items():
+        units = sharded.part("target")[name]
+        assert 0.02 * layout.numel - 8 <= int(layout.sizes(units).sum()) <= 0.3 * layout.numel + 8
+
+
 def narrow(model: ShardedModel, pool: Mask) -> Scores:
     cfg = make_config()
     return narrow_scores(model, pool, make_batches(), NARROW, cfg.probe, cfg.train)
@@ -123,6 +142,91 @@ def test_narrowing_finds_the_entries_that_matter(granularity: str) -> None:
     assert float(scores(name, layout)[-1]) == OUTSIDE
     assert all(torch.equal(value, before[key]) for key, value in model.full_state_dict().items())
     assert not any(parameter.requires_grad for parameter in model.module.parameters())
+
+
+def site_of(model: ShardedModel, layouts: dict[str, UnitLayout], density: float, **changes: Any) -> Site:
+    cfg = make_config()
+    budgets = {name: density * layout.numel for name, layout in layouts.items()}
+    values = {"granularity": "element", "budgets": budgets, "task": "t", "batches": make_batches}
+    values |= {"probe": cfg.probe, "train": cfg.train, "seed": 0, "refused": {}}
+    return Site(model=model, layouts=layouts, **{**values, **changes})
+
+
+def chosen(scores: Scores, name: str, layout: UnitLayout) -> torch.Tensor:
+    """Units that were in the pool."""
+    return (scores(name, layout) != OUTSIDE).nonzero().flatten()
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_pools_hold_magnitudes_gradients_or_half_of_each(refused: bool) -> None:
+    model, name, _ = planted()
+    layout = UnitLayout((50, 36), 1)
+    layouts, held = {name: layout}, {name: torch.arange(0, 1800, 7, dtype=torch.int32)} if refused else {}
+    site, size = site_of(model, layouts, 0.1, refused=held), 360
+    magnitude = model.values(name).float().abs().flatten()
+    fisher = fisher_scores(model, layouts, make_batches(), site.probe.fisher_batches)(name, layout)
+    for each in (magnitude, fisher):
+        each[held.get(name, torch.empty(0)).long()] = -1
+    best = magnitude.argsort(descending=True, stable=True), fisher.argsort(descending=True, stable=True)
+    half = best[0][: size // 2]
+    rest = best[1][~torch.isin(best[1], half)][: size // 2]
+    expected = {"magnitude": best[0][:size], "fisher": best[1][:size], "both": torch.cat([half, rest])}
+    for pool, units in expected.items():
+        options = NarrowOptions(pool=pool, pool_density=0.2, steps=1)
+        found = narrow_placement(site_of(model, layouts, 0.05, refused=held), options)
+        assert torch.equal(chosen(found, name, layout), units.sort().values), pool
+
+
+def test_a_score_of_several_parts_is_scaled_over_the_pool() -> None:
+    """As by the parts alone, put together by hand."""
+    cfg = make_config()
+    found = {}
+    for score in ("l2", "fisher", "l2_plus_fisher"):
+        model = shard(make_model())
+        layouts = layouts_for(model, "block", 16, "linear")
+        pool = random_mask(layouts, "block", 0.3, seed=0)
+        scores = narrow_scores(
+            model, pool, make_batches(), NARROW, replace(cfg.probe, score=score), cfg.train
+        )
+        found[score] = torch.cat([scores(name, layout) for name, layout in layouts.items()])
+    inside = found["l2"] != OUTSIDE
+    parts = [found["l2"][inside].double(), found["fisher"][inside].double().square()]
+    expected = sum((part - part.min()) / (part.max() - part.min()) / 2 for part in parts)
+    torch.testing.assert_close(found["l2_plus_fisher"][inside].double(), expected, rtol=1e-5, atol=1e-7)
+    assert torch.equal(found["l2_plus_fisher"] != OUTSIDE, inside)
+
+
+@pytest.mark.parametrize("share_of", ["elements", "tensors"])
+def test_without_a_proxy_all_tensors_of_the_target_compete(share_of: str) -> None:
+    """The whole selection against gradients of a plain model; what is refused goes to the next best, wherever they lie."""
+    granularity = "element" if share_of == "elements" else "tensor"
+    cfg, model = make_config(), shard(make_model())
+    mask = MaskConfig(density=0.1, granularity=granularity, share_of=share_of)
+    layouts = layouts_for(model, granularity, 1, "linear")
+    gradients = reference_gradients(make_model(), make_batches(), cfg.probe.fisher_batches)
+    means = {name: sum(g[name].square() for g in gradients) / len(gradients) for name in layouts}
+    flat = torch.cat([unit_means(means[name], layouts[name]) if share_of == "tensors" else means[name].flatten()
+                      for name in layouts])  # fmt: skip
+    best = flat.argsort(descending=True)
+    ends = torch.tensor([layout.num_units for layout in layouts.values()]).cumsum(0).tolist()
+    starts = dict(zip(layouts, [0, *ends[:-1]], strict=True))
+    refused = {}
+    for name, layout in layouts.items():
+        held = best[:3] - starts[name]
+        held = held[(held >= 0) & (held < layout.num_units)]
+        if len(held):
+            refused[name] = held.sort().values
+    made = project_task(
+        model, None, "t", make_batches, mask=mask, projection=ProjectionConfig("target"), probe=cfg.probe,
+        train=cfg.train, seed=0, refused=refused,
+    )  # fmt: skip
+    assert made.meta["method"] == "projected/target"
+    size = round(0.1 * len(flat))
+    expected = set(best[3 : 3 + size].tolist())
+    units = {starts[name] + unit for name, chosen in made.units.items() for unit in chosen.tolist()}
+    assert len(units) == size
+    # Gradients in fp32 and fp64 may order a few at the limit differently.
+    assert len(units - expected) <= 0.01 * size
 
 
 def test_narrowing_restores_bf16_weights_bit_for_bit() -> None:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
+import torch
 from cli.program import make_config, write_config, write_tasks
 
 from trace_dist.cli.parser import parse, run_config
-from trace_dist.config import ProbeConfig, ProjectionConfig, RunConfig
+from trace_dist.config import MaskConfig, ProbeConfig, ProjectionConfig, RunConfig
 from trace_dist.masks import Mask
 from trace_dist.masks.ops import overlap
 from trace_dist.masks.storage import load_saliency
 from trace_dist.models.fingerprint import fingerprint
-from trace_dist.stages.probe import run_probe
+from trace_dist.probe.task import Probed
+from trace_dist.stages import probe as stages
+from trace_dist.stages.probe import Proxy, run_probe
 from trace_dist.stages.project import run_project
+from trace_dist.utils.files import load_tensors
 
 TASKS = ("copy", "twist")
 
@@ -69,6 +77,52 @@ def test_a_probe_that_was_cut_measures_the_rest_alone(cfg: RunConfig) -> None:
     assert {path: path.read_bytes() for path in whole} == whole
 
 
+def test_scores_of_one_task_are_held_at_a_time(
+    cfg: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three tasks; a general set is probed where the score compares with it."""
+    held, most = list[weakref.ref](), [0]
+    probed = stages.probe_task
+
+    def counted(*arguments: Any) -> Probed:
+        gc.collect()
+        most[0] = max(most[0], sum(each() is not None for each in held))
+        found = probed(*arguments)
+        held.append(weakref.ref(next(iter(found.scores.values()))))
+        return found
+
+    monkeypatch.setattr(stages, "probe_task", counted)
+    specific = replace(cfg, run_dir=str(tmp_path), probe=replace(cfg.probe, score="specific"))
+    run_probe(specific)
+    assert len(held) == 3
+    assert most == [1]
+    assert specific.folder.trace("plain").is_file()
+    assert json.loads(specific.folder.specificity.read_text())["tasks"] == list(TASKS)
+    # By hand, from the three traces.
+    traces = {name: load_tensors(specific.folder.trace(name), "trace")[0] for name in (*TASKS, "plain")}
+    means = {name: float(torch.cat([*each.values()]).double().mean()) for name, each in traces.items()}
+    scores, _, _ = load_saliency(specific.folder.saliency("copy"))
+    for name, score in scores.items():
+        own, twist, plain = (traces[task][name].double() / means[task] for task in ("copy", "twist", "plain"))
+        torch.testing.assert_close(score.double(), own / (1 + (twist + plain) / 2), rtol=1e-5, atol=1e-9)
+
+
+def test_epochs_and_batches_of_the_gradients(cfg: RunConfig, tmp_path: Path) -> None:
+    """A pass and a half over the training examples, 8 at a time; squared gradients of single examples are larger."""
+    other = ProbeConfig(epochs=1.5, batch_size=8, fisher_batches=20, fisher_batch_size=1, score="fisher")
+    changed = replace(cfg, run_dir=str(tmp_path), probe=other, tasks=cfg.tasks[:1])
+    run_probe(changed)
+    (curve,) = json.loads(changed.folder.specificity.read_text())["losses"].values()
+    proxy = Proxy.load(changed)
+    (stream,) = proxy.bench.tasks
+    assert len(curve) == ceil(1.5 * len(stream.encoded) / 8)
+    single, _, _ = load_saliency(changed.folder.saliency("copy"))
+    run_probe(replace(changed, probe=replace(other, fisher_batch_size=None)))
+    eight, _, _ = load_saliency(changed.folder.saliency("copy"))
+    sizes = [sum(float(score.double().square().sum()) for score in each.values()) for each in (single, eight)]
+    assert sizes[0] > 1.5 * sizes[1]
+
+
 def test_what_was_probed_in_another_way_is_probed_again(cfg: RunConfig, tmp_path: Path) -> None:
     other = replace(cfg, run_dir=str(tmp_path), probe=replace(cfg.probe, score="l2"))
     other.folder.trace("copy").parent.mkdir(parents=True)
@@ -96,6 +150,35 @@ def test_placements(placement: str, cfg: RunConfig) -> None:
             assert mask.meta["model"] == fingerprint(cfg.target.path)
     assert masks(cfg)[0].meta["method"] == f"projected/{placement}"
     assert masks(cfg, "random")[0].meta["method"] == "random"
+
+
+def test_whole_tensors_are_carried_over_and_the_placement_is_not_used(cfg: RunConfig, tmp_path: Path) -> None:
+    """The target is twice as wide as the proxy and has as many layers: a tensor has the score of the one of its name."""
+    whole = MaskConfig(density=0.3, granularity="tensor", share_of="tensors")
+    changed = replace(cfg, run_dir=str(tmp_path), mask=whole)
+    run_probe(changed)
+    run_project(changed)
+    for task, mask in zip(TASKS, masks(changed), strict=True):
+        scores, layouts, _ = load_saliency(changed.folder.saliency(task))
+        best = sorted(scores, key=lambda name: -float(scores[name]))[: round(0.3 * len(scores))]
+        assert sorted(mask) == sorted(best)
+        assert sorted(Mask.load(changed.folder.proxy_mask(task))) == sorted(best)
+        assert mask.meta["method"] == "transferred"
+        assert all(mask.layouts[name] != layouts[name] for name in best)
+        assert len(Mask.load(changed.folder.mask(task, "random"))) == len(best)
+    made = changed.folder.mask("copy").stat().st_mtime_ns
+    run_project(changed)
+    assert changed.folder.mask("copy").stat().st_mtime_ns == made
+
+
+def test_without_a_probe_the_target_is_asked_itself(cfg: RunConfig, tmp_path: Path) -> None:
+    alone = replace(cfg, run_dir=str(tmp_path), proxy=None, projection=ProjectionConfig("target"))
+    run_project(alone)
+    first, second = masks(alone)
+    assert first != second
+    assert first.meta["method"] == "projected/target"
+    assert abs(first.num_entries - cfg.mask.density * first.num_maskable) < 1
+    assert not (alone.folder.root / "probe").exists()
 
 
 def test_random_places_of_two_tasks_are_independent(cfg: RunConfig) -> None:

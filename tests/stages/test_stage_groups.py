@@ -26,6 +26,10 @@ from trace_dist.stages.pipeline import stage_groups
 from trace_dist.stages.stage import ALONE, Stage
 from trace_dist.stages.start import check_parts
 
+ONE = [TaskConfig("one", "one.jsonl")]
+TRACE = ContinualConfig(["trace"])
+SPECIFIC = ContinualConfig(["trace"], {"trace": {"select": "specificity"}})
+
 
 def make(folder: Path, **changes: object) -> RunConfig:
     values = {
@@ -68,6 +72,20 @@ def test_a_proxy_that_is_cut_out_of_the_target_waits_for_it(tmp_path: Path) -> N
     assert names(make(tmp_path, proxy=cut))[:2] == [["base target"], ["probe"]]
 
 
+def test_nothing_is_probed_that_nobody_reads(tmp_path: Path) -> None:
+    cfg = make(tmp_path, projection=ProjectionConfig("target"))
+    assert names(cfg)[:2] == [["base target"], ["project retrieved random"]]
+    assert not stage_groups(cfg)[1][0].inputs
+    # TRACE's own masks come from the probe, whatever makes the others.
+    cfg = replace(cfg, continual=ContinualConfig(["retrieved", "trace"]))
+    assert names(cfg)[:3] == [["base target", "probe"], ["probe"], ["project retrieved trace"]]
+
+
+def test_methods_with_masks_of_their_own_project_none(tmp_path: Path) -> None:
+    cfg = make(tmp_path, continual=ContinualConfig(["trace"]))
+    assert names(cfg)[2:] == [["trace"], ["project"], ["memory"]]
+
+
 def test_a_model_from_elsewhere_is_not_made(tmp_path: Path) -> None:
     target, *_ = stage_groups(make(tmp_path, target=ModelConfig("somebody/model")))[0]
     assert target.done
@@ -107,6 +125,11 @@ def test_what_one_stage_needs_another_leaves(tmp_path: Path) -> None:
         ({"train": TrainConfig(scheduler="cosin")}, "train.scheduler='cosin'"),
         ({"train": TrainConfig(scheduler="reduce_lr_on_plateau")}, "must depend on the step alone"),
         ({"probe": ProbeConfig(steps=0)}, "probe.steps=0: probe.score='l2_fisher' reads the update"),
+        ({"probe": ProbeConfig(steps=0, score="fisher"), "continual": TRACE}, "probe.steps=0: continual.methods='trace'"),
+        ({"probe": ProbeConfig(score="specific"), "tasks": ONE}, "probe.score='specific': compares the task with others"),
+        ({"continual": SPECIFIC, "tasks": ONE}, "continual.options.trace.select='specificity': specificity compares tasks"),
+        ({"continual": ContinualConfig(options={"trace": {"share": 0.0}})}, "options.trace.share=0.0: must lie in (0, 1]"),
+        ({"projection": ProjectionConfig(options={"pool": "fischer"})}, "pool"),
         ({"probe": ProbeConfig(score="snr", fisher_batches=1)}, "probe.fisher_batches=1: probe.score='snr' needs at least 2"),
     ],
 )  # fmt: skip

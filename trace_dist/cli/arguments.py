@@ -178,24 +178,66 @@ MASK = "runs/quickstart/masks/reverse.safetensors"
 BANK = "runs/quickstart/bank"
 Options = dict[str, dict[str, Any]]
 """Argument -> options of ``add_argument``; a name without dashes stands alone on the command line."""
+OTHER_MASK = "runs/quickstart/masks/spiral.safetensors"
+_MASKS: Options = {"masks": {"nargs": "+", "help": "mask files, two or more"}}
+_TWO_MASKS: Options = {"left": {"help": "mask file"}, "right": {"help": "mask file"}}
+_OUT_MASK: Options = {"--out": {"required": True, "help": "mask file to write"}}
 MASK_ACTIONS: dict[str, tuple[Command, Options]] = {
     "show": (
         Command(
-            "show granularity, density and origin of a mask, and its density per tensor", f"mask show {MASK}"
+            "show granularity, density and origin of a mask, and its density per tensor",
+            f"mask show {MASK} --picture reverse.png",
         ),
+        {
+            "file": {"help": "mask file"},
+            "--picture": {
+                "default": None,
+                "help": "PNG or SVG file with its density by layer and role to write",
+            },
+        },
+    ),
+    "stats": (
+        Command("count what a mask selects by role, by layer and by tensor", f"mask stats {MASK}"),
         {"file": {"help": "mask file"}},
+    ),
+    "diff": (
+        Command("show by tensor what only one of two masks selects", f"mask diff {MASK} {OTHER_MASK}"),
+        _TWO_MASKS,
+    ),
+    "overlap": (
+        Command(
+            "show how much of each mask the others select too, in percent of its entries",
+            f"mask overlap {MASK} {OTHER_MASK}",
+        ),
+        _MASKS,
+    ),
+    "union": (
+        Command(
+            "write what any of some masks of one model selects",
+            f"mask union {MASK} {OTHER_MASK} --out either.safetensors",
+        ),
+        _MASKS | _OUT_MASK,
+    ),
+    "intersect": (
+        Command(
+            "write what all of some masks of one model select",
+            f"mask intersect {MASK} {OTHER_MASK} --out both.safetensors",
+        ),
+        _MASKS | _OUT_MASK,
+    ),
+    "subtract": (
+        Command(
+            "write what the first of some masks of one model selects and none of the others",
+            f"mask subtract {MASK} {OTHER_MASK} --out reverse-alone.safetensors",
+        ),
+        _MASKS | _OUT_MASK,
     ),
     "combine": (
         Command(
             "make the union, intersection or difference of two masks of one model",
-            f"mask combine union {MASK} runs/quickstart/masks/spiral.safetensors --out both.safetensors",
+            f"mask combine union {MASK} {OTHER_MASK} --out both.safetensors",
         ),
-        {
-            "operation": {"choices": ["union", "intersection", "difference"]},
-            "left": {"help": "mask file"},
-            "right": {"help": "mask file"},
-            "--out": {"required": True, "help": "mask file to write"},
-        },
+        {"operation": {"choices": ["union", "intersection", "difference"]}} | _TWO_MASKS | _OUT_MASK,
     ),
 }
 _FOLDER: Options = {"folder": {"help": "folder of the bank"}}
@@ -285,7 +327,7 @@ FILE_COMMANDS = {
         "write a commented starter configuration from a model and data files, and say what it would do",
         "init --model runs/quickstart/models/target --data tasks/copy.jsonl tasks/twist.jsonl --out mine.yaml",
     ),
-    "mask": Command("look at mask files and combine them", f"mask show {MASK}"),
+    "mask": Command("look at mask files, compare and combine them", f"mask show {MASK}"),
     "bank": Command("look into a bank of deltas, keep it in order, and export from it", f"bank show {BANK}"),
     "memory": Command("predict, measure and plan the memory of training", MEMORY_ACTIONS["plan"].example),
     "bench": Command(

@@ -20,10 +20,11 @@ class ContinualConfig(Section):
 
     methods: list[str] = field(default_factory=lambda: list(USUAL))
     """retrieved (a delta per task), consolidated (one set of weights that those deltas teach), merged (one set of weights, masks
-    task after task with replay), random (retrieved with random masks), and for comparison full (full fine-tuning, task after
-    task), lora (PEFT LoRA, task after task), and what merges of the deltas give without training: sum, average, ties, dare;
-    published methods: lora_retrieved, ewc, ella, ps, osft, olora, slao, shira_random; bounds: joint (all tasks at once), separate
-    (a model per task, which is given); or the path of a module of your own."""
+    task after task with replay), random (retrieved with random masks), and for comparison trace (retrieved with whole tensors, by
+    TRACE's own recipe), full (full fine-tuning, task after task), lora (PEFT LoRA, task after task); merges of the deltas
+    without training: sum, average, ties, dare; published methods: lora_retrieved, ewc, ella, ps, osft, olora, slao,
+    shira_random; bounds: joint (all tasks at once), separate (a model per task, which is given); or the path of a module of your
+    own."""
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Options by method, as `{merged: {replay: 0.1, replay_memory: 0.01}, full: {lr: 1e-3}, lora: {lr: 3e-3, rank: 8}}`; the
     methods' files explain them, and those of a method that is not run are not used."""

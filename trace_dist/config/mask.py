@@ -9,6 +9,26 @@ from trace_dist.config.checks import Section, check
 from trace_dist.parts import ISOLATIONS
 
 Granularity = Literal["element", "block", "row", "column", "head", "tensor"]
+ShareOf = Literal["elements", "tensors"]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a density is spread over the tensors of a model.
+
+    Attributes:
+        share_of: what it is a share of: all elements, or all tensors by count.
+        floor: least density of each tensor.
+        cap: greatest density of each tensor.
+    """
+
+    share_of: ShareOf = "elements"
+    floor: float = 0.0
+    cap: float = 1.0
+
+
+FREE = Spread()
+"""Of the elements, wherever they lie."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +41,14 @@ class MaskConfig(Section):
     """Share of the maskable elements that are trained, in (0, 1]."""
     granularity: Granularity = "element"
     """What is selected together: element, block, row (output neuron), column (input neuron), head or tensor."""
+    share_of: ShareOf = "elements"
+    """What the density is a share of: elements, or, for granularity tensor, tensors by count."""
+    scope: Literal["model", "tensor"] = "model"
+    """Where units compete: in the whole model, or within each tensor, which all get the same density then."""
+    floor: float = 0.0
+    """Least density of each tensor, in [0, density]."""
+    cap: float = 1.0
+    """Greatest density of each tensor, in [density, 1]."""
     block: int = 32
     """Contiguous elements of one row per unit, for granularity block."""
     maskable: str = "linear"
@@ -36,3 +64,24 @@ class MaskConfig(Section):
         check(inside, "mask.density", self.density, "must lie in (0, 1]", "use for example 0.05")
         check(self.block >= 1, "mask.block", self.block, "must be at least 1", "use 16 to 128")
         ISOLATIONS.check(self.isolation)
+        self._check_spread()
+
+    def _check_spread(self) -> None:
+        whole = self.granularity == "tensor"
+        rule, cure = f"granularity {self.granularity} selects inside tensors", "set mask.granularity: tensor"
+        check(whole or self.share_of == "elements", "mask.share_of", self.share_of, rule, cure)
+        for name, usual in (("scope", "model"), ("floor", 0.0), ("cap", 1.0)):
+            value = getattr(self, name)
+            rule = "granularity tensor takes a tensor whole or not at all"
+            check(not whole or value == usual, f"mask.{name}", value, rule, "leave it out")
+        rule = f"must lie in [0, mask.density={self.density}]"
+        check(0 <= self.floor <= self.density, "mask.floor", self.floor, rule, "lower it")
+        rule = f"must lie in [mask.density={self.density}, 1]"
+        check(self.density <= self.cap <= 1, "mask.cap", self.cap, rule, "raise it, or use 1")
+
+    @property
+    def spread(self) -> Spread:
+        """How the density is spread over tensors."""
+        if self.scope == "tensor":
+            return Spread(self.share_of, self.density, self.density)
+        return Spread(self.share_of, self.floor, self.cap)

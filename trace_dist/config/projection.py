@@ -16,10 +16,12 @@ class ProjectionConfig(Section):
     section: ClassVar[str] = "projection"
 
     placement: str = "narrow"
-    """magnitude, random, refine (one sharded Fisher pass on the target), narrow (pool, masked steps, keep the best), or the
-    path of a module of your own."""
+    """magnitude, random, refine (the largest gradients of one sharded Fisher pass on the target, at the base), narrow (pool,
+    masked steps, keep the best), target (budgets too from such a pass; no proxy is read), or the path of a module of your own.
+    Whole tensors (mask.granularity tensor) need no places: but for target, it is not used then."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Options of the placement; of narrow: pool_density (0.1), steps (40) and lr (1e-3) of the masked steps on the pool."""
+    """Options of the placement; of narrow: pool (magnitude, fisher or both), pool_density (0.1), steps (40) and lr (1e-3) of the
+    masked steps on the pool."""
 
     def check(self) -> None:
         PLACEMENTS.check(self.placement)

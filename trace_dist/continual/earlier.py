@@ -9,6 +9,7 @@ import torch
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.delta import extract_delta
 from trace_dist.config import RunConfig
+from trace_dist.config.mask import ShareOf
 from trace_dist.continual.isolation.base import Change
 from trace_dist.masks.mask import Mask
 from trace_dist.masks.room import free_elements
@@ -60,18 +61,24 @@ def changes_in(bank: DeltaBank, model: ShardedModel, names: Iterable[str], task:
 
 
 def check_room(
-    layouts: Mapping[str, UnitLayout], density: float, refused: Units, task: str, isolation: str
+    layouts: Mapping[str, UnitLayout],
+    density: float,
+    refused: Units,
+    task: str,
+    isolation: str,
+    share_of: ShareOf = "elements",
 ) -> None:
     """Raise ValueError where a task's mask does not fit beside those before it; before it is looked for."""
-    total, room = (
-        sum(layout.numel for layout in layouts.values()),
-        sum(free_elements(layouts, refused).values()),
-    )
+    if share_of == "tensors":
+        total, room, what = len(layouts), len(layouts) - len(refused), "tensors"
+    else:
+        total, what = sum(layout.numel for layout in layouts.values()), "entries"
+        room = sum(free_elements(layouts, refused).values())
     wanted = int(density * total + 0.5)
     if wanted > room:
         lower = f"lower mask.density to {room / total:.3g} at most, " if room else ""
         raise ValueError(
-            f"mask.isolation={isolation!r}: task {task!r} needs {wanted:,} entries, and of {total:,} earlier tasks have left "
+            f"mask.isolation={isolation!r}: task {task!r} needs {wanted:,} {what}, and of {total:,} earlier tasks have left "
             f"{room:,}; {lower}widen mask.maskable, or set mask.isolation: soft"
         )
 

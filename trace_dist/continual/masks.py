@@ -13,7 +13,7 @@ from trace_dist.masks.mask import Mask
 from trace_dist.masks.ops import layouts_for, place, random_mask
 from trace_dist.masks.select import Units
 from trace_dist.masks.storage import load_saliency
-from trace_dist.projection.project import project_task
+from trace_dist.projection.project import TRANSFERRED, needs_proxy, project_task, project_tensors
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.workbench import Stream, Workbench
 from trace_dist.utils.log import get_logger
@@ -21,6 +21,8 @@ from trace_dist.utils.together import on_main
 
 logger = get_logger(__name__)
 KINDS = ("projected", "random")
+PROBED = "probed"
+"""What made the masks of a target that was probed itself."""
 
 
 def project_stream(
@@ -49,11 +51,13 @@ def project_stream(
     mask, task = cfg.mask, stream.task.name
     layouts = layouts_for(model, mask.granularity, mask.block, mask.maskable)
     for kind in KINDS:
-        check_room(layouts, mask.density, refused[kind], task, mask.isolation)
+        check_room(layouts, mask.density, refused[kind], task, mask.isolation, mask.share_of)
     index = [other.task.name for other in bench.tasks].index(task)
     # The projected one is written last: where it lies, both do.
     masks = {
-        "random": random_mask(layouts, mask.granularity, mask.density, cfg.seed + index, refused["random"]),
+        "random": random_mask(
+            layouts, mask.granularity, mask.density, cfg.seed + index, refused["random"], mask.spread
+        ),
         "projected": _projected(model, cfg, bench, stream, refused["projected"]),
     }
 
@@ -82,28 +86,40 @@ def is_projected(cfg: RunConfig, task: str, model_id: str) -> bool:
     Raises:
         ValueError: one of them is corrupt.
     """
-    placement = "probed" if cfg.proxy is None else f"projected/{cfg.projection.placement}"
-    for kind, method in (("projected", placement), ("random", "random")):
+    for kind, method in (("projected", _maker(cfg)), ("random", "random")):
         path = cfg.folder.mask(task, kind)
-        meta = Mask.load(path).meta if path.is_file() else {}
-        found = (meta.get("model"), meta.get("method"), meta.get("isolation", "shared"))
-        if found != (model_id, method, cfg.mask.isolation):
+        if not path.is_file() or origin(Mask.load(path)) != (model_id, method, cfg.mask.isolation):
             return False
     return True
 
 
+def origin(mask: Mask) -> tuple[Any, Any, str]:
+    """Which model a mask is of, what made it, and by which isolation."""
+    return mask.meta.get("model"), mask.meta.get("method"), mask.meta.get("isolation", "shared")
+
+
+def _maker(cfg: RunConfig) -> str:
+    """What makes the projected masks of a run, as they say themselves."""
+    if needs_proxy(cfg.projection):
+        if cfg.proxy is None:
+            return PROBED
+        if cfg.mask.granularity == "tensor":
+            return TRANSFERRED
+    return f"projected/{cfg.projection.placement}"
+
+
 def _projected(model: ShardedModel, cfg: RunConfig, bench: Workbench, stream: Stream, refused: Units) -> Mask:
-    path = cfg.folder.proxy_mask(stream.task.name)
-    if not path.is_file():
-        raise ValueError(f"{path}: is not there yet; start `trace-dist probe` first")
-    proxy_mask = Mask.load(path)
-    if cfg.proxy is None:
-        # The target was probed itself.
-        return _chosen_again(proxy_mask, cfg.folder.saliency(stream.task.name), refused)
+    maker, task, proxy_mask = _maker(cfg), stream.task.name, None
+    if needs_proxy(cfg.projection):
+        proxy_mask = Mask.load(probed_file(cfg.folder.proxy_mask(task)))
+        if cfg.mask.granularity == "tensor":
+            return _transferred(model, cfg, task, refused).with_meta(method=maker)
+        if maker == PROBED:
+            return _chosen_again(proxy_mask, cfg.folder.saliency(task), refused)
     return project_task(
         model,
         proxy_mask,
-        stream.task.name,
+        task,
         lambda: bench.batches([stream], cfg.probe.batch_size),
         mask=cfg.mask,
         projection=cfg.projection,
@@ -114,10 +130,24 @@ def _projected(model: ShardedModel, cfg: RunConfig, bench: Workbench, stream: St
     )
 
 
+def probed_file(path: Path) -> Path:
+    """A file that the probe leaves. Raises ValueError where it is not there."""
+    if not path.is_file():
+        raise ValueError(f"{path}: is not there yet; start `trace-dist probe` first")
+    return path
+
+
+def _transferred(model: ShardedModel, cfg: RunConfig, task: str, refused: Units) -> Mask:
+    """The tensors of the target whose counterparts of the proxy score highest; a target that was probed is its own proxy."""
+    scores, layouts, _ = load_saliency(probed_file(cfg.folder.saliency(task)))
+    shapes = {name: layout.shape for name, layout in layouts.items()}
+    return project_tensors(model, {n: float(score) for n, score in scores.items()}, shapes, cfg.mask, refused)
+
+
 def _chosen_again(mask: Mask, saliency: Path, refused: Units) -> Mask:
     """A mask of the target itself, or, where something is refused, the next best by the same scores."""
     if refused:
         scores, _, _ = load_saliency(saliency)
         budgets = {name: mask.tensor_density(name) * layout.numel for name, layout in mask.layouts.items()}
         mask = place(mask.layouts, mask.granularity, budgets, lambda name, _: scores[name], refused)
-    return replace(mask, meta={"method": "probed"})
+    return replace(mask, meta={"method": PROBED})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +16,7 @@ from trace_dist.config import RunConfig
 from trace_dist.continual.earlier import bank_before, check_apart
 from trace_dist.continual.isolation.base import Isolation, load_isolation
 from trace_dist.continual.judge import Judge, Row
-from trace_dist.continual.masks import KINDS, project_stream
+from trace_dist.continual.masks import KINDS, origin, project_stream
 from trace_dist.masks.mask import Mask
 from trace_dist.masks.ops import layouts_for, tensor_seed
 from trace_dist.masks.select import Units
@@ -29,10 +29,25 @@ from trace_dist.train.target import base_path, load_target
 from trace_dist.train.workbench import Stream, Workbench
 from trace_dist.utils import dist
 from trace_dist.utils.rng import random_numbers_kept
-from trace_dist.utils.together import on_all
+from trace_dist.utils.together import on_all, on_main
 
-METHOD_OF = {"projected": "retrieved", "random": "random"}
-"""Kind of masks -> the method whose bank holds deltas on them."""
+METHOD_OF = {"projected": "retrieved"}
+"""Kind of masks -> the method whose bank holds deltas on them, where it has another name."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a method makes masks of its own.
+
+    Attributes:
+        kind: of the masks, and the name of the method.
+        made_by: what the masks say of their making; others are made again.
+        make: (task, units that it may not have) -> its mask. Collective.
+    """
+
+    kind: str
+    made_by: str
+    make: Callable[[Stream, Units], Mask]
 
 
 @dataclass(frozen=True)
@@ -107,6 +122,28 @@ class Setting:
             check_apart(mask, refused, str(path), name)
         return mask
 
+    def own_mask(self, stream: Stream, recipe: Recipe) -> Mask:
+        """A task's mask of the target by a recipe, made now if that was not done before. Collective.
+
+        Raises:
+            ValueError: earlier tasks have left no room, or as the recipe does.
+        """
+        task, cfg = stream.task.name, self.cfg.mask
+        path = self.folder.mask(task, recipe.kind)
+        found = on_all(lambda: Mask.load(path) if path.is_file() else None)
+        if found is not None and origin(found) == (self.fingerprint, recipe.made_by, cfg.isolation):
+            return found
+        layouts = layouts_for(self.model, "tensor", cfg.block, cfg.maskable)
+        refused, meta = self._refused(
+            layouts, stream, recipe.kind, lambda other: self.own_mask(other, recipe)
+        )
+        with random_numbers_kept():
+            self.seed(task)
+            mask = recipe.make(stream, refused)
+        mask = mask.with_meta(task=task, model=self.fingerprint, method=recipe.made_by, **meta)
+        on_main(lambda: mask.save(path))
+        return mask
+
     def project(self, stream: Stream) -> None:
         """Write a task's projected and random mask of the target, which is left as it was, like the random numbers. Collective.
 
@@ -122,19 +159,30 @@ class Setting:
             project_stream(self.model, self.cfg, self.bench, stream, self.fingerprint, refused, meta)
 
     def _refused(
-        self, layouts: Mapping[str, UnitLayout], stream: Stream, kind: str
+        self,
+        layouts: Mapping[str, UnitLayout],
+        stream: Stream,
+        kind: str,
+        mask_of: Callable[[Stream], Mask] | None = None,
     ) -> tuple[Units, dict[str, Any]]:
-        """What a task's mask may not have, and what the mask says of its isolation. Collective."""
+        """What a task's mask may not have, and what the mask says of its isolation. Collective.
+
+        Args:
+            layouts: every maskable parameter.
+            stream: the task.
+            kind: of the masks.
+            mask_of: gives the masks of earlier tasks; ``mask_for`` when None.
+        """
         name = self.cfg.mask.isolation
         if name == "shared":
             return {}, {}
-        bank, names = bank_before(self.cfg, METHOD_OF[kind], self.fingerprint)
+        bank, names = bank_before(self.cfg, METHOD_OF.get(kind, kind), self.fingerprint)
         before = self.bench.before(stream)
 
         def masks() -> Iterator[Mask]:
             if bank is not None:
                 yield from (on_all(lambda name=name: bank.mask(name)) for name in names)  # type: ignore[misc]
-            yield from (self.mask_for(other, kind) for other in before)
+            yield from (mask_of(other) if mask_of else self.mask_for(other, kind) for other in before)
 
         meta = {"isolation": name, "earlier": [*names, *(other.task.name for other in before)]}
         return self.isolation.refused(layouts, masks()), meta

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trace_dist.config.mask import FREE, Spread
 from trace_dist.masks import storage
 from trace_dist.masks.gaps import PackedUnits
 from trace_dist.masks.layouts import layouts_for
@@ -161,28 +162,62 @@ def random_mask(
     density: float,
     seed: int,
     refused: Units | None = None,
+    spread: Spread = FREE,
 ) -> Mask:
     """A random mask with the same density in every tensor, as far as whole units and what is not refused allow."""
     meta = {"method": "random", "seed": seed}
-    return Mask(random_units(layouts, density, seed, refused), layouts, granularity, meta)
+    return Mask(random_units(layouts, density, seed, refused, spread), layouts, granularity, meta)
 
 
-def combine(left: Mask, right: Mask, operation: SetOperation) -> Mask:
+TWO = ("the first mask", "the second")
+"""How errors call two masks that have no names."""
+
+
+def check_combinable(left: Mask, right: Mask, names: tuple[str, str] = TWO) -> None:
+    """Raise ValueError, naming both, where two masks differ in model, granularity or shapes."""
+    what, models = " and ".join(names), [mask.meta.get("model") for mask in (left, right)]
+    if None not in models and models[0] != models[1]:
+        both = " and ".join(map(str, models))
+        raise ValueError(f"mask: {what} were made for the models {both}; combine masks of one model")
+    differing = [
+        name
+        for name in {**left.layouts, **right.layouts}
+        if left.layouts.get(name) != right.layouts.get(name)
+    ]
+    if left.granularity != right.granularity:
+        details = f"{left.granularity} and {right.granularity}"
+    elif differing:
+        units = [mask.layouts.get(differing[0]) for mask in (left, right)]
+        details = " and ".join(
+            "not there" if u is None else f"{list(u.shape)} in units of {u.unit}" for u in units
+        )
+        details = f"{differing[0]}: {details}"
+    else:
+        return
+    raise ValueError(
+        f"mask: {what} ({details}) differ in granularity or shapes; combine masks of one model and granularity"
+    )
+
+
+def combine(left: Mask, right: Mask, operation: SetOperation, names: tuple[str, str] = TWO) -> Mask:
     """Union, intersection or difference of two masks of one model.
+
+    Args:
+        left, right: the masks.
+        operation: which.
+        names: of the masks, for errors.
 
     Raises:
         ValueError: granularity, layouts or models differ, or nothing is left.
     """
-    models = {mask.meta["model"] for mask in (left, right) if mask.meta.get("model") is not None}
-    if len(models) > 1:
-        raise ValueError(
-            f"mask: the two masks were made for the models {' and '.join(sorted(models))}; combine masks of one model"
-        )
-    if left.granularity != right.granularity or dict(left.layouts) != dict(right.layouts):
-        raise ValueError("mask: the two masks differ in granularity or shapes; combine masks of one model")
+    check_combinable(left, right, names)
     units = combined_units(left.units, right.units, left.layouts, operation)
-    meta = {"model": next(iter(models), None), "method": operation}
-    return Mask(units, left.layouts, left.granularity, meta)
+    if not units:
+        raise ValueError(
+            f"mask: the {operation} of {' and '.join(names)} selects nothing, so nothing would train; choose other masks"
+        )
+    model = left.meta.get("model") or right.meta.get("model")
+    return Mask(units, left.layouts, left.granularity, {"model": model, "method": operation})
 
 
 def _check(units: Mapping[str, Tensor], layouts: Mapping[str, UnitLayout]) -> None:

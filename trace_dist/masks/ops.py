@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from trace_dist.config.mask import FREE, Spread
 from trace_dist.masks.layouts import layouts_for
 from trace_dist.masks.mask import Mask, combine, random_mask
 from trace_dist.masks.select import (
@@ -23,6 +24,7 @@ from trace_dist.masks.units import UnitLayout
 __all__ = [
     "Scores",
     "combine",
+    "compete",
     "layouts_for",
     "mask_from_scores",
     "overlap",
@@ -49,7 +51,11 @@ def place(
 
 
 def mask_from_scores(
-    scores: Mapping[str, Tensor], layouts: Mapping[str, UnitLayout], granularity: str, density: float
+    scores: Mapping[str, Tensor],
+    layouts: Mapping[str, UnitLayout],
+    granularity: str,
+    density: float,
+    spread: Spread = FREE,
 ) -> Mask:
     """Keep the units with the highest scores; the units of all tensors compete.
 
@@ -57,14 +63,31 @@ def mask_from_scores(
         scores: parameter -> [num_units] fp32 mean score per element of the unit.
         layouts: every maskable parameter.
         granularity: of the layouts.
-        density: selected / maskable elements; met to half of the unit at the limit.
+        density: selected / maskable elements; met to half of the unit at the limit. Or tensors, as ``spread`` says.
+        spread: what the density is a share of; least and greatest density of a tensor.
 
     Raises:
         ValueError: density out of range, a score that is not finite, or a selection of nothing.
     """
     check_density(density)
-    budgets = global_budgets(scores, layouts, density)
-    return place(layouts, granularity, budgets, lambda name, _: scores[name])
+    return compete(layouts, granularity, density, lambda name, _: scores[name], spread)
+
+
+def compete(
+    layouts: Mapping[str, UnitLayout],
+    granularity: str,
+    density: float,
+    scores: Scores,
+    spread: Spread = FREE,
+    refused: Units | None = None,
+) -> Mask:
+    """The best units of the whole model (``global_budgets``), with scores that are asked for. Collective when ``scores`` is.
+
+    Raises:
+        ValueError: a score is not finite, or nothing is selected.
+    """
+    budgets = global_budgets(scores, layouts, density, spread, refused)
+    return place(layouts, granularity, budgets, scores, refused)
 
 
 def overlap(left: Mask, right: Mask) -> float:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import floor
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from trace_dist.config.mask import FREE, Spread
 from trace_dist.masks.room import fit
 from trace_dist.masks.units import UnitLayout
 
@@ -58,9 +60,7 @@ def top_units(
     Raises:
         ValueError: a score is not finite.
     """
-    if scores.dtype != torch.float32:
-        raise AssertionError(f"scores are {scores.dtype}, not float32")
-    _check_finite(scores)
+    _check_scores(scores)
     num_free = layout.num_units
     if refused is not None:
         num_free -= len(refused)
@@ -90,7 +90,9 @@ def _num_fitting(sizes: Tensor, num_elements: float) -> int:
     return int((2 * torch.cumsum(sizes, 0) - sizes <= floor(2 * num_elements)).sum())
 
 
-def _check_finite(scores: Tensor) -> None:
+def _check_scores(scores: Tensor) -> None:
+    if scores.dtype != torch.float32:
+        raise AssertionError(f"scores are {scores.dtype}, not float32")
     if not bool(torch.isfinite(scores).all()):
         raise ValueError("scores: NaN or infinite; the probe diverged: lower probe.lr")
 
@@ -133,34 +135,134 @@ def best_units(
 
 
 def random_units(
-    layouts: Mapping[str, UnitLayout], density: float, seed: int, refused: Units | None = None
+    layouts: Mapping[str, UnitLayout],
+    density: float,
+    seed: int,
+    refused: Units | None = None,
+    spread: Spread = FREE,
 ) -> dict[str, Tensor]:
-    """Random units at the same density in every tensor, as far as whole units allow."""
+    """Random units at the same density in every tensor, as far as whole units allow; of whole tensors, random ones."""
     check_density(density)
-    budgets = {name: density * layout.numel for name, layout in layouts.items()}
-    return best_units(layouts, budgets, lambda name, layout: random_scores(name, layout, seed), refused)
+
+    def scores(name: str, layout: UnitLayout) -> Tensor:
+        return random_scores(name, layout, seed)
+
+    if spread.share_of == "tensors":
+        budgets = global_budgets(scores, layouts, density, spread, refused)
+        return best_units(layouts, budgets, scores, refused)
+    order = list(layouts)
+    if all(layout.num_units == 1 for layout in layouts.values()):
+        # What is carried on decides which tensors are taken; in the model's order these are the same for every seed.
+        order.sort(key=lambda name: float(scores(name, layouts[name])))
+    budgets = {name: density * layouts[name].numel for name in order}
+    units = best_units({name: layouts[name] for name in order}, budgets, scores, refused)
+    return {name: units[name] for name in layouts if name in units}
 
 
 def global_budgets(
-    scores: Mapping[str, Tensor], layouts: Mapping[str, UnitLayout], density: float
+    scores: Scores,
+    layouts: Mapping[str, UnitLayout],
+    density: float,
+    spread: Spread = FREE,
+    refused: Units | None = None,
 ) -> dict[str, float]:
-    """Elements each tensor receives when the units of all tensors compete for ``density``."""
-    flat = torch.cat([scores[name] for name in layouts])
-    _check_finite(flat)
-    target = density * sum(layout.numel for layout in layouts.values())
-    units = {layout.unit for layout in layouts.values()}
-    if len(units) == 1 and not any(layout.ragged for layout in layouts.values()):
-        chosen = _largest(flat, floor(target / units.pop() + 0.5))
-    else:
-        sizes = torch.cat([layout.sizes(torch.arange(layout.num_units)) for layout in layouts.values()])
-        order = torch.argsort(flat, descending=True, stable=True)
-        chosen = torch.zeros(len(flat), dtype=torch.bool)
-        chosen[order[: _num_fitting(sizes[order], target)]] = True
-    parts = chosen.split([layout.num_units for layout in layouts.values()])
-    return {
-        name: float(layout.sizes(part.nonzero()).sum())
-        for (name, layout), part in zip(layouts.items(), parts, strict=True)
-    }
+    """Elements that each tensor receives when the units of all tensors compete for ``density``. Collective when ``scores`` is.
+
+    Exact, by counting: the scores of one tensor at a time are held, and each is asked for three times. Units are taken from the
+    best one on while at least half of the next one fits. Ties go to the earlier tensor and the lower index.
+
+    Args:
+        scores: unit scores of one parameter.
+        layouts: every maskable parameter.
+        density: share of all elements, or of all tensors.
+        spread: what the density is a share of; least and greatest density of a tensor.
+        refused: units that may not be taken.
+
+    Raises:
+        ValueError: a score is not finite.
+    """
+    by_count = spread.share_of == "tensors"
+    total = sum(layout.num_units if by_count else layout.numel for layout in layouts.values())
+    contest = _Contest(scores, layouts, spread, refused or {}, by_count)
+    limit = floor(2 * density * total)
+    high, above = _crossing(contest.histogram(lambda keys: keys >> 16), 0, limit)
+    if high < 0:
+        return contest.taken(BARRED, above, limit)
+    inside = contest.histogram(lambda keys: torch.where(keys >> 16 == high, keys & 0xFFFF, -1))
+    low, above = _crossing(inside, above, limit)
+    return contest.taken((high << 16) + low, above, limit)
+
+
+FORCED = 1 << 32
+"""Key of the units that a tensor's floor keeps; above every score's."""
+BARRED = -1
+"""Key of units that may not be taken."""
+
+
+@dataclass(frozen=True)
+class _Contest:
+    """The units of all tensors, ordered by integer keys, with their weights: elements, or one each."""
+
+    scores: Scores
+    layouts: Mapping[str, UnitLayout]
+    spread: Spread
+    refused: Units
+    by_count: bool
+
+    def histogram(self, bins: Callable[[Tensor], Tensor]) -> Tensor:
+        """Weight of the units in each bin, [2^16 + 1] fp64; those of a negative bin are left out."""
+        found = torch.zeros((FORCED >> 16) + 1, dtype=torch.float64)
+        for name, layout in self.layouts.items():
+            numbers = bins(self._keys(name, layout))
+            inside = (numbers >= 0).nonzero().flatten()
+            weights = self._weights(layout, inside).double()
+            found += torch.bincount(numbers[inside], weights=weights, minlength=len(found))
+        return found
+
+    def taken(self, key: int, above: float, limit: int) -> dict[str, float]:
+        """Elements of each tensor in the units above a key, and in those that tie with it, in order, while they fit."""
+        found, total = {}, int(above)
+        for name, layout in self.layouts.items():
+            keys = self._keys(name, layout)
+            ties = ((keys == key) & (keys != BARRED)).nonzero().flatten()
+            weights = self._weights(layout, ties)
+            fitting = 2 * (weights.cumsum(0) + total) - weights <= limit
+            total += int(weights.sum())
+            chosen = torch.cat([(keys > key).nonzero().flatten(), ties[fitting]])
+            found[name] = float(layout.sizes(chosen).sum())
+        return found
+
+    def _weights(self, layout: UnitLayout, units: Tensor) -> Tensor:
+        return torch.ones_like(units) if self.by_count else layout.sizes(units)
+
+    def _keys(self, name: str, layout: UnitLayout) -> Tensor:
+        """Integers in the order of the scores: [num_units] int64 in [0, 2^32), FORCED or BARRED."""
+        scores, refused, spread = self.scores(name, layout).cpu(), self.refused.get(name), self.spread
+        _check_scores(scores)
+        bits = (scores + 0.0).contiguous().view(torch.int32).long()  # -0 ties with 0
+        keys = torch.where(bits < 0, ~(bits & 0x7FFFFFFF) + (1 << 31), bits + (1 << 31))
+        if spread.cap < 1:
+            allowed = top_units(scores, layout, spread.cap * layout.numel, refused).long()
+            keys = torch.full_like(keys, BARRED).index_copy_(0, allowed, keys[allowed])
+        if spread.floor > 0:
+            keys[top_units(scores, layout, spread.floor * layout.numel, refused).long()] = FORCED
+        if refused is not None:
+            keys[refused.long()] = BARRED
+        return keys
+
+
+def _crossing(weights: Tensor, above: float, limit: int) -> tuple[int, float]:
+    """The highest bin that does not fit whole, -1 where all do, and the weight above it.
+
+    Args:
+        weights: of the bins, [n] fp64.
+        above: weight above all of them.
+        limit: twice what there is room for.
+    """
+    sums = weights.flip(0).cumsum(0) + above
+    full = int((2 * sums <= limit).sum())
+    crossing = len(weights) - 1 - full
+    return crossing, above if full == 0 else float(sums[full - 1])
 
 
 def combined_units(

@@ -8,7 +8,7 @@ their sketches (bank/sketch.py), so that no dense update outlives its probe, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,22 @@ def specificity(cosine: Tensor) -> Tensor:
     """1 - the largest absolute cosine with another task: [T] in [0, 1]."""
     others = cosine.abs() - 2 * torch.eye(len(cosine), dtype=cosine.dtype)
     return 1 - others.max(1).values.clamp_min(0).clamp_max(1)
+
+
+def mean_cosines(own: Sketch, others: Iterable[Sketch]) -> dict[str, float]:
+    """Parameter -> mean over other tasks of the signed cosine of the updates in that tensor alone; others are read one at a time.
+
+    Raises:
+        ValueError: there are no others, or they are of another proxy.
+    """
+    sums, count = dict.fromkeys(own.values, 0.0), 0
+    for other in others:
+        count += 1
+        for name, values in cosines(own, [other]).tensors.items():
+            sums[name] += float(values[0])
+    if not count:
+        raise ValueError("specificity: there is no other task to compare with; add one")
+    return {name: total / count for name, total in sums.items()}
 
 
 def tensor_specificity(own: Sketch, others: Sequence[Sketch]) -> dict[str, float]:

@@ -23,6 +23,27 @@ SKETCH_SEED = 0
 
 
 @dataclass(frozen=True)
+class Tensors:
+    """The probed tensors as wholes.
+
+    Attributes:
+        scores: parameter -> TRACE's importance of it (score l2_plus_fisher).
+        shapes: parameter -> its shape.
+    """
+
+    scores: dict[str, float]
+    shapes: dict[str, list[int]]
+
+    @classmethod
+    def load(cls, path: Path) -> Tensors:
+        """From the file of a trace. Raises ValueError where it is damaged, or of an earlier version."""
+        _, header = load_tensors(path, KIND, lambda name: False)
+        if "tensors" not in header:
+            raise ValueError(f"{path}: says nothing of whole tensors; start `trace-dist probe` again")
+        return cls(**header["tensors"])
+
+
+@dataclass(frozen=True)
 class Probed:
     """What is kept of a warm start.
 
@@ -30,17 +51,19 @@ class Probed:
         scores: parameter -> importance of its units, [num_units] fp32.
         sketch: of the update, with which other tasks are compared, also those that come when its data are gone.
         losses: (step, nats per answer token).
+        tensors: the same of whole tensors.
     """
 
     scores: dict[str, Tensor]
     sketch: Sketch
     losses: list[tuple[int, float]]
+    tensors: Tensors
 
     def save(self, path: Path, sketch_path: Path, probe: ProbeConfig) -> None:
         """Write the scores and, before them, the sketch; with the fingerprint of the proxy and how it was probed."""
         self.sketch.save(sketch_path)
         header: dict[str, Any] = {"format": f"trace_dist.{KIND}", "model": self.sketch.model}
-        header |= {"probe": asdict(probe), "losses": self.losses}
+        header |= {"probe": asdict(probe), "losses": self.losses, "tensors": asdict(self.tensors)}
         save_tensors(path, self.scores, header)
 
     @classmethod
@@ -53,10 +76,11 @@ class Probed:
         if not (path.is_file() and sketch_path.is_file()):
             return None
         tensors, header = load_tensors(path, KIND)
-        if (header.get("model"), header.get("probe")) != (model, asdict(probe)):
+        # A trace of an earlier version says nothing of whole tensors.
+        if (header.get("model"), header.get("probe")) != (model, asdict(probe)) or "tensors" not in header:
             return None
         losses = [(int(step), float(loss)) for step, loss in header["losses"]]
-        return cls(tensors, Sketch.load(sketch_path), losses)
+        return cls(tensors, Sketch.load(sketch_path), losses, Tensors(**header["tensors"]))
 
 
 def probe_task(
@@ -68,6 +92,7 @@ def probe_task(
     train: TrainConfig,
     dtype: str = "float32",
     description: str = "warm start",
+    measured: Batches | None = None,
 ) -> Probed:
     """Warm-start the proxy on one task, score its units and put it back bit for bit.
 
@@ -80,7 +105,11 @@ def probe_task(
         train: the remaining options of the loop.
         dtype: data type of matmuls; the weights are fp32.
         description: label of progress and errors.
+        measured: as of ``warm_start``.
     """
-    trace = warm_start(module, list(layouts), batches, probe, train, dtype, description)
+    trace = warm_start(module, list(layouts), batches, probe, train, dtype, description, measured)
     sketch = sketch_update(trace.update, SKETCH_SEED, model_id)
-    return Probed(unit_importance(trace, dict(layouts), probe.score), sketch, trace.losses)
+    whole = {name: UnitLayout(layout.shape, layout.numel) for name, layout in layouts.items()}
+    scores = {name: float(score) for name, score in unit_importance(trace, whole, "l2_plus_fisher").items()}
+    tensors = Tensors(scores, {name: list(layout.shape) for name, layout in layouts.items()})
+    return Probed(unit_importance(trace, dict(layouts), probe.score), sketch, trace.losses, tensors)

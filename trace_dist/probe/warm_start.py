@@ -48,6 +48,7 @@ def warm_start(
     train: TrainConfig,
     dtype: str = "float32",
     description: str = "warm start",
+    measured: Batches | None = None,
 ) -> Trace:
     """Fine-tune ``names`` for a few steps, measure, and restore the model bit for bit.
 
@@ -59,6 +60,7 @@ def warm_start(
         train: the remaining options of the loop.
         dtype: data type of matmuls; the weights are fp32.
         description: label of progress and logs; names the task.
+        measured: batches for the gradients after it; those of the warm start go on when None.
     """
     parameters = dict(module.to(dist.local_device()).named_parameters())
     for parameter in parameters.values():
@@ -68,7 +70,7 @@ def warm_start(
     learner = DenseLearner(module, tuned.values(), train, probe.lr, dtype)
     result = train_steps(learner, batches, train, probe.steps, description=description, rate="probe.lr")
     update = {name: parameter.detach().float() - before[name].float() for name, parameter in tuned.items()}
-    gradient, fisher = mean_gradients(learner, tuned, iter(batches), probe.fisher_batches)
+    gradient, fisher = mean_gradients(learner, tuned, iter(measured or batches), probe.fisher_batches)
     evidence = {
         name: Evidence(
             *(

@@ -7,17 +7,20 @@ exact. Tensors of one role in one layer (its norms, its biases) count as one. Th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from math import prod
 
 import numpy as np
 
+from trace_dist.config.mask import FREE, Spread
 from trace_dist.masks.mask import Mask
 from trace_dist.masks.room import fill
 from trace_dist.masks.units import UnitLayout
 from trace_dist.models.roles import ParamInfo
 
-Kind = tuple[str, str, int]
-"""Tower, role and number of dimensions: neither an image encoder is matched with the text model nor a bias with a matrix."""
+Kind = tuple[str, str, int, bool]
+"""Tower, role, number of dimensions, and whether it lies in a layer: neither an image encoder is matched with the text model nor
+a bias with a matrix nor the last norm with those of the first layer."""
 
 
 def project_budgets(
@@ -26,6 +29,7 @@ def project_budgets(
     target_layouts: Mapping[str, UnitLayout],
     target_infos: Mapping[str, ParamInfo],
     density: float,
+    spread: Spread = FREE,
 ) -> dict[str, float]:
     """Elements to select in each maskable parameter of the target.
 
@@ -34,45 +38,63 @@ def project_budgets(
         proxy_infos, target_infos: roles and depths (``models.roles.describe``).
         target_layouts: every maskable parameter of the target.
         density: wanted density of the target's mask.
+        spread: least and greatest density of a tensor.
 
     Returns:
         name -> number of elements (a float; rounding is left to the selection), summing to ``density`` times the
         maskable elements.
     """
-    if _shapes(proxy_mask.layouts) == _shapes(target_layouts):
-        shares = {name: proxy_mask.tensor_density(name) for name in target_layouts}
-    else:
-        curves = _density_curves(proxy_mask, proxy_infos)
-        shares = {name: _share(target_infos[name], curves, proxy_mask.density) for name in target_layouts}
+    densities = {name: proxy_mask.tensor_density(name) for name in proxy_mask.layouts}
+    shares = carry_over(densities, proxy_infos, target_infos, target_layouts, proxy_mask.density)
     wanted = {name: shares[name] * layout.numel for name, layout in target_layouts.items()}
-    return scale_budgets(wanted, target_layouts, density)
+    return scale_budgets(wanted, target_layouts, density, spread)
 
 
-def _shapes(layouts: Mapping[str, UnitLayout]) -> dict[str, tuple[int, ...]]:
-    return {name: layout.shape for name, layout in layouts.items()}
+def carry_over(
+    values: Mapping[str, float],
+    proxy_infos: Mapping[str, ParamInfo],
+    target_infos: Mapping[str, ParamInfo],
+    names: Collection[str],
+    default: float,
+) -> dict[str, float]:
+    """A number for each tensor of the target, from one for each tensor of the proxy: by role and relative depth.
+
+    Args:
+        values: of the proxy's tensors.
+        proxy_infos, target_infos: roles, depths and shapes.
+        names: tensors of the target.
+        default: where the proxy has no such role.
+    """
+    if {name: proxy_infos[name].shape for name in values} == {
+        name: target_infos[name].shape for name in names
+    }:
+        return dict(values)
+    curves = _curves(values, proxy_infos)
+    return {name: _at(target_infos[name], curves, default) for name in names}
 
 
-def _density_curves(mask: Mask, infos: Mapping[str, ParamInfo]) -> dict[Kind, dict[float, float]]:
-    """Role -> relative depth -> density of the mask over all tensors there."""
-    counts: dict[Kind, dict[float, list[float]]] = {}
-    for name, layout in mask.layouts.items():
-        point = counts.setdefault(_kind(infos[name]), {}).setdefault(_depth(infos[name]), [0.0, 0.0])
-        point[0] += mask.tensor_density(name) * layout.numel
-        point[1] += layout.numel
+def _curves(values: Mapping[str, float], infos: Mapping[str, ParamInfo]) -> dict[Kind, dict[float, float]]:
+    """Role -> relative depth -> mean over the elements of all tensors there."""
+    sums: dict[Kind, dict[float, list[float]]] = {}
+    for name, value in values.items():
+        point = sums.setdefault(_kind(infos[name]), {}).setdefault(_depth(infos[name]), [0.0, 0.0])
+        numel = prod(infos[name].shape)
+        point[0] += value * numel
+        point[1] += numel
     return {
-        kind: {depth: selected / numel for depth, (selected, numel) in sorted(points.items())}
-        for kind, points in counts.items()
+        kind: {depth: total / numel for depth, (total, numel) in sorted(points.items())}
+        for kind, points in sums.items()
     }
 
 
-def _share(info: ParamInfo, curves: Mapping[Kind, Mapping[float, float]], default: float) -> float:
-    """Density at a tensor's depth on its role's curve; ``default`` where the proxy has no such role."""
+def _at(info: ParamInfo, curves: Mapping[Kind, Mapping[float, float]], default: float) -> float:
+    """The value at a tensor's depth on its role's curve; ``default`` where the proxy has no such role."""
     curve = curves.get(_kind(info))
     return default if curve is None else float(np.interp(_depth(info), list(curve), list(curve.values())))
 
 
 def _kind(info: ParamInfo) -> Kind:
-    return info.tower, info.role, len(info.shape)
+    return info.tower, info.role, len(info.shape), info.layer is not None
 
 
 def _depth(info: ParamInfo) -> float:
@@ -80,8 +102,17 @@ def _depth(info: ParamInfo) -> float:
 
 
 def scale_budgets(
-    wanted: Mapping[str, float], layouts: Mapping[str, UnitLayout], density: float
+    wanted: Mapping[str, float], layouts: Mapping[str, UnitLayout], density: float, spread: Spread = FREE
 ) -> dict[str, float]:
-    """Scale budgets to a total of ``density`` times all elements, no tensor beyond its size (water-filling)."""
-    room = {name: float(layout.numel) for name, layout in layouts.items()}
-    return fill(wanted, room, density * sum(room.values()))
+    """Scale budgets to a total of ``density`` times all elements, none beyond its tensor's floor and cap (water-filling)."""
+    total = density * sum(layout.numel for layout in layouts.values())
+    room = {name: spread.cap * layout.numel for name, layout in layouts.items()}
+    least = {name: spread.floor * layout.numel for name, layout in layouts.items()}
+    budgets = fill(wanted, room, total)
+    low: dict[str, float] = {}
+    while under := {n: least[n] for n in layouts if n not in low and budgets[n] < least[n] * (1 - 1e-9)}:
+        low |= under
+        rest = [name for name in layouts if name not in low]
+        left = total - sum(low.values())
+        budgets = low | fill({n: wanted[n] for n in rest}, {n: room[n] for n in rest}, left)
+    return {name: budgets[name] for name in layouts}

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
 
 from trace_dist.config import MaskConfig, ProbeConfig, ProjectionConfig, TrainConfig
 from trace_dist.data.batches import Batches
 from trace_dist.masks.mask import Mask
-from trace_dist.masks.ops import layouts_for, place
+from trace_dist.masks.ops import compete, layouts_for, place
 from trace_dist.masks.select import Units
+from trace_dist.masks.units import UnitLayout
 from trace_dist.models.roles import describe
 from trace_dist.parts import PLACEMENTS
-from trace_dist.projection.budget import project_budgets
+from trace_dist.projection.budget import carry_over, project_budgets
 from trace_dist.projection.site import Site
 from trace_dist.sharding.base import ShardedModel
+
+TRANSFERRED = "transferred"
+"""What made a mask of whole tensors."""
+
+
+def needs_proxy(projection: ProjectionConfig) -> bool:
+    """Whether a placement reads the proxy's mask; otherwise nothing needs to be probed for it."""
+    return getattr(PLACEMENTS.load(projection.placement), "needs_proxy", True)
 
 
 def project_task(
     model: ShardedModel,
-    proxy_mask: Mask,
+    proxy_mask: Mask | None,
     task: str,
     batches: Callable[[], Batches],
     *,
@@ -33,7 +44,7 @@ def project_task(
 
     Args:
         model: the target.
-        proxy_mask: the proxy's mask of the task.
+        proxy_mask: the proxy's mask of the task; not None iff the placement needs it.
         task: its name.
         batches: makes the task's batches, from the first one on.
         mask, projection, probe, train: sections of the configuration.
@@ -44,10 +55,48 @@ def project_task(
         ValueError: the placement or one of its options does not exist.
     """
     layouts = layouts_for(model, mask.granularity, mask.block, mask.maskable)
-    proxy_infos = describe({name: layout.shape for name, layout in proxy_mask.layouts.items()})
-    budgets = project_budgets(proxy_mask, proxy_infos, layouts, describe(model.module), mask.density)
+    budgets = {} if proxy_mask is None else _budgets(model, proxy_mask, layouts, mask)
     options = PLACEMENTS.options(projection.placement, projection.options)
     site = Site(model, layouts, mask.granularity, budgets, task, batches, probe, train, seed, refused or {})
     scores = PLACEMENTS.load(projection.placement).scores(site, options)
-    placed = place(layouts, mask.granularity, budgets, scores, refused)
+    if proxy_mask is None:
+        placed = compete(layouts, mask.granularity, mask.density, scores, mask.spread, refused)
+    else:
+        placed = place(layouts, mask.granularity, budgets, scores, refused)
     return placed.with_meta(method=f"projected/{projection.placement}")
+
+
+def _budgets(
+    model: ShardedModel, proxy_mask: Mask, layouts: Mapping[str, UnitLayout], mask: MaskConfig
+) -> dict[str, float]:
+    """Elements that each parameter of the target is to receive."""
+    infos = describe({name: layout.shape for name, layout in proxy_mask.layouts.items()})
+    return project_budgets(proxy_mask, infos, layouts, describe(model.module), mask.density, mask.spread)
+
+
+def project_tensors(
+    model: ShardedModel,
+    scores: Mapping[str, float],
+    proxy_shapes: Mapping[str, Sequence[int]],
+    mask: MaskConfig,
+    refused: Units | None = None,
+) -> Mask:
+    """The mask of whole tensors whose scores are highest, where the proxy's tensors have the scores.
+
+    A tensor of the target has the score of the proxy's tensors of its role at its relative depth, so that neither widths nor
+    numbers of layers need to be matched.
+
+    Args:
+        model: the target, or its proxy itself.
+        scores: parameter of the proxy -> score.
+        proxy_shapes: of the same parameters.
+        mask: density, what it is a share of, and what may be masked.
+        refused: tensors that the task may not have.
+    """
+    layouts = layouts_for(model, "tensor", mask.block, mask.maskable)
+    mean = sum(scores.values()) / len(scores)
+    carried = carry_over(scores, describe(proxy_shapes), describe(model.module), layouts, mean)
+    placed = compete(
+        layouts, "tensor", mask.density, lambda name, _: torch.tensor([carried[name]]), mask.spread, refused
+    )
+    return placed.with_meta(method=TRANSFERRED)

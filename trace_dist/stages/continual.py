@@ -17,14 +17,22 @@ def runs_on_ranks(cfg: RunConfig, method: str) -> bool:
     return method_class(method).on_ranks and method not in cfg.launch.single_process
 
 
+def projects(methods: Sequence[str]) -> bool:
+    """Whether one of some methods trains the run's masks, and so has them projected."""
+    kinds = [method_class(method) for method in methods]
+    return any(kind.masked and not kind.own_masks for kind in kinds)
+
+
 def describe(cfg: RunConfig, methods: Sequence[str]) -> Stage:
-    """Some methods; those on all ranks are one stage, which projects the masks that are missing first."""
+    """Some methods; those on all ranks are one stage, which projects the masks that they need first."""
     launched = all(runs_on_ranks(cfg, method) for method in methods)
     project = describe_project(cfg)
     arguments = ["continual", "--continual.methods", "[" + ",".join(methods) + "]"]
     results = [cfg.folder.method(method) for method in methods]
     if not launched:
         return Stage(" ".join(methods), [*arguments, *ALONE], results)
+    if not projects(methods):
+        return Stage(" ".join(methods), arguments, results, launched=True)
     return Stage(
         " ".join(["project", *methods]), arguments, [*project.outputs, *results], project.inputs, True
     )

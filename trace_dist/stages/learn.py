@@ -61,7 +61,7 @@ def run_learn(cfg: RunConfig, mask_file: str | None = None) -> None:
     _check_new(cfg)
     if mask_file is not None:
         _take_mask(cfg, Path(mask_file))
-    first, masked = _stages(cfg, mask_file is None)
+    first, masked = _stages(cfg, mask_file is None and probe.needs_probe(cfg))
     if dist.world_size() > 1:
         for stage in first:
             _in_one_process(stage, cfg)

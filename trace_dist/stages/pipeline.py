@@ -25,11 +25,15 @@ def stage_groups(cfg: RunConfig) -> list[list[Stage]]:
     target, probed = base.describe(cfg, "target"), probe.describe(cfg)
     launched = [method for method in cfg.continual.methods if continual.runs_on_ranks(cfg, method)]
     alone = [continual.describe(cfg, [name]) for name in cfg.continual.methods if name not in launched]
-    masked = continual.describe(cfg, launched) if launched else project.describe(cfg)
+    masked = [[continual.describe(cfg, launched)]] if launched else []
+    if not continual.projects(launched):
+        masked.append([project.describe(cfg)])
     states = [memory.describe(cfg)] if cfg.backend == "zero3" else []
     # A proxy that is cut out of the target waits for it.
-    make = [target, probed] if cfg.proxy is not None and cfg.proxy.prune is None else [target]
-    return [make, [probed], [masked], [*states, *alone]]
+    together = probe.needs_probe(cfg) and cfg.proxy is not None and cfg.proxy.prune is None
+    make = [target, probed] if together else [target]
+    first = [make, [probed]] if probe.needs_probe(cfg) else [make]
+    return [*first, *masked, [*states, *alone]]
 
 
 def run_pipeline(cfg: RunConfig, groups: list[list[Stage]]) -> None:

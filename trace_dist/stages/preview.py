@@ -23,6 +23,7 @@ from trace_dist.profiling.estimate import Estimate, Estimator
 from trace_dist.profiling.memory_setup import MemorySetup
 from trace_dist.profiling.speed import UTILISATION, dense_flops, forward_flops, masked_flops, matmul_rate
 from trace_dist.report.memory_tables import mib
+from trace_dist.stages.probe import needs_probe
 from trace_dist.utils import dist
 
 CHARACTERS_PER_TOKEN = 4
@@ -157,13 +158,14 @@ def _work(cfg: RunConfig, tasks: list[Task], means: list[float], target: int, pr
             masked_flops(target, means[0] * train.batch_size * steps, cfg.mask.density, rows),
         )
     for task, options, mean in zip(tasks, cfg.tasks, means, strict=True):
-        per_step = mean * probe.batch_size
-        yield Work(
-            f"probe {task.name}",
-            f"{len(task.train):,} training examples",
-            probe.steps,
-            dense_flops(proxy, per_step * (probe.steps + probe.fisher_batches)),
-        )
+        if needs_probe(cfg):
+            warm, read = probe.num_steps(len(task.train)), probe.fisher_batch_size or probe.batch_size
+            yield Work(
+                f"probe {task.name}",
+                f"{len(task.train):,} training examples",
+                warm,
+                dense_flops(proxy, mean * (warm * probe.batch_size + probe.fisher_batches * read)),
+            )
         steps = options.steps or train.steps
         epochs = steps * train.batch_size / len(task.train)
         yield Work(

@@ -6,7 +6,7 @@ A task whose trace is there is not probed again, so that a stage that was cut co
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from trace_dist.bank.bank import BASE, DeltaBank
 from trace_dist.bank.sketch import Sketch, cosines
 from trace_dist.config import RunConfig
+from trace_dist.continual.driver import method_class
 from trace_dist.masks.ops import layouts_for, mask_from_scores
 from trace_dist.masks.storage import save_saliency
 from trace_dist.masks.units import UnitLayout
 from trace_dist.models.fingerprint import fingerprint
 from trace_dist.models.loading import load_model
+from trace_dist.probe.importance.contrast import Contrast, contrasts
 from trace_dist.probe.specificity import cosine_matrix, specificity, tensor_specificity
 from trace_dist.probe.task import Probed, probe_task
+from trace_dist.projection.project import needs_proxy
 from trace_dist.stages.base import prepare_base
 from trace_dist.stages.stage import ALONE, Stage
 from trace_dist.stages.words import fall, listed
@@ -67,26 +70,34 @@ class Proxy:
         layouts = layouts_for(module, cfg.mask.granularity, cfg.mask.block, cfg.mask.maskable)
         return cls(cfg, module, fingerprint(path), layouts, bench)
 
+    def kept(self, task: str) -> Probed | None:
+        """What the proxy has shown of one task before, in this way; read from the run folder."""
+        folder = self.cfg.folder
+        return Probed.load(folder.trace(task), folder.sketch(task), self.model_id, self.cfg.probe)
+
     def probe(self, stream: Stream) -> Probed:
         """What the proxy shows of one task; kept in the run folder, and measured once."""
         cfg, task = self.cfg, stream.task.name
-        path, sketch = cfg.folder.trace(task), cfg.folder.sketch(task)
-        found = Probed.load(path, sketch, self.model_id, cfg.probe)
+        path = cfg.folder.trace(task)
+        found = self.kept(task)
         if found is not None:
             logger.info("probe %s: kept the trace %s", task, path)
             return found
-        batches = self.bench.batches([stream], cfg.probe.batch_size)
+        probe, own = cfg.probe, None
+        if probe.fisher_batch_size is not None:
+            own = self.bench.batches([stream], probe.fisher_batch_size)
         found = probe_task(
             self.module,
             self.model_id,
             self.layouts,
-            batches,
-            cfg.probe,
+            self.bench.batches([stream], probe.batch_size),
+            replace(probe, steps=probe.num_steps(len(stream.encoded)), epochs=None),
             cfg.train,
             cfg.probed.dtype,
             f"probe {task}",
+            own,
         )
-        found.save(path, sketch, cfg.probe)
+        found.save(path, cfg.folder.sketch(task), probe)
         return found
 
     def write(self, task: str, scores: Mapping[str, Tensor]) -> None:
@@ -94,7 +105,8 @@ class Proxy:
         cfg, method = self.cfg, self.cfg.probe.score
         meta = {"task": task, "model": self.model_id, "method": method, "probe": asdict(cfg.probe)}
         save_saliency(cfg.folder.saliency(task), dict(scores), self.layouts, meta)
-        mask = mask_from_scores(scores, self.layouts, cfg.mask.granularity, cfg.mask.density)
+        of = cfg.mask
+        mask = mask_from_scores(scores, self.layouts, of.granularity, of.density, of.spread)
         mask.with_meta(task=task, model=self.model_id, method=method).save(cfg.folder.proxy_mask(task))
         logger.info(
             "probe %s: %d units of %d tensors", task, sum(map(len, mask.units.values())), len(mask)
@@ -112,13 +124,20 @@ def run_probe(cfg: RunConfig) -> None:
             f"probe: the proxy is probed in one process, but {dist.world_size()} ranks were started; start one"
         )
     proxy = Proxy.load(cfg)
-    found = {stream.task.name: proxy.probe(stream) for stream in proxy.bench.tasks}
-    sketches = {task: probed.sketch for task, probed in found.items()}
-    earlier = _earlier(cfg, list(sketches.values()), exclude=list(found))
-    for task, probed in found.items():
-        others = [sketch for name, sketch in (earlier | sketches).items() if name != task]
-        weight = tensor_specificity(probed.sketch, others)
-        proxy.write(task, _weighted(probed.scores, weight, cfg.probe.specificity_weight))
+    names = [stream.task.name for stream in proxy.bench.tasks]
+    contrast = Contrast(cfg.probe.score) if contrasts(cfg.probe.score) else None
+    sketches, losses = dict[str, Sketch](), dict[str, list[tuple[int, float]]]()
+    for stream in [*proxy.bench.tasks, *(proxy.bench.general if contrast else [])]:
+        # Its scores are read again below, so that those of one task are held, however many there are.
+        probed = proxy.probe(stream)
+        if contrast is not None:
+            contrast.add(probed.scores)
+        if stream.task.name in names:
+            sketches[stream.task.name], losses[stream.task.name] = probed.sketch, probed.losses
+    earlier = _earlier(cfg, list(sketches.values()), exclude=names)
+    for task, sketch in sketches.items():
+        others = [other for name, other in (earlier | sketches).items() if name != task]
+        proxy.write(task, _scores(proxy, task, contrast, tensor_specificity(sketch, others)))
     cosine = cosine_matrix(list((earlier | sketches).values()))
     write_json(
         cfg.folder.specificity,
@@ -126,10 +145,30 @@ def run_probe(cfg: RunConfig) -> None:
             "tasks": [*earlier, *sketches],
             "cosine": cosine.tolist(),
             "specificity": specificity(cosine).tolist(),
-            "losses": {task: probed.losses for task, probed in found.items()},
+            "losses": losses,
         },
     )
-    outcome(f"{listed(found)}: {fall([probed.losses for probed in found.values()])}")
+    outcome(f"{listed(losses)}: {fall(losses.values())}")
+
+
+def _scores(
+    proxy: Proxy, task: str, contrast: Contrast | None, weight: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """A task's unit scores, beside those of the others where the score compares, and weighed by specificity."""
+    probed, exponent = proxy.kept(task), proxy.cfg.probe.specificity_weight
+    if probed is None:
+        raise AssertionError(f"{task}: was probed, but its trace is not there")
+    scores = probed.scores if contrast is None else contrast.of(probed.scores)
+    if exponent == 0:
+        return scores
+    return {name: score * weight[name] ** exponent for name, score in scores.items()}
+
+
+def needs_probe(cfg: RunConfig) -> bool:
+    """Whether anything of a run reads what the probe leaves."""
+    return needs_proxy(cfg.projection) or any(
+        method_class(name).reads_probe for name in cfg.continual.methods
+    )
 
 
 def _earlier(cfg: RunConfig, new: list[Sketch], exclude: list[str]) -> dict[str, Sketch]:
@@ -149,9 +188,3 @@ def _earlier(cfg: RunConfig, new: list[Sketch], exclude: list[str]) -> dict[str,
         else:
             found[task] = sketch
     return found
-
-
-def _weighted(scores: dict[str, Tensor], weight: Mapping[str, float], exponent: float) -> dict[str, Tensor]:
-    if exponent == 0:
-        return scores
-    return {name: score * weight[name] ** exponent for name, score in scores.items()}

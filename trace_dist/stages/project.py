@@ -5,6 +5,7 @@ from __future__ import annotations
 from trace_dist.config import RunConfig
 from trace_dist.continual.masks import KINDS, is_projected
 from trace_dist.continual.setting import Setting
+from trace_dist.projection.project import needs_proxy
 from trace_dist.stages.base import prepare_base
 from trace_dist.stages.stage import Stage
 from trace_dist.stages.words import listed
@@ -18,7 +19,7 @@ def describe(cfg: RunConfig) -> Stage:
     """Project the masks of all tasks."""
     folder, names = cfg.folder, [task.name for task in cfg.tasks]
     masks = [folder.mask(name, kind) for name in names for kind in KINDS]
-    inputs = {folder.proxy_mask(name): "probe" for name in names}
+    inputs = {folder.proxy_mask(name): "probe" for name in names} if needs_proxy(cfg.projection) else {}
     return Stage("project", ["project"], masks, inputs, launched=True)
 
 
@@ -31,10 +32,12 @@ def run_project(cfg: RunConfig) -> None:
     describe(cfg).check_inputs()
     prepare_base(cfg, "target")
     setting = Setting.load(cfg)
-    if cfg.proxy is None:
+    if cfg.proxy is None and needs_proxy(cfg.projection):
         logger.info(
             "project: the target was probed itself; its masks are kept, the section projection is not used"
         )
+    elif cfg.mask.granularity == "tensor" and needs_proxy(cfg.projection):
+        logger.info("project: whole tensors go by role and depth; projection.placement is not used")
     for stream in setting.bench.tasks:
         if dist.broadcast_object(is_projected(cfg, stream.task.name, setting.fingerprint)):
             logger.info("project %s: kept its masks", stream.task.name)

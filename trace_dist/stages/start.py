@@ -71,7 +71,7 @@ def check_parts(cfg: RunConfig) -> None:
     placement = PLACEMENTS.load(cfg.projection.placement)
     options = PLACEMENTS.options(cfg.projection.placement, cfg.projection.options)
     # Without a proxy nothing is projected.
-    if cfg.proxy is not None and hasattr(placement, "check_mask"):
+    if cfg.proxy is not None and cfg.mask.granularity != "tensor" and hasattr(placement, "check_mask"):
         placement.check_mask(options, cfg.mask)
     load_isolation(cfg.mask).check(cfg.mask, len(cfg.tasks))
     check_methods(cfg)
@@ -81,10 +81,14 @@ def check_parts(cfg: RunConfig) -> None:
 def _check_score(cfg: RunConfig) -> None:
     """Raise ``ValueError`` where the score cannot be read from the probe."""
     score, name = SCORES.load(cfg.probe.score), cfg.probe.score
-    if cfg.probe.steps == 0 and getattr(score, "uses_update", True):
+    if cfg.probe.num_steps(1) == 0 and getattr(score, "uses_update", True):
         raise ValueError(
             f"probe.steps=0: probe.score={name!r} reads the update of a warm start, and there is none; raise probe.steps, or "
             "choose a score of gradients, such as fisher"
+        )
+    if hasattr(score, "contrast") and len(cfg.tasks) + len(cfg.general) < 2:
+        raise ValueError(
+            f"probe.score={name!r}: compares the task with others, and there are none; add a general set or a task"
         )
     least = getattr(score, "least_batches", 1)
     if cfg.probe.fisher_batches < least:

@@ -44,6 +44,10 @@ class Method(ABC):
     """Whether it runs on all ranks of a sharded model; otherwise it runs in one process."""
     continues: ClassVar[bool] = False
     """Whether a task is trained on the weights that earlier tasks left; otherwise from the base."""
+    own_masks: ClassVar[bool] = False
+    """Whether it makes masks of its own (``Setting.own_mask``); otherwise a masked method trains the run's."""
+    reads_probe: ClassVar[bool] = False
+    """Whether it reads what the probe has left, beside the run's masks."""
     trains: ClassVar[bool] = True
     """Whether it trains at all; otherwise it has no learning rate."""
     race: Race | None = None

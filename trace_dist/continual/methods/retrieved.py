@@ -19,6 +19,7 @@ from trace_dist.continual.learn import learn_task, try_mask
 from trace_dist.continual.methods.base import Method
 from trace_dist.continual.prompts import to_keep
 from trace_dist.continual.setting import Setting
+from trace_dist.masks.mask import Mask
 from trace_dist.train.learner import Learner
 from trace_dist.train.loop import TrainResult
 from trace_dist.train.workbench import Stream
@@ -65,8 +66,12 @@ class Retrieved(Method):
             bank.add(signature, None, prompts=to_keep(setting, setting.bench.general))
         return bank
 
+    def mask(self, stream: Stream) -> Mask:
+        """A task's mask. Collective."""
+        return self.setting.mask_for(stream, self.masks)
+
     def learn(self, stream: Stream) -> TrainResult:
-        mask = self.setting.mask_for(stream, self.masks)
+        mask = self.mask(stream)
         result = learn_task(self.setting, self.bank, stream, mask, name=self.name, lr=self.own_lr)
         delta = self.bank.delta(stream.task.name)
         if delta is None:
@@ -79,7 +84,7 @@ class Retrieved(Method):
         return result
 
     def trial(self, stream: Stream, part: Stream, lr: float) -> AbstractContextManager[Learner]:
-        mask = self.setting.mask_for(stream, self.masks)
+        mask = self.mask(stream)
         batches = self.setting.bench.batches([part], self.setting.cfg.train.batch_size)
         return try_mask(self.setting, mask, batches, lr, part.steps, name=self.name)
 

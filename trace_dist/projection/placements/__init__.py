@@ -1,5 +1,6 @@
 """How places inside a tensor are chosen: a file per placement.
 
 A file gives ``label``, ``scores(site, options) -> Scores`` (collective), its ``Options`` where it has any, and
-``check_mask(options, mask)`` where they must fit the section ``mask``.
+``check_mask(options, mask)`` where they must fit the section ``mask``. With ``needs_proxy = False`` there are no budgets: the
+units of all tensors compete by its scores.
 """

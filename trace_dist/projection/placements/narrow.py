@@ -1,13 +1,15 @@
 """Placement narrow: adaptation-aware probing of the target.
 
-A pool of the largest magnitudes, a few times larger than wanted, is trained for some masked steps; its units are scored by the
-trace that they left, and the values are put back.
+A pool, a few times larger than wanted, is trained for some masked steps; its units are scored by the trace that they left, and
+the values are put back. The pool holds the largest magnitudes of each tensor, or its largest gradients by one Fisher pass at the
+base, or both: half of it the one, then the other of what is left.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,10 +19,12 @@ from trace_dist.config.checks import Section, check
 from trace_dist.data.batches import Batches
 from trace_dist.masks.mask import Mask
 from trace_dist.masks.ops import Scores, place
+from trace_dist.masks.select import Units
 from trace_dist.masks.units import UnitLayout
-from trace_dist.probe.importance import Evidence, element_energy
+from trace_dist.probe.importance import Evidence, combined, element_energy, parts_of
 from trace_dist.projection.budget import scale_budgets
 from trace_dist.projection.placements.magnitude import magnitude_scores
+from trace_dist.projection.placements.refine import fisher_scores
 from trace_dist.projection.site import Site
 from trace_dist.projection.unit_means import reduce_units
 from trace_dist.sharding.base import ShardedModel
@@ -38,8 +42,10 @@ class Options(Section):
 
     section: ClassVar[str] = "projection.options"
 
+    pool: Literal["magnitude", "fisher", "both"] = "magnitude"
+    """What the pool holds: the largest magnitudes, the largest gradients of one sharded pass at the base, or half of each."""
     pool_density: float = 0.10
-    """Density of the pool of largest magnitudes, in (0, 1]."""
+    """Density of the pool, in (0, 1]."""
     steps: int = 40
     """Masked steps on the pool."""
     lr: float = 1e-3
@@ -61,9 +67,45 @@ def check_mask(options: Options, mask: MaskConfig) -> None:
 
 def scores(site: Site, options: Options) -> Scores:
     """Scores of every unit of the target. Collective."""
-    pool_budgets = scale_budgets(site.budgets, site.layouts, options.pool_density)
-    pool = place(site.layouts, site.granularity, pool_budgets, magnitude_scores(site.model), site.refused)
-    return narrow_scores(site.model, pool, site.batches(), options, site.probe, site.train, site.task)
+    return narrow_scores(
+        site.model, _pool(site, options), site.batches(), options, site.probe, site.train, site.task
+    )
+
+
+def _pool(site: Site, options: Options) -> Mask:
+    """What is trained. Collective."""
+    found: Mask | None = None
+    for share, scores in POOLS[options.pool](site):
+        budgets = scale_budgets(site.budgets, site.layouts, share * options.pool_density)
+        refused = dict(site.refused) if found is None else _with(site.refused, found.units)
+        part = place(site.layouts, site.granularity, budgets, scores, refused)
+        found = part if found is None else found | part
+    if found is None:
+        raise AssertionError(f"pool {options.pool!r} is made of nothing")
+    return found
+
+
+def _with(refused: Units, taken: Units) -> Units:
+    """Both, of which no unit is in the other."""
+    names = [*refused, *(name for name in taken if name not in refused)]
+    parts = {name: [units[name].long() for units in (refused, taken) if name in units] for name in names}
+    return {name: torch.cat(units).sort().values for name, units in parts.items()}
+
+
+def _largest(site: Site) -> Scores:
+    return magnitude_scores(site.model)
+
+
+def _steepest(site: Site) -> Scores:
+    return fisher_scores(site.model, site.layouts, site.batches(), site.probe.fisher_batches)
+
+
+POOLS: dict[str, Callable[[Site], Sequence[tuple[float, Scores]]]] = {
+    "magnitude": lambda site: [(1.0, _largest(site))],
+    "fisher": lambda site: [(1.0, _steepest(site))],
+    "both": lambda site: [(0.5, _largest(site)), (0.5, _steepest(site))],
+}
+"""By name, the shares that a pool consists of, and by what their units are chosen."""
 
 
 def narrow_scores(
@@ -92,27 +134,48 @@ def narrow_scores(
     label, rate = f"narrow {task}".rstrip(), f"{options.where}.lr"
     train_steps(learner, batches, train, options.steps, description=label, rate=rate)
     gradients = _compact_gradients(learner, batches, probe.fisher_batches)
-    energy = {}
+    parts, energies = parts_of(probe.score), {}
     for support, before, (mean, squares) in zip(optimizer.supports, start, gradients, strict=True):
         weight, after = (
             before.to(squares.device).float(),
             optimizer.values(support).to(squares.device).float(),
         )
-        local = element_energy(Evidence(weight, after - weight, mean, squares), probe.score)
-        offset = support.offset
-        elements = pool.elements(support.name)[offset : offset + support.runs.num_entries]
-        energy[support.name] = (local, elements)
+        elements = pool.elements(support.name)[support.offset : support.offset + support.runs.num_entries]
+        evidence = Evidence(weight, after - weight, mean, squares)
+        energies[support.name] = [element_energy(evidence, part) for part in parts], elements
     optimizer.set_values(start)
     model.detach()
+    return _pool_scores(model, pool, energies, probe.score)
+
+
+def _pool_scores(
+    model: ShardedModel, pool: Mask, energies: Mapping[str, tuple[list[Tensor], Tensor]], score: str
+) -> Scores:
+    """Scores of the pool's units, OUTSIDE elsewhere. Collective.
+
+    Args:
+        model: the target.
+        pool: whose units are scored.
+        energies: parameter -> squared importances of this rank's elements, by each part of the score; and which elements.
+        score: what the parts make.
+    """
+
+    def means(name: str, part: int) -> Tensor:
+        local, elements = energies[name][0][part], energies[name][1]
+        found = reduce_units(model, name, pool.layouts[name], local, elements.to(local.device)).sqrt()
+        return found[pool.units[name].long()]
+
+    num_parts = len(parts_of(score))
+    whole = None
+    if num_parts > 1:
+        # Scaled over the whole pool, which every rank then holds: 4 bytes a unit.
+        whole = combined(score, [{name: means(name, part) for name in energies} for part in range(num_parts)])
 
     def scores(name: str, layout: UnitLayout) -> Tensor:
-        if name not in energy:
-            return torch.full((layout.num_units,), OUTSIDE)
-        local, elements = energy[name]
-        values = reduce_units(model, name, layout, local, elements.to(local.device)).sqrt()
-        inside = torch.zeros(layout.num_units, dtype=torch.bool)
-        inside[pool.units[name].long()] = True
-        return torch.where(inside, values, torch.tensor(OUTSIDE))
+        found = torch.full((layout.num_units,), OUTSIDE)
+        if name in energies:
+            found[pool.units[name].long()] = means(name, 0) if whole is None else whole[name]
+        return found
 
     return scores
 
