@@ -24,7 +24,7 @@ from trace_dist.config.checks import Rate, Section, check
 from trace_dist.continual.learn import put_back
 from trace_dist.continual.methods.one_set import OneSet
 from trace_dist.continual.setting import Setting
-from trace_dist.data.encoding import Pair, context_length, pad_id
+from trace_dist.data.encoding import context_length, last_pair, pad_id
 from trace_dist.evaluation.inputs import config_of
 from trace_dist.masks.mask import Mask
 from trace_dist.train.learner import Learner
@@ -154,10 +154,10 @@ class Consolidated(OneSet):
         """What the model as it is says to a task's prompts."""
         setting, bench = self.setting, self.setting.bench
         rows = stream.encoded.select(range(min(self.options.prompts, len(stream.encoded)))).to_list()
-        pairs = [_pair(row["input_ids"], row["num_answer_tokens"]) for row in rows]
+        pairs = [last_pair(row["input_ids"], row["labels"]) for row in rows]
         # Running text is its own answer.
         if stream.task.metric != "bits_per_byte":
-            cap = setting.cfg.eval.max_new_tokens or 1 + max(row["num_answer_tokens"] for row in rows)
+            cap = setting.cfg.eval.max_new_tokens or 1 + max(len(pair.answer) for pair in pairs)
             context = context_length(config_of(setting.model.module))
             if context is not None:  # prompts and answers were checked together, row by row
                 cap = min(cap, context - max(len(pair.prompt) for pair in pairs))
@@ -182,14 +182,8 @@ class Consolidated(OneSet):
 
 def _prompts(encoded: datasets.Dataset) -> list[tuple[int, ...]]:
     """Token ids of the examples' prompts."""
-    columns = encoded["input_ids"][:], encoded["num_answer_tokens"][:]
-    return [tuple(_pair(ids, count).prompt) for ids, count in zip(*columns, strict=True)]
-
-
-def _pair(ids: list[int], num_answer_tokens: int) -> Pair:
-    """Token ids of an example, taken apart."""
-    start = len(ids) - num_answer_tokens
-    return Pair(ids[:start], ids[start:])
+    columns = encoded["input_ids"][:], encoded["labels"][:]
+    return [tuple(last_pair(ids, labels).prompt) for ids, labels in zip(*columns, strict=True)]
 
 
 METHOD = Consolidated
