@@ -216,8 +216,15 @@ def test_what_is_read_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixt
     rows = [{"question": "q", "answer": "a", "id": 1}] * 2
     examples(tmp_path, *rows)
     examples(tmp_path, *rows)
-    lines = [record.getMessage() for record in caplog.records if "reads the columns" in record.getMessage()]
+    # A record may be captured by two loggers.
+    records = {id(record): record.getMessage() for record in caplog.records}
+    lines = [line for line in records.values() if "reads the columns" in line]
     assert lines == ["tasks.t: reads the columns question, answer; not id"]
+    assert not [record for record in caplog.records if record.levelno == logging.WARNING]
+    examples(tmp_path, {"question": "q", "answer": "a", "passage": "p"})
+    assert (
+        "the column passage is not read; where the question needs it, write a prompt_template" in caplog.text
+    )
 
 
 def test_a_column_that_a_later_example_lacks_is_named_with_it(tmp_path: Path) -> None:
@@ -228,7 +235,7 @@ def test_a_column_that_a_later_example_lacks_is_named_with_it(tmp_path: Path) ->
 
 def test_running_text_begins_with_its_prompt(tmp_path: Path) -> None:
     text = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
-    (tmp_path / "d.txt").write_text("a b\n\nword\n你好世界\n")
+    (tmp_path / "d.txt").write_text("a b\n\nword\n你好世界\n", encoding="utf-8-sig")
     (tmp_path / "d.test.txt").write_text(f"{text}\n")
     loaded = load_examples(task(tmp_path / "d.txt"), seed=0)
     (row,) = loaded.test

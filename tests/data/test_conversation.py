@@ -154,6 +154,7 @@ def test_system_turns_stay_and_turns_that_teach_nothing_go(tmp_path: Path) -> No
     assert read(tmp_path, [system, user, answer]) == expected
     assert read(tmp_path, [system, answer, user, answer, user]) == expected
     assert read(tmp_path, {"messages": [user, answer], "system": "s"}) == expected
+    assert read(tmp_path, {"messages": [system, user, answer], "system": "s"}) == expected
     assert read(tmp_path, {"messages": [user, answer], "system": None}) == [{"prompt": "u", "answer": "a"}]
     sharegpt = [
         {"from": "system", "value": "s"},

@@ -198,10 +198,13 @@ def test_an_unknown_id_and_a_path_that_is_not_there(tmp_path: Path, monkeypatch:
         with pytest.raises(ValueError, match=r"no such file or folder; fix the path"):
             load_examples(task(path), seed=0)
     write(tmp_path / "d.jsonl")
+    datasets.Dataset.from_list(ROWS).save_to_disk("saved")
     for options in ({"revision": "main"}, {"subset": "main"}):
+        with pytest.raises(ValueError, match=r"has no meaning for 'saved'"):
+            load_examples(task("saved", **options), seed=0)
         with pytest.raises(
             ValueError,
-            match=r"tasks\.t\.(subset|revision)='main': has a meaning for datasets on the hub alone",
+            match=r"tasks\.t\.(subset|revision)='main': has no meaning for .*leave it out",
         ):
             load_examples(task("d.jsonl", **options), seed=0)
 

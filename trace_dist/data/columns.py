@@ -36,6 +36,8 @@ ANSWERS = tuple(dict.fromkeys(answer for answers in PARTNERS.values() for answer
 CONVERSATIONS = ("messages", "conversations")
 KEYS = ("answer", "answerKey")
 """Columns of the right choice."""
+CONTEXTS = ("context", "passage", "document", "article", "paragraph")
+"""Columns without which a question may make no sense."""
 WORDS_ASKED = 8
 """Words at the beginning of a running text that are its prompt."""
 
@@ -96,6 +98,12 @@ def say_form(task: TaskConfig, form: Form, columns: Sequence[str]) -> None:
 @once
 def _say(name: str, read: str, unread: str) -> None:
     logger.info("tasks.%s: reads the columns %s%s", name, read, f"; not {unread}" if unread else "")
+    asked = [column for column in unread.split(", ") if column in CONTEXTS]
+    if asked:
+        logger.warning(
+            "tasks.%s: the column %s is not read; where the question needs it, write a prompt_template",
+            name, " and ".join(asked),
+        )  # fmt: skip
 
 
 def _check_named(task: TaskConfig, columns: Sequence[str], where: str) -> None:

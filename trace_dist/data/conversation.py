@@ -43,13 +43,13 @@ def conversation(value: Any, where: str, system: str = "") -> Example:
     Args:
         value: list of turns, or its JSON.
         where: begins an error.
-        system: what the system says, where it stands beside the conversation.
+        system: what the system says, where it stands beside a conversation that does not begin with it.
 
     Raises:
         ValueError: it is no conversation, a turn is none or calls tools, or nothing is answered.
     """
     turns = turns_from(value, where)
-    if system.strip():
+    if system.strip() and turns[0]["role"] != "system":
         turns.insert(0, {"role": "system", "content": system})
     asked = _answered_part(turns, where)
     return {"prompt": simplest(asked[:-1]), "answer": asked[-1]["content"]}

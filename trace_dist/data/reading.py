@@ -38,19 +38,25 @@ def read_splits(task: TaskConfig) -> tuple[Splits, bool]:
     field = f"tasks.{task.name}.path={task.path!r}"
     if not path.exists():
         return _from_hub(task, field), False
-    for key in ("revision", *(["subset"] if path.is_file() else [])):
-        if getattr(task, key) is not None:
-            raise ValueError(
-                f"tasks.{task.name}.{key}={getattr(task, key)!r}: has a meaning for datasets on the hub alone, but "
-                f"{task.path!r} is on this machine; leave it out"
-            )
+    saved = any((path / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    trace = any((path / file).is_file() for file in _TRACE_FILES.values())
+    _check_local(task, ("revision", "subset") if path.is_file() or saved or trace else ("revision",))
     if path.is_file():
         return _from_file(path, field), False
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    if saved:
         return _from_disk(path, field)
-    if any((path / file).is_file() for file in _TRACE_FILES.values()):
+    if trace:
         return _from_trace_folder(path, task, field), True
     return _from_folder(path, task, field), False
+
+
+def _check_local(task: TaskConfig, keys: tuple[str, ...]) -> None:
+    for key in keys:
+        if getattr(task, key) is not None:
+            raise ValueError(
+                f"tasks.{task.name}.{key}={getattr(task, key)!r}: has no meaning for {task.path!r}, which is on this machine; "
+                "leave it out"
+            )
 
 
 def _from_hub(task: TaskConfig, field: str) -> Splits:
@@ -61,7 +67,8 @@ def _from_hub(task: TaskConfig, field: str) -> Splits:
         f"check the path, or the id, tasks.{task.name}.subset and revision on the hub, and the network "
         "(without one, give the path of a copy)"
     )
-    with _one_line(f"{field}: no such file or folder, and no dataset of the hub that can be read", cure):
+    what = f"{field}: no such file or folder, and no dataset of the hub that can be read"
+    with _one_line(what, cure), bars_on_main():
         loaded = datasets.load_dataset(name, task.subset, revision=task.revision)
     return {split: Table(f"{name}, split {split}", data) for split, data in loaded.items()}
 
@@ -157,7 +164,7 @@ def _parquet(files: list[Path], field: str) -> datasets.Dataset:
 def _text(files: list[Path], field: str) -> datasets.Dataset:
     for file in files:
         read_text(file)
-    return _loaded("text", files, field)
+    return _loaded("text", files, field, encoding="utf-8-sig")
 
 
 def _loaded(kind: str, files: list[Path], field: str, **options: Any) -> datasets.Dataset:
