@@ -92,18 +92,20 @@ def find_form(task: TaskConfig, columns: Sequence[str], where: str) -> Form:
 def say_form(task: TaskConfig, form: Form, columns: Sequence[str]) -> None:
     """Log which columns are read and which are not, once for a task."""
     read = [*form.columns, *(column for column in form.optional if column in columns)]
-    _say(task.name, ", ".join(read), ", ".join(sorted(set(columns) - set(read))))
+    _say(task.name, tuple(read), tuple(sorted(set(columns) - set(read))))
 
 
 @once
-def _say(name: str, read: str, unread: str) -> None:
-    logger.info("tasks.%s: reads the columns %s%s", name, read, f"; not {unread}" if unread else "")
-    asked = [column for column in unread.split(", ") if column in CONTEXTS]
-    if asked:
+def _say(name: str, read: tuple[str, ...], unread: tuple[str, ...]) -> None:
+    others = f"; not {', '.join(unread)}" if unread else ""
+    logger.info("tasks.%s: reads the columns %s%s", name, ", ".join(read), others)
+    missed = " and ".join(column for column in unread if column in CONTEXTS)
+    if missed:
         logger.warning(
             "tasks.%s: the column %s is not read; where the question needs it, write a prompt_template",
-            name, " and ".join(asked),
-        )  # fmt: skip
+            name,
+            missed,
+        )
 
 
 def _check_named(task: TaskConfig, columns: Sequence[str], where: str) -> None:
