@@ -26,4 +26,8 @@ PLACEMENTS = _rows(
 )  # fmt: skip
 ISOLATIONS = _rows("mask.isolation", "continual.isolation", "shared", "exclusive", "soft")
 COMPOSITIONS = _rows("composition", "bank.composition", "sum", "average", "ties", "dare")
+METRICS = _rows(
+    "tasks.metric", "evaluation.metrics",
+    "exact_match", "choice", "numeric", "token_f1", "rouge_l", "chrf", "bleu", "edit_similarity", "sari", "bits_per_byte",
+)  # fmt: skip
 EXPORTERS = _rows("exporter", "bank.export", "hf")

@@ -58,6 +58,35 @@ def run(**changes: Any) -> c.RunConfig:
         (lambda: task(path=None), "tasks.t", "exactly one of path and reasoning_gym"),
         (lambda: task(reasoning_gym={"dataset": "d"}), "tasks.t", "exactly one of path and reasoning_gym"),
         (lambda: task(path=None, reasoning_gym={"size": 1}), "tasks.t.reasoning_gym", "key 'dataset'"),
+        (
+            lambda: task(path=None, reasoning_gym={"dataset": "d"}, split="x"),
+            "tasks.t.split",
+            "the source is reasoning_gym",
+        ),
+        (
+            lambda: task(prompt_field="a", prompt_template="{b}"),
+            "tasks.t.prompt_template",
+            "prompt_field is set too",
+        ),
+        (
+            lambda: task(answer_field="a", answer_template="{b}"),
+            "tasks.t.answer_template",
+            "answer_field is set too",
+        ),
+        (
+            lambda: task(messages_field="m", answer_field="a"),
+            "tasks.t.answer_field",
+            "messages_field is set too",
+        ),
+        (lambda: task(prompt_template="{a"), "tasks.t.prompt_template", "expected '}' before end of string"),
+        (lambda: task(prompt_template="a}"), "tasks.t.prompt_template", "single '}' encountered"),
+        (lambda: task(prompt_template="{}"), "tasks.t.prompt_template", "braces hold the name of a column"),
+        (
+            lambda: task(answer_template="{a:>3}"),
+            "tasks.t.answer_template",
+            "braces hold the name of a column",
+        ),
+        (lambda: task(answer_template="a"), "tasks.t.answer_template", "names no column"),
         (lambda: task(name=""), "tasks.name", "must be a non-empty text"),
         (lambda: task(name="a/b"), "tasks.name", "must not hold '/'"),
         (lambda: task(name="Base"), "tasks.name", "is reserved for the base model"),
@@ -271,6 +300,7 @@ def test_a_key_of_an_earlier_version_names_the_new_one(
     ("name", "value"),
     [
         ("probe.score", "l3"),
+        ("tasks", [{"name": "t", "path": "t.jsonl", "metric": "rouge"}]),
         ("projection.placement", "narow"),
         ("continual.methods", ["retrieved", "ful"]),
         ("continual.options", {"ful": {"lr": 1.0}}),

@@ -273,9 +273,9 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
 def test_path_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tasks\.t\.path=.*no such file or folder"):
         load_examples(task(path=str(tmp_path / "missing.jsonl")), seed=0)
-    (tmp_path / "d.csv").write_text("prompt,answer\n")
-    for path in (tmp_path, tmp_path / "d.csv"):
-        with pytest.raises(ValueError, match=r"not a \.jsonl file"):
+    (tmp_path / "d.xyz").write_text("prompt,answer\n")
+    for path in (tmp_path, tmp_path / "d.xyz"):
+        with pytest.raises(ValueError, match=r"tasks\.t\.path=.* \.jsonl"):
             load_examples(task(path=str(path)), seed=0)
 
 

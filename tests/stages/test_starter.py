@@ -11,6 +11,7 @@ from cli.program import make_config, write_config, write_tasks
 from trace_dist.cli.main import main
 from trace_dist.cli.parser import parse, run_config
 from trace_dist.config import RunConfig, TinyConfig
+from trace_dist.data import load_examples
 from trace_dist.models.tiny import build_tiny
 from trace_dist.models.tokenizer import char_tokenizer
 from trace_dist.stages.preview import preview
@@ -64,6 +65,24 @@ def test_a_proxy_and_ranks_of_ones_own(folder: Path) -> None:
     assert cfg.proxy is not None
     assert (cfg.proxy.path, cfg.proxy.prune) == ("small", None)
     assert (cfg.backend, cfg.launch.num_ranks) == ("zero3", 4)
+
+
+def test_data_in_other_forms_and_files(folder: Path) -> None:
+    """What is written is what was found, and it reads the same data."""
+    turns = [[("user", f"{i} is"), ("assistant", f"n{i}")] for i in range(80)]
+    chats = [
+        {"talk": "", "messages": [{"role": role, "content": said} for role, said in each]} for each in turns
+    ]
+    (folder / "chat.json").write_text(json.dumps(chats))
+    alpaca = "".join(f'"{i} is","","n{i}"\n' for i in range(80))
+    (folder / "steps.csv").write_text(f"instruction,input,output\n{alpaca}")
+    made = starter_config(
+        Starter(str(folder / "model"), [str(folder / "chat.json"), str(folder / "steps.csv")], None, "r", 1)
+    )
+    chat, steps = read(made, folder).tasks
+    assert (chat.name, chat.messages_field, chat.prompt_field) == ("chat", "messages", None)
+    assert (steps.name, steps.messages_field, steps.prompt_field) == ("steps", None, None)
+    assert load_examples(chat, seed=0) == load_examples(steps, seed=0)
 
 
 @pytest.mark.parametrize(

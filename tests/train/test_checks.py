@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,37 @@ def test_texts(tmp_path: Path, write: Write) -> None:
     task = write("a", rows(20), rows(2, 50))
     text = write("text", rows(20), [*rows(2, 50), *rows(1, 60, answer="")], metric="bits_per_byte")
     refused(run(tmp_path, task, general=[text]), r"tasks\.text: the answer of test example \d is empty")
+
+
+def test_a_metric_that_cannot_be_computed(
+    tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, plain = write("a", rows(20), rows(2, 50)), [write("g", rows(20), rows(2, 50))]
+    task = write("own", rows(20), rows(2, 50), metric="no_such_package.metric")
+    refused(
+        run(tmp_path, good, task, general=plain),
+        r"tasks\.own\.metric='no_such_package\.metric': cannot be imported",
+    )
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    general = [replace(plain[0], metric="chrf")]
+    refused(run(tmp_path, good, general=general), r"tasks\.g\.metric='chrf': .*trace-dist\[metrics\]")
+
+
+def test_conversations_are_checked_like_texts(tmp_path: Path, write: Write) -> None:
+    """Tokenizer of a tiny base, lengths and counts; the turns before a question count."""
+
+    def talk(num: int, start: int, said: str) -> list[dict[str, Any]]:
+        turns = [{"role": "user", "content": "say it"}, {"role": "assistant", "content": said}]
+        end = {"role": "assistant", "content": "1"}
+        return [
+            {"messages": [*turns, {"role": "user", "content": f"go on {i}"}, end]}
+            for i in range(start, start + num)
+        ]
+
+    general = [write("g", rows(20), rows(2, 50))]
+    Tasks.load(run(tmp_path, write("talk", talk(20, 0, "well"), talk(2, 50, "\u00e9")), general=general))
+    long = write("long", talk(20, 0, "well"), talk(2, 50, "x" * 300))
+    refused(run(tmp_path, long, general=general), r"tasks\.long: a test example needs 3\d\d tokens")
 
 
 def test_lengths_of_every_example_and_the_generation_cap(tmp_path: Path, write: Write) -> None:

@@ -309,7 +309,7 @@ INIT_ARGUMENTS: Options = {
     "--data": {
         "required": True,
         "nargs": "+",
-        "help": "a .jsonl file or a folder per task, in the order in which the tasks arrive",
+        "help": "a file, folder or hub id per task (docs/data.md), in the order in which the tasks arrive",
     },
     "--proxy": {
         "default": None,

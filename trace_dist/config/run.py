@@ -78,7 +78,7 @@ class RunConfig(Section):
         check(ranks == 1 or not one_process, "launch.num_ranks", ranks, rule, cure)
         unranked = [task.name for task in self.tasks if task.metric == "bits_per_byte"]
         rule = "bits_per_byte is for general sets, accuracies are in percent"
-        check(not unranked, "tasks.metric", unranked, rule, "use exact_match or choice for tasks")
+        check(not unranked, "tasks.metric", unranked, rule, "choose one of the others for tasks")
         self._check_models()
         if not self.run_dir:
             # The one value that is worked out from others; the object is not shared yet.

@@ -2,33 +2,70 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 from trace_dist.config.checks import Section, check
+from trace_dist.parts import METRICS
+from trace_dist.utils.braces import columns_of
 from trace_dist.utils.names import check_task_name
+
+_READING = (
+    "subset", "revision", "split", "test_split",
+    "prompt_field", "answer_field", "prompt_template", "answer_template", "messages_field",
+)  # fmt: skip
+"""Fields that say how a path is read."""
+_EITHER = (
+    ("prompt_field", "prompt_template"),
+    ("answer_field", "answer_template"),
+    *(
+        ("messages_field", f"{part}_{kind}")
+        for part in ("prompt", "answer")
+        for kind in ("field", "template")
+    ),
+)
+"""Fields of which a task may have one."""
 
 
 @dataclass(frozen=True)
 class TaskConfig(Section):
-    """One task: prompt/answer pairs from exactly one source (path or reasoning_gym)."""
+    """One task: prompts and answers from exactly one source (path or reasoning_gym)."""
 
     name: str
     """Name used in files and tables."""
     path: str | None = None
-    """A .jsonl file, a folder with train/eval/test.json (TRACE layout), or a datasets.save_to_disk folder."""
+    """A file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a folder with train and test files, a folder as on the hub or of
+    datasets.save_to_disk, or the id of a dataset on the hub, such as openai/gsm8k."""
     reasoning_gym: dict[str, Any] | None = None
     """`{dataset: spell_backward, min_word_len: 5, ...}`: a procedural reasoning-gym dataset and its options."""
-    prompt_field: str = "prompt"
-    """Column with the prompt."""
-    answer_field: str = "answer"
-    """Column with the answer."""
+    subset: str | None = None
+    """Configuration of a hub dataset that has several, such as main."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
+    split: str | None = None
+    """Split to train on, such as train_sft or train[:90%]; train when not set."""
+    test_split: str | None = None
+    """Split to test on; when not set, test, else on the hub validation, else one prompt in ten of the training split."""
+    prompt_field: str | None = None
+    """Column with the prompt; known names (docs/data.md) are found without it."""
+    answer_field: str | None = None
+    """Column with the answer, or with a list of references, of which the first is trained and the best counts."""
+    prompt_template: str | None = None
+    """Text with columns in braces, such as "{question}\\n{context}", instead of prompt_field; {{ and }} are braces."""
+    answer_template: str | None = None
+    """As prompt_template, for the answer."""
+    messages_field: str | None = None
+    """Column with conversations (role and content, or from and value); every assistant turn is trained, the last one scored."""
     num_train: int = 4000
     """Training examples used (fewer if the source has fewer)."""
     num_test: int = 200
     """Test examples used (fewer if the source has fewer)."""
-    metric: Literal["exact_match", "choice", "bits_per_byte"] = "exact_match"
-    """Greedy exact match, label log-likelihood over the set of answers, or bits per byte of the answer text."""
+    metric: str = "exact_match"
+    """exact_match, choice (the likeliest of all answers), numeric (the last number), token_f1, rouge_l, chrf, bleu,
+    edit_similarity, sari, bits_per_byte (of the answer, for general sets), or the path of a Python function
+    `(said, references, prompt) -> score in [0, 1]`, such as my_pkg.my_metric."""
+    metric_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the metric, such as `{tolerance: 0.01}` of numeric; the metrics' files explain them."""
     steps: int | None = None
     """Optimizer steps for this task; the train section's value when not set."""
 
@@ -45,4 +82,23 @@ class TaskConfig(Section):
             options, cure = self.reasoning_gym, "name the reasoning-gym dataset"
             name = f"{self.where}.reasoning_gym"
             check("dataset" in options, name, options, "needs the key 'dataset'", cure)
+            for key in _READING:
+                value, rule = getattr(self, key), "says how a path is read, but the source is reasoning_gym"
+                check(value is None, f"{self.where}.{key}", value, rule, "leave it out")
         self.at_least(1, "num_train", "num_test", "steps")
+        self._check_columns()
+        METRICS.check(self.metric)
+
+    def _check_columns(self) -> None:
+        for one, other in _EITHER:
+            both = None not in (getattr(self, one), getattr(self, other))
+            value, rule = getattr(self, other), f"{one} is set too, and says the same thing"
+            check(not both, f"{self.where}.{other}", value, rule, "keep one of them")
+        for key in ("prompt_template", "answer_template"):
+            template = getattr(self, key)
+            try:
+                named = columns_of(template) if template is not None else [key]
+            except ValueError as error:
+                cure = "write {column}, and {{ and }} for braces"
+                check(False, f"{self.where}.{key}", template, str(error).lower(), cure)
+            check(bool(named), f"{self.where}.{key}", template, "names no column", "write {column}")

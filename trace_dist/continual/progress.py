@@ -179,5 +179,7 @@ def examples_digest(streams: Sequence[Stream]) -> str:
     digest = hashlib.sha256()
     for task in (stream.task for stream in streams):
         for part in (task.train, task.test):
-            digest.update(json.dumps([task.name, part["prompt"][:], part["answer"][:]]).encode())
+            digest.update(
+                json.dumps([task.name, *(part[column][:] for column in part.column_names)]).encode()
+            )
     return digest.hexdigest()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import datasets
+
 from trace_dist.bank.prompts import Prompts, PromptSets
 from trace_dist.continual.setting import Setting
-from trace_dist.data.encoding import Pair
+from trace_dist.data.encoding import Pair, last_pair
 from trace_dist.train.workbench import Stream
 
 
@@ -22,14 +24,14 @@ def prompts_of(setting: Setting, stream: Stream, count: int | None) -> Prompts:
     Answers may be one token longer than the longest that was trained, unless ``eval.max_new_tokens`` says more.
     """
     rows = stream.encoded.select(range(min(count or len(stream.encoded), len(stream.encoded))))
-    pairs = split_pairs(rows["input_ids"][:], rows["num_answer_tokens"][:])
+    pairs = pairs_in(rows)
     if stream.task.metric == "bits_per_byte":
         return Prompts(pairs, None)
     cap = setting.cfg.eval.max_new_tokens or 1 + max(len(pair.answer) for pair in pairs)
     return Prompts([Pair(pair.prompt, []) for pair in pairs], cap)
 
 
-def split_pairs(ids: Sequence[list[int]], num_answer_tokens: Sequence[int]) -> list[Pair]:
-    """Token ids of examples, taken apart."""
-    starts = (len(row) - count for row, count in zip(ids, num_answer_tokens, strict=True))
-    return [Pair(row[:start], row[start:]) for row, start in zip(ids, starts, strict=True)]
+def pairs_in(encoded: datasets.Dataset) -> list[Pair]:
+    """Encoded examples, taken apart before their last answers."""
+    columns = encoded["input_ids"][:], encoded["labels"][:]
+    return [last_pair(ids, labels) for ids, labels in zip(*columns, strict=True)]

@@ -12,7 +12,8 @@ from trace_dist.data.encoding import (
     pad_id,
     stop_ids,
 )
-from trace_dist.data.sources import Example, Splits, load_examples
+from trace_dist.data.examples import Example, Prompt
+from trace_dist.data.sources import Splits, load_examples
 from trace_dist.data.tasks import Task, load_task
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Batches",
     "Example",
     "Pair",
+    "Prompt",
     "Splits",
     "Step",
     "Task",

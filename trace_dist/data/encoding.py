@@ -6,6 +6,8 @@ template, the plain text after the tokenizer's own first token. The answer part 
 answer are tokenised as one text, up to and with the end-of-turn token (or eos). Training, generation and
 signatures must see the same prompt tokens, so where tokenising both as one text changes them (a merge across the
 seam) the answer is tokenised by itself and appended.
+
+A conversation's prompt holds the answers of its earlier turns. They carry a loss too, each with its end token.
 """
 
 from __future__ import annotations
@@ -14,8 +16,7 @@ import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache as once
 from typing import Any, NamedTuple, cast
 
@@ -23,11 +24,12 @@ import datasets
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from trace_dist.config import DataConfig
-from trace_dist.data import template
+from trace_dist.data import examples, template
+from trace_dist.data.bars import bars_on_main
 from trace_dist.data.cache import cached
+from trace_dist.data.examples import Prompt
 from trace_dist.data.template import Frame, end_token, frames
-from trace_dist.utils import dist
-from trace_dist.utils.log import console, get_logger
+from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
 
@@ -66,12 +68,12 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def encode_prompt(
-    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
 ) -> list[list[int]]:
     """Prompt part of each prompt ([Note: prompt part and answer part]), for training and generation alike.
 
     Args:
-        prompts: plain texts.
+        prompts: plain texts, or the turns of conversations.
         tokenizer: with or without a chat template.
         max_tokens: cut longer prompts on the left to this many tokens (a first bos token stays).
 
@@ -79,18 +81,22 @@ def encode_prompt(
         ValueError: a prompt has no token, so there is nothing to condition an answer on; or the template cannot be
             rendered.
     """
-    texts = [frame.prompt for frame in _frames(prompts, tokenizer)]
-    encoded = _prompt_ids(texts, tokenizer)
+    encoded = _prompt_ids([frame.prompt for frame in frames(prompts, tokenizer)], tokenizer)
     if max_tokens is None:
         return encoded
     return [_cut_left(ids, max_tokens, tokenizer.bos_token_id) for ids in encoded]
 
 
 def encode_pairs(
-    prompts: Sequence[str], answers: Sequence[str], tokenizer: PreTrainedTokenizerBase
+    prompts: Sequence[Prompt], answers: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> list[Pair]:
     """Prompt part and answer part of each example, untruncated; the answer part ends with its end token."""
-    around = _frames(prompts, tokenizer)
+    return _framed_pairs(frames(prompts, tokenizer), answers, tokenizer)
+
+
+def _framed_pairs(
+    around: list[Frame], answers: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> list[Pair]:
     prompt_ids = _prompt_ids([frame.prompt for frame in around], tokenizer)
     stops = stop_ids(tokenizer)
     texts = [f.prompt + f.lead + answer + f.tail for f, answer in zip(around, answers, strict=True)]
@@ -103,19 +109,25 @@ def encode_pairs(
     return pairs
 
 
+def last_pair(input_ids: list[int], labels: list[int]) -> Pair:
+    """The last answer of an encoded example, and all that stands before it."""
+    start = len(labels) - labels[::-1].index(IGNORE)
+    return Pair(input_ids[:start], input_ids[start:])
+
+
 def encode(
     dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, cfg: DataConfig
 ) -> datasets.Dataset:
     """Tokenise examples for training; cached on disk by content, in ``cfg.num_proc`` processes.
 
     Args:
-        dataset: string columns ``prompt`` and ``answer``.
+        dataset: columns ``prompt`` (a text, or turns) and ``answer``.
         tokenizer: with or without a chat template.
         cfg: longest example and what happens to longer ones.
 
     Returns:
-        Columns ``input_ids`` and ``labels`` (int32 lists; labels are -100 on the prompt) and
-        ``num_answer_tokens`` (int32), in the order of ``dataset``.
+        Columns ``input_ids`` and ``labels`` (int32 lists; labels are -100 on all that nobody answered) and
+        ``num_answer_tokens`` (int32, with a loss), in the order of ``dataset``.
 
     Raises:
         ValueError: an example is longer than ``cfg.max_length`` and its prompt may not be cut, or its answer
@@ -124,7 +136,7 @@ def encode(
     ids = datasets.Sequence(datasets.Value("int32"))
     number = datasets.Value("int32")
     cache = cached(_digest(dataset, tokenizer, cfg), ".arrow")
-    with _progress_on_main():
+    with bars_on_main():
         encoded = dataset.map(
             _encode_batch,
             batched=True,
@@ -162,25 +174,6 @@ def check_context(tokens_needed: int, model_config: PreTrainedConfig) -> None:
 def context_length(model_config: PreTrainedConfig) -> int | None:
     """Positions of a model; None where its config states no limit."""
     return getattr(model_config.get_text_config(), "max_position_embeddings", None)
-
-
-@contextmanager
-def _progress_on_main() -> Iterator[None]:
-    """datasets' progress bars where ours show: on rank 0 of an interactive terminal."""
-    if datasets.are_progress_bars_disabled() or (dist.is_main() and console.is_terminal):
-        yield
-        return
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.enable_progress_bars()
-
-
-def _frames(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Frame]:
-    if tokenizer.chat_template:
-        return frames(prompts, tokenizer)
-    return [Frame(prompt, "", "") for prompt in prompts]
 
 
 def _prompt_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -221,29 +214,54 @@ def _cut_left(ids: list[int], max_tokens: int, bos: int | None) -> list[int]:
 
 
 def _encode_batch(
-    batch: dict[str, list[str]], indices: list[int], tokenizer: PreTrainedTokenizerBase, cfg: DataConfig
+    batch: dict[str, list[Any]], indices: list[int], tokenizer: PreTrainedTokenizerBase, cfg: DataConfig
 ) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "num_answer_tokens": [], "num_cut": []}
-    for i, (prompt, answer) in zip(
-        indices, encode_pairs(batch["prompt"], batch["answer"], tokenizer), strict=True
-    ):
+    around = frames(batch["prompt"], tokenizer)
+    pairs = _framed_pairs(around, batch["answer"], tokenizer)
+    for i, frame, (prompt, answer) in zip(indices, around, pairs, strict=True):
         room = cfg.max_length - len(answer)
-        if room < 1:
-            raise ValueError(
-                f"example {i}: its answer has {len(answer)} tokens and is never cut, but data.max_length="
-                f"{cfg.max_length} leaves no room for a prompt; raise data.max_length above {len(answer)}"
-            )
-        if len(prompt) > room and not cfg.truncate_prompt:
-            raise ValueError(
-                f"example {i}: prompt {len(prompt)} + answer {len(answer)} tokens exceed data.max_length="
-                f"{cfg.max_length}; raise data.max_length or set data.truncate_prompt=true"
-            )
+        _check_room(i, len(prompt), len(answer), cfg)
         kept = _cut_left(prompt, room, tokenizer.bos_token_id)
+        labels = _prompt_labels(prompt, frame, tokenizer)[len(prompt) - len(kept) :] + answer
+        # Nothing stands before the first token, so that it is never predicted.
+        labels[0] = IGNORE
         columns["input_ids"].append(kept + answer)
-        columns["labels"].append([IGNORE] * len(kept) + answer)
-        columns["num_answer_tokens"].append(len(answer))
+        columns["labels"].append(labels)
+        columns["num_answer_tokens"].append(len(labels) - labels.count(IGNORE))
         columns["num_cut"].append(len(prompt) - len(kept))
     return columns
+
+
+def _check_room(i: int, num_prompt: int, num_answer: int, cfg: DataConfig) -> None:
+    if num_answer >= cfg.max_length:
+        raise ValueError(
+            f"example {i}: its answer has {num_answer} tokens and is never cut, but data.max_length="
+            f"{cfg.max_length} leaves no room for a prompt; raise data.max_length above {num_answer}"
+        )
+    if num_prompt + num_answer > cfg.max_length and not cfg.truncate_prompt:
+        raise ValueError(
+            f"example {i}: prompt {num_prompt} + answer {num_answer} tokens exceed data.max_length="
+            f"{cfg.max_length}; raise data.max_length or set data.truncate_prompt=true"
+        )
+
+
+def _prompt_labels(ids: list[int], frame: Frame, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Labels of a prompt's tokens: the answers of earlier turns, each with its end token."""
+    labels, stops = [IGNORE] * len(ids), stop_ids(tokenizer) if frame.earlier else []
+    for place in frame.earlier:
+        texts = [frame.prompt[:end] for end in place]
+        before = _tokenize(texts, tokenizer, special_tokens=not tokenizer.chat_template)
+        first, last = (_num_shared(ids, part) for part in before)
+        last += last < len(ids) and ids[last] in stops
+        labels[first:last] = ids[first:last]
+    return labels
+
+
+def _num_shared(one: list[int], other: list[int]) -> int:
+    """Tokens at the beginning that two texts share."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _digest(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, cfg: DataConfig) -> str:
@@ -255,6 +273,7 @@ def _digest(dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, cfg: 
     parts = (
         inspect.getsource(sys.modules[__name__]),
         inspect.getsource(template),
+        inspect.getsource(examples),
         type(tokenizer).__name__,
         backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True),
         json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str),

@@ -1,9 +1,11 @@
-"""JSON that people bring: text in UTF-8, with or without a byte-order mark. What is wrong is named with its place."""
+"""Text files that people bring, in UTF-8 with or without a byte-order mark. What is wrong is named with its place."""
 
 from __future__ import annotations
 
+import csv
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,25 +40,54 @@ def read_json_lines(path: Path) -> list[Any]:
     Raises:
         ValueError: as ``read_text``, or a line is not JSON.
     """
+    return _lines(read_text(path), path)
+
+
+def read_json_values(path: Path) -> list[Any]:
+    """The values of a file that holds one JSON list, or one JSON object per line.
+
+    Raises:
+        ValueError: as ``read_text``, or the file is neither.
+    """
+    text = read_text(path)
+    first, _, others = text.strip().partition("\n")
+    if first.strip().startswith("{") and first.strip().endswith("}") and others:
+        return _lines(text, path)
+    rows = _parse(text, str(path), "restore the file")
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: holds a {type(rows).__name__}, not a list; write a list of examples")
+    return rows
+
+
+def cells_header(path: Path, separator: str) -> list[str]:
+    """The header of a file of separated cells, all of whose rows are as long as it is.
+
+    Raises:
+        ValueError: as ``read_text``; there is no header, it names a column twice, or a row is longer or shorter.
+    """
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=separator)
+    rows = ((reader.line_num, row) for row in reader if row)
+    _, header = next(rows, (0, []))
+    if not header or len(set(header)) < len(header):
+        raise ValueError(f"{path}:1: the header is {header}; name each column once")
+    for line, row in rows:
+        if len(row) != len(header):
+            raise ValueError(
+                f"{path}:{line}: the row has {len(row)} cells, the header {len(header)}; put texts with {separator!r} "
+                "into quotes"
+            )
+    return header
+
+
+def _lines(whole: str, path: Path) -> list[Any]:
     rows = []
     # Not str.splitlines: JSON strings may hold U+2028 and other characters that it takes for line ends.
-    for number, line in enumerate(io.StringIO(read_text(path), newline=None), start=1):
+    for number, line in enumerate(io.StringIO(whole, newline=None), start=1):
         # Files that were joined have a byte-order mark where the second one begins.
         text = line.strip().lstrip("\ufeff")
         if text:
             rows.append(_parse(text, f"{path}:{number}", "write one object per line"))
-    return rows
-
-
-def read_json_list(path: Path) -> list[Any]:
-    """The values of a file that holds one JSON list.
-
-    Raises:
-        ValueError: as ``read_text``, or the file is not JSON or not a list.
-    """
-    rows = _parse(read_text(path), str(path), "restore the file")
-    if not isinstance(rows, list):
-        raise ValueError(f"{path}: holds a {type(rows).__name__}, not a list; write a list of examples")
     return rows
 
 

@@ -10,9 +10,8 @@ from typing import Any
 
 from trace_dist.config import TaskConfig
 from trace_dist.data.cache import cached
+from trace_dist.data.examples import Example
 from trace_dist.utils.files import read_json, write_json
-
-Example = dict[str, str]
 
 
 def derived_seed(seed: int, purpose: str) -> int:

@@ -10,21 +10,29 @@ the answer is what is generated and scored:
 - Thinking is switched off where the template has a switch. A thinking block that is still open at the end of the
   prompt is closed, empty.
 - The answer ends with the first token of the template's vocabulary that follows it; any other text there is left out.
+
+The turns of a conversation are rendered together. The answers of its earlier turns are found in that text, as the template
+writes them there, and are trained too. Templates of reasoning models may leave out the thoughts of earlier turns.
+
+Without a template a conversation is its texts one after the other: eos ends each answer, and an empty line stands between
+other turns.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
+
+from trace_dist.data.examples import Prompt, Turn, turns_of
 
 _MARK = "theanswergoeshere"
 _SWITCHES = ("enable_thinking", "thinking")
 """Template variables that turn thinking off: Qwen3, GLM and SmolLM3 read the first, DeepSeek and Kimi the second."""
 _CURE = (
-    "give the tokenizer a chat_template that takes one user turn and one answer, "
+    "give the tokenizer a chat_template that takes these turns, "
     "or remove the template to train on plain prompts"
 )
 _OPENING = r"(<\|?|\[|◁)([\w:.-]*(?:think|thought|reason)[\w:.-]*)(\|?>|\]|▷)"
@@ -33,27 +41,33 @@ _OPEN_AT_START = re.compile(r"\s*" + _OPENING, re.IGNORECASE)
 
 
 class Frame(NamedTuple):
-    """Texts around an answer: all that stands before it, white space that belongs to it, and what ends it."""
+    """Texts around an answer: all that stands before it, white space that belongs to it, and what ends it.
+
+    ``earlier``: where the prompt holds answers of earlier turns, from and to; the end token follows or is left out.
+    """
 
     prompt: str
     lead: str
     tail: str
+    earlier: tuple[tuple[int, int], ...] = ()
 
 
-def frames(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Frame]:
+def frames(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[Frame]:
     """The frame of each prompt's answer ([Note: frame of an answer]).
 
     Raises:
-        ValueError: the template cannot be rendered, or does not write what the user says.
+        ValueError: the template cannot be rendered, or does not write what the user says or what was answered before.
     """
-    if _generation_prompt("a", tokenizer) == _generation_prompt("b", tokenizer):
+    if not tokenizer.chat_template:
+        return [_plain_frame(prompt, str(tokenizer.eos_token or "")) for prompt in prompts]
+    if _generation_prompt(turns_of("a"), tokenizer) == _generation_prompt(turns_of("b"), tokenizer):
         raise ValueError(f"{_name(tokenizer)}: it writes the same text whatever the user says; {_CURE}")
-    return [_frame(prompt, tokenizer) for prompt in prompts]
+    return [_frame(turns_of(prompt), tokenizer) for prompt in prompts]
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The token that the template writes after an answer; None where it writes none."""
-    return _end_of(_answered("user", tokenizer)[1], tokenizer)[1]
+    return _end_of(_answered(turns_of("user"), tokenizer)[1], tokenizer)[1]
 
 
 def without_thinking(text: str) -> str:
@@ -65,9 +79,24 @@ def without_thinking(text: str) -> str:
     return rest if rest.strip() else text
 
 
-def _frame(prompt: str, tokenizer: PreTrainedTokenizerBase) -> Frame:
-    asked = _generation_prompt(prompt, tokenizer)
-    before, after = _answered(prompt, tokenizer)
+def _plain_frame(prompt: Prompt, end: str) -> Frame:
+    if isinstance(prompt, str):
+        return Frame(prompt, "", "")
+    written, earlier = "", []
+    for before, turn in zip([None, *prompt], prompt, strict=False):
+        if turn["role"] == "assistant":
+            earlier.append((len(written), len(written) + len(turn["content"])))
+            written += turn["content"] + end
+        else:
+            written += ("\n\n" if before is not None and before["role"] != "assistant" else "") + turn[
+                "content"
+            ]
+    return Frame(written, "", "", tuple(earlier))
+
+
+def _frame(turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> Frame:
+    asked = _generation_prompt(turns, tokenizer)
+    before, after = _answered(turns, tokenizer)
     between, end = _end_of(after, tokenizer)
     lead = before[len(asked) :] if before.startswith(asked) else ""
     if lead.strip():
@@ -76,7 +105,50 @@ def _frame(prompt: str, tokenizer: PreTrainedTokenizerBase) -> Frame:
     if opening is not None:
         asked += ("\n" if asked.endswith("\n") else "\n\n") + _closing(opening) + "\n\n"
     tail = "" if end is None else end if between.strip() else between + end
-    return Frame(asked, lead, tail)
+    return Frame(asked, lead, tail, tuple(_earlier(turns, asked, lead, end, tokenizer)))
+
+
+def _earlier(
+    turns: list[Turn], asked: str, lead: str, end: str | None, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[int, int]]:
+    """Where a prompt holds earlier answers, each with its lead and with white space before its end token.
+
+    The conversation is rendered with marks in place of the answers, to see what the template writes between them. Text between
+    an answer and its end token is left out, so that such an end token is a place of its own.
+    """
+    places = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if not places:
+        return
+    marked = [
+        {**turn, "content": f"{_MARK}{place}{_MARK}"} if place in places else turn
+        for place, turn in enumerate(turns)
+    ]
+    first, *others = re.split(rf"{_MARK}(\d+){_MARK}", _generation_prompt(marked, tokenizer))
+    position = len(first) if asked.startswith(first) else -1
+    for place, number, gap in zip(places, others[::2], others[1::2], strict=False):
+        stop = _stop_of(turns[place]["content"], gap, asked, position)
+        if position < 0 or stop < 0 or number != str(place):
+            break
+        start = position - len(lead) if asked.endswith(lead, 0, position) else position
+        between = gap.partition(end)[0] if end is not None and end in gap else ""
+        yield start, stop + (0 if between.strip() else len(between))
+        if between.strip():
+            yield stop + len(between), stop + len(between)
+        position = stop + len(gap)
+    else:
+        if len(others) == 2 * len(places):
+            return
+    raise ValueError(
+        f"{_name(tokenizer)}: it does not write earlier answers as they are, so they cannot be trained; {_CURE}"
+    )
+
+
+def _stop_of(answer: str, gap: str, asked: str, position: int) -> int:
+    """Where an answer ends that a template writes from ``position`` on and ``gap`` follows; -1 if nowhere."""
+    for written in (answer, answer.strip()):
+        if asked.startswith(written + gap, max(0, position)):
+            return position + len(written)
+    return asked.find(gap, max(0, position))
 
 
 def _closing(opening: re.Match[str]) -> str:
@@ -98,20 +170,18 @@ def _end_of(after: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | 
     return after[:place], token
 
 
-def _generation_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    return _render([{"role": "user", "content": prompt}], tokenizer, add_generation_prompt=True)
+def _generation_prompt(turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> str:
+    return _render(turns, tokenizer, add_generation_prompt=True)
 
 
-def _answered(prompt: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+def _answered(turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """What a template writes before and after an answer; nothing where it does not write the answer at all."""
-    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": _MARK}]
-    before, found, after = _render(turns, tokenizer, add_generation_prompt=False).rpartition(_MARK)
+    whole = [*turns, {"role": "assistant", "content": _MARK}]
+    before, found, after = _render(whole, tokenizer, add_generation_prompt=False).rpartition(_MARK)
     return (before, after) if found else ("", "")
 
 
-def _render(
-    turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool
-) -> str:
+def _render(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool) -> str:
     try:
         template = tokenizer.get_chat_template()
         switches: dict[str, Any] = {name: False for name in _SWITCHES if re.search(rf"\b{name}\b", template)}
@@ -125,7 +195,7 @@ def _render(
         line = getattr(error, "lineno", None)
         where = f"line {line}: " if line else ""
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        roles = " and ".join(turn["role"] for turn in turns)
+        roles = " and ".join(dict.fromkeys(turn["role"] for turn in turns))
         raise ValueError(
             f"{_name(tokenizer)}: it cannot be rendered for {roles} turns ({where}{reason}); {_CURE}"
         ) from error

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from trace_dist.data.encoding import Pair, encode_pairs, encode_prompt, pad_id
+from trace_dist.data.examples import references_of
 from trace_dist.evaluation.likelihood import log_likelihoods
-from trace_dist.evaluation.score import Score, accuracy
+from trace_dist.evaluation.score import Score, mean_score
 
 
 def choice_accuracy(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Mapping[str, str]],
+    examples: Sequence[Mapping[str, Any]],
     choices: Sequence[str],
     *,
     batch_size: int,
@@ -30,7 +32,8 @@ def choice_accuracy(
     Args:
         model: causal LM, possibly sharded; every rank must call this with the same examples.
         tokenizer: with or without a chat template.
-        examples: ``{"prompt", "answer"}``; each answer is one of ``choices``, up to outer white space.
+        examples: ``{"prompt", "answer"}``; each answer (and each of several ``references``) is one of ``choices``, up to outer
+            white space.
         choices: the labels.
         batch_size: (prompt, choice) pairs per forward pass on one rank.
         max_prompt_tokens: cut longer prompts on the left, as training did; None cuts nothing.
@@ -40,11 +43,10 @@ def choice_accuracy(
     """
     rows = list(examples)
     labels = [choice.strip() for choice in choices]
-    for i, row in enumerate(rows):
-        if row["answer"].strip() not in labels:
-            raise ValueError(
-                f"example {i}: answer {row['answer']!r} is not one of {list(choices)}; add it to them"
-            )
+    wanted = [[answer.strip() for answer in references_of(row)] for row in rows]
+    for i, answers in enumerate(wanted):
+        for answer in set(answers) - set(labels):
+            raise ValueError(f"example {i}: answer {answer!r} is not one of {list(choices)}; add it to them")
     prompts = [row["prompt"] for row in rows for _ in choices]
     prompt_ids = encode_prompt(prompts, tokenizer, max_prompt_tokens)
     full = encode_pairs(prompts, list(choices) * len(rows), tokenizer)
@@ -52,4 +54,4 @@ def choice_accuracy(
     scores = log_likelihoods(model, pairs, batch_size=batch_size, pad_id=pad_id(tokenizer))
     by_example = torch.tensor(scores, dtype=torch.float64).view(len(rows), len(choices))
     best = by_example.argmax(dim=1).tolist()
-    return accuracy([labels[b] == row["answer"].strip() for b, row in zip(best, rows, strict=True)])
+    return mean_score([float(labels[b] in answers) for b, answers in zip(best, wanted, strict=True)])

@@ -7,11 +7,10 @@ from transformers import PreTrainedTokenizerBase
 
 from trace_dist.config import DataConfig, EvalConfig
 from trace_dist.data.tasks import Task
-from trace_dist.evaluation.choice import choice_accuracy
 from trace_dist.evaluation.lengths import prompt_limit
-from trace_dist.evaluation.match import exact_match
+from trace_dist.evaluation.match import score_generated
+from trace_dist.evaluation.metric import load_metric
 from trace_dist.evaluation.score import Score
-from trace_dist.evaluation.text import answer_bits_per_byte
 
 
 def evaluate_task(
@@ -33,21 +32,17 @@ def evaluate_task(
     Raises:
         ValueError: an example does not fit the model's context, or as the metric does.
     """
+    metric = load_metric(task)
+    if metric.compare is None:
+        score: Score = metric.module.evaluate(model, tokenizer, task, cfg, data)
+        return score
     rows = task.test.to_list()
-    cut = prompt_limit(tokenizer, rows, data)
-    if task.metric == "exact_match":
-        return exact_match(
-            model,
-            tokenizer,
-            rows,
-            batch_size=cfg.batch_size,
-            max_new_tokens=cfg.max_new_tokens,
-            max_prompt_tokens=cut,
-        )
-    if task.metric == "choice":
-        if task.choices is None:
-            raise AssertionError(f"task {task.name}: metric choice without choices")
-        return choice_accuracy(
-            model, tokenizer, rows, task.choices, batch_size=cfg.batch_size, max_prompt_tokens=cut
-        )
-    return answer_bits_per_byte(model, tokenizer, rows, batch_size=cfg.batch_size, max_prompt_tokens=cut)
+    return score_generated(
+        model,
+        tokenizer,
+        rows,
+        metric.compare,
+        batch_size=cfg.batch_size,
+        max_new_tokens=cfg.max_new_tokens,
+        max_prompt_tokens=prompt_limit(tokenizer, rows, data),
+    )

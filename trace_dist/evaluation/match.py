@@ -1,55 +1,85 @@
-"""Greedy exact match: decode an answer for each prompt and compare it with the reference as text."""
+"""Scores of generated answers: decode an answer for each prompt and compare it with the references as text."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from trace_dist.data.encoding import encode_prompt
+from trace_dist.data.examples import question_of, references_of
 from trace_dist.evaluation.decode import greedy_decode
 from trace_dist.evaluation.lengths import longest_answer
-from trace_dist.evaluation.score import Score, accuracy
+from trace_dist.evaluation.metric import Compare
+from trace_dist.evaluation.score import Score, mean_score
 from trace_dist.evaluation.wording import Wording
 
 
-def exact_match(
+def score_generated(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Mapping[str, str]],
+    examples: Sequence[Mapping[str, Any]],
+    compare: Compare,
     *,
     batch_size: int,
     max_new_tokens: int | None = None,
     max_prompt_tokens: int | None = None,
 ) -> Score:
-    """Percent of prompts whose greedily decoded text equals the reference, without outer white space.
+    """Mean score of the greedily decoded texts, in percent.
 
-    A thinking block at the beginning of either, which a model with a chat template may write, is not compared.
+    Outer white space and a thinking block at the beginning, which a model with a chat template may write, are compared in neither
+    the texts nor the references.
 
     Args:
         model: causal LM, possibly sharded; every rank must call this with the same examples.
         tokenizer: with or without a chat template.
-        examples: ``{"prompt", "answer"}``.
+        examples: ``{"prompt", "answer"}``, with ``references`` where there are several.
+        compare: score of a text.
         batch_size: prompts decoded together on one rank.
         max_new_tokens: cap on decoded tokens; the longest reference with its end token, plus 1, when None.
         max_prompt_tokens: cut longer prompts on the left, as training did; None cuts nothing.
 
     Raises:
-        ValueError: no examples, or prompt and cap do not fit the model's context.
+        ValueError: no examples, prompt and cap do not fit the model's context, or ``compare`` fails.
     """
     rows = list(examples)
     if not rows:
-        raise ValueError("exact_match: there are no examples; give at least one")
-    prompt_texts, references = [row["prompt"] for row in rows], [row["answer"] for row in rows]
+        raise ValueError("examples: there are no examples to score; give at least one")
     if max_new_tokens is None:
         max_new_tokens = longest_answer(tokenizer, rows) + 1
-    prompts = encode_prompt(prompt_texts, tokenizer, max_prompt_tokens)
+    prompts = encode_prompt([row["prompt"] for row in rows], tokenizer, max_prompt_tokens)
     outputs = greedy_decode(model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens)
     wording = Wording.of(tokenizer)
-    return accuracy(
+    return mean_score(
         [
-            wording.said(ids) == wording.taught(reference)
-            for ids, reference in zip(outputs, references, strict=True)
+            compare(
+                wording.said(ids),
+                [wording.taught(reference) for reference in references_of(row)],
+                question_of(row["prompt"]),
+            )
+            for ids, row in zip(outputs, rows, strict=True)
         ]
+    )
+
+
+def exact_match(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    batch_size: int,
+    max_new_tokens: int | None = None,
+    max_prompt_tokens: int | None = None,
+) -> Score:
+    """Percent of prompts whose greedily decoded text equals a reference; arguments and errors as of ``score_generated``."""
+    return score_generated(
+        model,
+        tokenizer,
+        examples,
+        lambda said, references, prompt: float(said in references),
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        max_prompt_tokens=max_prompt_tokens,
     )

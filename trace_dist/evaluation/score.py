@@ -10,8 +10,8 @@ from dataclasses import dataclass
 class Score:
     """A result over all ranks, equal on every rank.
 
-    ``value``: percent for accuracies (higher is better), bits per byte for text (lower is better).
-    ``per_example``: in the order of the examples; 1.0 or 0.0 for accuracies, bits per byte for text.
+    ``value``: percent (higher is better), or bits per byte for text (lower is better).
+    ``per_example``: in the order of the examples; in [0, 1], 1.0 or 0.0 for accuracies, or bits per byte for text.
     """
 
     value: float
@@ -19,6 +19,6 @@ class Score:
     per_example: list[float]
 
 
-def accuracy(right: Sequence[bool]) -> Score:
-    """Percent of examples that are right."""
-    return Score(100 * sum(right) / len(right), len(right), [float(each) for each in right])
+def mean_score(scores: Sequence[float]) -> Score:
+    """The mean of scores in [0, 1], in percent."""
+    return Score(100 * sum(scores) / len(scores), len(scores), [float(each) for each in scores])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -63,12 +64,12 @@ def bits_per_byte(
 def answer_bits_per_byte(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Mapping[str, str]],
+    examples: Sequence[Mapping[str, Any]],
     *,
     batch_size: int,
     max_prompt_tokens: int | None = None,
 ) -> Score:
-    """Bits per byte of the answers given their prompts; the end token, which has no bytes, is not counted.
+    """Bits per byte of the (first) answers given their prompts; the end token, which has no bytes, is not counted.
 
     Args and errors as ``choice_accuracy``; an empty answer is an error.
     """

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from trace_dist.config import ModelConfig, RunConfig
 from trace_dist.config.checks import AUTO
 from trace_dist.continual.race import MOST_EXTENSIONS
+from trace_dist.data.examples import text_of
 from trace_dist.data.tasks import Task, load_task
 from trace_dist.models.loading import load_tokenizer
 from trace_dist.profiling.estimate import Estimate, Estimator
@@ -138,7 +139,7 @@ def _setup(cfg: RunConfig, longest: int) -> MemorySetup:
 def _tokens(task: Task, tokenizer: PreTrainedTokenizerBase | None, limit: int) -> tuple[float, int]:
     """Mean and largest number of tokens of a task's training examples; from their characters where there is no tokenizer."""
     some = task.train.select(range(min(SAMPLE, len(task.train))))
-    texts = [prompt + answer for prompt, answer in zip(some["prompt"], some["answer"], strict=True)]
+    texts = [text_of(prompt) + answer for prompt, answer in zip(some["prompt"], some["answer"], strict=True)]
     if tokenizer is None:
         lengths = [len(text) / CHARACTERS_PER_TOKEN + 1 for text in texts]
     else:

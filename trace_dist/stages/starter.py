@@ -15,12 +15,12 @@ import yaml
 
 from trace_dist.config import TaskConfig
 from trace_dist.data.encoding import encode_pairs
+from trace_dist.data.sources import form_of
 from trace_dist.data.tasks import Task, load_task
 from trace_dist.models.loading import load_tokenizer
 from trace_dist.profiling.estimate import load_config
 
-FIELDS = (("prompt", "answer"), ("question", "answer"), ("problem", "solution"), ("instruction", "output"))
-"""Columns that are tried, in this order."""
+_KIND = re.compile(r"\.(jsonl|json|csv|tsv|parquet|txt)$")
 FEW_ANSWERS = 10
 """With at most so many distinct answers a task is a choice among them."""
 EPOCHS = 3
@@ -36,7 +36,7 @@ class Starter:
 
     Attributes:
         model: folder or hub id of the model to train.
-        data: a file or folder per task, in the order in which the tasks arrive.
+        data: a file, folder or hub id per task, in the order in which the tasks arrive.
         proxy: folder or hub id of a small model of the same family; None cuts one out of the model.
         run_dir: folder of the run.
         ranks: GPUs (or processes) on this machine.
@@ -69,7 +69,7 @@ def starter_config(starter: Starter) -> str:
         _section("The model that learns; bfloat16 keeps an fp32 copy of the trained entries alone.",
                  {"target": {"path": starter.model, "dtype": "bfloat16"}}),
         _proxy(starter),
-        _section("The tasks, in the order in which they arrive. metric: exact_match or choice.",
+        _section("The tasks, in the order in which they arrive. metric: exact_match, choice, rouge_l, ... (docs/data.md).",
                  {"tasks": [_written(config, task) for config, task in found]}),
         _section("Room for the longest example, in tokens; a longer prompt is refused, never cut silently.",
                  {"data": {"max_length": _max_length(starter.model, [task for _, task in found])}}),
@@ -129,30 +129,19 @@ def _max_length(model: str, tasks: Sequence[Task]) -> int:
 
 
 def _task(path: str) -> tuple[TaskConfig, Task]:
-    """A task named after its file, with the first columns that are known."""
-    stem = Path(path).name.removesuffix(".jsonl")
-    name = re.sub(r"[^A-Za-z0-9_-]+", "_", stem).strip("_") or "task"
-    problems = []
-    for prompt, answer in FIELDS:
-        config = TaskConfig(name=name, path=path, prompt_field=prompt, answer_field=answer)
-        try:
-            task = load_task(config, seed=0)
-        except ValueError as error:
-            problems.append(str(error))
-            if "has no column" not in problems[-1]:
-                break
-            continue
-        choice = len(set(task.train["answer"][:])) <= FEW_ANSWERS < len(task.train)
-        return replace(config, metric="choice" if choice else "exact_match"), task
-    tried = ", ".join(f"{prompt}/{answer}" for prompt, answer in FIELDS)
-    hint = f"; columns that were tried: {tried}" if len(problems) == len(FIELDS) else ""
-    raise ValueError(f"{problems[0]}{hint}")
+    """A task named after its file, with the columns that its data have."""
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", _KIND.sub("", Path(path).name)).strip("_") or "task"
+    config = TaskConfig(name=name, path=path)
+    config = replace(config, **form_of(config).fields)
+    task = load_task(config, seed=0)
+    choice = len(set(task.train["answer"][:])) <= FEW_ANSWERS < len(task.train)
+    return replace(config, metric="choice" if choice else "exact_match"), task
 
 
 def _written(config: TaskConfig, task: Task) -> dict[str, object]:
     """The keys of a task that differ from their defaults."""
     steps = min(MOST_STEPS, max(FEWEST_STEPS, EPOCHS * len(task.train) // BATCH_SIZE))
     default = TaskConfig(name="default", path="default")
-    keys = ("name", "path", "prompt_field", "answer_field", "metric")
+    keys = ("name", "path", "prompt_field", "answer_field", "messages_field", "metric")
     written = {key: getattr(config, key) for key in keys if getattr(config, key) != getattr(default, key)}
     return {**written, "num_train": len(task.train), "num_test": len(task.test), "steps": steps}

@@ -13,6 +13,7 @@ from trace_dist.config import BankConfig, DataConfig, EvalConfig
 from trace_dist.data.encoding import encode
 from trace_dist.data.tasks import Task
 from trace_dist.evaluation.lengths import tokens_needed
+from trace_dist.evaluation.metric import check_metric
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def check_tasks(
     evaluation: EvalConfig,
     bank: BankConfig,
 ) -> None:
-    """Check counts, empty texts and lengths of all examples.
+    """Check metrics, and counts, empty texts and lengths of all examples.
 
     Args:
         tasks: what is learned.
@@ -53,6 +54,7 @@ def check_tasks(
         ValueError: the first fault found, with its task.
     """
     for task in (*tasks, *general):
+        check_metric(task)
         _check_texts(task)
     _check_counts(tasks, general, bank)
     for reader in readers:

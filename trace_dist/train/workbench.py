@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from trace_dist.config import BankConfig, DataConfig, EvalConfig, ModelConfig, TaskConfig, TrainConfig
 from trace_dist.data.batches import Batches
 from trace_dist.data.encoding import context_length, encode, pad_id
+from trace_dist.data.examples import text_of
 from trace_dist.data.tasks import Task, load_task
 from trace_dist.models.loading import load_tokenizer
 from trace_dist.models.tiny import MAX_POSITIONS
@@ -85,7 +86,12 @@ class Tasks:
         """The tokenizer of a tiny base over these examples."""
         tasks = [*self.general, *self.tasks]
         return char_tokenizer(
-            {task.name: [*task.train["prompt"][:], *task.test["prompt"][:]] for task in tasks},
+            {
+                task.name: [
+                    text_of(prompt) for part in (task.train, task.test) for prompt in part["prompt"][:]
+                ]
+                for task in tasks
+            },
             [answer for task in tasks for answer in (*task.train["answer"][:], *task.test["answer"][:])],
         )
 

@@ -25,7 +25,7 @@ from trace_dist.bank.prompts import Prompts, PromptSets
 from trace_dist.config.checks import Rate, Section, check
 from trace_dist.continual.learn import put_back
 from trace_dist.continual.methods.one_set import OneSet
-from trace_dist.continual.prompts import prompts_of, split_pairs
+from trace_dist.continual.prompts import pairs_in, prompts_of
 from trace_dist.data.encoding import context_length, pad_id
 from trace_dist.evaluation.inputs import config_of
 from trace_dist.masks.mask import Mask
@@ -225,8 +225,7 @@ class Consolidated(OneSet):
 
 def _asked(encoded: datasets.Dataset) -> list[tuple[int, ...]]:
     """Token ids of the examples' prompts."""
-    pairs = split_pairs(encoded["input_ids"][:], encoded["num_answer_tokens"][:])
-    return [tuple(pair.prompt) for pair in pairs]
+    return [tuple(pair.prompt) for pair in pairs_in(encoded)]
 
 
 METHOD = Consolidated

@@ -1,0 +1,271 @@
+"""Sources of all kinds give the same examples; what cannot be read is one line that names field, place and cure."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub.constants
+import pytest
+
+from trace_dist.config import TaskConfig
+from trace_dist.data import load_examples
+
+ROWS = [{"prompt": f"q{i}", "answer": f"0{i}"} for i in range(40)]
+
+
+def task(path: Path | str, **options: Any) -> TaskConfig:
+    return TaskConfig(**{"name": "t", "path": str(path), "num_train": 999, "num_test": 999, **options})
+
+
+def prompts(cfg: TaskConfig) -> tuple[set[str], set[str]]:
+    """What is trained and what is tested."""
+    loaded = load_examples(cfg, seed=0)
+    assert all(row["answer"] == f"0{row['prompt'][1:]}" for row in (*loaded.train, *loaded.test))
+    return {row["prompt"] for row in loaded.train}, {row["prompt"] for row in loaded.test}
+
+
+def some(start: int, stop: int) -> set[str]:
+    return {f"q{i}" for i in range(start, stop)}
+
+
+def write(path: Path, rows: list[dict[str, str]] = ROWS) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = datasets.Dataset.from_list(rows)
+    if path.suffix == ".parquet":
+        data.to_parquet(path)
+    elif path.suffix == ".csv":
+        path.write_text(
+            "".join(
+                f"{row['prompt']},{row['answer']}\n"
+                for row in [{"prompt": "prompt", "answer": "answer"}, *rows]
+            )
+        )
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_a_file_alone_is_split_by_hash_alike(suffix: str, tmp_path: Path) -> None:
+    found = prompts(task(write(tmp_path / f"d{suffix}")))
+    assert found == prompts(task(write(tmp_path / "lines.jsonl")))
+    assert found[0] | found[1] == some(0, 40)
+    assert found[0].isdisjoint(found[1])
+    write(tmp_path / f"d.test{suffix}", ROWS[:5])
+    assert prompts(task(tmp_path / f"d{suffix}")) == (some(5, 40), some(0, 5))
+
+
+def test_json_lines_in_a_file_that_is_called_json(tmp_path: Path) -> None:
+    write(tmp_path / "lines.jsonl").rename(tmp_path / "d.json")
+    trained, tested = prompts(task(tmp_path / "d.json"))
+    assert trained | tested == some(0, 40)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {
+            "data/train-00000-of-00002.parquet": (0, 15),
+            "data/train-00001-of-00002.parquet": (15, 30),
+            "data/test-00000-of-00001.parquet": (30, 40),
+        },
+        {"train.csv": (0, 30), "test.csv": (30, 40)},
+        {"train.jsonl": (0, 30), "test.jsonl": (30, 40)},
+        {"train/part.jsonl": (0, 30), "test/part.jsonl": (30, 40)},
+        {"train.json": (0, 30), "eval.json": (5, 10), "test.json": (30, 40)},
+        {"train.parquet": (0, 30), "validation.parquet": (30, 40)},
+    ],
+    ids=lambda files: next(iter(files)).split("-")[0],
+)  # fmt: skip
+def test_folders(files: dict[str, tuple[int, int]], tmp_path: Path) -> None:
+    for name, (start, stop) in files.items():
+        write(tmp_path / "d" / name, ROWS[start:stop])
+    assert prompts(task(tmp_path / "d")) == (some(0, 30), some(30, 40))
+
+
+def test_a_folder_with_a_card_that_names_subsets_and_their_files(tmp_path: Path) -> None:
+    configs = [
+        {"config_name": name, "data_files": [{"split": "train", "path": f"{name}/*.parquet"}]}
+        for name in ("one", "two")
+    ]
+    write(tmp_path / "one/x.parquet", ROWS[:20])
+    write(tmp_path / "two/x.parquet", ROWS[20:])
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    assert set.union(*prompts(task(tmp_path, subset="two"))) == some(20, 40)
+    for options, named in (({}, "one"), ({"subset": "three"}, "three")):
+        with pytest.raises(ValueError, match=rf"tasks\.t\.path=.*{named}"):
+            load_examples(task(tmp_path, **options), seed=0)
+
+
+def test_splits_by_name_and_by_part(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "d"
+    splits = {"train": ROWS[:20], "test": ROWS[20:30], "train_sft": ROWS[30:]}
+    for saved in (False, True):
+        if saved:
+            shutil.rmtree(folder)
+            parts = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+            datasets.DatasetDict(parts).save_to_disk(str(folder))
+        else:
+            for name, rows in splits.items():
+                write(folder / "data" / f"{name}-00000-of-00001.parquet", rows)
+        assert prompts(task(folder)) == (some(0, 20), some(20, 30))
+        assert prompts(task(folder, split="train_sft")) == (some(30, 40), some(20, 30))
+        assert prompts(task(folder, test_split="train_sft")) == (some(0, 20), some(30, 40))
+        parted = task(folder, split="train[:75%]", test_split="train[15:]")
+        assert prompts(parted) == (some(0, 15), some(15, 20))
+        for key in ("split", "test_split"):
+            for name in ("trian", "train[", "train+test", "train[:x]"):
+                with pytest.raises(
+                    ValueError,
+                    match=rf"no split .*, it has \['test', 'train', 'train_sft'\].*tasks\.t\.{key}",
+                ):
+                    load_examples(task(folder, **{key: name}), seed=0)
+
+
+def test_only_one_split_or_one_for_validation(tmp_path: Path) -> None:
+    """A hub folder with one split of any name is cut by hash; a validation split is tested where there is no other."""
+    write(tmp_path / "one/test.parquet")
+    trained, tested = prompts(task(tmp_path / "one"))
+    assert trained | tested == some(0, 40)
+    assert trained.isdisjoint(tested)
+    for name in ("validation", "dev"):
+        write(tmp_path / f"{name}/train.parquet", ROWS[:30])
+        write(tmp_path / f"{name}/{name}.parquet", ROWS[30:])
+        assert prompts(task(tmp_path / name)) == (some(0, 30), some(30, 40))
+    datasets.DatasetDict(test=datasets.Dataset.from_list(ROWS)).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(ValueError, match=r"no split 'train', it has \['test'\]"):
+        load_examples(task(tmp_path / "saved"), seed=0)
+    (tmp_path / "trace").mkdir()
+    write(tmp_path / "trace/train.json", ROWS[:30])
+    write(tmp_path / "trace/eval.json", ROWS[30:])
+    with pytest.raises(ValueError, match=r"no test\.json"):
+        load_examples(task(tmp_path / "trace"), seed=0)
+    assert prompts(task(tmp_path / "trace", test_split="validation")) == (some(0, 30), some(30, 40))
+
+
+def test_class_labels_are_read_as_their_names(tmp_path: Path) -> None:
+    features = datasets.Features(
+        prompt=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"])
+    )
+    rows = [{"prompt": f"q{i}", "label": i % 2} for i in range(40)]
+    folder = tmp_path / "d"
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(str(folder))
+    loaded = load_examples(task(folder, answer_field="label"), seed=0)
+    assert all(row["answer"] == ("yes" if int(row["prompt"][1:]) % 2 else "no") for row in loaded.train)
+    hidden = datasets.Dataset.from_list([{"prompt": "q", "label": -1}], features=features)
+    hidden.save_to_disk(str(tmp_path / "hidden"))
+    with pytest.raises(ValueError, match="example 0, column 'label': None is neither"):
+        load_examples(task(tmp_path / "hidden", answer_field="label"), seed=0)
+
+
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+def test_a_dataset_on_the_hub_is_read_by_its_id(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a network `datasets` reads what it has cached of a hub dataset; the cache is filled from a folder."""
+    for split, start, stop in (("train", 0, 30), ("test", 30, 40)):
+        write(tmp_path / f"sums/{split}.parquet", ROWS[start:stop])
+    (tmp_path / "sums/README.md").write_text("---\nconfigs: [{config_name: main}]\n---\n")
+    datasets.load_dataset(str(tmp_path / "sums"), "main")
+    (made,) = own_cache.glob("sums/*/*/*/dataset_info.json")
+    shutil.copytree(made.parent, own_cache / "someone___sums/main/0.0.0" / ("a" * 40))
+    offline(monkeypatch)
+    assert prompts(task("someone/sums", subset="main")) == (some(0, 30), some(30, 40))
+    with pytest.raises(ValueError, match=r"tasks\.t\.path='someone/sums'.*other"):
+        load_examples(task("someone/sums", subset="other"), seed=0)
+
+
+def test_an_unknown_id_and_a_path_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offline(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"tasks\.t\.path='data/copy': no such file or folder, and no dataset of the hub"
+    ) as error:
+        load_examples(task("data/copy"), seed=0)
+    assert "\n" not in str(error.value)
+    for path in ("data/copy.jsonl", "./data/copy", "copy", "a/b/c", "~/nothing"):
+        with pytest.raises(ValueError, match=r"no such file or folder; fix the path"):
+            load_examples(task(path), seed=0)
+    write(tmp_path / "d.jsonl")
+    datasets.Dataset.from_list(ROWS).save_to_disk("saved")
+    for options in ({"revision": "main"}, {"subset": "main"}):
+        with pytest.raises(ValueError, match=r"has no meaning for 'saved'"):
+            load_examples(task("saved", **options), seed=0)
+        with pytest.raises(
+            ValueError,
+            match=r"tasks\.t\.(subset|revision)='main': has no meaning for .*leave it out",
+        ):
+            load_examples(task("d.jsonl", **options), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("d.csv", "prompt,answer\na,b\nc,d,e\n", r"d\.csv:3: the row has 3 cells, the header 2"),
+        ("d.csv", "prompt,answer\na,b\nc\n", r"d\.csv:3: the row has 1 cells"),
+        ("d.csv", "prompt,prompt\na,b\n", r"d\.csv:1: the header is \['prompt', 'prompt'\]; name each column once"),
+        ("d.csv", "", r"d\.csv:1: the header is \[\]"),
+        ("d.csv", "prompt,answer\n", "cannot be read .*no data"),
+        ("d.csv", b"prompt,answer\ncaf\xe9,b\n", r"d\.csv:2: byte 0xe9 is not UTF-8"),
+        ("d.tsv", "prompt\tanswer\na\n", r"d\.tsv:2: the row has 1 cells"),
+        ("d.txt", b"caf\xe9 x\n", r"d\.txt:1: byte 0xe9 is not UTF-8"),
+        ("d.parquet", "nothing", r"tasks\.t\.path=.*d\.parquet': cannot be read \(.*write the file again"),
+        ("d.xlsx", "nothing", r"tasks\.t\.path=.*the files end in \.xlsx; give files of one kind out of \.jsonl"),
+        ("d.json", '{"prompt": "a"}', "holds a dict, not a list"),
+        ("d.json", '{"prompt": "a"}\n{"prompt"}', r"d\.json:2: not valid JSON|d\.json: not valid JSON"),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_read(name: str, content: str | bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message) as error:
+        load_examples(task(tmp_path / name), seed=0)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content", [{"notes.md": "x"}, {}, {"train.csv": "a,b\n1,2\n", "test.jsonl": "{}\n"}]
+)
+def test_a_folder_that_cannot_be_read(content: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    for name, text in content.items():
+        (tmp_path / "d" / name).write_text(text)
+    with pytest.raises(ValueError, match=r"tasks\.t\.path='.*/d'") as error:
+        load_examples(task(tmp_path / "d"), seed=0)
+    assert "\n" not in str(error.value)
+
+
+def test_cells_are_texts_as_they_stand(tmp_path: Path) -> None:
+    """No number, date, missing value or index is read into a cell; a byte-order mark and foreign line ends are left out."""
+    cells = ["007", "1.50", "NA", "null", "2020-01-01", "True", " x "]
+    lines = "prompt,answer\r\n" + "".join(f"q{i},{cell}\r\n" for i, cell in enumerate(cells)) + "\r\n"
+    (tmp_path / "d.csv").write_bytes(lines.encode("utf-8-sig"))
+    (tmp_path / "d.test.csv").write_bytes(b"prompt,answer\nx,y\n")
+    loaded = load_examples(task(tmp_path / "d.csv"), seed=0)
+    assert {row["prompt"]: row["answer"] for row in loaded.train} == {
+        f"q{i}": cell for i, cell in enumerate(cells)
+    }
+
+
+def test_a_name_with_brackets_is_no_pattern(tmp_path: Path) -> None:
+    found = prompts(task(write(tmp_path / "a[1]b.csv")))
+    assert found[0] | found[1] == some(0, 40)
+
+
+def test_a_validation_split_that_is_tested_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="trace_dist")
+    logging.getLogger("trace_dist").propagate = True
+    write(tmp_path / "d/train.parquet", ROWS[:30])
+    write(tmp_path / "d/validation.parquet", ROWS[30:])
+    prompts(task(tmp_path / "d", name="said"))
+    assert "tasks.said: there is no split test; validation is tested" in caplog.text

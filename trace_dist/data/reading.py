@@ -1,0 +1,196 @@
+"""The splits of a source: a file, a folder, or a dataset on the hub.
+
+``datasets`` reads all but JSON: it takes texts that look like dates for dates, refuses a column that holds numbers and texts, and
+does not name the line of a fault. It also finds which files of a folder make which split.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from trace_dist.config import TaskConfig
+from trace_dist.data.bars import bars_on_main
+from trace_dist.data.files import cells_header, read_json_lines, read_json_values, read_text
+from trace_dist.data.tables import Table
+
+TRAIN, TEST, VALIDATION = "train", "test", "validation"
+Splits = dict[str, Table]
+_TRACE_FILES = {TRAIN: "train.json", TEST: "test.json", VALIDATION: "eval.json"}
+"""The layout of the TRACE continual-learning benchmark (arXiv 2310.06762)."""
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_LONGEST_REASON = 300
+
+
+def read_splits(task: TaskConfig) -> tuple[Splits, bool]:
+    """The splits of a task's path, and whether the source says itself which rows are for testing.
+
+    Raises:
+        ValueError: there is no such source, it cannot be read, or a field is set that has no meaning for it.
+    """
+    path = Path(str(task.path)).expanduser()
+    field = f"tasks.{task.name}.path={task.path!r}"
+    if not path.exists():
+        return _from_hub(task, field), False
+    saved = any((path / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    trace = any((path / file).is_file() for file in _TRACE_FILES.values())
+    _check_local(task, ("revision", "subset") if path.is_file() or saved or trace else ("revision",))
+    if path.is_file():
+        return _from_file(path, field), False
+    if saved:
+        return _from_disk(path, field)
+    if trace:
+        return _from_trace_folder(path, task, field), True
+    return _from_folder(path, task, field), False
+
+
+def _check_local(task: TaskConfig, keys: tuple[str, ...]) -> None:
+    for key in keys:
+        if getattr(task, key) is not None:
+            raise ValueError(
+                f"tasks.{task.name}.{key}={getattr(task, key)!r}: has no meaning for {task.path!r}, which is on this machine; "
+                "leave it out"
+            )
+
+
+def _from_hub(task: TaskConfig, field: str) -> Splits:
+    name = str(task.path)
+    if Path(name).suffix in _READERS or not _HUB_ID.fullmatch(name):
+        raise ValueError(f"{field}: no such file or folder; fix the path")
+    cure = (
+        f"check the path, or the id, tasks.{task.name}.subset and revision on the hub, and the network "
+        "(without one, give the path of a copy)"
+    )
+    what = f"{field}: no such file or folder, and no dataset of the hub that can be read"
+    with _one_line(what, cure), bars_on_main():
+        loaded = datasets.load_dataset(name, task.subset, revision=task.revision)
+    return {split: Table(f"{name}, split {split}", data) for split, data in loaded.items()}
+
+
+def _from_file(path: Path, field: str) -> Splits:
+    beside = path.with_suffix(f".{TEST}{path.suffix}")
+    files = {TRAIN: [path]} | ({TEST: [beside]} if beside.is_file() else {})
+    return _from_files(files, field)
+
+
+def _from_files(files: Mapping[str, list[Path]], field: str) -> Splits:
+    """Each split from its files, all of one kind."""
+    kinds = sorted({file.suffix for each in files.values() for file in each})
+    if len(kinds) != 1 or kinds[0] not in _READERS:
+        raise ValueError(
+            f"{field}: the files end in {', '.join(kinds)}; give files of one kind out of {', '.join(_READERS)}"
+        )
+    reader = _READERS[kinds[0]]
+    return {
+        split: Table(
+            str(each[0]) if len(each) == 1 else f"{each[0].parent}, split {split}", reader(each, field)
+        )
+        for split, each in files.items()
+    }
+
+
+def _from_trace_folder(path: Path, task: TaskConfig, field: str) -> Splits:
+    found = {}
+    for split, name in _TRACE_FILES.items():
+        named = {TRAIN: task.split, TEST: task.test_split}.get(split, split)
+        if (path / name).is_file():
+            found[split] = Table(str(path / name), read_json_values(path / name))
+        elif named is None:
+            has = sorted(file.name for file in path.glob("*.json"))
+            raise ValueError(f"{field}: no {name}, the folder has {has}; add the missing split")
+    return found
+
+
+def _from_disk(path: Path, field: str) -> tuple[Splits, bool]:
+    with _one_line(f"{field}: cannot be read", "save the dataset again with save_to_disk"):
+        loaded = datasets.load_from_disk(str(path))
+    if isinstance(loaded, datasets.Dataset):
+        return {TRAIN: Table(str(path), loaded)}, False
+    return {split: Table(f"{path}/{split}", data) for split, data in loaded.items()}, True
+
+
+def _from_folder(path: Path, task: TaskConfig, field: str) -> Splits:
+    """A folder as datasets on the hub have it; files of other kinds than ours are left to ``datasets``."""
+    kinds = f"files that end in {', '.join(_READERS)}"
+    cure = f"give a folder with {kinds}, or one written by datasets' save_to_disk"
+    with _one_line(f"{field}: holds no data that can be read", cure):
+        builder = datasets.load_dataset_builder(str(path), task.subset)
+        files = {
+            str(split): [Path(file) for file in each] for split, each in builder.config.data_files.items()
+        }
+    if all(file.suffix in _READERS for each in files.values() for file in each):
+        return _from_files(files, field)
+    with _one_line(f"{field}: cannot be read", cure):
+        with bars_on_main():
+            builder.download_and_prepare()
+        loaded = builder.as_dataset()
+    return {split: Table(f"{path}, split {split}", data) for split, data in loaded.items()}
+
+
+def _json_lines(files: list[Path], field: str) -> list[Any]:
+    return [value for file in files for value in read_json_lines(file)]
+
+
+def _json(files: list[Path], field: str) -> list[Any]:
+    return [value for file in files for value in read_json_values(file)]
+
+
+def _csv(files: list[Path], field: str, separator: str = ",") -> datasets.Dataset:
+    """Every cell is text, as it stands in the file: 007 stays 007, and NA is a word."""
+    header, *others = [cells_header(file, separator) for file in files]
+    for file, other in zip(files[1:], others, strict=True):
+        if other != header:
+            raise ValueError(
+                f"{file}:1: the header is {other}, that of {files[0].name} {header}; make them equal"
+            )
+    features = datasets.Features({column: datasets.Value("string") for column in header})
+    return _loaded("csv", files, field, features=features, keep_default_na=False, sep=separator)
+
+
+def _tsv(files: list[Path], field: str) -> datasets.Dataset:
+    return _csv(files, field, "\t")
+
+
+def _parquet(files: list[Path], field: str) -> datasets.Dataset:
+    return _loaded("parquet", files, field)
+
+
+def _text(files: list[Path], field: str) -> datasets.Dataset:
+    for file in files:
+        read_text(file)
+    return _loaded("text", files, field, encoding="utf-8-sig")
+
+
+def _loaded(kind: str, files: list[Path], field: str, **options: Any) -> datasets.Dataset:
+    with _one_line(f"{field}: cannot be read", "write the file again"), bars_on_main():
+        names = [glob.escape(str(file)) for file in files]
+        return datasets.load_dataset(kind, data_files=names, split=TRAIN, **options)
+
+
+_READERS: dict[str, Callable[[list[Path], str], datasets.Dataset | list[Any]]] = {
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".parquet": _parquet,
+    ".txt": _text,
+}
+
+
+@contextmanager
+def _one_line(what: str, cure: str) -> Iterator[None]:
+    """Turns an error of ``datasets``, arrow, pandas or the hub, which all raise kinds of their own, into one line."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = " ".join(str(cause).split())[:_LONGEST_REASON] or type(cause).__name__
+        raise ValueError(f"{what} ({reason}); {cure}") from error

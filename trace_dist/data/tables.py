@@ -1,0 +1,87 @@
+"""Rows of one split, from a list of JSON values or from ``datasets``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+
+_AT_A_TIME = 1000
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one split.
+
+    Attributes:
+        where: names the source in errors.
+        data: a dataset, or values as they stand in a JSON file.
+    """
+
+    where: str
+    data: datasets.Dataset | list[Any]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of all columns; of a list, the keys of all its objects, in the order in which they are met.
+
+        Raises:
+            ValueError: a value of the list is no object.
+        """
+        if isinstance(self.data, datasets.Dataset):
+            return list(self.data.column_names)
+        for i, row in enumerate(self.data):
+            if not isinstance(row, Mapping):
+                raise ValueError(
+                    f"{self.where}: example {i} is a {type(row).__name__}, not an object; write {{...}} per example"
+                )
+        return list(dict.fromkeys(key for row in self.data for key in row))
+
+    def part(self, start: int, stop: int) -> Table:
+        """The rows from ``start`` up to ``stop``."""
+        if isinstance(self.data, datasets.Dataset):
+            return Table(self.where, self.data.select(range(start, stop)))
+        return Table(self.where, self.data[start:stop])
+
+    def rows(self, columns: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+        """All rows with these columns; class labels as their names.
+
+        Raises:
+            ValueError: a text is not UTF-8.
+        """
+        if not isinstance(self.data, datasets.Dataset):
+            yield from self.data
+            return
+        kept = self.data.select_columns([name for name in self.data.column_names if name in columns])
+        labels = {
+            name: kind.names for name, kind in kept.features.items() if isinstance(kind, datasets.ClassLabel)
+        }
+        for start in range(0, len(kept), _AT_A_TIME):
+            for row in self._batch(kept, range(start, min(start + _AT_A_TIME, len(kept)))):
+                yield row | {name: _label(row[name], names) for name, names in labels.items()}
+
+    def _batch(self, data: datasets.Dataset, places: range) -> list[dict[str, Any]]:
+        try:
+            return data.select(places).to_list()
+        except UnicodeDecodeError:
+            pass
+        rows = []
+        for i in places:
+            try:
+                rows.append(data[i])
+            # Arrow keeps what it was given: bytes that were called a string are found out here.
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{self.where}: example {i}: not UTF-8 ({error.reason}); save the dataset again from clean text"
+                ) from None
+        return rows
+
+
+def _label(value: Any, names: Sequence[str]) -> Any:
+    """The name of a class; what is none (a hidden label is -1) stays, and is refused as no text."""
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None

@@ -1,0 +1,38 @@
+"""Single values of a row as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def text(value: Any, where: str) -> str:
+    """A text, or a number as text.
+
+    Args:
+        value: of a cell.
+        where: begins an error.
+
+    Raises:
+        ValueError: it is neither, or holds half of a character.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{where}: {value[:80]!r} holds half of a character (a lone surrogate), which is no text; "
+                "write the whole character or drop the example"
+            ) from None
+        return value
+    if isinstance(value, (int, float, np.number)):
+        return str(value)
+    raise ValueError(
+        f"{where}: {value!r} is neither a string nor a number; convert it to text or drop the example"
+    )
+
+
+def optional_text(value: Any, where: str) -> str:
+    """As ``text``; nothing where there is no value."""
+    return "" if value is None else text(value, where)
