@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from trace_dist.config import DataConfig
 from trace_dist.data import template
 from trace_dist.data.cache import cached
-from trace_dist.data.template import Frame, end_token, frames
+from trace_dist.data.template import Frame, Prompt, end_token, frames
 from trace_dist.utils import dist
 from trace_dist.utils.log import console, get_logger
 
@@ -66,18 +66,18 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def encode_prompt(
-    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
 ) -> list[list[int]]:
     """Prompt part of each prompt ([Note: prompt part and answer part]), for training and generation alike.
 
     Args:
-        prompts: plain texts.
+        prompts: plain texts, or conversations, which only a chat template can render beyond a user's one turn.
         tokenizer: with or without a chat template.
         max_tokens: cut longer prompts on the left to this many tokens (a first bos token stays).
 
     Raises:
         ValueError: a prompt has no token, so there is nothing to condition an answer on; or the template cannot be
-            rendered.
+            rendered, or there is none for a conversation.
     """
     texts = [frame.prompt for frame in _frames(prompts, tokenizer)]
     encoded = _prompt_ids(texts, tokenizer)
@@ -177,10 +177,21 @@ def _progress_on_main() -> Iterator[None]:
         datasets.enable_progress_bars()
 
 
-def _frames(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Frame]:
+def _frames(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[Frame]:
     if tokenizer.chat_template:
         return frames(prompts, tokenizer)
-    return [Frame(prompt, "", "") for prompt in prompts]
+    return [Frame(_plain(prompt), "", "") for prompt in prompts]
+
+
+def _plain(prompt: Prompt) -> str:
+    """A prompt where there is no chat template."""
+    if isinstance(prompt, str):
+        return prompt
+    if [turn["role"] for turn in prompt] != ["user"]:
+        raise ValueError(
+            f"messages: {len(prompt)} turns, but the tokenizer has no chat template to render them; give one user turn, or a text"
+        )
+    return prompt[0]["content"]
 
 
 def _prompt_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -32,19 +32,40 @@ def read_text(path: Path) -> str:
         ) from None
 
 
+def check_characters(text: str, where: str) -> str:
+    """The text itself.
+
+    Raises:
+        ValueError: JSON gave it half of a character, which no tokenizer takes.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{where}: {text[:80]!r} holds half of a character (a lone surrogate), which is no text; "
+            "write the whole character or leave it out"
+        ) from None
+    return text
+
+
 def read_json_lines(path: Path) -> list[Any]:
     """The values of a file with one JSON value per line; empty lines are skipped.
 
     Raises:
         ValueError: as ``read_text``, or a line is not JSON.
     """
+    return [value for _, value in numbered_json_lines(path)]
+
+
+def numbered_json_lines(path: Path) -> list[tuple[int, Any]]:
+    """``read_json_lines``, each value with the number of its line, from 1."""
     rows = []
     # Not str.splitlines: JSON strings may hold U+2028 and other characters that it takes for line ends.
     for number, line in enumerate(io.StringIO(read_text(path), newline=None), start=1):
         # Files that were joined have a byte-order mark where the second one begins.
         text = line.strip().lstrip("\ufeff")
         if text:
-            rows.append(_parse(text, f"{path}:{number}", "write one object per line"))
+            rows.append((number, _parse(text, f"{path}:{number}", "write one object per line")))
     return rows
 
 

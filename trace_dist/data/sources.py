@@ -20,7 +20,7 @@ import datasets
 import numpy as np
 
 from trace_dist.config import TaskConfig
-from trace_dist.data.files import read_json_lines, read_json_list
+from trace_dist.data.files import check_characters, read_json_lines, read_json_list
 from trace_dist.data.generated import Example, derived_seed, generated
 from trace_dist.utils.log import get_logger
 
@@ -106,14 +106,7 @@ def _examples(rows: Iterable[Mapping[str, Any]], task: TaskConfig, where: str) -
 
 def _text(value: Any, where: str) -> str:
     if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise ValueError(
-                f"{where}: {value[:80]!r} holds half of a character (a lone surrogate), which is no text; "
-                "write the whole character or drop the example"
-            ) from None
-        return value
+        return check_characters(value, where)
     if isinstance(value, (int, float, np.number)):
         return str(value)
     raise ValueError(

@@ -9,13 +9,14 @@ the answer is what is generated and scored:
   thinking block, a channel), the prompt takes it in; white space alone stays with the answer.
 - Thinking is switched off where the template has a switch. A thinking block that is still open at the end of the
   prompt is closed, empty.
+- Turns before the last one, a system's or those of a longer conversation, are rendered as the template has them.
 - The answer ends with the first token of the template's vocabulary that follows it; any other text there is left out.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -32,6 +33,12 @@ _OPEN_AT_END = re.compile(_OPENING + r"\s*$", re.IGNORECASE)
 _OPEN_AT_START = re.compile(r"\s*" + _OPENING, re.IGNORECASE)
 
 
+Turn = Mapping[str, str]
+"""``role`` and ``content``, as chat templates read them."""
+Prompt = str | Sequence[Turn]
+"""What stands before an answer: what a user says, or a conversation that ends with a user's turn."""
+
+
 class Frame(NamedTuple):
     """Texts around an answer: all that stands before it, white space that belongs to it, and what ends it."""
 
@@ -40,20 +47,26 @@ class Frame(NamedTuple):
     tail: str
 
 
-def frames(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Frame]:
+def turns_of(prompt: Prompt) -> list[Turn]:
+    """A prompt as the turns of a conversation."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def frames(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[Frame]:
     """The frame of each prompt's answer ([Note: frame of an answer]).
 
     Raises:
         ValueError: the template cannot be rendered, or does not write what the user says.
     """
-    if _generation_prompt("a", tokenizer) == _generation_prompt("b", tokenizer):
+    one, other = (_generation_prompt(turns_of(text), tokenizer) for text in ("a", "b"))
+    if one == other:
         raise ValueError(f"{_name(tokenizer)}: it writes the same text whatever the user says; {_CURE}")
-    return [_frame(prompt, tokenizer) for prompt in prompts]
+    return [_frame(turns_of(prompt), tokenizer) for prompt in prompts]
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The token that the template writes after an answer; None where it writes none."""
-    return _end_of(_answered("user", tokenizer)[1], tokenizer)[1]
+    return _end_of(_answered(turns_of("user"), tokenizer)[1], tokenizer)[1]
 
 
 def without_thinking(text: str) -> str:
@@ -65,9 +78,9 @@ def without_thinking(text: str) -> str:
     return rest if rest.strip() else text
 
 
-def _frame(prompt: str, tokenizer: PreTrainedTokenizerBase) -> Frame:
-    asked = _generation_prompt(prompt, tokenizer)
-    before, after = _answered(prompt, tokenizer)
+def _frame(turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> Frame:
+    asked = _generation_prompt(turns, tokenizer)
+    before, after = _answered(turns, tokenizer)
     between, end = _end_of(after, tokenizer)
     lead = before[len(asked) :] if before.startswith(asked) else ""
     if lead.strip():
@@ -98,26 +111,27 @@ def _end_of(after: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | 
     return after[:place], token
 
 
-def _generation_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    return _render([{"role": "user", "content": prompt}], tokenizer, add_generation_prompt=True)
+def _generation_prompt(turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> str:
+    return _render(turns, tokenizer, add_generation_prompt=True)
 
 
-def _answered(prompt: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+def _answered(turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """What a template writes before and after an answer; nothing where it does not write the answer at all."""
-    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": _MARK}]
+    turns = [*turns, {"role": "assistant", "content": _MARK}]
     before, found, after = _render(turns, tokenizer, add_generation_prompt=False).rpartition(_MARK)
     return (before, after) if found else ("", "")
 
 
-def _render(
-    turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool
-) -> str:
+def _render(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool) -> str:
     try:
         template = tokenizer.get_chat_template()
         switches: dict[str, Any] = {name: False for name in _SWITCHES if re.search(rf"\b{name}\b", template)}
         return str(
             tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=add_generation_prompt, **switches
+                [dict(turn) for turn in turns],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **switches,
             )
         )
     # A template is a program of its own: jinja's errors, and any that Python raises in its expressions.
