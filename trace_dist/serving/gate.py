@@ -15,8 +15,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
 """Paths that are counted by name; anybody can make up others."""
-OPEN = ("/health",)
-"""Paths that need no key."""
+OPEN = (("/health", b""),)
+"""Paths and queries that need no key; what makes the worker do something needs one."""
 
 
 class Gate:
@@ -40,7 +40,7 @@ class Gate:
         send = self._counted(scope["path"], send)
         headers = dict(scope["headers"])
         try:
-            if scope["path"] not in OPEN:
+            if (scope["path"], scope["query_string"]) not in OPEN:
                 self._check_key(headers.get(b"authorization", b""))
             body = await self._body(headers, receive)
         except ApiError as error:

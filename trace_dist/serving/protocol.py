@@ -113,7 +113,7 @@ class Request(BaseModel):
     def _leave_out(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        kept = {key: part for key, part in value.items() if part is not None and key not in NO_EFFECT}
+        kept = {key: part for key, part in _given(value).items() if key not in NO_EFFECT}
         return {
             key: part
             for key, part in kept.items()
@@ -169,11 +169,16 @@ class TextPart(BaseModel):
 class Message(BaseModel):
     """A turn."""
 
-    # What a client sends back of an earlier answer, such as `refusal: null`.
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="forbid")
 
     role: StrictStr
     content: StrictStr | list[TextPart]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, value: Any) -> Any:
+        """What a client sends back of an earlier answer, such as ``refusal: null``."""
+        return _given(value) if isinstance(value, dict) else value
 
 
 class ChatRequest(Request):
@@ -198,6 +203,15 @@ class ChatRequest(Request):
             for message in self.messages
         ]
         return [_checked(turns, "messages")]
+
+
+def _given(value: dict[str, Any]) -> dict[str, Any]:
+    """Without what is null or an empty list, which is as good as left out; an empty prompt is not."""
+    return {
+        key: part
+        for key, part in value.items()
+        if part is not None and (part != [] or key in ("prompt", "messages", "content"))
+    }
 
 
 def _zero(part: Any, value: Any) -> bool:

@@ -11,15 +11,14 @@ one task are answered together, one delta after the other.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 from trace_dist.bank.bank import DeltaBank
-from trace_dist.bank.delta import applied
+from trace_dist.bank.delta import Delta, applied
 from trace_dist.bank.representation import represent
 from trace_dist.data.encoding import context_length, encode_prompt, pad_id, stop_ids
 from trace_dist.data.template import Prompt
@@ -249,8 +248,7 @@ class Router:
         known = set(self.tasks)
         for task in tasks:
             if task is not None and task not in known:
-                shown = ", ".join(self.tasks[:20])
-                raise UnknownTask(f"task={task!r:.200}: the bank does not hold it; it holds {shown}")
+                raise self._unknown(task)
         asked = [each for each, task in zip(ids, tasks, strict=True) if task is None]
         retrieved = iter(self._retrieved(asked))
         return [next(retrieved) if task is None else Route(task) for task in tasks]
@@ -298,18 +296,26 @@ class Router:
             rows: at most as many as fit the device's memory.
             sampling: what the rows have in common (``Sampling.way`` and the seed).
         """
-        with self._lock, self._holding(task):
+        with self._lock, applied(self.model, self._delta(task)):
             write(self.model.module, rows, sampling, self._ends, pad_id(self.tokenizer))
 
-    @contextmanager
-    def _holding(self, task: str) -> Iterator[None]:
+    def _delta(self, task: str) -> Delta | None:
+        """Raises UnknownTask where the bank no longer holds a task that it held when it was looked at."""
         if task not in self.tasks:
-            raise UnknownTask(f"task={task!r:.200}: the bank no longer holds it; ask again")
-        with applied(self.model, self._deltas.get(task)):
-            yield
+            raise self._unknown(task)
+        try:
+            return self._deltas.get(task)
+        except ValueError:
+            if not self.refresh():
+                raise
+        return self._delta(task)
+
+    def _unknown(self, task: str) -> UnknownTask:
+        shown = ", ".join(self.tasks[:20]) + (", ..." if len(self.tasks) > 20 else "")
+        return UnknownTask(f"task={task!r:.200}: the bank does not hold it; it holds {shown}")
 
     def answer(self, row: Row, route: Route) -> Answer:
-        """What has been written. Raises ValueError where nothing has ended it."""
+        """What has been written."""
         if row.finish is None:
             raise AssertionError("a row was not written to its end")
         bound = None if self._assurance is None else self._assurance.bound(route.task)
