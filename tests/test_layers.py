@@ -32,6 +32,7 @@ RANKS: dict[str, tuple[int, int]] = {
     "checkpoint": (4, 1),
     "train": (5, 0),
     "profiling": (5, 1),
+    "serving": (5, 2),
     "probe": (6, 0),
     "projection": (6, 1),
     "continual": (7, 0),
@@ -192,7 +193,7 @@ def test_the_whole_configuration_goes_to_stages_alone() -> None:
 
 def test_nothing_imports_the_entry_points() -> None:
     """``from trace_dist import Mask`` inside the package would go through its top."""
-    names = {"Mask", "MaskedAdamW", "Delta", "DeltaBank", "shard", "load_sharded"}
+    names = {"Mask", "MaskedAdamW", "Delta", "DeltaBank", "Router", "shard", "load_sharded"}
     forbidden = {"trace_dist.__main__", *(f"trace_dist.{name}" for name in names)}
     found = [(path.name, module) for path in sources() for module, _, _ in imports_of(path)]
     assert [pair for pair in found if pair[1] in forbidden] == []

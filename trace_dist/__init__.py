@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from trace_dist.masks.mask import Mask
     from trace_dist.models.nf4 import quantize_nf4
     from trace_dist.optim.masked_adamw import MaskedAdamW
+    from trace_dist.serving.router import Router
     from trace_dist.sharding.build import load_sharded, shard
 
 # Resolved on first use, so that the command line answers before torch is loaded.
@@ -17,11 +18,12 @@ _HOMES = {
     "DeltaBank": "bank.bank",
     "Mask": "masks.mask",
     "MaskedAdamW": "optim.masked_adamw",
+    "Router": "serving.router",
     "load_sharded": "sharding.build",
     "quantize_nf4": "models.nf4",
     "shard": "sharding.build",
 }
-__all__ = ["Delta", "DeltaBank", "Mask", "MaskedAdamW", "load_sharded", "quantize_nf4", "shard"]
+__all__ = ["Delta", "DeltaBank", "Mask", "MaskedAdamW", "Router", "load_sharded", "quantize_nf4", "shard"]
 
 
 def __getattr__(name: str) -> Any:

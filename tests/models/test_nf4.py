@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import bitsandbytes.functional as bnb
 import pytest
 import torch
@@ -92,3 +94,16 @@ def test_quantised_while_loading(saved, dtype: str) -> None:
         torch.equal(loaded[name].view(torch.uint8), value.view(torch.uint8))
         for name, value in expected.items()
     )
+
+
+def test_a_tied_head_stays_tied_when_it_is_loaded(tmp_path: Path) -> None:
+    """Its file holds the embedding alone."""
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    saved = LlamaForCausalLM(config)
+    saved.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path, "float32", "nf4")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(loaded.lm_head.weight, saved.lm_head.weight)

@@ -154,9 +154,11 @@ def test_a_finished_run_does_nothing_but_report(run: Run) -> None:
         "lora",
     ]
     assert run.stage_files[0] == run.stage_files[1]
-    *_, report, show, _, score = run.again.stdout.splitlines()
-    assert report == f"report: {run.folder / 'report.html'}"
+    lines = run.again.stdout.splitlines()
+    assert f"report: {run.folder / 'report.html'}" in lines
+    *_, show, ask, _, score = lines
     assert show == f"next: trace-dist bank show {run.folder / 'bank'}"
+    assert ask.split()[:2] == ["trace-dist", "generate"]
     assert "--module trace_dist eval --config" in score
 
 

@@ -18,6 +18,9 @@ from torch import Tensor
 from trace_dist.bank.gaussian import SharedGaussian
 from trace_dist.bank.signature import Signature
 
+_MOST_DIRECT = 25
+"""Prompts whose distances are added up one by one; those of more come from a product of matrices."""
+
 
 class Retriever:
     """Maps representations to task indices, in the order in which the tasks' signatures were added.
@@ -33,6 +36,7 @@ class Retriever:
         self._signatures: list[Signature] = []
         self._scatter: Tensor | None = None  # [D, D] float64, not None iff there is a signature
         self._gaussian: SharedGaussian | None = None  # estimated when first needed after an `add`
+        self._clusters: tuple[Tensor, Tensor, Tensor] | None = None  # as above
         for signature in signatures:
             self.add(signature)
 
@@ -53,7 +57,7 @@ class Retriever:
             )
         self._scatter = signature.scatter if self._scatter is None else self._scatter + signature.scatter
         self._signatures.append(signature)
-        self._gaussian = None
+        self._gaussian = self._clusters = None
 
     @property
     def signatures(self) -> tuple[Signature, ...]:
@@ -87,6 +91,13 @@ class Retriever:
         """Per task, [K] float64 log(w_k / T): tasks are equally likely beforehand."""
         return [(signature.weights / len(self._signatures)).log() for signature in self._signatures]
 
+    def clusters(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of all clusters: [C, D] whitened means, [C] log priors, [C] index of their task; kept until a task is added."""
+        if self._clusters is None:
+            owner = torch.repeat_interleave(torch.tensor([s.num_clusters for s in self._signatures]))
+            self._clusters = torch.cat(self.whitened_means()), torch.cat(self.log_priors()), owner
+        return self._clusters
+
     def scores(self, x: Tensor) -> Tensor:
         """Log posterior of each task's best cluster, up to a constant per row.
 
@@ -105,11 +116,12 @@ class Retriever:
                 f"representations: shape {tuple(x.shape)}, must be finite and [N, {dim}]; use the bank's base"
             )
         white = self.gaussian.whiten(x.detach().cpu())
-        columns = [
-            (log_prior - torch.cdist(white, means).square() / 2).amax(dim=1)
-            for means, log_prior in zip(self.whitened_means(), self.log_priors(), strict=True)
-        ]
-        return torch.stack(columns, dim=1)
+        means, log_prior, owner = self.clusters()
+        # As torch chooses for the few clusters of one task: by the number of prompts.
+        mode = "use_mm_for_euclid_dist" if len(white) > _MOST_DIRECT else "donot_use_mm_for_euclid_dist"
+        joint = log_prior - torch.cdist(white, means, compute_mode=mode).square() / 2
+        scores = joint.new_full((len(white), len(self._signatures)), -torch.inf)
+        return scores.scatter_reduce_(1, owner.expand(len(white), -1), joint, "amax")
 
     def predict(self, x: Tensor) -> Tensor:
         """[N] int64 index of the task with the highest score for each row of x [N, D]."""

@@ -168,6 +168,18 @@ BENCHMARKS = {
             "out": OUT,
         },
     ),
+    "serve": Command(
+        "time swaps of deltas beside checkpoints and LoRA adapters, mixed streams of tasks, and retrieval",
+        "bench serve --shape tiny --rounds 1 --tokens 4",
+        {
+            "shape": (str, "SmolLM2-135M", "of the model, whose weights are random; or tiny"),
+            "density": (float, 0.05, "masked share of the linear layers"),
+            "sequence": (int, 128, "tokens per prompt"),
+            "tokens": (int, 32, "tokens per answer"),
+            "rounds": (int, 5, "measurements of each; the median counts"),
+            "out": OUT,
+        },
+    ),
     "memory": Command(
         "compare predicted with measured memory on three models and one and two ranks",
         "bench memory --out memory.json",
@@ -322,7 +334,32 @@ INIT_ARGUMENTS: Options = {
     "--ranks": {"type": int, "default": 1, "help": "GPUs (or processes) on this machine"},
     "--out": {"default": "trace-dist.yaml", "help": "configuration to write; an existing file is kept"},
 }
+FROM_BANK = f"--bank {BANK} --base runs/quickstart/models/target"
+ASKED: Options = {
+    "--prompt": {"nargs": "+", "default": [], "help": "text to answer, or several"},
+    "--input": {
+        "default": None,
+        "help": "file with one JSON object per line: `prompt` or `messages`, and `task` where it is known",
+    },
+    "--task": {
+        "default": None,
+        "help": "name of the task of all prompts that name none; retrieved when not given",
+    },
+    "--output": {
+        "default": None,
+        "help": "file of answers to write, one JSON object per line; a table is printed when not given",
+    },
+}
+"""What ``generate`` is asked, beside the bank and how answers are written."""
 FILE_COMMANDS = {
+    "generate": Command(
+        "answer prompts with the deltas that a bank retrieves for them",
+        f"generate {FROM_BANK} --prompt 'Spell this word backward: stone'",
+    ),
+    "serve": Command(
+        "answer over HTTP what a bank has learned, by OpenAI's interface; a task that is added is served at once",
+        f"serve {FROM_BANK} --port 8000",
+    ),
     "init": Command(
         "write a commented starter configuration from a model and data files, and say what it would do",
         "init --model runs/quickstart/models/target --data tasks/copy.jsonl tasks/twist.jsonl --out mine.yaml",
@@ -331,7 +368,7 @@ FILE_COMMANDS = {
     "bank": Command("look into a bank of deltas, keep it in order, and export from it", f"bank show {BANK}"),
     "memory": Command("predict, measure and plan the memory of training", MEMORY_ACTIONS["plan"].example),
     "bench": Command(
-        "measure kernels, optimizer, training step and memory beside their peers",
+        "measure kernels, optimizer, training step, answers and memory beside their peers",
         BENCHMARKS["step"].example,
     ),
 }

@@ -12,19 +12,17 @@ from trace_dist.utils.files import write_json
 
 
 def bench_command(values: Any) -> None:
-    """``kernels``, ``optimizer``, ``step`` or ``memory``, with the parsed arguments.
+    """``kernels``, ``optimizer``, ``step``, ``serve`` or ``memory``, with the parsed arguments.
 
     Raises:
         ValueError: a value makes no sense.
     """
     name, arguments = values.action, values[values.action]
     out = None if arguments.out is None else Path(arguments.out)
-    for argument in ("rounds", "steps", "ranks"):
+    for argument in ("rounds", "steps", "ranks", "tokens"):
         if arguments.get(argument, 1) < 1:
             raise ValueError(f"{argument}={arguments[argument]}: must be at least 1; raise it")
-    result = {"kernels": _kernels, "optimizer": _optimizer, "step": _step, "memory": _memory}[name](
-        arguments, out
-    )
+    result = BENCHES[name](arguments, out)
     if out is None:
         json.dump(result, sys.stdout, indent=1)
     else:
@@ -60,3 +58,20 @@ def _memory(arguments: Any, out: Path | None) -> dict[str, Any]:
     from trace_dist.benchmarks.prediction import compare_memory
 
     return compare_memory()
+
+
+def _serve(arguments: Any, out: Path | None) -> dict[str, Any]:
+    from trace_dist.benchmarks.contestants import Race
+    from trace_dist.benchmarks.serve import bench_serving
+
+    race = Race(arguments.shape, arguments.density, sequence=arguments.sequence)
+    return bench_serving(race, arguments.tokens, arguments.rounds)
+
+
+BENCHES = {
+    "kernels": _kernels,
+    "optimizer": _optimizer,
+    "step": _step,
+    "serve": _serve,
+    "memory": _memory,
+}

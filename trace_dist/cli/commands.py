@@ -21,11 +21,15 @@ def run_command(cfg: RunConfig, dry_run: bool) -> None:
         say_preview(cfg)
         return
     start(cfg, "run")
+    from trace_dist.stages.ask import ask_bank, asks
+    from trace_dist.stages.generate import print_answers
     from trace_dist.stages.pipeline import run_pipeline, stage_groups
     from trace_dist.stages.words import next_steps
 
     run_pipeline(cfg, stage_groups(cfg))
     report_command(cfg)
+    if asks(cfg):
+        print_answers(ask_bank(cfg))
     if cfg.bank_of().index.is_file():
         print(next_steps(cfg))
 

@@ -83,9 +83,11 @@ def _command(name: str, values: Any) -> None:
 
         bench_command(values)
     else:
-        from trace_dist.cli import bank_commands, init_command, mask_commands
+        from trace_dist.cli import bank_commands, init_command, mask_commands, serving_commands
 
         rooms = {
+            "generate": serving_commands.generate_command,
+            "serve": serving_commands.serve_command,
             "init": init_command.init_command,
             "mask": mask_commands.mask_command,
             "bank": bank_commands.bank_command,

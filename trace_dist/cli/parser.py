@@ -24,6 +24,7 @@ from trace_dist.cli.errors import report_error
 from trace_dist.config import RunConfig
 from trace_dist.config.renamed import explain
 from trace_dist.profiling.memory_setup import MemorySetup
+from trace_dist.serving.options import Listening, Sampling, Source
 from trace_dist.utils.yaml import check_yaml
 
 PROGRAM = "trace-dist"
@@ -110,9 +111,10 @@ def parse(words: Sequence[str]) -> Any:
 
 
 def _with_bank(words: Sequence[str]) -> Iterator[str]:
-    """``--bank DIR`` is short for ``--bank.path DIR``, as all else of the bank is about learning and retrieval."""
+    """``--bank DIR`` is short for ``--bank.path DIR`` of a run, as all else of the bank is about learning and retrieval."""
+    of_run = any(word in known.RUN_COMMANDS for word in words[:1])
     for word in words:
-        if word == "--bank" or word.startswith("--bank="):
+        if of_run and (word == "--bank" or word.startswith("--bank=")):
             word = word.replace("--bank", "--bank.path", 1)
         yield word
 
@@ -188,7 +190,21 @@ def _fill_bench(parser: Parser, _: Command) -> None:
         _add(_subcommand(parser, sub, name, command), command.own)
 
 
+def _fill_from_bank(own: type, arguments: known.Options) -> Fill:
+    """What gives a command a bank and its base, its own section and its own arguments."""
+
+    def fill(parser: Parser, _: Command) -> None:
+        parser.usage = "%(prog)s --bank DIR --base MODEL [--key VALUE ...]"
+        _add_options(parser, arguments)
+        for section in (Source, own):
+            parser.add_class_arguments(section, nested_key=None, fail_untyped=True)
+
+    return fill
+
+
 FILL: dict[str, Fill] = {
+    "generate": _fill_from_bank(Sampling, known.ASKED),
+    "serve": _fill_from_bank(Listening, {}),
     "init": _fill_init,
     "mask": _fill_actions(known.MASK_ACTIONS),
     "bank": _fill_actions(known.BANK_ACTIONS),

@@ -31,7 +31,7 @@ class Section:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            name, value = f"{self.where}.{field.name}".lstrip("."), getattr(self, field.name)
+            name, value = self._called(field.name), getattr(self, field.name)
             optional = "None" in str(field.type)
             check(
                 value is not None or optional, name, value, "must not be null", "give a value or leave it out"
@@ -45,6 +45,10 @@ class Section:
         """What stands before the dot in the name of a field."""
         return self.section
 
+    def _called(self, name: str) -> str:
+        """How errors call a field."""
+        return f"{self.where}.{name}".lstrip(".")
+
     def check(self) -> None:
         """Raise ``ValueError`` where a rule of the section does not hold."""
 
@@ -53,13 +57,13 @@ class Section:
         for name in names:
             value = getattr(self, name)
             rule = f"must be at least {least}"
-            check(value is None or value >= least, f"{self.where}.{name}", value, rule, "raise it")
+            check(value is None or value >= least, self._called(name), value, rule, "raise it")
 
     def positive(self, *names: str) -> None:
         """Fields that are not None are more than 0."""
         for name in names:
             value = getattr(self, name)
-            check(value is None or value > 0, f"{self.where}.{name}", value, "must be positive", "raise it")
+            check(value is None or value > 0, self._called(name), value, "must be positive", "raise it")
 
     def rates(self, *names: str) -> None:
         """Fields that are neither None nor ``auto`` are more than 0."""

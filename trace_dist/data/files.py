@@ -34,12 +34,33 @@ def read_text(path: Path) -> str:
         ) from None
 
 
+def check_characters(text: str, where: str) -> str:
+    """The text itself.
+
+    Raises:
+        ValueError: JSON gave it half of a character, which no tokenizer takes.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{where}: {text[:80]!r} holds half of a character (a lone surrogate), which is no text; "
+            "write the whole character or leave it out"
+        ) from None
+    return text
+
+
 def read_json_lines(path: Path) -> list[Any]:
     """The values of a file with one JSON value per line; empty lines are skipped.
 
     Raises:
         ValueError: as ``read_text``, or a line is not JSON.
     """
+    return [value for _, value in numbered_json_lines(path)]
+
+
+def numbered_json_lines(path: Path) -> list[tuple[int, Any]]:
+    """``read_json_lines``, each value with the number of its line, from 1."""
     return _lines(read_text(path), path)
 
 
@@ -52,7 +73,7 @@ def read_json_values(path: Path) -> list[Any]:
     text = read_text(path)
     first, _, others = text.strip().partition("\n")
     if first.strip().startswith("{") and first.strip().endswith("}") and others:
-        return _lines(text, path)
+        return [value for _, value in _lines(text, path)]
     rows = _parse(text, str(path), "restore the file")
     if not isinstance(rows, list):
         raise ValueError(f"{path}: holds a {type(rows).__name__}, not a list; write a list of examples")
@@ -80,14 +101,14 @@ def cells_header(path: Path, separator: str) -> list[str]:
     return header
 
 
-def _lines(whole: str, path: Path) -> list[Any]:
+def _lines(whole: str, path: Path) -> list[tuple[int, Any]]:
     rows = []
     # Not str.splitlines: JSON strings may hold U+2028 and other characters that it takes for line ends.
     for number, line in enumerate(io.StringIO(whole, newline=None), start=1):
         # Files that were joined have a byte-order mark where the second one begins.
         text = line.strip().lstrip("\ufeff")
         if text:
-            rows.append(_parse(text, f"{path}:{number}", "write one object per line"))
+            rows.append((number, _parse(text, f"{path}:{number}", "write one object per line")))
     return rows
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from trace_dist.data.files import check_characters
+
 
 def text(value: Any, where: str) -> str:
     """A text, or a number as text.
@@ -18,14 +20,7 @@ def text(value: Any, where: str) -> str:
         ValueError: it is neither, or holds half of a character.
     """
     if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise ValueError(
-                f"{where}: {value[:80]!r} holds half of a character (a lone surrogate), which is no text; "
-                "write the whole character or drop the example"
-            ) from None
-        return value
+        return check_characters(value, where)
     if isinstance(value, (int, float, np.number)):
         return str(value)
     raise ValueError(

@@ -65,7 +65,7 @@ def load_model(
             would otherwise be random), or weights that are quantised already.
     """
     if quantize == "nf4":
-        return _load_in_shards(path, dtype, quantize, lambda model: model.to_empty(device="cpu"), _whole)
+        return _load_in_shards(path, dtype, quantize, _empty_on_cpu, _whole)
     with open_weights(path) as files:  # refuses what must not or cannot be read
         folder = files.folder
     try:
@@ -162,6 +162,12 @@ def _ready(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
+
+
+def _empty_on_cpu(model: Any) -> None:
+    model.to_empty(device="cpu")
+    # Each name of a tied parameter has been given storage of its own.
+    model.tie_weights()
 
 
 def _torch_dtype(dtype: Dtype | torch.dtype) -> torch.dtype:

@@ -18,9 +18,11 @@ def listed(tasks: Collection[str]) -> str:
 
 def next_steps(cfg: RunConfig) -> str:
     """What to do with a bank, as commands to copy."""
-    config, bank = (shlex.quote(str(path)) for path in (cfg.folder.config, cfg.bank_of().root))
+    paths = (cfg.folder.config, cfg.bank_of().root, cfg.target.path)
+    config, bank, base = (shlex.quote(str(path)) for path in paths)
     return (
         f"next: trace-dist bank show {bank}\n"
+        f"      trace-dist generate --bank {bank} --base {base} --prompt TEXT\n"
         f"      trace-dist learn --config task.yaml --bank {bank}\n"
         f"      trace-dist consolidate --config {config} --bank {bank}\n"
         f"      {shown_launch(cfg.launch)} eval --config {config} --bank_folder {bank}"

@@ -75,7 +75,7 @@ def outcome(text: str) -> None:
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Iterate, and show on rank 0 how far it is: to the run that listens, as a bar in a terminal, else as a line now and then."""
-    if not dist.is_main():
+    if not dist.is_main() or total == 1:
         yield from items
     elif console.is_terminal and not listened():
         yield from track(items, description, total=total, console=console, transient=True)

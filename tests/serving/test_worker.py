@@ -1,0 +1,160 @@
+"""The thread that owns the model: who is answered with whom, and what a failure leaves."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from bank.samples import same_bits
+from serving.small import CAP, TASKS, Small, prompts
+
+from trace_dist import Router
+from trace_dist.serving.options import Listening, Sampling
+from trace_dist.serving.row import Row
+from trace_dist.serving.tally import Tally
+from trace_dist.serving.worker import Busy, Job, Worker
+
+SHORT = Sampling(max_new_tokens=CAP)
+Batch = tuple[str, int]
+
+
+@pytest.fixture(scope="module")
+def router(small: Small) -> Router:
+    return Router.open(small.bank, small.base, batch_size=4)
+
+
+class Bench:
+    """A worker that has not begun, and what it wrote."""
+
+    def __init__(self, router: Router, monkeypatch: pytest.MonkeyPatch, **limits: Any) -> None:
+        self.router, self.batches, write = router, list[Batch](), router.write
+        self.fails = False
+
+        def noted(task: str, rows: Sequence[Row], sampling: Sampling) -> None:
+            self.batches.append((task, len(rows)))
+            write(task, rows, sampling)
+
+        monkeypatch.setattr(router, "write", noted)
+        forward = router.model.module.forward
+
+        def sometimes(*args: Any, **kwargs: Any) -> Any:
+            if self.fails and kwargs.get("use_cache", True):
+                raise RuntimeError("out of memory")
+            return forward(*args, **kwargs)
+
+        monkeypatch.setattr(router.model.module, "forward", sometimes)
+        self.worker = Worker(router, Listening(**limits), Tally())
+
+    def job(self, text: str, task: str | None = None, sampling: Sampling = SHORT, num: int = 1) -> Job:
+        (ids,) = self.router.encode([text])
+        return Job(ids, task, sampling, num)
+
+
+@pytest.fixture
+def bench(router: Router, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    before = {name: value.clone() for name, value in router.model.module.state_dict().items()}
+    made = Bench(router, monkeypatch)
+    yield made
+    made.worker.close()
+    assert made.worker.num_open == 0
+    assert same_bits(before, router.model.module.state_dict(), "float32")
+
+
+def test_a_batch_holds_one_task_and_one_way_of_drawing(bench: Bench, small: Small) -> None:
+    texts = {task: prompts(task, 3, seed=2) for task in TASKS[:3]}
+    turns = [(task, texts[task][number]) for number in range(3) for task in texts]
+    jobs = [bench.job(text, task if number % 2 else None) for number, (task, text) in enumerate(turns)]
+    hot = Sampling(max_new_tokens=CAP, temperature=1.0)
+    drawn = [bench.job("copy abcd", "copy", hot) for _ in range(2)]
+    seeded = [bench.job("copy abcd", "copy", Sampling(CAP, 1.0, seed=3), num=2) for _ in range(2)]
+    bench.worker.submit([*jobs, *drawn, *seeded])
+    bench.worker.start()
+    for (task, text), job in zip(turns, jobs, strict=True):
+        (answer,) = job.done.result(60)
+        assert (answer.task, answer.text) == (task, small.expected(task, [text])[0])
+    first, second = ([answer.text for answer in job.done.result(60)] for job in seeded)
+    assert first == second
+    assert [len(job.done.result(60)) for job in drawn] == [1, 1]
+    assert bench.batches == [("copy", 3), ("twist", 3), ("plain", 3), ("copy", 2), ("copy", 2), ("copy", 2)]
+
+
+def test_no_batch_is_larger_than_it_may_be(bench: Bench) -> None:
+    jobs = [bench.job(text, "copy", num=2) for text in prompts("copy", 3)]
+    bench.worker.submit(jobs)
+    bench.worker.start()
+    assert [len(job.done.result(60)) for job in jobs] == [2, 2, 2]
+    assert bench.batches == [("copy", 4), ("copy", 2)]
+
+
+def test_what_fails_is_told_and_the_next_is_answered(bench: Bench, small: Small) -> None:
+    bench.worker.start()
+    bench.fails = True
+    job = bench.job("copy abcd", "copy")
+    bench.worker.submit([job])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        job.done.result(60)
+    wrong, right = bench.job("copy abcd", "nobody"), bench.job("copy abcd")
+    bench.fails = False
+    bench.worker.submit([wrong, right])
+    with pytest.raises(ValueError, match="task='nobody': the bank does not hold it"):
+        wrong.done.result(60)
+    assert right.done.result(60)[0].text == small.expected("copy", ["copy abcd"])[0]
+    assert bench.worker.broken is None
+
+
+def test_weights_that_are_not_the_base_answer_nothing_more(bench: Bench) -> None:
+    bench.worker.start()
+    weight = bench.router.model.module.model.norm.weight
+    kept = weight.data.clone()
+    bench.worker.call(lambda: weight.data.fill_(7.0)).result(60)
+    bench.fails = True
+    jobs = [bench.job("copy abcd", "copy") for _ in range(2)]
+    for job in jobs:
+        bench.worker.submit([job])
+        with pytest.raises(RuntimeError):
+            job.done.result(60)
+        bench.fails = False
+    assert bench.worker.broken is not None
+    with torch.no_grad():
+        weight.data.copy_(kept)
+
+
+def test_too_many_are_refused_and_the_unwanted_are_passed_by(
+    router: Router, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(router, monkeypatch, max_waiting=3)
+    jobs = [bench.job("copy abcd", "copy") for _ in range(3)]
+    bench.worker.submit(jobs[:2])
+    with pytest.raises(Busy, match="2 prompts are waiting, 3 may"):
+        bench.worker.submit([bench.job("copy abcd"), bench.job("copy abcd")])
+    bench.worker.submit(jobs[2:])
+    jobs[1].cancel()
+    bench.worker.start()
+    assert jobs[2].done.result(60)
+    assert jobs[1].done.cancelled()
+    assert bench.batches == [("copy", 2)]
+    # Half written: the others of its batch go on.
+    going, begun = bench.job("copy abcd", "copy"), threading.Event()
+    going.on_text = lambda number, piece: (begun.set(), going.cancel())
+    bench.worker.submit([going])
+    assert going.done.result(60)[0].finish in ("cancelled", "stop")
+    assert begun.is_set()
+    bench.worker.close()
+    assert bench.worker.num_open == 0
+
+
+def test_a_batch_waits_a_moment_for_others(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(router, monkeypatch, max_wait_ms=60_000)
+    bench.worker.start()
+    jobs = [bench.job(text, "copy") for text in prompts("copy", 4)]
+    for job in jobs:
+        bench.worker.submit([job])
+    assert all(job.done.result(30) for job in jobs)
+    assert bench.batches == [("copy", 4)]
+    last = bench.job("copy abcd")
+    bench.worker.submit([last])
+    bench.worker.close()  # does not wait for others any more
+    assert last.done.result(0)

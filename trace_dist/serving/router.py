@@ -1,0 +1,365 @@
+"""Prompts in, answers out: each prompt is answered with the delta of its task, and the model is the base again afterwards.
+
+    router = Router.open("runs/quickstart/bank", "runs/quickstart/models/target")
+    for answer in router.ask(["Spell this word backward: stone", "What is 3 + 4?"]):
+        print(answer.task, answer.margin, answer.text)
+
+The frozen base reads every prompt once; the nearest cluster of its representation says the task (bank/retrieval.py). Prompts of
+one task are answered together, one delta after the other.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+from trace_dist.bank.bank import DeltaBank
+from trace_dist.bank.delta import Delta, applied
+from trace_dist.bank.representation import represent
+from trace_dist.data.encoding import context_length, encode_prompt, pad_id, stop_ids
+from trace_dist.data.examples import Prompt
+from trace_dist.evaluation.inputs import check_decoder
+from trace_dist.models.fingerprint import check_same, fingerprint
+from trace_dist.models.loading import load_tokenizer
+from trace_dist.serving.cache import DeltaCache
+from trace_dist.serving.options import Sampling, Source
+from trace_dist.serving.prompts import check_prompt
+from trace_dist.serving.rejection import Assurance
+from trace_dist.serving.row import Finish, Row
+from trace_dist.serving.stream import Pieces, Stream
+from trace_dist.serving.watch import Watched
+from trace_dist.serving.writing import write
+from trace_dist.sharding.base import ShardedModel
+from trace_dist.sharding.build import load_sharded
+from trace_dist.utils.log import get_logger
+from trace_dist.utils.names import BASE
+
+logger = get_logger(__name__)
+MOST_TOKENS = 256
+"""Of an answer, where nobody says how many."""
+
+
+class UnknownTask(ValueError):
+    """The bank holds no task of this name."""
+
+
+class Route(NamedTuple):
+    """Who answers a prompt.
+
+    Attributes:
+        task: name of the task, or ``base``.
+        margin: nats between the retrieved task and the second; None where the task was named, or the bank holds one alone.
+        rejected: whether the prompt is of no task that the bank knows.
+    """
+
+    task: str
+    margin: float | None = None
+    rejected: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer, and how it came about."""
+
+    text: str
+    task: str
+    """Whose delta answered: a task's, or ``base`` for none."""
+    margin: float | None
+    """Nats between the retrieved task and the second; None where the task was named, or the bank holds one alone."""
+    rejected: bool
+    """Whether the prompt is of no task that the bank knows, so that the base answered."""
+    error_bound: float | None
+    """Upper 95 % limit on the share of that task's prompts that another task is retrieved for, in [0, 1]; None where the task has
+    no signature."""
+    finish: Finish
+    """``stop``: the model ended it, or a stop text; ``length``: it was cut; ``cancelled``: nobody wanted the rest."""
+    num_prompt_tokens: int
+    num_tokens: int
+
+
+class Router:
+    """Answers prompts from a bank. One thread at a time; others wait.
+
+    Args:
+        bank: the bank; what is added to it later is seen from ``refresh`` on.
+        model: its base, which the router has for itself, on one device.
+        tokenizer: the base's.
+        source: how it was opened.
+    """
+
+    def __init__(self, bank: DeltaBank, model: ShardedModel, tokenizer: Any, source: Source) -> None:
+        check_decoder(model.module)
+        self.bank, self.model, self.tokenizer, self.source = bank, model, tokenizer, source
+        # Tokenizers change when they encode; while one thread does, another may decode.
+        self._decoder, self._encoding = deepcopy(tokenizer), threading.Lock()
+        # Not only those that training used: a base that ends in several ways may do so as it pleases.
+        own = model.module.generation_config.eos_token_id
+        self._ends = list(
+            dict.fromkeys([*stop_ids(tokenizer), *([own] if isinstance(own, int) else own or [])])
+        )
+        # What the request says counts alone; `generate` would fill in a base's own temperature or penalties.
+        model.module.generation_config = type(model.module.generation_config)()
+        self._deltas = DeltaCache(bank, source.cache_gib * 2**30)
+        self._lock = threading.RLock()
+        self._watched = Watched(bank)
+        self._assurance = self._assured()
+        self.fingerprint = fingerprint(model.module)
+        """Of the weights as they were loaded."""
+
+    @classmethod
+    def open(cls, bank: Any, base: Any, **options: Any) -> Router:
+        """Open a bank and load its base model.
+
+        Args:
+            bank: folder of the bank.
+            base: the bank's base model: folder or hub id.
+            options: the other fields of ``serving.options.Source``: dtype, quantize, reject, batch_size, cache_gib.
+
+        Raises:
+            ValueError: there is no such bank or model, the model is not the bank's base, or a value makes no sense.
+        """
+        return cls.of(Source(str(bank), str(base), **options))
+
+    @classmethod
+    def of(cls, source: Source) -> Router:
+        """``open``, with the options as one value."""
+        bank = DeltaBank(source.bank)
+        check_same(bank.base, fingerprint(source.base), f"bank {source.bank}")
+        dtype = _dtype_of(bank) if source.dtype == "auto" else source.dtype
+        model = load_sharded(source.base, dtype, "single", source.quantize)
+        return cls(bank, model, load_tokenizer(source.base), source)
+
+    @property
+    def tasks(self) -> list[str]:
+        """What can be asked for by name: the base and the tasks of the bank."""
+        return [BASE, *(task for task in self.bank.tasks if task != BASE)]
+
+    @property
+    def context(self) -> int | None:
+        """Positions of the model; None where it states no limit."""
+        return context_length(self.model.config)
+
+    def ask(
+        self,
+        prompts: Sequence[Prompt],
+        tasks: Sequence[str | None] | None = None,
+        sampling: Sampling | None = None,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> list[Answer]:
+        """Answer prompts.
+
+        Args:
+            prompts: texts, which are put to the model as in training, or conversations (lists of role and content).
+            tasks: name of each prompt's task, or None to retrieve it; retrieves all when not given.
+            sampling: greedy when not given.
+            on_text: is told the number of a prompt and the next piece of its answer, as it is written.
+
+        Returns:
+            One answer per prompt, in their order.
+
+        Raises:
+            ValueError: no such task, or a prompt that is none or does not fit the model.
+        """
+        sampling = Sampling() if sampling is None else sampling
+        names = [None] * len(prompts) if tasks is None else list(tasks)
+        if len(names) != len(prompts):
+            raise ValueError(
+                f"tasks: {len(names)} names for {len(prompts)} prompts; give one per prompt, or None"
+            )
+        ids = self.encode(prompts)
+        rows = [
+            self.row(
+                each, sampling, None if on_text is None else partial(on_text, number), f"prompt {number}"
+            )
+            for number, each in enumerate(ids)
+        ]
+        with self._lock:
+            routes = self.routes(ids, names)
+            for task in dict.fromkeys(route.task for route in routes):
+                mine = [row for row, route in zip(rows, routes, strict=True) if route.task == task]
+                for first in range(0, len(mine), self.source.batch_size):
+                    self.write(task, mine[first : first + self.source.batch_size], sampling)
+            return [self.answer(row, route) for row, route in zip(rows, routes, strict=True)]
+
+    def stream(self, prompt: Prompt, task: str | None = None, sampling: Sampling | None = None) -> Stream:
+        """Answer a prompt piece by piece, as it is written.
+
+        Args:
+            prompt: a text or a conversation.
+            task: its task; retrieved when not given.
+            sampling: as ``ask``.
+
+        Returns:
+            The pieces, to be iterated over; its ``answer`` is the whole.
+
+        Raises:
+            ValueError: as ``ask``, at once.
+        """
+        sampling = Sampling() if sampling is None else sampling
+        (ids,) = self.encode([prompt])
+        pieces = Pieces()
+        row = self.row(ids, sampling, pieces.add)
+        (route,) = self.routes([ids], [task])
+        return Stream(
+            row,
+            pieces,
+            partial(self.write, route.task, [row], sampling),
+            partial(self.answer, row, route),
+        )
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of prompts, as in training. Raises ValueError as ``ask``."""
+        checked = [check_prompt(prompt, f"prompt {number}") for number, prompt in enumerate(prompts)]
+        with self._encoding:
+            return encode_prompt(checked, self.tokenizer) if checked else []
+
+    def limit(self, num_prompt: int, asked: int | None, where: str, most: int | None = None) -> int:
+        """Tokens that an answer may have.
+
+        Args:
+            num_prompt: tokens of its prompt.
+            asked: how many are asked for; None is as many as fit.
+            where: begins the message.
+            most: what is given where None is asked for; ``MOST_TOKENS`` when not given.
+
+        Raises:
+            ValueError: prompt and answer have more tokens than the model has positions.
+        """
+        context, most = self.context, MOST_TOKENS if most is None else most
+        # The last token of an answer is not read again.
+        room = most if context is None else context - num_prompt + 1
+        if room < (asked or 1):
+            raise ValueError(
+                f"{where}: {num_prompt} tokens and an answer of {asked or 1} do not fit the model's {context} positions; "
+                "shorten the prompt or lower max_new_tokens"
+            )
+        return min(room, most) if asked is None else asked
+
+    def routes(self, ids: Sequence[list[int]], tasks: Sequence[str | None]) -> list[Route]:
+        """Who answers each prompt; the model must be the base.
+
+        Raises:
+            UnknownTask: a task is named that the bank does not hold.
+        """
+        known = set(self.tasks)
+        for task in tasks:
+            if task is not None and task not in known:
+                raise self._unknown(task)
+        asked = [each for each, task in zip(ids, tasks, strict=True) if task is None]
+        retrieved = iter(self._retrieved(asked))
+        return [next(retrieved) if task is None else Route(task) for task in tasks]
+
+    def _retrieved(self, ids: list[list[int]]) -> list[Route]:
+        if not ids or self._assurance is None:
+            return [Route(BASE)] * len(ids)
+        with self._lock:
+            x = represent(
+                self.model.module,
+                ids,
+                layer=self.bank.layer,
+                batch_size=self.source.batch_size,
+                pad_id=pad_id(self.tokenizer),
+            )
+        scores = self.bank.retriever.scores(x)
+        best = scores.topk(min(2, scores.shape[1]), dim=1)
+        names = self.bank.tasks
+        routes = [
+            Route(names[places[0]], values[0] - values[1] if len(values) > 1 else None)
+            for values, places in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+        rejected = self._assurance.rejected(scores)
+        return [
+            route._replace(task=BASE, rejected=True) if out else route
+            for route, out in zip(routes, rejected, strict=True)
+        ]
+
+    def row(
+        self,
+        ids: list[int],
+        sampling: Sampling,
+        on_text: Callable[[str], None] | None = None,
+        where: str = "prompt",
+    ) -> Row:
+        """An answer that is yet to be written. Raises ValueError as ``limit``."""
+        limit = self.limit(len(ids), sampling.max_new_tokens, where)
+        return Row(ids, limit, sampling.stop, self._ends, self._decode, on_text)
+
+    def write(self, task: str, rows: Sequence[Row], sampling: Sampling) -> None:
+        """Write answers with a task's delta, in one batch.
+
+        Args:
+            task: name of a task, or ``base``.
+            rows: at most as many as fit the device's memory.
+            sampling: what the rows have in common (``Sampling.way`` and the seed).
+        """
+        with self._lock, applied(self.model, self._delta(task)):
+            write(self.model.module, rows, sampling, self._ends, pad_id(self.tokenizer))
+
+    def _delta(self, task: str) -> Delta | None:
+        """Raises UnknownTask where the bank no longer holds a task that it held when it was looked at."""
+        if task not in self.tasks:
+            raise self._unknown(task)
+        try:
+            return self._deltas.get(task)
+        except ValueError:
+            if not self.refresh():
+                raise
+        return self._delta(task)
+
+    def _unknown(self, task: str) -> UnknownTask:
+        shown = ", ".join(self.tasks[:20]) + (", ..." if len(self.tasks) > 20 else "")
+        return UnknownTask(f"task={task!r:.200}: the bank does not hold it; it holds {shown}")
+
+    def answer(self, row: Row, route: Route) -> Answer:
+        """What has been written."""
+        if row.finish is None:
+            raise AssertionError("a row was not written to its end")
+        bound = None if self._assurance is None else self._assurance.bound(route.task)
+        return Answer(
+            row.text,
+            route.task,
+            route.margin,
+            route.rejected,
+            bound,
+            row.finish,
+            len(row.prompt),
+            len(row.tokens),
+        )
+
+    def refresh(self) -> bool:
+        """See what was added to the bank, or taken out of it, since; whether that is anything.
+
+        Raises:
+            ValueError: the index is damaged; what was seen before is still there.
+        """
+        with self._lock:
+            if not self._watched.refresh():
+                return False
+            self._assurance = self._assured()
+        logger.info(
+            "bank %s: generation %d, %d tasks", self.bank.folder, self.bank.generation, len(self.tasks)
+        )
+        return True
+
+    def _assured(self) -> Assurance | None:
+        return Assurance(self.bank.retriever, self.source.reject) if self.bank.tasks else None
+
+    def holds_base(self) -> bool:
+        """Whether the weights are those that were loaded, by their fingerprint."""
+        with self._lock:
+            return fingerprint(self.model.module) == self.fingerprint
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(
+            self._decoder.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
+
+
+def _dtype_of(bank: DeltaBank) -> str:
+    """The data type that the bank's deltas were trained in; some families keep a few tensors in fp32 beside it."""
+    found = next((bank.facts(task)["dtype"] for task in bank.tasks if task != BASE), "float32")
+    return "bfloat16" if "bfloat16" in found else "float32"
