@@ -21,7 +21,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
 
 from trace_dist.config import TrainConfig
 from trace_dist.data.batches import Batches
@@ -111,6 +110,9 @@ def make_schedule(optimizer: torch.optim.Optimizer, cfg: TrainConfig, steps: int
     Raises:
         ValueError: unknown schedule, or one that looks at more than the step.
     """
+    # Slow to import: its module brings PEFT, and that bitsandbytes and the compiler.
+    from transformers import get_scheduler
+
     options = {"min_lr_rate": cfg.min_lr_ratio} if "min_lr" in cfg.scheduler else {}
     cure = "use for example cosine_with_min_lr"
     try:
