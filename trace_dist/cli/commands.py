@@ -93,7 +93,7 @@ def eval_command(cfg: RunConfig, bank_folder: str | None) -> None:
         table = Table("set", "score")
         for name, value in scores.items():
             table.add_row(name, f"{value:.2f}")
-        Console().print(table)
+        Console(markup=False).print(table)
 
 
 def report_command(cfg: RunConfig, picture: str | None = None) -> None:

@@ -26,6 +26,6 @@ def mask_command(values: Any) -> None:
     table = Table("tensor", "units", "density")
     for name in mask.layouts:
         table.add_row(name, str(len(mask.units.get(name, ()))), f"{mask.tensor_density(name):.4f}")
-    Console().print(table)
+    Console(markup=False).print(table)
     facts = f"{mask.granularity} mask, density {mask.density:.5f}, {mask.num_entries} entries"
     print(f"{facts}, {json.dumps(dict(mask.meta))}")

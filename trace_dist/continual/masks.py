@@ -13,6 +13,7 @@ from trace_dist.masks.mask import Mask
 from trace_dist.masks.ops import layouts_for, place, random_mask
 from trace_dist.masks.select import Units
 from trace_dist.masks.storage import load_saliency
+from trace_dist.models.fingerprint import same_model
 from trace_dist.projection.project import project_task
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.workbench import Stream, Workbench
@@ -86,8 +87,8 @@ def is_projected(cfg: RunConfig, task: str, model_id: str) -> bool:
     for kind, method in (("projected", placement), ("random", "random")):
         path = cfg.folder.mask(task, kind)
         meta = Mask.load(path).meta if path.is_file() else {}
-        found = (meta.get("model"), meta.get("method"), meta.get("isolation", "shared"))
-        if found != (model_id, method, cfg.mask.isolation):
+        found = (meta.get("method"), meta.get("isolation", "shared"))
+        if not same_model(str(meta.get("model")), model_id) or found != (method, cfg.mask.isolation):
             return False
     return True
 

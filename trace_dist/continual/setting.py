@@ -56,7 +56,7 @@ class Setting:
     def load(cls, cfg: RunConfig) -> Setting:
         """Read the data and find the base, which must be there. Collective."""
         path = base_path(cfg.target)
-        return cls(cfg, Workbench.load(cfg, path), path, fingerprint(path))
+        return cls(cfg, Workbench.load(cfg, path), path, fingerprint(path, together=True))
 
     @property
     def folder(self) -> RunFolder:

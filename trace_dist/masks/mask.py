@@ -16,6 +16,9 @@ from trace_dist.masks.gaps import PackedUnits
 from trace_dist.masks.layouts import layouts_for
 from trace_dist.masks.select import SetOperation, Units, combined_units, random_units
 from trace_dist.masks.units import UnitLayout
+from trace_dist.models.fingerprint import fuller, same_model
+from trace_dist.utils.files import reading
+from trace_dist.utils.sealed import check_header
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,15 +118,14 @@ class Mask:
     @staticmethod
     def load(path: str | Path) -> Mask:
         """Read a mask file. Raises ValueError when it is missing, corrupt or not a mask."""
-        tensors, layouts, fields = storage.load(Path(path), "mask", ("granularity", "digest", "meta"))
-        try:
-            mask = Mask(tensors, layouts, fields["granularity"], fields["meta"])
-        except ValueError as error:
-            raise ValueError(f"{path}: corrupt mask file ({error})") from None
-        if mask.digest() != fields["digest"]:
+        tensors, layouts, header = storage.load(Path(path), "mask", ("granularity", "digest", "meta"))
+        with reading(Path(path), "mask"):
+            mask = Mask(tensors, layouts, header["granularity"], header["meta"])
+        if mask.digest() != header["digest"]:
             raise ValueError(
                 f"{path}: corrupt mask file (its indices do not match their digest); restore it from a copy or make it again"
             )
+        check_header(header, Path(path), "mask")
         return mask
 
     @staticmethod
@@ -173,15 +175,15 @@ def combine(left: Mask, right: Mask, operation: SetOperation) -> Mask:
     Raises:
         ValueError: granularity, layouts or models differ, or nothing is left.
     """
-    models = {mask.meta["model"] for mask in (left, right) if mask.meta.get("model") is not None}
-    if len(models) > 1:
+    models = [str(mask.meta["model"]) for mask in (left, right) if mask.meta.get("model") is not None]
+    if len(models) > 1 and not same_model(*models):
         raise ValueError(
             f"mask: the two masks were made for the models {' and '.join(sorted(models))}; combine masks of one model"
         )
     if left.granularity != right.granularity or dict(left.layouts) != dict(right.layouts):
         raise ValueError("mask: the two masks differ in granularity or shapes; combine masks of one model")
     units = combined_units(left.units, right.units, left.layouts, operation)
-    meta = {"model": next(iter(models), None), "method": operation}
+    meta = {"model": fuller(*models) if len(models) > 1 else next(iter(models), None), "method": operation}
     return Mask(units, left.layouts, left.granularity, meta)
 
 

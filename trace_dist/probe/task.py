@@ -13,9 +13,11 @@ from trace_dist.bank.sketch import Sketch, sketch_update
 from trace_dist.config import ProbeConfig, TrainConfig
 from trace_dist.data.batches import Batches
 from trace_dist.masks.units import UnitLayout
+from trace_dist.models.fingerprint import same_model
 from trace_dist.probe.importance import unit_importance
 from trace_dist.probe.warm_start import warm_start
-from trace_dist.utils.files import load_tensors, save_tensors
+from trace_dist.utils.files import reading
+from trace_dist.utils.sealed import load_sealed, save_sealed
 
 KIND = "trace"
 SKETCH_SEED = 0
@@ -41,7 +43,7 @@ class Probed:
         self.sketch.save(sketch_path)
         header: dict[str, Any] = {"format": f"trace_dist.{KIND}", "model": self.sketch.model}
         header |= {"probe": asdict(probe), "losses": self.losses}
-        save_tensors(path, self.scores, header)
+        save_sealed(path, self.scores, header)
 
     @classmethod
     def load(cls, path: Path, sketch_path: Path, model: str, probe: ProbeConfig) -> Probed | None:
@@ -52,10 +54,11 @@ class Probed:
         """
         if not (path.is_file() and sketch_path.is_file()):
             return None
-        tensors, header = load_tensors(path, KIND)
-        if (header.get("model"), header.get("probe")) != (model, asdict(probe)):
+        tensors, header = load_sealed(path, KIND, bare=True)
+        if not same_model(str(header.get("model")), model) or header.get("probe") != asdict(probe):
             return None
-        losses = [(int(step), float(loss)) for step, loss in header["losses"]]
+        with reading(path, KIND):
+            losses = [(int(step), float(loss)) for step, loss in header["losses"]]
         return cls(tensors, Sketch.load(sketch_path), losses)
 
 
