@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: quickstart quickstart-smollm2 publish bench stream20 gpu test lint format clean
+.PHONY: quickstart quickstart-smollm2 publish bench stream20 gpu test fuzz lint format clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/trace-dist run --config configs/quickstart.yaml
@@ -47,6 +47,10 @@ gpu: $(VENV)/.dev
 # Two at a time, one thread per process: the tests start several.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Ten thousand damaged copies for every reader of files.
+fuzz: $(VENV)/.dev
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m fuzz.run --cases 10000 --out docs/results/fuzz.json
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ import pytest
 import torch
 from bank.samples import base_model, make_delta, signature
 from engine.cases import CASES
+from full_disk import full_disk
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -18,6 +19,7 @@ from trace_dist.bank.bank import BASE
 from trace_dist.bank.composition import compose
 from trace_dist.bank.delta import applied
 from trace_dist.bank.export import export
+from trace_dist.bank.verify import verify
 from trace_dist.models import fingerprint
 from trace_dist.parts import EXPORTERS
 
@@ -119,3 +121,41 @@ def test_refusals_come_before_the_work(bank: DeltaBank, base: str, tmp_path: Pat
         with pytest.raises(ValueError, match=words):
             export(*arguments)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_was_changed_anywhere_is_refused(bank: DeltaBank, base: str, tmp_path: Path) -> None:
+    """In one bit of one value that no sample holds."""
+    model = CASES["element"].model()
+    weight = model.model.layers[1].mlp.up_proj.weight.data
+    weight.view(torch.int32)[7, 11] ^= 1
+    model.save_pretrained(tmp_path / "changed")
+    with pytest.raises(ValueError, match="some of the weights were changed since"):
+        export(bank, ["one"], tmp_path / "out", str(tmp_path / "changed"))
+    with pytest.raises(ValueError, match="made for the base model"):
+        DeltaBank.create(bank.folder, fingerprint(tmp_path / "changed"), layer=1)
+
+
+def test_a_bank_of_an_earlier_release_learns_the_whole_identity(base: str, tmp_path: Path) -> None:
+    """Its index has 32 digits of it; the first task that is added brings the rest."""
+    whole = fingerprint(base)
+    old = DeltaBank.create(tmp_path / "old", whole[:32], layer=1)
+    delta = make_delta(base_model(), "one", 1)
+    old.add(signature("one", 1), replace(delta, mask=delta.mask.with_meta(model=whole[:32])))
+    assert old.base == whole[:32]
+    export(old, ["one"], tmp_path / "out", base)
+    again = DeltaBank.create(tmp_path / "old", whole, layer=1)
+    delta = make_delta(base_model(), "two", 2)
+    again.add(signature("two", 2), replace(delta, mask=delta.mask.with_meta(model=whole)))
+    assert again.base == whole
+    assert verify(again) == []
+
+
+def test_what_lay_in_the_folder_stays_where_an_export_fails(
+    bank: DeltaBank, base: str, tmp_path: Path
+) -> None:
+    export(bank, ["one"], tmp_path / "out", base)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with full_disk(), pytest.raises(ValueError, match="out: cannot be written"):
+        export(bank, ["two"], tmp_path / "out", base)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert not list(tmp_path.glob(".out*"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from trace_dist.masks.mask import Mask
 from trace_dist.models.loading import load_model
 from trace_dist.run_folder import RunFolder
 from trace_dist.sharding.build import load_sharded
+from trace_dist.stages.continual import describe
 from trace_dist.stages.report import collect_results
 
 
@@ -88,3 +90,19 @@ def test_a_method_with_a_result_is_kept(whole: RunConfig) -> None:
     before = RunFolder.of(whole.run_dir).method("retrieved").stat().st_mtime_ns
     run_continual(replace(whole, continual=replace(whole.continual, methods=["retrieved"])))
     assert RunFolder.of(whole.run_dir).method("retrieved").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("text", ["", '{"R": [[', "[]", "{}", '{"R": 3}'])
+def test_a_damaged_result_is_refused_where_it_would_be_kept(
+    whole: RunConfig, text: str, tmp_path: Path
+) -> None:
+    """By the command that keeps it, by the run that starts that command, and by the report."""
+    cfg = replace(whole, run_dir=str(tmp_path), continual=replace(whole.continual, methods=["retrieved"]))
+    cfg.folder.methods.mkdir()
+    cfg.folder.method("retrieved").write_text(text)
+    for work in (run_continual, collect_results, lambda cfg: describe(cfg, ["retrieved"])):
+        with pytest.raises(
+            ValueError, match=r"retrieved\.json: (damaged .*|not valid JSON .*); .*delete it"
+        ) as caught:
+            work(cfg)
+        assert "\n" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from trace_dist.models.fingerprint import fingerprint
 from trace_dist.models.loading import load_model, load_tokenizer
 from trace_dist.models.weight_files import INDEX, WEIGHTS, open_weights, resolve
 
@@ -110,3 +112,32 @@ def test_load_model_gives_the_saved_values(saved, make_model, dtype):
         model.named_parameters(), make_model("llama").parameters(), strict=True
     ):
         assert torch.equal(param, expected.to(getattr(torch, dtype))), name
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", "3", "{}", '{"weight_map": 3}', '{"weight_map": {}}', '{"weight_map": {"w": 3}}'),
+        *('{"weight_map": {"w": "/etc/passwd"}}', '{"weight_map": {"w": "../x.safetensors"}}'),
+        *('{"weight_map": {"w": "absent.safetensors"}}', '{"weight_map": {"w": "a\\u0000b"}}', "[" * 100_000),
+    ],
+)
+def test_an_index_that_is_none_is_one_line(content, saved):
+    folder = saved("llama")
+    (folder / INDEX).write_text(content)
+    for read in (fingerprint, load_model):
+        with pytest.raises(
+            ValueError, match=r"index\.json: (damaged|not valid JSON)|listed in .* but missing"
+        ) as caught:
+            read(folder)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_index_that_names_a_tensor_in_the_wrong_file(saved):
+    folder = saved("llama")
+    index = json.loads((folder / INDEX).read_text())
+    names = sorted(index["weight_map"], key=index["weight_map"].__getitem__)
+    index["weight_map"][names[0]] = index["weight_map"][names[-1]]
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="has not what"):
+        load_model(folder)

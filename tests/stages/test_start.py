@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from trace_dist.cli.parser import parse, run_config
 from trace_dist.config import ContinualConfig, LaunchConfig, ModelConfig, RunConfig, TaskConfig
 from trace_dist.stages.start import start
+from trace_dist.utils.locks import release
 
 
 @pytest.fixture
@@ -71,3 +74,88 @@ def test_a_damaged_configuration_is_one_line(cfg: RunConfig) -> None:
         ValueError, match=r"config\.yaml: cannot be read .*; restore it or delete the run folder"
     ):
         start(cfg, "base")
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> RunConfig:
+    """A run whose models, data and bank lie in its folder, beside it, and far from it; with results of all kinds."""
+    here = tmp_path / "work" / "run"
+    (here / "models").mkdir(parents=True)
+    models = [ModelConfig(str(here / "models" / "target")), ModelConfig(str(tmp_path / "far" / "proxy"))]
+    tasks = [TaskConfig("t", str(here / "t.jsonl")), TaskConfig("u", str(tmp_path / "work" / "u.jsonl"))]
+    tasks.append(TaskConfig("v", str(tmp_path / "far" / "v.jsonl")))
+    cfg = RunConfig(models[0], tasks, str(here), proxy=models[1])
+    cfg = replace(cfg, bank=replace(cfg.bank, path=str(tmp_path / "work" / "bank")))
+    start(cfg, "continual")
+    for name in (
+        "methods/retrieved.json",
+        "masks/t.safetensors",
+        "probe/t.safetensors",
+        "metrics.jsonl",
+        "eval.json",
+    ):
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text("")
+    release()
+    return cfg
+
+
+def read(path: Path, *more: str) -> RunConfig:
+    return run_config(parse(["report", "--config", str(path), *more])["report"])
+
+
+def test_a_moved_run_folder_is_taken_as_it_is(whole: RunConfig, tmp_path: Path) -> None:
+    """With what lies beside it, by its own configuration or by one that names the new place."""
+    new = tmp_path / "archive" / "old-run"
+    new.parent.mkdir()
+    Path(whole.run_dir).rename(new)
+    cfg = read(new / "config.yaml")
+    assert cfg.run_dir == str(new)
+    assert cfg.target.path == str(new / "models" / "target")
+    assert [task.path for task in cfg.tasks] == [
+        str(new / "t.jsonl"),
+        *(task.path for task in whole.tasks[1:]),
+    ]
+    assert cfg.bank.path == whole.bank.path
+    start(cfg, "continual")
+    assert stored(cfg)["run_dir"] == str(new)
+    assert stored(cfg)["tasks"][0]["path"] == str(new / "t.jsonl")
+    assert read(new / "config.yaml") == cfg
+    assert read(new / "config.yaml", "--run_dir", "elsewhere").run_dir == "elsewhere"
+
+
+def test_a_folder_that_moves_with_its_neighbours(whole: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "work").rename(tmp_path / "moved")
+    paths = {"run_dir": tmp_path / "moved" / "run", "bank.path": tmp_path / "moved" / "bank"}
+    paths["tasks[1].path"] = tmp_path / "moved" / "u.jsonl"
+    kept = tmp_path / "moved" / "run" / "config.yaml"
+    cfg = read(kept)
+    cfg = replace(cfg, bank=replace(cfg.bank, path=str(paths["bank.path"])))
+    cfg = replace(
+        cfg, tasks=[cfg.tasks[0], replace(cfg.tasks[1], path=str(paths["tasks[1].path"])), cfg.tasks[2]]
+    )
+    start(cfg, "continual")
+    assert stored(cfg)["bank"]["path"] == str(paths["bank.path"])
+
+
+def test_other_places_are_other_values(whole: RunConfig, tmp_path: Path) -> None:
+    """A copy whose original is still there is a folder of its own, and other data are other data."""
+    shutil.copytree(whole.run_dir, tmp_path / "copy")
+    assert read(tmp_path / "copy" / "config.yaml") == whole
+    other = replace(whole, tasks=[*whole.tasks[:2], replace(whole.tasks[2], path="other.jsonl")])
+    with pytest.raises(ValueError, match=r"made with other values of tasks\.v\.path; choose"):
+        start(other, "continual")
+    own = tmp_path / "mine" / "config.yaml"
+    own.parent.mkdir()
+    own.write_text(
+        (Path(whole.run_dir) / "config.yaml").read_text().replace(whole.run_dir, str(tmp_path / "new"))
+    )
+    assert read(own).run_dir == str(tmp_path / "new")
+
+
+def test_a_command_in_another_folder(whole: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(whole.run_dir).parent)
+    start(
+        replace(whole, run_dir="run", tasks=[replace(whole.tasks[0], path="run/t.jsonl"), *whole.tasks[1:]]),
+        "base",
+    )

@@ -14,6 +14,7 @@ from trace_dist.bank.prompts import PromptSets, save_prompts
 from trace_dist.bank.signature import Signature
 from trace_dist.bank.sketch import Sketch
 from trace_dist.bank.writer import Writer, locked, read_index
+from trace_dist.models.fingerprint import fuller, same_model
 from trace_dist.run_folder import DELTA, PROMPTS, SIGNATURE, SKETCH, BankFolder
 from trace_dist.utils.names import BASE, check_task_name
 from trace_dist.utils.sealed import same_content
@@ -79,7 +80,7 @@ def open_or_start(files: BankFolder, base: str, layer: int) -> None:
                 _start(files, base, layer)
                 return
     index = read_index(files)
-    if index.base != base:
+    if not same_model(index.base, base):
         raise ValueError(
             f"bank {files.root}: made for the base model {index.base[:12]}, not for {base[:12]}; "
             "choose another folder, or use the model it was made for"
@@ -116,7 +117,8 @@ def add(writer: Writer, task: Task) -> None:
     new = writer.stage(Record(name, writer.index.folder_for(name), facts=facts), task.save)
     if present is None:
         writer.publish(new)
-        writer.commit(replace(writer.index, records=(*writer.index.records, new)))
+        base = fuller(writer.index.base, _model_of(task))
+        writer.commit(replace(writer.index, base=base, records=(*writer.index.records, new)))
         return
     differing = [file for file in new.files if not _same(writer, present, new, file)]
     writer.discard(new)
@@ -126,6 +128,11 @@ def add(writer: Writer, task: Task) -> None:
             f"{' and another '.join(file.split('.')[0] for file in differing)}; "
             "rename or remove the older one, or give the new one another name"
         )
+
+
+def _model_of(task: Task) -> str:
+    """Fingerprint of the model that a task's delta was made for; empty where it is not known."""
+    return "" if task.delta is None else str(task.delta.mask.meta.get("model") or "")
 
 
 def _same(writer: Writer, present: Record, new: Record, file: str) -> bool:

@@ -21,10 +21,11 @@ from trace_kernels.delta_swap import delta_swap
 from trace_dist.masks.gaps import decode_gaps
 from trace_dist.masks.header import layouts_from_header, layouts_header
 from trace_dist.masks.mask import Mask
+from trace_dist.models.fingerprint import same_model
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.support import build_supports
 from trace_dist.utils import dist
-from trace_dist.utils.files import corrupt, load_tensors
+from trace_dist.utils.files import corrupt, load_tensors, reading
 from trace_dist.utils.sealed import check_header, load_sealed, save_sealed
 
 VERSION = 1
@@ -49,12 +50,15 @@ class Delta:
     task: str
 
     def __post_init__(self) -> None:
+        if not isinstance(self.task, str):
+            raise ValueError(f"delta {self.task!r:.100}: its task is no name; extract it again")
         found = {name: tuple(values.shape) for name, values in self.values.items()}
         wanted = {
             name: (int(self.mask.layouts[name].sizes(units).sum()),)
             for name, units in self.mask.units.items()
         }
-        if found != wanted:
+        numbers = all(values.is_floating_point() for values in self.values.values())
+        if found != wanted or not numbers:
             raise ValueError(f"delta {self.task!r}: its values do not fit its mask; extract it again")
 
     @property
@@ -90,10 +94,8 @@ class Delta:
         """
         tensors, header = load_sealed(path, "delta", digest)
         mask = _mask(tensors, header, path)
-        try:
+        with reading(path, "delta"):
             return Delta(mask, {name: tensors[f"{name}/values"] for name in mask}, header["task"])
-        except (KeyError, ValueError) as error:
-            raise corrupt(path, "delta", error) from None
 
     @staticmethod
     def load_mask(path: Path, digest: str | None = None) -> Mask:
@@ -122,11 +124,9 @@ def _mask(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) 
     """The mask in a delta file."""
     layouts = layouts_from_header(header, path)
     names = [key.removesuffix(GAPS) for key in tensors if key.endswith(GAPS)]
-    try:
+    with reading(path, "delta"):
         units = {name: decode_gaps(tensors[f"{name}{GAPS}"], layouts[name].index_dtype) for name in names}
         return Mask(units, layouts, str(header["granularity"]), dict(header["meta"]))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise corrupt(path, "delta", error) from None
 
 
 def extract_delta(model: ShardedModel, mask: Mask, task: str) -> Delta:
@@ -208,7 +208,7 @@ class Snapshot:
 def check_base(delta_or_mask: Mask, fingerprint: str, what: str) -> None:
     """Raise ValueError unless a mask (or a delta's mask) was made for the model with this fingerprint."""
     found = delta_or_mask.meta.get("model")
-    if found is not None and found != fingerprint:
+    if found is not None and not same_model(str(found), fingerprint):
         raise ValueError(
             f"{what}: made for model {found}, but the model given is {fingerprint}; use the model it was made for"
         )

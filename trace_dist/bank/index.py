@@ -25,6 +25,12 @@ FORMAT = "trace_dist.bank"
 VERSION = 2
 FOLDER = re.compile(r"[a-z0-9_][a-z0-9_-]{0,79}")
 PLAIN = re.compile(r"[a-z0-9_][a-z0-9_-]{0,39}")
+FACTS: dict[str, type] = {
+    **dict.fromkeys(("clusters", "dim", "entries"), int),
+    **dict.fromkeys(("mask", "granularity", "dtype"), str),
+    "density": float,
+}
+"""Types of what ``bank.facts.describe`` says of a task."""
 
 
 @dataclass(frozen=True)
@@ -176,4 +182,8 @@ class _Reader:
         wanted = {SIGNATURE} if name == BASE else {SIGNATURE, DELTA}
         if not wanted <= files.keys() <= {SIGNATURE, DELTA, SKETCH, PROMPTS}:
             raise self.damaged(f"task {name!r} has the files {sorted(files)!r:.200}")
-        return Record(name, folder, files, self.field(value, "facts", dict))
+        facts = self.field(value, "facts", dict)
+        for key, kind in FACTS.items():
+            if not isinstance(facts.get(key, kind()), kind):
+                raise self.damaged(f"task {name!r} has the {key} {facts[key]!r:.100}")
+        return Record(name, folder, files, facts)

@@ -12,7 +12,7 @@ from typing import Any
 from trace_dist.bank.index import Index, Record
 from trace_dist.bank.signature import TENSORS, Signature
 from trace_dist.run_folder import BankFolder
-from trace_dist.utils.files import corrupt, load_tensors
+from trace_dist.utils.files import corrupt, load_tensors, reading
 from trace_dist.utils.names import BASE, check_task_name
 
 KIND = "signatures"
@@ -48,10 +48,8 @@ def signature(files: BankFolder, task: str) -> Signature:
     place = names.index(task)
     keys = [f"{place}.{name}" for name in TENSORS]
     tensors, _ = load_tensors(path, KIND, keys.__contains__)
-    try:
+    with reading(path, KIND):
         return Signature(task, *(tensors[key] for key in keys))
-    except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise corrupt(path, KIND, error) from None
 
 
 def _names(path: Path) -> list[str]:

@@ -10,6 +10,7 @@ from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.index import Index, Member, Record
 from trace_dist.bank.signature import TENSORS
 from trace_dist.bank.writer import Writer, copy, hand_over
+from trace_dist.models.fingerprint import fuller, same_model
 from trace_dist.run_folder import BankFolder
 from trace_dist.utils.files import atomic_folder, corrupt
 from trace_dist.utils.names import BASE
@@ -36,19 +37,20 @@ def merge(left: DeltaBank, right: DeltaBank, out: Path | str) -> DeltaBank:
     if out.exists():
         out.rmdir()
     with atomic_folder(out) as temporary:
-        writer = Writer(BankFolder(temporary), Index(left.base, left.layer))
+        base = fuller(left.base, right.base)
+        writer = Writer(BankFolder(temporary), Index(base, left.layer))
         records: list[Record] = []
         for bank, wanted in ((left, left.index.records), (right, added)):
             for record in wanted:
-                folder = Index(left.base, left.layer, tuple(records)).folder_for(record.name)
+                folder = Index(base, left.layer, tuple(records)).folder_for(record.name)
                 records.append(_copied(writer, bank, record, folder))
-        writer.commit(Index(left.base, left.layer, tuple(records)))
+        writer.commit(Index(base, left.layer, tuple(records)))
     return DeltaBank(out)
 
 
 def _check(left: DeltaBank, right: DeltaBank) -> tuple[Record, ...]:
     """What the right bank adds. Raises ValueError where the two do not go together."""
-    if (left.base, left.layer) != (right.base, right.layer):
+    if not same_model(left.base, right.base) or left.layer != right.layer:
         raise ValueError(
             f"bank {right.folder}: of the base model {right.base[:12]} and layer {right.layer}, but {left.folder} is of "
             f"{left.base[:12]} and layer {left.layer}; merge banks of one base model"

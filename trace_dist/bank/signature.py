@@ -23,7 +23,7 @@ from sklearn.model_selection import KFold
 from torch import Tensor
 
 from trace_dist.bank.gaussian import shrinkage_intensity
-from trace_dist.utils.files import corrupt
+from trace_dist.utils.files import reading
 from trace_dist.utils.sealed import load_sealed, save_sealed
 
 FORMAT_VERSION = 1
@@ -54,6 +54,8 @@ class Signature:
     """[H, D] fp32 representations that were used for nothing above."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.task, str):
+            raise ValueError(f"signature {self.task!r:.100}: its task is no name; fit it again")
         dim = self.means.shape[-1]
         shapes = {
             "means": (len(self.counts), dim),
@@ -62,14 +64,16 @@ class Signature:
         }
         for name, shape in shapes.items():
             tensor = getattr(self, name)
-            if tuple(tensor.shape) != shape or not tensor.isfinite().all():
+            whole = tuple(tensor.shape) == shape and dim > 0 and tensor.is_floating_point()
+            if not whole or not tensor.isfinite().all():
                 raise ValueError(
                     f"signature {self.task!r}: {name} has shape {tuple(tensor.shape)}, "
                     f"must be finite and {shape}; fit it again"
                 )
-        if len(self.counts) == 0 or int(self.counts.min()) < 1:
+        counted = self.counts.ndim == 1 and self.counts.dtype == torch.int64
+        if not counted or len(self.counts) == 0 or int(self.counts.min()) < 1:
             raise ValueError(
-                f"signature {self.task!r}: counts={self.counts.tolist()}, must be positive; fit it again"
+                f"signature {self.task!r}: counts={self.counts.tolist()!r:.100}, must be positive whole numbers; fit it again"
             )
 
     @property
@@ -120,10 +124,8 @@ class Signature:
                 f"{path}: version {header.get('version')!r}, but this release reads {FORMAT_VERSION}; "
                 "update trace_dist"
             )
-        try:
+        with reading(path, "signature"):
             return Signature(header["task"], *(tensors[name] for name in TENSORS))
-        except (IndexError, KeyError, TypeError, ValueError) as error:
-            raise corrupt(path, "signature", error) from None
 
     @property
     def num_bytes(self) -> int:

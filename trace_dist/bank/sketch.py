@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from trace_dist.masks.ops import tensor_seed
-from trace_dist.utils.files import corrupt
+from trace_dist.models.fingerprint import same_model
+from trace_dist.utils.files import reading
+from trace_dist.utils.mixing import mix, shift
 from trace_dist.utils.sealed import load_sealed, save_sealed
 
 VERSION = 1
@@ -78,11 +80,21 @@ class Sketch:
             raise ValueError(
                 f"{path}: version {header.get('version')!r}, but this release reads {VERSION}; update trace_dist"
             )
-        try:
-            numels = {name: int(header["numels"][name]) for name in values}
-            return Sketch(values, numels, header["seed"], header["model"], header["num_buckets"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise corrupt(path, "sketch", error) from None
+        with reading(path, "sketch"):
+            sketch = Sketch(values, header["numels"], header["seed"], header["model"], header["num_buckets"])
+            sketch.check()
+        return sketch
+
+    def check(self) -> None:
+        """Raise ValueError where the parts do not belong together."""
+        numbers = (self.seed, self.num_buckets, *self.numels.values())
+        if any(type(number) is not int for number in numbers) or not isinstance(self.model, str | None):
+            raise ValueError("its header holds no whole numbers")
+        wanted = {name: (min(numel, self.num_buckets),) for name, numel in self.numels.items()}
+        if {name: tuple(values.shape) for name, values in self.values.items()} != wanted:
+            raise ValueError("its values are not of the sizes that its header says")
+        if not all(values.is_floating_point() and values.isfinite().all() for values in self.values.values()):
+            raise ValueError("its values are no finite numbers")
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,30 +137,12 @@ def _buckets(flat: Tensor, key: int, num_buckets: int) -> Tensor:
     total = torch.zeros(num_buckets, dtype=torch.float64)
     for start in range(0, len(flat), CHUNK):
         part = flat[start : start + CHUNK].double().cpu()
-        mixed = _mix(torch.arange(start, start + len(part)), key)
+        mixed = mix(torch.arange(start, start + len(part)), key)
         # the upper 31 bits choose the bucket, the lowest one the sign
-        bucket = (_shift(mixed, 33) * num_buckets) >> 31
+        bucket = (shift(mixed, 33) * num_buckets) >> 31
         sign = 1 - 2 * (mixed & 1)
         total += torch.bincount(bucket, weights=part * sign, minlength=num_buckets)
     return total
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Shift int64 to the right as if it were unsigned."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(word: int) -> int:
-    """A 64-bit word as int64 has it."""
-    return word - (1 << 64) if word >> 63 else word
-
-
-def _mix(x: Tensor, key: int) -> Tensor:
-    """SplitMix64 (Steele, Lea, Flood 2014) of int64 counters, keyed."""
-    x = x * _signed(0x9E3779B97F4A7C15) + key
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift(x, 31)
 
 
 def cosines(new: Sketch, earlier: Sequence[Sketch]) -> Cosines:
@@ -184,7 +178,7 @@ def _cosine(products: Tensor) -> Tensor:
 
 
 def _check_comparable(new: Sketch, other: Sketch) -> None:
-    if None not in (new.model, other.model) and new.model != other.model:
+    if new.model is not None and other.model is not None and not same_model(new.model, other.model):
         raise ValueError(
             f"sketch: of the proxy {new.model}, the earlier one of {other.model}; probe with the proxy of the earlier tasks"
         )

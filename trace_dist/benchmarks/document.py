@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_dist.report.markdown import insert
-from trace_dist.utils.files import read_json
+from trace_dist.utils.files import read_json, write_text
 
 Result = Mapping[str, Any]
 
@@ -187,4 +187,4 @@ def render(document: str, results: Path) -> str:
 
 if __name__ == "__main__":
     page = Path(sys.argv[2])
-    page.write_text(render(page.read_text(encoding="utf-8"), Path(sys.argv[1])), encoding="utf-8")
+    write_text(page, render(page.read_text(encoding="utf-8"), Path(sys.argv[1])))

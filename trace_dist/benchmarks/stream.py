@@ -25,7 +25,7 @@ import yaml
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.launching import ProcessFailed, alone_environment
 from trace_dist.utils.env import meta_info, run_info
-from trace_dist.utils.files import read_json, write_json
+from trace_dist.utils.files import read_json, write_json, write_text
 
 METHOD = "retrieved"
 OF_THE_WHOLE = ("tasks", "run_dir")
@@ -77,9 +77,8 @@ def _learn(whole: dict[str, Any], task: dict[str, Any], folder: Path, bank: Path
         _command("bank", "remove", str(bank), name)
     shutil.rmtree(f"{bank}.work/{name}", ignore_errors=True)
     config = folder / "configs" / f"{name}.yaml"
-    config.parent.mkdir(parents=True, exist_ok=True)
     shared = {key: value for key, value in whole.items() if key not in OF_THE_WHOLE}
-    config.write_text(yaml.safe_dump(shared | {"tasks": [task]}), encoding="utf-8")
+    write_text(config, yaml.safe_dump(shared | {"tasks": [task]}))
     measured = _command("learn", "--config", str(config), "--bank", str(bank))
     learned = read_json(Path(f"{bank}.work/{name}/methods/{METHOD}.json"))
     size = sum(path.stat().st_size for path in bank.rglob("*") if path.is_file())

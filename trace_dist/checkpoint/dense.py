@@ -7,19 +7,20 @@ resumed run repeats the uninterrupted one bit for bit, dropout included.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from trace_dist.checkpoint.format import MANIFEST, damaged, rank_file, read_checked
-from trace_dist.checkpoint.random_state import restore_random_state
+from trace_dist.checkpoint.format import MANIFEST, damaged, open_files, rank_file, read_checked
+from trace_dist.checkpoint.random_state import check_random_state, restore_random_state
 from trace_dist.checkpoint.retention import KEEP
 from trace_dist.checkpoint.writer import Contents, write_checkpoint
 from trace_dist.utils import dist
+from trace_dist.utils.files import MALFORMED
 from trace_dist.utils.together import on_all
 
 VALUES = "values"
@@ -75,8 +76,9 @@ def load_dense(folder: Path, named_parameters: Named, optimizer: torch.optim.Opt
     """
     manifest = read_checked(folder, "dense")
     named = dict(named_parameters)
-    files = {name: safe_open(str(folder / name), framework="pt") for name in manifest["files"]}
-    keys = on_all(lambda: _check(folder, manifest, named, optimizer, files[rank_file(0)]))
+    files = open_files(folder, manifest["files"])
+    keys = on_all(lambda: _keys(folder, manifest, named, optimizer, files[rank_file(0)]))
+    on_all(lambda: check_random_state(folder, files))
     main = files[rank_file(0)]
     with torch.no_grad():
         for name, parameter in named.items():
@@ -122,6 +124,14 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
+def _is_option(saved: Any, present: Any) -> bool:
+    """Whether a saved value is a finite number where the present one is a number, or as many of them."""
+    if isinstance(present, tuple | list):
+        numbers = isinstance(saved, list) and len(saved) == len(present)
+        return numbers and all(map(_is_option, saved, present))
+    return isinstance(saved, int | float) and not isinstance(saved, bool) and abs(saved) < math.inf
+
+
 def _options(saved: dict[str, Any], present: dict[str, Any]) -> dict[str, Any]:
     """The saved numbers of a group, in the types of the present one."""
     return {
@@ -129,6 +139,16 @@ def _options(saved: dict[str, Any], present: dict[str, Any]) -> dict[str, Any]:
         for key, value in saved.items()
         if key != "params"
     }
+
+
+def _keys(folder: Path, manifest: dict[str, Any], *present: Any) -> dict[str, list[str]]:
+    """As ``_check``, whatever types the manifest and the file hold."""
+    try:
+        return _check(folder, manifest, *present)
+    except ValueError:
+        raise
+    except MALFORMED:
+        raise damaged(folder / rank_file(0)) from None
 
 
 def _check(
@@ -141,7 +161,7 @@ def _check(
     """The optimizer's keys in the file by parameter; raises ValueError where it is not of these parameters."""
     keys: dict[str, list[str]] = {}
     for entry in main.keys():  # noqa: SIM118 - not a mapping
-        name, key = entry.rsplit("/", 1)
+        name, _, key = entry.rpartition("/")
         if name != "random":
             keys.setdefault(name, []).append(key)
     groups = manifest.get("groups")
@@ -158,6 +178,12 @@ def _check(
                 f"{other} ({name!r} is {stored.dtype} {tuple(stored.shape)} there, {parameter.dtype} "
                 f"{tuple(parameter.shape)} here); give the model that it was saved from"
             )
+        shapes = [main.get_slice(f"{name}/{key}").get_shape() for key in keys[name]]
+        if any(shape not in ([], list(parameter.shape)) for shape in shapes):
+            raise damaged(folder / rank_file(0))
     if [g["params"] for g in groups] != [g["params"] for g in _groups(named, optimizer)]:
         raise ValueError(f"{folder}: its optimizer has other parameter groups; build the same groups")
+    for saved, present in zip(groups, optimizer.param_groups, strict=True):
+        if not all(_is_option(saved[key], present.get(key)) for key in saved.keys() - {"params"}):
+            raise damaged(folder / MANIFEST)
     return {name: [key for key in found if key != VALUES] for name, found in keys.items()}

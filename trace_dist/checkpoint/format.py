@@ -14,9 +14,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
 
 from trace_dist.utils import dist
 from trace_dist.utils.files import read_json, sha256, write_json
@@ -106,6 +108,25 @@ def read_checked(folder: Path, kind: Kind | None = None) -> dict[str, Any]:
         return manifest
 
     return on_all(check)
+
+
+def open_files(folder: Path, names: Iterable[str]) -> dict[str, Any]:
+    """Files of a checkpoint, opened: name -> handle of ``safetensors``. Collective.
+
+    Raises:
+        Damaged: one is none.
+    """
+
+    def opened() -> dict[str, Any]:
+        files = {}
+        for name in names:
+            try:
+                files[name] = safe_open(str(folder / name), framework="pt")
+            except (OSError, SafetensorError):
+                raise damaged(folder / name) from None
+        return files
+
+    return on_all(opened)
 
 
 def matches(path: Path, digest: str) -> bool:

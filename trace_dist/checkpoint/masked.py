@@ -10,17 +10,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
+from trace_kernels.masked_adamw_8bit import BLOCK_SIZE
 
-from trace_dist.checkpoint.format import MANIFEST, MASK, damaged, is_count, is_map, read_checked
-from trace_dist.checkpoint.random_state import restore_random_state
+from trace_dist.checkpoint.format import MANIFEST, MASK, damaged, is_count, is_map, open_files, read_checked
+from trace_dist.checkpoint.random_state import check_random_state, restore_random_state
 from trace_dist.checkpoint.retention import KEEP
 from trace_dist.checkpoint.writer import Contents, FileBeside, write_checkpoint
 from trace_dist.masks.mask import Mask
+from trace_dist.models.fingerprint import same_model
 from trace_dist.optim.masked_adamw import MaskedAdamW
 from trace_dist.optim.pieces import Piece, covers, pieces_of, restore
-from trace_dist.optim.states import State, tensors_of
+from trace_dist.optim.states import MOMENTS, State, tensors_of
 from trace_dist.sharding.support import Support
 from trace_dist.utils.together import on_all
 
@@ -78,10 +79,9 @@ def load_checkpoint(folder: Path, optimizer: MaskedAdamW) -> dict[str, Any]:
         ValueError: not a checkpoint, another mask, another base model, or a damaged file; nothing has been loaded then.
     """
     manifest = read_checked(folder, "masked")
-    files = {
-        name: safe_open(str(folder / name), framework="pt") for name in manifest["files"] if name != MASK
-    }
+    files = open_files(folder, (name for name in manifest["files"] if name != MASK))
     found = on_all(lambda: _locate(folder, manifest, optimizer, files))
+    on_all(lambda: check_random_state(folder, files))
     values = restore(optimizer.compact(), found, manifest["param_steps"])
     optimizer.set_values(values)
     restore_random_state(files)
@@ -98,13 +98,25 @@ def _locate(
     if manifest.get("mask_digest") != optimizer.mask.digest():
         raise ValueError(f"{folder}: the checkpoint is of another mask; resume with {folder / MASK}")
     model = optimizer.mask.meta.get("model")
-    if None not in (model, kept_model) and model != kept_model:
+    if model is not None and kept_model is not None and not same_model(str(model), kept_model):
         raise ValueError(
             f"{folder}: the checkpoint is of model {kept_model}, but the mask of {model}; use the mask of that model"
         )
     opened = [(file, manifest["files"][name]["intervals"]) for name, file in files.items()]
     found = {support.name: pieces_of(support, opened) for support in optimizer.supports}
     for support in optimizer.supports:
-        if support.name not in steps or not covers(support, found[support.name]):
+        pieces = found[support.name]
+        if support.name not in steps or not covers(support, pieces) or not all(map(_fits, pieces)):
             raise damaged(folder / MANIFEST)
     return found
+
+
+def _fits(piece: Piece) -> bool:
+    """Whether a file holds as much of a piece as the manifest says."""
+    sizes = {f"{piece.name}/{part}": piece.length for part in ("values", *MOMENTS)}
+    keys = piece.file.keys()
+    scales = {f"{name}_absmax": -(-size // BLOCK_SIZE) for name, size in sizes.items()}
+    sizes |= {name: size for name, size in scales.items() if name in keys}
+    return all(
+        name in keys and piece.file.get_slice(name).get_shape() == [size] for name, size in sizes.items()
+    )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trace_dist.checkpoint.format import rank_file
+from trace_dist.checkpoint.format import damaged, rank_file
 from trace_dist.utils import dist
+from trace_dist.utils.files import MALFORMED
 
 
 def random_state() -> dict[str, Tensor]:
@@ -17,6 +19,16 @@ def random_state() -> dict[str, Tensor]:
     if torch.cuda.is_available():
         state["random/cuda"] = torch.cuda.get_rng_state()
     return state
+
+
+def check_random_state(folder: Path, files: dict[str, Any]) -> None:
+    """Raise ``Damaged`` where this rank's file has no state that a generator takes."""
+    if len(files) != dist.world_size():
+        return
+    try:
+        torch.Generator().set_state(files[rank_file()].get_tensor("random/cpu"))
+    except MALFORMED:
+        raise damaged(folder / rank_file()) from None
 
 
 def restore_random_state(files: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,11 @@ def _show(bank: DeltaBank, arguments: Any) -> None:
         facts, size = bank.facts(name), bank.delta_bytes(name)
         delta = ["-"] * 5
         if size is not None:
-            delta = [f"{size / 2**20:.2f} MiB", str(facts["entries"]), f"{facts['density']:.5f}"]
-            delta += [facts["granularity"], facts["dtype"]]
-        table.add_row(name, str(facts["clusters"]), *delta)
-    Console().print(table)
+            delta = [f"{size / 2**20:.2f} MiB", str(facts.get("entries", "-"))]
+            delta += [f"{facts.get('density', math.nan):.5f}"]
+            delta += [facts.get("granularity", "-"), facts.get("dtype", "-")]
+        table.add_row(name, str(facts.get("clusters", "-")), *delta)
+    Console(markup=False).print(table)
     print(f"generation {bank.generation}, layer {bank.layer}, base model {bank.base}")
 
 

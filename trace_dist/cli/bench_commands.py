@@ -22,6 +22,10 @@ def bench_command(values: Any) -> None:
     for argument in ("rounds", "steps", "ranks", "tokens"):
         if arguments.get(argument, 1) < 1:
             raise ValueError(f"{argument}={arguments[argument]}: must be at least 1; raise it")
+    if arguments.get("density") is not None:
+        from trace_dist.masks.select import check_density
+
+        check_density(arguments.density)
     result = BENCHES[name](arguments, out)
     if out is None:
         json.dump(result, sys.stdout, indent=1)

@@ -112,7 +112,7 @@ def print_scores(scores: Mapping[str, float]) -> None:
         table = Table("set", "score")
         for name, value in scores.items():
             table.add_row(name, f"{value:.2f}")
-        Console().print(table)
+        Console(markup=False).print(table)
 
 
 def report_command(cfg: RunConfig, picture: str | None = None) -> None:

@@ -11,6 +11,12 @@ GRACE_SECONDS = 10
 """How long other ranks than 0 wait before they speak up: a launcher ends them sooner where rank 0 has the same error."""
 
 
+def explain_system(error: OSError) -> str:
+    """What the system refused, with a cure."""
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return f"{where}{error.strerror or error}; check paths, permissions and free space, and start the command again"
+
+
 def report_error(message: object) -> None:
     """Print ``error: <message>`` on standard error, as one line."""
     rank = launched_rank()

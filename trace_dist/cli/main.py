@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trace_dist.cli.arguments import RUN_COMMANDS
-from trace_dist.cli.errors import report_error
+from trace_dist.cli.errors import explain_system, report_error
 from trace_dist.cli.lifetime import end_with_run
 from trace_dist.cli.parser import parse, run_config
 from trace_dist.launching import ProcessFailed
@@ -57,6 +57,12 @@ def _run(words: Sequence[str]) -> int:
         _command(parsed.command, parsed[parsed.command])
     except ValueError as error:
         report_error(error)
+        return 2
+    except ConnectionError:
+        # A reader that went away, or a rank: not a file.
+        raise
+    except OSError as error:
+        report_error(explain_system(error))
         return 2
     except ProcessFailed as error:
         get_logger(__name__).error(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -22,6 +23,7 @@ from trace_dist.cli import arguments as known
 from trace_dist.cli.arguments import Argument, Command
 from trace_dist.cli.errors import report_error
 from trace_dist.config import RunConfig
+from trace_dist.config.moved import in_new_place
 from trace_dist.config.renamed import explain
 from trace_dist.profiling.memory_setup import MemorySetup
 from trace_dist.serving.options import Listening, Sampling, Source
@@ -121,7 +123,9 @@ def _with_bank(words: Sequence[str]) -> Iterator[str]:
 
 def run_config(values: Any) -> RunConfig:
     """The run configuration out of parsed and instantiated arguments."""
-    return RunConfig(**{name: values[name] for name in _RUN_FIELDS})
+    cfg = RunConfig(**{name: values[name] for name in _RUN_FIELDS})
+    sources = values.get("config") or []
+    return in_new_place(cfg, Path(str(sources[-1]))) if sources else cfg
 
 
 def _version() -> str:

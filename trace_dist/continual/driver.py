@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from trace_dist.config import RunConfig
 from trace_dist.continual.methods.base import Method
 from trace_dist.continual.progress import Progress, examples_digest, keep_trained
 from trace_dist.continual.race import held_race
-from trace_dist.continual.result import result_of
+from trace_dist.continual.result import read_result, result_of
 from trace_dist.continual.setting import Setting
 from trace_dist.parts import METHODS
 from trace_dist.run_folder import RunFolder
@@ -81,7 +82,7 @@ def run_continual(cfg: RunConfig) -> None:
     folder = cfg.folder
     wanted = []
     for entry in check_methods(cfg):
-        if dist.broadcast_object(folder.method(entry.name).is_file()):
+        if _has_result(folder.method(entry.name)):
             logger.info("%s: kept the result %s", entry.name, folder.method(entry.name))
             _drop_leftovers(folder, entry.name)
         else:
@@ -95,6 +96,15 @@ def run_continual(cfg: RunConfig) -> None:
             write_json(folder.tasks, _describe_tasks(setting))
         for entry in wanted:
             run_method(setting, entry)
+
+
+def _has_result(path: Path) -> bool:
+    """Whether a method's result is there. Collective.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    return on_main(lambda: path.is_file() and bool(read_result(path)))
 
 
 def run_method(setting: Setting, entry: Entry) -> None:

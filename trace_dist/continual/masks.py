@@ -13,6 +13,7 @@ from trace_dist.masks.mask import Mask
 from trace_dist.masks.ops import layouts_for, place, random_mask
 from trace_dist.masks.select import Units
 from trace_dist.masks.storage import load_saliency
+from trace_dist.models.fingerprint import same_model
 from trace_dist.projection.project import TRANSFERRED, needs_proxy, project_task, project_tensors
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.workbench import Stream, Workbench
@@ -88,14 +89,15 @@ def is_projected(cfg: RunConfig, task: str, model_id: str) -> bool:
     """
     for kind, method in (("projected", _maker(cfg)), ("random", "random")):
         path = cfg.folder.mask(task, kind)
-        if not path.is_file() or origin(Mask.load(path)) != (model_id, method, cfg.mask.isolation):
+        if not (path.is_file() and is_made(Mask.load(path), model_id, method, cfg.mask.isolation)):
             return False
     return True
 
 
-def origin(mask: Mask) -> tuple[Any, Any, str]:
-    """Which model a mask is of, what made it, and by which isolation."""
-    return mask.meta.get("model"), mask.meta.get("method"), mask.meta.get("isolation", "shared")
+def is_made(mask: Mask, model_id: str, method: str, isolation: str) -> bool:
+    """Whether a mask is of a model, and was made by a method under an isolation."""
+    found = mask.meta.get("method"), mask.meta.get("isolation", "shared")
+    return same_model(str(mask.meta.get("model")), model_id) and found == (method, isolation)
 
 
 def _maker(cfg: RunConfig) -> str:

@@ -14,17 +14,19 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from trace_dist.continual.judge import Row
+from trace_dist.models.fingerprint import same_model
 from trace_dist.train.loop import TrainResult
 from trace_dist.train.workbench import Stream
 from trace_dist.utils import dist
-from trace_dist.utils.files import flush_folder, read_json, sha256, write_json
-from trace_dist.utils.sealed import json_checksum
+from trace_dist.utils.files import flush_folder, reading, sha256
+from trace_dist.utils.names import check_task_name
+from trace_dist.utils.sealed import read_record, write_record
 from trace_dist.utils.together import on_main
 
 VERSION = 1
@@ -70,20 +72,21 @@ class Progress:
         path = self.folder / "progress.json"
         if not path.is_file():
             return Record()
-        found = read_json(path)
-        checksum = found.pop("checksum", None) if isinstance(found, dict) else None
-        if checksum != json_checksum(found) or found.get("version") != VERSION:
+        found = read_record(path, f"delete {self.folder} to begin anew")
+        if found.get("version") != VERSION:
             raise ValueError(f"{path}: damaged, or of another version; delete {self.folder} to begin anew")
-        about, record = found["about"], Record(**found["record"])
+        with reading(path, "progress"):
+            about, record = dict(found["about"]), _record(found["record"])
+        models = [str(each.get("model")) for each in (about, self._about)]
+        if "model" in about and "model" in self._about and same_model(*models):
+            about["model"] = self._about["model"]
         for key, value in self._about.items():
             if about.get(key) != value and record.tasks:
                 raise ValueError(
                     f"{path}: its tasks were learned with {key}={about.get(key)!r}, not {value!r}; "
                     f"set it back, choose another run_dir, or delete {self.folder} to begin anew"
                 )
-        if about != self._about:
-            return Record()
-        return replace(record, rows=[Row(**row) for row in found["record"]["rows"]])
+        return record if about == self._about else Record()
 
     def begin(self, base: Row) -> None:
         """Keep the scores of the base."""
@@ -119,9 +122,7 @@ class Progress:
     def _write(self, record: Record) -> None:
         value: dict[str, Any] = {"format": "trace_dist.progress", "version": VERSION, "about": self._about}
         value["record"] = asdict(record)
-        # as it will be read: JSON has no tuples
-        value["checksum"] = json_checksum(json.loads(json.dumps(value)))
-        on_main(lambda: write_json(self.folder / "progress.json", value))
+        on_main(lambda: write_record(self.folder / "progress.json", value))
         self.record = record
 
     @property
@@ -140,6 +141,22 @@ class Progress:
     def trained(self) -> list[TrainResult]:
         """What the training of the finished tasks measured."""
         return [kept_trained(self.folder, task) or TrainResult() for task in self.record.tasks]
+
+
+def _record(value: Mapping[str, Any]) -> Record:
+    """A record out of JSON; raises one of ``MALFORMED`` where it is none."""
+    record = Record(**value)
+    for task in record.tasks:
+        check_task_name(task)
+    names = [*record.files, *([] if record.state is None else [record.state])]
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{name!r:.100} is not the name of a file")
+    if (record.state is None) != (not record.tasks):
+        raise ValueError("its state is not that of its tasks")
+    rates, files, facts = dict(record.rates), dict(record.files), dict(record.facts)
+    rows = [Row(**row) for row in record.rows]  # type: ignore[arg-type]
+    return replace(record, tasks=list(record.tasks), rows=rows, rates=rates, facts=facts, files=files)
 
 
 def _make_empty(folder: Path) -> None:
@@ -163,7 +180,7 @@ def _check(folder: Path, files: dict[str, str]) -> None:
 
 def keep_trained(folder: Path, task: str, result: TrainResult) -> None:
     """Keep what the training of a task measured. Collective."""
-    on_main(lambda: write_json(folder / "trained" / f"{task}.json", asdict(result)))
+    on_main(lambda: write_record(folder / "trained" / f"{task}.json", asdict(result)))
 
 
 def kept_trained(folder: Path, task: str) -> TrainResult | None:
@@ -171,7 +188,9 @@ def kept_trained(folder: Path, task: str) -> TrainResult | None:
     path = folder / "trained" / f"{task}.json"
     if not path.is_file():
         return None
-    return TrainResult.from_json(read_json(path))
+    found = read_record(path, "delete it; what it measured is then left out", bare=True)
+    with reading(path, "measurements"):
+        return TrainResult.from_json(found)
 
 
 def examples_digest(streams: Sequence[Stream]) -> str:

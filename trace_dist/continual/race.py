@@ -32,10 +32,11 @@ from trace_dist.train.learner import Learner
 from trace_dist.train.loss import accumulate
 from trace_dist.train.workbench import Stream
 from trace_dist.utils import dist
-from trace_dist.utils.files import read_json, write_json
+from trace_dist.utils.files import reading
 from trace_dist.utils.finite import NotFinite
 from trace_dist.utils.log import get_logger
 from trace_dist.utils.rng import random_numbers_kept
+from trace_dist.utils.sealed import read_record, write_record
 from trace_dist.utils.together import on_main
 
 logger = get_logger(__name__)
@@ -155,7 +156,7 @@ def held_race(
     with random_numbers_kept():
         race = race_rates(cfg.grid, measure)
     logger.info("%s: lr %g has won the race", name, race.lr)
-    on_main(lambda: write_json(path, {"about": about, "rates": race.to_json()}))
+    on_main(lambda: write_record(path, {"about": about, "rates": race.to_json()}))
     return race
 
 
@@ -186,7 +187,11 @@ def _loss_after(trial: AbstractContextManager[Learner], step: Step, trained: Exi
 
 def _read(path: Path, about: dict[str, Any]) -> Race | None:
     """A race that was held under the same conditions."""
-    found = read_json(path) if path.is_file() else {}
+    if not path.is_file():
+        return None
+    found = read_record(path, "delete it to let the rates race again", bare=True)
     # as it will be read: JSON has no tuples
-    same = found.get("about") == json.loads(json.dumps(about))
-    return Race.from_json(found["rates"]) if same else None
+    if found.get("about") != json.loads(json.dumps(about)):
+        return None
+    with reading(path, "race"):
+        return Race.from_json(found["rates"])

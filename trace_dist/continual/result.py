@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from trace_dist.continual.methods.base import Method
 from trace_dist.continual.metrics import summarise
 from trace_dist.continual.progress import Progress
 from trace_dist.utils.env import run_info
+from trace_dist.utils.files import read_json
+
+PARTS: dict[str, type] = {"R": list, "general_names": list, "just_trained": list, "measured": dict}
+"""What every result has."""
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A method's result.
+
+    Raises:
+        ValueError: missing or damaged.
+    """
+    result = read_json(path)
+    for part, kind in PARTS.items():
+        if not isinstance(result, dict) or not isinstance(result.get(part), kind):
+            raise ValueError(
+                f"{path}: damaged ({part} is missing or no {kind.__name__}); delete it and start `trace-dist continual` again"
+            )
+    return result  # type: ignore[no-any-return]
 
 
 def result_of(method: Method, progress: Progress) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from trace_dist.config import RunConfig
 from trace_dist.continual.earlier import bank_before, check_apart
 from trace_dist.continual.isolation.base import Isolation, load_isolation
 from trace_dist.continual.judge import Judge, Row
-from trace_dist.continual.masks import KINDS, origin, project_stream
+from trace_dist.continual.masks import KINDS, is_made, project_stream
 from trace_dist.masks.mask import Mask
 from trace_dist.masks.ops import layouts_for, tensor_seed
 from trace_dist.masks.select import Units
@@ -70,7 +70,7 @@ class Setting:
     def load(cls, cfg: RunConfig) -> Setting:
         """Read the data and find the base, which must be there. Collective."""
         path = base_path(cfg.target)
-        return cls(cfg, Workbench.load(cfg, path), path, fingerprint(path))
+        return cls(cfg, Workbench.load(cfg, path), path, fingerprint(path, together=True))
 
     @property
     def folder(self) -> RunFolder:
@@ -131,7 +131,7 @@ class Setting:
         task, cfg = stream.task.name, self.cfg.mask
         path = self.folder.mask(task, recipe.kind)
         found = on_all(lambda: Mask.load(path) if path.is_file() else None)
-        if found is not None and origin(found) == (self.fingerprint, recipe.made_by, cfg.isolation):
+        if found is not None and is_made(found, self.fingerprint, recipe.made_by, cfg.isolation):
             return found
         layouts = layouts_for(self.model, "tensor", cfg.block, cfg.maskable)
         refused, meta = self._refused(

@@ -134,12 +134,15 @@ class Batches(Iterator[Step]):
         """
         mine = self.state_dict()
         for name in ("seed", "num_examples"):
-            if state[name] != mine[name]:
+            if state.get(name) != mine[name]:
                 raise ValueError(
-                    f"checkpoint data {name}={state[name]}: this run has {mine[name]}; "
+                    f"checkpoint data {name}={state.get(name)}: this run has {mine[name]}; "
                     "resume with the seed and the data of the interrupted run, or start anew"
                 )
-        self._consumed = state["examples_consumed"]
+        consumed = state.get("examples_consumed", -1)
+        if consumed < 0:
+            raise ValueError(f"checkpoint data examples_consumed={consumed}: is no position; start anew")
+        self._consumed = consumed
 
     def _check_same_on_all_ranks(self) -> None:
         """The ranks' shares tile a global batch only where all ranks read the same examples in the same order."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_dist.masks.units import UnitLayout
+from trace_dist.utils.files import MALFORMED
 
 VERSION = 1
 
@@ -26,9 +27,17 @@ def layouts_from_header(header: Mapping[str, Any], path: Path) -> dict[str, Unit
             f"{path}: version {header.get('version')!r}, but this release reads {VERSION}; update trace_dist"
         )
     try:
-        return {
-            name: UnitLayout(tuple(shape), unit, *stride)
-            for name, (shape, unit, *stride) in header["layouts"].items()
-        }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return {name: _layout(*layout) for name, layout in header["layouts"].items()}
+    except MALFORMED as error:
         raise ValueError(f"{path}: header without valid layouts ({error}); make the file again") from None
+
+
+def _layout(shape: Any, unit: Any, stride: Any = 1) -> UnitLayout:
+    """One layout out of JSON, where numbers may be anything."""
+    for number in (*shape, unit, stride):
+        if type(number) is not int or not 0 <= number < 2**63:
+            raise ValueError(f"{number!r:.100} is no size")
+    layout = UnitLayout(tuple(shape), unit, stride)
+    if layout.numel >= 2**63:
+        raise ValueError(f"shape {list(shape)} has more elements than an index can count")
+    return layout

@@ -17,6 +17,9 @@ from trace_dist.masks.gaps import PackedUnits
 from trace_dist.masks.layouts import layouts_for
 from trace_dist.masks.select import SetOperation, Units, combined_units, random_units
 from trace_dist.masks.units import UnitLayout
+from trace_dist.models.fingerprint import fuller, same_model
+from trace_dist.utils.files import reading
+from trace_dist.utils.sealed import check_header
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,15 +119,14 @@ class Mask:
     @staticmethod
     def load(path: str | Path) -> Mask:
         """Read a mask file. Raises ValueError when it is missing, corrupt or not a mask."""
-        tensors, layouts, fields = storage.load(Path(path), "mask", ("granularity", "digest", "meta"))
-        try:
-            mask = Mask(tensors, layouts, fields["granularity"], fields["meta"])
-        except ValueError as error:
-            raise ValueError(f"{path}: corrupt mask file ({error})") from None
-        if mask.digest() != fields["digest"]:
+        tensors, layouts, header = storage.load(Path(path), "mask", ("granularity", "digest", "meta"))
+        with reading(Path(path), "mask"):
+            mask = Mask(tensors, layouts, header["granularity"], header["meta"])
+        if mask.digest() != header["digest"]:
             raise ValueError(
                 f"{path}: corrupt mask file (its indices do not match their digest); restore it from a copy or make it again"
             )
+        check_header(header, Path(path), "mask")
         return mask
 
     @staticmethod
@@ -175,9 +177,9 @@ TWO = ("the first mask", "the second")
 
 def check_combinable(left: Mask, right: Mask, names: tuple[str, str] = TWO) -> None:
     """Raise ValueError, naming both, where two masks differ in model, granularity or shapes."""
-    what, models = " and ".join(names), [mask.meta.get("model") for mask in (left, right)]
-    if None not in models and models[0] != models[1]:
-        both = " and ".join(map(str, models))
+    what, models = " and ".join(names), _models(left, right)
+    if len(models) > 1 and not same_model(*models):
+        both = " and ".join(models)
         raise ValueError(f"mask: {what} were made for the models {both}; combine masks of one model")
     differing = [
         name
@@ -216,8 +218,14 @@ def combine(left: Mask, right: Mask, operation: SetOperation, names: tuple[str, 
         raise ValueError(
             f"mask: the {operation} of {' and '.join(names)} selects nothing, so nothing would train; choose other masks"
         )
-    model = left.meta.get("model") or right.meta.get("model")
+    models = _models(left, right)
+    model = fuller(*models) if len(models) > 1 else next(iter(models), None)
     return Mask(units, left.layouts, left.granularity, {"model": model, "method": operation})
+
+
+def _models(*masks: Mask) -> list[str]:
+    """Fingerprints of the models that masks say they are of."""
+    return [str(mask.meta["model"]) for mask in masks if mask.meta.get("model") is not None]
 
 
 def _check(units: Mapping[str, Tensor], layouts: Mapping[str, UnitLayout]) -> None:

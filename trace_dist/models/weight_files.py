@@ -60,8 +60,9 @@ class WeightFiles:
         self.folder = folder
         self._files = files
         self._handles: dict[str, Any] = {}
+        self._file_of: dict[str, str]
         if (folder / INDEX).is_file():
-            self._file_of: dict[str, str] = read_json(folder / INDEX)["weight_map"]
+            self._file_of = _weight_map(folder / INDEX)
         elif (folder / WEIGHTS).is_file():
             self._file_of = dict.fromkeys(self._handle(WEIGHTS).keys(), WEIGHTS)
         else:
@@ -70,16 +71,21 @@ class WeightFiles:
     def _handle(self, file: str) -> Any:
         if file not in self._handles:
             path = self.folder / file
-            if not path.is_file():
-                raise ValueError(f"{path}: listed in {INDEX} but missing; fetch the checkpoint again")
             try:
+                if not path.is_file():
+                    raise ValueError(f"{path}: listed in {INDEX} but missing; fetch the checkpoint again")
                 self._handles[file] = self._files.enter_context(safe_open(str(path), framework="pt"))
-            except SafetensorError as error:
+            except (OSError, SafetensorError) as error:
                 raise ValueError(f"{path}: corrupt safetensors file ({error}); fetch it again") from None
         return self._handles[file]
 
     def _view(self, name: str) -> Any:
-        return self._handle(self._file_of[name]).get_slice(name)
+        handle = self._handle(self._file_of[name])
+        try:
+            return handle.get_slice(name)
+        except SafetensorError as error:
+            path = self.folder / self._file_of[name]
+            raise ValueError(f"{path}: has not what {INDEX} says ({error}); fetch it again") from None
 
     def names(self) -> list[str]:
         """Names of the tensors."""
@@ -142,6 +148,20 @@ def open_weights(path: str | Path) -> Iterator[WeightFiles]:
         files = WeightFiles(folder, stack)
         refuse_quantised_tensors(files.dtypes(), what)
         yield files
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Tensor -> file in the same folder, out of a checkpoint's index."""
+    found = read_json(path)
+    files = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{path}: damaged (it maps no tensors to files); fetch the checkpoint again")
+    for name, file in files.items():
+        if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
+            raise ValueError(
+                f"{path}: damaged ({name!r:.100} lies in {file!r:.100}, no file of the folder); fetch the checkpoint again"
+            )
+    return files
 
 
 def _check_folder(folder: Path, what: str) -> None:

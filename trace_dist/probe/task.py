@@ -13,9 +13,11 @@ from trace_dist.bank.sketch import Sketch, sketch_update
 from trace_dist.config import ProbeConfig, TrainConfig
 from trace_dist.data.batches import Batches
 from trace_dist.masks.units import UnitLayout
+from trace_dist.models.fingerprint import same_model
 from trace_dist.probe.importance import unit_importance
 from trace_dist.probe.warm_start import warm_start
-from trace_dist.utils.files import load_tensors, save_tensors
+from trace_dist.utils.files import load_tensors, reading
+from trace_dist.utils.sealed import check_header, load_sealed, save_sealed
 
 KIND = "trace"
 SKETCH_SEED = 0
@@ -40,7 +42,9 @@ class Tensors:
         _, header = load_tensors(path, KIND, lambda name: False)
         if "tensors" not in header:
             raise ValueError(f"{path}: says nothing of whole tensors; start `trace-dist probe` again")
-        return cls(**header["tensors"])
+        check_header(header, path, KIND)
+        with reading(path, KIND):
+            return cls(**header["tensors"])
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Probed:
         self.sketch.save(sketch_path)
         header: dict[str, Any] = {"format": f"trace_dist.{KIND}", "model": self.sketch.model}
         header |= {"probe": asdict(probe), "losses": self.losses, "tensors": asdict(self.tensors)}
-        save_tensors(path, self.scores, header)
+        save_sealed(path, self.scores, header)
 
     @classmethod
     def load(cls, path: Path, sketch_path: Path, model: str, probe: ProbeConfig) -> Probed | None:
@@ -75,12 +79,15 @@ class Probed:
         """
         if not (path.is_file() and sketch_path.is_file()):
             return None
-        tensors, header = load_tensors(path, KIND)
+        tensors, header = load_sealed(path, KIND, bare=True)
+        same = same_model(str(header.get("model")), model) and header.get("probe") == asdict(probe)
         # A trace of an earlier version says nothing of whole tensors.
-        if (header.get("model"), header.get("probe")) != (model, asdict(probe)) or "tensors" not in header:
+        if not same or "tensors" not in header:
             return None
-        losses = [(int(step), float(loss)) for step, loss in header["losses"]]
-        return cls(tensors, Sketch.load(sketch_path), losses, Tensors(**header["tensors"]))
+        with reading(path, KIND):
+            losses = [(int(step), float(loss)) for step, loss in header["losses"]]
+            whole = Tensors(**header["tensors"])
+        return cls(tensors, Sketch.load(sketch_path), losses, whole)
 
 
 def probe_task(

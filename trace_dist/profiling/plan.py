@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, inf
 from typing import Literal
 
 from trace_dist.config import StateDtype
@@ -65,7 +65,7 @@ def plan(base: MemorySetup, gpu_gib: float, reserve_gib: float = 1.0) -> list[Op
     Raises:
         ValueError: nothing fits; says what would.
     """
-    if not 0 <= reserve_gib < gpu_gib:
+    if not 0 <= reserve_gib < gpu_gib < inf:
         raise ValueError(
             f"gpu_gib={gpu_gib}: must be more than reserve_gib={reserve_gib}; give the memory of one GPU in GiB"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from markupsafe import Markup
 from trace_dist.report import heat, plots, tables, theme
 from trace_dist.report.narrative import narrate
 from trace_dist.report.results import RunView, mapping, number, parse_results, sequence
+from trace_dist.utils.files import write_text
 
 TASK_COLUMNS = ("just trained", "final", "majority answer", "train-test overlap", "delta on disk")
 
@@ -38,7 +40,8 @@ def write_report(results: Mapping[str, Any], out: str | Path) -> Path:
     """Write the page for `results` to the file `out` (its folder is created) and return its path.
 
     Raises:
-        ValueError: `results` lacks "tasks" or "modes", or a matrix does not fit the tasks.
+        ValueError: `results` lacks "tasks" or "modes", a matrix does not fit the tasks, or the file cannot be written; an
+            older page is then still there.
     """
     view = parse_results(results)
     out = Path(out)
@@ -51,8 +54,7 @@ def write_report(results: Mapping[str, Any], out: str | Path) -> Path:
     )
     with theme.theme():
         page = environment.get_template("template.html.j2").render(_context(view))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    write_text(out, page)
     return out
 
 
@@ -232,7 +234,10 @@ def _facts(view: RunView) -> list[tuple[str, str]]:
 
 
 def _config(view: RunView) -> str:
-    config = _plain(view.part("config"))
+    config: Any = {}
+    # One that is nested so deep is none.
+    with suppress(RecursionError):
+        config = _plain(view.part("config"))
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else ""
 
 

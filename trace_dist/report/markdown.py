@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from trace_dist.report.narrative import chosen_rates
-from trace_dist.report.results import load_results, number, parse_results
+from trace_dist.report.results import load_results, mapping, number, parse_results
 from trace_dist.report.tables import COLUMNS, MISSING, duration, method_cells
+from trace_dist.utils.files import write_text
 
 
 def markdown_table(results: Mapping[str, Any]) -> str:
@@ -34,7 +35,7 @@ def markdown_table(results: Mapping[str, Any]) -> str:
 
 
 def _provenance(results: Mapping[str, Any]) -> str:
-    run, meta = results.get("run_info", {}), results.get("meta_info", {})
+    run, meta = mapping(results.get("run_info")), mapping(results.get("meta_info"))
     facts = [str(run.get("date", ""))[:10], f"commit {run.get('commit')}", str(meta.get("hardware", ""))]
     seconds = number(run.get("seconds"))
     took = "" if math.isnan(seconds) else f"; {duration(seconds)} in all"
@@ -56,7 +57,7 @@ def insert(document: str, section: str, text: str) -> str:
 
 def main(results: str, document: str, section: str) -> None:
     path = Path(document)
-    path.write_text(insert(path.read_text(), section, markdown_table(load_results(results))))
+    write_text(path, insert(path.read_text(encoding="utf-8"), section, markdown_table(load_results(results))))
 
 
 if __name__ == "__main__":

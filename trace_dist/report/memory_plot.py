@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from trace_dist.report.theme import LIGHT, new_figure, theme
+from trace_dist.utils.files import atomic_path
 
 MIB = 2**20
 PHASE_COLORS = {"forward": "blue", "backward": "vermillion", "step": "green"}
@@ -21,8 +22,8 @@ def draw_timeline(result: Mapping[str, Any], path: Path) -> Path:
         figure = new_figure(920, 400)
         figure.set_facecolor(LIGHT["card"])
         _draw(figure.subplots(), result)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=160)
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=160)
     return path
 
 

@@ -13,6 +13,7 @@ from trace_dist.report import plots
 from trace_dist.report.results import RunView, mapping, parse_results
 from trace_dist.report.tables import final_average, percent, shorten
 from trace_dist.report.theme import LIGHT, method_color, theme
+from trace_dist.utils.files import atomic_path
 
 WIDTH_PX = 1600
 _DPI = 100
@@ -24,11 +25,10 @@ def render_png(results: Mapping[str, Any], out: str | Path) -> Path:
     """Draw the key panels of a run, 1600 px wide, on a light ground; a missing part leaves its panel out.
 
     Raises:
-        ValueError: `results` lacks "tasks" or "modes".
+        ValueError: `results` lacks "tasks" or "modes", or the file cannot be written; an older picture is then still there.
     """
     view = parse_results(results)
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     with theme():
         top_inches = 2.3 + 0.26 * min(len(view.tasks), 12)
         margins = ConstrainedLayoutEngine(rect=(0.008, 0.015, 0.984, 0.97), wspace=0.03)
@@ -40,7 +40,8 @@ def render_png(results: Mapping[str, Any], out: str | Path) -> Path:
         for subfigure, (_, draw) in zip(row, panels, strict=True):
             subfigure.patch.set_alpha(0)
             draw(subfigure)
-        fig.savefig(out, format="png", facecolor=LIGHT["card"])
+        with atomic_path(out) as temporary:
+            fig.savefig(temporary, format="png", facecolor=LIGHT["card"])
     return out
 
 

@@ -232,7 +232,11 @@ def number(value: Any) -> float:
     """`value` as a finite float, NaN for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return math.nan
-    return float(value) if math.isfinite(value) else math.nan
+    try:
+        return float(value) if math.isfinite(value) else math.nan
+    # A whole number beyond all floats.
+    except OverflowError:
+        return math.nan
 
 
 def mean(values: Array) -> float:

@@ -7,6 +7,7 @@ newest checkpoint is continued. Results of two configurations never lie in one f
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from fnmatch import fnmatchcase
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_dist.config import ModelConfig, RunConfig
+from trace_dist.config.moved import PLACES
 
 HOW_IT_RUNS = (
     "launch",
@@ -78,6 +80,37 @@ def differing_fields(old: Any, new: Any, prefix: str = "") -> list[str]:
         if name not in HOW_IT_RUNS:
             names += differing_fields(old.get(key), new.get(key), name)
     return names
+
+
+def at_home(old: Any, new: Any, old_root: Path, new_root: Path) -> Any:
+    """A kept configuration, with the new one's words for places that are the same: a run folder may be moved, alone or with what
+    lies beside it, and a command may be started in another folder.
+
+    Args:
+        old: the kept one, or a part of it.
+        new: the present one, or the same part.
+        old_root: the run folder by its old name.
+        new_root: and by its present one.
+    """
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [at_home(*pair, old_root, new_root) for pair in zip(old, new, strict=True)]
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return old
+    kept = {}
+    for key, value in old.items():
+        other = new.get(key)
+        place = key in PLACES and isinstance(value, str) and isinstance(other, str)
+        if place and _same_place(value, str(other), old_root, new_root):
+            kept[key] = other
+        else:
+            kept[key] = at_home(value, other, old_root, new_root)
+    return kept
+
+
+def _same_place(old: str, new: str, old_root: Path, new_root: Path) -> bool:
+    """Whether two paths name one place, as such or as seen from the run folder."""
+    seen = (os.path.relpath(old, old_root), os.path.relpath(new, new_root))
+    return Path(old).absolute() == Path(new).absolute() or seen[0] == seen[1]
 
 
 def forbidden(cfg: RunConfig, fields: Iterable[str]) -> dict[str, list[str]]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from trace_dist.config import RunConfig
 from trace_dist.continual.driver import method_class
 from trace_dist.continual.driver import run_continual as run_methods
+from trace_dist.continual.result import read_result
 from trace_dist.stages.base import prepare_base
 from trace_dist.stages.project import describe as describe_project
 from trace_dist.stages.stage import ALONE, Stage
@@ -24,11 +25,18 @@ def projects(methods: Sequence[str]) -> bool:
 
 
 def describe(cfg: RunConfig, methods: Sequence[str]) -> Stage:
-    """Some methods; those on all ranks are one stage, which projects the masks that they need first."""
+    """Some methods; those on all ranks are one stage, which projects the masks that they need first.
+
+    Raises:
+        ValueError: the result of one is damaged.
+    """
     launched = all(runs_on_ranks(cfg, method) for method in methods)
     project = describe_project(cfg)
     arguments = ["continual", "--continual.methods", "[" + ",".join(methods) + "]"]
     results = [cfg.folder.method(method) for method in methods]
+    for path in results:
+        if path.is_file():
+            read_result(path)
     if not launched:
         return Stage(" ".join(methods), [*arguments, *ALONE], results)
     if not projects(methods):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.config import RunConfig
+from trace_dist.continual.result import read_result
 from trace_dist.masks.mask import Mask
 from trace_dist.models.fingerprint import check_same, fingerprint
 from trace_dist.stages import base, continual, probe
@@ -25,7 +26,6 @@ from trace_dist.stages.running import Running, failure, start_stage
 from trace_dist.stages.stage import Stage
 from trace_dist.stages.words import next_steps
 from trace_dist.utils import dist
-from trace_dist.utils.files import read_json
 from trace_dist.utils.log import get_logger
 from trace_dist.utils.together import on_main
 
@@ -149,7 +149,7 @@ def _say(cfg: RunConfig) -> None:
     bank = DeltaBank(cfg.bank_of().root)
     if not dist.is_main():
         return
-    result = read_json(cfg.folder.method(METHOD))
+    result = read_result(cfg.folder.method(METHOD))
     for task, score in zip(cfg.tasks, result["just_trained"], strict=True):
         logger.info("learned %s: %.1f %% on its test set, answered through the bank", task.name, score)
     retrieval = result["retrieval"]

@@ -16,8 +16,8 @@ from trace_dist.config import RunConfig
 from trace_dist.stages import base, continual, memory, probe, project
 from trace_dist.stages.display import Display
 from trace_dist.stages.running import Running, failure, start_stage
-from trace_dist.stages.stage import Stage
-from trace_dist.utils.files import read_json, write_json
+from trace_dist.stages.stage import Stage, read_timings
+from trace_dist.utils.files import write_json
 
 
 def stage_groups(cfg: RunConfig) -> list[list[Stage]]:
@@ -48,7 +48,9 @@ def run_pipeline(cfg: RunConfig, groups: list[list[Stage]]) -> None:
     """
     signal.signal(signal.SIGTERM, _on_terminate)
     path = cfg.folder.stages
-    timings: dict[str, Any] = read_json(path) if path.is_file() else {"stages": {}, "wall_seconds": 0.0}
+    timings: dict[str, Any] = {"stages": {}, "wall_seconds": 0.0}
+    if path.is_file():
+        timings = read_timings(path)
     with Display(stage.name for group in groups for stage in group) as display:
         for stage in {stage.name: stage for group in groups for stage in group if stage.made_before}.values():
             display.line(stage.name, "kept")

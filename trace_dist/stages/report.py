@@ -10,10 +10,12 @@ from typing import Any
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.overlap import mask_overlap, overlap
 from trace_dist.config import RunConfig
+from trace_dist.continual.result import read_result
 from trace_dist.masks.mask import Mask
 from trace_dist.models.roles import describe
 from trace_dist.parts import METHODS
 from trace_dist.report import render_png, write_report
+from trace_dist.stages.stage import read_timings
 from trace_dist.utils.env import meta_info
 from trace_dist.utils.files import read_json, write_json
 
@@ -60,7 +62,7 @@ def collect_results(cfg: RunConfig) -> dict[str, Any]:
     results["overlap"] = {
         name: _overlap(cfg, name) for name, method in methods.items() if method.get("masked")
     }
-    timings = read_json(folder.stages) if folder.stages.is_file() else {}
+    timings = read_timings(folder.stages) if folder.stages.is_file() else {}
     # When and from which commit the methods ran, not this report.
     results["run_info"] = {
         **first["measured"],
@@ -77,7 +79,7 @@ def _methods(folder: Path) -> dict[str, Any]:
     """Method -> result, the project's own methods first."""
     found = sorted(path.stem for path in folder.glob("*.json"))
     names = [*(name for name in METHODS if name in found), *(name for name in found if name not in METHODS)]
-    return {name: read_json(folder / f"{name}.json") for name in names}
+    return {name: read_result(folder / f"{name}.json") for name in names}
 
 
 def _overlap(cfg: RunConfig, method: str) -> dict[str, Any]:

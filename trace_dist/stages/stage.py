@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from trace_dist.utils.files import read_json, reading
 
 ALONE = ["--backend", "single", "--launch.launcher", "none", "--launch.num_ranks", "1"]
 """Arguments of a command that runs in one process, whatever the configuration says of the others."""
@@ -43,3 +46,15 @@ class Stage:
         for path, command in self.inputs.items():
             if not path.is_file():
                 raise ValueError(f"{path}: is not there yet; start `trace-dist {command}` first")
+
+
+def read_timings(path: Path) -> dict[str, Any]:
+    """Wall time of the stages of a run so far: ``stages`` (name -> seconds) and ``wall_seconds``.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    found = read_json(path)
+    with reading(path, "timings"):
+        stages = {name: float(seconds) for name, seconds in found["stages"].items()}
+        return {"stages": stages, "wall_seconds": float(found["wall_seconds"])}

@@ -14,7 +14,7 @@ import yaml
 from trace_dist.config import RunConfig
 from trace_dist.launching import RUN_PID
 from trace_dist.parts import PLACEMENTS, SCORES
-from trace_dist.stages.changes import completed, differing_fields, forbidden
+from trace_dist.stages.changes import at_home, completed, differing_fields, forbidden
 from trace_dist.utils import dist
 from trace_dist.utils.agreement import agree
 from trace_dist.utils.env import code_version
@@ -149,7 +149,9 @@ def _keep_config(cfg: RunConfig, whole_run: bool) -> None:
     if not path.is_file():
         write_text(path, yaml.safe_dump(present, sort_keys=False))
         return
-    differing = differing_fields(completed(_read_yaml(path), cfg), present)
+    kept = completed(_read_yaml(path), cfg)
+    here = at_home(kept, present, Path(kept["run_dir"]), Path(cfg.run_dir))
+    differing = differing_fields(here, present)
     refused = forbidden(cfg, differing)
     if refused:
         results = sorted({result for found in refused.values() for result in found})
@@ -158,15 +160,24 @@ def _keep_config(cfg: RunConfig, whole_run: bool) -> None:
             f"run_dir={cfg.run_dir!r}: it holds results ({shown}) made with other values of {', '.join(refused)}; "
             "choose another run_dir, or delete this one"
         )
-    if differing or whole_run:
-        write_text(path, yaml.safe_dump(present, sort_keys=False))
+    written = present if differing or whole_run else here
+    if written != kept or whole_run:
+        write_text(path, yaml.safe_dump(written, sort_keys=False))
     if differing:
         logger.info("%s: changed %s; no result there depends on it", cfg.run_dir, ", ".join(differing))
 
 
-def _read_yaml(path: Path) -> Any:
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The kept configuration.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     try:
-        return load_yaml(path.read_text(encoding="utf-8"))
+        kept = load_yaml(path.read_text(encoding="utf-8"))
+        if not isinstance(kept, dict) or not isinstance(kept.get("run_dir"), str):
+            raise yaml.YAMLError("it names no run_dir")
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: cannot be read ({reason}); restore it or delete the run folder") from None
+    return kept

@@ -28,7 +28,7 @@ from trace_dist.run_folder import RunFolder
 from trace_dist.train.learner import Learner
 from trace_dist.utils import dist
 from trace_dist.utils.agreement import agree
-from trace_dist.utils.files import append_jsonl
+from trace_dist.utils.files import append_jsonl, writing
 from trace_dist.utils.finite import NotFinite, all_finite, check_finite
 from trace_dist.utils.log import get_logger, progress
 
@@ -67,7 +67,12 @@ class TrainResult:
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> TrainResult:
         """What ``asdict`` gave, after a way through JSON."""
-        return cls(**{**stored, "losses": [(step, loss) for step, loss in stored["losses"]]})
+        return cls(
+            [(int(step), float(loss)) for step, loss in stored["losses"]],
+            [float(norm) for norm in stored["grad_norms"]],
+            [float(duration) for duration in stored["durations"]],
+            float(stored["seconds"]),
+        )
 
 
 class Keeper(Protocol):
@@ -91,17 +96,19 @@ class MetricLog:
         """Record scalars at a step."""
         if not dist.is_main():
             return
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self.folder.tensorboard(self.tag)))
         append_jsonl(self.folder.metrics, {"tag": self.tag, "step": step, **values})
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        with writing(self.folder.tensorboard(self.tag)):
+            if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(str(self.folder.tensorboard(self.tag)))
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with writing(self.folder.tensorboard(self.tag)):
+                self._writer.close()
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, cfg: TrainConfig, steps: int) -> LambdaLR:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from trace_dist.checkpoint import latest_checkpoint
+from trace_dist.checkpoint.format import MANIFEST
 from trace_dist.config import TrainConfig
 from trace_dist.data.batches import Batches
 from trace_dist.masks.mask import Mask
@@ -18,6 +19,7 @@ from trace_dist.train.cadence import Cadence
 from trace_dist.train.learner import Learner, MaskedLearner
 from trace_dist.train.loop import MetricLog, TrainResult, continue_schedule, make_schedule, train_steps
 from trace_dist.utils.agreement import agree
+from trace_dist.utils.files import reading
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
@@ -84,14 +86,16 @@ def train_learner(
     if newest is not None:
         manifest = learner.load(newest)
         first_step, state = manifest["step"], manifest["state"]
+        with reading(newest / MANIFEST, "checkpoint"):
+            position = {name: int(value) for name, value in state["batches"].items()}
+            # A checkpoint of an earlier version has no curve.
+            result = TrainResult.from_json(state["result"]) if "result" in state else result
         if first_step > steps:
             raise ValueError(
                 f"train.steps={steps}: {newest} has done {first_step} steps; raise it, or delete that folder to start anew"
             )
         continue_schedule(schedule, first_step)
-        batches.load_state_dict(state["batches"])
-        # A checkpoint of an earlier version has no curve.
-        result = TrainResult.from_json(state["result"]) if "result" in state else result
+        batches.load_state_dict(position)
         logger.info("%s: continuing after step %d from %s", description, first_step, newest)
     return train_steps(
         learner,

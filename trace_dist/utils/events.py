@@ -46,11 +46,18 @@ class EventReader:
     offset: int = 0
 
     def news(self) -> list[Event]:
-        """What was told since; a line that is being written waits."""
+        """What was told since; a line that is being written waits, and one that a full disk has cut is left out."""
         if not self.path.is_file():
             return []
         with self.path.open("rb") as file:
             file.seek(self.offset)
             whole, end, _ = file.read().rpartition(b"\n")
         self.offset += len(whole) + len(end)
-        return [json.loads(line) for line in whole.splitlines()]
+        return [event for line in whole.splitlines() if (event := _event(line)) is not None]
+
+
+def _event(line: bytes) -> Event | None:
+    with suppress(ValueError):
+        event = json.loads(line)
+        return event if isinstance(event, dict) and "kind" in event else None
+    return None

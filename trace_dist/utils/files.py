@@ -20,6 +20,18 @@ if TYPE_CHECKING:
     import torch
 
 
+MALFORMED = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
+"""What Python, torch and safetensors raise where a file holds another type, size or shape than it should."""
+
+
 @contextmanager
 def writing(what: object) -> Iterator[None]:
     """Where something is written.
@@ -79,20 +91,54 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists():
         raise ValueError(f"{path}: exists already; delete it or choose another folder")
+    with _folder_beside(path) as temporary:
+        yield temporary
+        _flush_files(temporary)
+        temporary.rename(path)
+        flush_folder(path.parent)
+
+
+@contextmanager
+def filled_folder(path: Path) -> Iterator[Path]:
+    """As ``atomic_folder``; where ``path`` exists, the new files take their places in it one by one, once all are written.
+
+    Raises:
+        ValueError: as ``writing``.
+    """
+    if not path.exists():
+        with atomic_folder(path) as temporary:
+            yield temporary
+        return
+    with _folder_beside(path) as temporary:
+        yield temporary
+        for file in _flush_files(temporary):
+            place = path / file.relative_to(temporary)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(place)
+        flush_folder(path)
+
+
+@contextmanager
+def _folder_beside(path: Path) -> Iterator[Path]:
+    """An empty temporary folder beside ``path``, gone after the block."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     # Left by a killed process that had the same id.
     shutil.rmtree(temporary, ignore_errors=True)
-    with writing(path):
-        temporary.mkdir(parents=True)
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        temporary.rename(path)
+        with writing(path):
+            temporary.mkdir(parents=True)
+            yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush_files(folder: Path) -> list[Path]:
+    """Flush the files of a folder to the disk; lists them."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for file in files:
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    return files
 
 
 def write_text(path: Path, text: str) -> None:
@@ -130,10 +176,11 @@ def read_json(path: Path) -> Any:
 
 
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one record to a JSON-lines file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(record) + "\n")
+    """Append one record to a JSON-lines file. Raises ValueError as ``writing``."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(record) + "\n")
 
 
 def check_free_space(folder: Path, num_bytes: int) -> None:
@@ -164,18 +211,35 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mappin
 
 @contextmanager
 def _opened(path: Path, kind: str) -> Iterator[Any]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such {kind} file; check the path")
     try:
+        if not path.is_file():
+            raise ValueError(f"{path}: no such {kind} file; check the path")
         with safe_open(str(path), framework="pt") as handle:
             yield handle
-    except (OSError, SafetensorError) as error:
+    # A type or a size that torch does not have, beside what safetensors finds.
+    except (OSError, SafetensorError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise corrupt(path, kind, error) from None
 
 
 def corrupt(path: Path, kind: str, reason: object) -> ValueError:
     """The error of a damaged file."""
     return ValueError(f"{path}: corrupt {kind} file ({reason}); restore it from a copy or make it again")
+
+
+@contextmanager
+def reading(path: Path, kind: str) -> Iterator[None]:
+    """Where values are taken out of a file, whose types, sizes and shapes may be any.
+
+    Raises:
+        ValueError: one of ``MALFORMED`` was raised, or there is no memory for what the file says.
+    """
+    try:
+        yield
+    except (*MALFORMED, MemoryError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise corrupt(
+            path, kind, reason if isinstance(error, ValueError) else f"{type(error).__name__}: {reason}"
+        ) from None
 
 
 def _header(handle: Any, path: Path, kind: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Tensor files that notice when a bit of theirs has changed.
+"""Files that notice when a bit of theirs has changed.
 
-The header of a sealed file holds ``checksum``, of the tensors, and ``header_checksum``, of the rest of the header.
-A catalogue that knows the SHA-256 of the whole file may give that instead.
+The header of a sealed tensor file holds ``checksum``, of the tensors, and ``header_checksum``, of the rest of the header.
+A catalogue that knows the SHA-256 of the whole file may give that instead. A sealed JSON object holds ``checksum``, of the rest.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trace_dist.utils.files import corrupt, load_tensors, save_tensors, sha256
+from trace_dist.utils.files import corrupt, load_tensors, read_json, save_tensors, sha256, write_json
 
 OWN = "header_checksum"
 
@@ -39,17 +39,26 @@ def json_checksum(value: Any) -> str:
 
 def save_sealed(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """As ``files.save_tensors``, with checksums."""
-    sealed = {**header, "checksum": tensors_checksum(tensors)}
-    save_tensors(path, tensors, {**sealed, OWN: json_checksum(sealed)})
+    save_tensors(path, tensors, sealed_header({**header, "checksum": tensors_checksum(tensors)}))
 
 
-def load_sealed(path: Path, kind: str, digest: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def sealed_header(header: Mapping[str, Any]) -> dict[str, Any]:
+    """A header with its checksum."""
+    # as it will be read: JSON has no tuples
+    plain = json.loads(json.dumps(dict(header)))
+    return {**plain, OWN: json_checksum(plain)}
+
+
+def load_sealed(
+    path: Path, kind: str, digest: str | None = None, bare: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """As ``files.load_tensors``, but of a file that is as it was written.
 
     Args:
         path: the file.
         kind: what it should be.
         digest: SHA-256 of the file, where it is known; the file's own checksums are not computed then.
+        bare: earlier releases wrote files of this kind without checksums; one that has none is taken as it is.
 
     Raises:
         ValueError: missing, corrupt, or of another kind.
@@ -61,7 +70,8 @@ def load_sealed(path: Path, kind: str, digest: str | None = None) -> tuple[dict[
     tensors = {name: tensor.clone() for name, tensor in mapped.items()}
     if digest is None:
         check_header(header, path, kind)
-        if header.get("checksum") != tensors_checksum(tensors):
+        unsealed = bare and "checksum" not in header and OWN not in header
+        if not unsealed and header.get("checksum") != tensors_checksum(tensors):
             raise corrupt(path, kind, "wrong checksum")
     return tensors, header
 
@@ -84,3 +94,29 @@ def same_content(one: Path, other: Path, kind: str) -> bool:
     return tensors_checksum(tensors) == tensors_checksum(other_tensors) and all(
         header[name] == other_header[name] for name in shared
     )
+
+
+def write_record(path: Path, value: Mapping[str, Any]) -> None:
+    """As ``files.write_json``, of an object and with its checksum."""
+    plain = json.loads(json.dumps(dict(value)))
+    write_json(path, {**plain, "checksum": json_checksum(plain)})
+
+
+def read_record(path: Path, cure: str, bare: bool = False) -> dict[str, Any]:
+    """A JSON object as ``write_record`` was given it.
+
+    Args:
+        path: the file.
+        cure: ends the message, such as ``delete it to begin anew``.
+        bare: earlier releases wrote it without checksum; one that has none is taken as it is.
+
+    Raises:
+        ValueError: missing, not JSON, no object, or changed since it was written.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: damaged (it holds no object); {cure}")
+    digest = found.pop("checksum", None)
+    if digest != json_checksum(found) and not (bare and digest is None):
+        raise ValueError(f"{path}: damaged (wrong checksum); {cure}")
+    return found

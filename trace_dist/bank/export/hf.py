@@ -13,6 +13,7 @@ from trace_dist.config.checks import Section
 from trace_dist.models.loading import load_tokenizer
 from trace_dist.parts import COMPOSITIONS
 from trace_dist.sharding.build import load_sharded
+from trace_dist.utils.files import filled_folder
 
 label = "Hugging Face checkpoint"
 
@@ -31,11 +32,16 @@ class Options(Section):
 
 
 def write(deltas: Sequence[Delta], out: Path, base: str, dtype: str, options: Options) -> None:
-    """Write the base with one delta, or with what several of them make together; without any, the base itself."""
+    """Write the base with one delta, or with what several of them make together; without any, the base itself.
+
+    Raises:
+        ValueError: it cannot be written; what lay in ``out`` is then still there.
+    """
     model = load_sharded(base, dtype)
     delta = deltas[0] if len(deltas) == 1 else None
     if len(deltas) > 1:
         delta = compose(deltas, model, "+".join(each.task for each in deltas), options.composition)
-    with applied(model, delta):
-        model.save_pretrained(out)
-    load_tokenizer(base).save_pretrained(out)
+    with filled_folder(out) as folder:
+        with applied(model, delta):
+            model.save_pretrained(folder)
+        load_tokenizer(base).save_pretrained(folder)
