@@ -187,7 +187,7 @@ def test_help_shows_the_docstrings_of_fields(capsys: pytest.CaptureFixture[str])
     ("arguments", "fragment"),
     [
         (["train"], "required: train.target.path, train.tasks"),
-        ([], "{run,learn,base"),
+        ([], "{run,learn,consolidate,base"),
         (["mask", "show"], "file"),
         (["mask", "combine", "xor", "a", "b", "--out", "c"], "invalid choice: 'xor'"),
     ],
