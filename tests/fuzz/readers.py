@@ -25,6 +25,7 @@ from torch import nn
 
 from trace_dist import Delta, DeltaBank, Mask, MaskedAdamW, shard
 from trace_dist.bank.bank import BASE
+from trace_dist.bank.prompts import Prompts, load_prompts
 from trace_dist.bank.retrieval import Retriever
 from trace_dist.bank.signature import Signature
 from trace_dist.bank.sketch import Sketch, cosines, sketch_update
@@ -37,11 +38,12 @@ from trace_dist.config import ProbeConfig, TaskConfig
 from trace_dist.continual.judge import Row
 from trace_dist.continual.progress import Progress, keep_trained, kept_trained
 from trace_dist.continual.result import read_result
+from trace_dist.data.encoding import Pair
 from trace_dist.data.sources import load_examples
 from trace_dist.masks import UnitLayout
 from trace_dist.masks.storage import load_saliency, save_saliency
 from trace_dist.models.fingerprint import fingerprint
-from trace_dist.probe.task import Probed
+from trace_dist.probe.task import Probed, Tensors
 from trace_dist.report import heat, load_results, summary_table
 from trace_dist.report.markdown import markdown_table
 from trace_dist.report.narrative import narrate
@@ -187,7 +189,7 @@ def make_mask(folder: Path) -> Path:
 
 
 def read_mask(path: Path) -> None:
-    silently(lambda: mask_command(Arguments(action="show", show=Arguments(file=str(path)))))
+    silently(lambda: mask_command(Arguments(action="show", show=Arguments(file=str(path), picture=None))))
     mask = Mask.load(path)
     assert mask | mask == mask
 
@@ -199,7 +201,8 @@ def make_saliency(folder: Path) -> Path:
 
 def make_trace(folder: Path) -> Path:
     sketch = sketch_update({"w": torch.ones(5)}, 0, "m")
-    Probed(SCORES, sketch, [(1, 0.5)]).save(
+    whole = Tensors(dict.fromkeys(SCORES, 0.5), {name: list(units.shape) for name, units in LAYOUTS.items()})
+    Probed(SCORES, sketch, [(1, 0.5)], whole).save(
         folder / "t.safetensors", folder / "sketch.safetensors", ProbeConfig()
     )
     return folder / "t.safetensors"
@@ -207,6 +210,7 @@ def make_trace(folder: Path) -> Path:
 
 def read_trace(path: Path) -> None:
     Probed.load(path, path.with_name("sketch.safetensors"), "m", ProbeConfig())
+    Tensors.load(path)
 
 
 # ---- banks
@@ -215,7 +219,9 @@ def read_trace(path: Path) -> None:
 def make_bank(folder: Path) -> DeltaBank:
     bank = DeltaBank.create(folder / "bank", "aaaa", layer=1)
     bank.add(drawn(BASE, 0), None)
-    bank.add(drawn("one", 1), small_delta("one", 1), sketch_update({"w": torch.ones(5)}, 0), {"lr": 0.1})
+    sketch = sketch_update({"w": torch.ones(5)}, 0)
+    prompts = {"one": Prompts([Pair([5, 6], []), Pair([7], [])], 4)}
+    bank.add(drawn("one", 1), small_delta("one", 1), sketch, {"lr": 0.1}, prompts)
     return bank
 
 
@@ -242,7 +248,7 @@ def read_bank(path: Path) -> None:
     bank = DeltaBank(path.parent)
     silently(lambda: bank_command(Arguments(action="show", show=Arguments(folder=str(path.parent)))))
     for name in bank.tasks:
-        bank.signature(name), bank.sketch(name), bank.delta(name)
+        bank.signature(name), bank.sketch(name), bank.delta(name), bank.prompts(name)
 
 
 def make_old_bank(folder: Path) -> Path:
@@ -384,6 +390,7 @@ READERS = (
     Reader("delta", "tensors", member("delta.safetensors"), read_delta, tensors_signed),
     Reader("signature", "tensors", member("signature.safetensors"), read_signature, tensors_signed),
     Reader("sketch", "tensors", member("sketch.safetensors"), read_sketch, tensors_signed),
+    Reader("prompts", "tensors", member("prompts.safetensors"), load_prompts, tensors_signed),
     Reader("index of a bank", "json", lambda at: make_bank(at).files.index, read_bank, record_signed),
     Reader("signatures of an old bank", "tensors", make_old_bank, read_bank),
     Reader("index of an old bank", "json", lambda at: BankFolder(make_old_bank(at).parent).index, read_bank),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trace_dist.data.encoding import Pair
-from trace_dist.utils.files import corrupt
+from trace_dist.utils.files import reading
 from trace_dist.utils.sealed import load_sealed, save_sealed
 
 VERSION = 1
@@ -95,11 +95,9 @@ def load_prompts(path: Path, digest: str | None = None) -> PromptSets:
         raise ValueError(
             f"{path}: version {header.get('version')!r}, but this release reads {VERSION}; update trace_dist"
         )
-    try:
+    with reading(path, "prompts"):
         sets = zip(header["sets"], header["max_new_tokens"], strict=True)
         return {
             str(name): Prompts.from_tensors({key: tensors[f"{number}/{key}"] for key in COLUMNS}, cap)
             for number, (name, cap) in enumerate(sets)
         }
-    except (KeyError, TypeError, ValueError) as error:
-        raise corrupt(path, "prompts", error) from None
