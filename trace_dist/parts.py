@@ -25,3 +25,4 @@ PLACEMENTS = _rows(
 ISOLATIONS = _rows("mask.isolation", "continual.isolation", "shared", "exclusive", "soft")
 COMPOSITIONS = _rows("composition", "bank.composition", "sum", "average", "ties", "dare")
 EXPORTERS = _rows("exporter", "bank.export", "hf")
+SIGNATURES = _rows("bank.signature", "bank.signatures", "kmeans", "diagonal", "full", "dirichlet", "mean")

@@ -142,7 +142,9 @@ class RunFolder:
         return self.progress(name) / "race.json"
 
 
-DELTA, SIGNATURE, SKETCH = (f"{kind}.safetensors" for kind in ("delta", "signature", "sketch"))
+DELTA, SIGNATURE, SKETCH, ADAPTED = (
+    f"{kind}.safetensors" for kind in ("delta", "signature", "sketch", "adapted")
+)
 """Files of one task in a bank."""
 
 

@@ -12,7 +12,7 @@ from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.delta import Delta
 from trace_dist.bank.signature import Signature
 from trace_dist.bank.sketch import Sketch
-from trace_dist.run_folder import DELTA, SIGNATURE, SKETCH
+from trace_dist.run_folder import ADAPTED, DELTA, SIGNATURE, SKETCH
 
 
 def bank_command(values: Any) -> None:
@@ -54,7 +54,8 @@ def _verify(bank: DeltaBank, arguments: Any) -> None:
 def _add(bank: DeltaBank, arguments: Any) -> None:
     source = Path(arguments.source)
     sketch = Sketch.load(source / SKETCH) if (source / SKETCH).is_file() else None
-    bank.add(Signature.load(source / SIGNATURE), Delta.load(source / DELTA), sketch)
+    adapted = Signature.load(source / ADAPTED) if (source / ADAPTED).is_file() else None
+    bank.add(Signature.load(source / SIGNATURE), Delta.load(source / DELTA), sketch, adapted=adapted)
 
 
 def _remove(bank: DeltaBank, arguments: Any) -> None:
