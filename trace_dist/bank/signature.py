@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -152,8 +153,8 @@ class Signature:
             )
         about = {key: header[key] for key in ("kind", "likelihood") if key in header}
         try:
-            parts = [tensors.pop(name) for name in TENSORS]
-            return Signature(header["task"], *parts, **about, extra=tensors)
+            parts: dict[str, Any] = {name: tensors.pop(name) for name in TENSORS}
+            return Signature(header["task"], **parts, **about, extra=tensors)
         except (IndexError, KeyError, TypeError, ValueError) as error:
             raise corrupt(path, "signature", error) from None
 

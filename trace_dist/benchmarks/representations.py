@@ -48,7 +48,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.bank.layer not in self.layers:
-            raise ValueError(f"bank.layer={self.bank.layer!r}: this study keeps {self.layers}; choose one of them")
+            raise ValueError(
+                f"bank.layer={self.bank.layer!r}: this study keeps {self.layers}; choose one of them"
+            )
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Plan:

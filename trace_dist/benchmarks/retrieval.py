@@ -120,7 +120,7 @@ def _kind(
     """All that is measured of one kind of signature."""
     signatures, fit_s = _fit(plan, tasks, kind, place)
     sizes = [size for size in sizes if size < len(tasks)] + [len(tasks)]
-    found = {
+    found: dict[str, Any] = {
         "kind": kind,
         "fit_s": fit_s,
         "bytes": float(np.mean([signature.num_bytes for signature in signatures])),
@@ -155,7 +155,7 @@ def _size(signatures: Sequence[Signature], tasks: Sequence[Represented], place: 
     retriever = Retriever(signatures)
     fresh = _errors(retriever, [task.test[:, place] for task in tasks])
     report = error_bound(retriever).to_json()
-    limits = {name: report[key] for name, key in LIMITS.items()}
+    limits: dict[str, Any] = {name: report[key] for name, key in LIMITS.items()}
     error = 100 - _rate(fresh)["accuracy"]
     probes = torch.cat([task.test[:2, place] for task in tasks])
     rows = iter(range(10**9))
