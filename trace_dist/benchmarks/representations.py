@@ -39,9 +39,9 @@ class Plan:
     evaluation: EvalConfig
     tasks: tuple[TaskConfig, ...] = field(repr=False)
     seed: int
-    layers: tuple[int, ...] = (0, 6, 12)
+    layers: tuple[int, ...] = (0, 4, 8)
     """Hidden layers that are kept, ``bank.layer`` among them."""
-    num_shifted: int = 20
+    num_shifted: int = 16
     """Test prompts of a task that are also asked in other words."""
     shift: str = "Could you help me with the following?\n\n{prompt}\n\nThink about it first."
     """The other words."""
