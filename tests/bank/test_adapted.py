@@ -14,6 +14,7 @@ from trace_dist import DeltaBank
 from trace_dist.bank.adapted import retrieve_adapted
 from trace_dist.bank.delta import applied
 from trace_dist.bank.density import Mixture
+from trace_dist.bank.rejection import threshold
 from trace_dist.bank.representation import represent
 from trace_dist.bank.signature import fit_signature
 from trace_dist.bank.verify import verify
@@ -87,14 +88,20 @@ def test_own_weights_tell_apart_what_the_base_cannot(tmp_path: Path) -> None:
 
 
 def test_what_is_atypical_under_the_tasks_own_weights_goes_to_the_base(bank: DeltaBank) -> None:
-    model, prompts = base_model(), [[3] * 9, *fresh()]
+    model, prompts = base_model(), [[44] * 9, [45, 46], *fresh()]
     base = represent(model.module, prompts, layer=1, batch_size=8, pad_id=0)
-    run = represent_rows(model, prompts)
-    kept = retrieve_adapted(bank, model, base, run, candidates=2)
-    found = retrieve_adapted(bank, model, base, run, candidates=2, reject=0.1)
-    assert BASE not in kept
-    assert found[0] == BASE
-    assert sum(a == b for a, b in zip(found, kept, strict=True)) > len(prompts) / 2
+    found = retrieve_adapted(
+        bank, model, base, represent_rows(model, prompts), candidates=NUM_TASKS, reject=0.1
+    )
+    kept, table = by_hand(bank, prompts, NUM_TASKS)
+    least = {task: threshold(bank.adapted(task), 0.1) for task in bank.tasks}
+    expected = [
+        task if density >= least[task] else BASE
+        for task, density in zip(kept, table.amax(dim=1), strict=True)
+    ]
+    assert found == expected
+    assert found[:2] == [BASE, BASE]
+    assert found.count(BASE) < len(prompts) / 2
 
 
 def test_it_lies_beside_the_signature_and_nothing_else_changes(bank: DeltaBank, tmp_path: Path) -> None:
@@ -111,7 +118,7 @@ def test_an_older_bank_names_the_tasks_and_the_cure(tmp_path: Path) -> None:
     model = base_model()
     bank = adapted_bank(tmp_path, model, 2)
     x = torch.randn(20, bank.signature("t0").dim)
-    bank.add(fit_signature(x, 1, 0, "old"), small_delta("old", 1, model=bank.base))
+    bank.add(fit_signature(x, 1, 0, "old"), small_delta("old", 1))
     message = r"no signature of old under its own weights; set bank\.representation: base, or remove these tasks and learn"
     with pytest.raises(ValueError, match=message):
         bank.check_adapted()

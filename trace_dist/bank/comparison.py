@@ -35,14 +35,16 @@ class Shared:
         self._diagonal = diagonal
         self._signatures: list[Signature] = []
         self._scatter: Tensor | None = None  # [D, D] float64, not None iff there is a signature
-        self._gaussian: SharedGaussian | None = None  # estimated when first needed after an `add`
+        # both are worked out when first needed after an `add`
+        self._gaussian: SharedGaussian | None = None
+        self._means: list[Tensor] | None = None
 
     def add(self, signature: Signature) -> None:
         """Costs one [D, D] sum, and one Cholesky factor at the next use."""
         scatter = signature.scatter.diagonal().diag() if self._diagonal else signature.scatter
         self._scatter = scatter if self._scatter is None else self._scatter + scatter
         self._signatures.append(signature)
-        self._gaussian = None
+        self._gaussian, self._means = None, None
 
     @property
     def gaussian(self) -> SharedGaussian:
@@ -56,7 +58,9 @@ class Shared:
 
     def whitened_means(self) -> list[Tensor]:
         """Per task, [K, D] float64 cluster means in whitened coordinates."""
-        return [self.gaussian.whiten(signature.means) for signature in self._signatures]
+        if self._means is None:
+            self._means = [self.gaussian.whiten(signature.means) for signature in self._signatures]
+        return self._means
 
     def log_priors(self) -> list[Tensor]:
         """Per task, [K] float64 log(w_k / T): tasks are equally likely beforehand."""

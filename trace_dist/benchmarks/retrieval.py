@@ -108,8 +108,8 @@ def _fit(plan: Plan, tasks: Sequence[Represented], kind: str, place: int) -> tup
 
 
 def _layer(plan: Plan, tasks: Sequence[Represented], place: int) -> dict[str, Any]:
-    """Accuracy among all tasks by one hidden layer, with the default kind."""
-    signatures, _ = _fit(plan, tasks, "kmeans", place)
+    """Accuracy among all tasks by one hidden layer, with one cluster per task."""
+    signatures = [fit_signature(task.train[:, place], 1, plan.seed, task.name) for task in tasks]
     counts = _errors(Retriever(signatures), [task.test[:, place] for task in tasks])
     return {"layer": plan.layers[place], **_rate(counts)}
 
@@ -135,7 +135,8 @@ def _kind(
 
 def _errors(retriever: Retriever, prompts: Sequence[Tensor]) -> list[tuple[int, int]]:
     """Errors and prompts of each task."""
-    return [(int((retriever.predict(x) != index).sum()), len(x)) for index, x in enumerate(prompts) if len(x)]
+    found = retriever.predict(torch.cat(list(prompts))).split([len(x) for x in prompts])
+    return [(int((tasks != index).sum()), len(tasks)) for index, tasks in enumerate(found)]
 
 
 def _rate(counts: Sequence[tuple[int, int]]) -> dict[str, float]:

@@ -86,7 +86,7 @@ def twins_table(result: Result) -> str:
 
 
 def layers_table(result: Result) -> str:
-    """Accuracy by hidden layer, default kind, all tasks."""
+    """Accuracy by hidden layer, one cluster per task, all tasks."""
     rows = [
         [str(row["layer"]), f"{row['accuracy']:.1f} ({row['low']:.1f}–{row['high']:.1f})"]  # noqa: RUF001
         for row in result["layers"]
