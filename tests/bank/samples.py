@@ -101,7 +101,7 @@ def adapted_bank(folder: Path, model: ShardedModel, num_tasks: int, alike: bool 
     bank = DeltaBank.create(folder, "aaaa", layer=1)
     for task in range(num_tasks):
         delta = make_delta(model, f"t{task}", task)
-        prompts = prompts_of(task, 40, alike=alike)
+        prompts = prompts_of(task, 32, alike=alike)
         run = represent_rows(model, prompts)
         every = range(len(prompts))
         before = fit_signature(run(every), 1, 0, delta.task)

@@ -35,12 +35,12 @@ def draw(task: int, num: int, seed: int = 0, dim: int = 12) -> torch.Tensor:
     return x * torch.logspace(-1, 2, dim)
 
 
-def fitted(kind: str, num_tasks: int = 3, num: int = 120, dim: int = 12) -> list[Signature]:
-    return [fit_signature(draw(t, num, dim=dim), 4, 0, f"t{t}", kind=kind) for t in range(num_tasks)]
+def fitted(kind: str, num_tasks: int = 3, num: int = 64, dim: int = 12) -> list[Signature]:
+    return [fit_signature(draw(t, num, dim=dim), 2, 0, f"t{t}", kind=kind) for t in range(num_tasks)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dim", [12, 200])
+@pytest.mark.parametrize("dim", [12, 100])
 def test_every_kind_retrieves_survives_the_disk_and_is_deterministic(
     kind: str, dim: int, tmp_path: Path
 ) -> None:
@@ -49,8 +49,8 @@ def test_every_kind_retrieves_survives_the_disk_and_is_deterministic(
     fresh = torch.cat([draw(t, 60, 9, dim) for t in range(3)])
     confusion = retriever.confusion(fresh, torch.arange(3).repeat_interleave(60))
     assert confusion.trace() >= 175
-    for signature, again in zip(signatures, fitted(kind, dim=dim), strict=True):
-        assert signature.same(again)
+    assert fitted(kind, 1, dim=dim)[0].same(signatures[0])
+    for signature in signatures:
         path = tmp_path / f"{signature.task}.safetensors"
         signature.save(path)
         read = Signature.load(path)
@@ -67,8 +67,8 @@ def test_every_kind_retrieves_survives_the_disk_and_is_deterministic(
 
 @pytest.mark.parametrize("kind", ["diagonal", "full", "dirichlet", "kmeans"])
 def test_two_clusters_are_found(kind: str) -> None:
-    assert fit_signature(draw(0, 160), 4, 0, "t", kind=kind).num_clusters == 2
-    assert fit_signature(draw(0, 160), 1, 0, "t", kind=kind).num_clusters == 1
+    assert fit_signature(draw(0, 120), 3, 0, "t", kind=kind).num_clusters == 2
+    assert fit_signature(draw(0, 120), 1, 0, "t", kind=kind).num_clusters == 1
 
 
 @pytest.mark.parametrize("dim", [6, 60])
@@ -102,7 +102,7 @@ def test_a_mixture_knows_spreads_that_a_shared_covariance_does_not() -> None:
     labels = torch.arange(2).repeat_interleave(300)
     right = {}
     for kind in ("kmeans", "diagonal", "full"):
-        pair = [fit_signature(prompts(std, 200), 1, 0, str(std), kind=kind) for std in (1, 4)]
+        pair = [fit_signature(prompts(std, 120), 1, 0, str(std), kind=kind) for std in (1, 4)]
         right[kind] = Retriever(pair).confusion(x, labels).trace().item() / 600
     assert right["kmeans"] < 0.7 < 0.95 < min(right["diagonal"], right["full"])
 
