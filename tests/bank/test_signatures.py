@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -172,6 +173,15 @@ def test_what_has_no_density_is_refused_where_one_is_fitted() -> None:
         assert Retriever([fit_signature(few, 4, 0, "few", kind=kind)]).scores(few).isfinite().all()
     with pytest.raises(ValueError, match=r"bank\.signature='nearest': there is no such part"):
         fit_signature(torch.randn(20, 4), 2, 0, "t", kind="nearest")
+
+
+def test_a_density_that_lacks_a_part_is_refused() -> None:
+    whole = fitted("full", 1)[0]
+    for extra in ({}, {**whole.extra, "ridge": torch.tensor([torch.nan])}):
+        with pytest.raises(ValueError, match=r"signature 't0': of likelihood 'density' .*; fit it again"):
+            replace(whole, extra=extra)
+    with pytest.raises(ValueError, match="of likelihood 'covariance'"):
+        replace(fitted("kmeans", 1)[0], extra=whole.extra)
 
 
 def test_a_kind_of_your_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

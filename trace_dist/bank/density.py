@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trace_dist.bank.gaussian import SharedGaussian
-from trace_dist.bank.signature import Clusters, Signature
+from trace_dist.bank.signature import DENSITY, Clusters, Signature
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class Mixture:
     @classmethod
     def of_clusters(cls, found: Clusters | Signature) -> Mixture:
         """What a kind with a density of its own has found."""
-        extra = {name: found.extra[name].double() for name in ("std", "axes", "cholesky", "ridge")}
+        extra = {name: found.extra[name].double() for name in DENSITY}
         return cls(found.counts.double() / found.counts.sum(), found.means.double(), **extra)
 
     @classmethod

@@ -34,6 +34,8 @@ FORMAT_VERSION = 2
 KIND, LIKELIHOOD = "kmeans", "covariance"
 """Of a signature file of version 1, which is also how such a signature is written today."""
 TENSORS = ("means", "counts", "factor", "heldout")
+DENSITY = ("std", "axes", "cholesky", "ridge")
+"""What stands beside them where the likelihood is ``density`` (``density.Mixture``)."""
 MIN_PROMPTS = 8
 
 
@@ -85,6 +87,12 @@ class Signature:
                     f"signature {self.task!r}: {name} has shape {tuple(tensor.shape)}, "
                     f"must be finite and {shape}; fit it again"
                 )
+        wanted = set(DENSITY) if self.likelihood == "density" else set()
+        if self.extra.keys() != wanted or not all(tensor.isfinite().all() for tensor in self.extra.values()):
+            raise ValueError(
+                f"signature {self.task!r}: of likelihood {self.likelihood!r} with {sorted(self.extra)}, must have "
+                f"{sorted(wanted)}, finite; fit it again"
+            )
         if len(self.counts) == 0 or int(self.counts.min()) < 1:
             raise ValueError(
                 f"signature {self.task!r}: counts={self.counts.tolist()}, must be positive; fit it again"
