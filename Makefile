@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: quickstart quickstart-smollm2 publish bench stream20 gpu test fuzz lint format clean
+.PHONY: quickstart quickstart-smollm2 publish bench stream20 retrieval-study gpu test fuzz lint format clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/trace-dist run --config configs/quickstart.yaml
@@ -32,6 +32,11 @@ bench: $(VENV)/.dev
 # Twenty tasks, each learned by a command of its own; a quarter of an hour. A stream that was cut continues.
 stream20: $(VENV)/.quickstart
 	$(BIN)/python -m trace_dist.benchmarks.stream --config configs/stream20.yaml --out docs/results/stream20.json
+
+# Which task is a prompt of, among seventy; nothing is trained. A study that was cut continues.
+retrieval-study: $(VENV)/.smollm2
+	$(BIN)/python -m trace_dist.benchmarks.retrieval --config configs/retrieval.yaml --out docs/results/retrieval.json
+	$(BIN)/python -m trace_dist.benchmarks.retrieval_page docs/results docs/retrieval.md docs/retrieval.png
 
 # Where there is a GPU: the kernels' tests on it, and what the benchmarks say of it. A quarter of an hour.
 STEP = $(BIN)/trace-dist bench step --ranks 1 --rounds 1 --sequence 2048

@@ -31,3 +31,4 @@ METRICS = _rows(
     "exact_match", "choice", "numeric", "token_f1", "rouge_l", "chrf", "bleu", "edit_similarity", "sari", "bits_per_byte",
 )  # fmt: skip
 EXPORTERS = _rows("exporter", "bank.export", "hf")
+SIGNATURES = _rows("bank.signature", "bank.signatures", "kmeans", "diagonal", "full", "dirichlet", "mean")

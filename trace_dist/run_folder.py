@@ -142,8 +142,8 @@ class RunFolder:
         return self.progress(name) / "race.json"
 
 
-DELTA, SIGNATURE, SKETCH, PROMPTS = (
-    f"{kind}.safetensors" for kind in ("delta", "signature", "sketch", "prompts")
+DELTA, SIGNATURE, SKETCH, ADAPTED, PROMPTS = (
+    f"{kind}.safetensors" for kind in ("delta", "signature", "sketch", "adapted", "prompts")
 )
 """Files of one task in a bank."""
 

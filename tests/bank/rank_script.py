@@ -9,9 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bank.samples import base_model, drawn, make_delta, small_delta
+from bank.samples import (
+    adapted_bank,
+    base_model,
+    drawn,
+    make_delta,
+    prompts_of,
+    represent_rows,
+    small_delta,
+)
 
 from trace_dist import DeltaBank
+from trace_dist.bank.adapted import retrieve_adapted
 from trace_dist.run_folder import BankFolder
 from trace_dist.sharding import ShardedModel
 from trace_dist.utils import dist
@@ -49,6 +58,10 @@ def main(folder: Path, out: Path) -> None:
     bank.files = whole
     found["again"] = outcome(lambda: activate(bank, model))
     found["retrieved"] = bank.retrieve(torch.full((1, 8), 10.0))
+    prompts = [prompt for task in range(2) for prompt in prompts_of(task, 5, seed=50)]
+    own = adapted_bank(folder.with_name("adapted"), model, 2)
+    base = represent_rows(model, prompts)(range(10))
+    found["adapted"] = retrieve_adapted(own, model, base, represent_rows(model, prompts), candidates=2)
     bank.remove("real")
     found["removed"] = [bank.tasks, DeltaBank(folder).generation]
     (out / f"rank{dist.rank()}.json").write_text(json.dumps(found))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trace_dist import Delta, Mask, shard
+from trace_dist import Delta, DeltaBank, Mask, shard
+from trace_dist.bank.delta import applied
+from trace_dist.bank.representation import represent
 from trace_dist.bank.signature import Signature, fit_signature
 from trace_dist.masks import UnitLayout
 from trace_dist.sharding import ShardedModel
@@ -74,6 +76,39 @@ def same_delta(one: Delta | None, other: Delta | None) -> bool:
     if one is None or other is None:
         return one is other
     return one.mask == other.mask and same_bits(dict(one.values), dict(other.values), "float32")
+
+
+def prompts_of(task: int, num: int, seed: int = 0, alike: bool = False) -> list[list[int]]:
+    """Token ids of a task's prompts: each task has four tokens of its own; ``alike``: one in nine of the tokens alone."""
+    generator = torch.Generator().manual_seed(100 * seed + task)
+    common = torch.randint(20, 40, (num, 9), generator=generator)
+    own = torch.randint(4 * task, 4 * task + 4, (num, 9), generator=generator)
+    kept = torch.rand(num, 9, generator=generator) < (1 / 9 if alike else 0.7)
+    return torch.where(kept, own, common).tolist()
+
+
+def represent_rows(model: ShardedModel, prompts: list[list[int]]) -> Callable[[Sequence[int]], Tensor]:
+    """Rows -> their representations under the model as it is then."""
+
+    def run(rows: Sequence[int]) -> Tensor:
+        return represent(model.module, [prompts[row] for row in rows], layer=1, batch_size=8, pad_id=0)
+
+    return run
+
+
+def adapted_bank(folder: Path, model: ShardedModel, num_tasks: int, alike: bool = False) -> DeltaBank:
+    """A bank of random deltas, with signatures under the base and under each task's own weights. Collective."""
+    bank = DeltaBank.create(folder, "aaaa", layer=1)
+    for task in range(num_tasks):
+        delta = make_delta(model, f"t{task}", task)
+        prompts = prompts_of(task, 32, alike=alike)
+        run = represent_rows(model, prompts)
+        every = range(len(prompts))
+        before = fit_signature(run(every), 1, 0, delta.task)
+        with applied(model, delta):
+            after = fit_signature(run(every), 1, 0, delta.task)
+        bank.add(before, delta, adapted=after)
+    return bank
 
 
 def write_old_bank(folder: Path, tasks: Sequence[tuple[Signature, Delta | None]]) -> None:

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from bank.samples import adapted_bank, base_model, prompts_of, represent_rows
 from launching import launch
 
 from trace_dist import DeltaBank
+from trace_dist.bank.adapted import retrieve_adapted
 from trace_dist.bank.verify import verify
 
 SCRIPT = Path(__file__).with_name("rank_script.py")
@@ -28,3 +30,11 @@ def test_two_ranks(tmp_path: Path) -> None:
         assert report["retrieved"] == ["one"]
         assert report["removed"] == [["one"], 3]
     assert verify(DeltaBank(tmp_path / "bank")) == []
+    # Retrieval by the tasks' own weights: as in one process.
+    model = base_model()
+    prompts = [prompt for task in range(2) for prompt in prompts_of(task, 5, seed=50)]
+    bank = adapted_bank(tmp_path / "alone", model, 2)
+    base = represent_rows(model, prompts)(range(10))
+    alone = retrieve_adapted(bank, model, base, represent_rows(model, prompts), candidates=2)
+    assert len(set(alone)) == 2
+    assert [report["adapted"] for report in reports] == [alone] * 2

@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from trace_dist.bank.representation import represent
+from trace_dist.bank.representation import represent, represent_layers
 from trace_dist.utils import dist
 
 
@@ -45,6 +45,13 @@ def test_represent_is_the_mean_over_a_prompts_own_tokens(layer: int) -> None:
         for row, prompt in zip(found, prompts, strict=True):
             hidden = model.eval()(torch.tensor([prompt]), output_hidden_states=True).hidden_states[layer][0]
             torch.testing.assert_close(row, hidden.mean(dim=0), rtol=1e-5, atol=1e-6)
+
+
+def test_several_layers_in_one_pass_are_each_as_alone() -> None:
+    model, prompts = tiny_llama(), some_prompts()
+    found = represent_layers(model, prompts, layers=[2, 0, -2], batch_size=3, pad_id=0)
+    for place, layer in enumerate((2, 0, -2)):
+        assert torch.equal(found[:, place], represent(model, prompts, layer=layer, batch_size=3, pad_id=0))
 
 
 def test_represent_with_learned_positions_and_without_gradients() -> None:

@@ -3,6 +3,7 @@
     bank/bank.json                              the index (bank.index): what there is, with sizes and checksums
     bank/tasks/<folder>/delta.safetensors       tuned values and their mask (bank.delta)
     bank/tasks/<folder>/signature.safetensors   clusters of prompt representations under the frozen base (bank.signature)
+    bank/tasks/<folder>/adapted.safetensors     the same under the task's own weights, with bank.representation: adapted
     bank/tasks/<folder>/sketch.safetensors      the proxy's update in little (bank.sketch), where the task was probed
     bank/tasks/<folder>/prompts.safetensors     prompts without their answers (bank.prompts), where they are kept
 
@@ -12,7 +13,7 @@ without any delta. How a bank changes, and what a cut leaves, says [Note: change
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,15 +23,16 @@ from torch import Tensor
 
 from trace_dist.bank import changes, legacy
 from trace_dist.bank.delta import Delta, applied
-from trace_dist.bank.facts import describe
+from trace_dist.bank.facts import describe, kind_of
 from trace_dist.bank.index import Index, Record
 from trace_dist.bank.prompts import PromptSets, load_prompts
 from trace_dist.bank.retrieval import Retriever
-from trace_dist.bank.signature import Signature
+from trace_dist.bank.signature import Signature, check_comparable
 from trace_dist.bank.sketch import Sketch
 from trace_dist.bank.writer import Writer, read_index, writing_to
 from trace_dist.masks.mask import Mask
-from trace_dist.run_folder import DELTA, PROMPTS, SIGNATURE, SKETCH, BankFolder
+from trace_dist.parts import SIGNATURES
+from trace_dist.run_folder import ADAPTED, DELTA, PROMPTS, SIGNATURE, SKETCH, BankFolder
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.utils.names import BASE
 from trace_dist.utils.together import on_all, on_main
@@ -151,6 +153,27 @@ class DeltaBank:
         """A task's signature. Raises ValueError as ``delta`` does."""
         return replace(self._read(task, SIGNATURE, Signature.load), task=task)
 
+    def adapted(self, task: str) -> Signature:
+        """A task's signature under its own weights; for the base model that is its signature.
+
+        Raises:
+            ValueError: as ``delta``, or the bank has none.
+        """
+        self.check_adapted([task])
+        if task == BASE:
+            return self.signature(task)
+        return replace(self._read(task, ADAPTED, Signature.load), task=task)
+
+    def check_adapted(self, tasks: Iterable[str] | None = None) -> None:
+        """Raise ValueError where a task has no signature under its own weights; all tasks unless some are named."""
+        names = self.tasks if tasks is None else tasks
+        lacking = [name for name in names if name != BASE and ADAPTED not in self._record(name).files]
+        if lacking:
+            raise ValueError(
+                f"bank.representation='adapted': the bank {self.folder} has no signature of {', '.join(lacking)} under "
+                "its own weights; set bank.representation: base, or remove these tasks and learn them again with adapted"
+            )
+
     def sketch(self, task: str) -> Sketch | None:
         """A task's sketch; None where the bank has none. Raises ValueError as ``delta`` does."""
         if SKETCH not in self._record(task).files:
@@ -174,10 +197,23 @@ class DeltaBank:
             self._retrieved = (*self._retrieved, record)
         return self._retriever
 
-    def retrieve(self, representations: Tensor) -> list[str]:
-        """The task of each prompt: representations [N, D] -> N names."""
-        names = self.tasks
-        return [names[index] for index in self.retriever.predict(representations).tolist()]
+    def retrieve(self, representations: Tensor, reject: float | None = None) -> list[str]:
+        """The task of each prompt.
+
+        Args:
+            representations: [N, D], of the bank's base and layer.
+            reject: share of a task's own prompts that may be taken for none of the bank's, and go to ``base``;
+                None to reject nothing (``bank.rejection``).
+
+        Returns:
+            N names.
+        """
+        return self.retriever.retrieve(representations, reject)
+
+    def check_kind(self, kind: str) -> None:
+        """Raise ValueError unless signatures of a kind may be added."""
+        for record in self._index.records[:1]:
+            check_comparable((kind, SIGNATURES.load(kind).likelihood), kind_of(self.facts(record.name)))
 
     @contextmanager
     def activated(self, model: ShardedModel, task: str) -> Iterator[None]:
@@ -192,6 +228,7 @@ class DeltaBank:
         sketch: Sketch | None = None,
         facts: Mapping[str, Any] | None = None,
         prompts: PromptSets | None = None,
+        adapted: Signature | None = None,
     ) -> None:
         """Keep a task; rank 0 writes. Nothing happens where the very same task is there already. Collective.
 
@@ -202,12 +239,13 @@ class DeltaBank:
             facts: small JSON values for the index, such as the learning rate and the steps. Dates and times do not belong
                 here: work that is done again must give the same bytes.
             prompts: of the task, without answers, for whoever folds the bank later.
+            adapted: the task's signature under its own weights (``bank.adapted``).
 
         Raises:
             ValueError: the name is no name of a task, or there with other bytes; the delta is of another base model or
                 another task; or another process writes the bank.
         """
-        task = changes.Task(signature, delta, sketch, facts, prompts)
+        task = changes.Task(signature, delta, sketch, facts, prompts, adapted)
         self._change(lambda writer: changes.add(writer, task))
 
     def remove(self, task: str) -> None:

@@ -1,4 +1,12 @@
-"""How often can retrieval pick a wrong task? Two upper limits, from the signatures' held-out prompts.
+"""How often can retrieval pick a wrong task? Upper limits, by less and by more of an assumption.
+
+| limit | from | assumes |
+|---|---|---|
+| `heldout` (Clopper-Pearson) | errors of held-out prompts | nothing of the distribution |
+| `cantelli` | mean and variance of held-out margins | that these are the true ones |
+| `gaussian` | the same, for each pair of clusters, with confidence limits | Gaussian clusters of one covariance |
+| `separation` | cluster means, weights and covariance | Gaussian clusters, fitted parameters are the true ones |
+| `separation_any` | the same | any clusters, fitted parameters are the true ones |
 
 [Note: the Gaussian bound] A prompt x from cluster i of task s goes wrong only if some cluster j of another
 task scores at least as high, so by the union bound, with the margin h_ij = score_i - score_j (an affine
@@ -12,20 +20,35 @@ Q(Delta / 2 + log(w_i / w_j) / Delta) (Hastie, Tibshirani, Friedman, "Elements o
 4.3), so well separated clusters retrieve reliably (PROTEUS, arXiv 2603.13235). But fitted means lie further
 apart than true ones: with 100 prompts in 576 dimensions, error 0.6 %, that formula promises 0.000 %. So m
 and v are estimated on held-out prompts, and replaced by confidence limits.
+
+[Note: Cantelli's bound] For any random variable h with mean m > 0 and variance v, P(h <= 0) <= v / (v + m^2) (Cantelli
+1928), and some distribution attains it. With the moments m and v (divisor n) of n held-out margins in place of the true
+ones it would promise too much. Among n + 1 exchangeable margins, the inequality holds exactly for the distribution that
+gives each of them the same weight; that the last one lies t = m / sqrt(v) of the others' standard deviations below
+their mean means that it lies sqrt(n t^2 / (n + 1 + t^2)) of all margins' standard deviations below the mean of all
+(as Saw, Yang and Mo 1984, "Chebyshev inequality with estimated mean and variance", for both sides). So
+
+    P(h <= 0)  <~  1 / (1 + n t^2 / (n + 1 + t^2))
+
+which is at least 1 / (n + 1). It is exact for a t fixed beforehand; with the t that was found it is no confidence limit.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from operator import mul, truediv
 
 import torch
 from scipy import stats
 from torch import Tensor
 
+from trace_dist.bank.margins import cantelli, fitted_margins, gaussian, heldout_margins
+from trace_dist.bank.normality import Mardia, normality
 from trace_dist.bank.retrieval import Retriever
 
 CONFIDENCE = 0.95
+TINY = 1e-300
+"""Least variance that is divided by."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +72,18 @@ class ErrorBound:
     heldout_error_total: float
     heldout_limit_total: float
     gaussian_limit_total: float
+    cantelli_limit: tuple[float, ...]
+    """Per task, `cantelli_limits`: assumes the held-out mean and variance of the margin alone."""
+    separation: tuple[float, ...]
+    """Per task, `separation_bounds` with Gaussian clusters: assumes that fitted parameters are the true ones."""
+    separation_any: tuple[float, ...]
+    """The same, whatever the clusters' distribution."""
+    normality: Mardia | None
+    """Whether held-out prompts look Gaussian around their clusters; None where they are too few to tell."""
+
+    def total(self, values: tuple[float, ...]) -> float:
+        """Of a prompt drawn from the tasks in proportion to their held-out prompts."""
+        return sum(map(mul, values, self.num_heldout)) / sum(self.num_heldout)
 
     def to_json(self) -> dict[str, object]:
         """For `results.json`, in percent; ``error_bound`` is the total limit that assumes no distribution."""
@@ -66,6 +101,10 @@ class ErrorBound:
             "heldout_error_per_task": percent(self.heldout_error),
             "error_bound_per_task": percent(self.heldout_limit),
             "gaussian_error_bound_per_task": percent(self.gaussian_limit),
+            "cantelli_error_bound": 100 * self.total(self.cantelli_limit),
+            "separation_error_bound": 100 * self.total(self.separation),
+            "separation_any_error_bound": 100 * self.total(self.separation_any),
+            "normality": None if self.normality is None else asdict(self.normality),
         }
 
 
@@ -109,39 +148,68 @@ def gaussian_limits(retriever: Retriever) -> Tensor:
     limits hold together.
 
     Returns:
-        [T] float64 in [0, 1]; 1 where there are too few held-out prompts to tell.
+        [T] float64 in [0, 1]; 1 where there are too few held-out prompts to tell, or tasks share no covariance.
 
     Raises:
         ValueError: the retriever is empty.
     """
-    signatures = retriever.signatures
-    means, log_prior = torch.cat(retriever.whitened_means()), torch.cat(retriever.log_priors())
-    num_clusters = torch.tensor([signature.num_clusters for signature in signatures])
-    owner = torch.arange(len(signatures)).repeat_interleave(num_clusters)  # task of each cluster
-    white = torch.cat([retriever.gaussian.whiten(signature.heldout) for signature in signatures])
-    task = torch.arange(len(signatures)).repeat_interleave(torch.tensor([len(s.heldout) for s in signatures]))
+    if not retriever.shares_covariance:
+        return torch.ones(len(retriever.tasks), dtype=torch.float64)
+    margins = heldout_margins(retriever)
+    if margins.num_samples < 1:
+        return torch.ones(len(retriever.tasks), dtype=torch.float64)
+    level = (1 - CONFIDENCE) / max(1, int(margins.rival.sum()))
+    limit = _score_lower_limits(
+        margins.mean, margins.variance, margins.counts[:, None], margins.num_samples, level
+    )
+    return margins.union(gaussian(limit))
 
-    linear = white @ means.T  # [H, C]; the score without |x|^2 / 2, which cancels in every margin
-    scores = linear + log_prior - means.square().sum(dim=1) / 2
-    cluster = scores.where(task[:, None] == owner, -torch.inf).argmax(dim=1)  # [H] nearest own cluster
-    member = torch.nn.functional.one_hot(cluster, len(owner)).double()  # [H, C]
-    counts = member.sum(dim=0)
-    num_samples = len(white) - int((counts > 0).sum())
-    if num_samples < 1:
-        return torch.ones(len(signatures), dtype=torch.float64)
 
-    # [C, C]: mean score of cluster j on the prompts of cluster i, and by how much i's own score is larger
-    average = member.T @ scores / counts.clamp(min=1)[:, None]
-    margin = average.diagonal()[:, None] - average
-    residual = linear - member @ (member.T @ linear / counts.clamp(min=1)[:, None])
-    covariance = residual.T @ residual / num_samples
-    spread = covariance.diagonal()[:, None] + covariance.diagonal() - 2 * covariance  # of the margins
-    rival = owner[:, None] != owner
-    level = (1 - CONFIDENCE) / max(1, int(rival.sum()))
-    limit = _score_lower_limits(margin, spread.clamp(min=0), counts[:, None], num_samples, level)
-    wrong = torch.special.ndtr(-limit).where(rival, 0.0).sum(dim=1).clamp(max=1)  # [C]
-    shares = counts / torch.zeros(len(signatures), dtype=torch.float64).index_add(0, owner, counts)[owner]
-    return torch.zeros(len(signatures), dtype=torch.float64).index_add(0, owner, shares * wrong)
+def separation_bounds(retriever: Retriever) -> tuple[Tensor, Tensor]:
+    """Each task's error by the separation and spread of the clusters alone: with Gaussian clusters, and with any.
+
+    Takes the fitted means, weights and covariance for the true ones, so it holds where there are many more prompts than
+    dimensions, and promises too much where there are fewer ([Note: the Gaussian bound]).
+
+    Returns:
+        Two times [T] float64 in [0, 1]; 1 where tasks share no covariance.
+
+    Raises:
+        ValueError: the retriever is empty.
+    """
+    if not retriever.shares_covariance:
+        none = torch.ones(len(retriever.tasks), dtype=torch.float64)
+        return none, none
+    margins = fitted_margins(retriever)
+    standardised = margins.mean / margins.variance.sqrt().clamp(min=TINY)
+    return margins.union(gaussian(standardised)), margins.union(cantelli(standardised))
+
+
+def cantelli_limits(retriever: Retriever) -> Tensor:
+    """Each task's error by the mean and variance of its held-out margins, whatever their distribution.
+
+    The margin here is that of a prompt's own task over the best other one, which is at or below 0 where retrieval goes
+    wrong; any kind of signature has it. See [Note: Cantelli's bound].
+
+    Returns:
+        [T] float64 in [0, 1].
+
+    Raises:
+        ValueError: the retriever is empty.
+    """
+    limits = []
+    for index, signature in enumerate(retriever.signatures):
+        scores = retriever.scores(signature.heldout)
+        rest = scores.clone()
+        rest[:, index] = -torch.inf
+        margin, num = scores[:, index] - rest.amax(dim=1), len(scores)
+        if scores.shape[1] == 1:
+            limits.append(torch.zeros((), dtype=torch.float64))
+            continue
+        ratio_sq = margin.mean().square() / margin.var(correction=0).clamp(min=TINY)
+        corrected = num * ratio_sq / (num + 1 + ratio_sq)
+        limits.append(cantelli(corrected.sqrt() * margin.mean().sign()))
+    return torch.stack(limits)
 
 
 def error_bound(retriever: Retriever) -> ErrorBound:
@@ -155,15 +223,20 @@ def error_bound(retriever: Retriever) -> ErrorBound:
     signatures = retriever.signatures
     num_errors = [int((retriever.predict(s.heldout) != index).sum()) for index, s in enumerate(signatures)]
     num_heldout = [len(s.heldout) for s in signatures]
-    gaussian = gaussian_limits(retriever).tolist()
+    limits = gaussian_limits(retriever).tolist()
     trials = sum(num_heldout)
+    separation, separation_any = separation_bounds(retriever)
     return ErrorBound(
         tasks=tuple(retriever.tasks),
         num_heldout=tuple(num_heldout),
         heldout_error=tuple(map(truediv, num_errors, num_heldout)),
         heldout_limit=tuple(map(clopper_pearson_upper, num_errors, num_heldout)),
-        gaussian_limit=tuple(gaussian),
+        gaussian_limit=tuple(limits),
         heldout_error_total=sum(num_errors) / trials,
         heldout_limit_total=clopper_pearson_upper(sum(num_errors), trials),
-        gaussian_limit_total=sum(map(mul, gaussian, num_heldout)) / trials,
+        gaussian_limit_total=sum(map(mul, limits, num_heldout)) / trials,
+        cantelli_limit=tuple(cantelli_limits(retriever).tolist()),
+        separation=tuple(separation.tolist()),
+        separation_any=tuple(separation_any.tolist()),
+        normality=normality(signatures),
     )

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from trace_dist.bank.delta import Delta, check_base
-from trace_dist.bank.facts import describe
+from trace_dist.bank.facts import describe, kind_of
 from trace_dist.bank.index import Index, Record
 from trace_dist.bank.prompts import PromptSets, save_prompts
-from trace_dist.bank.signature import Signature
+from trace_dist.bank.signature import Signature, check_comparable
 from trace_dist.bank.sketch import Sketch
 from trace_dist.bank.writer import Writer, locked, read_index
 from trace_dist.models.fingerprint import fuller, same_model
-from trace_dist.run_folder import DELTA, PROMPTS, SIGNATURE, SKETCH, BankFolder
+from trace_dist.run_folder import ADAPTED, DELTA, PROMPTS, SIGNATURE, SKETCH, BankFolder
 from trace_dist.utils.names import BASE, check_task_name
 from trace_dist.utils.sealed import same_content
 
@@ -33,6 +33,7 @@ class Task:
     sketch: Sketch | None = None
     facts: Mapping[str, Any] | None = None
     prompts: PromptSets | None = None
+    adapted: Signature | None = None
 
     def __post_init__(self) -> None:
         name = self.signature.task
@@ -57,6 +58,8 @@ class Task:
             self.sketch.save(folder / SKETCH)
         if self.prompts is not None:
             save_prompts(folder / PROMPTS, self.prompts)
+        if self.adapted is not None:
+            self.adapted.save(folder / ADAPTED)
 
 
 def found(index: Index, files: BankFolder, task: str) -> Record:
@@ -112,7 +115,7 @@ def add(writer: Writer, task: Task) -> None:
         check_base(task.delta.mask, writer.index.base, f"delta {name!r}")
     facts = describe(task.delta, task.signature, task.facts)
     writer.upgrade()
-    _check_dim(writer, task.signature)
+    _check_fits(writer, task.signature)
     present = writer.index.get(name)
     new = writer.stage(Record(name, writer.index.folder_for(name), facts=facts), task.save)
     if present is None:
@@ -143,8 +146,10 @@ def _same(writer: Writer, present: Record, new: Record, file: str) -> bool:
     return file in present.files and same_content(*paths, file.split(".")[0])
 
 
-def _check_dim(writer: Writer, signature: Signature) -> None:
-    """Raise ValueError unless the representations have the size of those in the bank."""
+def _check_fits(writer: Writer, signature: Signature) -> None:
+    """Raise ValueError unless a signature can be compared with those in the bank."""
+    for record in writer.index.records[:1]:
+        check_comparable(signature, kind_of(record.facts))
     known = next((record.facts.get("dim") for record in writer.index.records), None)
     if known is not None and known != signature.dim:
         raise ValueError(

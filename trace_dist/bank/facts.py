@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from trace_dist.bank.delta import Delta
-from trace_dist.bank.signature import Signature
+from trace_dist.bank.signature import KIND, LIKELIHOOD, Signature
 
+DEFAULTS = {"signature": KIND, "likelihood": LIKELIHOOD}
+"""Of a task whose facts do not say."""
 MAX_BYTES = 65_536
 """Of the facts given by the one who adds a task: the index is read at every opening."""
 
@@ -27,6 +29,9 @@ def describe(
         ValueError: ``training`` is no JSON, or too large.
     """
     facts: dict[str, Any] = {"clusters": signature.num_clusters, "dim": signature.dim}
+    kinds = {"signature": signature.kind, "likelihood": signature.likelihood}
+    # What every bank had before there were kinds is not said, and a bank that is made again has the same bytes.
+    facts |= {key: value for key, value in kinds.items() if value != DEFAULTS[key]}
     if delta is not None:
         facts |= {
             "mask": delta.mask.digest(),
@@ -38,6 +43,12 @@ def describe(
     if training:
         facts["training"] = _json(training)
     return facts
+
+
+def kind_of(facts: Mapping[str, Any]) -> tuple[str, str]:
+    """Kind and likelihood of the signature of a task, from its facts."""
+    said = DEFAULTS | dict(facts)
+    return str(said["signature"]), str(said["likelihood"])
 
 
 def _json(training: Mapping[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from trace_dist.run_folder import DELTA, PROMPTS, SIGNATURE, SKETCH
+from trace_dist.run_folder import ADAPTED, DELTA, PROMPTS, SIGNATURE, SKETCH
 from trace_dist.utils.files import read_json, sha256, write_json
 from trace_dist.utils.names import BASE, check_task_name
 from trace_dist.utils.sealed import json_checksum
@@ -180,7 +180,7 @@ class _Reader:
         if not FOLDER.fullmatch(folder):
             raise self.damaged(f"folder {folder!r:.200} is not the name of a folder")
         wanted = {SIGNATURE} if name == BASE else {SIGNATURE, DELTA}
-        if not wanted <= files.keys() <= {SIGNATURE, DELTA, SKETCH, PROMPTS}:
+        if not wanted <= files.keys() <= {SIGNATURE, DELTA, SKETCH, ADAPTED, PROMPTS}:
             raise self.damaged(f"task {name!r} has the files {sorted(files)!r:.200}")
         facts = self.field(value, "facts", dict)
         for key, kind in FACTS.items():

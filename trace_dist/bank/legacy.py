@@ -46,10 +46,11 @@ def signature(files: BankFolder, task: str) -> Signature:
     if task not in names:
         raise corrupt(path, KIND, f"no signature of {task!r}")
     place = names.index(task)
-    keys = [f"{place}.{name}" for name in TENSORS]
-    tensors, _ = load_tensors(path, KIND, keys.__contains__)
+    keys = {name: f"{place}.{name}" for name in TENSORS}
+    tensors, _ = load_tensors(path, KIND, list(keys.values()).__contains__)
     with reading(path, KIND):
-        return Signature(task, *(tensors[key] for key in keys))
+        parts: dict[str, Any] = {name: tensors[key] for name, key in keys.items()}
+        return Signature(task, **parts)
 
 
 def _names(path: Path) -> list[str]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from trace_dist.bank.bank import DeltaBank
+from trace_dist.bank.facts import kind_of
 from trace_dist.bank.index import Index, Member, Record
-from trace_dist.bank.signature import TENSORS
+from trace_dist.bank.signature import check_comparable
 from trace_dist.bank.writer import Writer, copy, hand_over
 from trace_dist.models.fingerprint import fuller, same_model
 from trace_dist.run_folder import BankFolder
@@ -27,8 +26,8 @@ def merge(left: DeltaBank, right: DeltaBank, out: Path | str) -> DeltaBank:
         out: folder of the new bank; it must not exist, or be empty. It is there whole or not at all.
 
     Raises:
-        ValueError: the banks are of different base models or layers, a name stands for two tasks, a file is damaged, or
-            the folder holds something.
+        ValueError: the banks are of different base models, layers or likelihoods, a name stands for two tasks, a file is
+            damaged, or the folder holds something.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -55,6 +54,9 @@ def _check(left: DeltaBank, right: DeltaBank) -> tuple[Record, ...]:
             f"bank {right.folder}: of the base model {right.base[:12]} and layer {right.layer}, but {left.folder} is of "
             f"{left.base[:12]} and layer {left.layer}; merge banks of one base model"
         )
+    for record in left.index.records[:1]:
+        for other in right.index.records[:1]:
+            check_comparable(kind_of(right.facts(other.name)), kind_of(left.facts(record.name)))
     both = [name for name in right.tasks if name in left.tasks]
     for name in both:
         if not _same(left, right, name):
@@ -69,8 +71,7 @@ def _check(left: DeltaBank, right: DeltaBank) -> tuple[Record, ...]:
 
 def _same(left: DeltaBank, right: DeltaBank, name: str) -> bool:
     """Whether two banks hold the very same task."""
-    ours, theirs = left.signature(name), right.signature(name)
-    if not all(torch.equal(getattr(ours, tensor), getattr(theirs, tensor)) for tensor in TENSORS):
+    if not left.signature(name).same(right.signature(name)):
         return False
     return name == BASE or Member.of(left.path(name)) == Member.of(right.path(name))
 

@@ -14,21 +14,23 @@ from trace_dist.evaluation.passes import evaluating, map_over_ranks
 from trace_dist.models.forward import names_argument
 
 
-def _mean_hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor, layer: int) -> Tensor:
-    """[B, hidden] fp32 mean of hidden layer ``layer`` over the tokens that are not padding."""
+def _mean_hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor, chosen: Sequence[int]) -> Tensor:
+    """[B, L, hidden] fp32 means of the chosen hidden layers over the tokens that are not padding."""
     # logits of every token would dominate the memory, and nobody reads them
     first = torch.zeros(1, dtype=torch.int64, device=ids.device)
     options = {"logits_to_keep": first} if names_argument(model, "logits_to_keep") else {}
     outputs = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False, **options)
     layers = outputs.hidden_states
-    if not -len(layers) <= layer < len(layers):
-        raise ValueError(
-            f"bank.layer={layer}: must lie in [{-len(layers)}, {len(layers)}) for this model "
-            "(0 is the embedding); use -1 for the last"
-        )
+    for layer in chosen:
+        if not -len(layers) <= layer < len(layers):
+            raise ValueError(
+                f"bank.layer={layer}: must lie in [{-len(layers)}, {len(layers)}) for this model "
+                "(0 is the embedding); use -1 for the last"
+            )
+    real = mask[:, :, None] == 1
     # where, not a product: a padded position may hold anything, and 0 * inf is NaN
-    hidden = layers[layer].float().where(mask[:, :, None] == 1, 0.0)
-    return hidden.sum(dim=1) / mask.sum(dim=1, keepdim=True)
+    sums = [layers[layer].float().where(real, 0.0).sum(dim=1) for layer in chosen]
+    return torch.stack([each / mask.sum(dim=1, keepdim=True) for each in sums], dim=1)
 
 
 def represent(
@@ -39,7 +41,31 @@ def represent(
     batch_size: int,
     pad_id: int,
 ) -> Tensor:
-    """Representations of prompts under the frozen base, computed by all ranks together.
+    """Representations of prompts by one hidden layer; see ``represent_layers``.
+
+    Args:
+        model, tokenizer_prompts, batch_size, pad_id: as ``represent_layers``.
+        layer: index into the model's hidden states: 0 is the embedding, -1 the last.
+
+    Returns:
+        [num_prompts, hidden] fp32 on the CPU, in the order of the prompts, equal on every rank.
+
+    Raises:
+        ValueError: as ``represent_layers``.
+    """
+    found = represent_layers(model, tokenizer_prompts, layers=[layer], batch_size=batch_size, pad_id=pad_id)
+    return found[:, 0]
+
+
+def represent_layers(
+    model: PreTrainedModel,
+    tokenizer_prompts: Sequence[Sequence[int]],
+    *,
+    layers: Sequence[int],
+    batch_size: int,
+    pad_id: int,
+) -> Tensor:
+    """Representations of prompts under the model as it is, by several hidden layers, computed by all ranks together.
 
     Prompts are padded on the right, which no causal model sees; a batch holds the same prompts whatever the number of
     ranks (evaluation/passes.py).
@@ -48,12 +74,12 @@ def represent(
         model: a transformers causal LM, or a sharded model's ``module``; called as a whole (the hooks of
             ZeRO-3 sit on it), in evaluation mode, without gradients.
         tokenizer_prompts: token ids of each prompt, the same on every rank.
-        layer: index into the model's hidden states: 0 is the embedding, -1 the last.
+        layers: indices into the model's hidden states: 0 is the embedding, -1 the last.
         batch_size: prompts per forward pass on one rank.
         pad_id: token id for padding on the right (masked out).
 
     Returns:
-        [num_prompts, hidden] fp32 on the CPU, in the order of the prompts, equal on every rank.
+        [num_prompts, L, hidden] fp32 on the CPU, in the order of the prompts, equal on every rank.
 
     Raises:
         ValueError: no prompt, an empty prompt, one beyond the context, a batch size of 0, or no such layer.
@@ -69,7 +95,7 @@ def represent(
     def run(batch: list[int]) -> list[Tensor]:
         ids, mask = pad([tokenizer_prompts[i] for i in batch], pad_id, device, left=False)
         # clones: a row that is pickled for the other ranks would take the whole batch with it
-        return [row.clone() for row in _mean_hidden(model, ids, mask, layer).cpu()]
+        return [row.clone() for row in _mean_hidden(model, ids, mask, layers).cpu()]
 
     with evaluating(model):
         return torch.stack(map_over_ranks(lengths, batch_size, run))

@@ -5,7 +5,8 @@
 with one covariance Sigma for all clusters, so the score is the log posterior of the best cluster up to a
 constant of x. Retrieval by clusters of frozen-base representations follows PROTEUS (arXiv 2603.13235); the
 shared covariance is ours: it is a sum over tasks, so a task is added from its signature alone and earlier
-data is never needed again.
+data is never needed again. That is the default kind of signature; others have variances alone in common, or a density
+of their own ([Note: likelihoods] in bank/signature.py).
 """
 
 from __future__ import annotations
@@ -15,49 +16,61 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from trace_dist.bank.comparison import COMPARISONS, Comparison, Shared
 from trace_dist.bank.gaussian import SharedGaussian
-from trace_dist.bank.signature import Signature
+from trace_dist.bank.rejection import Rejection
+from trace_dist.bank.signature import Signature, check_comparable
+from trace_dist.utils.names import BASE
 
-_MOST_DIRECT = 25
-"""Prompts whose distances are added up one by one; those of more come from a product of matrices."""
+
+def _comparison(signature: Signature) -> Comparison:
+    if signature.likelihood not in COMPARISONS:
+        raise ValueError(
+            f"signature {signature.task!r}: compares tasks by {signature.likelihood!r}, but this release knows "
+            f"{', '.join(COMPARISONS)}; update trace_dist, or mend the part {signature.kind!r}"
+        )
+    return COMPARISONS[signature.likelihood]()
 
 
 class Retriever:
     """Maps representations to task indices, in the order in which the tasks' signatures were added.
 
     Args:
-        signatures: of distinct tasks and one hidden size.
+        signatures: of distinct tasks, one hidden size and one likelihood.
 
     Raises:
-        ValueError: a task twice, or another hidden size.
+        ValueError: a task twice, another hidden size, or another likelihood.
     """
 
     def __init__(self, signatures: Iterable[Signature] = ()) -> None:
         self._signatures: list[Signature] = []
-        self._scatter: Tensor | None = None  # [D, D] float64, not None iff there is a signature
-        self._gaussian: SharedGaussian | None = None  # estimated when first needed after an `add`
-        self._clusters: tuple[Tensor, Tensor, Tensor] | None = None  # as above
+        self._comparison: Comparison | None = None  # not None iff there is a signature
+        self._rejections: dict[tuple[int, float], Rejection] = {}
         for signature in signatures:
             self.add(signature)
 
     def add(self, signature: Signature) -> None:
-        """Append a task; costs one [D, D] sum, and one Cholesky factor at the next use.
+        """Append a task; nothing of earlier tasks is fitted again.
 
         Raises:
-            ValueError: the task is known already, or its hidden size differs.
+            ValueError: the task is known already, its hidden size differs, or its likelihood cannot be compared.
         """
         if signature.task in self.tasks:
             raise ValueError(
                 f"signature {signature.task!r}: the task is in the bank already; remove the older one first"
             )
-        if self._scatter is not None and signature.dim != len(self._scatter):
-            raise ValueError(
-                f"signature {signature.task!r}: hidden size {signature.dim}, must be {len(self._scatter)} "
-                "as in the bank; fit it on the same base model"
-            )
-        self._scatter = signature.scatter if self._scatter is None else self._scatter + signature.scatter
+        if self._signatures:
+            first = self._signatures[0]
+            if signature.dim != first.dim:
+                raise ValueError(
+                    f"signature {signature.task!r}: hidden size {signature.dim}, must be {first.dim} "
+                    "as in the bank; fit it on the same base model"
+                )
+            check_comparable(signature, first)
+        if self._comparison is None:
+            self._comparison = _comparison(signature)
+        self._comparison.add(signature)
         self._signatures.append(signature)
-        self._gaussian = self._clusters = None
 
     @property
     def signatures(self) -> tuple[Signature, ...]:
@@ -70,36 +83,48 @@ class Retriever:
         return [signature.task for signature in self._signatures]
 
     @property
-    def gaussian(self) -> SharedGaussian:
-        """The shared covariance.
+    def comparison(self) -> Comparison:
+        """How tasks are compared.
 
         Raises:
             ValueError: the retriever is empty.
         """
-        if self._scatter is None:
+        if self._comparison is None:
             raise ValueError("retriever: holds no signature, must hold at least one; add a task first")
-        if self._gaussian is None:
-            num_samples = sum(signature.num_samples for signature in self._signatures)
-            self._gaussian = SharedGaussian.from_scatter(self._scatter, num_samples)
-        return self._gaussian
+        return self._comparison
+
+    @property
+    def shares_covariance(self) -> bool:
+        """Whether tasks are compared by one covariance. Raises ValueError where the retriever is empty."""
+        return isinstance(self.comparison, Shared)
+
+    @property
+    def shared(self) -> Shared:
+        """The comparison by one covariance.
+
+        Raises:
+            ValueError: the retriever is empty, or its tasks have densities of their own.
+        """
+        if not isinstance(self.comparison, Shared):
+            kind = self._signatures[0].kind
+            raise ValueError(f"bank.signature={kind!r}: tasks share no covariance; use for example kmeans")
+        return self.comparison
+
+    @property
+    def gaussian(self) -> SharedGaussian:
+        """The shared covariance. Raises ValueError as ``shared`` does."""
+        return self.shared.gaussian
 
     def whitened_means(self) -> list[Tensor]:
-        """Per task, [K, D] float64 cluster means in whitened coordinates."""
-        return [self.gaussian.whiten(signature.means) for signature in self._signatures]
+        """Per task, [K, D] float64 cluster means in whitened coordinates. Raises ValueError as ``shared`` does."""
+        return self.shared.whitened_means()
 
     def log_priors(self) -> list[Tensor]:
-        """Per task, [K] float64 log(w_k / T): tasks are equally likely beforehand."""
-        return [(signature.weights / len(self._signatures)).log() for signature in self._signatures]
-
-    def clusters(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of all clusters: [C, D] whitened means, [C] log priors, [C] index of their task; kept until a task is added."""
-        if self._clusters is None:
-            owner = torch.repeat_interleave(torch.tensor([s.num_clusters for s in self._signatures]))
-            self._clusters = torch.cat(self.whitened_means()), torch.cat(self.log_priors()), owner
-        return self._clusters
+        """Per task, [K] float64 log(w_k / T). Raises ValueError as ``shared`` does."""
+        return self.shared.log_priors()
 
     def scores(self, x: Tensor) -> Tensor:
-        """Log posterior of each task's best cluster, up to a constant per row.
+        """Log posterior of each task (under a shared covariance that of its best cluster), up to a constant per row.
 
         Args:
             x: [N, D] representations, made like those of the signatures.
@@ -110,18 +135,43 @@ class Retriever:
         Raises:
             ValueError: no signature, wrong shape, or a value that is not finite.
         """
-        dim = len(self.gaussian.std)
+        comparison, dim = self.comparison, self._signatures[0].dim
         if x.ndim != 2 or x.shape[1] != dim or not x.isfinite().all():
             raise ValueError(
                 f"representations: shape {tuple(x.shape)}, must be finite and [N, {dim}]; use the bank's base"
             )
-        white = self.gaussian.whiten(x.detach().cpu())
-        means, log_prior, owner = self.clusters()
-        # As torch chooses for the few clusters of one task: by the number of prompts.
-        mode = "use_mm_for_euclid_dist" if len(white) > _MOST_DIRECT else "donot_use_mm_for_euclid_dist"
-        joint = log_prior - torch.cdist(white, means, compute_mode=mode).square() / 2
-        scores = joint.new_full((len(white), len(self._signatures)), -torch.inf)
-        return scores.scatter_reduce_(1, owner.expand(len(white), -1), joint, "amax")
+        return comparison.scores(x.detach().cpu())
+
+    def rejects(self, x: Tensor, tasks: Tensor, rate: float) -> Tensor:
+        """Which prompts are atypical of the task that they retrieve (``rejection``).
+
+        Args:
+            x: [N, D] representations.
+            tasks: [N] index of the task that each retrieves.
+            rate: share of a task's own prompts that may be rejected, in (0, 1).
+
+        Returns:
+            [N] bool.
+
+        Raises:
+            ValueError: as ``scores``, or the rate is out of range.
+        """
+        rejected = torch.zeros(len(x), dtype=torch.bool)
+        for task in tasks.unique().tolist():
+            if (task, rate) not in self._rejections:
+                self._rejections[task, rate] = Rejection(self._signatures[task], rate)
+            rows = tasks == task
+            rejected[rows] = self._rejections[task, rate].rejects(x[rows])
+        return rejected
+
+    def retrieve(self, x: Tensor, reject: float | None = None) -> list[str]:
+        """Name of the task of each row of x [N, D]; ``base`` for those that are rejected at a rate (``rejects``)."""
+        found = self.predict(x)
+        names = [self.tasks[index] for index in found.tolist()]
+        if reject is None:
+            return names
+        out = self.rejects(x, found, reject).tolist()
+        return [BASE if rejected else name for name, rejected in zip(names, out, strict=True)]
 
     def predict(self, x: Tensor) -> Tensor:
         """[N] int64 index of the task with the highest score for each row of x [N, D]."""

@@ -1,38 +1,52 @@
-"""A task's signature: clusters of its prompts' representations under the frozen base.
+"""A task's signature: clusters of its prompts' representations, by one of the cluster models of ``bank.signatures``.
 
 What is kept of a task is enough to add other tasks later without its data: cluster means and sizes, the
-within-cluster scatter (as a factor), and a held-out part of the representations that no fit has seen. The
-held-out part makes the distribution-free error limit possible (see ``bound``): the competitors of a task
-are not known when it is learned.
+within-cluster scatter (as a factor) or a density of its own, and a held-out part of the representations that no fit
+has seen. The held-out part makes the distribution-free error limit possible (see ``bound``): the competitors of a
+task are not known when it is learned.
 
-Size in fp32: 4 D (K + min(N_fit, D) + N_heldout) bytes; D = 576 with 400 prompts: 0.9 MiB per task. Half
-precision would halve it (on SmolLM2-135M, 8 tasks, no prediction changes, margins of 600 nats move by 0.4),
-but some models have hidden states beyond what fp16 holds.
+Size of the default kind in fp32: 4 D (K + min(N_fit, D) + N_heldout) bytes; D = 576 with 400 prompts: 0.9 MiB per
+task. Half precision would halve it (on SmolLM2-135M, 8 tasks, no prediction changes, margins of 600 nats move by
+0.4), but some models have hidden states beyond what fp16 holds.
+
+[Note: likelihoods] What a retriever compares between tasks. Signatures of one likelihood may lie in one bank:
+    covariance   distance to the nearest cluster under one covariance, which all tasks share
+    variances    the same with the shared variances alone
+    density      log density (nats) of the task's own mixture of Gaussians
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from sklearn.cluster import KMeans
-from sklearn.model_selection import KFold
 from torch import Tensor
 
-from trace_dist.bank.gaussian import shrinkage_intensity
+from trace_dist.parts import SIGNATURES
 from trace_dist.utils.files import reading
 from trace_dist.utils.sealed import load_sealed, save_sealed
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+KIND, LIKELIHOOD = "kmeans", "covariance"
+"""Of a signature file of version 1, which is also how such a signature is written today."""
 TENSORS = ("means", "counts", "factor", "heldout")
-NUM_FOLDS = 3
-NUM_KMEANS_STARTS = 10
+DENSITY = ("std", "axes", "cholesky", "ridge")
+"""What stands beside them where the likelihood is ``density`` (``density.Mixture``)."""
 MIN_PROMPTS = 8
-MIN_PROMPTS_PER_CLUSTER = 5
-MIN_RIDGE = 1e-12  # in units of a standardised dimension's variance: duplicate prompts may leave no spread
+
+
+@dataclass(frozen=True, eq=False)
+class Clusters:
+    """What a cluster model has found; see ``Signature`` for the fields."""
+
+    means: Tensor
+    counts: Tensor
+    factor: Tensor
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +63,15 @@ class Signature:
     counts: Tensor
     """[K] int64 prompts behind each mean."""
     factor: Tensor
-    """[r, D] fp32, r <= D: factor^T factor is the sum of squares within the clusters."""
+    """[r, D] fp32, r <= D: factor^T factor is the sum of squares within the clusters; [0, D] where ``extra`` has the spread."""
     heldout: Tensor
     """[H, D] fp32 representations that were used for nothing above."""
+    kind: str = KIND
+    """Name of the cluster model, a part of ``bank.signatures``."""
+    likelihood: str = LIKELIHOOD
+    """What is compared between tasks ([Note: likelihoods])."""
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors of a task's own density (``density.Mixture``)."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.task, str):
@@ -70,6 +90,12 @@ class Signature:
                     f"signature {self.task!r}: {name} has shape {tuple(tensor.shape)}, "
                     f"must be finite and {shape}; fit it again"
                 )
+        wanted = set(DENSITY) if self.likelihood == "density" else set()
+        if self.extra.keys() != wanted or not all(tensor.isfinite().all() for tensor in self.extra.values()):
+            raise ValueError(
+                f"signature {self.task!r}: of likelihood {self.likelihood!r} with {sorted(self.extra)}, must have "
+                f"{sorted(wanted)}, finite; fit it again"
+            )
         counted = self.counts.ndim == 1 and self.counts.dtype == torch.int64
         if not counted or len(self.counts) == 0 or int(self.counts.min()) < 1:
             raise ValueError(
@@ -102,10 +128,23 @@ class Signature:
         factor = self.factor.double()
         return factor.T @ factor
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is kept, by name."""
+        return {name: getattr(self, name) for name in TENSORS} | dict(self.extra)
+
+    def same(self, other: Signature) -> bool:
+        """Whether two signatures hold the same bits, whatever their tasks are called."""
+        mine, theirs = self.tensors, other.tensors
+        alike = (self.kind, self.likelihood, mine.keys()) == (other.kind, other.likelihood, theirs.keys())
+        return alike and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
     def save(self, path: Path) -> None:
-        """Write the signature file."""
-        header = {"format": "trace_dist.signature", "version": FORMAT_VERSION, "task": self.task}
-        save_sealed(path, {name: getattr(self, name) for name in TENSORS}, header)
+        """Write the signature file; the default kind as ever, so that what is learned again has the same bytes."""
+        header = {"format": "trace_dist.signature", "version": 1, "task": self.task}
+        if (self.kind, self.likelihood) != (KIND, LIKELIHOOD):
+            header |= {"version": FORMAT_VERSION, "kind": self.kind, "likelihood": self.likelihood}
+        save_sealed(path, self.tensors, header)
 
     @staticmethod
     def load(path: Path, digest: str | None = None) -> Signature:
@@ -119,102 +158,40 @@ class Signature:
             ValueError: missing, corrupt, of another kind, or of a newer version.
         """
         tensors, header = load_sealed(path, "signature", digest)
-        if header.get("version") != FORMAT_VERSION:
+        if header.get("version") not in (1, FORMAT_VERSION):
             raise ValueError(
-                f"{path}: version {header.get('version')!r}, but this release reads {FORMAT_VERSION}; "
+                f"{path}: version {header.get('version')!r}, but this release reads 1 to {FORMAT_VERSION}; "
                 "update trace_dist"
             )
+        about = {key: header[key] for key in ("kind", "likelihood") if key in header}
         with reading(path, "signature"):
-            return Signature(header["task"], *(tensors[name] for name in TENSORS))
+            parts: dict[str, Any] = {name: tensors.pop(name) for name in TENSORS}
+            return Signature(header["task"], **parts, **about, extra=tensors)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the tensors on disk."""
-        return sum(tensor.nbytes for tensor in (self.means, self.counts, self.factor, self.heldout))
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def _coordinates(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Standardised x [N, D]; if D > N rotated into its N principal axes, where distances are the same."""
-    scale = x.std(axis=0)
-    scale[scale == 0] = 1.0
-    z = (x - x.mean(axis=0)) / scale  # otherwise the few huge dimensions of hidden states would decide alone
-    if z.shape[1] <= z.shape[0]:
-        return z
-    left, singular, _ = np.linalg.svd(z, full_matrices=False)
-    return left * singular
-
-
-def _cluster(y: NDArray[np.float64], num_clusters: int, seed: int) -> NDArray[np.int64]:
-    """K-means labels of the rows of y [N, D], from 0 without gaps."""
-    labels = KMeans(num_clusters, n_init=NUM_KMEANS_STARTS, random_state=seed).fit_predict(y)
-    return np.unique(labels, return_inverse=True)[1].astype(np.int64)
-
-
-def _moments(x: NDArray[np.float64], labels: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of labelled rows [N, D]: means [K, D], counts [K] and residuals [N, D]."""
-    counts = np.bincount(labels)
-    means = np.stack([x[labels == cluster].mean(axis=0) for cluster in range(len(counts))])
-    return torch.from_numpy(means), torch.from_numpy(counts), torch.from_numpy(x - means[labels])
-
-
-def _log_likelihoods(
-    train: NDArray[np.float64], test: NDArray[np.float64], num_clusters: int, seed: int, dim: int
-) -> NDArray[np.float64]:
-    """Log density (nats, up to a constant) of each row of ``test`` under the clusters fitted to ``train``.
-
-    The covariance is shrunk to a multiple of the identity, which no rotation changes; the ``dim`` - r
-    dimensions that the r coordinates leave out hold no data and add to its determinant alone.
-    """
-    means, counts, residuals = _moments(train, _cluster(train, num_clusters, seed))
-    num_samples = len(train) - len(means)
-    covariance = residuals.T @ residuals / num_samples
-    rho = shrinkage_intensity(covariance, num_samples, dim)
-    ridge = (rho * covariance.trace() / dim).clamp(min=MIN_RIDGE)
-    factor = torch.linalg.cholesky((1 - rho) * covariance + ridge * torch.eye(len(covariance)))
-    log_det = 2 * factor.diagonal().log().sum() + (dim - len(covariance)) * ridge.log()
-    gaps = torch.from_numpy(test).T - means[:, :, None]  # [K, r, N]
-    distances_sq = torch.linalg.solve_triangular(factor, gaps, upper=False).square().sum(dim=1)
-    log_joint = (counts.double() / len(train)).log()[:, None] - distances_sq / 2
-    return (log_joint.logsumexp(dim=0) - log_det / 2).numpy()
-
-
-def _choose_num_clusters(y: NDArray[np.float64], max_clusters: int, seed: int, dim: int) -> int:
-    """The smallest K whose cross-validated log-likelihood is within one standard error of the best.
-
-    The rule of Breiman et al. (1984, "Classification and Regression Trees", 3.4.3), on paired differences:
-    without it, chance splits a cluster now and then.
-    """
-    if max_clusters == 1:
-        return 1
-    fit = np.empty((max_clusters, len(y)))
-    for train, test in KFold(NUM_FOLDS, shuffle=True, random_state=seed).split(y):
-        for k in range(max_clusters):
-            fit[k, test] = _log_likelihoods(y[train], y[test], k + 1, seed, dim)
-    loss = fit[fit.mean(axis=1).argmax()] - fit  # [max_clusters, N] nats worse than the best K
-    close = loss.mean(axis=1) <= loss.std(axis=1, ddof=1) / len(y) ** 0.5
-    return int(close.argmax()) + 1
-
-
-def fit_signature(
-    x: Tensor, max_clusters: int, seed: int, task: str, heldout_share: float = 0.25
-) -> Signature:
-    """Fit a task's clusters.
-
-    A random part of the prompts is set aside untouched. On the rest, K in 1..max_clusters is chosen by the
-    log-likelihood of left-out folds under K-means clusters with one shrunk covariance, and K-means is then
-    run on all of the rest. Dimensions are standardised for K-means; empty clusters and clusters of fewer
-    than 5 prompts on average are not tried.
+def check_comparable(one: Signature | tuple[str, str], other: Signature | tuple[str, str]) -> None:
+    """Raise ValueError unless two signatures may lie in one bank ([Note: likelihoods]).
 
     Args:
-        x: [N, D] representations of the task's prompts (``representation.represent``), N >= 8.
-        max_clusters: largest K.
-        seed: of the split, the folds and K-means; equal inputs give equal signatures.
-        task: name of the task.
-        heldout_share: share of the prompts set aside, in (0, 1).
-
-    Raises:
-        ValueError: too few prompts, a value that is not finite, or an argument out of range.
+        one: the newer one, or its kind and likelihood.
+        other: one that the bank holds.
     """
+    (kind, ours), (held, theirs) = (
+        each if isinstance(each, tuple) else (each.kind, each.likelihood) for each in (one, other)
+    )
+    if ours != theirs:
+        raise ValueError(
+            f"bank.signature={kind!r}: compares tasks by {ours}, but the bank holds signatures of {held!r}, which "
+            f"compare by {theirs}; set bank.signature: {held}, or choose another bank"
+        )
+
+
+def _check(x: Tensor, max_clusters: int, task: str, heldout_share: float) -> None:
     if x.ndim != 2 or len(x) < MIN_PROMPTS:
         raise ValueError(
             f"signature {task!r}: representations are {tuple(x.shape)}, must be [N >= {MIN_PROMPTS}, D]; "
@@ -228,13 +205,40 @@ def fit_signature(
         raise ValueError(f"bank.clusters={max_clusters}: must be at least 1; use for example 4")
     if not 0 < heldout_share < 1:
         raise ValueError(f"heldout_share={heldout_share}: must lie in (0, 1); use for example 0.25")
+
+
+def fit_signature(
+    x: Tensor, max_clusters: int, seed: int, task: str, heldout_share: float = 0.25, kind: str = KIND
+) -> Signature:
+    """Fit a task's clusters.
+
+    A random part of the prompts is set aside untouched; the cluster model sees the rest.
+
+    Args:
+        x: [N, D] representations of the task's prompts (``representation.represent``), N >= 8.
+        max_clusters: largest number of clusters.
+        seed: of the split and the fit; equal inputs give equal signatures.
+        task: name of the task.
+        heldout_share: share of the prompts set aside, in (0, 1).
+        kind: the cluster model, a part of ``bank.signatures``.
+
+    Raises:
+        ValueError: too few prompts, a value that is not finite, an argument out of range, or a kind that there is not.
+    """
+    part = SIGNATURES.load(kind)
+    _check(x, max_clusters, task, heldout_share)
     order = np.random.default_rng(seed).permutation(len(x))
     num_heldout = min(max(1, round(heldout_share * len(x))), len(x) // 2)
-    heldout, fit = order[:num_heldout], order[num_heldout:]
     values = x.detach().cpu().double().numpy()
-    largest = max(1, min(max_clusters, len(np.unique(values[fit], axis=0)) // MIN_PROMPTS_PER_CLUSTER))
-    y = _coordinates(values[fit])
-    labels = _cluster(y, _choose_num_clusters(y, largest, seed, x.shape[1]), seed)
-    means, counts, residuals = _moments(values[fit], labels)
-    factor = torch.linalg.qr(residuals, mode="r").R  # same sum of squares, at most D rows, no row is a prompt
-    return Signature(task, means.float(), counts, factor.float(), torch.from_numpy(values[heldout]).float())
+    found: Clusters = part.fit(values[order[num_heldout:]], max_clusters, seed)
+    heldout = torch.from_numpy(values[order[:num_heldout]]).float()
+    return Signature(
+        task,
+        found.means.float(),
+        found.counts,
+        found.factor.float(),
+        heldout,
+        kind,
+        part.likelihood,
+        found.extra,
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.delta import check_base
 from trace_dist.bank.index import Member, Record
+from trace_dist.run_folder import ADAPTED
 
 
 def verify(bank: DeltaBank) -> list[str]:
@@ -49,6 +50,8 @@ def _inconsistent(bank: DeltaBank, record: Record, dims: dict[int, str]) -> list
         dims.setdefault(bank.signature(name).dim, name)
         bank.sketch(name)
         bank.prompts(name)
+        if ADAPTED in record.files:
+            bank.adapted(name)
         delta = bank.delta(name)
         if delta is None:
             return []

@@ -16,12 +16,14 @@ from trace_dist.utils.files import read_json, write_text
 Result = Mapping[str, Any]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table: text to the left, numbers to the right."""
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def _with_origin(result: Result, table: str) -> str:
+def with_origin(result: Result, table: str) -> str:
+    """A table, and below it when and on what it was measured."""
     run, meta = result["run_info"], result["meta_info"]
     return f"{table}\n\n{run['date'][:10]}, commit {run['commit']}, {meta['hardware']}.\n"
 
@@ -32,7 +34,7 @@ def optimizer_table(result: Result) -> str:
         [row["name"], row["weights"], f"{row['speedup']:.1f}x", f"{row['step_ms']:.1f}"]
         for row in result["rows"]
     ]
-    return _with_origin(result, _table(["optimizer step", "weights", "speed-up", "ms"], rows))
+    return with_origin(result, grid(["optimizer step", "weights", "speed-up", "ms"], rows))
 
 
 def step_table(result: Result) -> str:
@@ -58,7 +60,7 @@ def step_table(result: Result) -> str:
         phases = [f"{seconds:.2f}" for seconds in row["phases_s"].values()]
         memory = [f"{row['gradient_bytes_sent'] / 1e6:.1f}", f"{row['peak_rss_bytes'] / 2**30:.2f}"]
         rows.append([row["name"], *ratios, *sent, *phases, *memory])
-    return _with_origin(result, _table([*head, "gradients sent, MB", "peak RSS, GiB"], rows))
+    return with_origin(result, grid([*head, "gradients sent, MB", "peak RSS, GiB"], rows))
 
 
 def batch_table(*results: Result) -> str:
@@ -74,7 +76,7 @@ def batch_table(*results: Result) -> str:
         rows.append([f"{settings['micro_batch']} × {settings['sequence']}", *ratios, *seconds])  # noqa: RUF001
     ratios = ["row / full", "row / LoRA", "element / full", "element / LoRA"]
     head = ["tokens per rank and step", *ratios, "row, s", "element, s", "full, s", "LoRA, s"]
-    return _with_origin(results[0], _table(head, rows))
+    return with_origin(results[0], grid(head, rows))
 
 
 def memory_table(result: Result) -> str:
@@ -85,9 +87,9 @@ def memory_table(result: Result) -> str:
         cells = [f"{row['errors']['peak']:+.1%}", f"{row['errors']['states']:+.2%}"]
         sizes = [f"{size / 2**20:,.0f}" for size in (row["estimate"]["peak"], peak)]
         rows.append([f"{row['name']}, {setup['world_size']} rank(s)", *cells, *sizes])
-    return _with_origin(
+    return with_origin(
         result,
-        _table(["estimate / measured − 1", "peak", "model states", "estimate, MiB", "measured, MiB"], rows),  # noqa: RUF001
+        grid(["estimate / measured − 1", "peak", "model states", "estimate, MiB", "measured, MiB"], rows),  # noqa: RUF001
     )
 
 
@@ -96,7 +98,7 @@ def time_table(result: Result) -> str:
     rows = [row for row in result["rows"] if "error" not in row]
     kinds = list(rows[0]["time_s"])
     cells = [[row["name"], *(f"{row['time_s'][kind]:.2f}" for kind in kinds)] for row in rows]
-    return _with_origin(result, _table(["seconds", *kinds], cells))
+    return with_origin(result, grid(["seconds", *kinds], cells))
 
 
 def gpu_step_table(*results: Result) -> str:
@@ -115,7 +117,7 @@ def gpu_step_table(*results: Result) -> str:
             ratios.append(_ratio(row, measured.get("full"), "peak_device_bytes"))
             times = [f"{1e3 * seconds:.0f}" for seconds in (row["step_s"], *row["phases_s"].values())]
             rows.append([name, *ratios, *times, f"{row['peak_device_bytes'] / 2**30:.1f}"])
-    return _with_origin(results[0], _table(["", *head, "peak, GiB"], rows))
+    return with_origin(results[0], grid(["", *head, "peak, GiB"], rows))
 
 
 def _ratio(row: Result, peer: Result | None, key: str) -> str:
@@ -130,7 +132,7 @@ def kernels_table(result: Result) -> str:
         if (row["numel"], row.get("density")) == (largest, 0.05):
             cells = [f"{row['share_of_copy']:.2f}", f"{row['gb_per_s']:,.0f}", f"{row['ms']:.3f}"]
             rows.append([row["op"], str(row["block"]), *cells])
-    return _with_origin(result, _table(["kernel", "block", "share of copy", "GB/s", "ms"], rows))
+    return with_origin(result, grid(["kernel", "block", "share of copy", "GB/s", "ms"], rows))
 
 
 def before_after_table(result: Result) -> str:
@@ -139,7 +141,7 @@ def before_after_table(result: Result) -> str:
     for row in result["rows"]:
         form = "{:.1%}" if "error" in row["what"] else "{:.1f}x" if "speed-up" in row["what"] else "{:.2f}x"
         rows.append([row["what"], form.format(row["before"]), form.format(row["after"])])
-    return _with_origin(result, _table(["", "before", "after"], rows))
+    return with_origin(result, grid(["", "before", "after"], rows))
 
 
 def stream_table(result: Result) -> str:
@@ -153,11 +155,12 @@ def stream_table(result: Result) -> str:
         sizes = [f"{task['peak_rss_bytes'] / 2**20:,.0f}", f"{task['bank_bytes'] / 2**20:.2f}"]
         rows.append([f"{number} {task['name']}", *scores, *times, *sizes])
     scores_head, times_head = ["learned, %", "at the end, %", "retrieved, %"], ["wall, s", "processor, s"]
-    return _with_origin(result, _table(["task", *scores_head, *times_head, "peak, MiB", "bank, MiB"], rows))
+    return with_origin(result, grid(["task", *scores_head, *times_head, "peak, MiB", "bank, MiB"], rows))
 
 
 STEP = "bench_step.json"
-SECTIONS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
+Sections = Mapping[str, tuple[tuple[str, ...], Callable[..., str]]]
+SECTIONS: Sections = {
     "optimizer": (("bench_optimizer.json",), optimizer_table),
     "batches": ((STEP, "bench_step_2.json", "bench_step_1.json"), batch_table),
     "fused": (("bench_step_fused.json",), batch_table),
@@ -173,14 +176,15 @@ SECTIONS: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
 """Section of the document -> its result files and its table."""
 
 
-def render(document: str, results: Path) -> str:
+def render(document: str, results: Path, sections: Sections = SECTIONS) -> str:
     """The document with every table made anew.
 
     Args:
         document: Markdown with the sections' markers.
         results: folder of the result files.
+        sections: section -> its result files and its table.
     """
-    for section, (files, table) in SECTIONS.items():
+    for section, (files, table) in sections.items():
         document = insert(document, section, table(*(read_json(results / file) for file in files)))
     return document
 

@@ -14,7 +14,7 @@ from trace_dist.bank.delta import Delta
 from trace_dist.bank.prompts import load_prompts
 from trace_dist.bank.signature import Signature
 from trace_dist.bank.sketch import Sketch
-from trace_dist.run_folder import DELTA, PROMPTS, SIGNATURE, SKETCH
+from trace_dist.run_folder import ADAPTED, DELTA, PROMPTS, SIGNATURE, SKETCH
 
 
 def bank_command(values: Any) -> None:
@@ -58,7 +58,9 @@ def _add(bank: DeltaBank, arguments: Any) -> None:
     source = Path(arguments.source)
     sketch = Sketch.load(source / SKETCH) if (source / SKETCH).is_file() else None
     prompts = load_prompts(source / PROMPTS) if (source / PROMPTS).is_file() else None
-    bank.add(Signature.load(source / SIGNATURE), Delta.load(source / DELTA), sketch, prompts=prompts)
+    adapted = Signature.load(source / ADAPTED) if (source / ADAPTED).is_file() else None
+    signature, delta = Signature.load(source / SIGNATURE), Delta.load(source / DELTA)
+    bank.add(signature, delta, sketch, prompts=prompts, adapted=adapted)
 
 
 def _remove(bank: DeltaBank, arguments: Any) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from trace_dist.config.checks import Section
+from trace_dist.config.checks import Section, check
+from trace_dist.parts import SIGNATURES
 
 
 @dataclass(frozen=True)
@@ -16,17 +17,33 @@ class BankConfig(Section):
 
     path: str | None = None
     """Folder of the bank that tasks are learned into (`--bank DIR` for short); `<run_dir>/bank` when not set."""
+    signature: str = "kmeans"
+    """How a task's prompts are described: kmeans (clusters, one covariance for all tasks), diagonal or full (a mixture of
+    Gaussians of its own), dirichlet (the same, Dirichlet process), mean (one mean), or the path of a module of your own."""
     clusters: int = 4
-    """Largest number of clusters per task; the number used is chosen by held-out likelihood."""
+    """Largest number of clusters per task; the number used is chosen by held-out likelihood (by dirichlet itself)."""
     num_prompts: int = 400
     """Training prompts per task from which a signature is made."""
-    layer: int = -1
-    """Hidden layer whose mean over the prompt's tokens represents it (-1 is the last)."""
+    layer: int | Literal["auto"] = -1
+    """Hidden layer whose mean over the prompt's tokens represents it (-1 is the last), or `auto`: chosen by held-out retrieval
+    among the tasks and general sets of the run that begins the bank; the bank keeps it for good."""
+
+    representation: Literal["base", "adapted"] = "base"
+    """`base`: a prompt is represented by the frozen base. `adapted`: the base proposes `candidates` tasks, and the prompt then
+    goes through each one's own weights; the most likely one wins. Tasks must have been learned with it."""
+    candidates: int = 3
+    """Tasks whose weights a prompt is tried with, for representation adapted."""
+    reject: float | None = None
+    """Share of a task's own prompts that may be taken for none of the bank's and go to the base, in (0, 1); then prompts that
+    are less typical of the task they retrieve go to the base. Nothing is rejected when not set."""
 
     keep_prompts: int = 1000
     """Training prompts per task that the bank keeps, without their answers, so that it can be folded into one set of weights
     later (`consolidate`); 0 keeps none. Of general sets of running text the text itself is kept."""
 
     def check(self) -> None:
-        self.at_least(1, "clusters", "num_prompts")
+        self.at_least(1, "clusters", "num_prompts", "candidates")
         self.at_least(0, "keep_prompts")
+        SIGNATURES.check(self.signature)
+        inside = self.reject is None or 0 < self.reject < 1
+        check(inside, "bank.reject", self.reject, "must lie in (0, 1)", "use for example 0.05")

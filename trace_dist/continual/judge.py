@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
 
-from trace_dist.bank.bank import BASE
+from trace_dist.bank.adapted import retrieve_adapted
+from trace_dist.bank.bank import BASE, DeltaBank
 from trace_dist.bank.bound import error_bound
 from trace_dist.bank.representation import represent
 from trace_dist.bank.retrieval import Retriever
@@ -18,6 +20,7 @@ from trace_dist.config import RunConfig
 from trace_dist.data.encoding import encode_prompt, pad_id
 from trace_dist.data.tasks import Task
 from trace_dist.evaluation import evaluate_task
+from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.workbench import Stream, Workbench
 
 
@@ -38,7 +41,7 @@ class Bank(Protocol):
     def layer(self) -> int: ...
     @property
     def retriever(self) -> Retriever: ...
-    def retrieve(self, representations: torch.Tensor) -> list[str]: ...
+    def retrieve(self, representations: torch.Tensor, reject: float | None = None) -> list[str]: ...
     def activated(self, model: Any, task: str) -> AbstractContextManager[None]: ...
 
 
@@ -174,7 +177,22 @@ class Judge:
         """Name of the delta (or ``base``) for each test prompt of a task."""
         if not bank.tasks:
             return [BASE] * len(task.test)
-        return bank.retrieve(self.representations(model, task, bank.layer))
+        base, cfg = self.representations(model, task, bank.layer), self.cfg.bank
+        if cfg.representation == "base" or not isinstance(bank, DeltaBank):
+            return bank.retrieve(base, cfg.reject)
+        prompts = task.test["prompt"][:]
+
+        def represent_rows(rows: Sequence[int]) -> torch.Tensor:
+            return self.represent(model, [prompts[row] for row in rows], bank.layer)
+
+        return retrieve_adapted(
+            bank,
+            cast(ShardedModel, model),
+            base,
+            represent_rows,
+            candidates=cfg.candidates,
+            reject=cfg.reject,
+        )
 
     def routes(self, model: Model, bank: Bank) -> dict[str, list[str]]:
         """``route`` of every set whose prompts are answered."""
@@ -204,17 +222,24 @@ class Judge:
 
     def represent(self, model: Model, prompts: Any, layer: int) -> torch.Tensor:
         """Representations of prompts under the model as it is: [N, hidden] fp32."""
-        tokenizer = self.bench.tokenizer
-        limit = self.cfg.data.max_length if self.cfg.data.truncate_prompt else None
-        ids = encode_prompt(list(prompts), tokenizer, limit)
         model.eval()
         return represent(
-            model.module, ids, layer=layer, batch_size=self.cfg.eval.batch_size, pad_id=pad_id(tokenizer)
+            model.module,
+            self.encoded(prompts),
+            layer=layer,
+            batch_size=self.cfg.eval.batch_size,
+            pad_id=pad_id(self.bench.tokenizer),
         )
 
-    def signature(self, model: Model, streams: list[Stream], name: str) -> Signature:
-        """Fit the signature of a task (or of the general sets together) from training prompts under the base."""
+    def encoded(self, prompts: Any) -> list[list[int]]:
+        """Token ids of prompts, cut as the configuration says."""
+        limit = self.cfg.data.max_length if self.cfg.data.truncate_prompt else None
+        return encode_prompt(list(prompts), self.bench.tokenizer, limit)
+
+    def signature(self, model: Model, streams: list[Stream], name: str, layer: int) -> Signature:
+        """Fit the signature of a task (or of the general sets together) from training prompts under the model as it is."""
         per_stream = -(-self.cfg.bank.num_prompts // len(streams))
         prompts = [prompt for stream in streams for prompt in stream.task.train["prompt"][:per_stream]]
-        x = self.represent(model, prompts, self.cfg.bank.layer)
-        return fit_signature(x, self.cfg.bank.clusters * len(streams), self.cfg.seed, name)
+        x = self.represent(model, prompts, layer)
+        bank = self.cfg.bank
+        return fit_signature(x, bank.clusters * len(streams), self.cfg.seed, name, kind=bank.signature)

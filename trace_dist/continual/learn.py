@@ -51,7 +51,7 @@ def learn_task(
     if task in bank.tasks:
         _check_same(bank, stream, mask)
         return kept_trained(kept, task) or TrainResult()
-    signature = setting.judge.signature(setting.model, [stream], task)
+    signature = setting.judge.signature(setting.model, [stream], task, bank.layer)
     before = Snapshot(setting.model, mask)
     batches = setting.bench.batches([stream], setting.cfg.train.batch_size)
     others = [other for other in bank.tasks if other not in (BASE, task)]
@@ -59,6 +59,9 @@ def learn_task(
     scale = setting.isolation.scale(mask, changes)
     result = train_stream(setting, stream, mask, batches, name=name, lr=lr, scale=scale)
     delta = extract_delta(setting.model, mask, task)
+    adapted = None
+    if setting.cfg.bank.representation == "adapted":
+        adapted = setting.judge.signature(setting.model, [stream], task, bank.layer)
     before.restore()
     # Before the delta: what lies in the bank is never trained again, so nothing could measure it later.
     keep_trained(kept, task, result)
@@ -73,7 +76,8 @@ def learn_task(
     # A mask that was given comes without a probe.
     path = setting.folder.sketch(task)
     sketch = on_all(lambda: Sketch.load(path) if path.is_file() else None)
-    bank.add(signature, delta, sketch=sketch, facts=facts, prompts=to_keep(setting, [stream]))
+    prompts = to_keep(setting, [stream])
+    bank.add(signature, delta, sketch=sketch, facts=facts, prompts=prompts, adapted=adapted)
     return result
 
 

@@ -28,6 +28,8 @@ def run_evaluate(cfg: RunConfig, bank_folder: str | None) -> dict[str, float]:
     bank = None if bank_folder is None else DeltaBank(bank_folder)
     if bank is not None:
         check_same(bank.base, setting.fingerprint, f"bank {bank_folder}")
+        if cfg.bank.representation == "adapted":
+            bank.check_adapted()
     judge = setting.judge
     row = setting.base_row if bank is None else judge.score_retrieved(setting.model, bank)
     routes = {} if bank is None else judge.routes(setting.model, bank)

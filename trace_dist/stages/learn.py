@@ -86,6 +86,9 @@ def _check_new(cfg: RunConfig) -> None:
     if not dist.broadcast_object(folder.index.is_file()):
         return
     bank = DeltaBank(folder.root)
+    bank.check_kind(cfg.bank.signature)
+    if cfg.bank.representation == "adapted":
+        bank.check_adapted()
     for task in cfg.tasks:
         # With a mask of its own the task was begun here; `continual.learn` compares mask and examples.
         if task.name in bank.tasks and not dist.broadcast_object(cfg.folder.mask(task.name).is_file()):

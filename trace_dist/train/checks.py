@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from trace_dist.bank.signature import MIN_PROMPTS
 from trace_dist.config import BankConfig, DataConfig, EvalConfig
+from trace_dist.config.checks import AUTO
 from trace_dist.data.encoding import encode
 from trace_dist.data.tasks import Task
 from trace_dist.evaluation.lengths import tokens_needed
 from trace_dist.evaluation.metric import check_metric
+from trace_dist.run_folder import BankFolder
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ def check_tasks(
         check_metric(task)
         _check_texts(task)
     _check_counts(tasks, general, bank)
+    _check_choosable([*tasks, *general], bank)
     for reader in readers:
         _check_layer(reader, bank)
         for task in (*tasks, *general):
@@ -94,9 +98,21 @@ def _check_counts(tasks: Sequence[Task], general: Sequence[Task], bank: BankConf
             )
 
 
+def _check_choosable(sets: Sequence[Task], bank: BankConfig) -> None:
+    """A layer is chosen by telling sets of prompts apart, when a bank is begun."""
+    begun = bank.path is not None and BankFolder(Path(bank.path)).index.is_file()
+    if bank.layer == AUTO and len(sets) < 2 and not begun:
+        raise ValueError(
+            "bank.layer='auto': is chosen by telling sets of prompts apart, and there is one; add a general set, or give a "
+            "layer (-1 is the last)"
+        )
+
+
 def _check_layer(reader: Reader, bank: BankConfig) -> None:
     last = reader.num_layers
-    if reader.scored and last is not None and not -last - 1 <= bank.layer <= last:
+    if bank.layer == AUTO or not reader.scored or last is None:
+        return
+    if not -last - 1 <= bank.layer <= last:
         raise ValueError(
             f"bank.layer={bank.layer}: must lie in [{-last - 1}, {last}] for the {reader.role} (0 is the embedding); "
             "use -1 for the last"

@@ -19,6 +19,8 @@ from torch import Tensor
 from trace_dist.bank.bank import BASE
 from trace_dist.bank.retrieval import Retriever
 from trace_dist.bank.signature import Signature
+from trace_dist.config import RunConfig
+from trace_dist.config.checks import AUTO, check
 from trace_dist.continual.judge import Judge, Row, Scored
 from trace_dist.continual.methods.lora import LoRA
 from trace_dist.continual.methods.options import LowRank
@@ -44,7 +46,7 @@ class Adapters:
     """
 
     def __init__(self, lora: LoRA) -> None:
-        self.module, self.layer = lora.module.get_base_model(), lora.setting.cfg.bank.layer
+        self.module, self.layer = lora.module.get_base_model(), int(lora.setting.cfg.bank.layer)
         self.retriever = Retriever()
         self.values: dict[str, dict[str, Tensor]] = {}
         """Task -> adapters by name."""
@@ -60,9 +62,9 @@ class Adapters:
         self.module.eval()
         return self
 
-    def retrieve(self, representations: Tensor) -> list[str]:
+    def retrieve(self, representations: Tensor, reject: float | None = None) -> list[str]:
         """The task of each prompt."""
-        return [self.tasks[index] for index in self.retriever.predict(representations).tolist()]
+        return self.retriever.retrieve(representations, reject)
 
     @contextmanager
     def activated(self, model: Any, task: str) -> Iterator[None]:
@@ -81,6 +83,14 @@ class LoRARetrieved(LoRA):
     label = "LoRA per task, retrieved"
     continues = False
 
+    @classmethod
+    def check(cls, name: str, cfg: RunConfig) -> None:
+        super().check(name, cfg)
+        bank, rule = cfg.bank, f"continual.methods={name!r} has no bank of deltas, in which this is kept"
+        check(bank.layer != AUTO, "bank.layer", bank.layer, rule, "give a number")
+        own = bank.representation != "base"
+        check(not own, "bank.representation", bank.representation, rule, "use base, or remove the method")
+
     def __init__(self, name: str, setting: Setting, options: Options) -> None:
         super().__init__(name, setting, options)
         # of its own: representations are those of this model
@@ -97,7 +107,7 @@ class LoRARetrieved(LoRA):
 
     def _signature(self, bank: Adapters, streams: list[Stream], name: str) -> Signature:
         with autocast(self.setting.cfg.target.dtype):
-            return self._judge.signature(bank, streams, name)
+            return self._judge.signature(bank, streams, name, bank.layer)
 
     def begin(self, stream: Stream) -> None:
         self.renew()

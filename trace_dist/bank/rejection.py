@@ -1,0 +1,66 @@
+"""Which prompts belong to no task of the bank? Those that are less typical of the task they retrieve than its own are.
+
+Atypical is a low log density under the task's own signature (``density``). With H held-out prompts of the task, whose
+densities no fit has seen, a new prompt of the task is equally likely to take each of the H + 1 ranks among them. So
+
+    threshold = the k-th smallest held-out density,  k = floor(rate (H + 1)),     P(rejected | task) <= k / (H + 1) <= rate
+
+without any assumption on the distribution (split conformal prediction; Vovk, Gammerman, Shafer, "Algorithmic Learning
+in a Random World", 2005). The probability is over held-out and new prompts together: for one bank the rate itself varies
+like Beta(k, H + 1 - k).
+"""
+
+from __future__ import annotations
+
+from math import floor, inf
+
+from torch import Tensor
+
+from trace_dist.bank.density import Mixture
+from trace_dist.bank.signature import Signature
+
+
+def check_rate(rate: float, name: str = "bank.reject") -> None:
+    """Raise ValueError unless a rate lies in (0, 1)."""
+    if not 0 < rate < 1:
+        raise ValueError(f"{name}={rate}: must lie in (0, 1); use for example 0.05")
+
+
+def threshold(signature: Signature, rate: float) -> float:
+    """The log density below which a prompt is rejected.
+
+    Args:
+        signature: of the task.
+        rate: of the task's own prompts that may be rejected, in (0, 1).
+
+    Returns:
+        Nats; -inf (nothing is rejected) where 1 / rate - 1 is more than the held-out prompts, which cannot show so low a rate.
+
+    Raises:
+        ValueError: the rate is out of range, or the task's prompts have no spread.
+    """
+    return Rejection(signature, rate).threshold
+
+
+class Rejection:
+    """Tells prompts of a task from others.
+
+    Args:
+        signature: of the task.
+        rate: as ``threshold``.
+
+    Attributes:
+        threshold: as ``threshold``.
+    """
+
+    def __init__(self, signature: Signature, rate: float) -> None:
+        check_rate(rate)
+        self._density = Mixture.of(signature)
+        # a rate that was written as a decimal must not lose a rank to rounding
+        rank = floor(rate * (len(signature.heldout) + 1) + 1e-9)
+        found = self._density.log_density(signature.heldout).sort().values
+        self.threshold = found[rank - 1].item() if rank else -inf
+
+    def rejects(self, x: Tensor) -> Tensor:
+        """[N] bool for representations x [N, D]."""
+        return self._density.log_density(x.detach().cpu()) < self.threshold

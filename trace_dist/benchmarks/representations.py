@@ -1,0 +1,151 @@
+"""Representations of many tasks' prompts under a small real model, kept on disk task by task.
+
+A representation is the mean of a hidden layer, so what lies above the highest layer asked for is cut off and never runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trace_dist.bank.representation import represent_layers
+from trace_dist.config import BankConfig, DataConfig, EvalConfig, ModelConfig, TaskConfig
+from trace_dist.data.encoding import encode_prompt, pad_id
+from trace_dist.data.sources import load_examples
+from trace_dist.models import convert_gguf, load_model, load_tokenizer
+from trace_dist.utils.files import load_tensors, save_tensors
+
+SPLITS = ("train", "test", "shifted")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study reads: sections of a run's configuration, and what is measured beside."""
+
+    folder: Path
+    """Where representations are kept."""
+    model: ModelConfig
+    data: DataConfig
+    bank: BankConfig
+    evaluation: EvalConfig
+    tasks: tuple[TaskConfig, ...] = field(repr=False)
+    seed: int
+    layers: tuple[int, ...] = (0, 4, 8)
+    """Hidden layers that are kept, ``bank.layer`` among them."""
+    num_shifted: int = 16
+    """Test prompts of a task that are also asked in other words."""
+    shift: str = "Could you help me with the following?\n\n{prompt}\n\nThink about it first."
+    """The other words."""
+
+    def __post_init__(self) -> None:
+        if self.bank.layer not in self.layers:
+            raise ValueError(
+                f"bank.layer={self.bank.layer!r}: this study keeps {self.layers}; choose one of them"
+            )
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Plan:
+        """From a run's configuration, as it is written."""
+        return cls(
+            folder=Path(config["run_dir"]),
+            model=ModelConfig(**config["target"]),
+            data=DataConfig(**config.get("data", {})),
+            bank=BankConfig(**config.get("bank", {})),
+            evaluation=EvalConfig(**config.get("eval", {})),
+            tasks=tuple(TaskConfig(**task) for task in config["tasks"]),
+            seed=config.get("seed", 0),
+        )
+
+
+@dataclass(frozen=True)
+class Represented:
+    """One task's prompts: [N, L, D] fp32 of each split, and their tokens."""
+
+    name: str
+    train: Tensor
+    test: Tensor
+    shifted: Tensor
+    num_tokens: tuple[int, ...]
+    """Of the test prompts, uncut."""
+
+
+def shortened(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
+    """The model without what lies above a hidden layer; its hidden states up to there are as before.
+
+    Raises:
+        ValueError: the model has no ``model.layers`` and ``model.norm``, or fewer layers.
+    """
+    decoder = getattr(model, "model", None)
+    if decoder is None or not hasattr(decoder, "layers") or not hasattr(decoder, "norm"):
+        raise ValueError(
+            f"model: {type(model).__name__} has no model.layers; choose one of the Llama family for this study"
+        )
+    if not 0 <= num_layers < len(decoder.layers):
+        raise ValueError(f"layers: {num_layers}, must lie in [0, {len(decoder.layers)}); choose lower ones")
+    # at least one layer stays: attention masks are made for it
+    decoder.layers = decoder.layers[: max(1, num_layers)]
+    decoder.norm = nn.Identity()
+    return model
+
+
+class Reader:
+    """The model, loaded when a task is not on disk yet."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+
+    @property
+    def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Model and tokenizer; converted from the package that carries them where that was not done."""
+        if self._loaded is None:
+            source, path = self._plan.model, Path(self._plan.model.path)
+            if source.gguf is not None and not (path / "config.json").is_file():
+                convert_gguf(source.gguf, path)
+            model = shortened(load_model(path, source.dtype), max(self._plan.layers))
+            self._loaded = model, load_tokenizer(path)
+        return self._loaded
+
+    def represent(self, prompts: Sequence[str]) -> Tensor:
+        """[N, L, D] fp32."""
+        model, tokenizer = self.loaded
+        return represent_layers(
+            model,
+            encode_prompt(list(prompts), tokenizer, self._plan.data.max_length),
+            layers=self._plan.layers,
+            batch_size=self._plan.evaluation.batch_size,
+            pad_id=pad_id(tokenizer),
+        )
+
+    def read(self, task: TaskConfig) -> Represented:
+        """A task's representations, from disk where they lie there whole."""
+        plan = self._plan
+        about = [vars(plan.model), vars(plan.data), plan.layers, plan.num_shifted, plan.shift, plan.seed]
+        digest = hashlib.sha256(json.dumps([about, vars(task)], default=str).encode()).hexdigest()[:16]
+        path = plan.folder / "representations" / f"{task.name}-{digest}.safetensors"
+        with suppress(ValueError):  # not there, or damaged
+            tensors, header = load_tensors(path, "representations")
+            kept = {split: tensors[split].clone() for split in SPLITS}
+            return Represented(task.name, num_tokens=tuple(header["num_tokens"]), **kept)
+        found = self._made(task)
+        header = {"format": "trace_dist.representations", "num_tokens": list(found.num_tokens)}
+        save_tensors(path, {split: getattr(found, split) for split in SPLITS}, header)
+        return found
+
+    def _made(self, task: TaskConfig) -> Represented:
+        examples = load_examples(task, self._plan.seed)
+        train, test = ([each["prompt"] for each in part] for part in (examples.train, examples.test))
+        shifted = [self._plan.shift.format(prompt=prompt) for prompt in test[: self._plan.num_shifted]]
+        lengths = tuple(map(len, encode_prompt(test, self.loaded[1])))
+        with torch.no_grad():
+            splits = {s: self.represent(p) for s, p in zip(SPLITS, (train, test, shifted), strict=True)}
+        return Represented(task.name, num_tokens=lengths, **splits)

@@ -1,0 +1,173 @@
+"""docs/retrieval.md and its picture, from the results of the study; a test compares the tables.
+
+python -m trace_dist.benchmarks.retrieval_page docs/results docs/retrieval.md docs/retrieval.png
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+from trace_dist.benchmarks.document import Result, Sections, grid, render, with_origin
+from trace_dist.report.theme import LIGHT
+from trace_dist.utils.files import read_json
+
+RESULT = "retrieval.json"
+SHOWN_LIMITS = {
+    "clopper_pearson": "Clopper-Pearson",
+    "gaussian": "Gaussian, held-out",
+    "cantelli": "Cantelli, held-out",
+    "separation": "Gaussian, fitted",
+    "separation_any": "Cantelli, fitted",
+}
+COLOURS = ("blue", "vermillion", "green", "amber", "pink")
+LEAST_PERCENT = 1e-2
+"""Where a logarithmic axis begins; what is 0 is drawn there."""
+
+
+def kinds_table(result: Result) -> str:
+    """Accuracy with its 95 % interval by kind and number of tasks."""
+    sizes = [size["tasks"] for size in result["kinds"][0]["sizes"]]
+    rows = []
+    for kind in result["kinds"]:
+        cells = [f"{size['accuracy']:.1f} ({size['low']:.1f}–{size['high']:.1f})" for size in kind["sizes"]]  # noqa: RUF001
+        rows.append([kind["kind"], *cells])
+    return with_origin(result, grid(["retrieved, %", *(f"{size} tasks" for size in sizes)], rows))
+
+
+def costs_table(result: Result) -> str:
+    """What a kind costs: time of a prompt behind its forward pass, time of a fit, size."""
+    rows = []
+    for kind in result["kinds"]:
+        times = [f"{size['retrieve_ms']:.2f}" for size in kind["sizes"]]
+        sizes = [f"{kind['clusters']:.1f}", f"{kind['fit_s']:.2f}", f"{kind['bytes'] / 2**20:.2f}"]
+        rows.append([kind["kind"], *times, *sizes])
+    heads = [f"ms, {size['tasks']} tasks" for size in result["kinds"][0]["sizes"]]
+    return with_origin(result, grid(["", *heads, "clusters", "fit, s", "MiB per task"], rows))
+
+
+def bounds_table(result: Result) -> str:
+    """Limits of the default kind beside the error of fresh prompts; what is broken is marked."""
+    rows = []
+    for size in result["kinds"][0]["sizes"]:
+        cells = [f"{size['error']:.2f}", f"{100 - size['shifted']['accuracy']:.2f}"]
+        for name in SHOWN_LIMITS:
+            cells.append(f"{size['limits'][name]:.2f}" + ("" if size["held"][name] else " (broken)"))
+        rows.append([str(size["tasks"]), *cells])
+    return with_origin(result, grid(["tasks", "error, %", "in other words", *SHOWN_LIMITS.values()], rows))
+
+
+def held_table(result: Result) -> str:
+    """Limits of all kinds among all tasks."""
+    rows = []
+    for kind in result["kinds"]:
+        size = kind["sizes"][-1]
+        limits = [(size["limits"][name], size["held"][name]) for name in SHOWN_LIMITS]
+        cells = [
+            "–" if limit == 100 else f"{limit:.2f}" + ("" if held else " (broken)")  # noqa: RUF001
+            for limit, held in limits
+        ]
+        rows.append([kind["kind"], f"{size['error']:.2f}", *cells])
+    return with_origin(result, grid(["", "error, %", *SHOWN_LIMITS.values()], rows))
+
+
+def twins_table(result: Result) -> str:
+    """The pairs that the default kind confuses most."""
+    rows = [
+        [pair["task"], pair["retrieved"], f"{pair['percent']:.0f}"]
+        for pair in result["kinds"][0]["confused"][:12]
+    ]
+    return with_origin(result, grid(["prompts of", "go to", "%"], rows))
+
+
+def layers_table(result: Result) -> str:
+    """Accuracy by hidden layer, one cluster per task, all tasks."""
+    rows = [
+        [str(row["layer"]), f"{row['accuracy']:.1f} ({row['low']:.1f}–{row['high']:.1f})"]  # noqa: RUF001
+        for row in result["layers"]
+    ]
+    return with_origin(result, grid(["layer", "retrieved, %"], rows))
+
+
+def rejection_table(result: Result) -> str:
+    """Rejected prompts of known tasks, of the same in other words, and of tasks that the bank does not hold."""
+    rows = []
+    for kind in result["kinds"]:
+        found = kind["rejection"]
+        rows.append([kind["kind"], *(f"{found[key]:.1f}" for key in ("known", "shifted", "unknown"))])
+    return with_origin(result, grid(["rejected, %", "known", "in other words", "unknown"], rows))
+
+
+SECTIONS: Sections = {
+    "kinds": ((RESULT,), kinds_table),
+    "costs": ((RESULT,), costs_table),
+    "bounds": ((RESULT,), bounds_table),
+    "held": ((RESULT,), held_table),
+    "twins": ((RESULT,), twins_table),
+    "layers": ((RESULT,), layers_table),
+    "rejection": ((RESULT,), rejection_table),
+}
+"""Section of docs/retrieval.md -> its result files and its table."""
+
+
+def draw(result: Result, out: Path) -> None:
+    """Accuracy, error with its limits, and time against the number of tasks."""
+    with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(12, 3.8), layout="constrained")
+        accuracy, bounds, cost = figure.subplots(1, 3)
+        for kind, colour in zip(result["kinds"], COLOURS, strict=False):
+            sizes = [size["tasks"] for size in kind["sizes"]]
+            low, high = ([size[key] for size in kind["sizes"]] for key in ("low", "high"))
+            _line(accuracy, sizes, [size["accuracy"] for size in kind["sizes"]], kind["kind"], colour)
+            accuracy.fill_between(sizes, low, high, color=LIGHT[colour], alpha=0.15, linewidth=0)
+            _line(cost, sizes, [size["retrieve_ms"] for size in kind["sizes"]], kind["kind"], colour)
+        _draw_bounds(bounds, result)
+        cost.axhline(result["represent_ms"], color=LIGHT["muted"], linestyle="--")
+        cost.text(1, result["represent_ms"], "forward pass of the prompt", color=LIGHT["muted"], va="bottom")
+        cost.set_yscale("log")
+        for ax, title in (
+            (accuracy, "prompts that find their task, %"),
+            (bounds, f"error and its limits, {result['kinds'][0]['kind']}, %"),
+            (cost, "ms per prompt"),
+        ):
+            ax.set_title(title, loc="left", fontsize=10)
+            ax.set_xlabel("tasks in the bank")
+        figure.savefig(out, dpi=150)
+
+
+def _draw_bounds(ax: Axes, result: Result) -> None:
+    sizes = result["kinds"][0]["sizes"][1:]
+    numbers = [size["tasks"] for size in sizes]
+    for (name, label), colour in zip(SHOWN_LIMITS.items(), COLOURS, strict=True):
+        _line(ax, numbers, [max(LEAST_PERCENT, size["limits"][name]) for size in sizes], label, colour)
+    for label, errors, style in (
+        ("error", [size["error"] for size in sizes], "-"),
+        ("error, other words", [100 - size["shifted"]["accuracy"] for size in sizes], ":"),
+    ):
+        _line(ax, numbers, [max(LEAST_PERCENT, error) for error in errors], label, "ink", style)
+    ax.set_yscale("log")
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _line(ax: Axes, x: list[int], y: list[float], label: str, colour: str, style: str = "-") -> None:
+    ax.plot(x, y, style, color=LIGHT[colour], marker="o", markersize=3)
+    ax.annotate(
+        label,
+        (x[-1], y[-1]),
+        (5, 0),
+        textcoords="offset points",
+        color=LIGHT[colour],
+        va="center",
+        fontsize=8,
+    )
+
+
+if __name__ == "__main__":
+    results, page = Path(sys.argv[1]), Path(sys.argv[2])
+    page.write_text(render(page.read_text(encoding="utf-8"), results, SECTIONS), encoding="utf-8")
+    draw(read_json(results / RESULT), Path(sys.argv[3]))
