@@ -47,6 +47,7 @@ def run(**changes: Any) -> c.RunConfig:
         (lambda: c.MaskConfig(share_of="tensors"), "mask.share_of", "selects inside tensors"),
         (lambda: c.MaskConfig(granularity="tensor", floor=0.01), "mask.floor", "whole or not at all"),
         (lambda: c.MaskConfig(granularity="tensor", scope="tensor"), "mask.scope", "whole or not at all"),
+        (lambda: c.MaskConfig(scope="tensor", cap=0.5), "mask.cap", "every tensor has the same density"),
         (lambda: c.MaskConfig(floor=0.06), "mask.floor", "must lie in [0, mask.density=0.05]"),
         (lambda: c.MaskConfig(cap=0.04), "mask.cap", "must lie in [mask.density=0.05, 1]"),
         (lambda: c.ProbeConfig(epochs=0.0), "probe.epochs", "must be positive"),

@@ -74,6 +74,9 @@ class MaskConfig(Section):
             value = getattr(self, name)
             rule = "granularity tensor takes a tensor whole or not at all"
             check(not whole or value == usual, f"mask.{name}", value, rule, "leave it out")
+            rule = "with mask.scope: tensor every tensor has the same density"
+            same = name != "scope" and self.scope == "tensor"
+            check(not same or value == usual, f"mask.{name}", value, rule, "leave it out")
         rule = f"must lie in [0, mask.density={self.density}]"
         check(0 <= self.floor <= self.density, "mask.floor", self.floor, rule, "lower it")
         rule = f"must lie in [mask.density={self.density}, 1]"

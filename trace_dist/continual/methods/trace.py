@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from trace_dist.bank.sketch import Sketch
 from trace_dist.config import MaskConfig, RunConfig
@@ -29,6 +29,7 @@ from trace_dist.probe.specificity import mean_cosines
 from trace_dist.probe.task import Tensors
 from trace_dist.projection.project import project_tensors
 from trace_dist.train.workbench import Stream
+from trace_dist.utils.together import on_all
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,6 @@ class Trace(retrieved.Retrieved):
     def mask(self, stream: Stream) -> Mask:
         return self.setting.own_mask(stream, self._recipe)
 
-    def made_of(self) -> dict[str, Any]:
-        return {"tensors": self._recipe.made_by}
-
     def _choose(self, stream: Stream, refused: Units) -> Mask:
         """The best tensors that are not refused. Collective."""
         setting, task = self.setting, stream.task.name
@@ -90,12 +88,18 @@ class Trace(retrieved.Retrieved):
         )
         layouts = layouts_for(setting.model, mask.granularity, mask.block, mask.maskable)
         check_room(layouts, mask.density, refused, task, mask.isolation, mask.share_of)
-        tensors = Tensors.load(probed_file(setting.folder.trace(task)))
-        scores = tensors.scores
-        if self.options.select == "specificity":
-            own = Sketch.load(probed_file(setting.folder.sketch(task)))
-            scores = {name: -cosine for name, cosine in mean_cosines(own, self._others(task)).items()}
-        return project_tensors(setting.model, scores, tensors.shapes, mask, refused)
+        tensors = on_all(lambda: self._tensors(task))
+        return project_tensors(setting.model, tensors.scores, tensors.shapes, mask, refused)
+
+    def _tensors(self, task: str) -> Tensors:
+        """The proxy's tensors with the scores that choose, the highest first."""
+        folder = self.setting.folder
+        tensors = Tensors.load(probed_file(folder.trace(task)))
+        if self.options.select == "importance":
+            return tensors
+        own = Sketch.load(probed_file(folder.sketch(task)))
+        cosines = mean_cosines(own, self._others(task))
+        return replace(tensors, scores={name: -cosine for name, cosine in cosines.items()})
 
     def _others(self, task: str) -> Iterator[Sketch]:
         """Sketches of the run's other tasks, one at a time."""

@@ -49,6 +49,7 @@ def unit_importance(trace: Trace, layouts: dict[str, UnitLayout], score: str) ->
 
 
 def _unit_means(trace: Trace, layouts: dict[str, UnitLayout], score: str) -> dict[str, Tensor]:
+    """A score that is made of no others."""
     scores = {}
     for name, layout in layouts.items():
         energy = element_energy(trace.evidence[name], score).flatten()
