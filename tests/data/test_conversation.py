@@ -95,6 +95,8 @@ def test_a_template_that_strips_answers_or_drops_their_thoughts() -> None:
     [
         KINDS["upper_case"].template,
         "<|start|>{{ messages[-1]['content'] }}{% if add_generation_prompt %}<|end|>{% endif %}",
+        # Each text twice, with nothing between the turns.
+        "{% for m in messages %}{{ m['content'] }}{% if m.role == 'assistant' %}{{ m['content'] }}{% endif %}{% endfor %}",
     ],
 )
 def test_a_template_that_does_not_write_earlier_answers_is_refused(template: str) -> None:
@@ -162,6 +164,8 @@ def test_system_turns_stay_and_turns_that_teach_nothing_go(tmp_path: Path) -> No
         {"from": "gpt", "value": "a"},
     ]
     assert read(tmp_path, {"conversations": sharegpt}) == expected
+    both = [turn | {"role": None, "content": None} for turn in sharegpt]
+    assert read(tmp_path, {"conversations": both}) == expected
     assert read(tmp_path, {"talk": sharegpt}, messages_field="talk") == expected
     llama = {"instruction": "u", "output": "a", "system": "s", "history": []}
     assert read(tmp_path, llama) == expected

@@ -38,7 +38,7 @@ def _choices(value: Any, where: str) -> tuple[list[str], list[str]]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(f"{where}: {value[:80]!r} is no JSON list of choices; write one") from None
     labels: Sequence[Any] = []
     if isinstance(value, Mapping) and isinstance(value.get("text"), list):

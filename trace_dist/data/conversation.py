@@ -79,7 +79,8 @@ def turns_from(value: Any, where: str) -> list[Turn]:
 
 
 def _turn(raw: Mapping[str, Any], where: str) -> Turn:
-    style = next((keys for keys in STYLES if all(key in raw for key in keys)), None)
+    # A file that holds both styles has the keys of the other one in every turn, without values.
+    style = next((keys for keys in STYLES if raw.get(keys[0]) is not None and keys[1] in raw), None)
     if style is None:
         raise ValueError(f"{where}: has {sorted(raw)}; a turn has role and content, or from and value")
     who, said = raw[style[0]], raw[style[1]]

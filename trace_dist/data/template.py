@@ -82,15 +82,13 @@ def without_thinking(text: str) -> str:
 def _plain_frame(prompt: Prompt, end: str) -> Frame:
     if isinstance(prompt, str):
         return Frame(prompt, "", "")
-    written, earlier = "", []
-    for before, turn in zip([None, *prompt], prompt, strict=False):
+    written, gap, earlier = "", "", []
+    for turn in prompt:
         if turn["role"] == "assistant":
             earlier.append((len(written), len(written) + len(turn["content"])))
-            written += turn["content"] + end
+            written, gap = written + turn["content"] + end, ""
         else:
-            written += ("\n\n" if before is not None and before["role"] != "assistant" else "") + turn[
-                "content"
-            ]
+            written, gap = written + gap + turn["content"], "\n\n"
     return Frame(written, "", "", tuple(earlier))
 
 
@@ -148,7 +146,7 @@ def _stop_of(answer: str, gap: str, asked: str, position: int) -> int:
     for written in (answer, answer.strip()):
         if asked.startswith(written + gap, max(0, position)):
             return position + len(written)
-    return asked.find(gap, max(0, position))
+    return asked.find(gap, max(0, position)) if gap else -1
 
 
 def _closing(opening: re.Match[str]) -> str:
