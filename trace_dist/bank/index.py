@@ -19,7 +19,7 @@ from typing import Any
 from trace_dist.run_folder import ADAPTED, DELTA, PROMPTS, SIGNATURE, SKETCH
 from trace_dist.utils.files import read_json, sha256, write_json
 from trace_dist.utils.names import BASE, check_task_name
-from trace_dist.utils.sealed import json_checksum
+from trace_dist.utils.sealed import check_version, json_checksum
 
 FORMAT = "trace_dist.bank"
 VERSION = 2
@@ -131,10 +131,7 @@ class Index:
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise ValueError(f"{path}: this is not the index of a bank; give the folder of a bank")
         version = value.get("version")
-        if version not in (1, VERSION):
-            raise ValueError(
-                f"{path}: version {version!r}, but this release reads versions 1 to {VERSION}; update trace_dist"
-            )
+        check_version(version, path, VERSION, 1)
         read = _Reader(path)
         rest = {key: part for key, part in value.items() if key != "checksum"}
         if version == VERSION and value.get("checksum") != json_checksum(rest):

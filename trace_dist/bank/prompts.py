@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trace_dist.data.encoding import Pair
 from trace_dist.utils.files import reading
-from trace_dist.utils.sealed import load_sealed, save_sealed
+from trace_dist.utils.sealed import check_version, load_sealed, save_sealed
 
 VERSION = 1
 COLUMNS = ("ids", "prompt_lengths", "answer_lengths")
@@ -91,10 +91,7 @@ def load_prompts(path: Path, digest: str | None = None) -> PromptSets:
         ValueError: missing, corrupt, of another kind, or of a newer version.
     """
     tensors, header = load_sealed(path, "prompts", digest)
-    if header.get("version") != VERSION:
-        raise ValueError(
-            f"{path}: version {header.get('version')!r}, but this release reads {VERSION}; update trace_dist"
-        )
+    check_version(header.get("version"), path, VERSION)
     with reading(path, "prompts"):
         sets = zip(header["sets"], header["max_new_tokens"], strict=True)
         return {

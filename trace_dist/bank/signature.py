@@ -28,7 +28,7 @@ from torch import Tensor
 
 from trace_dist.parts import SIGNATURES
 from trace_dist.utils.files import reading
-from trace_dist.utils.sealed import load_sealed, save_sealed
+from trace_dist.utils.sealed import check_version, load_sealed, save_sealed
 
 FORMAT_VERSION = 2
 KIND, LIKELIHOOD = "kmeans", "covariance"
@@ -158,11 +158,7 @@ class Signature:
             ValueError: missing, corrupt, of another kind, or of a newer version.
         """
         tensors, header = load_sealed(path, "signature", digest)
-        if header.get("version") not in (1, FORMAT_VERSION):
-            raise ValueError(
-                f"{path}: version {header.get('version')!r}, but this release reads 1 to {FORMAT_VERSION}; "
-                "update trace_dist"
-            )
+        check_version(header.get("version"), path, FORMAT_VERSION, 1)
         about = {key: header[key] for key in ("kind", "likelihood") if key in header}
         with reading(path, "signature"):
             parts: dict[str, Any] = {name: tensors.pop(name) for name in TENSORS}

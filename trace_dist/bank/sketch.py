@@ -26,7 +26,7 @@ from trace_dist.masks.ops import tensor_seed
 from trace_dist.models.fingerprint import same_model
 from trace_dist.utils.files import reading
 from trace_dist.utils.mixing import mix, shift
-from trace_dist.utils.sealed import load_sealed, save_sealed
+from trace_dist.utils.sealed import check_version, load_sealed, save_sealed
 
 VERSION = 1
 NUM_BUCKETS = 1024
@@ -76,10 +76,7 @@ class Sketch:
             ValueError: missing, corrupt, of another kind, or of a newer version.
         """
         values, header = load_sealed(path, "sketch", digest)
-        if header.get("version") != VERSION:
-            raise ValueError(
-                f"{path}: version {header.get('version')!r}, but this release reads {VERSION}; update trace_dist"
-            )
+        check_version(header.get("version"), path, VERSION)
         with reading(path, "sketch"):
             sketch = Sketch(values, header["numels"], header["seed"], header["model"], header["num_buckets"])
             sketch.check()

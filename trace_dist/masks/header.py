@@ -8,6 +8,7 @@ from typing import Any
 
 from trace_dist.masks.units import UnitLayout
 from trace_dist.utils.files import MALFORMED
+from trace_dist.utils.sealed import check_version
 
 VERSION = 1
 
@@ -22,10 +23,7 @@ def layouts_header(layouts: Mapping[str, UnitLayout]) -> dict[str, Any]:
 
 def layouts_from_header(header: Mapping[str, Any], path: Path) -> dict[str, UnitLayout]:
     """Layouts read back. Raises ValueError when the header was written by a newer version or lacks them."""
-    if header.get("version") != VERSION:
-        raise ValueError(
-            f"{path}: version {header.get('version')!r}, but this release reads {VERSION}; update trace_dist"
-        )
+    check_version(header.get("version"), path, VERSION)
     try:
         return {name: _layout(*layout) for name, layout in header["layouts"].items()}
     except MALFORMED as error:

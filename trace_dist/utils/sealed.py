@@ -83,6 +83,23 @@ def check_header(header: Mapping[str, Any], path: Path, kind: str) -> None:
         raise corrupt(path, kind, "wrong checksum of its header")
 
 
+def check_version(version: Any, path: Path, newest: int, oldest: int | None = None) -> None:
+    """Raise ValueError unless this release reads a version of a file.
+
+    Args:
+        version: what the file says.
+        path: the file.
+        newest: version that is written.
+        oldest: the first one that is read; the newest alone when None.
+    """
+    first = newest if oldest is None else oldest
+    if type(version) is not int or not first <= version <= newest:
+        known = str(newest) if oldest is None else f"{oldest} to {newest}"
+        raise ValueError(
+            f"{path}: version {version!r:.100}, but this release reads {known}; update trace_dist"
+        )
+
+
 def same_content(one: Path, other: Path, kind: str) -> bool:
     """Whether two files hold the same tensors and header, whichever release wrote their checksums.
 
