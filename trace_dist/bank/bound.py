@@ -39,7 +39,6 @@ from dataclasses import asdict, dataclass
 from operator import mul, truediv
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from trace_dist.bank.margins import cantelli, fitted_margins, gaussian, heldout_margins
@@ -122,6 +121,8 @@ def clopper_pearson_upper(num_errors: int, num_trials: int, confidence: float = 
         raise ValueError(f"num_errors={num_errors}: must lie in [0, num_trials={num_trials}]; count again")
     if num_errors == num_trials:
         return 1.0
+    from scipy import stats  # slow to import, and needed at the end alone
+
     limit = float(stats.beta.ppf(confidence, num_errors + 1, num_trials - num_errors))
     return limit if limit * num_trials >= num_errors + 1 else 1.0
 
@@ -134,6 +135,8 @@ def _score_lower_limits(
     The mean and the variance of a Gaussian sample are independent; half the level is spent on each. A mean
     at or below 0 gives -inf (no claim).
     """
+    from scipy import stats  # slow to import, and needed at the end alone
+
     variance_upper = variance * num_samples / float(stats.chi2.ppf(level / 2, num_samples))
     limit = mean / variance_upper.sqrt() - float(stats.norm.isf(level / 2)) / counts.sqrt()
     return torch.where(mean > 0, limit, -torch.inf)

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from trace_dist.bank.signature import Signature
@@ -49,6 +48,8 @@ def mardia(x: Tensor) -> Mardia:
     Raises:
         ValueError: too few rows, or they do not span p dimensions.
     """
+    from scipy import stats  # slow to import, and needed at the end alone
+
     num, dim = x.shape
     centred = x - x.mean(dim=0)
     factor, info = torch.linalg.cholesky_ex(centred.T @ centred / num)
