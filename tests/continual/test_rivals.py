@@ -40,14 +40,14 @@ RATES = {
 OTHER = {"ewc": {"examples": 8}}
 STEPS = 12
 CHECKPOINT_EVERY = 5
-NUM_TRAIN = 100
+NUM_TRAIN, NUM_TEST = 100, 16
 
 
 def one_method(folder: Path, name: str, run: str, **options: Any) -> RunConfig:
     """A run of one method, short and with few examples."""
     cfg = make_config(folder, [name], run)
     given = {"lr": {**RATES, "lora": 2e-2}.get(name, 1e-2), **OTHER.get(name, {}), **options}
-    few = [replace(task, num_train=NUM_TRAIN, num_test=16) for task in (*cfg.tasks, cfg.general[0])]
+    few = [replace(task, num_train=NUM_TRAIN, num_test=NUM_TEST) for task in (*cfg.tasks, cfg.general[0])]
     train = replace(cfg.train, steps=STEPS, checkpoint_every=CHECKPOINT_EVERY)
     chosen = ContinualConfig([name], {name: given})
     return replace(cfg, tasks=few[:2], general=few[2:], train=train, continual=chosen)
@@ -111,7 +111,7 @@ def test_it_learns_and_is_reported(folder: Path, uncut: Callable[..., Any], name
     assert len(summary_table(results).rows) == 1
 
 
-@pytest.mark.parametrize("name", RATES)
+@pytest.mark.parametrize("name", sorted({*RATES} - {"ella", "shira_random"}))  # as ewc and lora are
 def test_killed_twice_it_ends_as_the_uncut_one(
     folder: Path, uncut: Callable[..., Any], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,14 +139,14 @@ def mortal(function: Callable[..., Any], last: int) -> Callable[..., Any]:
     return call
 
 
-@pytest.mark.parametrize("name", RATES)
+@pytest.mark.parametrize("name", sorted({*RATES} - {"ella", "ps", "shira_random"}))  # as ewc and lora do
 def test_nothing_of_a_trial_is_left(method: Callable[..., Any], name: str) -> None:
     """In the middle of a stream, too, where adapters lie in the weights; and after one that diverges."""
     made = method(name)
     first, second = made.setting.bench.tasks
     made.learn(first)
     before, weights = copies(made.kept()), copies(made.module.state_dict())
-    part, _ = split(second, RaceConfig(steps=3, heldout=20), 0)
+    part, _ = split(second, RaceConfig(steps=2, heldout=20), 0)
     with made.trial(second, part, 1e-2) as learner:
         assert not equal(copies(learner.module.state_dict()), weights)
     assert equal(copies(made.kept()), before)
@@ -260,30 +260,29 @@ def test_one_lora_is_merged_with_falling_weight(
             torch.testing.assert_close(final.detach(), old + (own - old) / math.sqrt(2), rtol=0, atol=1e-6)
 
 
-def test_frozen_adapters_stay_in_the_answer_and_their_subspaces_are_kept_off(
-    method: Callable[..., Any],
-) -> None:
+def test_frozen_adapters_stay_in_the_answer(method: Callable[..., Any]) -> None:
+    made = method("olora")
+    first, second = made.setting.bench.tasks
+    made.learn(first)
+    ids = torch.arange(12)[None]
+    answers = made.module.eval()(input_ids=ids).logits
+    for change in (lambda: made.begin(second), lambda: made.restore(copies(made.kept()))):
+        change()
+        torch.testing.assert_close(made.module.eval()(input_ids=ids).logits, answers, rtol=0, atol=1e-4)
+    assert made.facts()["adapters"] == 2
+    assert [len(each) for each in made.memory.values()] == [1] * len(made.trained())
+
+
+def test_subspaces_are_kept_off_each_other(method: Callable[..., Any]) -> None:
     overlaps = []
     for strength in (0.0, 20.0):
         made = method("olora", strength=strength)
-        first, second = made.setting.bench.tasks
-        made.learn(first)
-        ids = torch.arange(12)[None]
-        answers = made.module.eval()(input_ids=ids).logits
-        made.begin(second)
-        torch.testing.assert_close(made.module(input_ids=ids).logits, answers, rtol=0, atol=1e-4)
-        made.restore(copies(made.kept()))
-        torch.testing.assert_close(made.module.eval()(input_ids=ids).logits, answers, rtol=0, atol=1e-4)
-        fresh = method("olora", strength=strength)
-        fresh.learn(first)
-        fresh.learn(second)
+        for stream in made.setting.bench.tasks:
+            made.learn(stream)
         pairs = [
-            (fresh.memory[name][0], each.detach())
-            for name, each in fresh.trained().items()
-            if ".lora_A." in name
+            (old[0], made.trained()[name].detach()) for name, old in made.memory.items() if ".lora_A." in name
         ]
         overlaps.append(sum(float((old @ new.T).square().sum()) for old, new in pairs))
-        assert fresh.facts()["adapters"] == 2
     assert overlaps[1] < 0.5 * overlaps[0]
 
 
@@ -353,7 +352,7 @@ def test_adapters_are_retrieved(uncut: Callable[..., Any]) -> None:
     assert (found["trainable"], found["losses"]["one"]) == (lora["trainable"], lora["losses"]["one"])
     assert found["losses"]["two"][0] != lora["losses"]["two"][0]
     assert found["retrieval"]["columns"] == ["base", *TASKS]
-    assert [sum(row) for row in found["retrieval"]["confusion"]] == [16, 16]
+    assert [sum(row) for row in found["retrieval"]["confusion"]] == [NUM_TEST, NUM_TEST]
     assert found["retrieval"]["accuracy"] > 90
 
 
