@@ -156,9 +156,10 @@ def test_a_finished_run_does_nothing_but_report(run: Run) -> None:
     assert run.stage_files[0] == run.stage_files[1]
     lines = run.again.stdout.splitlines()
     assert f"report: {run.folder / 'report.html'}" in lines
-    *_, show, ask, _, score = lines
+    *_, show, ask, _, fold, score = lines
     assert show == f"next: trace-dist bank show {run.folder / 'bank'}"
     assert ask.split()[:2] == ["trace-dist", "generate"]
+    assert fold.split()[:2] == ["trace-dist", "consolidate"]
     assert "--module trace_dist eval --config" in score
 
 
