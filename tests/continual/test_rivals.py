@@ -146,7 +146,7 @@ def test_nothing_of_a_trial_is_left(method: Callable[..., Any], name: str) -> No
     first, second = made.setting.bench.tasks
     made.learn(first)
     before, weights = copies(made.kept()), copies(made.module.state_dict())
-    part, _ = split(second, RaceConfig(steps=2, heldout=20), 0)
+    part, _ = split(second, RaceConfig(steps=3, heldout=20), 0)
     with made.trial(second, part, 1e-2) as learner:
         assert not equal(copies(learner.module.state_dict()), weights)
     assert equal(copies(made.kept()), before)
