@@ -26,6 +26,8 @@ from trace_dist.utils.log import get_logger
 from trace_dist.utils.names import BASE
 
 logger = get_logger(__name__)
+Events = asyncio.Queue[tuple[int, str] | None]
+"""Number of an answer and the next piece of it; None behind the last one."""
 
 
 class Api:
@@ -85,27 +87,24 @@ class Api:
     async def answer(self, asked: Asked, prompts: Sequence[Any], chat: bool) -> Response:
         """A request for answers."""
         self._check_model(asked.model)
-        events: asyncio.Queue[tuple[int, str]] = asyncio.Queue()
+        events: Events = asyncio.Queue()
         jobs = await self._jobs(asked, prompts, events if asked.stream else None)
         try:
             self._worker.submit(jobs)
         except Busy as error:
             raise ApiError(429, str(error), "server_error", code="busy") from None
         shape = Shape(chat, asked.model)
-        waiting = asyncio.gather(*(asyncio.wrap_future(job.done) for job in jobs))
         if asked.stream:
-            pieces = _Pieces(shape, jobs, waiting, events, asked.stream_options.include_usage)
+            pieces = _Pieces(shape, jobs, events, asked.stream_options.include_usage)
             return StreamingResponse(await pieces.begun(), media_type="text/event-stream")
         try:
-            return JSONResponse(shape.whole(await waiting))
+            return JSONResponse(shape.whole(await _answers(jobs)))
         except Exception as error:
             raise _as_api_error(error) from None
         finally:
             _cancel(jobs)
 
-    async def _jobs(
-        self, asked: Asked, prompts: Sequence[Any], events: asyncio.Queue[tuple[int, str]] | None
-    ) -> list[Job]:
+    async def _jobs(self, asked: Asked, prompts: Sequence[Any], events: Events | None) -> list[Job]:
         if len(prompts) > self._limits.max_waiting:
             message = (
                 f"prompt: {len(prompts)} texts, may be {self._limits.max_waiting} at most on this server"
@@ -114,7 +113,9 @@ class Api:
         try:
             encoded = await asyncio.to_thread(self._router.encode, prompts)
         except ValueError as error:
-            raise ApiError(400, str(error), param="messages") from None
+            raise ApiError(
+                400, str(error), param="messages" if isinstance(asked, ChatRequest) else "prompt"
+            ) from None
         loop = asyncio.get_running_loop()
         task = None if asked.model == AUTO else asked.model
         jobs = []
@@ -145,18 +146,26 @@ class Api:
 
 
 class _Pieces:
-    """A stream of server-sent events."""
+    """A stream of server-sent events.
 
-    def __init__(
-        self,
-        shape: Shape,
-        jobs: list[Job],
-        waiting: asyncio.Future[list[list[Answer]]],
-        events: asyncio.Queue[tuple[int, str]],
-        with_usage: bool,
-    ) -> None:
+    Args:
+        shape: of the answers.
+        jobs: what is waited for; they tell ``events`` of their pieces.
+        events: number and text of each piece.
+        with_usage: whether the last event counts tokens.
+    """
+
+    def __init__(self, shape: Shape, jobs: list[Job], events: Events, with_usage: bool) -> None:
         self._shape, self._jobs, self._events, self._with_usage = shape, jobs, events, with_usage
-        self._waiting = waiting
+        self._found = _answers(jobs)
+        # Behind the last piece, since both come from the worker in this order.
+        self._found.add_done_callback(self._ended)
+
+    def _ended(self, found: asyncio.Future[list[list[Answer]]]) -> None:
+        if not found.cancelled():
+            # Asked for even where nobody reads on; asyncio would complain of it.
+            found.exception()
+        self._events.put_nowait(None)
 
     async def begun(self) -> AsyncIterator[bytes]:
         """The stream, once there is something to send; what fails before is an answer with a status of its own.
@@ -164,42 +173,34 @@ class _Pieces:
         Raises:
             ApiError: nothing was written.
         """
-        next_piece = asyncio.ensure_future(self._events.get())
         try:
-            await asyncio.wait((next_piece, self._waiting), return_when=asyncio.FIRST_COMPLETED)
-        except BaseException:
+            first = await self._events.get()
+        except asyncio.CancelledError:
             _cancel(self._jobs)
             raise
-        if not next_piece.done() and (error := self._failure()) is not None:
-            next_piece.cancel()
+        if first is None and (error := self._failure()) is not None:
             raise error
-        return self._stream(next_piece)
+        return self._stream(first)
 
     def _failure(self) -> ApiError | None:
-        if self._waiting.cancelled():
-            return failed("the request was cancelled")
-        error = self._waiting.exception() if self._waiting.done() else None
+        error = asyncio.CancelledError() if self._found.cancelled() else self._found.exception()
         return None if error is None else _as_api_error(error)
 
-    async def _stream(self, next_piece: asyncio.Task[tuple[int, str]]) -> AsyncIterator[bytes]:
+    async def _stream(self, event: tuple[int, str] | None) -> AsyncIterator[bytes]:
         spoken = set[int]()
         try:
-            while True:
-                await asyncio.wait((next_piece, self._waiting), return_when=asyncio.FIRST_COMPLETED)
-                if not next_piece.done():
-                    break
-                index, piece = next_piece.result()
+            while event is not None:
+                index, piece = event
                 yield _event(self._shape.piece(index, piece, index not in spoken))
                 spoken.add(index)
-                next_piece = asyncio.ensure_future(self._events.get())
+                event = await self._events.get()
             if (error := self._failure()) is not None:
                 yield _event(error.body)
                 return
-            for last in self._ends(self._waiting.result(), spoken):
+            for last in self._ends(self._found.result(), spoken):
                 yield _event(last)
             yield b"data: [DONE]\n\n"
         finally:
-            next_piece.cancel()
             _cancel(self._jobs)
 
     def _ends(self, found: list[list[Answer]], spoken: set[int]) -> list[dict[str, Any]]:
@@ -209,6 +210,11 @@ class _Pieces:
             ends += [] if index in spoken else [self._shape.piece(index, "", True)]
             ends.append(self._shape.end(index, answer))
         return ends + ([self._shape.usage(found)] if self._with_usage else [])
+
+
+def _answers(jobs: Sequence[Job]) -> asyncio.Future[list[list[Answer]]]:
+    """Those of each job; the first failure fails all."""
+    return asyncio.gather(*(asyncio.wrap_future(job.done) for job in jobs))
 
 
 def _event(value: Any) -> bytes:

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from trace_dist.serving.options import Listening, Sampling
-from trace_dist.serving.router import Answer, Route, Router
+from trace_dist.serving.router import Answer, Route, Router, UnknownTask
 from trace_dist.serving.row import Row
 from trace_dist.serving.tally import Tally
 from trace_dist.utils.log import get_logger
@@ -207,6 +207,9 @@ class Worker:
             raise AssertionError("a job is answered before its task is known")
         for job in jobs:
             job.rows = [self._row(job, number) for number in range(job.num)]
+            if job.unwanted:
+                # Cancelled before there were rows to cancel.
+                job.cancel()
         rows = [row for job in jobs for row in job.rows]
         self._router.write(route.task, rows, jobs[0].sampling)
         self._tally.wrote(route.task, rows, time.monotonic() - begin)
@@ -231,7 +234,9 @@ class Worker:
                 self._close(job, partial(job.done.set_exception, error))
             if not isinstance(error, ValueError):
                 logger.error("answering failed", exc_info=error)
-            self.check_weights()
+            # A wrong name is found out before a weight is touched, and to look at all weights takes a while.
+            if not isinstance(error, UnknownTask):
+                self.check_weights()
 
     def check_weights(self) -> None:
         """Look whether the model holds the base; nothing more is answered where it does not. Called between batches."""
