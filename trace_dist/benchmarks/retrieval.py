@@ -199,7 +199,7 @@ def _rejection(
     plan: Plan, signatures: Sequence[Signature], tasks: Sequence[Represented], place: int
 ) -> dict[str, Any]:
     """How many prompts of known tasks are rejected, and of tasks that the bank does not hold: the last quarter is left out."""
-    rate, num_known = plan.bank.reject or REJECT, len(tasks) - len(tasks) // 4
+    rate, num_known = plan.bank.reject or REJECT, len(tasks) - max(1, len(tasks) // 4)
     retriever = Retriever(signatures[:num_known])
 
     def rejected(some: Sequence[Represented], split: str) -> float:
