@@ -155,7 +155,7 @@ def draw(result: Result, out: Path) -> None:
         for ax, title in (
             (accuracy, "prompts that find their task, %"),
             (bounds, f"error and its limits, {result['kinds'][0]['kind']}, %"),
-            (cost, "ms per prompt"),
+            (cost, "processor ms per prompt"),
         ):
             ax.set_title(title, loc="left", fontsize=10)
             ax.set_xlabel("tasks in the bank")
