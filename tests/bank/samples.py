@@ -78,12 +78,12 @@ def same_delta(one: Delta | None, other: Delta | None) -> bool:
     return one.mask == other.mask and same_bits(dict(one.values), dict(other.values), "float32")
 
 
-def prompts_of(task: int, num: int, seed: int = 0, alike: bool = False) -> list[list[int]]:
-    """Token ids of a task's prompts: each task has four tokens of its own; ``alike``: one in nine of the tokens alone."""
+def prompts_of(task: int, num: int, seed: int = 0) -> list[list[int]]:
+    """Token ids of a task's prompts: each task has four tokens of its own."""
     generator = torch.Generator().manual_seed(100 * seed + task)
     common = torch.randint(20, 40, (num, 9), generator=generator)
     own = torch.randint(4 * task, 4 * task + 4, (num, 9), generator=generator)
-    kept = torch.rand(num, 9, generator=generator) < (1 / 9 if alike else 0.7)
+    kept = torch.rand(num, 9, generator=generator) < 0.7
     return torch.where(kept, own, common).tolist()
 
 
@@ -96,12 +96,12 @@ def represent_rows(model: ShardedModel, prompts: list[list[int]]) -> Callable[[S
     return run
 
 
-def adapted_bank(folder: Path, model: ShardedModel, num_tasks: int, alike: bool = False) -> DeltaBank:
+def adapted_bank(folder: Path, model: ShardedModel, num_tasks: int) -> DeltaBank:
     """A bank of random deltas, with signatures under the base and under each task's own weights. Collective."""
     bank = DeltaBank.create(folder, "aaaa", layer=1)
     for task in range(num_tasks):
         delta = make_delta(model, f"t{task}", task)
-        prompts = prompts_of(task, 32, alike=alike)
+        prompts = prompts_of(task, 32)
         run = represent_rows(model, prompts)
         every = range(len(prompts))
         before = fit_signature(run(every), 1, 0, delta.task)

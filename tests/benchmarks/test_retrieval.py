@@ -49,6 +49,7 @@ def plan(tmp_path: Path) -> Plan:
     config: dict[str, Any] = {
         "run_dir": str(tmp_path / "run"),
         "target": {"path": str(tmp_path / "model")},
+        "data": {"max_length": 64, "truncate_prompt": True},
         "bank": {"layer": 0, "clusters": 2},
         "tasks": tasks,
     }

@@ -47,6 +47,8 @@ class Plan:
     """The other words."""
 
     def __post_init__(self) -> None:
+        if len(self.tasks) < 2:
+            raise ValueError(f"tasks: {len(self.tasks)}, must be at least 2 to be told apart; add tasks")
         if self.bank.layer not in self.layers:
             raise ValueError(
                 f"bank.layer={self.bank.layer!r}: this study keeps {self.layers}; choose one of them"

@@ -82,29 +82,30 @@ def _settings(plan: Plan) -> dict[str, Any]:
 
 
 def _represent_ms(reader: Reader, plan: Plan) -> float:
-    """Median time of one prompt's forward pass up to the highest layer; a prompt of 60 words."""
+    """Processor time of one prompt's forward pass up to the highest layer; a prompt of 60 words."""
     prompt = [" ".join(["word"] * 60)]
     reader.represent(prompt)
     return _median_ms(lambda: reader.represent(prompt), 10)
 
 
 def _median_ms(work: Callable[[], object], repeats: int) -> float:
+    """Processor time of this process: it does not depend on what else the machine does."""
     times = []
     for _ in range(repeats):
-        begin = time.perf_counter()
+        begin = time.process_time()
         work()
-        times.append(time.perf_counter() - begin)
+        times.append(time.process_time() - begin)
     return 1e3 * float(np.median(times))
 
 
 def _fit(plan: Plan, tasks: Sequence[Represented], kind: str, place: int) -> tuple[list[Signature], float]:
-    """Signatures, and the seconds that one took on average."""
-    begin = time.perf_counter()
+    """Signatures, and the processor seconds that one took on average."""
+    begin = time.process_time()
     signatures = [
         fit_signature(task.train[:, place], plan.bank.clusters, plan.seed, task.name, kind=kind)
         for task in tasks
     ]
-    return signatures, (time.perf_counter() - begin) / len(tasks)
+    return signatures, (time.process_time() - begin) / len(tasks)
 
 
 def _layer(plan: Plan, tasks: Sequence[Represented], place: int) -> dict[str, Any]:
@@ -199,7 +200,7 @@ def _rejection(
     plan: Plan, signatures: Sequence[Signature], tasks: Sequence[Represented], place: int
 ) -> dict[str, Any]:
     """How many prompts of known tasks are rejected, and of tasks that the bank does not hold: the last quarter is left out."""
-    rate, num_known = plan.bank.reject or REJECT, len(tasks) - len(tasks) // 4
+    rate, num_known = plan.bank.reject or REJECT, len(tasks) - max(1, len(tasks) // 4)
     retriever = Retriever(signatures[:num_known])
 
     def rejected(some: Sequence[Represented], split: str) -> float:

@@ -58,8 +58,29 @@ def bounds_table(result: Result) -> str:
         cells = [f"{size['error']:.2f}", f"{100 - size['shifted']['accuracy']:.2f}"]
         for name in SHOWN_LIMITS:
             cells.append(f"{size['limits'][name]:.2f}" + ("" if size["held"][name] else " (broken)"))
-        rows.append([str(size["tasks"]), *cells])
-    return with_origin(result, grid(["tasks", "error, %", "in other words", *SHOWN_LIMITS.values()], rows))
+        rows.append([str(size["tasks"]), *cells, *_normality(size["normality"])])
+    heads = ["tasks", "error, %", "in other words", *SHOWN_LIMITS.values(), "Mardia's p", "kurtosis"]
+    return with_origin(result, grid(heads, rows))
+
+
+def _normality(found: Result | None) -> list[str]:
+    """p value, and kurtosis in units of a Gaussian's."""
+    if found is None:
+        return ["–", "–"]  # noqa: RUF001
+    return [f"{found['p_value']:.0e}" if found["p_value"] > 1e-16 else "< 1e-16", f"{found['kurtosis']:.1f}"]
+
+
+def shift_table(result: Result) -> str:
+    """Accuracy on the same prompts in other words."""
+    rows = []
+    for kind in result["kinds"]:
+        cells = [
+            f"{size['shifted']['accuracy']:.1f} ({size['shifted']['low']:.1f}–{size['shifted']['high']:.1f})"  # noqa: RUF001
+            for size in kind["sizes"]
+        ]
+        rows.append([kind["kind"], *cells])
+    heads = ["in other words, %", *(f"{size['tasks']} tasks" for size in result["kinds"][0]["sizes"])]
+    return with_origin(result, grid(heads, rows))
 
 
 def held_table(result: Result) -> str:
@@ -107,6 +128,7 @@ SECTIONS: Sections = {
     "kinds": ((RESULT,), kinds_table),
     "costs": ((RESULT,), costs_table),
     "bounds": ((RESULT,), bounds_table),
+    "shift": ((RESULT,), shift_table),
     "held": ((RESULT,), held_table),
     "twins": ((RESULT,), twins_table),
     "layers": ((RESULT,), layers_table),
@@ -133,7 +155,7 @@ def draw(result: Result, out: Path) -> None:
         for ax, title in (
             (accuracy, "prompts that find their task, %"),
             (bounds, f"error and its limits, {result['kinds'][0]['kind']}, %"),
-            (cost, "ms per prompt"),
+            (cost, "processor ms per prompt"),
         ):
             ax.set_title(title, loc="left", fontsize=10)
             ax.set_xlabel("tasks in the bank")
