@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 
@@ -59,13 +60,15 @@ def test_the_rate_of_one_task_varies_as_theory_says() -> None:
     assert stats.kstest(rates, stats.beta(rank, num_heldout + 1 - rank).cdf).pvalue > 1e-3
 
 
-def test_threshold_is_the_rank_among_heldout_prompts() -> None:
+def test_threshold_is_the_rank_among_heldout_prompts(caplog: pytest.LogCaptureFixture) -> None:
     signature = fit_signature(skewed(160, 0), 2, 0, "t")
     densities = np.sort(Mixture.of(signature).log_density(signature.heldout).numpy())
     assert len(densities) == 40
     for rate, rank in ((0.05, 2), (0.1, 4), (0.5, 20)):
         assert threshold(signature, rate) == densities[rank - 1]
-    assert threshold(signature, 0.02) == -math.inf  # 40 prompts cannot show it
+    logging.getLogger("trace_dist").propagate = True
+    assert threshold(signature, 0.02) == -math.inf
+    assert "reject=0.02: needs 49 held-out prompts of a task, and t kept 40" in caplog.text
     assert not Rejection(signature, 0.02).rejects(torch.full((1, 6), 1e6)).any()
     for rate in (0.0, 1.0, -1.0, math.nan):
         with pytest.raises(ValueError, match=r"bank\.reject=.*must lie in \(0, 1\)"):

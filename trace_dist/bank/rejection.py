@@ -12,12 +12,15 @@ like Beta(k, H + 1 - k).
 
 from __future__ import annotations
 
-from math import floor, inf
+from math import ceil, floor, inf
 
 from torch import Tensor
 
 from trace_dist.bank.density import Mixture
 from trace_dist.bank.signature import Signature
+from trace_dist.utils.log import get_logger
+
+logger = get_logger(__name__)
 
 
 def check_rate(rate: float, name: str = "bank.reject") -> None:
@@ -60,6 +63,12 @@ class Rejection:
         rank = floor(rate * (len(signature.heldout) + 1) + 1e-9)
         found = self._density.log_density(signature.heldout).sort().values
         self.threshold = found[rank - 1].item() if rank else -inf
+        if not rank:
+            logger.warning(
+                "reject=%s: needs %d held-out prompts of a task, and %s kept %d, so its prompts are never rejected; raise "
+                "bank.num_prompts when such a task is learned, or raise the rate",
+                rate, ceil(1 / rate - 1e-9) - 1, signature.task, len(signature.heldout),
+            )  # fmt: skip
 
     def rejects(self, x: Tensor) -> Tensor:
         """[N] bool for representations x [N, D]."""

@@ -25,10 +25,10 @@ from trace_dist.data.examples import Prompt
 from trace_dist.evaluation.inputs import check_decoder
 from trace_dist.models.fingerprint import check_same, fingerprint
 from trace_dist.models.loading import load_tokenizer
+from trace_dist.serving.bounds import Bounds
 from trace_dist.serving.cache import DeltaCache
 from trace_dist.serving.options import Sampling, Source
 from trace_dist.serving.prompts import check_prompt
-from trace_dist.serving.rejection import Assurance
 from trace_dist.serving.row import Finish, Row
 from trace_dist.serving.stream import Pieces, Stream
 from trace_dist.serving.watch import Watched
@@ -106,7 +106,7 @@ class Router:
         self._deltas = DeltaCache(bank, source.cache_gib * 2**30)
         self._lock = threading.RLock()
         self._watched = Watched(bank)
-        self._assurance = self._assured()
+        self._bounds = self._bounded()
         self.fingerprint = fingerprint(model.module)
         """Of the weights as they were loaded."""
 
@@ -254,7 +254,7 @@ class Router:
         return [next(retrieved) if task is None else Route(task) for task in tasks]
 
     def _retrieved(self, ids: list[list[int]]) -> list[Route]:
-        if not ids or self._assurance is None:
+        if not ids or self._bounds is None:
             return [Route(BASE)] * len(ids)
         with self._lock:
             x = represent(
@@ -271,7 +271,10 @@ class Router:
             Route(names[places[0]], values[0] - values[1] if len(values) > 1 else None)
             for values, places in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
-        rejected = self._assurance.rejected(scores)
+        rate = self.source.reject
+        if rate is None:
+            return routes
+        rejected = self.bank.retriever.rejects(x, best.indices[:, 0], rate).tolist()
         return [
             route._replace(task=BASE, rejected=True) if out else route
             for route, out in zip(routes, rejected, strict=True)
@@ -318,7 +321,7 @@ class Router:
         """What has been written."""
         if row.finish is None:
             raise AssertionError("a row was not written to its end")
-        bound = None if self._assurance is None else self._assurance.bound(route.task)
+        bound = None if self._bounds is None else self._bounds.of(route.task)
         return Answer(
             row.text,
             route.task,
@@ -339,14 +342,14 @@ class Router:
         with self._lock:
             if not self._watched.refresh():
                 return False
-            self._assurance = self._assured()
+            self._bounds = self._bounded()
         logger.info(
             "bank %s: generation %d, %d tasks", self.bank.folder, self.bank.generation, len(self.tasks)
         )
         return True
 
-    def _assured(self) -> Assurance | None:
-        return Assurance(self.bank.retriever, self.source.reject) if self.bank.tasks else None
+    def _bounded(self) -> Bounds | None:
+        return Bounds(self.bank.retriever) if self.bank.tasks else None
 
     def holds_base(self) -> bool:
         """Whether the weights are those that were loaded, by their fingerprint."""
