@@ -17,7 +17,9 @@ from trace_dist.bank.bank import BASE
 from trace_dist.cli.parser import parse
 from trace_dist.cli.serving_commands import generate_command
 from trace_dist.serving import router
-from trace_dist.serving.prompts import read_questions
+from trace_dist.serving.prompts import Question, read_questions
+from trace_dist.serving.router import Answer
+from trace_dist.stages.generate import print_answers
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 
@@ -67,7 +69,9 @@ def test_without_a_file_a_table_is_printed(small: Small, capsys: pytest.CaptureF
     assert rows[0][1] == "copy"
     assert float(rows[0][2]) > 0
     assert rows[0][4] == small.expected("copy", texts[:1], 4)[0].strip()
-    capsys.readouterr()
+    long = Answer("x" * 300, "copy", None, False, None, "length", 1, 300)
+    print_answers([(Question("a", None), long)])
+    assert capsys.readouterr().out.count("x") == 300
     generate(small, "--max_new_tokens", "4", "--task", BASE, "--prompt", texts[0])
     assert re.search(r"│ base +│ - ", capsys.readouterr().out)
 

@@ -83,7 +83,13 @@ def print_answers(answered: Answered) -> None:
         bound = "-" if given.error_bound is None else f"{100 * given.error_bound:.1f}"
         task = f"{given.task} (rejected)" if given.rejected else given.task
         # As text: what a model writes is no markup.
-        table.add_row(Text(_shown(question.prompt)), Text(task), margin, bound, Text(_printable(given.text)))
+        table.add_row(
+            Text(_shown(question.prompt)),
+            Text(task),
+            margin,
+            bound,
+            Text(_printable(given.text), overflow="fold"),
+        )
     Console(width=max(100, Console().width)).print(table)
 
 
