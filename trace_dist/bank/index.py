@@ -169,6 +169,8 @@ class _Reader:
             file: Member(self.field(member, "bytes", int), self.field(member, "sha256", str))
             for file, member in self.field(value, "files", dict).items()
         }
+        if any(not 0 <= member.num_bytes < 2**63 for member in files.values()):
+            raise self.damaged(f"task {name!r:.200} has files of no size that a file can have")
         if name != BASE:
             try:
                 check_task_name(name, f"{self.path}: task")

@@ -80,9 +80,6 @@ def load_dense(folder: Path, named_parameters: Named, optimizer: torch.optim.Opt
     keys = on_all(lambda: _keys(folder, manifest, named, optimizer, files[rank_file(0)]))
     on_all(lambda: check_random_state(folder, files))
     main = files[rank_file(0)]
-    with torch.no_grad():
-        for name, parameter in named.items():
-            parameter.copy_(main.get_tensor(f"{name}/{VALUES}"))
     numbers = {name: index for index, name in enumerate(n for g in manifest["groups"] for n in g["params"])}
     # Copies: what safetensors gives is a map of the file.
     states = {
@@ -94,7 +91,14 @@ def load_dense(folder: Path, named_parameters: Named, optimizer: torch.optim.Opt
         {**present, **_options(saved, present), "params": [numbers[name] for name in saved["params"]]}
         for saved, present in zip(manifest["groups"], optimizer.param_groups, strict=True)
     ]
-    optimizer.load_state_dict({"state": states, "param_groups": groups})
+    try:
+        optimizer.load_state_dict({"state": states, "param_groups": groups})
+    # A state that this optimizer cannot work with.
+    except MALFORMED:
+        raise damaged(folder / rank_file(0)) from None
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(main.get_tensor(f"{name}/{VALUES}"))
     restore_random_state(files)
     return manifest
 
@@ -181,6 +185,8 @@ def _check(
         shapes = [main.get_slice(f"{name}/{key}").get_shape() for key in keys[name]]
         if any(shape not in ([], list(parameter.shape)) for shape in shapes):
             raise damaged(folder / rank_file(0))
+    if len({frozenset(found) for found in keys.values() if found != [VALUES]}) > 1:
+        raise damaged(folder / rank_file(0))
     if [g["params"] for g in groups] != [g["params"] for g in _groups(named, optimizer)]:
         raise ValueError(f"{folder}: its optimizer has other parameter groups; build the same groups")
     for saved, present in zip(groups, optimizer.param_groups, strict=True):

@@ -30,6 +30,8 @@ from trace_dist.utils.sealed import read_record, write_record
 from trace_dist.utils.together import on_main
 
 VERSION = 1
+LONGEST_NAME = 255
+"""Bytes that the name of a file may have."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def _record(value: Mapping[str, Any]) -> Record:
         check_task_name(task)
     names = [*record.files, *([] if record.state is None else [record.state])]
     for name in names:
-        if Path(name).name != name:
+        if Path(name).name != name or len(name.encode()) > LONGEST_NAME:
             raise ValueError(f"{name!r:.100} is not the name of a file")
     if (record.state is None) != (not record.tasks):
         raise ValueError("its state is not that of its tasks")

@@ -122,7 +122,8 @@ class Mask:
         tensors, layouts, header = storage.load(Path(path), "mask", ("granularity", "digest", "meta"))
         with reading(Path(path), "mask"):
             mask = Mask(tensors, layouts, header["granularity"], header["meta"])
-        if mask.digest() != header["digest"]:
+            digest = mask.digest()
+        if digest != header["digest"]:
             raise ValueError(
                 f"{path}: corrupt mask file (its indices do not match their digest); restore it from a copy or make it again"
             )
