@@ -13,11 +13,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trace_dist.bank.representation import represent_layers
+from trace_dist.benchmarks.document import render
 from trace_dist.benchmarks.representations import Plan, Reader, shortened
 from trace_dist.benchmarks.retrieval import LIMITS, run_study
-from trace_dist.benchmarks.retrieval_page import SECTIONS, draw
+from trace_dist.benchmarks.retrieval_page import RESULT, SECTIONS, draw
 from trace_dist.models import char_tokenizer
 from trace_dist.parts import SIGNATURES
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def tiny_llama(vocab_size: int) -> LlamaForCausalLM:
@@ -93,3 +96,16 @@ def test_a_study_and_its_page(plan: Plan, tmp_path: Path, monkeypatch: pytest.Mo
     # What is on disk is not made again: no model is loaded.
     monkeypatch.setattr(Reader, "loaded", property(lambda _: pytest.fail("the model was loaded")))
     assert [Reader(plan).read(task).train.shape for task in plan.tasks] == [(40, 2, 16)] * 3
+
+
+def test_the_page_shows_the_committed_results() -> None:
+    page = (DOCS / "retrieval.md").read_text(encoding="utf-8")
+    assert render(page, DOCS / "results", SECTIONS) == page
+    result = json.loads((DOCS / "results" / RESULT).read_text())
+    assert len(result["tasks"]) >= 50
+    for kind in result["kinds"]:
+        # The limits that assume nothing of the fitted parameters hold on fresh prompts.
+        for size in kind["sizes"]:
+            assert size["held"]["clopper_pearson"]
+            assert size["held"]["cantelli"]
+            assert size["held"]["gaussian"]
