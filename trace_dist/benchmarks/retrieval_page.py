@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from trace_dist.benchmarks.document import Result, Sections, grid, render, with_origin
+from trace_dist.report.plots import label_ends
 from trace_dist.report.theme import LIGHT
 from trace_dist.utils.files import read_json
 
@@ -26,6 +27,8 @@ SHOWN_LIMITS = {
     "separation_any": "Cantelli, fitted",
 }
 COLOURS = ("blue", "vermillion", "green", "amber", "pink")
+End = tuple[str, float, str]
+"""Label of a curve, its last value, and its colour."""
 LEAST_PERCENT = 1e-2
 """Where a logarithmic axis begins; what is 0 is drawn there."""
 
@@ -142,16 +145,20 @@ def draw(result: Result, out: Path) -> None:
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(12, 3.8), layout="constrained")
         accuracy, bounds, cost = figure.subplots(1, 3)
+        cost.set_yscale("log")
+        found, spent = list[End](), list[End]()
         for kind, colour in zip(result["kinds"], COLOURS, strict=False):
             sizes = [size["tasks"] for size in kind["sizes"]]
             low, high = ([size[key] for size in kind["sizes"]] for key in ("low", "high"))
-            _line(accuracy, sizes, [size["accuracy"] for size in kind["sizes"]], kind["kind"], colour)
+            right, ms = ([size[key] for size in kind["sizes"]] for key in ("accuracy", "retrieve_ms"))
+            found.append(_line(accuracy, sizes, right, kind["kind"], colour))
             accuracy.fill_between(sizes, low, high, color=LIGHT[colour], alpha=0.15, linewidth=0)
-            _line(cost, sizes, [size["retrieve_ms"] for size in kind["sizes"]], kind["kind"], colour)
+            spent.append(_line(cost, sizes, ms, kind["kind"], colour))
         _draw_bounds(bounds, result)
         cost.axhline(result["represent_ms"], color=LIGHT["muted"], linestyle="--")
         cost.text(1, result["represent_ms"], "forward pass of the prompt", color=LIGHT["muted"], va="bottom")
-        cost.set_yscale("log")
+        label_ends(accuracy, found)
+        label_ends(cost, spent)
         for ax, title in (
             (accuracy, "prompts that find their task, %"),
             (bounds, f"error and its limits, {result['kinds'][0]['kind']}, %"),
@@ -165,28 +172,25 @@ def draw(result: Result, out: Path) -> None:
 def _draw_bounds(ax: Axes, result: Result) -> None:
     sizes = result["kinds"][0]["sizes"][1:]
     numbers = [size["tasks"] for size in sizes]
-    for (name, label), colour in zip(SHOWN_LIMITS.items(), COLOURS, strict=True):
-        _line(ax, numbers, [max(LEAST_PERCENT, size["limits"][name]) for size in sizes], label, colour)
-    for label, errors, style in (
-        ("error", [size["error"] for size in sizes], "-"),
-        ("error, other words", [100 - size["shifted"]["accuracy"] for size in sizes], ":"),
-    ):
-        _line(ax, numbers, [max(LEAST_PERCENT, error) for error in errors], label, "ink", style)
     ax.set_yscale("log")
     ax.yaxis.set_minor_formatter(NullFormatter())
+    curves = [
+        (label, [size["limits"][name] for size in sizes], colour, "-")
+        for (name, label), colour in zip(SHOWN_LIMITS.items(), COLOURS, strict=True)
+    ]
+    curves.append(("error", [size["error"] for size in sizes], "ink", "-"))
+    curves.append(("in other words", [100 - size["shifted"]["accuracy"] for size in sizes], "ink", ":"))
+    ends = [
+        _line(ax, numbers, [max(LEAST_PERCENT, value) for value in values], label, colour, style)
+        for label, values, colour, style in curves
+    ]
+    label_ends(ax, ends, longest=20)
 
 
-def _line(ax: Axes, x: list[int], y: list[float], label: str, colour: str, style: str = "-") -> None:
+def _line(ax: Axes, x: list[int], y: list[float], label: str, colour: str, style: str = "-") -> End:
+    """A curve; what ``label_ends`` is told of it."""
     ax.plot(x, y, style, color=LIGHT[colour], marker="o", markersize=3)
-    ax.annotate(
-        label,
-        (x[-1], y[-1]),
-        (5, 0),
-        textcoords="offset points",
-        color=LIGHT[colour],
-        va="center",
-        fontsize=8,
-    )
+    return label, y[-1], LIGHT[colour]
 
 
 if __name__ == "__main__":

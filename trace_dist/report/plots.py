@@ -163,8 +163,14 @@ def draw_losses(ax: Axes, view: RunView, task: str) -> None:
     label_ends(ax, ends)
 
 
-def label_ends(ax: Axes, ends: Sequence[tuple[str, float, str]], gap: float = 0.09) -> None:
-    """Write (label, y, colour) at the right edge, pushed apart to at least `gap` of the axes' height."""
+def label_ends(
+    ax: Axes, ends: Sequence[tuple[str, float, str]], gap: float = 0.09, longest: int = 16
+) -> None:
+    """Write (label, y, colour) at the right edge, pushed apart to at least `gap` of the axes' height.
+
+    All curves are drawn by now; labels are cut to ``longest`` characters.
+    """
+    ax.autoscale_view()
     to_fraction = ax.transData + ax.transAxes.inverted()
     placed = sorted((float(to_fraction.transform((0.0, y))[1]), label, color) for label, y, color in ends)
     heights = [max(0.0, fraction) for fraction, _, _ in placed]
@@ -176,7 +182,7 @@ def label_ends(ax: Axes, ends: Sequence[tuple[str, float, str]], gap: float = 0.
         heights[i] = min(heights[i], ceiling)
     for height, (_, label, color) in zip(heights, placed, strict=True):
         ax.annotate(
-            shorten(label, 16),
+            shorten(label, longest),
             (1.0, height),
             xycoords="axes fraction",
             xytext=(7, 0),
