@@ -143,7 +143,15 @@ def test_the_bank_page_is_true() -> None:
     """Every command is one that the program takes; those that keep a bank in order are carried out, in the page's order."""
     lines = commands(BANK_PAGE)
     parsed = [parse(words(line)) for line in lines]
-    assert {one.command for one in parsed} == {"init", "run", "learn", "eval", "bank", "generate", "consolidate"}
+    assert {one.command for one in parsed} == {
+        "init",
+        "run",
+        "learn",
+        "eval",
+        "bank",
+        "generate",
+        "consolidate",
+    }
     actions = [one.bank for one in parsed if one.command == "bank"]
     assert {one.action for one in actions} == set(ACTIONS)
     for action in actions:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from trace_dist.models.fingerprint import same_model
 from trace_dist.models.loading import load_model_zero3
 from trace_dist.models.naming import pieces_of
 

@@ -228,12 +228,13 @@ def fit_signature(
     values = x.detach().cpu().double().numpy()
     found: Clusters = part.fit(values[order[num_heldout:]], max_clusters, seed)
     heldout = torch.from_numpy(values[order[:num_heldout]]).float()
+    # Laid out as a file gives them back: sums depend on it in their last bits.
     return Signature(
         task,
-        found.means.float(),
+        found.means.float().contiguous(),
         found.counts,
-        found.factor.float(),
-        heldout,
+        found.factor.float().contiguous(),
+        heldout.contiguous(),
         kind,
         part.likelihood,
         found.extra,
