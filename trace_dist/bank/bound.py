@@ -215,6 +215,11 @@ def cantelli_limits(retriever: Retriever) -> Tensor:
     return torch.stack(limits)
 
 
+def heldout_errors(retriever: Retriever, index: int) -> int:
+    """How many held-out prompts of a task another task is retrieved for."""
+    return int((retriever.predict(retriever.signatures[index].heldout) != index).sum())
+
+
 def error_bound(retriever: Retriever) -> ErrorBound:
     """Limits on the retrieval error of the present bank, from the held-out parts of its signatures.
 
@@ -224,7 +229,7 @@ def error_bound(retriever: Retriever) -> ErrorBound:
         ValueError: the retriever is empty.
     """
     signatures = retriever.signatures
-    num_errors = [int((retriever.predict(s.heldout) != index).sum()) for index, s in enumerate(signatures)]
+    num_errors = [heldout_errors(retriever, index) for index in range(len(signatures))]
     num_heldout = [len(s.heldout) for s in signatures]
     limits = gaussian_limits(retriever).tolist()
     trials = sum(num_heldout)

@@ -131,10 +131,7 @@ def run_method(setting: Setting, entry: Entry) -> None:
         logger.info("%s: going on after %s", name, ", ".join(progress.record.tasks))
     elif not progress.record.rows:
         progress.begin(method.score())
-    if entry.kind.races(entry.options, setting.cfg):
-        method.race = held_race(
-            setting, name, setting.bench.tasks[: setting.cfg.race.tasks], method.trial, method.continues
-        )
+    race(method, entry)
     for stream in streams:
         task = stream.task.name
         keep_trained(progress.folder, task, method.learn(stream))
@@ -146,6 +143,14 @@ def run_method(setting: Setting, entry: Entry) -> None:
     on_main(lambda: write_json(folder.method(name), result))
     _drop_leftovers(folder, name)
     outcome(f"{name}: {' / '.join(f'{score:.1f}' for score in progress.record.rows[-1].tasks)} %")
+
+
+def race(method: Method, entry: Entry) -> None:
+    """Let a method's learning rate race where it is ``auto``. Collective."""
+    setting = method.setting
+    if entry.kind.races(entry.options, setting.cfg):
+        streams = setting.bench.tasks[: setting.cfg.race.tasks]
+        method.race = held_race(setting, method.name, streams, method.trial, method.continues)
 
 
 def _keep_product(method: Method) -> None:

@@ -120,6 +120,11 @@ class Judge:
             [values[name] for name in self.text_names],
         )
 
+    def named(self, row: Row) -> dict[str, float]:
+        """A row's scores by task and general set; what ``_row`` was given."""
+        names = [stream.task.name for stream in self.bench.tasks] + self.general_names + self.text_names
+        return dict(zip(names, [*row.tasks, *row.general, *row.bits_per_byte], strict=True))
+
     def score(self, module: nn.Module) -> Row:
         """Scores of the model as it is."""
         return self._row({task.name: self.evaluate(module, task) for task in self._all})

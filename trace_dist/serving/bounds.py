@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trace_dist.bank.bound import clopper_pearson_upper
+from trace_dist.bank.bound import clopper_pearson_upper, heldout_errors
 from trace_dist.bank.retrieval import Retriever
 
 
@@ -27,7 +27,6 @@ class Bounds:
         if index is None:
             return None
         if task not in self._bounds:
-            heldout = self._retriever.signatures[index].heldout
-            wrong = int((self._retriever.predict(heldout) != index).sum())
-            self._bounds[task] = clopper_pearson_upper(wrong, len(heldout))
+            trials = len(self._retriever.signatures[index].heldout)
+            self._bounds[task] = clopper_pearson_upper(heldout_errors(self._retriever, index), trials)
         return self._bounds[task]

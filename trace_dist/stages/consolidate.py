@@ -14,16 +14,14 @@ from typing import Any
 
 from trace_dist.bank.bank import BASE, DeltaBank
 from trace_dist.config import RunConfig
-from trace_dist.continual.driver import check_methods
+from trace_dist.continual.driver import check_methods, race
 from trace_dist.continual.methods.base import Method
-from trace_dist.continual.race import held_race
 from trace_dist.continual.result import thinned
 from trace_dist.continual.setting import Setting
-from trace_dist.models.fingerprint import check_same, fingerprint
+from trace_dist.stages.learn import check_base
 from trace_dist.stages.pipeline import run_pipeline
 from trace_dist.stages.stage import Stage
 from trace_dist.stages.words import fold_steps
-from trace_dist.train.target import base_path
 from trace_dist.utils import dist
 from trace_dist.utils.env import run_info
 from trace_dist.utils.files import read_json, write_json
@@ -63,7 +61,8 @@ def run_consolidate(cfg: RunConfig) -> dict[str, float]:
     """
     result = cfg.folder.product(METHOD).with_suffix(".json")
     bank = DeltaBank(cfg.bank_of().root)
-    check_same(bank.base, fingerprint(base_path(cfg.target)), f"bank {bank.folder}")
+    # Before anything older is forgotten.
+    on_main(lambda: check_base(cfg, bank))
     on_main(lambda: _begin(cfg, bank, result))
     if dist.broadcast_object(result.is_file()):
         logger.info("consolidate: kept %s; the bank is as it was", cfg.folder.product(METHOD))
@@ -105,19 +104,14 @@ def _fold(cfg: RunConfig, bank: DeltaBank, result: Path) -> None:
     (entry,) = check_methods(cfg)
     setting = Setting.load(cfg)
     method = entry.kind(METHOD, setting, entry.options)
-    if entry.kind.races(entry.options, cfg):
-        method.race = held_race(setting, METHOD, setting.bench.tasks[: cfg.race.tasks], method.trial)
+    race(method, entry)
     before = setting.base_row
     trained = method.learn(setting.bench.tasks[-1])
-    row, judge = method.score(), setting.judge
-    names = [task.name for task in cfg.tasks] + judge.general_names + judge.text_names
-    rows = {
-        key: dict(zip(names, [*each.tasks, *each.general, *each.bits_per_byte], strict=True))
-        for key, each in (("base", before), ("scores", row))
-    }
+    judge = setting.judge
     found = {
         "tasks": [name for name in bank.tasks if name != BASE],
-        **rows,
+        "base": judge.named(before),
+        "scores": judge.named(method.score()),
         **_about(method),
         "losses": thinned(trained.losses),
         "run_info": run_info(),
@@ -129,9 +123,9 @@ def _fold(cfg: RunConfig, bank: DeltaBank, result: Path) -> None:
     def write() -> None:
         product.save(cfg.folder.product(METHOD))
         write_json(result, found)
+        shutil.rmtree(cfg.folder.checkpoints(METHOD), ignore_errors=True)
 
     on_main(write)
-    shutil.rmtree(cfg.folder.checkpoints(METHOD), ignore_errors=True)
 
 
 def _about(method: Method) -> dict[str, Any]:

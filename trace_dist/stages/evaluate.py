@@ -33,8 +33,7 @@ def run_evaluate(cfg: RunConfig, bank_folder: str | None) -> dict[str, float]:
     judge = setting.judge
     row = setting.base_row if bank is None else judge.score_retrieved(setting.model, bank)
     routes = {} if bank is None else judge.routes(setting.model, bank)
-    names = [task.name for task in cfg.tasks] + judge.general_names + judge.text_names
-    scores = dict(zip(names, [*row.tasks, *row.general, *row.bits_per_byte], strict=True))
+    scores = judge.named(row)
     if dist.is_main():
         answered = {name: dict(Counter(found)) for name, found in routes.items()}
         write_json(cfg.folder.scores, {"bank": bank_folder, "scores": scores, "answered_by": answered})

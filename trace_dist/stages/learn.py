@@ -96,8 +96,14 @@ def _check_new(cfg: RunConfig) -> None:
                 f"tasks.name={task.name!r}: the bank {folder.root} holds a task of this name; rename one "
                 f"(`trace-dist bank rename {folder.root} {task.name} NEW`), or remove it there"
             )
+    # Once, not on each rank.
+    on_main(lambda: check_base(cfg, bank))
+
+
+def check_base(cfg: RunConfig, bank: DeltaBank) -> None:
+    """Raise ValueError where the target is there already and is not the bank's base; reads all of its weights."""
     if not cfg.target.made or (Path(cfg.target.path) / "config.json").is_file():
-        check_same(bank.base, fingerprint(cfg.target.path), f"bank {folder.root}")
+        check_same(bank.base, fingerprint(cfg.target.path), f"bank {bank.folder}")
 
 
 def _take_mask(cfg: RunConfig, path: Path) -> None:

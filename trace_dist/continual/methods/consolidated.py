@@ -219,8 +219,7 @@ class Consolidated(OneSet):
         return teach(module, pairs, top=self.options.top, batch_size=batch_size, pad_id=pad_id(tokenizer))
 
     def facts(self) -> dict[str, Any]:
-        tasks = self.folded(self.setting.bench.tasks[-1])
-        return {**super().facts(), "prompts": {task: len(self._prompts(task).pairs) for task in tasks}}
+        return {**super().facts(), "prompts": {task: len(rows) for task, rows in self._said.tasks.items()}}
 
 
 def _asked(encoded: datasets.Dataset) -> list[tuple[int, ...]]:
