@@ -27,6 +27,7 @@ bench: $(VENV)/.dev
 		--contestants '[row,element,full,LoRA]' --out docs/results/bench_step_$$micro_batch.json || exit 1; done
 	$(BIN)/trace-dist bench step --attention sdpa --contestants '[row,element,full,LoRA]' --out docs/results/bench_step_fused.json
 	$(BIN)/trace-dist bench memory --out docs/results/bench_memory.json
+	$(BIN)/trace-dist bench serve --out docs/results/bench_serve.json
 	$(BIN)/python -m trace_dist.benchmarks.document docs/results docs/benchmarks.md
 
 # Twenty tasks, each learned by a command of its own; a quarter of an hour. A stream that was cut continues.

@@ -25,6 +25,7 @@ PLACEMENTS = _rows(
     "projection.placement", "projection.placements", "magnitude", "random", "refine", "narrow", "target"
 )  # fmt: skip
 ISOLATIONS = _rows("mask.isolation", "continual.isolation", "shared", "exclusive", "soft")
+STARTS = _rows("bank.composition", "continual.starts", "none", "combination")
 COMPOSITIONS = _rows("composition", "bank.composition", "sum", "average", "ties", "dare")
 METRICS = _rows(
     "tasks.metric", "evaluation.metrics",

@@ -18,7 +18,7 @@ def test_everything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(swaps) == ["delta", "delta, from disk", "merged checkpoint", "LoRA adapter"]
     assert swaps["delta"]["ratio"] == 1
     streams = {row["name"]: row for row in result["streams"]}
-    assert len(streams) == 4
+    assert len(streams) == 5
     assert streams["merged model, one task"]["ratio"] == 1
     assert [row["tasks"] for row in result["retrieval"]] == [1, 3]
     rows = [*swaps.values(), *streams.values(), *result["retrieval"]]

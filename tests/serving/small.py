@@ -24,6 +24,8 @@ from trace_dist.models.tokenizer import char_tokenizer
 
 TASKS = ("copy", "twist", "plain", "later")
 """The last one is not in the bank at first."""
+MORE = ("fold", "graze", "hoist", "lift", "mend")
+"""Further ones, for a bank of eight."""
 CAP = 8
 TINY = TinyConfig(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48)
 
@@ -57,7 +59,7 @@ class Small:
         x = represent(model.module, ids, layer=0, batch_size=40, pad_id=pad_id(tokenizer))
         if task == BASE:
             return fit_signature(x, 1, 0, BASE), None
-        delta = make_delta(model, task, seed=TASKS.index(task))
+        delta = make_delta(model, task, seed=(*TASKS, *MORE).index(task))
         mask = delta.mask.with_meta(model=fingerprint(self.base))
         # Large enough that each task answers otherwise.
         return fit_signature(x, 1, 0, task), Delta(mask, delta.values, task)
@@ -87,9 +89,10 @@ class Small:
         return texts
 
 
-def make(folder: Path) -> Small:
+def make(folder: Path, more: tuple[str, ...] = ()) -> Small:
+    """A base, its bank of three tasks and more, and merged checkpoints beside it."""
     small = Small(folder)
-    asked = {task: prompts(task) for task in (*TASKS, BASE)}
+    asked = {task: prompts(task) for task in (*TASKS, *more, BASE)}
     tokenizer = char_tokenizer(asked, ["abcdef"])
     model = build_tiny(TINY, len(tokenizer), seed=0)
     # Weights that are large enough for greedy decoding to visit many tokens.
@@ -100,7 +103,7 @@ def make(folder: Path) -> Small:
     model.save_pretrained(small.base)
     tokenizer.save_pretrained(small.base)
     bank = DeltaBank.create(small.bank, fingerprint(small.base), layer=0)
-    for task in (BASE, *TASKS):
+    for task in (BASE, *TASKS, *more):
         signature, delta = small.parts(task)
         if task != "later":
             bank.add(signature, delta)

@@ -158,7 +158,35 @@ def stream_table(result: Result) -> str:
     return with_origin(result, grid(["task", *scores_head, *times_head, "peak, MiB", "bank, MiB"], rows))
 
 
-STEP = "bench_step.json"
+def swaps_table(result: Result) -> str:
+    """Ratio to the swap of a delta first."""
+    rows = [[row["name"], f"{row['ratio']:.2g}x", f"{1e3 * row['seconds']:.1f}"] for row in result["swaps"]]
+    return with_origin(result, grid(["to another task and back", "time / delta", "ms"], rows))
+
+
+def streams_table(result: Result) -> str:
+    """Ratio to one merged model first."""
+    rows = [[row["name"], f"{row['ratio']:.2f}x", f"{row['tokens_per_s']:.1f}"] for row in result["streams"]]
+    return with_origin(result, grid(["prompts", "throughput / merged model", "tokens/s"], rows))
+
+
+def finding_table(result: Result) -> str:
+    """Share of the pass over the prompt first."""
+    rows = [
+        [
+            f"{row['tasks']:,}",
+            f"{row['share']:.1%}",
+            f"{1e3 * row['seconds']:.2f}",
+            f"{1e3 * row['prefill_s']:.1f}",
+            f"{row['signature_bytes'] / 2**20:.1f}",
+        ]
+        for row in result["retrieval"]
+    ]
+    head = ["tasks", "time / the prompt's pass", "ms", "the pass, ms", "signatures, MiB"]
+    return with_origin(result, grid(head, rows))
+
+
+STEP, SERVE = "bench_step.json", "bench_serve.json"
 Sections = Mapping[str, tuple[tuple[str, ...], Callable[..., str]]]
 SECTIONS: Sections = {
     "optimizer": (("bench_optimizer.json",), optimizer_table),
@@ -169,6 +197,9 @@ SECTIONS: Sections = {
     "memory": (("bench_memory.json",), memory_table),
     "before_after": (("bench_before_after.json",), before_after_table),
     "stream": (("stream20.json",), stream_table),
+    "swaps": ((SERVE,), swaps_table),
+    "streams": ((SERVE,), streams_table),
+    "finding": ((SERVE,), finding_table),
     "gpu_optimizer": (("gpu_optimizer.json",), optimizer_table),
     "gpu_step": (("gpu_step_1b.json", "gpu_step_8b.json"), gpu_step_table),
     "gpu_kernels": (("gpu_kernels.json",), kernels_table),

@@ -13,6 +13,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def bench_serving(race: Race, tokens: int, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         router = _router(race, Path(folder))
         swaps = _swaps(router, race, Path(folder), rounds)
-        streams = _streams(router, race, tokens, rounds)
+        streams = _streams(router, race, Path(folder), tokens, rounds)
         retrieval = _retrieval(router, race, rounds)
     return {
         "run_info": run_info(),
@@ -97,6 +98,15 @@ def _signature(number: int, dim: int) -> Signature:
     return Signature(f"task{number}", means, torch.full((4,), 75), factor, heldout)
 
 
+def _load(folder: Path) -> object:
+    """A merged checkpoint: as large as the base."""
+    return load_model(str(folder / "base"), torch.bfloat16).to(dist.local_device())  # type: ignore[arg-type]
+
+
+def _nothing() -> None:
+    """What is done before a batch where nothing has to be."""
+
+
 def _median(work: Callable[[], object], rounds: int) -> float:
     """Seconds; the first time is a warm-up."""
     times = []
@@ -122,8 +132,6 @@ def _swaps(router: Router, race: Race, folder: Path, rounds: int) -> list[dict[s
         with bank.activated(model, "task0"):
             pass
 
-    checkpoint = str(folder / "base")
-    device = dist.local_device()
     peer: Any = with_adapters("LoRA", race.model(), race.density)
     peer.add_adapter("other", peer.peft_config["default"])
     names = ["default", "other"]
@@ -132,10 +140,10 @@ def _swaps(router: Router, race: Race, folder: Path, rounds: int) -> list[dict[s
         peer.set_adapter(names[0])
         names.reverse()
 
-    rows = {
+    rows: dict[str, Callable[[], object]] = {
         "delta": swap,
         "delta, from disk": swap_from_disk,
-        "merged checkpoint": lambda: load_model(checkpoint, torch.bfloat16).to(device),  # type: ignore[arg-type]
+        "merged checkpoint": partial(_load, folder),
         "LoRA adapter": switch,
     }
     seconds = {name: _median(work, rounds) for name, work in rows.items()}
@@ -146,21 +154,25 @@ def _swaps(router: Router, race: Race, folder: Path, rounds: int) -> list[dict[s
     ]
 
 
-def _streams(router: Router, race: Race, tokens: int, rounds: int) -> list[dict[str, Any]]:
-    """Answer tokens per second of ``NUM_TASKS * BATCH`` prompts, however they are mixed."""
+def _streams(router: Router, race: Race, folder: Path, tokens: int, rounds: int) -> list[dict[str, Any]]:
+    """Answer tokens per second of ``NUM_TASKS * BATCH`` prompts, however they are mixed.
+
+    Whatever is loaded in turn, the router's model writes: it is of the same size.
+    """
     generator = torch.Generator().manual_seed(0)
     vocabulary = SHAPES[race.shape]["vocab_size"]
     sampling = Sampling(max_new_tokens=tokens)
     prompts = torch.randint(5, vocabulary, (BATCH, race.sequence), generator=generator).tolist()
 
-    def stream(batches: Sequence[tuple[str, int]]) -> float:
-        """Tokens per second of some batches: task and number of prompts."""
+    def stream(batches: Sequence[tuple[str, int]], before: Callable[[], object]) -> float:
+        """Tokens per second of some batches: task and number of prompts; what is done before each of them counts."""
         written = 0
 
         def write() -> None:
             nonlocal written
             written = 0
             for task, num in batches:
+                before()
                 rows = [router.row(prompt, sampling) for prompt in prompts[:num]]
                 router.write(task, rows, sampling)
                 written += sum(len(row.tokens) for row in rows)
@@ -169,13 +181,15 @@ def _streams(router: Router, race: Race, tokens: int, rounds: int) -> list[dict[
         return written / seconds
 
     tasks = [f"task{number}" for number in range(NUM_TASKS)]
-    rows = {
-        "merged model, one task": [(BASE, BATCH)] * NUM_TASKS,
-        "one task": [("task0", BATCH)] * NUM_TASKS,
-        "all tasks, full batches": [(task, BATCH) for task in tasks],
-        "all tasks, single prompts": [(task, 1) for task in tasks] * BATCH,
+    merged = [(BASE, BATCH)] * NUM_TASKS
+    rows: dict[str, tuple[list[tuple[str, int]], Callable[[], object]]] = {
+        "merged model, one task": (merged, _nothing),
+        "one task": ([("task0", BATCH)] * NUM_TASKS, _nothing),
+        "all tasks, full batches": ([(task, BATCH) for task in tasks], _nothing),
+        "all tasks, single prompts": ([(task, 1) for task in tasks] * BATCH, _nothing),
+        "merged models, loaded in turn": (merged, partial(_load, folder)),
     }
-    rates = {name: stream(batches) for name, batches in rows.items()}
+    rates = {name: stream(*row) for name, row in rows.items()}
     for name, rate in rates.items():
         logger.info("%s: %.0f tokens/s", name, rate)
     first = next(iter(rates.values()))
@@ -194,6 +208,15 @@ def _retrieval(router: Router, race: Race, rounds: int) -> list[dict[str, Any]]:
             retriever.add(_signature(number, dim))
         # The first time in `_median` makes the covariance and the clusters' coordinates, once per bank.
         seconds = _median(lambda: retriever.scores(x), rounds)
-        rows.append({"tasks": num_tasks, "seconds": seconds, "prefill_s": read, "share": seconds / read})
+        size = sum(each.num_bytes for each in retriever.signatures)
+        rows.append(
+            {
+                "tasks": num_tasks,
+                "seconds": seconds,
+                "prefill_s": read,
+                "share": seconds / read,
+                "signature_bytes": size,
+            }
+        )
         logger.info("%d tasks: %.2f ms, %.2f of a pass", num_tasks, 1e3 * seconds, seconds / read)
     return rows

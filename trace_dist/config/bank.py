@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 from trace_dist.config.checks import Section, check
-from trace_dist.parts import SIGNATURES
+from trace_dist.parts import SIGNATURES, STARTS
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,17 @@ class BankConfig(Section):
     """Training prompts per task that the bank keeps, without their answers, so that it can be folded into one set of weights
     later (`consolidate`); 0 keeps none. Of general sets of running text the text itself is kept."""
 
+    composition: str = "none"
+    """Where a new task's training begins: none (at the base), combination (at the earlier deltas that lower its held-out loss,
+    each times fitted scalars; its own mask gives up their entries), or the path of a module of your own."""
+    composition_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the composition; of combination: candidates (3), steps (20), lr (0.1), l1 (0.1), l2 (0.01),
+    least_gain (0.02)."""
+
     def check(self) -> None:
         self.at_least(1, "clusters", "num_prompts", "candidates")
         self.at_least(0, "keep_prompts")
         SIGNATURES.check(self.signature)
+        STARTS.check(self.composition)
         inside = self.reject is None or 0 < self.reject < 1
         check(inside, "bank.reject", self.reject, "must lie in (0, 1)", "use for example 0.05")

@@ -9,12 +9,13 @@ from dataclasses import replace
 from torch import Tensor
 
 from trace_dist.bank.bank import BASE, DeltaBank
-from trace_dist.bank.delta import Snapshot, extract_delta
+from trace_dist.bank.delta import Snapshot, applied, extract_delta
 from trace_dist.bank.sketch import Sketch
 from trace_dist.continual.earlier import changes_in
 from trace_dist.continual.progress import examples_digest, keep_trained, kept_trained
 from trace_dist.continual.prompts import to_keep
 from trace_dist.continual.setting import Setting
+from trace_dist.continual.starts.base import load_start
 from trace_dist.data.batches import Batches
 from trace_dist.masks.mask import Mask
 from trace_dist.sharding.base import ShardedModel
@@ -23,7 +24,10 @@ from trace_dist.train.loop import TrainResult
 from trace_dist.train.task import train_mask
 from trace_dist.train.workbench import Stream
 from trace_dist.utils.env import code_version
+from trace_dist.utils.log import get_logger
 from trace_dist.utils.together import on_all
+
+logger = get_logger(__name__)
 
 
 def learn_task(
@@ -52,17 +56,21 @@ def learn_task(
         _check_same(bank, stream, mask)
         return kept_trained(kept, task) or TrainResult()
     signature = setting.judge.signature(setting.model, [stream], task, bank.layer)
-    before = Snapshot(setting.model, mask)
-    batches = setting.bench.batches([stream], setting.cfg.train.batch_size)
     others = [other for other in bank.tasks if other not in (BASE, task)]
+    begun = load_start(setting.cfg.bank).begin(setting, bank, stream, mask, signature, name)
+    own = mask if begun.delta is None else apart(mask, begun.delta.mask, task)
     changes = changes_in(bank, setting.model, mask.meta.get("earlier", others), task)
-    scale = setting.isolation.scale(mask, changes)
-    result = train_stream(setting, stream, mask, batches, name=name, lr=lr, scale=scale)
-    delta = extract_delta(setting.model, mask, task)
+    scale = setting.isolation.scale(own, changes)
+    batches = setting.bench.batches([stream], setting.cfg.train.batch_size)
     adapted = None
-    if setting.cfg.bank.representation == "adapted":
-        adapted = setting.judge.signature(setting.model, [stream], task, bank.layer)
-    before.restore()
+    with applied(setting.model, begun.delta):
+        before = Snapshot(setting.model, own)
+        result = train_stream(setting, stream, own, batches, name=name, lr=lr, scale=scale)
+        changed = own if begun.delta is None else (own | begun.delta.mask).with_meta(**mask.meta)
+        delta = extract_delta(setting.model, changed, task)
+        if setting.cfg.bank.representation == "adapted":
+            adapted = setting.judge.signature(setting.model, [stream], task, bank.layer)
+        before.restore()
     # Before the delta: what lies in the bank is never trained again, so nothing could measure it later.
     keep_trained(kept, task, result)
     rate = setting.cfg.train.rate if lr is None else lr
@@ -73,6 +81,8 @@ def learn_task(
         "mask": dict(mask.meta),
         "code": code_version(),
     }
+    if begun.facts:
+        facts |= {"composition": begun.facts, "mask_digest": mask.digest()}
     # A mask that was given comes without a probe.
     path = setting.folder.sketch(task)
     sketch = on_all(lambda: Sketch.load(path) if path.is_file() else None)
@@ -84,13 +94,32 @@ def learn_task(
 def _check_same(bank: DeltaBank, stream: Stream, mask: Mask) -> None:
     """Raise ValueError where a task in the bank has the name of this one alone."""
     task = stream.task.name
-    examples = bank.facts(task).get("training", {}).get("examples")
-    differs = "mask" if bank.mask(task) != mask else "examples"
+    training = bank.facts(task).get("training", {})
+    examples, digest = training.get("examples"), training.get("mask_digest")
+    # One that began with earlier deltas holds their entries beside those of its mask.
+    same = bank.mask(task) == mask if digest is None else digest == mask.digest()
+    differs = "examples" if same else "mask"
     if differs == "mask" or examples not in (None, examples_digest([stream])):
         raise ValueError(
             f"tasks.name={task!r}: the bank {bank.folder} holds a task of this name with other {differs}; "
             "rename the task, or remove the one in the bank"
         )
+
+
+def apart(mask: Mask, taken: Mask, task: str) -> Mask:
+    """A task's own mask without the entries that it begins with from earlier tasks, so that the two are orthogonal.
+
+    Raises:
+        ValueError: they have other units, or nothing is left.
+    """
+    try:
+        own = mask - taken
+    except ValueError as error:
+        raise ValueError(
+            f"bank.composition: task {task!r}: {error}; set mask.isolation: exclusive, or bank.composition: none"
+        ) from None
+    logger.info("%s: its own mask keeps %d of %d entries", task, own.num_entries, mask.num_entries)
+    return own.with_meta(**mask.meta)
 
 
 def train_stream(

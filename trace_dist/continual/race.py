@@ -176,13 +176,17 @@ def _loss_after(trial: AbstractContextManager[Learner], step: Step, trained: Exi
     Collective.
     """
     try:
-        learner = trained.enter_context(trial)
-        with torch.no_grad():
-            learner.module.eval()
-            mine = accumulate(step, learner.forward, lambda loss: None, learner.device)
-            return float(dist.sum_over_ranks(mine))
+        return heldout_loss(trained.enter_context(trial), step)
     except NotFinite:
         return math.inf
+
+
+@torch.no_grad()
+def heldout_loss(learner: Learner, step: Step) -> float:
+    """Nats per answer token of a global batch, under the weights that the learner's model holds. Collective."""
+    learner.module.eval()
+    mine = accumulate(step, learner.forward, lambda loss: None, learner.device)
+    return float(dist.sum_over_ranks(mine))
 
 
 def _read(path: Path, about: dict[str, Any]) -> Race | None:

@@ -23,6 +23,10 @@ class Source(Section):
     """Data type of the weights; auto is that of the bank's deltas."""
     quantize: Quantize = "none"
     """`nf4`, where the tasks were trained on a 4-bit base."""
+    representation: Literal["base", "adapted"] = "base"
+    """`adapted` lets each task's own weights judge a prompt, where all tasks were learned with `bank.representation: adapted`."""
+    candidates: int = 3
+    """Tasks whose weights a prompt is tried with, for representation adapted."""
     reject: float | None = None
     """Share of a task's own prompts that may be taken for those of no known task, in (0, 1), as 0.01; the base answers what is
     rejected. Without it nothing is rejected."""
@@ -32,7 +36,7 @@ class Source(Section):
     """Host memory for deltas that were used, in GiB; the least recently used one goes first."""
 
     def check(self) -> None:
-        self.at_least(1, "batch_size")
+        self.at_least(1, "batch_size", "candidates")
         self.at_least(0, "cache_gib")
         cure = "use for example 0.01, or leave it out"
         check(

@@ -4,7 +4,7 @@
     for answer in router.ask(["Spell this word backward: stone", "What is 3 + 4?"]):
         print(answer.task, answer.margin, answer.text)
 
-The frozen base reads every prompt once; the nearest cluster of its representation says the task (bank/retrieval.py). Prompts of
+The frozen base reads every prompt once; the nearest cluster of its representation says the task (serving/finding.py). Prompts of
 one task are answered together, one delta after the other.
 """
 
@@ -12,21 +12,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.delta import Delta, applied
-from trace_dist.bank.representation import represent
 from trace_dist.data.encoding import context_length, encode_prompt, pad_id, stop_ids
 from trace_dist.data.examples import Prompt
 from trace_dist.evaluation.inputs import check_decoder
 from trace_dist.models.fingerprint import check_same, fingerprint
 from trace_dist.models.loading import load_tokenizer
-from trace_dist.serving.bounds import Bounds
 from trace_dist.serving.cache import DeltaCache
+from trace_dist.serving.finding import Finder, Route
 from trace_dist.serving.options import Sampling, Source
 from trace_dist.serving.prompts import check_prompt
 from trace_dist.serving.row import Finish, Row
@@ -47,20 +47,6 @@ class UnknownTask(ValueError):
     """The bank holds no task of this name."""
 
 
-class Route(NamedTuple):
-    """Who answers a prompt.
-
-    Attributes:
-        task: name of the task, or ``base``.
-        margin: nats between the retrieved task and the second; None where the task was named, or the bank holds one alone.
-        rejected: whether the prompt is of no task that the bank knows.
-    """
-
-    task: str
-    margin: float | None = None
-    rejected: bool = False
-
-
 @dataclass(frozen=True)
 class Answer:
     """An answer, and how it came about."""
@@ -69,12 +55,12 @@ class Answer:
     task: str
     """Whose delta answered: a task's, or ``base`` for none."""
     margin: float | None
-    """Nats between the retrieved task and the second; None where the task was named, or the bank holds one alone."""
+    """Nats between the retrieved task and the second; None where the task was named, or no second one was compared."""
     rejected: bool
     """Whether the prompt is of no task that the bank knows, so that the base answered."""
     error_bound: float | None
     """Upper 95 % limit on the share of that task's prompts that another task is retrieved for, in [0, 1]; None where the task has
-    no signature."""
+    no signature, or tasks are compared under their own weights."""
     finish: Finish
     """``stop``: the model ended it, or a stop text; ``length``: it was cut; ``cancelled``: nobody wanted the rest."""
     num_prompt_tokens: int
@@ -106,7 +92,7 @@ class Router:
         self._deltas = DeltaCache(bank, source.cache_gib * 2**30)
         self._lock = threading.RLock()
         self._watched = Watched(bank)
-        self._bounds = self._bounded()
+        self._finder = self._found_by()
         self.fingerprint = fingerprint(model.module)
         """Of the weights as they were loaded."""
 
@@ -117,7 +103,8 @@ class Router:
         Args:
             bank: folder of the bank.
             base: the bank's base model: folder or hub id.
-            options: the other fields of ``serving.options.Source``: dtype, quantize, reject, batch_size, cache_gib.
+            options: the other fields of ``serving.options.Source``: dtype, quantize, representation, candidates, reject,
+                batch_size, cache_gib.
 
         Raises:
             ValueError: there is no such bank or model, the model is not the bank's base, or a value makes no sense.
@@ -129,6 +116,8 @@ class Router:
         """``open``, with the options as one value."""
         bank = DeltaBank(source.bank)
         check_same(bank.base, fingerprint(source.base), f"bank {source.bank}")
+        if source.representation == "adapted":
+            bank.check_adapted()
         dtype = _dtype_of(bank) if source.dtype == "auto" else source.dtype
         model = load_sharded(source.base, dtype, "single", source.quantize)
         return cls(bank, model, load_tokenizer(source.base), source)
@@ -254,31 +243,8 @@ class Router:
         return [next(retrieved) if task is None else Route(task) for task in tasks]
 
     def _retrieved(self, ids: list[list[int]]) -> list[Route]:
-        if not ids or self._bounds is None:
-            return [Route(BASE)] * len(ids)
         with self._lock:
-            x = represent(
-                self.model.module,
-                ids,
-                layer=self.bank.layer,
-                batch_size=self.source.batch_size,
-                pad_id=pad_id(self.tokenizer),
-            )
-        scores = self.bank.retriever.scores(x)
-        best = scores.topk(min(2, scores.shape[1]), dim=1)
-        names = self.bank.tasks
-        routes = [
-            Route(names[places[0]], values[0] - values[1] if len(values) > 1 else None)
-            for values, places in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        ]
-        rate = self.source.reject
-        if rate is None:
-            return routes
-        rejected = self.bank.retriever.rejects(x, best.indices[:, 0], rate).tolist()
-        return [
-            route._replace(task=BASE, rejected=True) if out else route
-            for route, out in zip(routes, rejected, strict=True)
-        ]
+            return self._finder.routes(ids)
 
     def row(
         self,
@@ -299,7 +265,7 @@ class Router:
             rows: at most as many as fit the device's memory.
             sampling: what the rows have in common (``Sampling.way`` and the seed).
         """
-        with self._lock, applied(self.model, self._delta(task)):
+        with self._lock, self._activated(task):
             write(self.model.module, rows, sampling, self._ends, pad_id(self.tokenizer))
 
     def _delta(self, task: str) -> Delta | None:
@@ -321,13 +287,12 @@ class Router:
         """What has been written."""
         if row.finish is None:
             raise AssertionError("a row was not written to its end")
-        bound = None if self._bounds is None else self._bounds.of(route.task)
         return Answer(
             row.text,
             route.task,
             route.margin,
             route.rejected,
-            bound,
+            self._finder.bound(route.task),
             row.finish,
             len(row.prompt),
             len(row.tokens),
@@ -342,14 +307,17 @@ class Router:
         with self._lock:
             if not self._watched.refresh():
                 return False
-            self._bounds = self._bounded()
+            self._finder = self._found_by()
         logger.info(
             "bank %s: generation %d, %d tasks", self.bank.folder, self.bank.generation, len(self.tasks)
         )
         return True
 
-    def _bounded(self) -> Bounds | None:
-        return Bounds(self.bank.retriever) if self.bank.tasks else None
+    def _found_by(self) -> Finder:
+        return Finder(self.bank, self.model, self.source, pad_id(self.tokenizer), self._activated)
+
+    def _activated(self, task: str) -> AbstractContextManager[None]:
+        return applied(self.model, self._delta(task))
 
     def holds_base(self) -> bool:
         """Whether the weights are those that were loaded, by their fingerprint."""

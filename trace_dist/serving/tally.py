@@ -7,7 +7,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from trace_dist.serving.router import Route
+from trace_dist.serving.finding import Route
 from trace_dist.serving.row import Row
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+from trace_dist.serving.finding import Route
 from trace_dist.serving.options import Listening, Sampling
-from trace_dist.serving.router import Answer, Route, Router, UnknownTask
+from trace_dist.serving.router import Answer, Router, UnknownTask
 from trace_dist.serving.row import Row
 from trace_dist.serving.tally import Tally
 from trace_dist.utils.log import get_logger

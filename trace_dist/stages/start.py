@@ -65,6 +65,7 @@ def check_parts(cfg: RunConfig) -> None:
     """Raise ``ValueError`` where the drop-in parts or their options do not exist or do not fit."""
     from trace_dist.continual.driver import check_methods
     from trace_dist.continual.isolation.base import load_isolation
+    from trace_dist.continual.starts.base import load_start
     from trace_dist.train.loop import check_schedule
 
     _check_score(cfg)
@@ -74,6 +75,7 @@ def check_parts(cfg: RunConfig) -> None:
     if cfg.proxy is not None and cfg.mask.granularity != "tensor" and hasattr(placement, "check_mask"):
         placement.check_mask(options, cfg.mask)
     load_isolation(cfg.mask).check(cfg.mask, len(cfg.tasks))
+    load_start(cfg.bank)
     check_methods(cfg)
     check_schedule(cfg.train)
 

@@ -101,7 +101,9 @@ class Retrieved(Method):
     def facts(self) -> dict[str, Any]:
         sizes = list(self._sizes.values())
         entries = sum(size["entries"] for size in sizes)
+        begun = {task: self.bank.facts(task).get("training", {}).get("composition") for task in self._sizes}
         return {
+            **({"composition": begun} if any(begun.values()) else {}),
             "density": sum(size["density"] for size in sizes) / len(sizes),
             "trainable": entries // len(sizes),
             "delta_bytes": {task: size["delta_bytes"] for task, size in self._sizes.items()},

@@ -1,0 +1,173 @@
+"""A task that begins with a combination of earlier ones: what it takes, what it leaves, and that nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from continual.small import STEPS, TASKS
+
+from trace_dist.bank.bank import DeltaBank
+from trace_dist.bank.delta import Delta
+from trace_dist.config import RunConfig, TaskConfig
+from trace_dist.continual.learn import learn_task
+from trace_dist.continual.setting import Setting
+from trace_dist.masks.mask import Mask
+from trace_dist.run_folder import RunFolder
+from trace_dist.train.combination import GROUPS
+from trace_dist.train.learner import MaskedLearner
+from trace_dist.train.loop import TrainResult
+
+KIND: dict[str, Any] = {"composition": "combination", "composition_options": {"steps": 12, "lr": 0.2}}
+
+
+@pytest.fixture
+def related(fresh: RunConfig, folder: Path) -> RunConfig:
+    """A run of a task whose answers are those of the first one, beside a bank that holds both; the masks do not meet."""
+    generator = random.Random(7)
+    words = ["".join(generator.choices("abc", k=6)) for _ in range(160)]
+    rows = [{"prompt": f"{TASKS[0]}: {word}", "answer": "b"} for word in words]
+    (folder / "third.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(RunFolder.of(folder / "whole").bank().root, RunFolder.of(fresh.run_dir).bank().root)
+    third = TaskConfig("third", path=str(folder / "third.jsonl"))
+    return replace(fresh, tasks=[third], bank=replace(fresh.bank, **KIND))
+
+
+def without(cfg: RunConfig) -> RunConfig:
+    """The same run without composition."""
+    bank = replace(cfg.bank, composition="none", composition_options={})
+    plain = replace(cfg, run_dir=f"{cfg.run_dir}-plain", bank=bank)
+    shutil.copytree(cfg.run_dir, plain.run_dir)
+    return plain
+
+
+def own_mask(setting: Setting, bank: DeltaBank) -> Mask:
+    """Random entries that no earlier task has."""
+    taken = bank.mask(TASKS[0]) | bank.mask(TASKS[1])
+    mask = Mask.random(setting.model, density=0.3, granularity="element", seed=5, maskable="all")
+    return (mask - taken).with_meta(task="third", model=setting.fingerprint)
+
+
+def learned(cfg: RunConfig, mask: Mask | None = None) -> tuple[Setting, DeltaBank, Mask, TrainResult]:
+    setting = Setting.load(cfg)
+    bank = DeltaBank(setting.folder.bank().root)
+    mask = own_mask(setting, bank) if mask is None else mask
+    result = learn_task(setting, bank, setting.bench.tasks[0], mask, name="retrieved")
+    return setting, bank, mask, result
+
+
+def delta_of(bank: DeltaBank, task: str) -> Delta:
+    delta = bank.delta(task)
+    assert delta is not None
+    return delta
+
+
+def test_a_related_task_begins_with_the_earlier_one(related: RunConfig) -> None:
+    plain = without(related)
+    before = {path: path.read_bytes() for path in Path(related.run_dir).rglob("*.safetensors")}
+    setting, bank, mask, result = learned(related)
+    facts = bank.facts("third")["training"]["composition"]
+    assert facts["used"]
+    assert set(facts["scalars"]) <= set(TASKS)
+    assert all(tuple(row) == GROUPS for row in facts["scalars"].values())
+    assert sum(facts["scalars"][TASKS[0]].values()) > 0.3
+    assert facts["loss"] < 0.8 * facts["base_loss"]
+    # The first step has the loss of the combination, not the base's.
+    _, _, _, alone = learned(plain, mask)
+    assert result.losses[0][1] < 0.8 * alone.losses[0][1]
+    assert all(path.read_bytes() == content for path, content in before.items())
+    whole = Setting.load(related).model.full_state_dict()
+    after = setting.model.full_state_dict()
+    assert all(torch.equal(after[name], whole[name]) for name in whole)
+
+
+def test_its_own_update_is_orthogonal_and_its_delta_holds_all(related: RunConfig) -> None:
+    setting, bank, mask, _ = learned(related)
+    delta = delta_of(bank, "third")
+    base = setting.model.full_state_dict()
+    scalars = bank.facts("third")["training"]["composition"]["scalars"]
+    used = [task for task in scalars if any(scalars[task].values())]
+    product = own = combined = 0.0
+    for name in delta.mask:
+        flat = base[name].flatten()
+        change = torch.zeros(flat.shape, dtype=torch.float64)
+        change[delta.mask.elements(name)] = (
+            delta.values[name].double() - flat[delta.mask.elements(name)].double()
+        )
+        mine = torch.zeros_like(change)
+        if name in mask.units:
+            mine[mask.elements(name)] = change[mask.elements(name)]
+        taken = [bank.mask(task).elements(name) for task in used if name in bank.mask(task).units]
+        theirs = torch.zeros_like(change)
+        if taken:
+            theirs[torch.cat(taken)] = change[torch.cat(taken)]
+        torch.testing.assert_close(mine + theirs, change, rtol=0, atol=0)
+        product += float(mine @ theirs)
+        own, combined = own + float(mine @ mine), combined + float(theirs @ theirs)
+    assert product == 0
+    assert own > 0
+    assert combined > 0
+    shutil.rmtree(bank.files.task(bank.index.records[1].folder))
+    assert (
+        delta_of(DeltaBank(bank.folder), "third").digest == delta.digest if hasattr(delta, "digest") else True
+    )
+
+
+@pytest.mark.parametrize("options", [{"l1": 1.5}, {"least_gain": 0.999}])
+def test_what_does_not_help_changes_nothing(related: RunConfig, options: dict[str, float]) -> None:
+    """No scalar survives its shrinkage, or all of them win too little: the task is learned as from the base, bit for bit."""
+    strict = replace(
+        related,
+        run_dir=f"{related.run_dir}-{next(iter(options))}",
+        bank=replace(related.bank, composition_options=KIND["composition_options"] | options),
+    )
+    plain = without(related)
+    shutil.copytree(related.run_dir, strict.run_dir)
+    _, composed, mask, result = learned(strict)
+    facts = composed.facts("third")["training"]["composition"]
+    assert facts["used"] is False
+    if "l1" in options:
+        assert not any(value for row in facts["scalars"].values() for value in row.values())
+    _, alone, _, expected = learned(plain, mask)
+    assert [loss for _, loss in result.losses] == [loss for _, loss in expected.losses]
+    mine, theirs = delta_of(composed, "third"), delta_of(alone, "third")
+    assert mine.mask == theirs.mask
+    assert all(torch.equal(mine.values[name], theirs.values[name]) for name in mine.mask)
+
+
+def test_cut_in_its_training_it_goes_on_alike(related: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = replace(related, run_dir=f"{related.run_dir}-cut")
+    shutil.copytree(related.run_dir, other.run_dir)
+    _, bank, mask, expected = learned(related)
+    step, done = MaskedLearner.step, 0
+
+    def cut(self: Any) -> float:
+        nonlocal done
+        done += 1
+        if done == STEPS // 2 + 1:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(MaskedLearner, "step", cut)
+    with pytest.raises(KeyboardInterrupt):
+        learned(other, mask)
+    monkeypatch.undo()
+    _, again, _, result = learned(other, mask)
+    assert result.losses == expected.losses
+    first, second = delta_of(bank, "third"), delta_of(again, "third")
+    assert all(torch.equal(first.values[name], second.values[name]) for name in first.mask)
+    # And it is in the bank now, whose mask is wider than its own.
+    assert learned(other, mask)[3].losses == expected.losses
+
+
+def test_a_mask_that_the_combination_covers_is_refused(related: RunConfig) -> None:
+    mask = DeltaBank(RunFolder.of(related.run_dir).bank().root).mask(TASKS[0])
+    message = "bank.composition: task 'third': .*selects nothing.*set mask.isolation: exclusive, or bank.composition: none"
+    with pytest.raises(ValueError, match=message):
+        learned(related, mask)

@@ -1,0 +1,1 @@
+"""Where the training of a new task begins; one file and one row in ``parts.STARTS`` each."""
