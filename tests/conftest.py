@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,32 @@ import torch
 from launching import Launcher, launch
 from safetensors.torch import load_file
 
-RANKS = Path(__file__).parent / "engine" / "ranks.py"
+TESTS = Path(__file__).parent
+RANKS = TESTS / "engine" / "ranks.py"
+WORLD = "world"
+"""All files that read a world together: they go to one worker."""
+LONGEST = [
+    "test_readme.py",
+    WORLD,
+    "stages/test_learn.py",
+    "stages/test_pipeline.py",
+    "stages/test_killed.py",
+    "continual/test_resuming.py",
+    "benchmarks/test_stream.py",
+    "kernels/test_interpreter.py",
+    "continual/test_rivals.py",
+    "models/test_zero3_loading.py",
+    "continual/test_ranks.py",
+    "cli/test_bench.py",
+    "cli/test_errors.py",
+    "cli/test_ranks.py",
+    "kernels/test_aot.py",
+    "bank/test_changes.py",
+    "test_examples.py",
+    "cli/test_memory.py",
+    "projection/test_placements.py",
+]
+"""The files that take longest, the longest first, as ``pytest --durations=80`` told; then come those that start launchers."""
 SECTIONS: dict[int, tuple[Launcher, list[str]]] = {
     1: ("python", ["parity", "fsdp2", "toy"]),
     2: (
@@ -104,17 +130,38 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Together(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "world" if "world(" in (config.rootpath / file).read_text() else file
+            return WORLD if reads_world(config.rootpath / file) else file
 
     # xdist would begin with the files of many tests; the long ones have few.
     config.option.loadscopereorder = False
     return Together(config, log)
 
 
+def reads_world(file: Path) -> bool:
+    """Whether a file's tests read what a world found."""
+    return "world(" in file.read_text()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start launchers come first: a long test at the end would leave one of two workers idle."""
-    slow = {item.path for item in items if item.get_closest_marker("launcher")}
-    items.sort(key=lambda item: item.path not in slow)
+    """The longest files come first: a long one at the end would leave one of two workers idle."""
+    files = {item.path for item in items}
+    launching = {item.path for item in items if item.get_closest_marker("launcher")}
+    places: dict[Path, int] = {}
+    for file in files:
+        name = WORLD if reads_world(file) else file.relative_to(TESTS).as_posix()
+        places[file] = LONGEST.index(name) if name in LONGEST else len(LONGEST) + (file not in launching)
+    items.sort(key=lambda item: places[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """Modules and collected tests are no garbage: later collections need not walk through them."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """What triton's modules hold wants to be collected at the end; it complains otherwise."""
+    gc.unfreeze()
 
 
 @pytest.fixture

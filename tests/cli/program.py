@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import datasets
 import yaml
 from launching import rank_environment
+
+from trace_dist.cli.main import main
 
 
 def write_tasks(folder: Path, num_examples: int = 60) -> None:
@@ -70,6 +77,27 @@ def run(
         timeout=300,
         cwd=cache.parent,
     )
+
+
+def run_here(*arguments: object, cache: Path) -> subprocess.CompletedProcess[str]:
+    """``run`` in this process: for what a command says and writes, since seconds of imports are saved."""
+    words, out, err = [str(argument) for argument in arguments], StringIO(), StringIO()
+    logger = logging.getLogger("trace_dist")
+    before = logger.handlers[:], logger.level, logger.propagate
+    with (
+        patch.dict(os.environ, environment(cache)),
+        patch.object(datasets.config, "HF_DATASETS_CACHE", cache),
+        chdir(cache.parent),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        try:
+            code = main(words)
+        except SystemExit as end:
+            code = int(end.code or 0)
+        finally:
+            logger.handlers[:], logger.level, logger.propagate = before
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def error_line(done: subprocess.CompletedProcess[str]) -> str:

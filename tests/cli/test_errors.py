@@ -1,4 +1,7 @@
-"""Wrong input, given to the real program: one line that names the field and the cure, before anything is trained."""
+"""Wrong input, given to the real program: one line that names the field and the cure, before anything is trained.
+
+What counts is the line and what lies in the folder, so most commands run in this process; those that start others do not.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from cli.program import error_line, files, make_config, run, write_config, write_tasks
+from cli.program import error_line, files, make_config, run, run_here, write_config, write_tasks
 from launching import free_port
 
 from trace_dist.masks import Mask, UnitLayout
@@ -57,7 +60,7 @@ def test_a_config_that_makes_no_sense(
     field: str, value: Any, fragments: list[str], config: dict[str, Any], cache: Path, tmp_path: Path
 ) -> None:
     path = write_config(tmp_path, edited(config, field, value))
-    line = error_line(run("run", "--config", path, cache=cache))
+    line = error_line(run_here("run", "--config", path, cache=cache))
     for fragment in fragments:
         assert fragment in line
     assert not (tmp_path / "run").exists()
@@ -88,13 +91,13 @@ def test_a_missing_task_file_can_be_mended_in_the_same_run_folder(
     assert files(tmp_path / "run") == ["config.yaml", "logs/base-target.log"]
 
     path = write_config(tmp_path, config)
-    done = run("base", "--config", path, "--which", "proxy", cache=cache)
+    done = run_here("base", "--config", path, "--which", "proxy", cache=cache)
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["tasks"][0]["path"].endswith(
         "copy.jsonl"
     )
 
-    line = error_line(run("base", "--config", path, "--seed", 1, cache=cache))
+    line = error_line(run_here("base", "--config", path, "--seed", 1, cache=cache))
     assert "run_dir=" in line
     assert "made with other values of seed; choose another run_dir, or delete this one" in line
 
@@ -111,7 +114,7 @@ def test_a_mask_file_that_cannot_be_read(
     if content is not None:
         mask.write_bytes(content)
     path = write_config(tmp_path, config)
-    line = error_line(run("train", "--config", path, "--mask_file", mask, cache=cache))
+    line = error_line(run_here("train", "--config", path, "--mask_file", mask, cache=cache))
     assert f"{mask}: " in line
     assert fragment in line
     assert files(tmp_path / "run") == ["config.yaml"]
@@ -122,7 +125,7 @@ def test_a_prompt_longer_than_the_context(config: dict[str, Any], cache: Path, t
     with (tmp_path / "twist.jsonl").open("a") as lines:
         lines.write('{"prompt": "twist %s", "answer": "a"}\n' % ("abc" * 100))
     path = write_config(tmp_path, config)
-    line = error_line(run("base", "--config", path, cache=cache))
+    line = error_line(run_here("base", "--config", path, cache=cache))
     assert "tasks.twist: a training example needs 305 tokens" in line
     assert "the target has 256 positions" in line
     assert "set data.max_length to at most 256 with data.truncate_prompt=true" in line
@@ -131,14 +134,14 @@ def test_a_prompt_longer_than_the_context(config: dict[str, Any], cache: Path, t
 
 def test_a_prompt_longer_than_max_length(config: dict[str, Any], cache: Path, tmp_path: Path) -> None:
     path = write_config(tmp_path, edited(config, "data.max_length", 8))
-    line = error_line(run("base", "--config", path, cache=cache))
+    line = error_line(run_here("base", "--config", path, cache=cache))
     assert "exceed data.max_length=8; raise data.max_length or set data.truncate_prompt=true" in line
     assert files(tmp_path / "run") == ["config.yaml"]
 
 
 def test_a_mask_of_another_model(config: dict[str, Any], cache: Path, tmp_path: Path) -> None:
     path = write_config(tmp_path, config)
-    assert run("base", "--config", path, "--which", "target", cache=cache).returncode == 0
+    assert run_here("base", "--config", path, "--which", "target", cache=cache).returncode == 0
     before = files(tmp_path / "run")
     up = "model.layers.0.mlp.up_proj.weight"
     for name, shape, meta, fragment in (
@@ -149,7 +152,7 @@ def test_a_mask_of_another_model(config: dict[str, Any], cache: Path, tmp_path: 
         units = torch.tensor([3, 5], dtype=torch.int32)
         Mask({name: units}, {name: UnitLayout(shape, 1)}, "element", meta).save(tmp_path / "mask.safetensors")
         arguments = ["--config", path, "--mask_file", tmp_path / "mask.safetensors"]
-        assert fragment in error_line(run("train", *arguments, cache=cache))
+        assert fragment in error_line(run_here("train", *arguments, cache=cache))
     assert files(tmp_path / "run") == before
 
 

@@ -87,6 +87,22 @@ def test_help_loads_no_torch() -> None:
     assert done.stdout.splitlines()[-1].split() == ["slow:"], done.stderr
 
 
+def test_a_command_loads_what_it_needs() -> None:
+    """A bank or a mask needs no data and no architectures; a run's start needs no adapters and no compiler."""
+    script = """
+import sys
+from trace_dist.cli import bank_commands, mask_commands
+print('slow:', *sorted({'datasets', 'transformers.modeling_utils', 'torch._dynamo'} & set(sys.modules)))
+from trace_dist.cli.parser import parse, run_config
+from trace_dist.stages.start import check_parts
+check_parts(run_config(parse(['run', '--config', sys.argv[1]])['run']))
+print('slow:', *sorted({'peft', 'bitsandbytes', 'deepspeed', 'torch._inductor.compile_fx'} & set(sys.modules)))
+"""
+    command = [sys.executable, "-c", script, str(ROOT / "configs/quickstart.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.stdout.splitlines() == ["slow:", "slow:"], done.stderr
+
+
 @pytest.mark.parametrize("words", [("--help",), ("train", "--help"), ("bank", "show", "BANK")], ids=str)
 def test_whoever_reads_only_the_beginning_breaks_no_pipe(words: tuple[str, ...], tmp_path: Path) -> None:
     """As `| head` does; here nobody reads at all."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.program import error_line, run
+from cli.program import error_line, run, run_here
 from launching import free_port
 from transformers import LlamaConfig
 
@@ -23,7 +23,7 @@ def model(tmp_path: Path) -> Path:
 def test_estimate_prints_a_table_and_writes_json(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "estimate.json"
     arguments = ["--model", model / "config.json", "--world_size", 4, "--sequence_length", 64, "--out", out]
-    done = run("memory", "estimate", *arguments, cache=tmp_path / "cache")
+    done = run_here("memory", "estimate", *arguments, cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(out.read_text())
     assert found["setup"]["world_size"] == 4
@@ -34,10 +34,10 @@ def test_estimate_prints_a_table_and_writes_json(model: Path, tmp_path: Path) ->
 
 def test_plan_lists_what_fits_or_says_what_would(model: Path, tmp_path: Path) -> None:
     arguments = ["memory", "plan", "--model", model, "--sequence_length", 64, "--reserve_gib", 0]
-    done = run(*arguments, "--gpu_gib", 24, cache=tmp_path / "cache")
+    done = run_here(*arguments, "--gpu_gib", 24, cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     assert "one GPU of 24 GiB" in done.stdout
-    line = error_line(run(*arguments, "--gpu_gib", 0.001, cache=tmp_path / "cache"))
+    line = error_line(run_here(*arguments, "--gpu_gib", 0.001, cache=tmp_path / "cache"))
     assert "gpu_gib=0.001: nothing fits: the leanest option (density 0.01, 8bit states" in line
     assert "use GPUs of 1 GiB" in line
 
@@ -54,7 +54,7 @@ def test_plan_lists_what_fits_or_says_what_would(model: Path, tmp_path: Path) ->
 )
 def test_wrong_input_is_one_line(arguments: list[str], fragment: str, model: Path, tmp_path: Path) -> None:
     words = [str(model) if word == "MODEL" else word for word in arguments]
-    assert fragment in error_line(run("memory", *words, cache=tmp_path / "cache"))
+    assert fragment in error_line(run_here("memory", *words, cache=tmp_path / "cache"))
 
 
 @pytest.mark.launcher

@@ -7,6 +7,7 @@ imports are done once; a life is a fork of the process that has done nothing els
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -14,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft  # noqa: F401  a life would import it anew
+import torch.utils.tensorboard  # noqa: F401
 from continual.small import make_config
 from moments import watch
 
@@ -61,6 +64,7 @@ def live(folder: Path, run: str, method: str, moment: str | None) -> int:
 def main() -> None:
     """Live until the last life ends by itself; exit 1 where a moment never came or an error did."""
     folder, run, method = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    gc.freeze()  # lives need not walk through the modules
     for moment in [*sys.argv[4:], None]:
         status = live(folder, run, method, moment)
         expected = signal.SIGKILL if moment is not None else 0

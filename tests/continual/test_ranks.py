@@ -56,7 +56,7 @@ def test_a_race_on_two_ranks_is_that_of_one(folder: Path) -> None:
     """The ranks agree to the bit; the rate that changes nothing has the base's loss on any number of ranks."""
     for run in ("ranks-race", "one-race"):
         shutil.copytree(folder / "probed", folder / run)
-    launch(Path(__file__).with_name("race_script.py"), 2, folder, launcher="deepspeed")
+    launch(Path(__file__).with_name("race_script.py"), 2, folder, launcher="torchrun")
     cfg = replace(make_config(folder, race_script.METHODS, "one-race"), race=race_script.RACE)
     setting = Setting.load(cfg)
     for entry in check_methods(cfg):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.program import error_line, make_config, run, write_config, write_tasks
+from cli.program import error_line, make_config, run, run_here, write_config, write_tasks
 from launching import free_port
 
 from trace_dist.bank.bank import BASE, DeltaBank
@@ -25,7 +25,7 @@ def learned(folder: Path) -> dict[str, bytes]:
 
 def scores(config: Path, bank: Path, cache: Path) -> dict[str, float]:
     """What ``eval`` says of the tasks of a configuration."""
-    done = run("eval", "--config", config, "--bank_folder", bank, cache=cache)
+    done = run_here("eval", "--config", config, "--bank_folder", bank, cache=cache)
     assert done.returncode == 0, done.stderr
     return json.loads((Path(config).parent / "run" / "eval.json").read_text())["scores"]
 
@@ -133,7 +133,7 @@ def test_what_the_bank_cannot_take_is_refused_first(
     for section in changes.values():
         for entry in section if isinstance(section, list) else [section]:
             entry["path"] = str(first / entry["path"])
-    done = run(
+    done = run_here(
         "learn",
         "--config",
         later(**changes, run_dir=str(tmp_path / "r")),

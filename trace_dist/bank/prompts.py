@@ -9,13 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from trace_dist.data.encoding import Pair
 from trace_dist.utils.files import reading
 from trace_dist.utils.sealed import check_version, load_sealed, save_sealed
+
+if TYPE_CHECKING:
+    from trace_dist.data.encoding import Pair
 
 VERSION = 1
 COLUMNS = ("ids", "prompt_lengths", "answer_lengths")
@@ -56,6 +59,8 @@ class Prompts:
         if max_new_tokens is not None and not (type(max_new_tokens) is int and max_new_tokens > 0):
             raise ValueError(f"max_new_tokens={max_new_tokens!r}")
         parts = [ids[begin:end] for begin, end in pairwise(accumulate(lengths, initial=0))]
+        from trace_dist.data.encoding import Pair  # brings the readers of data, which are slow to import
+
         return cls([Pair(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)], max_new_tokens)
 
 

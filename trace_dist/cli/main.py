@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 from trace_dist.cli.arguments import RUN_COMMANDS
@@ -15,7 +16,19 @@ from trace_dist.cli.errors import explain_system, report_error
 from trace_dist.cli.lifetime import end_with_run
 from trace_dist.cli.parser import parse, run_config
 from trace_dist.launching import ProcessFailed
+from trace_dist.utils.imports import importing
 from trace_dist.utils.launch import launched_rank
+
+ROOMS = {
+    "bank": "bank_commands",
+    "bench": "bench_commands",
+    "generate": "serving_commands",
+    "init": "init_command",
+    "mask": "mask_commands",
+    "memory": "memory_commands",
+    "serve": "serving_commands",
+}
+"""Commands beside those on a run -> the module of their function ``NAME_command``."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,8 +62,9 @@ def _run(words: Sequence[str]) -> int:
         report_error(error)
         return 2
     _quiet()
-    from trace_dist.utils import dist, locks
-    from trace_dist.utils.log import get_logger, setup_logging
+    with importing():
+        from trace_dist.utils import dist, locks
+        from trace_dist.utils.log import get_logger, setup_logging
 
     setup_logging()
     try:
@@ -76,29 +90,15 @@ def _run(words: Sequence[str]) -> int:
 def _command(name: str, values: Any) -> None:
     """Run a command; what it imports is slow, and a wrong command line shall be answered at once."""
     if name in RUN_COMMANDS:
-        from trace_dist.cli.commands import RUN
+        with importing():
+            from trace_dist.cli.commands import RUN
 
         own = {argument: values[argument] for argument in RUN_COMMANDS[name].own}
         RUN[name](run_config(values), **own)
-    elif name == "memory":
-        from trace_dist.cli.memory_commands import memory_command
-
-        memory_command(values)
-    elif name == "bench":
-        from trace_dist.cli.bench_commands import bench_command
-
-        bench_command(values)
-    else:
-        from trace_dist.cli import bank_commands, init_command, mask_commands, serving_commands
-
-        rooms = {
-            "generate": serving_commands.generate_command,
-            "serve": serving_commands.serve_command,
-            "init": init_command.init_command,
-            "mask": mask_commands.mask_command,
-            "bank": bank_commands.bank_command,
-        }
-        rooms[name](values)
+        return
+    with importing():
+        room = import_module(f"trace_dist.cli.{ROOMS[name]}")
+    getattr(room, f"{name}_command")(values)
 
 
 def _quiet() -> None:
@@ -109,11 +109,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     for name in ("DeepSpeed", "transformers", "datasets", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def check_can_be_saved(module: nn.Module) -> None:
@@ -32,6 +34,9 @@ def write_pretrained(module: Any, state: dict[str, Tensor], folder: Path | str) 
         state: its whole weights and persistent buffers; tied names share one tensor.
         folder: made if missing.
     """
+    # Slow to import, and a command on a bank has no model; who has one has imported it.
+    from transformers import PreTrainedModel
+
     twin = _twin(module, state) if isinstance(module, PreTrainedModel) else None
     if twin is not None:
         twin.save_pretrained(folder, state_dict=state)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from trace_kernels.compact import compact_gather, compact_scatter
 
 from trace_dist.config import Quantize
-from trace_dist.models.loading import load_model
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.support import Support
 from trace_dist.sharding.views import PartitionView
@@ -40,6 +39,9 @@ class ReplicatedModel(ShardedModel):
 
     @classmethod
     def from_pretrained(cls, path: str, dtype: torch.dtype, quantize: Quantize = "none") -> ReplicatedModel:
+        # Slow to import: it brings the architectures of transformers, and a command on a bank needs none.
+        from trace_dist.models.loading import load_model
+
         return cls(load_model(path, dtype, quantize))
 
     @property

@@ -19,6 +19,7 @@ from trace_dist.utils import dist
 from trace_dist.utils.agreement import agree
 from trace_dist.utils.env import code_version
 from trace_dist.utils.files import write_text
+from trace_dist.utils.imports import importing
 from trace_dist.utils.launch import adopt_launch, job_size
 from trace_dist.utils.locks import hold_until_exit, process_name
 from trace_dist.utils.log import get_logger
@@ -63,10 +64,11 @@ def start(cfg: RunConfig, command: str, **own: str | None) -> None:
 
 def check_parts(cfg: RunConfig) -> None:
     """Raise ``ValueError`` where the drop-in parts or their options do not exist or do not fit."""
-    from trace_dist.continual.driver import check_methods
-    from trace_dist.continual.isolation.base import load_isolation
-    from trace_dist.continual.starts.base import load_start
-    from trace_dist.train.loop import check_schedule
+    with importing():
+        from trace_dist.continual.driver import check_methods
+        from trace_dist.continual.isolation.base import load_isolation
+        from trace_dist.continual.starts.base import load_start
+        from trace_dist.train.schedule import check_schedule
 
     _check_score(cfg)
     placement = PLACEMENTS.load(cfg.projection.placement)

@@ -26,6 +26,7 @@ from trace_dist.config import TrainConfig
 from trace_dist.data.batches import Batches
 from trace_dist.run_folder import RunFolder
 from trace_dist.train.learner import Learner
+from trace_dist.train.schedule import make_schedule
 from trace_dist.utils import dist
 from trace_dist.utils.agreement import agree
 from trace_dist.utils.files import append_jsonl, writing
@@ -109,47 +110,6 @@ class MetricLog:
         if self._writer is not None:
             with writing(self.folder.tensorboard(self.tag)):
                 self._writer.close()
-
-
-def make_schedule(optimizer: torch.optim.Optimizer, cfg: TrainConfig, steps: int) -> LambdaLR:
-    """The learning-rate schedule of ``cfg``.
-
-    Raises:
-        ValueError: unknown schedule, or one that looks at more than the step.
-    """
-    # Slow to import: its module brings PEFT, and that bitsandbytes and the compiler.
-    from transformers import get_scheduler
-
-    options = {"min_lr_rate": cfg.min_lr_ratio} if "min_lr" in cfg.scheduler else {}
-    cure = "use for example cosine_with_min_lr"
-    try:
-        schedule = get_scheduler(
-            cfg.scheduler,
-            optimizer,
-            num_warmup_steps=min(cfg.warmup_steps, steps // 2),
-            num_training_steps=steps,
-            scheduler_specific_kwargs=options,
-        )
-    except ValueError as error:
-        raise ValueError(f"train.scheduler={cfg.scheduler!r}: {error}; {cure}") from None
-    if not isinstance(schedule, LambdaLR):
-        raise ValueError(f"train.scheduler={cfg.scheduler!r}: must depend on the step alone; {cure}")
-    return schedule
-
-
-def check_schedule(cfg: TrainConfig) -> None:
-    """Raise ValueError as ``make_schedule`` would."""
-    make_schedule(torch.optim.SGD([torch.zeros(1)], lr=1.0), cfg, cfg.steps)
-
-
-def continue_schedule(schedule: LambdaLR, step: int) -> None:
-    """Put a new schedule where it is after some steps; the learning rate and the shape are those that it was made with."""
-    schedule.last_epoch = step
-    schedule._step_count = step + 1
-    rates = [base * shape(step) for base, shape in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    schedule._last_lr = rates
 
 
 def train_steps(
