@@ -61,7 +61,8 @@ SECTIONS: dict[int, tuple[Launcher, list[str]]] = {
                 "wire",
                 "nf4",
             ),
-            *("cut_and_continue", "damaged", "hand_over", "deltas", "exporting", "loading", "shared_memory"),
+            *("cut_and_continue", "damaged", "hand_over", "looking"),
+            *("deltas", "exporting", "loading", "shared_memory"),
         ],
     ),
     3: (

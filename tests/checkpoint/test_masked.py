@@ -148,8 +148,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         MANIFEST_DAMAGED,
     ),
     "long number": (write('{"step": ' + "9" * 10**4 + "}"), "manifest.json: not valid JSON"),
-    "a list": (write("[]"), "not a version 3 trace_dist checkpoint"),
-    "another format": (write('{"format": "x"}'), "not a version 3 trace_dist checkpoint"),
+    "a list": (write("[]"), "not a version 3 or 4 trace_dist checkpoint"),
+    "another format": (write('{"format": "x"}'), "not a version 3 or 4 trace_dist checkpoint"),
     "nothing else": (write('{"format": "trace_dist.checkpoint", "version": 3}'), MANIFEST_DAMAGED),
     "nothing else, old": (write('{"format": "trace_dist.checkpoint", "version": 2}'), MANIFEST_DAMAGED),
     "step": (change(lambda m: m.update(step=7)), MANIFEST_DAMAGED),
@@ -225,8 +225,8 @@ def test_all_are_damaged(tmp_path: Path) -> None:
 
 def test_another_version_is_not_damage(tmp_path: Path) -> None:
     """It is refused, never passed over: training that began anew would delete it."""
-    change(lambda m: m.update(version=4), sign=True)(save_checkpoint(tmp_path, 1, make(), {}))
-    with pytest.raises(ValueError, match="not a version 3 trace_dist checkpoint"):
+    change(lambda m: m.update(version=5), sign=True)(save_checkpoint(tmp_path, 1, make(), {}))
+    with pytest.raises(ValueError, match="not a version 3 or 4 trace_dist checkpoint"):
         latest_checkpoint(tmp_path)
 
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from trace_dist.cli.parser import parse, run_config
-from trace_dist.config import RunConfig, TaskConfig
+from trace_dist.config import ModelConfig, RunConfig, TaskConfig, TrainConfig
 from trace_dist.data import Task, load_examples, load_task
 from trace_dist.evaluation.metric import check_metric, load_metric
 from trace_dist.parts import METRICS
@@ -85,6 +85,27 @@ def test_the_templates_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     rows = [{"sentence": f"s{i}", "label": i % 2} for i in range(40)]
     write(tmp_path / "data/labels.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     assert load_task(labels, seed=0).choices == ["label: 0", "label: 1"]
+
+
+def test_the_validation_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its example is a configuration, each of its options is there, and each task has its examples from where the page says."""
+    monkeypatch.chdir(tmp_path)
+    page = yaml.safe_load(blocks("yaml")[2])
+    tasks = [TaskConfig(**values) for values in page["tasks"]]
+    cfg = RunConfig(ModelConfig("m"), tasks, run_dir="r", train=TrainConfig(**page["train"]))
+    table = PAGE.partition("## Validation")[2].partition("##")[0]
+    for section, key in re.findall(r"`(train|tasks)\.(\w+)`", table):
+        assert hasattr(cfg.train if section == "train" else tasks[0], key)
+    csv = "prompt,answer\n" + "".join(f"{row['prompt']},{row['answer']}\n" for row in ROWS)
+    write(tmp_path / "data/quiz.csv", csv)
+    for split, rows in (("train", ROWS), ("test", ROWS[:5]), ("eval", [{"prompt": "eval", "answer": "yes"}])):
+        write(tmp_path / f"data/C-STANCE/{split}.json", json.dumps(rows))
+    for name, rows in (("copy", ROWS), ("copy-held-out", [{"prompt": "apart", "answer": "no"}])):
+        write(tmp_path / f"data/{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    quiz, trace, copy = (load_examples(task, seed=0, validate=True) for task in tasks)
+    assert len(quiz.validation) == (len(quiz.validation) + len(quiz.train)) // 5
+    assert [row["prompt"] for row in trace.validation] == ["eval"]
+    assert [row["prompt"] for row in copy.validation] == ["apart"]
 
 
 def test_the_metrics_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

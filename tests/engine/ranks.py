@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from engine.cases import CASES, Case, batches
 from engine.comms import CountedComm
+from engine.looking import looking
 from engine.rank_by_weight import by_weight
 from engine.rank_depth import depth
 from engine.rank_files import cut_and_continue, damaged, deltas, exporting, hand_over, loading, take_over
@@ -231,6 +232,7 @@ SECTIONS: dict[str, Callable[[Path], Found]] = {
     "wire": wire,
     "nf4": nf4,
     "cut_and_continue": cut_and_continue,
+    "looking": looking,
     "damaged": damaged,
     "hand_over": hand_over,
     "take_over": take_over,

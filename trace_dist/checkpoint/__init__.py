@@ -1,11 +1,13 @@
 """Checkpoints of training: whole or absent, checked before anything of them is loaded."""
 
-from trace_dist.checkpoint.dense import load_dense, save_dense
-from trace_dist.checkpoint.masked import load_checkpoint, load_mask, save_checkpoint
+from trace_dist.checkpoint.dense import load_best_dense, load_dense, save_dense
+from trace_dist.checkpoint.masked import load_best, load_checkpoint, load_mask, save_checkpoint
 from trace_dist.checkpoint.retention import latest_checkpoint
 
 __all__ = [
     "latest_checkpoint",
+    "load_best",
+    "load_best_dense",
     "load_checkpoint",
     "load_dense",
     "load_mask",

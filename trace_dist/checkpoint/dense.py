@@ -1,21 +1,22 @@
 """Checkpoints of ordinary training (full fine-tuning, LoRA): parameters and the optimizer's states by name.
 
 Rank 0's file has ``<param>/values`` and ``<param>/<key>`` for every tensor that the optimizer keeps of a parameter (of AdamW
-``step``, ``exp_avg``, ``exp_avg_sq``); several ranks train the same values, so the others' files have their random state alone. A
-resumed run repeats the uninterrupted one bit for bit, dropout included.
+``step``, ``exp_avg``, ``exp_avg_sq``), and, where it was given, ``<param>/best``, the values of an earlier step. Several ranks
+train the same values, so the others' files have their random state alone. A resumed run repeats the uninterrupted one bit for
+bit, dropout included.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trace_dist.checkpoint.format import MANIFEST, damaged, open_files, rank_file, read_checked
+from trace_dist.checkpoint.format import BEST, MANIFEST, damaged, open_files, rank_file, read_checked
 from trace_dist.checkpoint.random_state import check_random_state, restore_random_state
 from trace_dist.checkpoint.retention import KEEP
 from trace_dist.checkpoint.writer import Contents, write_checkpoint
@@ -34,6 +35,7 @@ def save_dense(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     keep: int = KEEP,
+    best: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint and drop older ones. Collective.
 
@@ -44,6 +46,7 @@ def save_dense(
         optimizer: over these parameters, all of them or some; its states are tensors, as those of torch's optimizers.
         state: JSON-ready state of everything else (schedule, data position).
         keep: checkpoints that stay in ``root``, this one among them.
+        best: parameter -> its values at an earlier step, to be kept beside the present ones.
 
     Raises:
         ValueError: a value is not finite, the optimizer has a parameter without a name, or the disk has no room; the older
@@ -57,7 +60,10 @@ def save_dense(
             tensors[f"{name}/{VALUES}"] = parameter.detach()
             kept = optimizer.state.get(parameter, {})
             tensors |= {f"{name}/{key}": torch.as_tensor(value) for key, value in kept.items()}
-    return write_checkpoint(root, step, Contents("dense", tensors, facts={"groups": groups}), state, keep)
+            if best is not None:
+                tensors[f"{name}/{BEST}"] = best[name]
+    facts = {"groups": groups} | ({} if best is None else {BEST: True})
+    return write_checkpoint(root, step, Contents("dense", tensors, facts=facts), state, keep)
 
 
 def load_dense(folder: Path, named_parameters: Named, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -101,6 +107,22 @@ def load_dense(folder: Path, named_parameters: Named, optimizer: torch.optim.Opt
             parameter.copy_(main.get_tensor(f"{name}/{VALUES}"))
     restore_random_state(files)
     return manifest
+
+
+def load_best_dense(
+    folder: Path, manifest: dict[str, Any], named_parameters: Named
+) -> dict[str, Tensor] | None:
+    """The values that ``save_dense`` was given as ``best``; None where it was given none. Collective.
+
+    Args:
+        folder: the checkpoint.
+        manifest: what ``load_dense`` gave, which has checked the files.
+        named_parameters: as there.
+    """
+    if not manifest.get(BEST):
+        return None
+    main = open_files(folder, [rank_file(0)])[rank_file(0)]
+    return {name: main.get_tensor(f"{name}/{BEST}").clone() for name, _ in named_parameters}
 
 
 def _groups(named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -164,9 +186,12 @@ def _check(
 ) -> dict[str, list[str]]:
     """The optimizer's keys in the file by parameter; raises ValueError where it is not of these parameters."""
     keys: dict[str, list[str]] = {}
+    best: set[str] = set()
     for entry in main.keys():  # noqa: SIM118 - not a mapping
         name, _, key = entry.rpartition("/")
-        if name != "random":
+        if key == BEST and manifest.get(BEST):
+            best.add(name)
+        elif name != "random":
             keys.setdefault(name, []).append(key)
     groups = manifest.get("groups")
     if not isinstance(groups, list) or not all(isinstance(g, dict) and "params" in g for g in groups):
@@ -182,6 +207,10 @@ def _check(
                 f"{other} ({name!r} is {stored.dtype} {tuple(stored.shape)} there, {parameter.dtype} "
                 f"{tuple(parameter.shape)} here); give the model that it was saved from"
             )
+        if manifest.get(BEST):
+            kept = main.get_slice(f"{name}/{BEST}") if name in best else None
+            if kept is None or kept.get_shape() != list(parameter.shape):
+                raise damaged(folder / rank_file(0))
         shapes = [main.get_slice(f"{name}/{key}").get_shape() for key in keys[name]]
         if any(shape not in ([], list(parameter.shape)) for shape in shapes):
             raise damaged(folder / rank_file(0))

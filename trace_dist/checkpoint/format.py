@@ -7,6 +7,9 @@ A checkpoint is a folder::
     step-00000100/manifest.json             checksums of the files, schedule and data position; written last
 
 The manifest's own ``sha256`` is that of everything else in it, as JSON with sorted keys and without spaces.
+
+Where training looks at validation examples, the ranks' files also have ``<param>/best``: the values of the best look so far. The
+manifest then says ``best``, and is of version 4; earlier releases, which would lose them, refuse it.
 """
 
 from __future__ import annotations
@@ -25,9 +28,12 @@ from trace_dist.utils.files import read_json, sha256, write_json
 from trace_dist.utils.together import on_all
 
 FORMAT = "trace_dist.checkpoint"
-VERSION = 3
-READABLE = (2, VERSION)
+VERSION, WITH_BEST = 3, 4
+"""Of a checkpoint, and of one that has the best values beside the present ones."""
+READABLE = (2, VERSION, WITH_BEST)
 """Version 2 has no checksum of its own and knows no other kind than ``masked``."""
+BEST = "best"
+"""Key of a manifest, and name of a part of each parameter."""
 MANIFEST, MASK = "manifest.json", "mask.safetensors"
 Kind = Literal["masked", "dense"]
 _FILE = re.compile(r"rank-\d{5,}\.safetensors|mask\.safetensors")
@@ -59,7 +65,7 @@ def check_state(state: Any) -> None:
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     """Write the manifest, with its checksum."""
-    content = {"format": FORMAT, "version": VERSION, **content}
+    content = {"format": FORMAT, "version": WITH_BEST if content.get(BEST) else VERSION, **content}
     write_json(folder / MANIFEST, {**content, "sha256": _digest(json.loads(json.dumps(content)))})
 
 
@@ -75,11 +81,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = read_json(path)
     except ValueError as error:
         raise Damaged(str(error)) from None
-    foreign = f"{folder}: not a version {VERSION} trace_dist checkpoint; give the right folder"
+    foreign = f"{folder}: not a version {VERSION} or {WITH_BEST} trace_dist checkpoint; give the right folder"
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise Damaged(foreign)
     digest, version = manifest.pop("sha256", None), manifest.get("version")
-    if (digest is not None or version == VERSION) and digest != _digest(manifest):
+    if (digest is not None or version in (VERSION, WITH_BEST)) and digest != _digest(manifest):
         raise damaged(path)
     if version not in READABLE:
         raise ValueError(foreign)
@@ -162,6 +168,7 @@ def _has_shape(manifest: dict[str, Any]) -> bool:
     return (
         is_count(manifest.get("step"))
         and isinstance(manifest.get("state"), dict)
+        and isinstance(manifest.get(BEST, False), bool)
         and is_map(files, _is_file)
         and rank_file(0) in files  # type: ignore[operator]
         and all(map(_FILE.fullmatch, files))  # type: ignore[arg-type]

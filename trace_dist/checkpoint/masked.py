@@ -1,33 +1,49 @@
 """Checkpoints of masked training: only what the mask holds, loadable on any number of ranks.
 
-Beside the random state, a rank's file has ``<param>/values`` and AdamW's moments at this rank's entries (``optim.pieces``).
+Beside the random state, a rank's file has ``<param>/values`` and AdamW's moments at this rank's entries (``optim.pieces``), and,
+where they were given, ``<param>/best``: values of an earlier step.
 The base model is referenced by its fingerprint, never copied. On the same number of ranks a resumed run repeats the uninterrupted
 one bit for bit, dropout included; on another number the random state starts anew, and 8-bit moments are coded again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from trace_kernels.masked_adamw_8bit import BLOCK_SIZE
 
-from trace_dist.checkpoint.format import MANIFEST, MASK, damaged, is_count, is_map, open_files, read_checked
+from trace_dist.checkpoint.format import (
+    BEST,
+    MANIFEST,
+    MASK,
+    damaged,
+    is_count,
+    is_map,
+    open_files,
+    read_checked,
+)
 from trace_dist.checkpoint.random_state import check_random_state, restore_random_state
 from trace_dist.checkpoint.retention import KEEP
 from trace_dist.checkpoint.writer import Contents, FileBeside, write_checkpoint
 from trace_dist.masks.mask import Mask
 from trace_dist.models.fingerprint import same_model
 from trace_dist.optim.masked_adamw import MaskedAdamW
-from trace_dist.optim.pieces import Piece, covers, pieces_of, restore
+from trace_dist.optim.pieces import Piece, covers, join, pieces_of, restore
 from trace_dist.optim.states import MOMENTS, State, tensors_of
 from trace_dist.sharding.support import Support
 from trace_dist.utils.together import on_all
 
 
 def save_checkpoint(
-    root: Path, step: int, optimizer: MaskedAdamW, state: dict[str, Any], keep: int = KEEP
+    root: Path,
+    step: int,
+    optimizer: MaskedAdamW,
+    state: dict[str, Any],
+    keep: int = KEEP,
+    best: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint and drop older ones. Collective.
 
@@ -37,6 +53,7 @@ def save_checkpoint(
         optimizer: its values and moments are written.
         state: JSON-ready state of everything else (schedule, data position).
         keep: checkpoints that stay in ``root``, this one among them.
+        best: parameter -> values of this rank's entries at an earlier step, to be kept beside the present ones.
 
     Raises:
         ValueError: a value is not finite, or the disk has no room; the older checkpoints are then still there.
@@ -47,11 +64,14 @@ def save_checkpoint(
     for support, entries in optimizer.compact():
         intervals[support.name] = [support.offset, support.offset + support.runs.num_entries]
         parts = _parts(optimizer, support, entries)
+        if best is not None:
+            parts[BEST] = best[support.name]
         tensors |= {f"{support.name}/{part}": tensor for part, tensor in parts.items()}
     facts = {
         "mask_digest": mask.digest(),
         "model": mask.meta.get("model"),
         "param_steps": {support.name: entries["step"] for support, entries in optimizer.compact()},
+        **({} if best is None else {BEST: True}),
     }
     num_bytes = sum(gaps.num_units * gaps.dtype.itemsize for gaps in mask.units.gaps.values())
     contents = Contents("masked", tensors, intervals, facts, (FileBeside(MASK, num_bytes, mask.save),))
@@ -88,6 +108,21 @@ def load_checkpoint(folder: Path, optimizer: MaskedAdamW) -> dict[str, Any]:
     return manifest
 
 
+def load_best(folder: Path, manifest: dict[str, Any], optimizer: MaskedAdamW) -> dict[str, Tensor] | None:
+    """The values that ``save_checkpoint`` was given as ``best``, this rank's; None where it was given none. Collective.
+
+    Args:
+        folder: the checkpoint.
+        manifest: what ``load_checkpoint`` gave, which has checked the files.
+        optimizer: that it was loaded into.
+    """
+    if not manifest.get(BEST):
+        return None
+    files = open_files(folder, (name for name in manifest["files"] if name != MASK))
+    found = on_all(lambda: _locate(folder, manifest, optimizer, files))
+    return {support.name: join(support, found[support.name], BEST) for support in optimizer.supports}
+
+
 def _locate(
     folder: Path, manifest: dict[str, Any], optimizer: MaskedAdamW, files: dict[str, Any]
 ) -> dict[str, list[Piece]]:
@@ -103,17 +138,22 @@ def _locate(
             f"{folder}: the checkpoint is of model {kept_model}, but the mask of {model}; use the mask of that model"
         )
     opened = [(file, manifest["files"][name]["intervals"]) for name, file in files.items()]
+    parts = ("values", *MOMENTS, *([BEST] if manifest.get(BEST) else []))
     found = {support.name: pieces_of(support, opened) for support in optimizer.supports}
     for support in optimizer.supports:
         pieces = found[support.name]
-        if support.name not in steps or not covers(support, pieces) or not all(map(_fits, pieces)):
+        if (
+            support.name not in steps
+            or not covers(support, pieces)
+            or not all(_fits(piece, parts) for piece in pieces)
+        ):
             raise damaged(folder / MANIFEST)
     return found
 
 
-def _fits(piece: Piece) -> bool:
+def _fits(piece: Piece, parts: Iterable[str]) -> bool:
     """Whether a file holds as much of a piece as the manifest says."""
-    sizes = {f"{piece.name}/{part}": piece.length for part in ("values", *MOMENTS)}
+    sizes = {f"{piece.name}/{part}": piece.length for part in parts}
     keys = piece.file.keys()
     scales = {f"{name}_absmax": -(-size // BLOCK_SIZE) for name, size in sizes.items()}
     sizes |= {name: size for name, size in scales.items() if name in keys}

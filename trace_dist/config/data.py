@@ -1,4 +1,4 @@
-"""Tokenisation."""
+"""Tokenisation, and how examples lie in a batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trace_dist.config.checks import Section
 
 @dataclass(frozen=True)
 class DataConfig(Section):
-    """Tokenisation."""
+    """Tokenisation, and how examples lie in a batch."""
 
     section: ClassVar[str] = "data"
 
@@ -20,6 +20,9 @@ class DataConfig(Section):
     """Cut a too long prompt on the left (the answer is never cut); how many were cut is logged."""
     num_proc: int = 1
     """Processes that tokenise."""
+    packing: bool = False
+    """Let short training examples share a row, so that less is padding; none sees another. Off, with a word, for a model that
+    cannot keep them apart, which is measured before the first step. `train.micro_batch_size` then counts rows."""
 
     def check(self) -> None:
         self.at_least(2, "max_length")

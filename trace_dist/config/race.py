@@ -21,7 +21,8 @@ class RaceConfig(Section):
     steps: int = 40
     """Optimizer steps of each rate and task, with a schedule of their own; at most those of the task."""
     heldout: int = 200
-    """Training examples that are held out to compare the rates by; at most a fifth of them. Test examples are never used."""
+    """Training examples that are held out to compare the rates by; at most a fifth of them. A run that validates
+    (`train.eval_every`) compares by its validation examples instead. Test examples are never used."""
 
     def check(self) -> None:
         grid = self.grid

@@ -48,7 +48,7 @@ class RunConfig(Section):
     seed: int = 0
     """Seed of everything random."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Tokenisation."""
+    """Tokenisation, and how examples lie in a batch."""
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     """Probing the proxy."""
     mask: MaskConfig = field(default_factory=MaskConfig)
@@ -79,6 +79,10 @@ class RunConfig(Section):
         unranked = [task.name for task in self.tasks if task.metric == "bits_per_byte"]
         rule = "bits_per_byte is for general sets, accuracies are in percent"
         check(not unranked, "tasks.metric", unranked, rule, "choose one of the others for tasks")
+        for task in self.general:
+            for key in ("validation_split", "validation_path"):
+                value, rule = getattr(task, key), "general sets are not trained, so nothing validates on them"
+                check(value is None, f"general.{task.name}.{key}", value, rule, "leave it out")
         self._check_models()
         if not self.run_dir:
             # The one value that is worked out from others; the object is not shared yet.

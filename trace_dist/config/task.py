@@ -11,13 +11,14 @@ from trace_dist.utils.braces import columns_of
 from trace_dist.utils.names import check_task_name
 
 _READING = (
-    "subset", "revision", "split", "test_split",
+    "subset", "revision", "split", "test_split", "validation_split", "validation_path",
     "prompt_field", "answer_field", "prompt_template", "answer_template", "messages_field",
 )  # fmt: skip
 """Fields that say how a path is read."""
 _EITHER = (
     ("prompt_field", "prompt_template"),
     ("answer_field", "answer_template"),
+    ("validation_split", "validation_path"),
     *(
         ("messages_field", f"{part}_{kind}")
         for part in ("prompt", "answer")
@@ -46,6 +47,11 @@ class TaskConfig(Section):
     """Split to train on, such as train_sft or train[:90%]; train when not set."""
     test_split: str | None = None
     """Split to test on; when not set, test, else on the hub validation, else one prompt in ten of the training split."""
+    validation_split: str | None = None
+    """Split to validate on where `train.eval_every` is set, such as validation or train[90%:]; when not set, validation, dev
+    or eval where the source has one that is not tested, else examples are held out of the training split."""
+    validation_path: str | None = None
+    """File with the validation examples, in the columns of `path`; when not set, `quiz.validation.csv` beside `quiz.csv`."""
     prompt_field: str | None = None
     """Column with the prompt; known names (docs/data.md) are found without it."""
     answer_field: str | None = None
@@ -60,6 +66,8 @@ class TaskConfig(Section):
     """Training examples used (fewer if the source has fewer)."""
     num_test: int = 200
     """Test examples used (fewer if the source has fewer)."""
+    num_validation: int = 200
+    """Validation examples used; held out, they are at most a fifth of the training examples."""
     metric: str = "exact_match"
     """exact_match, choice (the likeliest of all answers), numeric (the last number), token_f1, rouge_l, chrf, bleu,
     edit_similarity, sari, bits_per_byte (of the answer, for general sets), or the path of a Python function
@@ -85,7 +93,7 @@ class TaskConfig(Section):
             for key in _READING:
                 value, rule = getattr(self, key), "says how a path is read, but the source is reasoning_gym"
                 check(value is None, f"{self.where}.{key}", value, rule, "leave it out")
-        self.at_least(1, "num_train", "num_test", "steps")
+        self.at_least(1, "num_train", "num_test", "num_validation", "steps")
         self._check_columns()
         METRICS.check(self.metric)
 

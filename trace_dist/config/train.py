@@ -23,7 +23,7 @@ class TrainConfig(Section):
     batch_size: int = 64
     """Examples per optimizer step over all ranks (global batch)."""
     micro_batch_size: int = 64
-    """Examples per forward and backward pass on one rank; smaller values accumulate gradients."""
+    """Examples per forward and backward pass on one rank, or rows with `data.packing`; smaller values accumulate gradients."""
     betas: tuple[float, float] = (0.9, 0.98)
     """AdamW's decay rates."""
     eps: float = 1e-8
@@ -52,10 +52,21 @@ class TrainConfig(Section):
     """Minutes of work between checkpoints by time; more where writing one would take over 5 % of them."""
     log_every: int = 10
     """Steps between log lines and TensorBoard points."""
+    eval_every: int = 0
+    """Steps between looks at a task's validation examples (docs/data.md); the last step is looked at too. 0: there are none."""
+    eval_by: Literal["loss", "metric"] = "loss"
+    """What makes a look the best: loss is the least validation loss; metric is the highest score by the task's own metric, which
+    is then measured at each look, generation included, and of equal scores the one with the least loss."""
+    patience: int | None = None
+    """Looks in a row without a better one after which a task's training stops; null: it goes on to the last step."""
+    keep: Literal["best", "last"] = "best"
+    """Which values a training leaves where it looks at validation examples: those of the best look, or of the last step."""
 
     def check(self) -> None:
         self.at_least(1, "steps", "batch_size", "micro_batch_size", "log_every")
-        self.at_least(0, "warmup_steps", "checkpoint_every")
+        self.at_least(0, "warmup_steps", "checkpoint_every", "eval_every")
+        self.at_least(1, "patience")
+        self._check_looks()
         self.rates("lr")
         self.positive("eps", "max_grad_norm", "checkpoint_minutes")
         rates = all(0 <= beta < 1 for beta in self.betas)
@@ -64,6 +75,12 @@ class TrainConfig(Section):
         check(inside, "train.min_lr_ratio", ratio, "must lie in [0, 1]", "use for example 0.1")
         decay = self.weight_decay
         check(decay >= 0, "train.weight_decay", decay, "must not be negative", "use 0")
+
+    def _check_looks(self) -> None:
+        rule, cure = "says something of validation, but train.eval_every is 0", "set train.eval_every"
+        for key, usual in (("patience", None), ("eval_by", "loss"), ("keep", "best")):
+            value = getattr(self, key)
+            check(self.eval_every > 0 or value == usual, f"train.{key}", value, rule, cure)
 
     @property
     def rate(self) -> float:

@@ -83,6 +83,8 @@ def learn_task(
     }
     if begun.facts:
         facts |= {"composition": begun.facts, "mask_digest": mask.digest()}
+    if result.kept_step is not None:
+        facts["kept_step"] = result.kept_step
     # A mask that was given comes without a probe.
     path = setting.folder.sketch(task)
     sketch = on_all(lambda: Sketch.load(path) if path.is_file() else None)
@@ -137,6 +139,7 @@ def train_stream(
     Collective. Arguments as ``learn_task``; ``batches`` are the task's, ``scale`` factors on the learning rate (MaskedAdamW).
     """
     cfg = setting.cfg.train
+    validation = setting.validation([stream], lambda task: setting.judge.evaluate(setting.model.module, task))
     with setting.training(name, stream.task.name) as options:
         result, _ = train_mask(
             setting.model,
@@ -145,6 +148,7 @@ def train_stream(
             cfg if lr is None else replace(cfg, lr=lr),
             stream.steps,
             scale=scale,
+            validation=validation,
             rate="train.lr" if lr is None else f"continual.options.{name}.lr",
             **options,
         )

@@ -182,7 +182,7 @@ def _check(folder: Path, files: dict[str, str]) -> None:
 
 def keep_trained(folder: Path, task: str, result: TrainResult) -> None:
     """Keep what the training of a task measured. Collective."""
-    on_main(lambda: write_record(folder / "trained" / f"{task}.json", asdict(result)))
+    on_main(lambda: write_record(folder / "trained" / f"{task}.json", result.to_json()))
 
 
 def kept_trained(folder: Path, task: str) -> TrainResult | None:
@@ -199,7 +199,7 @@ def examples_digest(streams: Sequence[Stream]) -> str:
     """SHA-256 of tasks' examples, in order."""
     digest = hashlib.sha256()
     for task in (stream.task for stream in streams):
-        for part in (task.train, task.test):
+        for part in task.parts:
             digest.update(
                 json.dumps([task.name, *(part[column][:] for column in part.column_names)]).encode()
             )

@@ -2,9 +2,9 @@
 
 [Note: the race] A method trains the run's first two tasks for a few steps each with every rate of a grid: from the same start, on
 the same batches, with the same random numbers and a whole schedule of its own. The rate whose answer loss on held-out training
-examples, just after each task was trained, is least on average wins; of rates that are level within 5 % the lowest does, since a
-short training bears higher rates than a long one. One that diverges has lost. Where the winner is the lowest or the highest rate,
-the next one beyond it races too.
+examples, or on the validation examples of a run that has them, is least on average wins; it is taken just after each task was
+trained. Of rates that are level within 5 % the lowest wins, since a short training bears higher rates than a long one. One that
+diverges has lost. Where the winner is the lowest or the highest rate, the next one beyond it races too.
 
 Two tasks, since a rate can be the best for the first one and leave weights that learn no other: a method that goes on from what
 earlier tasks left does so in the race too. Not more: what comes later is not known when a stream begins. Every method
@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from trace_dist.config import RaceConfig
 from trace_dist.continual.progress import examples_digest
 from trace_dist.continual.setting import Setting
 from trace_dist.data.batches import Step
+from trace_dist.data.validation import MOST_HELDOUT
 from trace_dist.train.learner import Learner
-from trace_dist.train.loss import accumulate
+from trace_dist.train.validation import answer_loss
 from trace_dist.train.workbench import Stream
 from trace_dist.utils import dist
 from trace_dist.utils.files import reading
@@ -45,9 +45,6 @@ LEVEL = 0.05
 """Share by which a loss may lie above the best one and still be level with it."""
 MOST_EXTENSIONS = 2
 """Rates beyond the grid that may race."""
-MOST_HELDOUT = 0.2
-"""Share of the training examples that may be held out."""
-
 Trial = Callable[[Stream, Stream, float], AbstractContextManager[Learner]]
 """``Method.trial``."""
 
@@ -136,7 +133,7 @@ def held_race(
         return kept
     parts = [split(stream, cfg, setting.cfg.seed) for stream in streams]
     # one global batch of each, the same for each rate
-    steps = [next(setting.bench.batches([heldout], len(heldout.encoded))) for _, heldout in parts]
+    steps = [setting.bench.one_batch([heldout.encoded]) for _, heldout in parts]
 
     def measure(lr: float) -> float:
         losses = []
@@ -161,12 +158,16 @@ def held_race(
 
 
 def split(stream: Stream, cfg: RaceConfig, seed: int) -> tuple[Stream, Stream]:
-    """What the rates train on, for the steps of the race, and the examples held out; both of the training examples alone."""
+    """What the rates train on, for the steps of the race, and what they are compared by: the validation examples, or, where the
+    run has none, a part of the training examples, which is held out."""
+    part = replace(stream, steps=min(cfg.steps, stream.steps))
+    if stream.validation is not None:
+        return part, replace(part, encoded=stream.validation)
     count = len(stream.encoded)
     heldout = max(1, min(cfg.heldout, int(MOST_HELDOUT * count)))
     order = np.random.default_rng(seed).permutation(count)
     parts = (stream.encoded.select(sorted(rows)) for rows in (order[heldout:], order[:heldout]))
-    first, second = (replace(stream, encoded=rows, steps=min(cfg.steps, stream.steps)) for rows in parts)
+    first, second = (replace(part, encoded=rows) for rows in parts)
     return first, second
 
 
@@ -181,12 +182,10 @@ def _loss_after(trial: AbstractContextManager[Learner], step: Step, trained: Exi
         return math.inf
 
 
-@torch.no_grad()
 def heldout_loss(learner: Learner, step: Step) -> float:
     """Nats per answer token of a global batch, under the weights that the learner's model holds. Collective."""
     learner.module.eval()
-    mine = accumulate(step, learner.forward, lambda loss: None, learner.device)
-    return float(dist.sum_over_ranks(mine))
+    return answer_loss(learner, step)
 
 
 def _read(path: Path, about: dict[str, Any]) -> Race | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from trace_dist.continual.methods.base import Method
 from trace_dist.continual.metrics import summarise
 from trace_dist.continual.progress import Progress
+from trace_dist.train.loop import TrainResult
 from trace_dist.utils.env import run_info
 from trace_dist.utils.files import read_json
 
@@ -53,11 +55,23 @@ def result_of(method: Method, progress: Progress) -> dict[str, Any]:
         "bits_per_byte": {
             name: [row.bits_per_byte[i] for row in record.rows] for i, name in enumerate(judge.text_names)
         },
+        **_looks(trained),
         "losses": {task: thinned(result.losses) for task, result in trained.items()},
         "step_ms": sum(timed) / len(timed) if timed else 0.0,
         "seconds": sum(result.seconds for result in trained.values()),
         "measured": run_info(),
         **record.facts,
+    }
+
+
+def _looks(trained: Mapping[str, TrainResult]) -> dict[str, Any]:
+    """Looks at the validation examples, and the steps whose values were kept; nothing of tasks without any."""
+    looked = {task: result for task, result in trained.items() if result.looks}
+    if not looked:
+        return {}
+    return {
+        "validation": {task: [list(look) for look in result.looks] for task, result in looked.items()},
+        "kept_steps": {task: result.kept_step for task, result in looked.items()},
     }
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from trace_dist.continual.earlier import bank_before, check_apart
 from trace_dist.continual.isolation.base import Isolation, load_isolation
 from trace_dist.continual.judge import Judge, Row
 from trace_dist.continual.masks import KINDS, is_made, project_stream
+from trace_dist.data.tasks import Task
 from trace_dist.masks.mask import Mask
 from trace_dist.masks.ops import layouts_for, tensor_seed
 from trace_dist.masks.select import Units
@@ -26,6 +27,7 @@ from trace_dist.run_folder import RunFolder
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.loop import MetricLog
 from trace_dist.train.target import base_path, load_target
+from trace_dist.train.validation import Validation
 from trace_dist.train.workbench import Stream, Workbench
 from trace_dist.utils import dist
 from trace_dist.utils.rng import random_numbers_kept
@@ -186,6 +188,26 @@ class Setting:
 
         meta = {"isolation": name, "earlier": [*names, *(other.task.name for other in before)]}
         return self.isolation.refused(layouts, masks()), meta
+
+    def validation(self, streams: Sequence[Stream], score: Callable[[Task], float]) -> Validation | None:
+        """What a training is looked at with: the validation examples of the tasks that it learns; None where there are none.
+
+        Args:
+            streams: these tasks.
+            score: of the model in training on the test set of a task, in percent. Collective.
+        """
+        kept = {stream.task.name: stream.validation for stream in streams if stream.validation is not None}
+        if not kept:
+            return None
+        examples = self.bench.one_batch(list(kept.values()))
+        if self.cfg.train.eval_by == "loss":
+            return Validation(examples)
+        tasks = [
+            replace(stream.task, test=stream.task.validation)
+            for stream in streams
+            if stream.task.validation is not None
+        ]
+        return Validation(examples, lambda: sum(map(score, tasks)) / len(tasks))
 
     @contextmanager
     def training(self, method: str, task: str) -> Iterator[dict[str, Any]]:

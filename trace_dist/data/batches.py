@@ -8,6 +8,8 @@ straddle epochs. So the number of examples consumed is the whole state, whatever
 
 Every rank knows every global batch, takes one contiguous share of it, and counts the answer tokens of
 all shares without communication: the loss of a step is the sum over its tokens divided by that count.
+
+What is shared out are examples, or rows of several examples (data/packing.py).
 """
 
 from __future__ import annotations
@@ -16,13 +18,16 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
 
 from trace_dist.data.encoding import IGNORE
+from trace_dist.data.packing import Layout, collate_packed, pack
 from trace_dist.utils import dist
 from trace_dist.utils.agreement import agree
 
@@ -39,8 +44,9 @@ class Step:
     """One rank's part of a global batch.
 
     ``micro_batches``: the same number on every rank; each ``{"input_ids", "attention_mask", "labels"}``,
-    int64 [micro-batch, longest], on the CPU, padded on the right. A rank short of examples gets filler
-    micro-batches whose labels are all -100. ``num_answer_tokens``: tokens with a loss in the *global* batch.
+    int64 [micro-batch, longest], on the CPU, padded on the right; of packed rows as ``collate_packed`` gives it. A rank
+    short of examples gets filler micro-batches whose labels are all -100. ``num_answer_tokens``: tokens with a loss in
+    the *global* batch.
     """
 
     micro_batches: list[dict[str, torch.Tensor]]
@@ -53,11 +59,12 @@ class Batches(Iterator[Step]):
     Args:
         dataset: output of ``encode``.
         batch_size: examples per global batch, over all ranks.
-        micro_batch_size: examples per forward pass on one rank.
+        micro_batch_size: examples per forward pass on one rank; rows of them where they are packed.
         seed: of order and replay.
         pad_id: id for padded positions.
         replay: encoded datasets with their weights among each other.
         replay_share: probability that a slot is drawn from ``replay`` instead.
+        packing: whether examples shall share rows, where the model that reads them allows it (``pack``).
         rank, world_size: of this process; the process group's when not given.
 
     Raises:
@@ -75,6 +82,7 @@ class Batches(Iterator[Step]):
         pad_id: int,
         replay: Sequence[tuple[datasets.Dataset, float]] = (),
         replay_share: float = 0.0,
+        packing: bool = False,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
@@ -95,6 +103,9 @@ class Batches(Iterator[Step]):
         self._micro_batch_size = micro_batch_size
         self._seed = seed
         self._pad_id = pad_id
+        self.wants_packing = packing
+        """Whether packing was asked for, and nobody has decided on it."""
+        self._layout: Layout | None = None  # not None iff examples share rows
         self._rank = dist.rank() if rank is None else rank
         self._world_size = dist.world_size() if world_size is None else world_size
         if world_size is None:
@@ -103,15 +114,40 @@ class Batches(Iterator[Step]):
         self._epoch: tuple[int, np.ndarray] | None = None  # the last permutation used, with its number
 
     def __next__(self) -> Step:
-        slots = [self._slot(p) for p in range(self._consumed, self._consumed + self._batch_size)]
+        slots = self._slots(self._consumed)
         self._consumed += self._batch_size
         num_tokens = sum(int(self._num_answer_tokens[source][row]) for source, row in slots)
-        shares = np.array_split(np.arange(len(slots)), self._world_size)
-        share = [slots[i] for i in shares[self._rank]]
+        rows = [[slot] for slot in slots] if self._layout is None else self._packed(slots)
+        shares = np.array_split(np.arange(len(rows)), self._world_size)
+        share = [rows[i] for i in shares[self._rank]]
         size = self._micro_batch_size
         num_micro = math.ceil(len(shares[0]) / size)  # array_split gives the first rank the most
         micro_batches = [self._collate(share[i * size : (i + 1) * size]) for i in range(num_micro)]
         return Step(micro_batches, num_tokens)
+
+    def pack(self, layout: Layout | None) -> None:
+        """Let examples share rows from now on; None does not, and settles that they shall not."""
+        self.wants_packing, self._layout = False, layout
+
+    def padding(self, num_batches: int) -> tuple[float, float]:
+        """Share of the positions of the coming global batches that is padding: as examples, and in packed rows.
+
+        In micro-batches of one rank; where there are several, it is about the same.
+        """
+        plain, packed, tokens = 0, 0, 0
+        for number in range(num_batches):
+            slots = self._slots(self._consumed + number * self._batch_size)
+            lengths = [self._length(slot) for slot in slots]
+            rows = [sum(map(self._length, row)) for row in self._packed(slots)]
+            plain += _positions(lengths, self._micro_batch_size)
+            packed += _positions(rows, self._micro_batch_size)
+            tokens += sum(lengths)
+        return 1 - tokens / plain, 1 - tokens / packed
+
+    def fullest_row(self, num_batches: int = 1) -> list[dict[str, Any]]:
+        """The encoded examples of the row of the coming batches that holds the most of them, were they packed."""
+        firsts = range(self._consumed, self._consumed + num_batches * self._batch_size, self._batch_size)
+        return self._rows(max((row for first in firsts for row in self._packed(self._slots(first))), key=len))
 
     def last_rows(self) -> list[int]:
         """Rows of the main dataset in the batch that was given last, over all ranks, rising."""
@@ -169,9 +205,34 @@ class Batches(Iterator[Step]):
             self._epoch = epoch, order
         return 0, int(self._epoch[1][offset])
 
-    def _collate(self, slots: list[Slot]) -> dict[str, torch.Tensor]:
-        """A micro-batch; a filler where there are no slots."""
-        return collate(self._rows(slots), self._pad_id)
+    def _slots(self, first: int) -> list[Slot]:
+        """A global batch, from a position on."""
+        return [self._slot(p) for p in range(first, first + self._batch_size)]
+
+    @cached_property
+    def _lengths(self) -> list[np.ndarray]:
+        """Tokens of each example of each dataset."""
+        read = (each.select_columns(["input_ids"]).with_format("arrow")[:] for each in self._datasets)
+        return [pc.list_value_length(table["input_ids"]).to_numpy() for table in read]
+
+    def _length(self, slot: Slot) -> int:
+        source, row = slot
+        return int(self._lengths[source][row])
+
+    def _packed(self, slots: list[Slot]) -> list[list[Slot]]:
+        """A global batch in rows of several examples."""
+        capacity = max(int(lengths.max()) for lengths in self._lengths)
+        return [[slots[i] for i in row] for row in pack([self._length(slot) for slot in slots], capacity)]
+
+    def _collate(self, rows: list[list[Slot]]) -> dict[str, torch.Tensor]:
+        """A micro-batch; a filler where there are no rows."""
+        return self._tensors([self._rows(row) for row in rows])
+
+    def _tensors(self, rows: list[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
+        """A micro-batch of rows of examples."""
+        if self._layout is not None:
+            return collate_packed(rows, self._pad_id, self._layout)
+        return collate([example for row in rows for example in row], self._pad_id)
 
     def _rows(self, slots: list[Slot]) -> list[dict[str, Any]]:
         return [self._datasets[source][row] for source, row in slots]
@@ -190,6 +251,12 @@ def collate(rows: Sequence[Mapping[str, Sequence[int]]], pad_id: int) -> dict[st
         labels[i, :length] = torch.tensor(row["labels"])
         attention_mask[i, :length] = 1
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def _positions(lengths: Sequence[int], micro_batch_size: int) -> int:
+    """Positions of the micro-batches of some rows, each as wide as its longest."""
+    parts = [lengths[i : i + micro_batch_size] for i in range(0, len(lengths), micro_batch_size)]
+    return sum(len(part) * max(part) for part in parts)
 
 
 def _digest(dataset: datasets.Dataset) -> str:

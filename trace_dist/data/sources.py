@@ -10,53 +10,63 @@ they kept, and the overlap is logged and reported (``Task.overlap_percent``).
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from functools import cache as once
 
-import datasets
 import numpy as np
 
 from trace_dist.config import TaskConfig
 from trace_dist.data.columns import Form, find_form, say_form
 from trace_dist.data.examples import Example, prompt_key
 from trace_dist.data.generated import derived_seed, generated
-from trace_dist.data.reading import TEST, TRAIN, VALIDATION, read_splits
+from trace_dist.data.splits import parts_of, validation_file
 from trace_dist.data.tables import Table
+from trace_dist.data.validation import by_hash, hold_out
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
 
 # One prompt in ten is a test prompt where the source does not say which.
 _TEST_ONE_IN = 10
-_VALIDATIONS = (VALIDATION, "valid", "val", "dev", "eval")
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Examples to train and to test on."""
+    """Examples to train, to test and to validate on; of the last there are none where a run does not validate."""
 
     train: list[Example]
     test: list[Example]
+    validation: list[Example] = field(default_factory=list)
 
 
-def load_examples(task: TaskConfig, seed: int) -> Splits:
+def load_examples(task: TaskConfig, seed: int, validate: bool = False) -> Splits:
     """Read or generate a task's examples.
 
     Args:
         task: source, columns and the number of examples wanted; a source with fewer gives fewer.
         seed: decides which examples are picked, their order, and what reasoning-gym generates.
+        validate: whether validation examples are wanted.
 
     Raises:
         ValueError: the source is missing, empty, lacks a split or a column, holds a value that is neither a
-            string nor a number, or (reasoning-gym) is not installed, unknown, or has no answers.
+            string nor a number, or (reasoning-gym) is not installed, unknown, or has no answers; or no example is
+            left to validate on.
     """
-    train, test = generated(task, seed) if task.reasoning_gym is not None else _from_path(task)
+    own: list[Example] | None = None
+    if task.reasoning_gym is not None:
+        train, test = generated(task, seed)
+    else:
+        train, test, own = _from_path(task, validate)
     for split, examples in (("train", train), ("test", test)):
         if not examples:
             raise ValueError(f"tasks.{task.name}: the {split} split is empty; give the source more examples")
     test = _pick(test, task.num_test, derived_seed(seed, "pick test"))
-    train = _pick(_without(train, test, task.name), task.num_train, derived_seed(seed, "pick train"))
-    return Splits(train, test)
+    train = _without(train, test, task.name)
+    validation: list[Example] = []
+    if validate:
+        train, validation = _validated(task, train, test, own)
+    return Splits(_pick(train, task.num_train, derived_seed(seed, "pick train")), test, validation)
 
 
 def form_of(task: TaskConfig) -> Form:
@@ -65,7 +75,7 @@ def form_of(task: TaskConfig) -> Form:
     Raises:
         ValueError: as ``load_examples``.
     """
-    train, _ = _parts(task)
+    train = parts_of(task).train
     return find_form(task, train.columns, train.where)
 
 
@@ -74,8 +84,12 @@ def _pick(examples: list[Example], num: int, seed: int) -> list[Example]:
     return [examples[i] for i in order]
 
 
+def _prompts(examples: Collection[Example]) -> set[str]:
+    return {prompt_key(example["prompt"]) for example in examples}
+
+
 def _without(train: list[Example], test: list[Example], name: str) -> list[Example]:
-    tested = {prompt_key(example["prompt"]) for example in test}
+    tested = _prompts(test)
     kept = [example for example in train if prompt_key(example["prompt"]) not in tested]
     num_dropped = len(train) - len(kept)
     if 2 * num_dropped > len(train):
@@ -95,12 +109,54 @@ def _say_kept(name: str, num_tested: int, num: int) -> None:
     )  # fmt: skip
 
 
-def _from_path(task: TaskConfig) -> tuple[list[Example], list[Example]]:
-    train, test = _parts(task)
-    examples = _examples(train, task)
-    if test is None:
-        return _split_by_hash(examples, train.where)
-    return examples, _examples(test, task)
+def _validated(
+    task: TaskConfig, train: list[Example], test: list[Example], own: list[Example] | None
+) -> tuple[list[Example], list[Example]]:
+    """Training examples, and those to validate on: the source's own, or held out."""
+    tested = _prompts(test)
+    if own is None:
+        stays, held = hold_out(train, task.num_validation, tested)
+        if not held:
+            raise ValueError(
+                f"tasks.{task.name}: no prompt can be held out to validate on, all {len(train)} training examples are of one "
+                "prompt, or of prompts that are tested; give more examples or a validation_path, or set train.eval_every to 0"
+            )
+        _say_validation(
+            task.name, f"{len(held)} of {len(train)} training examples, held out by a hash of their prompts"
+        )
+        return stays, held
+    known = tested | _prompts(train)
+    apart = [example for example in own if prompt_key(example["prompt"]) not in known]
+    if not apart:
+        raise ValueError(
+            f"tasks.{task.name}: none of its {len(own)} validation examples has a prompt that is neither trained nor tested; "
+            "name other examples by validation_split or validation_path, or others to train on by split"
+        )
+    kept = by_hash(apart, task.num_validation)
+    dropped = (
+        f" ({len(own) - len(apart)} left out whose prompts are trained or tested)"
+        if len(apart) < len(own)
+        else ""
+    )
+    _say_validation(task.name, f"{len(kept)} of {len(own)} examples of its own{dropped}")
+    return train, kept
+
+
+@once
+def _say_validation(name: str, what: str) -> None:
+    logger.info("tasks.%s: validated on %s", name, what)
+
+
+def _from_path(task: TaskConfig, validate: bool) -> tuple[list[Example], list[Example], list[Example] | None]:
+    """Examples to train, to test and, where the source has some of its own for it, to validate on."""
+    parts = parts_of(task)
+    train, own = _examples(parts.train, task), None
+    if validate:
+        table = validation_file(task) or parts.validation
+        own = None if table is None else _examples(table, task)
+    if parts.test is None:
+        return *_split_by_hash(train, parts.train.where), own
+    return train, _examples(parts.test, task), own
 
 
 def _examples(table: Table, task: TaskConfig) -> list[Example]:
@@ -136,46 +192,3 @@ def _split_by_hash(examples: list[Example], where: str) -> tuple[list[Example], 
             "add examples or give the source a test split of its own"
         )
     return train, test
-
-
-def _parts(task: TaskConfig) -> tuple[Table, Table | None]:
-    """The rows to train and to test on; None where the source has none for testing."""
-    found, complete = read_splits(task)
-    if task.split is None and len(found) == 1 and not complete:
-        # The only split is the one to train on, whatever its name.
-        ((name, trained),) = found.items()
-    else:
-        name = task.split or TRAIN
-        trained = _named(found, name, task, "split")
-    if task.test_split is not None:
-        return trained, _named(found, task.test_split, task, "test_split")
-    for split in (TEST,) if complete else (TEST, *_VALIDATIONS):
-        if split in found and split != name.partition("[")[0]:
-            if split != TEST:
-                _say_validation(task.name, split)
-            return trained, found[split]
-    if complete:
-        raise ValueError(
-            f"tasks.{task.name}.path={task.path!r}: no split {TEST!r}, it has {sorted(found)}; rename or add the split, "
-            f"or name one by tasks.{task.name}.test_split"
-        )
-    return trained, None
-
-
-@once
-def _say_validation(name: str, split: str) -> None:
-    logger.info("tasks.%s: there is no split test; %s is tested", name, split)
-
-
-def _named(found: dict[str, Table], name: str, task: TaskConfig, key: str) -> Table:
-    """A split, or the part of it that ``train[:90%]`` names, as ``datasets`` writes it; ``key`` is the field that does."""
-    lengths = {split: len(table) for split, table in found.items()}
-    try:
-        (part,) = datasets.ReadInstruction.from_spec(name).to_absolute(lengths)
-    # Unknown, malformed, or several of them joined by a plus.
-    except (ValueError, AssertionError):
-        raise ValueError(
-            f"tasks.{task.name}.path={task.path!r}: no split {name!r}, it has {sorted(found)}; rename or add the split, "
-            f"or name one by tasks.{task.name}.{key}"
-        ) from None
-    return found[part.splitname].part(part.from_, part.to)

@@ -27,24 +27,32 @@ class Task:
     overlap_percent: float
     """Share of the test examples whose prompt is in the training set."""
     metric_options: dict[str, Any] = field(default_factory=dict)
+    validation: datasets.Dataset | None = None  # not None iff the run validates
+
+    @property
+    def parts(self) -> list[datasets.Dataset]:
+        """All of its examples: those to train, to test and, where there are some, to validate on."""
+        return [part for part in (self.train, self.test, self.validation) if part is not None]
 
 
-def load_task(cfg: TaskConfig, seed: int) -> Task:
-    """Load a task's examples and work out its baselines.
+def load_task(cfg: TaskConfig, seed: int, validate: bool = False) -> Task:
+    """Load a task's examples, with those to validate on where they are wanted, and work out its baselines.
 
     Raises:
         ValueError: as ``load_examples``; or metric "choice" with fewer than two distinct answers.
     """
-    splits = load_examples(cfg, seed)
+    splits = load_examples(cfg, seed, validate)
+    everything = [*splits.train, *splits.test, *splits.validation]
     return Task(
         name=cfg.name,
         train=as_dataset(splits.train),
         test=as_dataset(splits.test),
-        choices=_choices([*splits.train, *splits.test], cfg.name) if cfg.metric == "choice" else None,
+        choices=_choices(everything, cfg.name) if cfg.metric == "choice" else None,
         metric=cfg.metric,
         majority_percent=_majority_percent(splits.train, splits.test),
         overlap_percent=_overlap_percent(splits.train, splits.test),
         metric_options=cfg.metric_options,
+        validation=as_dataset(splits.validation) if validate else None,
     )
 
 

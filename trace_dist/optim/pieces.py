@@ -76,15 +76,15 @@ def restore(
     for support, state in entries:
         pieces = found[support.name]
         state["step"] = steps[support.name]
-        values.append(_join(support, pieces, "values"))
+        values.append(join(support, pieces, "values"))
         for moment in MOMENTS:
             if not _copy_exactly(support, state, moment, pieces):
-                set_moment(state, moment, _join(support, pieces, moment))
+                set_moment(state, moment, join(support, pieces, moment))
     return values
 
 
-def _join(support: Support, pieces: list[Piece], part: str) -> Tensor:
-    """A part of this rank's entries: [support.runs.num_entries]."""
+def join(support: Support, pieces: list[Piece], part: str) -> Tensor:
+    """A part of this rank's entries out of the pieces that cover them: [support.runs.num_entries]."""
     return torch.cat([piece.read(part) for piece in pieces]) if pieces else support.grad.cpu()[:0]
 
 

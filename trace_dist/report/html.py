@@ -19,7 +19,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from trace_dist.report import heat, plots, tables, theme
+from trace_dist.report import heat, plots, tables, theme, validation_plot
 from trace_dist.report.narrative import narrate
 from trace_dist.report.results import RunView, mapping, number, parse_results, sequence
 from trace_dist.utils.files import write_text
@@ -80,6 +80,7 @@ def _context(view: RunView) -> dict[str, Any]:
         "text_rows": _text(view),
         "masks": _masks(view),
         "losses": _losses(view),
+        "looks": _looks(view),
         "memory": _memory(view),
         "specificity": heat.specificity_heat(view),
         "retrieval": _retrieval(view),
@@ -160,6 +161,19 @@ def _losses(view: RunView) -> list[tuple[str, Markup]]:
         for task in view.tasks
         if any(task in method.losses for method in view.methods)
     ]
+
+
+def _looks(view: RunView) -> list[tuple[str, Markup]]:
+    """Per task the validation loss, and the score where it was measured."""
+    charts = []
+    for task in view.tasks:
+        if any(task in method.looks for method in view.methods):
+            draw = validation_plot.draw_looks
+            charts.append((task, _figure(340, 220, f"Validation loss on {task}", draw, view, task)))
+            if validation_plot.has_scores(view, task):
+                title, column = f"Validation score on {task}", validation_plot.SCORE
+                charts.append((f"{task}, score", _figure(340, 220, title, draw, view, task, column)))
+    return charts
 
 
 def _masks(view: RunView) -> list[tuple[str, Markup]]:

@@ -91,12 +91,14 @@ def chosen_rates(view: RunView) -> list[str]:
         which = "the first task" if raced_on <= 1 else f"the first {raced_on:.0f} tasks"
         each = " each" if raced_on > 1 else ""
         long = "" if math.isnan(steps) else f" for {steps:.0f} steps{each}"
+        validated = number(mapping(view.part("config").get("train")).get("eval_every")) > 0
+        examples = "validation examples" if validated else "held-out training examples"
         whose = (
             "Every learning rate" if not given else f"The learning rate of {join([m.label for m in raced])}"
         )
         out.append(
-            f"{whose} won a race of {several} rates, each of which trained {which}{long}, by the loss on held-out "
-            "training examples."
+            f"{whose} won a race of {several} rates, each of which trained {which}{long}, by the loss on "
+            f"{examples}."
         )
     if given:
         whose = "The learning rates" if not raced else f"That of {join([m.label for m in given])}"

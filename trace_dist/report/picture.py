@@ -1,4 +1,4 @@
-"""The wide picture of a run for a README: accuracy matrices, forgetting, masks, memory."""
+"""The wide picture of a run for a README: accuracy matrices, forgetting, validation where there is some, masks, memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from trace_dist.report import plots
+from trace_dist.report import plots, validation_plot
 from trace_dist.report.results import RunView, mapping, parse_results
 from trace_dist.report.tables import final_average, percent, shorten
 from trace_dist.report.theme import LIGHT, method_color, theme
@@ -82,7 +82,13 @@ def _bottom_panels(view: RunView) -> list[tuple[float, Callable[[SubFigure], Non
         _title(fig, "Model states, measured")
         plots.draw_memory(fig.subplots(), view.part("memory"))
 
+    def looks(fig: SubFigure) -> None:
+        _title(fig, f"Validation, {shorten(view.hero.label, 20)}")
+        validation_plot.draw_method_looks(fig.subplots(), view.hero)
+
     panels: list[tuple[float, Callable[[SubFigure], None]]] = [(5.6, forgetting)]
+    if view.hero.looks:
+        panels.append((4.6, looks))
     if any(view.masks.values()):
         panels.append((4.6, masks))
     if mapping(view.part("memory").get("categories")):

@@ -138,11 +138,7 @@ def draw_losses(ax: Axes, view: RunView, task: str) -> None:
     """Training loss on one task, one line per method."""
     curves = [(method, position) for position, method in enumerate(view.methods) if task in method.losses]
     values = np.concatenate([method.losses[task][:, 1] for method, _ in curves])
-    is_log = bool(values.min() > 0 and values.max() / values.min() > _LOG_FROM_RATIO)
-    if is_log:
-        ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.yaxis.set_minor_formatter(NullFormatter())
+    is_log = log_if_steep(ax, values)
     ends: list[tuple[str, float, str]] = []
     drawn: list[Array] = []
     for method, position in curves:
@@ -161,6 +157,16 @@ def draw_losses(ax: Axes, view: RunView, task: str) -> None:
     ax.set_ylabel("loss (nats per token)")
     ax.grid(axis="y")
     label_ends(ax, ends)
+
+
+def log_if_steep(ax: Axes, values: Array) -> bool:
+    """Make the vertical axis logarithmic where losses fall by a large factor; whether it was."""
+    if not (values.size and values.min() > 0 and values.max() / values.min() > _LOG_FROM_RATIO):
+        return False
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    return True
 
 
 def label_ends(

@@ -50,6 +50,8 @@ class MethodView:
     general: Array  # [num_tasks + 1, num_general], percent
     just_trained: Array  # [num_tasks], percent
     losses: Mapping[str, Array]  # task -> [num_points, 2] of (step, loss in nats per token)
+    looks: Mapping[str, Array]  # task -> [num_looks, 3] of (step, validation loss, score in percent)
+    kept_steps: Mapping[str, float]  # task -> step whose values its training left, where it looked
     rates: Sequence[float]  # peak learning rates that raced, rising; none where the rate was given
     stats: Mapping[str, float]  # the scalar entries of the method; read them with `stat`
 
@@ -173,6 +175,7 @@ def _parse_method(
     just_trained = matrix([method.get("just_trained") or []], 1, len(tasks), f"{where}.just_trained")[0]
     diagonal = np.diagonal(scores, offset=-1)
     losses = {str(task): _parse_curve(curve) for task, curve in mapping(method.get("losses")).items()}
+    looks = {str(task): _parse_looks(found) for task, found in mapping(method.get("validation")).items()}
     label, colour, masked = OLD_METHODS.get(name, (name, "", False))
     return MethodView(
         name=name,
@@ -184,6 +187,8 @@ def _parse_method(
         just_trained=np.where(np.isfinite(just_trained), just_trained, diagonal),
         rates=sorted(number(mapping(rate).get("lr")) for rate in sequence(method.get("rates"))),
         losses={task: curve for task, curve in losses.items() if len(curve)},
+        looks={task: found for task, found in looks.items() if len(found)},
+        kept_steps={str(task): number(step) for task, step in mapping(method.get("kept_steps")).items()},
         stats={key: number(value) for key, value in method.items() if isinstance(value, (int, float))},
     )
 
@@ -192,6 +197,15 @@ def _parse_curve(curve: Any) -> Array:
     points = [(number(p[0]), number(p[1])) for p in sequence(curve) if len(sequence(p)) == 2]
     array = np.array(points, dtype=np.float64).reshape(-1, 2)
     return array[np.isfinite(array).all(axis=1)]
+
+
+def _parse_looks(looks: Any) -> Array:
+    """Those with a step and a loss; a score that was not measured is NaN."""
+    rows = [
+        [number(value) for value in [*sequence(look)[:3], None, None, None][:3]] for look in sequence(looks)
+    ]
+    array = np.array(rows, dtype=np.float64).reshape(-1, 3)
+    return array[np.isfinite(array[:, :2]).all(axis=1)]
 
 
 def _parse_mask(mask: Mapping[str, Any]) -> MaskView | None:

@@ -77,7 +77,7 @@ def preview(cfg: RunConfig) -> Preview:
     Raises:
         ValueError: a task's data are missing or malformed, or a model has no readable config.
     """
-    tasks = [load_task(task, cfg.seed) for task in cfg.tasks]
+    tasks = [load_task(task, cfg.seed, validate=cfg.train.eval_every > 0) for task in cfg.tasks]
     target, proxy = _estimator(cfg.target), _estimator(cfg.probed)
     tokenizer = None if target is None else load_tokenizer(cfg.target.path)
     lengths = [_tokens(task, tokenizer, cfg.data.max_length) for task in tasks]
@@ -175,6 +175,15 @@ def _work(cfg: RunConfig, tasks: list[Task], means: list[float], target: int, pr
             steps,
             masked_flops(target, mean * train.batch_size * steps, cfg.mask.density, rows),
         )
+        if task.validation is not None:
+            looks = -(-steps // train.eval_every)
+            passes = 1 if train.eval_by == "loss" else 3
+            yield Work(
+                f"validate {task.name}",
+                f"{looks} looks at {len(task.validation):,} examples, at most",
+                0,
+                forward_flops(target, passes * mean * len(task.validation) * looks),
+            )
         yield Work(
             f"score {task.name}",
             f"{len(task.test):,} test examples",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -124,6 +124,11 @@ def _check_lengths(task: Task, reader: Reader, data: DataConfig, evaluation: Eva
     parts = [("training", longest)]
     if reader.scored:
         parts.append(("test", tokens_needed(reader.tokenizer, task, evaluation, data)))
+        if task.validation is not None:
+            looked_at = replace(task, test=task.validation)
+            parts.append(("validation", tokens_needed(reader.tokenizer, looked_at, evaluation, data)))
+            read = encode(task.validation, reader.tokenizer, data)["input_ids"][:]
+            parts.append(("validation", max(map(len, read))))
     for part, needed in parts:
         if reader.context is not None and needed > reader.context:
             raise ValueError(

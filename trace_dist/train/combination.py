@@ -153,6 +153,12 @@ class CombinationLearner(Learner):
     def tensors(self) -> Iterator[Tensor]:
         yield self.scalars
 
+    def values(self) -> dict[str, Tensor]:
+        return {"scalars": self.scalars}
+
+    def put(self, values: dict[str, Tensor]) -> None:
+        self.set(values["scalars"])
+
     def save(self, root: Path, step: int, state: dict[str, Any]) -> NoReturn:
         raise AssertionError("a fit of a few steps keeps no checkpoints")
 

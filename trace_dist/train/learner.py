@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 from trace_kernels.compact import compact_gather
 
-from trace_dist.checkpoint import load_checkpoint, load_dense, save_checkpoint, save_dense
+from trace_dist.checkpoint import (
+    load_best,
+    load_best_dense,
+    load_checkpoint,
+    load_dense,
+    save_checkpoint,
+    save_dense,
+)
 from trace_dist.config import TrainConfig
 from trace_dist.data.batches import Step
 from trace_dist.masks.mask import Mask
@@ -32,6 +39,8 @@ class Learner(ABC):
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
+    best: dict[str, Tensor] | None = None
+    """Values of an earlier step, which ``keep_best`` kept, in host memory; checkpoints hold them too."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -48,6 +57,24 @@ class Learner(ABC):
     @abstractmethod
     def tensors(self) -> Iterator[Tensor]:
         """What an update changes on this rank: weights, master copies, moments."""
+
+    @abstractmethod
+    def values(self) -> dict[str, Tensor]:
+        """What is trained on this rank, in full precision, by parameter."""
+
+    @abstractmethod
+    def put(self, values: dict[str, Tensor]) -> None:
+        """Make the model hold what ``values`` gave, wherever that lies now; moments stay. Collective."""
+
+    def keep_best(self) -> None:
+        """Keep a copy of the present values in host memory, in place of an earlier one."""
+        self.best = {name: value.detach().to("cpu", copy=True) for name, value in self.values().items()}
+
+    def put_best(self) -> None:
+        """Make the model hold the values that were kept. Collective."""
+        if self.best is None:
+            raise AssertionError("no values were kept")
+        self.put(self.best)
 
     @abstractmethod
     def save(self, root: Path, step: int, state: dict[str, Any]) -> object:
@@ -111,11 +138,19 @@ class MaskedLearner(Learner):
             yield compact_gather(*self.model.storage(support))
             yield from tensors_of(state).values()
 
+    def values(self) -> dict[str, Tensor]:
+        return {support.name: self.optimizer.values(support) for support in self.optimizer.supports}
+
+    def put(self, values: dict[str, Tensor]) -> None:
+        self.optimizer.set_values([values[support.name] for support in self.optimizer.supports])
+
     def save(self, root: Path, step: int, state: dict[str, Any]) -> object:
-        return save_checkpoint(root, step, self.optimizer, state)
+        return save_checkpoint(root, step, self.optimizer, state, best=self.best)
 
     def load(self, folder: Path) -> dict[str, Any]:
-        return load_checkpoint(folder, self.optimizer)
+        manifest = load_checkpoint(folder, self.optimizer)
+        self.best = load_best(folder, manifest, self.optimizer)
+        return manifest
 
 
 class DenseLearner(Learner):
@@ -169,11 +204,21 @@ class DenseLearner(Learner):
         for state in self.optimizer.state.values():
             yield from state.values()
 
+    def values(self) -> dict[str, Tensor]:
+        return dict(self._named())
+
+    @torch.no_grad()
+    def put(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self._named():
+            parameter.copy_(values[name])
+
     def save(self, root: Path, step: int, state: dict[str, Any]) -> object:
-        return save_dense(root, step, self._named(), self.optimizer, state)
+        return save_dense(root, step, self._named(), self.optimizer, state, best=self.best)
 
     def load(self, folder: Path) -> dict[str, Any]:
-        return load_dense(folder, self._named(), self.optimizer)
+        manifest = load_dense(folder, self._named(), self.optimizer)
+        self.best = load_best_dense(folder, manifest, self._named())
+        return manifest
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
         """What is trained, with its names in the model."""

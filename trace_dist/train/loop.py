@@ -26,7 +26,9 @@ from trace_dist.config import TrainConfig
 from trace_dist.data.batches import Batches
 from trace_dist.run_folder import RunFolder
 from trace_dist.train.learner import Learner
+from trace_dist.train.packing import settle_packing
 from trace_dist.train.schedule import make_schedule
+from trace_dist.train.validation import Look, Validator
 from trace_dist.utils import dist
 from trace_dist.utils.agreement import agree
 from trace_dist.utils.files import append_jsonl, writing
@@ -47,12 +49,16 @@ class TrainResult:
         grad_norms: global gradient norm before clipping, of every step.
         durations: wall time of every step, seconds.
         seconds: wall time of the whole loop.
+        looks: at the validation examples; none where there are no such.
+        kept_step: the step whose values a training with looks left; None before it ended, and without looks.
     """
 
     losses: list[tuple[int, float]] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     durations: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    looks: list[Look] = field(default_factory=list)
+    kept_step: int | None = None
 
     @property
     def step_ms(self) -> float:
@@ -65,14 +71,25 @@ class TrainResult:
         self.grad_norms.append(grad_norm)
         self.durations.append(duration)
 
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready; nothing of looks where there were none."""
+        found = asdict(self)
+        return found if self.looks else {k: v for k, v in found.items() if k not in ("looks", "kept_step")}
+
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> TrainResult:
-        """What ``asdict`` gave, after a way through JSON."""
+        """What ``to_json`` gave, after a way through JSON."""
+        kept = stored.get("kept_step")
         return cls(
             [(int(step), float(loss)) for step, loss in stored["losses"]],
             [float(norm) for norm in stored["grad_norms"]],
             [float(duration) for duration in stored["durations"]],
             float(stored["seconds"]),
+            [
+                Look(int(step), float(loss), None if score is None else float(score))
+                for step, loss, score in stored.get("looks", [])
+            ],
+            None if kept is None else int(kept),
         )
 
 
@@ -125,8 +142,9 @@ def train_steps(
     first_step: int = 0,
     result: TrainResult | None = None,
     keeper: Keeper | None = None,
+    validator: Validator | None = None,
 ) -> TrainResult:
-    """Train from ``first_step`` to ``steps``.
+    """Train from ``first_step`` to ``steps``, or until looks at validation examples say that it is enough.
 
     Args:
         learner: what to train.
@@ -140,6 +158,7 @@ def train_steps(
         first_step: steps already done.
         result: what those steps measured; it is continued.
         keeper: writes checkpoints.
+        validator: takes the looks; the learner then holds the values that are to be kept.
 
     Raises:
         ValueError: the ranks were given different options.
@@ -153,8 +172,11 @@ def train_steps(
     diagnose = partial(_diagnosis, description, rate, float(schedule.base_lrs[0]), steps, batches)
     learner.module.train()
     _checkpoint_activations(learner, cfg.activation_checkpointing)
+    settle_packing(learner, batches)
     stream: Iterator[Any] = iter(batches)
-    for step in progress(range(first_step + 1, steps + 1), description, total=steps - first_step):
+    ended = validator is not None and validator.is_over(result.looks)
+    todo = range(0) if ended else range(first_step + 1, steps + 1)
+    for step in progress(todo, description, total=len(todo)):
         start = time.perf_counter()
         with diagnose(step):
             due = keeper is not None and keeper.due(step)
@@ -167,15 +189,42 @@ def train_steps(
         result.seconds = now - begin
         if log is not None and (step % cfg.log_every == 0 or step == steps):
             log.write(step, {"loss": loss, "grad_norm": norm, "lr": lr, "step_ms": 1e3 * (now - start)})
-        if due or step == steps:
+        ended = step == steps
+        if validator is not None and validator.due(step):
+            with diagnose(step):
+                result.looks.append(validator.look(learner, step, result.looks))
+            result.seconds = time.perf_counter() - begin
+            _say_look(description, result.looks, log)
+            ended = ended or validator.is_over(result.looks)
+        if due or ended:
             with diagnose(step):
                 _check_update(learner)
         if keeper is not None and due:
             keeper.keep(step, result)
+        if ended:
+            break
     if result.losses:
-        loss, step_ms = result.losses[-1][1], result.step_ms
-        logger.info("%s: %d steps, loss %.4f, %.0f ms a step", description, steps, loss, step_ms)
+        last, loss = result.losses[-1]
+        logger.info("%s: %d steps, loss %.4f, %.0f ms a step", description, last, loss, result.step_ms)
+    if validator is not None and result.looks:
+        result.kept_step = validator.leave(learner, result.looks)
+        _say_kept(description, result, steps)
     return result
+
+
+def _say_look(description: str, looks: list[Look], log: MetricLog | None) -> None:
+    """Of the newest look."""
+    step, loss, score = looks[-1]
+    scored = "" if score is None else f", score {score:.1f} %"
+    logger.info("%s: step %d: validation loss %.4f%s", description, step, loss, scored)
+    if log is not None:
+        log.write(step, {"validation_loss": loss} | ({} if score is None else {"validation_score": score}))
+
+
+def _say_kept(description: str, result: TrainResult, steps: int) -> None:
+    last = result.losses[-1][0] if result.losses else steps
+    early = "" if last == steps else f", stopped early: {steps} were planned"
+    logger.info("%s: kept the values of step %s of %d%s", description, result.kept_step, last, early)
 
 
 def _reduce(loss: Tensor, due: bool) -> tuple[float, bool]:

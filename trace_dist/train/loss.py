@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from trace_dist.data.batches import Step
 from trace_dist.data.encoding import IGNORE
+from trace_dist.evaluation.inputs import supported
 from trace_dist.models.forward import names_argument
 from trace_dist.train.cross_entropy import nll_sum_
 from trace_dist.utils import dist
@@ -46,7 +47,7 @@ def forward_nll_sum(
 
     Args:
         forward: the model, a sharded model, or a function of either that passes its arguments on.
-        inputs: ``input_ids`` and ``attention_mask``.
+        inputs: ``input_ids`` and ``attention_mask``, or ``position_ids`` of packed rows (data/packing.py).
         labels: as above.
         scale: as above.
     """
@@ -67,6 +68,8 @@ def answer_logits(forward: Forward, inputs: dict[str, Tensor], labels: Tensor) -
     """
     # No token follows these: keys, values and states kept for one would be copies of what backward keeps anyway.
     options = {"use_cache": False} if _takes(forward, "use_cache") else {}
+    if "position_ids" in inputs:  # with a cache, transformers would not see that examples share a row
+        options = supported(_module(forward), use_cache=False)
     if not _takes(forward, "logits_to_keep"):
         return forward(**inputs, **options).logits.flatten(0, 1), _following(labels)
     targets = labels[:, 1:]
@@ -84,9 +87,14 @@ def _following(labels: Tensor) -> Tensor:
 
 def _takes(forward: Forward, argument: str) -> bool:
     """Whether the model behind a forward function names an argument."""
-    owner = getattr(forward, "__self__", forward)
-    module = getattr(owner, "module", owner)
+    module = _module(forward)
     return isinstance(module, nn.Module) and names_argument(module, argument)
+
+
+def _module(forward: Forward) -> Any:
+    """The model behind a forward function, as far as that can be known."""
+    owner = getattr(forward, "__self__", forward)
+    return getattr(owner, "module", owner)
 
 
 def accumulate(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trace_dist.data.batches import Batches, Slot, Step, collate
+from trace_dist.data.batches import Batches, Step
 from trace_dist.data.encoding import IGNORE
 from trace_dist.train.cross_entropy import GradientInPlace, rows_at_a_time
 from trace_dist.train.learner import MaskedLearner
@@ -29,11 +29,11 @@ LEAST = 1e-30
 class SoftBatches(Batches):
     """Batches of a taught dataset (``train.teacher``)."""
 
-    def _collate(self, slots: list[Slot]) -> dict[str, Tensor]:
-        rows = self._rows(slots)
-        batch = collate(rows, self._pad_id)
-        ids = [token for row in rows for token in row[SOFT_IDS]]
-        probabilities = [token for row in rows for token in row[SOFT_PROBABILITIES]]
+    def _tensors(self, rows: list[list[dict[str, Any]]]) -> dict[str, Tensor]:
+        batch = super()._tensors(rows)
+        examples = [example for row in rows for example in row]
+        ids = [token for example in examples for token in example[SOFT_IDS]]
+        probabilities = [token for example in examples for token in example[SOFT_PROBABILITIES]]
         batch[SOFT_IDS] = torch.tensor(ids, dtype=torch.int64).view(len(ids), -1 if ids else 1)
         batch[SOFT_PROBABILITIES] = torch.tensor(probabilities, dtype=torch.float32).view(
             batch[SOFT_IDS].shape

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from trace_dist.train.cadence import Cadence
 from trace_dist.train.learner import Learner, MaskedLearner
 from trace_dist.train.loop import MetricLog, TrainResult, train_steps
 from trace_dist.train.schedule import continue_schedule, make_schedule
+from trace_dist.train.validation import Validation, Validator, best_of
 from trace_dist.utils.agreement import agree
 from trace_dist.utils.files import reading
 from trace_dist.utils.log import get_logger
@@ -38,6 +38,7 @@ def train_mask(
     rate: str = "train.lr",
     log: MetricLog | None = None,
     checkpoints: Path | None = None,
+    validation: Validation | None = None,
 ) -> tuple[TrainResult, MaskedLearner]:
     """Train the entries of a mask; the model then holds the tuned values. Collective.
 
@@ -52,6 +53,7 @@ def train_mask(
         rate: the field that sets the learning rate, for messages.
         log: where scalars go.
         checkpoints: folder of checkpoints; the newest one there is continued. None keeps none, as ``cfg.checkpoint_every=0``.
+        validation: what is looked at every ``cfg.eval_every`` steps; the model then holds what ``cfg.keep`` says.
 
     Returns:
         What was measured, a resumed run's earlier parts included, and the learner (for its optimizer state).
@@ -62,7 +64,15 @@ def train_mask(
     """
     learner = MaskedLearner(model, mask, cfg, scale=scale)
     result = train_learner(
-        learner, batches, cfg, steps, description=description, rate=rate, log=log, checkpoints=checkpoints
+        learner,
+        batches,
+        cfg,
+        steps,
+        description=description,
+        rate=rate,
+        log=log,
+        checkpoints=checkpoints,
+        validation=validation,
     )
     return result, learner
 
@@ -77,6 +87,7 @@ def train_learner(
     rate: str = "train.lr",
     log: MetricLog | None = None,
     checkpoints: Path | None = None,
+    validation: Validation | None = None,
 ) -> TrainResult:
     """Train any learner, from its newest checkpoint if there is one. Arguments and errors as ``train_mask``."""
     root = None if cfg.checkpoint_every == 0 else checkpoints
@@ -84,6 +95,9 @@ def train_learner(
     agree({"checkpoint": newest and newest.name})
     schedule = make_schedule(learner.optimizer, cfg, steps)
     first_step, result = 0, TrainResult()
+    validator = None
+    if validation is not None and cfg.eval_every > 0:
+        validator = Validator(validation, cfg, steps)
     if newest is not None:
         manifest = learner.load(newest)
         first_step, state = manifest["step"], manifest["state"]
@@ -91,10 +105,13 @@ def train_learner(
             position = {name: int(value) for name, value in state["batches"].items()}
             # A checkpoint of an earlier version has no curve.
             result = TrainResult.from_json(state["result"]) if "result" in state else result
+            kept = state.get("best_step")
         if first_step > steps:
             raise ValueError(
                 f"train.steps={steps}: {newest} has done {first_step} steps; raise it, or delete that folder to start anew"
             )
+        if validator is not None:
+            validator.check_kept(result.looks, None if learner.best is None else kept)
         continue_schedule(schedule, first_step)
         batches.load_state_dict(position)
         logger.info("%s: continuing after step %d from %s", description, first_step, newest)
@@ -110,6 +127,7 @@ def train_learner(
         first_step=first_step,
         result=result,
         keeper=None if root is None else _Checkpoints(root, cfg, learner, batches),
+        validator=validator,
     )
 
 
@@ -124,5 +142,7 @@ class _Checkpoints:
         return self._cadence.due(step)
 
     def keep(self, step: int, result: TrainResult) -> None:
-        state: dict[str, Any] = {"batches": self._batches.state_dict(), "result": asdict(result)}
+        state: dict[str, Any] = {"batches": self._batches.state_dict(), "result": result.to_json()}
+        if self._learner.best is not None:
+            state["best_step"] = best_of(result.looks).step
         self._cadence.measure(lambda: self._learner.save(self._root, step, state))

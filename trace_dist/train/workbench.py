@@ -12,7 +12,7 @@ import datasets
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from trace_dist.config import BankConfig, DataConfig, EvalConfig, ModelConfig, TaskConfig, TrainConfig
-from trace_dist.data.batches import Batches
+from trace_dist.data.batches import Batches, Step
 from trace_dist.data.encoding import context_length, encode, pad_id
 from trace_dist.data.examples import text_of
 from trace_dist.data.tasks import Task, load_task
@@ -47,11 +47,12 @@ class Sections(Protocol):
 
 @dataclass(frozen=True)
 class Stream:
-    """A task with its tokenised training examples."""
+    """A task with its tokenised examples: to train on, and to validate on where the run does (None where it does not)."""
 
     task: Task
     encoded: datasets.Dataset
     steps: int
+    validation: datasets.Dataset | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Tasks:
             ValueError: a source is missing or malformed, or the data make the run impossible.
         """
         loaded = cls(
-            [load_task(task, cfg.seed) for task in cfg.tasks],
+            [load_task(task, cfg.seed, validate=cfg.train.eval_every > 0) for task in cfg.tasks],
             [load_task(task, cfg.seed) for task in cfg.general],
         )
         check_tasks(
@@ -87,12 +88,10 @@ class Tasks:
         tasks = [*self.general, *self.tasks]
         return char_tokenizer(
             {
-                task.name: [
-                    text_of(prompt) for part in (task.train, task.test) for prompt in part["prompt"][:]
-                ]
+                task.name: [text_of(prompt) for part in task.parts for prompt in part["prompt"][:]]
                 for task in tasks
             },
-            [answer for task in tasks for answer in (*task.train["answer"][:], *task.test["answer"][:])],
+            [answer for task in tasks for part in task.parts for answer in part["answer"][:]],
         )
 
     def _readers(self, cfg: Sections) -> Iterator[Reader]:
@@ -129,11 +128,12 @@ class Workbench:
         loaded = Tasks.load(cfg)
         tokenizer = load_tokenizer(model_path)
         steps = {task.name: task.steps or cfg.train.steps for task in (*cfg.tasks, *cfg.general)}
-        tasks, general = (
-            [Stream(task, encode(task.train, tokenizer, cfg.data), steps[task.name]) for task in part]
-            for part in (loaded.tasks, loaded.general)
-        )
-        return cls(cfg, tokenizer, tasks, general)
+
+        def stream(task: Task) -> Stream:
+            validation = None if task.validation is None else encode(task.validation, tokenizer, cfg.data)
+            return Stream(task, encode(task.train, tokenizer, cfg.data), steps[task.name], validation)
+
+        return cls(cfg, tokenizer, list(map(stream, loaded.tasks)), list(map(stream, loaded.general)))
 
     def before(self, stream: Stream) -> list[Stream]:
         """The tasks before one, or before the one that it is a part of."""
@@ -165,9 +165,8 @@ class Workbench:
             weights: how often each of the replayed ones is drawn; equally often when None.
         """
         weights = [1.0] * len(replay) if weights is None else weights
-        encoded = [stream.encoded for stream in streams]
         return Batches(
-            encoded[0] if len(encoded) == 1 else datasets.concatenate_datasets(encoded),
+            _union([stream.encoded for stream in streams]),
             batch_size=batch_size,
             micro_batch_size=self.cfg.train.micro_batch_size,
             seed=self.cfg.seed if seed is None else seed,
@@ -177,7 +176,25 @@ class Workbench:
                 for stream, weight in zip(replay, weights, strict=True)
             ],
             replay_share=replay_share if replay else 0.0,
+            packing=self.cfg.data.packing,
         )
+
+    def one_batch(self, examples: Sequence[datasets.Dataset]) -> Step:
+        """All examples of some encoded datasets as one global batch; the order does not matter to what is computed on it."""
+        union = _union(examples)
+        return next(
+            Batches(
+                union,
+                batch_size=len(union),
+                micro_batch_size=self.cfg.train.micro_batch_size,
+                seed=self.cfg.seed,
+                pad_id=pad_id(self.tokenizer),
+            )
+        )
+
+
+def _union(examples: Sequence[datasets.Dataset]) -> datasets.Dataset:
+    return examples[0] if len(examples) == 1 else datasets.concatenate_datasets(examples)
 
 
 def _remembered(stream: Stream, share: float) -> datasets.Dataset:

@@ -35,7 +35,10 @@ from trace_dist.train.soft import SoftBatches, SoftLearner
 from trace_dist.train.task import train_learner
 from trace_dist.train.teacher import answer, teach
 from trace_dist.train.workbench import Stream
+from trace_dist.utils.log import get_logger
 from trace_dist.utils.together import on_all
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ class Consolidated(OneSet):
     def learn(self, stream: Stream) -> TrainResult:
         said, mask = self._said, self._mask(stream)
         model, cfg, batches = self.setting.model, self.setting.cfg.train, self._batches(stream, said)
+        if cfg.eval_every:
+            logger.info("%s: reads no labels, so it looks at no validation examples", self.name)
         with self.setting.training(self.name, stream.task.name) as options, put_back(model, mask):
             learner = SoftLearner(model, mask, cfg, self.lr)
             steps = self._steps(stream)
@@ -160,6 +165,7 @@ class Consolidated(OneSet):
             pad_id=pad_id(self.setting.bench.tokenizer),
             replay=replay,
             replay_share=sum(weight for _, weight in replay),
+            packing=cfg.data.packing,
         )
 
     @cached_property

@@ -22,6 +22,7 @@ from trace_dist.continual.methods.base import Method
 from trace_dist.continual.methods.options import Replayed, replaying
 from trace_dist.continual.setting import Setting
 from trace_dist.data.batches import Batches
+from trace_dist.data.tasks import Task
 from trace_dist.models.loading import load_model
 from trace_dist.train.learner import DenseLearner, Learner
 from trace_dist.train.loop import TrainResult
@@ -122,7 +123,10 @@ class Dense(Method):
         with self.setting.training(self.name, stream.task.name) as options:
             self.begin(stream)
             learner = self.learner(self.lr)
-            result = self._train(learner, stream, self.steps(stream), rate=self.lr_field, **options)
+            validation = self.setting.validation(self.validated(stream), self._score)
+            result = self._train(
+                learner, stream, self.steps(stream), rate=self.lr_field, validation=validation, **options
+            )
             self.end(stream, learner)
         return result
 
@@ -151,6 +155,14 @@ class Dense(Method):
     def steps(self, stream: Stream) -> int:
         """Optimizer steps of a task."""
         return stream.steps
+
+    def validated(self, stream: Stream) -> list[Stream]:
+        """The tasks on whose validation examples the training of one is looked at."""
+        return [stream]
+
+    def _score(self, task: Task) -> float:
+        with autocast(self.setting.cfg.target.dtype):
+            return self.setting.judge.evaluate(self.module, task)
 
     def batches(self, stream: Stream) -> Batches:
         """What a task, or a part of it, is trained on."""

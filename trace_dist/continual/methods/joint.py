@@ -33,6 +33,9 @@ class Joint(Full):
     def steps(self, stream: Stream) -> int:
         return sum(each.steps for each in self.setting.bench.upto(stream))
 
+    def validated(self, stream: Stream) -> list[Stream]:
+        return self.setting.bench.upto(stream)
+
     def batches(self, stream: Stream) -> Batches:
         bench, others = self.setting.bench, self.setting.bench.before(stream)
         weights = [float(each.steps) for each in others]
