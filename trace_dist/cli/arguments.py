@@ -290,8 +290,8 @@ BANK_ACTIONS: dict[str, tuple[Command, Options]] = {
     ),
     "export": (
         Command(
-            "write base + delta for another tool, as an ordinary Hugging Face checkpoint for example",
-            f"bank export {BANK} --base runs/quickstart/models/target --task reverse --out reverse-merged",
+            "write a task for another tool: a Hugging Face checkpoint, an adapter for PEFT, a patch for vLLM (docs/export.md)",
+            f"bank export {BANK} --base runs/quickstart/models/target --task reverse --format peft-shira --out reverse-shira",
         ),
         _FOLDER
         | {
@@ -299,7 +299,7 @@ BANK_ACTIONS: dict[str, tuple[Command, Options]] = {
             "--task": {
                 "nargs": "+",
                 "default": [],
-                "help": "task whose delta is applied; --composition says what several make together",
+                "help": "task whose delta is exported; --composition says what several make together",
             },
             "--delta": {
                 "nargs": "+",
@@ -311,8 +311,15 @@ BANK_ACTIONS: dict[str, tuple[Command, Options]] = {
                 "help": "sum, which is usual, average, ties, dare, or the path of a module of your own",
             },
             "--out": {"required": True, "help": "folder to write"},
-            "--dtype": {"default": "float32", "choices": ["float32", "bfloat16"], "help": "of the weights"},
-            "--exporter": {"default": "hf", "help": "hf, or the path of a module of your own"},
+            "--dtype": {
+                "default": "auto",
+                "choices": ["auto", "float32", "bfloat16"],
+                "help": "of the weights; auto is that of the deltas",
+            },
+            "--format": {
+                "default": "hf",
+                "help": "hf (checkpoint), peft-shira (adapter), vllm-patch (sparse patch), or the path of a module of your own",
+            },
         },
     ),
 }
