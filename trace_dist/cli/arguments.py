@@ -358,6 +358,17 @@ ASKED: Options = {
     },
 }
 """What ``generate`` is asked, beside the bank and how answers are written."""
+EVALUATED: Options = {
+    "--task": {
+        "default": "auto",
+        "help": "name of the task whose delta answers; base for none, auto to retrieve each prompt's",
+    },
+    "harness": {
+        "nargs": "*",
+        "help": "behind --, the harness's own options, as `lm-eval run --help` lists them",
+    },
+}
+"""What ``lm-eval`` is told, beside the bank."""
 FILE_COMMANDS = {
     "generate": Command(
         "answer prompts with the deltas that a bank retrieves for them",
@@ -366,6 +377,10 @@ FILE_COMMANDS = {
     "serve": Command(
         "answer over HTTP what a bank has learned, by OpenAI's interface; a task that is added is served at once",
         f"serve {FROM_BANK} --port 8000",
+    ),
+    "lm-eval": Command(
+        "evaluate a bank, one of its tasks or its base with lm-evaluation-harness",
+        f"lm-eval {FROM_BANK} --task auto -- --tasks arc_easy hellaswag --limit 100",
     ),
     "init": Command(
         "write a commented starter configuration from a model and data files, and say what it would do",
