@@ -66,7 +66,10 @@ def answers(model: Any, evals: Path, arguments: str = "", **options: Any) -> tup
 def right(small: Small, evals: Path) -> dict[str, dict[str, list[Any]]]:
     """What the harness's own model gets from the checkpoint of each task."""
     folders = {BASE: small.base, **{task: small.folder / task for task in ("copy", "twist")}}
-    return {task: answers("hf", evals, f"pretrained={at}", device="cpu")[0] for task, at in folders.items()}
+    return {
+        task: answers("hf", evals, f"pretrained={at},tokenizer={small.base}", device="cpu")[0]
+        for task, at in folders.items()
+    }
 
 
 def close(one: Any, other: Any) -> bool:
@@ -141,15 +144,17 @@ def test_the_command_runs_the_harness(
     ("words", "said"),
     [
         ([], "no options of the harness are given; write them behind --"),
-        (
-            ["--task", "no", "--", "--tasks", "chosen"],
-            "task='no': the bank does not hold it; choose among auto, base, copy",
-        ),
-        (["--", "--tasks", "chosen", "--device", "cuda:1"], "device='cuda:1': the base is loaded on cpu"),
+        (["--task", "no", "--", "--tasks", "chosen"], "task='no': the bank does not hold it; choose among auto, base, copy"),
     ],
-)
-def test_refusals(words: list[str], said: str, small: Small, evals: Path) -> None:
+)  # fmt: skip
+def test_refusals_come_before_the_harness(words: list[str], said: str, small: Small) -> None:
     words = ["lm-eval", "--bank", str(small.bank), "--base", str(small.base), *words]
-    words += ["--include_path", str(evals)] if "--tasks" in words else []
     with pytest.raises(ValueError, match=said):
         lm_eval_command(parse(words)["lm-eval"])
+
+
+def test_another_device_is_refused(small: Small) -> None:
+    from trace_dist.serving.harness import BankLM
+
+    with pytest.raises(ValueError, match="device='cuda:1': the base is loaded on cpu"):
+        BankLM(str(small.bank), str(small.base), device="cuda:1")

@@ -27,11 +27,15 @@ class Lines(GeneralTracker):
     def __init__(self, run_name, logging_dir):
         super().__init__()
         Path(logging_dir).mkdir(exist_ok=True)
-        self.tracker = (Path(logging_dir) / "lines.jsonl").open("a")
+        self.file = (Path(logging_dir) / "lines.jsonl").open("a")
         self.told("begin", run_name)
 
+    @property
+    def tracker(self):
+        return self.file
+
     def told(self, *what):
-        self.tracker.write(json.dumps(what) + "\\n")
+        self.file.write(json.dumps(what) + "\\n")
 
     def log(self, values, step=None, **kwargs):
         if values["loss"] == 0.25 and step == 2:
@@ -40,7 +44,7 @@ class Lines(GeneralTracker):
 
     def finish(self):
         self.told("end")
-        self.tracker.close()
+        self.file.close()
 
 
 class Absent(Lines):

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from trace_dist.serving.options import Listening, Sampling, Source
+from trace_dist.serving.options import Listening, Sampling, Source, check_task
 from trace_dist.serving.server import serve
 from trace_dist.stages.generate import print_answers, run_generate
 
@@ -50,6 +50,10 @@ def lm_eval_command(arguments: Any) -> None:
         raise ValueError(
             "lm-eval: no options of the harness are given; write them behind --, as -- --tasks arc_easy"
         )
+    from trace_dist.bank.bank import BASE, DeltaBank
+
+    # The harness takes seconds to look through its tasks.
+    check_task(arguments.task, list(dict.fromkeys([BASE, *DeltaBank(arguments.bank).tasks])))
     from lm_eval._cli import HarnessCLI
 
     from trace_dist.serving.harness import NAME

@@ -20,14 +20,15 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from trace_dist.data.examples import Prompt
-from trace_dist.serving.router import Router, UnknownTask
+from trace_dist.serving.options import AUTO, check_task
+from trace_dist.serving.router import Router
 from trace_dist.utils.log import get_logger
 from trace_dist.utils.names import BASE
 
 logger = get_logger(__name__)
 NAME = "trace-dist"
-AUTO = "auto"
-"""The name of the task where each prompt's is retrieved."""
+HARNESS_DEFAULT = "cuda:0"
+"""The device that the harness's command line names where nobody does."""
 
 
 @register_model(NAME)
@@ -68,11 +69,9 @@ class BankLM(HFLM):
             bank, base, dtype=dtype, quantize=quantize, reject=reject, cache_gib=cache_gib, batch_size=number
         )
         self.task = str(task)
-        if self.task not in (AUTO, *self.router.tasks):
-            names = ", ".join((AUTO, *self.router.tasks[:20]))
-            raise UnknownTask(f"task={self.task!r}: the bank does not hold it; choose among {names}")
+        check_task(self.task, self.router.tasks)
         found = self.router.model.device
-        if device is not None and device.split(":")[0] != found.type:
+        if device not in (None, HARNESS_DEFAULT, found.type, str(found)):
             raise ValueError(f"device={device!r}: the base is loaded on {found}; leave it out")
         self.answered: Counter[str] = Counter()
         """How many requests each task has answered."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -32,7 +33,7 @@ from trace_dist.utils.files import check_free_space, filled_folder, write_json
 
 label = "SHiRA adapter of PEFT"
 CURE = "export it as hf or vllm-patch"
-MASK_TYPE = "stored"
+MASK_TYPE: Any = "stored"
 """Any name but PEFT's own ``random``: the indices are then those of the file."""
 Entries = tuple[Tensor, Tensor]
 """Flat indices [n] int64 and differences [n] fp32."""

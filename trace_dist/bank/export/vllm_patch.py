@@ -108,7 +108,7 @@ def write(deltas: Sequence[Delta], out: Path, base: str, dtype: str, options: Op
         check_dtype(delta, name, getattr(torch, dtype))
     with open_weights(base) as files:
         pieces = _pieces(files, base)
-        patches = [each for name in delta.mask for each in _cut(delta, name, pieces[name], files)]
+        patches = [each for name in sorted(delta.mask) for each in _cut(delta, name, pieces[name], files)]
         undone = {each.name: _own(each, files) for each in patches}
     info: dict[str, list[Any]] = {
         "names": [each.name for each in patches],
