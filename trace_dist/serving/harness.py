@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -20,7 +21,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from trace_dist.data.examples import Prompt
-from trace_dist.serving.options import AUTO, check_task
+from trace_dist.serving.options import AUTO, Source, check_task
 from trace_dist.serving.router import Router
 from trace_dist.utils.log import get_logger
 from trace_dist.utils.names import BASE
@@ -29,6 +30,7 @@ logger = get_logger(__name__)
 NAME = "trace-dist"
 HARNESS_DEFAULT = "cuda:0"
 """The device that the harness's command line names where nobody does."""
+OWN = tuple(field.name for field in fields(Source) if field.name not in ("bank", "base", "batch_size"))
 
 
 @register_model(NAME)
@@ -42,10 +44,10 @@ class BankLM(HFLM):
         bank: folder of the bank.
         base: its base model: folder or hub id.
         task: name of a task, ``base``, or ``auto``.
-        dtype, quantize, reject, cache_gib: as fields of ``serving.options.Source``.
         batch_size: of the harness; prompts are retrieved in batches of this size too, where it is a number.
         device: the harness's; it must be where the base is loaded.
-        options: the other arguments of the harness's ``hf`` model that suit a model which is loaded already.
+        options: the other fields of ``serving.options.Source``, such as dtype and reject; and those arguments of the harness's
+            ``hf`` model that suit a model which is loaded already.
 
     Raises:
         ValueError: as ``Router.open``, the bank holds no such task, or the device is another one.
@@ -56,18 +58,13 @@ class BankLM(HFLM):
         bank: str,
         base: str,
         task: str = AUTO,
-        dtype: str = "auto",
-        quantize: str = "none",
-        reject: float | None = None,
-        cache_gib: float = 4.0,
         batch_size: int | str = 16,
         device: str | None = None,
         **options: Any,
     ) -> None:
         number = int(batch_size) if str(batch_size).isdecimal() else 16
-        self.router = Router.open(
-            bank, base, dtype=dtype, quantize=quantize, reject=reject, cache_gib=cache_gib, batch_size=number
-        )
+        own = {key: options.pop(key) for key in OWN if key in options}
+        self.router = Router.open(bank, base, batch_size=number, **own)
         self.task = str(task)
         check_task(self.task, self.router.tasks)
         found = self.router.model.device

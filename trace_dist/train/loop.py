@@ -85,8 +85,6 @@ class Keeper(Protocol):
         """Write one after this many steps. Collective."""
 
 
-
-
 def train_steps(
     learner: Learner,
     batches: Batches,
