@@ -19,7 +19,7 @@ from trace_dist.masks import UnitLayout
 from trace_dist.report import render_png, write_report
 from trace_dist.report.markdown import main as insert_table
 from trace_dist.run_folder import RunFolder
-from trace_dist.train.loop import MetricLog
+from trace_dist.train.metric_log import MetricLog
 from trace_dist.utils.files import append_jsonl, filled_folder, write_json
 
 RESULTS = make_results(["a", "b"])

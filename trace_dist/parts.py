@@ -9,7 +9,7 @@ from trace_dist.utils.registry import Registry
 
 
 def _rows(field: str, package: str, *names: str) -> Registry:
-    return Registry(field, {name: f"trace_dist.{package}.{name}" for name in names})
+    return Registry(field, {name: f"trace_dist.{package}.{name.replace('-', '_')}" for name in names})
 
 
 METHODS = _rows(
@@ -31,5 +31,5 @@ METRICS = _rows(
     "tasks.metric", "evaluation.metrics",
     "exact_match", "choice", "numeric", "token_f1", "rouge_l", "chrf", "bleu", "edit_similarity", "sari", "bits_per_byte",
 )  # fmt: skip
-EXPORTERS = _rows("exporter", "bank.export", "hf")
+EXPORTERS = _rows("format", "bank.export", "hf", "peft-shira", "vllm-patch")
 SIGNATURES = _rows("bank.signature", "bank.signatures", "kmeans", "diagonal", "full", "dirichlet", "mean")

@@ -290,8 +290,8 @@ BANK_ACTIONS: dict[str, tuple[Command, Options]] = {
     ),
     "export": (
         Command(
-            "write base + delta for another tool, as an ordinary Hugging Face checkpoint for example",
-            f"bank export {BANK} --base runs/quickstart/models/target --task reverse --out reverse-merged",
+            "write a task for another tool: a Hugging Face checkpoint, an adapter for PEFT, a patch for vLLM (docs/export.md)",
+            f"bank export {BANK} --base runs/quickstart/models/target --task reverse --format peft-shira --out reverse-shira",
         ),
         _FOLDER
         | {
@@ -299,7 +299,7 @@ BANK_ACTIONS: dict[str, tuple[Command, Options]] = {
             "--task": {
                 "nargs": "+",
                 "default": [],
-                "help": "task whose delta is applied; --composition says what several make together",
+                "help": "task whose delta is exported; --composition says what several make together",
             },
             "--delta": {
                 "nargs": "+",
@@ -311,8 +311,15 @@ BANK_ACTIONS: dict[str, tuple[Command, Options]] = {
                 "help": "sum, which is usual, average, ties, dare, or the path of a module of your own",
             },
             "--out": {"required": True, "help": "folder to write"},
-            "--dtype": {"default": "float32", "choices": ["float32", "bfloat16"], "help": "of the weights"},
-            "--exporter": {"default": "hf", "help": "hf, or the path of a module of your own"},
+            "--dtype": {
+                "default": "auto",
+                "choices": ["auto", "float32", "bfloat16"],
+                "help": "of the weights; auto is that of the deltas",
+            },
+            "--format": {
+                "default": "hf",
+                "help": "hf (checkpoint), peft-shira (adapter), vllm-patch (sparse patch), or the path of a module of your own",
+            },
         },
     ),
 }
@@ -351,6 +358,17 @@ ASKED: Options = {
     },
 }
 """What ``generate`` is asked, beside the bank and how answers are written."""
+EVALUATED: Options = {
+    "--task": {
+        "default": "auto",
+        "help": "name of the task whose delta answers; base for none, auto to retrieve each prompt's",
+    },
+    "harness": {
+        "nargs": "*",
+        "help": "behind --, the harness's own options, as `lm-eval run --help` lists them",
+    },
+}
+"""What ``lm-eval`` is told, beside the bank."""
 FILE_COMMANDS = {
     "generate": Command(
         "answer prompts with the deltas that a bank retrieves for them",
@@ -359,6 +377,10 @@ FILE_COMMANDS = {
     "serve": Command(
         "answer over HTTP what a bank has learned, by OpenAI's interface; a task that is added is served at once",
         f"serve {FROM_BANK} --port 8000",
+    ),
+    "lm-eval": Command(
+        "evaluate a bank, one of its tasks or its base with lm-evaluation-harness",
+        f"lm-eval {FROM_BANK} --task auto -- --tasks arc_easy hellaswag --limit 100",
     ),
     "init": Command(
         "write a commented starter configuration from a model and data files, and say what it would do",

@@ -87,7 +87,7 @@ def _export(bank: DeltaBank, arguments: Any) -> None:
         arguments.out,
         arguments.base,
         arguments.dtype,
-        arguments.exporter,
+        arguments.format,
         options,
         arguments.delta,
     )

@@ -24,6 +24,7 @@ ROOMS = {
     "bench": "bench_commands",
     "generate": "serving_commands",
     "init": "init_command",
+    "lm-eval": "serving_commands",
     "mask": "mask_commands",
     "memory": "memory_commands",
     "serve": "serving_commands",
@@ -98,7 +99,7 @@ def _command(name: str, values: Any) -> None:
         return
     with importing():
         room = import_module(f"trace_dist.cli.{ROOMS[name]}")
-    getattr(room, f"{name}_command")(values)
+    getattr(room, f"{name.replace('-', '_')}_command")(values)
 
 
 def _quiet() -> None:

@@ -194,13 +194,13 @@ def _fill_bench(parser: Parser, _: Command) -> None:
         _add(_subcommand(parser, sub, name, command), command.own)
 
 
-def _fill_from_bank(own: type, arguments: known.Options) -> Fill:
-    """What gives a command a bank and its base, its own section and its own arguments."""
+def _fill_from_bank(own: type | None, arguments: known.Options, rest: str = "") -> Fill:
+    """What gives a command a bank and its base, its own section and its own arguments; ``rest`` ends its usage."""
 
     def fill(parser: Parser, _: Command) -> None:
-        parser.usage = "%(prog)s --bank DIR --base MODEL [--key VALUE ...]"
+        parser.usage = f"%(prog)s --bank DIR --base MODEL [--key VALUE ...]{rest}"
         _add_options(parser, arguments)
-        for section in (Source, own):
+        for section in (Source, own) if own else (Source,):
             parser.add_class_arguments(section, nested_key=None, fail_untyped=True)
 
     return fill
@@ -209,6 +209,7 @@ def _fill_from_bank(own: type, arguments: known.Options) -> Fill:
 FILL: dict[str, Fill] = {
     "generate": _fill_from_bank(Sampling, known.ASKED),
     "serve": _fill_from_bank(Listening, {}),
+    "lm-eval": _fill_from_bank(None, known.EVALUATED, " -- --tasks TASK ... [--key VALUE ...]"),
     "init": _fill_init,
     "mask": _fill_actions(known.MASK_ACTIONS),
     "bank": _fill_actions(known.BANK_ACTIONS),

@@ -15,6 +15,7 @@ RENAMED = {
     "continual.lora_lr": "continual.options.lora.lr",
     "continual.lora_rank": "continual.options.lora.rank",
     "launch.launched_modes": "launch.single_process, which names the methods that shall not run on all ranks",
+    "--exporter": "--format",
 }
 
 

@@ -51,7 +51,10 @@ class TrainConfig(Section):
     checkpoint_minutes: float = 3.0
     """Minutes of work between checkpoints by time; more where writing one would take over 5 % of them."""
     log_every: int = 10
-    """Steps between log lines and TensorBoard points."""
+    """Steps between log lines and points of the trackers."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Where scalars go beside metrics.jsonl: tensorboard, wandb, trackio, mlflow and the others of accelerate, or the path of a
+    class of your own."""
     eval_every: int = 0
     """Steps between looks at a task's validation examples (docs/data.md); the last step is looked at too. 0: there are none."""
     eval_by: Literal["loss", "metric"] = "loss"

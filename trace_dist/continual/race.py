@@ -126,7 +126,9 @@ def held_race(
         ValueError: training diverges at every rate, or as it does.
     """
     cfg, path = setting.cfg.race, setting.folder.race(name)
-    sections = {"race": asdict(cfg), "train": asdict(setting.cfg.train)}
+    # who is told of a training decides nothing
+    train = {key: value for key, value in asdict(setting.cfg.train).items() if key != "trackers"}
+    sections = {"race": asdict(cfg), "train": train}
     about = {**sections, "examples": examples_digest(streams), "model": setting.fingerprint}
     kept = on_main(lambda: _read(path, about))
     if kept is not None:

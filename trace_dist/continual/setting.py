@@ -25,7 +25,7 @@ from trace_dist.masks.units import UnitLayout
 from trace_dist.models.fingerprint import fingerprint
 from trace_dist.run_folder import RunFolder
 from trace_dist.sharding.base import ShardedModel
-from trace_dist.train.loop import MetricLog
+from trace_dist.train.metric_log import MetricLog
 from trace_dist.train.target import base_path, load_target
 from trace_dist.train.validation import Validation
 from trace_dist.train.workbench import Stream, Workbench
@@ -214,7 +214,7 @@ class Setting:
         """What every training of a task is given: its label, its log, where its checkpoints lie; its random numbers begin."""
         self.seed(task)
         tag = f"{method}/{task}"
-        log = MetricLog(self.folder, tag)
+        log = MetricLog(self.folder, tag, self.cfg.train.trackers)
         yield {"description": tag, "log": log, "checkpoints": self.folder.checkpoints(method, task)}
         log.close()
 

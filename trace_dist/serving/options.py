@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from trace_dist.config.checks import Section, check
 from trace_dist.config.model import Dtype, Quantize
+
+AUTO = "auto"
+"""Stands for a task where each prompt's is retrieved."""
+
+
+def check_task(task: str, known: Sequence[str]) -> None:
+    """Raise ValueError unless a task is one of these, or ``auto``."""
+    shown = ", ".join((AUTO, *known[:20])) + (", ..." if len(known) > 20 else "")
+    rule = "the bank does not hold it"
+    check(task == AUTO or task in known, "task", task, rule, f"choose among {shown}")
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ one task are answered together, one delta after the other.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -265,8 +265,21 @@ class Router:
             rows: at most as many as fit the device's memory.
             sampling: what the rows have in common (``Sampling.way`` and the seed).
         """
-        with self._lock, self._activated(task):
+        with self.holding(task):
             write(self.model.module, rows, sampling, self._ends, pad_id(self.tokenizer))
+
+    @contextmanager
+    def holding(self, task: str) -> Iterator[None]:
+        """Inside the block the model holds a task's weights, for this thread alone; afterwards its own, bit for bit.
+
+        Args:
+            task: name of a task, or ``base``.
+
+        Raises:
+            UnknownTask: the bank does not hold it.
+        """
+        with self._lock, self._activated(task):
+            yield
 
     def _delta(self, task: str) -> Delta | None:
         """Raises UnknownTask where the bank no longer holds a task that it held when it was looked at."""

@@ -21,7 +21,8 @@ from trace_dist.models.tiny import build_tiny
 from trace_dist.stages.stage import ALONE, Stage
 from trace_dist.stages.words import fall
 from trace_dist.train.learner import DenseLearner
-from trace_dist.train.loop import MetricLog, train_steps
+from trace_dist.train.loop import train_steps
+from trace_dist.train.metric_log import MetricLog
 from trace_dist.train.workbench import Tasks, Workbench
 from trace_dist.utils import dist
 from trace_dist.utils.files import atomic_folder
@@ -153,7 +154,7 @@ def _pretrain(
     role = rate.partition(".")[0]
     bench = Workbench.load(cfg, tokenizer_folder)
     learner = DenseLearner(module, module.parameters(), cfg.train, lr=lr)
-    log = MetricLog(cfg.folder, f"base/{role}")
+    log = MetricLog(cfg.folder, f"base/{role}", cfg.train.trackers)
     batches = bench.batches(bench.general, batch_size)
     label = f"pretrain {role}"
     result = train_steps(learner, batches, cfg.train, steps, description=label, rate=rate, log=log)

@@ -26,6 +26,7 @@ HOW_IT_RUNS = (
     "train.checkpoint_every",
     "train.checkpoint_minutes",
     "train.log_every",
+    "train.trackers",
 )
 """Fields that say how a run is carried out, not what it computes: they may differ between its commands."""
 
@@ -33,6 +34,7 @@ LOGS = (
     "config.yaml",
     "metrics.jsonl",
     "tensorboard/*",
+    "trackers/*",
     "logs/*",
     "stages.json",
     "tasks.json",

@@ -90,6 +90,8 @@ def _begin(cfg: RunConfig, bank: DeltaBank, result: Path) -> None:
     }
     # As it will be read: JSON has no tuples.
     about = json.loads(json.dumps(about))
+    # Who is told of a training decides nothing.
+    del about["train"]["trackers"]
     if path.is_file() and read_json(path) == about:
         return
     for stale in (cfg.folder.checkpoints(METHOD), path.parent):

@@ -68,6 +68,7 @@ def check_parts(cfg: RunConfig) -> None:
         from trace_dist.continual.driver import check_methods
         from trace_dist.continual.isolation.base import load_isolation
         from trace_dist.continual.starts.base import load_start
+        from trace_dist.train.metric_log import check_trackers
         from trace_dist.train.schedule import check_schedule
 
     _check_score(cfg)
@@ -80,6 +81,7 @@ def check_parts(cfg: RunConfig) -> None:
     load_start(cfg.bank)
     check_methods(cfg)
     check_schedule(cfg.train)
+    check_trackers(cfg.train.trackers)
 
 
 def _check_score(cfg: RunConfig) -> None:

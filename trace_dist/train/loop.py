@@ -24,14 +24,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from trace_dist.config import TrainConfig
 from trace_dist.data.batches import Batches
-from trace_dist.run_folder import RunFolder
 from trace_dist.train.learner import Learner
+from trace_dist.train.metric_log import MetricLog
 from trace_dist.train.packing import settle_packing
 from trace_dist.train.schedule import make_schedule
 from trace_dist.train.validation import Look, Validator
 from trace_dist.utils import dist
 from trace_dist.utils.agreement import agree
-from trace_dist.utils.files import append_jsonl, writing
 from trace_dist.utils.finite import NotFinite, all_finite, check_finite
 from trace_dist.utils.log import get_logger, progress
 
@@ -101,32 +100,6 @@ class Keeper(Protocol):
 
     def keep(self, step: int, result: TrainResult) -> None:
         """Write one after this many steps. Collective."""
-
-
-class MetricLog:
-    """Appends to metrics.jsonl and to TensorBoard files, on rank 0."""
-
-    def __init__(self, folder: RunFolder, tag: str) -> None:
-        self.folder, self.tag = folder, tag
-        self._writer: Any = None
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Record scalars at a step."""
-        if not dist.is_main():
-            return
-        append_jsonl(self.folder.metrics, {"tag": self.tag, "step": step, **values})
-        with writing(self.folder.tensorboard(self.tag)):
-            if self._writer is None:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._writer = SummaryWriter(str(self.folder.tensorboard(self.tag)))
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        if self._writer is not None:
-            with writing(self.folder.tensorboard(self.tag)):
-                self._writer.close()
 
 
 def train_steps(

@@ -16,7 +16,8 @@ from trace_dist.masks.mask import Mask
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.cadence import Cadence
 from trace_dist.train.learner import Learner, MaskedLearner
-from trace_dist.train.loop import MetricLog, TrainResult, train_steps
+from trace_dist.train.loop import TrainResult, train_steps
+from trace_dist.train.metric_log import MetricLog
 from trace_dist.train.schedule import continue_schedule, make_schedule
 from trace_dist.train.validation import Validation, Validator, best_of
 from trace_dist.utils.agreement import agree

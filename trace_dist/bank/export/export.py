@@ -2,17 +2,18 @@
 
 An exporter ([Note: drop-in parts]) is a module with ``label`` and ``write(deltas, out, base, dtype)``, which also takes
 ``options`` where the module has ``Options``. It is given deltas and not tasks, since one set of weights that a method has made is
-no task.
+no task. Where the form cannot hold every tensor, ``check(deltas, base)`` says so by name, before any weights are read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.delta import Delta, check_base
+from trace_dist.config.model import Dtype
 from trace_dist.models.fingerprint import check_same, fingerprint
 from trace_dist.parts import EXPORTERS
 
@@ -22,7 +23,7 @@ def export(
     tasks: Sequence[str],
     out: Path | str,
     base: str,
-    dtype: str = "float32",
+    dtype: str = "auto",
     kind: str = "hf",
     options: Mapping[str, Any] | None = None,
     files: Sequence[Path | str] = (),
@@ -34,13 +35,14 @@ def export(
         tasks: whose deltas; the base model's are none.
         out: folder to write.
         base: the bank's base model: folder or hub id.
-        dtype: of the weights: float32 or bfloat16.
+        dtype: of the weights: float32, bfloat16, or auto for that of the deltas.
         kind: name of an exporter, or the path of a module.
         options: its options.
         files: deltas beside those of the tasks, such as the one set of weights that a method has made.
 
     Raises:
-        ValueError: a task is not in the bank, a file is no delta, the base is not the bank's, or there is no such exporter.
+        ValueError: a task is not in the bank, a file is no delta, the base is not the bank's, there is no such exporter, or its
+            form cannot hold the deltas. Nothing is written then.
     """
     exporter = EXPORTERS.load(kind)
     chosen = EXPORTERS.options(kind, options)
@@ -51,10 +53,28 @@ def export(
         bank.path(task)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out={str(out)!r}: is a file; give a folder")
-    check_same(bank.base, fingerprint(base), f"bank {bank.folder}")
     deltas = [delta for task in tasks if (delta := bank.delta(task)) is not None]
     for path in files:
         deltas.append(Delta.load(Path(path)))
         check_base(deltas[-1].mask, bank.base, str(path))
+    found = _dtype(deltas, dtype)
+    if hasattr(exporter, "check"):
+        exporter.check(deltas, base)
+    check_same(bank.base, fingerprint(base), f"bank {bank.folder}")
     extra = {} if chosen is None else {"options": chosen}
-    exporter.write(deltas, out, base, dtype, **extra)
+    exporter.write(deltas, out, base, found, **extra)
+
+
+def _dtype(deltas: Sequence[Delta], asked: str) -> str:
+    """The dtype of the weights. Raises ValueError where it is none, or is left to deltas of several."""
+    known = get_args(Dtype)
+    if asked not in (*known, "auto"):
+        raise ValueError(f"dtype={asked!r}: unknown; use auto, {' or '.join(known)}")
+    held = {str(values.dtype).removeprefix("torch.") for delta in deltas for values in delta.values.values()}
+    if asked != "auto":
+        return asked
+    if len(held) > 1:
+        raise ValueError(
+            f"dtype='auto': the deltas hold {' and '.join(sorted(held))}; export those of one dtype"
+        )
+    return next(iter(held), "float32")

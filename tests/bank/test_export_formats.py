@@ -1,0 +1,268 @@
+"""Adapters for PEFT and patches for vLLM hold a task bit for bit, or are refused before anything is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bank.samples import same_bits, signature
+from engine.cases import CASES
+from peft import PeftModel
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from trace_dist import Delta, DeltaBank, Mask, load_sharded
+from trace_dist.bank.composition import compose
+from trace_dist.bank.delta import applied
+from trace_dist.bank.export import export
+from trace_dist.bank.export.card import CARD
+from trace_dist.bank.export.peft_shira import differences
+from trace_dist.models import fingerprint
+
+BOTH = ("float32", "bfloat16")
+
+
+def base_of(folder: Path, family: str = "llama", dtype: str = "float32") -> str:
+    model = replace(CASES["element"], family=family, dtype=dtype).model()
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def delta_of(base: str, task: str = "one", seed: int = 1, dtype: str = "float32", **options: Any) -> Delta:
+    """Values of every size, from those of a weight down to nothing, where a single difference does not reach all."""
+    model = load_sharded(base, dtype)
+    options = {"density": 0.06, "granularity": "element"} | options
+    mask = Mask.random(model, seed=seed, **options).with_meta(task=task, model=fingerprint(base))
+    generator = torch.Generator().manual_seed(seed)
+    values = {}
+    for name in mask:
+        flat = mask.elements(name)
+        sizes = 10.0 ** torch.randint(-9, 3, flat.shape, generator=generator)
+        tuned = (torch.randn(len(flat), generator=generator) * sizes).to(model.local(name).dtype)
+        tuned[0] = model.local(name)[flat[0]]
+        tuned[-1] = 0.0
+        values[name] = tuned
+    return Delta(mask, values, task)
+
+
+def bank_of(folder: Path, base: str, *deltas: Delta) -> DeltaBank:
+    bank = DeltaBank.create(folder, fingerprint(base), layer=1)
+    for seed, delta in enumerate(deltas):
+        bank.add(signature(delta.task, seed), delta)
+    return bank
+
+
+def wanted(base: str, delta: Delta, dtype: str) -> dict[str, Tensor]:
+    model = load_sharded(base, dtype)
+    with applied(model, delta):
+        return model.full_state_dict()
+
+
+def loaded(base: str, dtype: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+def test_peft_merges_to_our_weights(dtype: str, tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", dtype=dtype)
+    delta = delta_of(base, dtype=dtype)
+    bank = bank_of(tmp_path / "bank", base, delta)
+    for out in ("out", "again"):
+        export(bank, ["one"], tmp_path / out, base, kind="peft-shira")
+    right = wanted(base, delta, dtype)
+    ids = torch.arange(7)[None]
+    for low_memory in (False, True):
+        adapted = PeftModel.from_pretrained(
+            loaded(base, dtype), tmp_path / "out", low_cpu_mem_usage=low_memory
+        )
+        logits = adapted(ids).logits
+        merged = adapted.merge_and_unload()
+        assert same_bits(
+            merged.state_dict(), {**right, "lm_head.weight": right["model.embed_tokens.weight"]}, dtype
+        )
+        assert torch.equal(merged(ids).logits, logits)
+    card = json.loads((tmp_path / "out" / CARD).read_text())
+    assert (card["tasks"], card["dtype"], card["base"]["fingerprint"]) == (["one"], dtype, bank.base)
+    # Some needed a second difference, and what equals the base none.
+    assert card["entries"] == delta.mask.num_entries - len(delta.mask) < card["slots"]
+    for name, said in card["files"].items():
+        held = (tmp_path / "out" / name).read_bytes()
+        assert (len(held), hashlib.sha256(held).hexdigest()) == (said["bytes"], said["sha256"])
+        assert held == (tmp_path / "again" / name).read_bytes()
+    assert set(card["files"]) | {CARD} == {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_peft_loads_what_tasks_make_together(tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", "qwen2")
+    deltas = [delta_of(base, task, seed, density=0.03) for seed, task in enumerate(("one", "two"))]
+    bank = bank_of(tmp_path / "bank", base, *deltas)
+    export(
+        bank, ["one", "two"], tmp_path / "out", base, kind="peft-shira", options={"composition": "average"}
+    )
+    merged = PeftModel.from_pretrained(loaded(base, "float32"), tmp_path / "out").merge_and_unload()
+    delta = compose(deltas, load_sharded(base, "float32"), "both", "average")
+    assert same_bits(merged.state_dict(), wanted(base, delta, "float32"), "float32")
+    assert json.loads((tmp_path / "out" / CARD).read_text())["composition"] == "average"
+
+
+def test_no_sum_makes_a_negative_zero() -> None:
+    own, tuned = torch.tensor([0.5, -0.0]), torch.tensor([-0.0, -0.0])
+    flat, values = differences("w", torch.tensor([3, 8]), own[1:].repeat(2), tuned)
+    assert len(flat) == len(values) == 0
+    with pytest.raises(
+        ValueError, match=r"w\[3\] is -0.0, which no sum of differences makes of the base's 0.5"
+    ):
+        differences("w", torch.tensor([3, 8]), own, tuned)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "words"),
+    [
+        ("llama", {"maskable": "norm|embed|q_proj"}, "model.embed_tokens.weight (of a Embedding)"),
+        ("llama", {"maskable": "norm"}, "model.norm.weight (of a LlamaRMSNorm)"),
+        ("gpt2", {}, "transformer.h.0.attn.c_attn.weight (of a Conv1D)"),
+        ("opt", {"maskable": "q_proj"}, "model.decoder.layers.0.self_attn.q_proj.bias (a bias)"),
+        ("qwen2_moe", {}, "model.layers.0.mlp.experts.gate_up_proj (of a Qwen2MoeExperts)"),
+        ("llama", {"density": 0.9}, "needs r="),
+    ],
+)
+def test_what_shira_cannot_hold(family: str, options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", family)
+    bank = bank_of(tmp_path / "bank", base, delta_of(base, **options))
+    with pytest.raises(ValueError, match="export it as hf or vllm-patch") as caught:
+        export(bank, ["one"], tmp_path / "out", base, kind="peft-shira")
+    assert words in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+FUSED = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+}
+
+
+class Served:
+    """As a server holds a Llama: queries, keys and values in one weight, gate and up in another; filled by ``load_weights``."""
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        parts: dict[str, list[Tensor]] = {}
+        self.places: dict[str, tuple[str, int]] = {}
+        for name, value in state.items():
+            module = name.split(".")[-2]
+            home = name.replace(module, FUSED.get(module, module))
+            self.places[name] = home, sum(map(len, parts.setdefault(home, [])))
+            parts[home].append(value)
+        self.held = {home: torch.cat(values) for home, values in parts.items()}
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        for name, value in weights:
+            home, row = self.places[name]
+            place = self.held[home][row : row + len(value)]
+            place.copy_(torch.where(value.isnan(), place, value))
+
+
+def patches(folder: Path, file: str) -> Iterator[dict[str, Any]]:
+    """The fields of vLLM's CheckpointWeightPatch."""
+    info = json.loads((folder / "update_info.json").read_text())
+    columns = [info[key] for key in ("names", "dtype_names", "shapes", "num_updates_list")]
+    with safe_open(folder / file, "pt") as tensors:
+        assert json.loads(tensors.metadata()["changed_params"]) == info["names"]
+        for name, dtype, shape, number in zip(*columns, strict=True):
+            indices, values = (tensors.get_tensor(f"{name}.{kind}") for kind in ("indices", "values"))
+            assert (indices.dtype, values.dtype) == (torch.int32, getattr(torch, dtype))
+            assert indices.shape == values.shape == (number,)
+            yield {"name": name, "shape": shape, "dtype": values.dtype, "values": values, "indices": indices}
+
+
+def load_patches(model: Any, given: Iterable[dict[str, Any]]) -> None:
+    """As vLLM's ``load_checkpoint_weight_patches`` says it does: NaN is what stays."""
+    for patch in given:
+        indices, values = patch["indices"], patch["values"]
+        assert not values.isnan().any()
+        assert len(indices.unique()) == len(indices)
+        staged = torch.full((math.prod(patch["shape"]),), math.nan, dtype=patch["dtype"])
+        staged[indices.long()] = values
+        model.load_weights([(patch["name"], staged.view(patch["shape"]))])
+
+
+def state_of(base: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, as they lie there."""
+    with safe_open(Path(base) / "model.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("llama", "float32"), ("llama", "bfloat16"), ("qwen2_moe", "float32"), ("gpt2", "bfloat16")],
+)
+def test_a_patch_in_a_server_with_fused_weights(family: str, dtype: str, tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", family, dtype)
+    delta = delta_of(base, dtype=dtype, maskable="all")
+    bank = bank_of(tmp_path / "bank", base, delta)
+    export(bank, ["one"], tmp_path / "out", base, kind="vllm-patch")
+    before = state_of(base)
+    model = load_sharded(base, dtype)
+    with applied(model, delta):
+        model.save_pretrained(tmp_path / "tuned")
+    after = state_of(str(tmp_path / "tuned"))
+    served = Served(before)
+    load_patches(served, patches(tmp_path / "out", "patch.safetensors"))
+    assert not same_bits(Served(before).held, served.held, dtype)
+    assert same_bits(Served(after).held, served.held, dtype)
+    load_patches(served, patches(tmp_path / "out", "undo.safetensors"))
+    assert same_bits(Served(before).held, served.held, dtype)
+    card = json.loads((tmp_path / "out" / CARD).read_text())
+    assert card["entries"] == delta.mask.num_entries
+    assert set(card["files"]) == {"patch.safetensors", "undo.safetensors", "update_info.json"}
+
+
+def test_a_patch_of_a_composition_and_of_a_file(tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base")
+    deltas = [delta_of(base, task, seed) for seed, task in enumerate(("one", "two"))]
+    bank = bank_of(tmp_path / "bank", base, *deltas)
+    both = compose(deltas, load_sharded(base, "float32"), "one+two", "ties")
+    both.save(tmp_path / "both.safetensors")
+    export(bank, ["one", "two"], tmp_path / "a", base, kind="vllm-patch", options={"composition": "ties"})
+    export(bank, [], tmp_path / "b", base, kind="vllm-patch", files=[tmp_path / "both.safetensors"])
+    for file in ("patch.safetensors", "undo.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_what_a_patch_cannot_hold(tmp_path: Path) -> None:
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "state_size": 4, "vocab_size": 11}
+    mamba = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **small))
+    mamba.save_pretrained(tmp_path / "mamba")
+    other = delta_of(str(tmp_path / "mamba"), maskable="A_log|in_proj")
+    base = base_of(tmp_path / "base")
+    delta = delta_of(base)
+    broken = delta_of(base)
+    name = next(iter(broken.values))
+    broken.values[name][2] = math.nan
+    for number, (path, each, dtype, words) in enumerate(
+        (
+            (str(tmp_path / "mamba"), other, "auto", r"A_log \(which vLLM computes from the checkpoint's\)"),
+            (base, broken, "auto", f"{name} of delta 'one' holds NaN, which means unchanged"),
+            (base, delta, "bfloat16", r"delta 'one': holds torch.float32, the model torch.bfloat16"),
+        )
+    ):
+        bank = bank_of(tmp_path / f"bank-{number}", path, each)
+        with pytest.raises(ValueError, match=words):
+            export(bank, ["one"], tmp_path / "out", path, dtype, "vllm-patch")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["peft-shira", "vllm-patch"])
+def test_the_base_alone_is_no_task(kind: str, tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base")
+    bank = bank_of(tmp_path / "bank", base)
+    bank.add(signature("base", 0), None)
+    with pytest.raises(ValueError, match="task: the base alone makes no"):
+        export(bank, ["base"], tmp_path / "out", base, kind=kind)

@@ -1,0 +1,42 @@
+"""What exporters have in common: the option that makes one delta of several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from trace_dist.bank.composition import compose
+from trace_dist.bank.delta import Delta
+from trace_dist.config.checks import Section
+from trace_dist.parts import COMPOSITIONS
+from trace_dist.sharding.base import ShardedModel
+
+
+@dataclass(frozen=True)
+class Composed(Section):
+    """Options of an exporter that writes one delta."""
+
+    section: ClassVar[str] = "format.options"
+
+    composition: str = "sum"
+    """How several deltas become one: sum, average, ties, dare, or the path of a module of your own."""
+
+    def check(self) -> None:
+        COMPOSITIONS.check(self.composition)
+
+
+def together(deltas: Sequence[Delta], model: ShardedModel, options: Composed) -> Delta | None:
+    """The one delta that is written; None where there is none, and the base itself is.
+
+    Args:
+        deltas: what was asked for.
+        model: their base, holding its own values.
+        options: how several become one.
+
+    Raises:
+        ValueError: they do not go together.
+    """
+    if len(deltas) < 2:
+        return deltas[0] if deltas else None
+    return compose(deltas, model, "+".join(each.task for each in deltas), options.composition)
