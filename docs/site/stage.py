@@ -21,7 +21,7 @@ PAGES = {Path("README.md"): Path("index.md"), Path("CHANGELOG.md"): Path("change
 """Pages outside ``docs/`` -> where they are in the site."""
 ASSETS = {".png", ".svg"}
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".sh": "bash", ".sbatch": "bash", ".cpp": "cpp"}
-_LINK = re.compile(r"(?<!`)(\]\()(?!https?:|mailto:|#)([^)\s]+)(\))")
+_LINK = re.compile(r"(\]\()(?!https?:|mailto:|#)([^)\s]+)(\))")
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -76,17 +76,18 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     pip = [sys.executable, "-m", "pip"]
     quiet = ["--quiet", "--no-deps", "--no-index", "--disable-pip-version-check"]
     build = [*pip, "wheel", *quiet, "--no-build-isolation", "--wheel-dir", str(folder), str(source)]
-    subprocess.run(build, check=True, cwd=work)
+    clean: dict[str, Any] = {"cwd": work, "env": environment(work)}
+    subprocess.run(build, check=True, **clean)
     (wheel,) = folder.glob("*.whl")
     home = folder / "environment"
     venv.create(home)
     # Paths in such a file are searched, but the .pth files that lie there, the editable install's among them, do nothing.
     (packages,) = home.glob("lib/python*/site-packages")
     (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()))
-    alone = subprocess.run([home / "bin/python", "-c", "import trace_dist"], capture_output=True, cwd=work)
+    alone = subprocess.run([home / "bin/python", "-c", "import trace_dist"], capture_output=True, **clean)
     assert b"ModuleNotFoundError" in alone.stderr
     python = str(home / "bin" / "python")
-    subprocess.run([*pip, "--python", python, "install", *quiet, str(wheel)], check=True, cwd=work)
+    subprocess.run([*pip, "--python", python, "install", *quiet, str(wheel)], check=True, **clean)
     return Installed(wheel, home / "bin", work)
 
 
