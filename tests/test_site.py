@@ -1,4 +1,4 @@
-"""The documentation as a site: every link leads somewhere, every page is in the navigation, and the strict build has no complaint."""
+"""The documentation as a site: all links lead somewhere, all pages are listed, and a strict build has no complaint."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def test_links_lead_to_pages_and_to_files(stage: ModuleType, tmp_path: Path) -> 
     """In the checkout's own pages all do; what is not a page becomes one, and what is not there is an error."""
     docs = tmp_path / "docs"
     docs.mkdir()
-    (tmp_path / "README.md").write_text("[a](docs/a.md#x) [b](code/b.py) ![c](docs/c.png)\n```\n[kept](as it is)\n```\n")
+    (tmp_path / "README.md").write_text(
+        "[a](docs/a.md#x) [b](code/b.py) ![c](docs/c.png)\n```\n[kept](as it is)\n```\n"
+    )
     (tmp_path / "CHANGELOG.md").write_text("")
     (tmp_path / "code").mkdir()
     (tmp_path / "code/b.py").write_text("b = '```'\n")
@@ -60,7 +62,9 @@ def test_links_lead_to_pages_and_to_files(stage: ModuleType, tmp_path: Path) -> 
     assert (out / "index.md").read_text() == (
         "[a](a.md#x) [b](files/code/b.py.md) ![c](c.png)\n```\n[kept](as it is)\n```\n"
     )
-    assert (out / "a.md").read_text() == "[up](index.md) [`code`](files/code.md) [out](https://example.org) [here](#x)"
+    assert (
+        out / "a.md"
+    ).read_text() == "[up](index.md) [`code`](files/code.md) [out](https://example.org) [here](#x)"
     assert "[b.py](code/b.py.md)" in (out / "files/code.md").read_text()
     assert (out / "files/code/b.py.md").read_text() == "# code/b.py\n\n````python\nb = '```'\n````\n"
     assert (out / "c.png").read_bytes() == b"picture"
@@ -76,7 +80,9 @@ def site(stage: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("needs the extra docs (pip install -e '.[docs]'), which make test installs")
     folder = tmp_path_factory.mktemp("site")
     stage.stage(folder / "pages")
-    (handler,) = [entry["mkdocstrings"]["handlers"]["python"] for entry in CONFIG["plugins"] if "mkdocstrings" in entry]
+    (handler,) = [
+        entry["mkdocstrings"]["handlers"]["python"] for entry in CONFIG["plugins"] if "mkdocstrings" in entry
+    ]
     sources = {"paths": [str(ROOT / path) for path in handler["paths"]]}
     plugins = ["search", {"mkdocstrings": {"handlers": {"python": handler | sources}}}]
     places = {"docs_dir": "pages", "site_dir": "site", "plugins": plugins}

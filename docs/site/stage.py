@@ -20,7 +20,14 @@ FILES = Path("files")
 PAGES = {Path("README.md"): Path("index.md"), Path("CHANGELOG.md"): Path("changelog.md")}
 """Pages outside ``docs/`` -> where they are in the site."""
 ASSETS = {".png", ".svg"}
-LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".sh": "bash", ".sbatch": "bash", ".cpp": "cpp"}
+LANGUAGES = {
+    ".py": "python",
+    ".yaml": "yaml",
+    ".json": "json",
+    ".sh": "bash",
+    ".sbatch": "bash",
+    ".cpp": "cpp",
+}
 _LINK = re.compile(r"(\]\()(?!https?:|mailto:|#)([^)\s]+)(\))")
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
@@ -98,7 +105,9 @@ def _show(file: Path, place: Path, name: Path) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, place)
     elif file.is_dir():
-        rows = [f"- [{each.name}]({name.name}/{each.name}.md)" for each in _with_children(file) if each != file]
+        rows = [
+            f"- [{each.name}]({name.name}/{each.name}.md)" for each in _with_children(file) if each != file
+        ]
         _write(place, f"# {name}\n\n" + "\n".join(rows) + "\n")
     else:
         text = file.read_text(encoding="utf-8").rstrip()

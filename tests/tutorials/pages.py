@@ -43,5 +43,7 @@ def words(command: str) -> list[str]:
 
 def table_cells(page: str, column: int) -> list[str]:
     """What stands in code font in one column of all tables of a page."""
-    rows = [line for line in (PAGES / f"{page}.md").read_text(encoding="utf-8").splitlines() if line[:2] == "| "]
+    rows = [
+        line for line in (PAGES / f"{page}.md").read_text(encoding="utf-8").splitlines() if line[:2] == "| "
+    ]
     return [code for row in rows for code in re.findall(r"`([^`]+)`", row.split("|")[column + 1])]

@@ -137,7 +137,10 @@ def steps(page: str) -> Iterator[str | list[str]]:
             yield block.text
         for command in commands(block, {"MODEL": MODEL}) if block.language == "bash" else ():
             if found := words(command):
-                yield [*found, *next((SMALL[name] for name in found if name in SMALL and found[0] != "init"), [])]
+                yield [
+                    *found,
+                    *next((SMALL[name] for name in found if name in SMALL and found[0] != "init"), []),
+                ]
 
 
 @pytest.fixture(scope="module")
@@ -213,12 +216,16 @@ def test_serve_it(installed: Installed, capsys: pytest.CaptureFixture[str]) -> N
     log = installed.work / "server.log"
     with log.open("w") as file:
         server = subprocess.Popen(
-            [installed.bin / "trace-dist", *words(serve)], stderr=file, cwd=installed.work, env=installed.environment
+            [installed.bin / "trace-dist", *words(serve)],
+            stderr=file,
+            cwd=installed.work,
+            env=installed.environment,
         )
     try:
         wait_for(log, rf"on http://127.0.0.1:{port}/v1", server)
         models, chat, health, metrics = (
-            subprocess.run(line, shell=True, check=True, capture_output=True, text=True).stdout for line in asked
+            subprocess.run(line, shell=True, check=True, capture_output=True, text=True).stdout
+            for line in asked
         )
         names = [each["id"] for each in json.loads(models)["data"]]
         assert {"auto", BASE, "tickets", "dates", "prices"} == set(names)

@@ -56,7 +56,9 @@ def test_keys_in_prose_are_keys_here() -> None:
     sections = {key for key in known_keys() if "." not in key}
     for page in PAGES.glob("*.md"):
         text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-        keys = {code for code in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)`", text) if code.split(".")[0] in sections}
+        keys = {
+            code for code in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)`", text) if code.split(".")[0] in sections
+        }
         assert not keys - known_keys(), page
 
 
@@ -76,7 +78,9 @@ def test_the_two_configurations_say_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", ["your-own-model", "second-task", "serve-it", "on-a-cluster"])
 def test_commands_are_ones_that_the_program_takes(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    lines = [line for block in blocks(page) if block.language == "bash" for line in commands(block, {"MODEL": "m"})]
+    lines = [
+        line for block in blocks(page) if block.language == "bash" for line in commands(block, {"MODEL": "m"})
+    ]
     ours = [*map(list, dict.fromkeys(tuple(words(line)) for line in lines if words(line)))]
     # Files that the pages themselves make are not there.
     parsed = [parse(one) for one in ours if "mine.yaml" not in one and "prices.yaml" not in one]
@@ -86,12 +90,15 @@ def test_commands_are_ones_that_the_program_takes(page: str, monkeypatch: pytest
 
 def test_the_launchers_of_the_page(tmp_path: Path) -> None:
     """Every script is there, takes the page's arguments and hands them on; the launchers are stand-ins that say what they got."""
+    script = '[ "${0##*/}" = scontrol ] && echo node-1 && exit\necho "${0##*/}" "$@"\n'
     for name in ("deepspeed", "torchrun", "accelerate", "srun", "scontrol"):
-        (tmp_path / name).write_text('#!/usr/bin/env bash\n[ "${0##*/}" = scontrol ] && echo node-1 && exit\necho "${0##*/}" "$@"\n')
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{script}")
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"}
     environment = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    lines = [line for block in blocks("on-a-cluster") if block.language == "bash" for line in commands(block, {})]
+    lines = [
+        line for block in blocks("on-a-cluster") if block.language == "bash" for line in commands(block, {})
+    ]
     scripts = [line for line in lines if "launch/" in line]
     assert {Path(word).name for line in scripts for word in line.split() if word.startswith("launch/")} == {
         path.name for path in (ROOT / "launch").iterdir()

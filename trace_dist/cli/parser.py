@@ -160,7 +160,11 @@ def _subcommand(parent: Parser, siblings: Any, name: str, command: Command) -> P
 def _fill_run(parser: Parser, command: Command) -> None:
     # Every key is an option: too many for a line of usage.
     parser.usage = "%(prog)s --config FILE [--key VALUE ...]"
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of the run, or example:NAME for one that comes with the package")
+    parser.add_argument(
+        "--config",
+        action=ActionConfigFile,
+        help="YAML file of the run, or example:NAME for one that comes with the package",
+    )
     parser.add_class_arguments(RunConfig, nested_key=None, fail_untyped=True)
     _add(parser, command.own)
 
