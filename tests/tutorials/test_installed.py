@@ -97,13 +97,16 @@ def test_the_wheel_holds_every_file_of_the_packages(installed: Installed) -> Non
     """Kernels and their C++, templates and styles of the report, examples, py.typed; and nothing else."""
     roots = [ROOT / "trace_dist", ROOT / "kernels" / "trace_kernels"]
     wanted = {
-        path.relative_to(root.parent).as_posix()
+        path.relative_to(root.parent).as_posix(): path.read_bytes()
         for root in roots
         for path in root.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    names = set(zipfile.ZipFile(installed.wheel).namelist())
-    assert {name for name in names if ".dist-info/" not in name} == wanted
+    archive = zipfile.ZipFile(installed.wheel)
+    names = archive.namelist()
+    packed = {name: archive.read(name) for name in names if ".dist-info/" not in name}
+    assert packed.keys() == wanted.keys()
+    assert packed == wanted
     for name in ("trace_dist/py.typed", "trace_kernels/py.typed", "trace_kernels/cpu_kernels.cpp"):
         assert name in wanted
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
