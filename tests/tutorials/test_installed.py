@@ -40,16 +40,7 @@ FEWER = ["--probe.steps", "2", "--probe.fisher_batches", "1", "--projection.opti
 FEWER += ["--bank.num_prompts", "40"]
 SMALL = {
     "example:words": [
-        *(
-            "--target.tiny.steps",
-            "2",
-            "--proxy.tiny.steps",
-            "2",
-            "--train.steps",
-            "2",
-            "--eval.max_new_tokens",
-            "4",
-        ),
+        *("--target.tiny.steps", "2", "--proxy.tiny.steps", "2", "--train.steps", "2"),
         *FEWER,
     ],
     "mine.yaml": FEWER,
