@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: quickstart quickstart-smollm2 publish bench stream20 retrieval-study gpu test fuzz lint format clean
+.PHONY: quickstart quickstart-smollm2 publish bench stream20 retrieval-study gpu test fuzz lint format docs wheel clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/trace-dist run --config configs/quickstart.yaml
@@ -67,6 +67,16 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The site, in build/site. A broken link, anchor or name of the Python interface ends it.
+docs: $(VENV)/.docs
+	$(BIN)/python docs/site/stage.py build/pages
+	$(BIN)/zensical build --strict --clean
+
+# The package as others install it, in dist; what an earlier build has left is not in it.
+wheel: $(BIN)/python
+	rm -rf build/lib
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info
 
@@ -77,6 +87,10 @@ $(BIN)/python:
 
 $(VENV)/.quickstart: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[eval]"
+	touch $@
+
+$(VENV)/.docs: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
 	touch $@
 
 $(VENV)/.dev: $(BIN)/python pyproject.toml

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from trace_dist.serving.router import Router
     from trace_dist.sharding.build import load_sharded, shard
 
+    __version__: str
+
 # Resolved on first use, so that the command line answers before torch is loaded.
 _HOMES = {
     "Delta": "bank.delta",
@@ -27,6 +29,10 @@ __all__ = ["Delta", "DeltaBank", "Mask", "MaskedAdamW", "Router", "load_sharded"
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # pyproject.toml alone states it
+
+        return version("trace-dist")
     if name in _HOMES:
         return getattr(import_module(f"trace_dist.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'trace_dist' has no attribute {name!r}")

@@ -87,6 +87,8 @@ def _address(process: subprocess.Popen[str], log: Path) -> str:
     for _ in range(600):
         found = re.search(r"on (http://\S+)/v1", log.read_text())
         if found:
+            # Whoever is told the address may ask at once.
+            socket.create_connection(("127.0.0.1", int(found[1].rpartition(":")[2]))).close()
             return found[1]
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(0.1)

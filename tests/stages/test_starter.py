@@ -85,6 +85,13 @@ def test_data_in_other_forms_and_files(folder: Path) -> None:
     assert load_examples(chat, seed=0) == load_examples(steps, seed=0)
 
 
+def test_data_of_the_package(folder: Path) -> None:
+    """A task is called as its file, not as what stands before it."""
+    made = starter_config(Starter(str(folder / "model"), ["example:vowels.jsonl"], None, "r", 1))
+    (task,) = read(made, folder).tasks
+    assert (task.name, task.path) == ("vowels", "example:vowels.jsonl")
+
+
 @pytest.mark.parametrize(
     ("names", "words"),
     [

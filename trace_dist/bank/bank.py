@@ -112,11 +112,11 @@ class DeltaBank:
         self._index = on_main(lambda: read_index(self.files))
 
     def path(self, task: str) -> Path:
-        """Where a task's delta lies."""
+        """Where a task's delta lies. Raises ValueError where there is no such task."""
         return self._path(self._record(task), DELTA)
 
     def delta_bytes(self, task: str) -> int | None:
-        """Size of a task's delta file; None for the base model."""
+        """Size of a task's delta file, in bytes; None for the base model. Raises ValueError where there is no such task."""
         if task == BASE:
             return None
         member = self._record(task).files.get(DELTA)
@@ -201,12 +201,16 @@ class DeltaBank:
         """The task of each prompt.
 
         Args:
-            representations: [N, D], of the bank's base and layer.
+            representations: [N, D] floating, of the bank's base and layer: the mean over a prompt's tokens of the hidden states
+                there (``bank.representation.represent``).
             reject: share of a task's own prompts that may be taken for none of the bank's, and go to ``base``;
                 None to reject nothing (``bank.rejection``).
 
         Returns:
-            N names.
+            N names of tasks; ``base`` for prompts like the general sets', and for those that are rejected.
+
+        Raises:
+            ValueError: the bank is empty, a signature is missing or corrupt, the shape is another, or a value is not finite.
         """
         return self.retriever.retrieve(representations, reject)
 
@@ -217,7 +221,15 @@ class DeltaBank:
 
     @contextmanager
     def activated(self, model: ShardedModel, task: str) -> Iterator[None]:
-        """Inside the block the model is the task's; afterwards it is the base again, bit for bit. Collective."""
+        """Inside the block the model is the task's; afterwards it is the base again, bit for bit. Collective.
+
+        Args:
+            model: the bank's base, on any backend, in the dtype that the deltas have.
+            task: whose delta; ``base`` changes nothing.
+
+        Raises:
+            ValueError: as ``delta``, or the delta is of another model or dtype.
+        """
         with applied(model, on_all(lambda: self.delta(task))):
             yield
 

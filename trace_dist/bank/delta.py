@@ -67,7 +67,11 @@ class Delta:
         return self.mask.units.nbytes + sum(values.nbytes for values in self.values.values())
 
     def save(self, path: Path) -> None:
-        """Write the delta file."""
+        """Write the delta file (format in docs/formats.md), whole or not at all.
+
+        Raises:
+            ValueError: it cannot be written (no space, no permission); what was there stays.
+        """
         tensors = {f"{name}{GAPS}": gaps.words for name, gaps in self.mask.units.gaps.items()}
         tensors |= {f"{name}/values": values for name, values in self.values.items()}
         header = {
@@ -99,11 +103,11 @@ class Delta:
 
     @staticmethod
     def load_mask(path: Path, digest: str | None = None) -> Mask:
-        """Read the mask of a delta file alone.
+        """Read the mask of a delta file alone, without its values.
 
         Args:
             path: the file.
-            digest: of the mask, where it is known.
+            digest: of the mask (``Mask.digest``), where it is known.
 
         Raises:
             ValueError: as ``load``.

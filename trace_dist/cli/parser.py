@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +23,7 @@ from trace_dist.cli import arguments as known
 from trace_dist.cli.arguments import Argument, Command
 from trace_dist.cli.errors import report_error
 from trace_dist.config import RunConfig
+from trace_dist.config.examples import example_config
 from trace_dist.config.moved import in_new_place
 from trace_dist.config.renamed import explain
 from trace_dist.profiling.memory_setup import MemorySetup
@@ -99,7 +100,7 @@ def parse(words: Sequence[str]) -> Any:
         ValueError: a value makes no sense.
         SystemExit: the command line is wrong, or asks for help.
     """
-    words = [*_with_bank(words)]
+    words = [*_with_examples(_with_bank(words))]
     parser = build_parser(words)
     try:
         parsed = parser.parse_args(words)
@@ -119,6 +120,19 @@ def _with_bank(words: Sequence[str]) -> Iterator[str]:
         if of_run and (word == "--bank" or word.startswith("--bank=")):
             word = word.replace("--bank", "--bank.path", 1)
         yield word
+
+
+def _with_examples(words: Iterable[str]) -> Iterator[str]:
+    """``--config example:NAME`` is a configuration that comes with the package."""
+    before = ""
+    for word in words:
+        if before == "--config":
+            yield example_config(word)
+        elif word.startswith("--config="):
+            yield f"--config={example_config(word.removeprefix('--config='))}"
+        else:
+            yield word
+        before = word
 
 
 def run_config(values: Any) -> RunConfig:
@@ -146,7 +160,11 @@ def _subcommand(parent: Parser, siblings: Any, name: str, command: Command) -> P
 def _fill_run(parser: Parser, command: Command) -> None:
     # Every key is an option: too many for a line of usage.
     parser.usage = "%(prog)s --config FILE [--key VALUE ...]"
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of the run")
+    parser.add_argument(
+        "--config",
+        action=ActionConfigFile,
+        help="YAML file of the run, or example:NAME for one that comes with the package",
+    )
     parser.add_class_arguments(RunConfig, nested_key=None, fail_untyped=True)
     _add(parser, command.own)
 

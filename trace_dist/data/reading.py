@@ -16,6 +16,7 @@ from typing import Any
 import datasets
 
 from trace_dist.config import TaskConfig
+from trace_dist.config.examples import example_file
 from trace_dist.data.bars import bars_on_main
 from trace_dist.data.files import cells_header, read_json_lines, read_json_values, read_text
 from trace_dist.data.tables import Table
@@ -34,8 +35,8 @@ def read_splits(task: TaskConfig) -> tuple[Splits, bool]:
     Raises:
         ValueError: there is no such source, it cannot be read, or a field is set that has no meaning for it.
     """
-    path = Path(str(task.path)).expanduser()
     field = f"tasks.{task.name}.path={task.path!r}"
+    path = example_file(str(task.path), f"tasks.{task.name}.path")
     if not path.exists():
         return _from_hub(task, field), False
     saved = any((path / file).is_file() for file in ("dataset_dict.json", "state.json"))

@@ -56,21 +56,21 @@ class Mask:
 
     @property
     def num_entries(self) -> int:
-        """Selected elements."""
+        """How many elements are selected."""
         return sum(int(self.layouts[name].sizes(indices).sum()) for name, indices in self.units.items())
 
     @property
     def num_maskable(self) -> int:
-        """Elements of all maskable parameters."""
+        """How many elements all maskable parameters have."""
         return sum(layout.numel for layout in self.layouts.values())
 
     @property
     def density(self) -> float:
-        """Selected elements / elements of maskable parameters."""
+        """Selected elements / elements of all maskable parameters, in (0, 1]."""
         return self.num_entries / self.num_maskable
 
     def tensor_density(self, name: str) -> float:
-        """Density inside one maskable parameter."""
+        """Selected elements / elements of one maskable parameter, in [0, 1]."""
         indices = self.units.get(name)
         layout = self.layouts[name]
         return 0.0 if indices is None else int(layout.sizes(indices).sum()) / layout.numel
@@ -80,7 +80,7 @@ class Mask:
         return self.layouts[name].elements(self.units[name])
 
     def dense(self, name: str) -> Tensor:
-        """Boolean mask with the parameter's shape (for tests and small models)."""
+        """Which elements of a parameter are selected, for tests and small models: bool, of the parameter's shape, on the CPU."""
         layout = self.layouts[name]
         out = torch.zeros(layout.numel, dtype=torch.bool)
         if name in self.units:
@@ -88,7 +88,7 @@ class Mask:
         return out.view(layout.shape)
 
     def digest(self) -> str:
-        """SHA-256 over names, layouts and indices: equal on every rank, or the ranks disagree."""
+        """SHA-256 over names, layouts and indices, in hexadecimal: equal on every rank, or the ranks disagree."""
         digest = hashlib.sha256(self.granularity.encode())
         for name in sorted(self.units):
             layout = self.layouts[name]
@@ -107,7 +107,11 @@ class Mask:
         return Mask(self.units, self.layouts, self.granularity, {**self.meta, **meta})
 
     def save(self, path: str | Path) -> None:
-        """Write the mask file (format in docs/formats.md)."""
+        """Write the mask file (format in docs/formats.md), whole or not at all.
+
+        Raises:
+            ValueError: it cannot be written (no space, no permission); what was there stays.
+        """
         fields = {
             "granularity": self.granularity,
             "density": self.density,
@@ -118,7 +122,11 @@ class Mask:
 
     @staticmethod
     def load(path: str | Path) -> Mask:
-        """Read a mask file. Raises ValueError when it is missing, corrupt or not a mask."""
+        """Read a mask file.
+
+        Raises:
+            ValueError: it is missing, corrupt or not a mask.
+        """
         tensors, layouts, header = storage.load(Path(path), "mask", ("granularity", "digest", "meta"))
         with reading(Path(path), "mask"):
             mask = Mask(tensors, layouts, header["granularity"], header["meta"])
@@ -139,7 +147,19 @@ class Mask:
         block: int = 32,
         maskable: str = "linear",
     ) -> Mask:
-        """A uniformly random mask of a model or sharded model."""
+        """A uniformly random mask of the same density in every tensor, as far as whole units allow.
+
+        Args:
+            model: a transformers model, whatever wraps it, or a sharded model.
+            density: share of the maskable elements, in (0, 1].
+            granularity: element, block, row (output neuron), column (input neuron), head or tensor.
+            seed: equal seeds give equal masks, on every rank and whatever the backend.
+            block: contiguous elements of a unit, for granularity block.
+            maskable: ``linear`` (every linear layer but the output head), ``all``, or a regular expression over names.
+
+        Raises:
+            ValueError: the density is out of range or selects no whole unit, the granularity is unknown, or nothing is maskable.
+        """
         layouts = layouts_for(model, granularity, block, maskable)
         return random_mask(layouts, granularity, density, seed)
 

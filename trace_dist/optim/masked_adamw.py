@@ -55,9 +55,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         model: a sharded model, or a model that is plain, in DDP, sharded by ``fully_shard`` (by hand or by accelerate) or by a
             DeepSpeed ZeRO-3 engine without an optimizer. It is frozen and the mask attached to it, replacing any other.
         mask: which entries to train.
-        lr: learning rate.
-        betas: decay rates of the two moments.
-        eps: added to the denominator.
+        lr: learning rate, 0 or more.
+        betas: decay rates of the two moments, in [0, 1).
+        eps: added to the denominator, positive.
         weight_decay: decoupled, on masked entries only.
         max_grad_norm: global norm over the masked entries of all ranks above which gradients are scaled down; None for no limit.
         state_dtype: of both moments: float32, bfloat16, or 8bit (blockwise codes).
@@ -112,7 +112,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         return [(s, self.state[parameter]) for s, parameter in zip(self.supports, parameters, strict=True)]
 
     def model_states(self) -> dict[str, list[Tensor]]:
-        """What training keeps between steps on this rank, by category, for counting bytes."""
+        """What training keeps between steps on this rank, by category (weights, master, moments, gradients, indices, ...), for
+        counting bytes."""
         states = [tensors_of(state) for _, state in self.compact()]
         kept = {
             name: [s[key] for s in states for key in s if key in (name, f"{name}_absmax")] for name in KINDS
@@ -148,7 +149,11 @@ class MaskedAdamW(torch.optim.Optimizer):
         return state["master"] if "master" in state else self._weights(support)
 
     def set_values(self, values: list[Tensor]) -> None:
-        """Overwrite the masked entries, [n] per support in any precision: master copy and weights. Collective."""
+        """Overwrite the masked entries: master copy and weights. Collective.
+
+        Args:
+            values: [n] of any floating dtype per support, in the order of ``supports``.
+        """
         for (support, state), new in zip(self.compact(), values, strict=True):
             if "master" in state:
                 state["master"].copy_(new)
@@ -176,6 +181,12 @@ class MaskedAdamW(torch.optim.Optimizer):
         """One update from the accumulated gradients. Collective.
 
         A parameter that no rank's loss depended on stays as it is: no weight decay, no momentum, and it grows no older.
+
+        Args:
+            closure: computes the loss anew, with gradients; called once, before the update.
+
+        Returns:
+            What the closure returned; None without one.
 
         Raises:
             ValueError: another optimizer has taken over the model, or a backward pass ended in an error.

@@ -48,6 +48,8 @@ def serve(source: Source, listening: Listening) -> None:
         app = Gate(make_app(router, worker, listening, tally), key, listening.max_body_kib * 1024, tally)
         worker.start()
         try:
+            # From here on connections wait for the server rather than being refused: who reads the line below may ask at once.
+            place.listen()
             _say(router.tasks, source, place, key is not None)
             _listen(app, place)
         finally:

@@ -191,6 +191,9 @@ class ShardedModel(ABC):
             mask: which entries.
             accumulate: takes each reduced gradient instead of the supports' buffers, which then hold nothing.
 
+        Returns:
+            One support per masked parameter, in the model's order; ``grad`` is its compact gradient, [entries on this rank] fp32.
+
         Raises:
             ValueError: the mask is of another model, or the ranks hold different masks.
         """

@@ -35,11 +35,15 @@ def _backend(name: str) -> type[ShardedModel]:
 
 
 def shard(model: nn.Module, backend: str = "single") -> ShardedModel:
-    """Spread a transformers model over the ranks of this job and freeze it.
+    """Spread a transformers model over the ranks of this job and freeze it. Collective.
 
     Args:
         model: the model; ``zero3`` and ``fsdp2`` shard it in place.
-        backend: ``single``, ``zero3`` or ``fsdp2``.
+        backend: ``single``, ``zero3`` (DeepSpeed ZeRO-3, arXiv 1910.02054) or ``fsdp2`` (torch's ``fully_shard``).
+
+    Returns:
+        The model to call and to give to ``MaskedAdamW``, with ``backward``, ``save_pretrained`` and more. Its weights keep their
+        dtype and receive no gradient before a mask is attached.
 
     Raises:
         ValueError: unknown backend, ``single`` with more than one rank, or a model with quantised weights or PEFT adapters.
@@ -52,13 +56,16 @@ def shard(model: nn.Module, backend: str = "single") -> ShardedModel:
 
 
 def load_sharded(path: str, dtype: str, backend: str = "single", quantize: Quantize = "none") -> ShardedModel:
-    """Load a checkpoint straight into its shards.
+    """Load a checkpoint straight into its shards. Collective.
 
     Args:
         path: Hugging Face id or folder with safetensors.
         dtype: ``float32`` or ``bfloat16``.
         backend: ``single``, ``zero3`` or ``fsdp2``; under the last two no rank ever holds the whole model.
-        quantize: ``nf4`` keeps the linear layers as frozen 4-bit codes; masked entries live beside them.
+        quantize: ``nf4`` keeps the linear layers as frozen 4-bit codes (arXiv 2305.14314); masked entries live beside them.
+
+    Returns:
+        As ``shard``.
 
     Raises:
         ValueError: unknown backend; a checkpoint that cannot be loaded; ``nf4`` without bitsandbytes.

@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from trace_dist.config import TaskConfig
+from trace_dist.config.examples import SCHEME
 from trace_dist.data.encoding import encode_pairs
 from trace_dist.data.sources import form_of
 from trace_dist.data.tasks import Task, load_task
@@ -130,7 +131,8 @@ def _max_length(model: str, tasks: Sequence[Task]) -> int:
 
 def _task(path: str) -> tuple[TaskConfig, Task]:
     """A task named after its file, with the columns that its data have."""
-    name = re.sub(r"[^A-Za-z0-9_-]+", "_", _KIND.sub("", Path(path).name)).strip("_") or "task"
+    name = _KIND.sub("", Path(path.removeprefix(SCHEME)).name)
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_") or "task"
     config = TaskConfig(name=name, path=path)
     config = replace(config, **form_of(config).fields)
     task = load_task(config, seed=0)
