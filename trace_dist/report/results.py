@@ -50,6 +50,10 @@ class MethodView:
     general: Array  # [num_tasks + 1, num_general], percent
     just_trained: Array  # [num_tasks], percent
     losses: Mapping[str, Array]  # task -> [num_points, 2] of (step, loss in nats per token)
+    validation: Mapping[
+        str, Array
+    ]  # the same of the looks at validation examples; empty where there were none
+    kept_steps: Mapping[str, float]  # task -> step of the look whose values were kept
     rates: Sequence[float]  # peak learning rates that raced, rising; none where the rate was given
     stats: Mapping[str, float]  # the scalar entries of the method; read them with `stat`
 
@@ -172,7 +176,6 @@ def _parse_method(
     general = matrix(general_rows, num_stages, len(general_sets), f"{where}.general")
     just_trained = matrix([method.get("just_trained") or []], 1, len(tasks), f"{where}.just_trained")[0]
     diagonal = np.diagonal(scores, offset=-1)
-    losses = {str(task): _parse_curve(curve) for task, curve in mapping(method.get("losses")).items()}
     label, colour, masked = OLD_METHODS.get(name, (name, "", False))
     return MethodView(
         name=name,
@@ -183,13 +186,25 @@ def _parse_method(
         general=general,
         just_trained=np.where(np.isfinite(just_trained), just_trained, diagonal),
         rates=sorted(number(mapping(rate).get("lr")) for rate in sequence(method.get("rates"))),
-        losses={task: curve for task, curve in losses.items() if len(curve)},
+        losses=_parse_curves(method.get("losses")),
+        validation=_parse_curves(method.get("validation")),
+        kept_steps={str(task): number(step) for task, step in mapping(method.get("kept_steps")).items()},
         stats={key: number(value) for key, value in method.items() if isinstance(value, (int, float))},
     )
 
 
+def _parse_curves(curves: Any) -> dict[str, Array]:
+    """Task -> curve, of those that have points."""
+    found = {str(task): _parse_curve(curve) for task, curve in mapping(curves).items()}
+    return {task: curve for task, curve in found.items() if len(curve)}
+
+
 def _parse_curve(curve: Any) -> Array:
-    points = [(number(p[0]), number(p[1])) for p in sequence(curve) if len(sequence(p)) == 2]
+    """[num_points, 2] from points (step, loss, ...) or {"step", "loss"}."""
+    pairs = [
+        (p.get("step"), p.get("loss")) if isinstance(p, Mapping) else sequence(p)[:2] for p in sequence(curve)
+    ]
+    points = [(number(pair[0]), number(pair[1])) for pair in pairs if len(pair) == 2]
     array = np.array(points, dtype=np.float64).reshape(-1, 2)
     return array[np.isfinite(array).all(axis=1)]
 
