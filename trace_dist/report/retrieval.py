@@ -87,7 +87,7 @@ def _strips(view: RunView, key: str, good: str, bad: str) -> list[Strip]:
                 len(each) if np.isnan(known := number(at(f"num_{name}", index))) else known
                 for name, each in zip((good, bad), values, strict=True)
             ]
-            strips.append(Strip(task, *values, *counts))
+            strips.append(Strip(task, values[0], values[1], counts[0], counts[1]))
     return strips
 
 
