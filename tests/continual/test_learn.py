@@ -15,8 +15,8 @@ from trace_dist.bank.bank import BASE, DeltaBank
 from trace_dist.config import RunConfig
 from trace_dist.continual import learn
 from trace_dist.continual.driver import run_continual
-from trace_dist.continual.judge import Scored
 from trace_dist.continual.learn import learn_task
+from trace_dist.continual.scored import Scored
 from trace_dist.continual.setting import Setting
 from trace_dist.run_folder import RunFolder
 

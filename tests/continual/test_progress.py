@@ -13,8 +13,9 @@ from continual.small import STEPS, TASKS, result
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.config import RunConfig
 from trace_dist.continual.driver import run_continual
-from trace_dist.continual.judge import Judge, Row, Scored
+from trace_dist.continual.judge import Judge, Row
 from trace_dist.continual.progress import Progress, keep_trained, kept_trained
+from trace_dist.continual.scored import Scored
 from trace_dist.continual.setting import Setting
 from trace_dist.data.batches import Batches
 from trace_dist.run_folder import RunFolder

@@ -55,6 +55,9 @@ def test_a_run_with_all_options_and_a_later_task(fresh: RunConfig) -> None:
     found = result(later, "retrieved")["retrieval"]
     assert sum(map(sum, found["confusion"])) == len(Setting.load(later).bench.tasks[0].task.test)
     assert {"cantelli_error_bound", "separation_error_bound", "normality"} <= found.keys()
+    # Margins under the base decide nothing where the tasks' own weights do.
+    assert not {"margins", "rejection"} & found.keys()
+    assert {example["task"] for example in found["examples"]} == {TASKS[1]}
 
 
 def test_the_layer_is_chosen_once_and_only_where_there_is_a_choice(fresh: RunConfig) -> None:

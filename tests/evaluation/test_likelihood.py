@@ -86,6 +86,7 @@ def test_choice_accuracy_picks_the_likeliest_whole_answer(
     examples = [{"prompt": p, "answer": f"{a} "} for p, a in zip(prompts, answers, strict=True)]
     score = choice_accuracy(model, tokenizer, examples, CHOICES, batch_size=5)
     assert score.per_example == [float(ok) for ok in right]
+    assert score.answers == best
     assert score.value == pytest.approx(100 * 6 / 7)
     with pytest.raises(ValueError, match="answer 'b' is not one of"):
         choice_accuracy(model, tokenizer, [{"prompt": "a", "answer": "b"}], CHOICES, batch_size=5)

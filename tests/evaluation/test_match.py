@@ -99,6 +99,7 @@ def test_exact_match_counts_stripped_equal_texts(
     ]
     score = exact_match(model, tokenizer, examples, batch_size=5, max_new_tokens=CAP)
     assert score.per_example == [float(ok) for ok in right]
+    assert score.answers == [text.strip() for text in texts]
     assert score.value == pytest.approx(100 * sum(right) / len(right))
     assert score.num == len(prompts)
 

@@ -44,7 +44,7 @@ from trace_dist.masks import UnitLayout
 from trace_dist.masks.storage import load_saliency, save_saliency
 from trace_dist.models.fingerprint import fingerprint
 from trace_dist.probe.task import Probed, Tensors
-from trace_dist.report import heat, load_results, summary_table
+from trace_dist.report import heat, load_results, retrieval, summary_table
 from trace_dist.report.markdown import markdown_table
 from trace_dist.report.narrative import narrate
 from trace_dist.report.results import parse_results
@@ -347,6 +347,12 @@ def read_page(path: Path) -> None:
         heat.specificity_heat(view),
         heat.confusion_heat(view),
         heat.overlap_heats(view),
+        heat.isolation(view),
+        retrieval.facts(view),
+        retrieval.margins(view),
+        retrieval.typicality(view),
+        retrieval.reject_rate(view),
+        retrieval.examples(view),
     )
     [heat.accuracy_heat(view, method) for method in view.methods]
 

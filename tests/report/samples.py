@@ -36,6 +36,41 @@ def make_mode(
         "density": density,
         "trainable": int(860_000 * density),
         "losses": dict.fromkeys(tasks, curve),
+        "validation": {task: [[step, loss + 0.1, 90.0] for step, loss in curve[4::5]] for task in tasks},
+        "kept_steps": dict.fromkeys(tasks, curve[14][0]),
+    }
+
+
+def make_clarity(tasks: list[str], rng: np.random.Generator) -> dict[str, Any]:
+    """Margins, rejection and examples: the first task has two prompts that find another one, one answer is graded."""
+    wrong = [[-40.0, -2.5] if index == 0 else [] for index in range(len(tasks))]
+    examples = [
+        {
+            "task": task,
+            "prompt": f"Spell {word!r} backward.",
+            "retrieved": task if score else "base",
+            "answer": word[::-1] if score == 1 else "I <b>cannot</b> say.",
+            "references": [word[::-1], word[::-1].upper()],
+            "score": score,
+        }
+        for task in tasks
+        for word, score in (("stream", 1.0), ("delta", 0.25), ("mask", 0.0))
+    ]
+    return {
+        "margins": {
+            "right": [np.sort(rng.lognormal(3, 0.7, 100)).round(3).tolist() for _ in tasks],
+            "wrong": wrong,
+            "num_right": [185 if found else 187 for found in wrong],
+            "num_wrong": [len(found) for found in wrong],
+        },
+        "rejection": {
+            "rate": 0.05,
+            "kept": [np.sort(rng.gamma(3, 5, 100)).round(3).tolist() for _ in tasks],
+            "rejected": [[-12.0, -1.5] for _ in tasks],
+            "num_kept": [180] * len(tasks),
+            "num_rejected": [7] * len(tasks),
+        },
+        "examples": examples,
     }
 
 
@@ -72,6 +107,7 @@ def make_results(tasks: list[str], num_layers: tuple[int, int] = (4, 12)) -> dic
             "confusion": (np.eye(num_tasks) * 187).tolist(),
             "tasks": tasks,
             "num_clusters": 3,
+            **make_clarity(tasks, rng),
         },
         "overlap": {
             "retrieved": {"tasks": tasks, "matrix": (np.eye(num_tasks) * 0.57 + 0.43).tolist()},
@@ -100,7 +136,7 @@ def make_results(tasks: list[str], num_layers: tuple[int, int] = (4, 12)) -> dic
         },
         "meta_info": {"hardware": "2 CPU cores", "versions": {"torch": "2.13.0"}},
         "config": {
-            "mask": {"density": 0.05, "granularity": "block"},
+            "mask": {"density": 0.05, "granularity": "block", "isolation": "soft"},
             "train": {"lr": "auto"},
             "race": {"steps": 40},
         },

@@ -113,6 +113,9 @@ def test_page_is_self_contained(full_page: Page) -> None:
     assert links
     assert all(link.startswith(("#", "data:image/png;base64,")) for link in links)
     assert "@import" not in full_page.source
+    anchors = [link[1:] for tag, name, link in full_page.attributes if (tag, name) == ("a", "href")]
+    assert len(anchors) > 8
+    assert set(anchors) <= set(full_page.values("id"))
     assert any("default-src 'none'" in content for content in full_page.values("content"))
 
 
@@ -129,7 +132,7 @@ def test_charts_follow_the_colour_scheme(full_page: Page) -> None:
     assert set(LIGHT) == set(DARK)
     assert len(set(LIGHT.values())) == len(LIGHT)
     charts = re.findall(r"<svg.*?</svg>", full_page.source, flags=re.DOTALL)
-    assert len(charts) == 1 + 2 + 3 + 3 + 1  # forgetting, general sets, masks, losses, memory
+    assert len(charts) == 1 + 2 + 2 + 3 + 3 + 1  # forgetting, margins, general sets, losses, masks, memory
     for chart in charts:
         assert "aria-label=" in chart
         assert not any(color in chart for color in LIGHT.values())
@@ -242,3 +245,53 @@ def test_confusion_has_a_column_for_the_base(tmp_path: Path) -> None:
     text = Page(write_report(results, tmp_path / "report.html")).text
     assert "193" in text
     assert "base" in text
+
+
+def test_examples_say_what_was_asked_answered_and_wanted(full_page: Page) -> None:
+    for words in (
+        "Spell 'stream' backward.",
+        "maerts",
+        "I <b>cannot</b> say.",
+        "atled ATLED",
+        "✓ right",
+        "✗ wrong 25 %",
+        "1 right, 2 wrong shown",
+    ):
+        assert words in full_page.text, words
+    assert 'class="other-task">base<' in full_page.source
+    assert "<b>cannot" not in full_page.source
+
+
+def test_margins_and_rejection_are_drawn_with_their_counts(full_page: Page, tmp_path: Path) -> None:
+    for words in (
+        "Margins of retrieval",
+        "2 wrong",
+        "all right",
+        "of 5 % of a task's own",
+        "7 rejected",
+    ):
+        assert words in full_page.text, words
+    results = make_results(["reverse"])
+    results = {key: results[key] for key in ("tasks", "modes", "retrieval")}
+    results["modes"] = {"retrieved": {}}
+    del results["retrieval"]["rejection"]
+    text = Page(write_report(results, tmp_path / "report.html")).text
+    assert "Margins of retrieval" in text
+    assert "threshold" not in text
+    for key in ("margins", "examples"):
+        del results["retrieval"][key]
+    text = Page(write_report(results, tmp_path / "old.html")).text
+    assert "Margins" not in text
+    assert "Examples" not in text
+    assert "true ↓ retrieved →" in text
+
+
+def test_masks_that_are_the_same_share_a_heat_map(tmp_path: Path) -> None:
+    results = make_results(["reverse", "spiral"])
+    results = {key: results[key] for key in ("tasks", "modes", "overlap", "config")}
+    results["modes"] = {name: {"density": 0.05} for name in ("retrieved", "merged")}
+    results["overlap"]["merged"] = copy.deepcopy(results["overlap"]["retrieved"])
+    text = Page(write_report(results, tmp_path / "report.html")).text
+    assert "Shared entries: retrieved, merged % of the row's task; 43.0 % on average; 5.0" in text
+    assert text.count("Shared entries") == 1
+    assert "isolation soft: a task takes smaller steps where earlier tasks trained" in text

@@ -95,7 +95,7 @@ def test_a_method_looks_as_its_result_says() -> None:
     assert view.bytes_per_param("mine.drop") == view.bytes_per_param("retrieved")
     assert (odd.label, method_color(odd.colour, 1) in LIGHT.values()) == ("odd", True)
     assert math.isnan(view.bytes_per_param("odd"))
-    assert "of my own" in narrate(view)
+    assert "of my own" in " ".join(narrate(view))
 
 
 @pytest.mark.parametrize(("density", "known"), [(0.05, True), (0.053, True), (0.09, False), (None, True)])

@@ -72,4 +72,8 @@ class Rejection:
 
     def rejects(self, x: Tensor) -> Tensor:
         """[N] bool for representations x [N, D]."""
-        return self._density.log_density(x.detach().cpu()) < self.threshold
+        return self.excess(x) < 0
+
+    def excess(self, x: Tensor) -> Tensor:
+        """[N] float64 nats by which the log densities of representations x [N, D] exceed the threshold."""
+        return self._density.log_density(x.detach().cpu()) - self.threshold

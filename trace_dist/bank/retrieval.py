@@ -143,7 +143,11 @@ class Retriever:
         return comparison.scores(x.detach().cpu())
 
     def rejects(self, x: Tensor, tasks: Tensor, rate: float) -> Tensor:
-        """Which prompts are atypical of the task that they retrieve (``rejection``).
+        """Which prompts are atypical of the task that they retrieve: [N] bool; arguments and errors as of ``excess``."""
+        return self.excess(x, tasks, rate) < 0
+
+    def excess(self, x: Tensor, tasks: Tensor, rate: float) -> Tensor:
+        """How much more typical prompts are of the task that they retrieve than its threshold (``rejection``).
 
         Args:
             x: [N, D] representations.
@@ -151,18 +155,18 @@ class Retriever:
             rate: share of a task's own prompts that may be rejected, in (0, 1).
 
         Returns:
-            [N] bool.
+            [N] float64, nats; inf where a task has no threshold.
 
         Raises:
             ValueError: as ``scores``, or the rate is out of range.
         """
-        rejected = torch.zeros(len(x), dtype=torch.bool)
+        excess = torch.empty(len(x), dtype=torch.float64)
         for task in tasks.unique().tolist():
             if (task, rate) not in self._rejections:
                 self._rejections[task, rate] = Rejection(self._signatures[task], rate)
             rows = tasks == task
-            rejected[rows] = self._rejections[task, rate].rejects(x[rows])
-        return rejected
+            excess[rows] = self._rejections[task, rate].excess(x[rows])
+        return excess
 
     def retrieve(self, x: Tensor, reject: float | None = None) -> list[str]:
         """Name of the task of each row of x [N, D]; ``base`` for those that are rejected at a rate (``rejects``)."""
@@ -184,6 +188,13 @@ class Retriever:
             return torch.full((len(scores),), torch.inf, dtype=torch.float64)
         best = scores.topk(2, dim=1).values
         return best[:, 0] - best[:, 1]
+
+    def lead(self, x: Tensor, task: str) -> Tensor:
+        """[N] float64 nats from the best other task to ``task``: below 0 where a prompt misses it, inf where it is alone."""
+        scores, index = self.scores(x), self.tasks.index(task)
+        own = scores[:, index].clone()
+        scores[:, index] = -torch.inf
+        return own - scores.max(dim=1).values
 
     def confusion(self, x: Tensor, labels: Tensor) -> Tensor:
         """Counts of prompts by true task (row) and retrieved task (column).

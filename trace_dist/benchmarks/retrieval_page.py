@@ -6,16 +6,16 @@ python -m trace_dist.benchmarks.retrieval_page docs/results docs/retrieval.md do
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from trace_dist.benchmarks.document import Result, Sections, grid, render, with_origin
 from trace_dist.report.plots import label_ends
-from trace_dist.report.theme import LIGHT
+from trace_dist.report.theme import LIGHT, new_figure, theme
 from trace_dist.utils.files import read_json
 
 RESULT = "retrieval.json"
@@ -29,6 +29,8 @@ SHOWN_LIMITS = {
 COLOURS = ("blue", "vermillion", "green", "amber", "pink")
 End = tuple[str, float, str]
 """Label of a curve, its last value, and its colour."""
+SIZE_PX = (1200, 400)
+_DPI = 108
 LEAST_PERCENT = 1e-2
 """Where a logarithmic axis begins; what is 0 is drawn there."""
 
@@ -142,37 +144,73 @@ SECTIONS: Sections = {
 
 def draw(result: Result, out: Path) -> None:
     """Accuracy, error with its limits, and time against the number of tasks."""
-    with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(12, 3.8), layout="constrained")
+    with theme():
+        figure = new_figure(*SIZE_PX)
         accuracy, bounds, cost = figure.subplots(1, 3)
-        cost.set_yscale("log")
-        found, spent = list[End](), list[End]()
-        for kind, colour in zip(result["kinds"], COLOURS, strict=False):
-            sizes = [size["tasks"] for size in kind["sizes"]]
-            low, high = ([size[key] for size in kind["sizes"]] for key in ("low", "high"))
-            right, ms = ([size[key] for size in kind["sizes"]] for key in ("accuracy", "retrieve_ms"))
-            found.append(_line(accuracy, sizes, right, kind["kind"], colour))
-            accuracy.fill_between(sizes, low, high, color=LIGHT[colour], alpha=0.15, linewidth=0)
-            spent.append(_line(cost, sizes, ms, kind["kind"], colour))
+        _draw_accuracy(accuracy, result)
         _draw_bounds(bounds, result)
-        cost.axhline(result["represent_ms"], color=LIGHT["muted"], linestyle="--")
-        cost.text(1, result["represent_ms"], "forward pass of the prompt", color=LIGHT["muted"], va="bottom")
-        label_ends(accuracy, found)
-        label_ends(cost, spent)
-        for ax, title in (
-            (accuracy, "prompts that find their task, %"),
-            (bounds, f"error and its limits, {result['kinds'][0]['kind']}, %"),
-            (cost, "processor ms per prompt"),
-        ):
-            ax.set_title(title, loc="left", fontsize=10)
-            ax.set_xlabel("tasks in the bank")
-        figure.savefig(out, dpi=150)
+        _draw_cost(cost, result)
+        figure.savefig(out, dpi=_DPI, facecolor=LIGHT["card"])
+
+
+def _several(sizes: Sequence[Result]) -> Sequence[Result]:
+    """Banks of more than one task, among which something can be confused."""
+    return [size for size in sizes if size["tasks"] > 1] or sizes
+
+
+def _begin(ax: Axes, sizes: Sequence[Result], title: str) -> None:
+    """Axes against the number of tasks, each number as far from the next."""
+    ax.set_title(title, pad=12)
+    ax.set_xticks(range(len(sizes)), [str(size["tasks"]) for size in sizes])
+    ax.set_xlim(-0.35, len(sizes) - 0.65)
+    ax.set_xlabel("tasks in the bank")
+    ax.grid(axis="y")
+    ax.set_axisbelow(True)
+    ax.tick_params(length=0)
+
+
+def _draw_accuracy(ax: Axes, result: Result) -> None:
+    """Of each kind, with its 95 % interval; side by side, since the intervals overlap."""
+    ends = list[End]()
+    _begin(ax, _several(result["kinds"][0]["sizes"]), "prompts that find their task, %")
+    for number, (kind, colour) in enumerate(zip(result["kinds"], COLOURS, strict=False)):
+        sizes = _several(kind["sizes"])
+        low, right, high = ([size[key] for size in sizes] for key in ("low", "accuracy", "high"))
+        x = [place + 0.07 * (number - (len(result["kinds"]) - 1) / 2) for place in range(len(sizes))]
+        ax.vlines(x, low, high, color=LIGHT[colour], linewidth=1.4)
+        ax.plot(x, right, color=LIGHT[colour], linewidth=1.2, marker="o", markersize=4)
+        ends.append((kind["kind"], right[-1], LIGHT[colour]))
+    label_ends(ax, ends)
+
+
+def _draw_cost(ax: Axes, result: Result) -> None:
+    _begin(ax, result["kinds"][0]["sizes"], "processor time of a prompt, ms")
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ends = list[End]()
+    for kind, colour in zip(result["kinds"], COLOURS, strict=False):
+        ends.append(_line(ax, [size["retrieve_ms"] for size in kind["sizes"]], kind["kind"], colour))
+    forward = result["represent_ms"]
+    ax.axhline(forward, color=LIGHT["muted"], linewidth=1.2, linestyle=(0, (4, 3)))
+    beside: dict[str, Any] = {
+        "xytext": (0, 4),
+        "textcoords": "offset points",
+        "color": LIGHT["muted"],
+        "size": 10.5,
+    }
+    ax.annotate("forward pass of the prompt", (-0.3, forward), **beside)
+    ax.set_ylim(top=max(ax.get_ylim()[1], 1.8 * forward))
+    label_ends(ax, ends)
 
 
 def _draw_bounds(ax: Axes, result: Result) -> None:
-    sizes = result["kinds"][0]["sizes"][1:]
-    numbers = [size["tasks"] for size in sizes]
+    sizes = _several(result["kinds"][0]["sizes"])
+    _begin(ax, sizes, f"error of {result['kinds'][0]['kind']} and its limits, %")
     ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"≤ {value:g}" if value <= LEAST_PERCENT else f"{value:g}")
+    )
     ax.yaxis.set_minor_formatter(NullFormatter())
     curves = [
         (label, [size["limits"][name] for size in sizes], colour, "-")
@@ -181,15 +219,15 @@ def _draw_bounds(ax: Axes, result: Result) -> None:
     curves.append(("error", [size["error"] for size in sizes], "ink", "-"))
     curves.append(("in other words", [100 - size["shifted"]["accuracy"] for size in sizes], "ink", ":"))
     ends = [
-        _line(ax, numbers, [max(LEAST_PERCENT, value) for value in values], label, colour, style)
+        _line(ax, [max(LEAST_PERCENT, value) for value in values], label, colour, style)
         for label, values, colour, style in curves
     ]
     label_ends(ax, ends, longest=20)
 
 
-def _line(ax: Axes, x: list[int], y: list[float], label: str, colour: str, style: str = "-") -> End:
+def _line(ax: Axes, y: list[float], label: str, colour: str, style: str = "-") -> End:
     """A curve; what ``label_ends`` is told of it."""
-    ax.plot(x, y, style, color=LIGHT[colour], marker="o", markersize=3)
+    ax.plot(range(len(y)), y, style, color=LIGHT[colour], linewidth=1.6, marker="o", markersize=4)
     return label, y[-1], LIGHT[colour]
 
 

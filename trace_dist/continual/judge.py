@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -17,9 +17,12 @@ from trace_dist.bank.representation import represent
 from trace_dist.bank.retrieval import Retriever
 from trace_dist.bank.signature import Signature, fit_signature
 from trace_dist.config import RunConfig
+from trace_dist.continual.clarity import margins, typicality
+from trace_dist.continual.examples import Answered, few
+from trace_dist.continual.scored import Scored
 from trace_dist.data.encoding import encode_prompt, pad_id
 from trace_dist.data.tasks import Task
-from trace_dist.evaluation import evaluate_task
+from trace_dist.evaluation import Score, evaluate_task
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.workbench import Stream, Workbench
 
@@ -52,39 +55,6 @@ class Row:
     tasks: list[float]
     general: list[float]
     bits_per_byte: list[float]
-
-
-@dataclass
-class Scored:
-    """What a bank's deltas have been scored on: a delta never changes, and neither do the scores of what it answers.
-
-    It is kept between the lives of a run: to generate the answers again would cost the more the more tasks there are, and in
-    batches of other examples a score could come out differently.
-
-    Attributes:
-        examples: delta (or ``base``) -> test set -> example -> score.
-        texts: test set -> bits per byte of the base, with which running text is always read.
-    """
-
-    examples: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
-    texts: dict[str, float] = field(default_factory=dict)
-
-    def of(self, delta: str, test_set: str) -> dict[int, float]:
-        """Scores by example, to be read and added to."""
-        return self.examples.setdefault(delta, {}).setdefault(test_set, {})
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Scored:
-        """What ``to_json`` gave, also by way of a file, where keys are text."""
-        examples = {
-            delta: {name: {int(i): score for i, score in scores.items()} for name, scores in sets.items()}
-            for delta, sets in value["examples"].items()
-        }
-        return cls(examples, dict(value["texts"]))
 
 
 @dataclass
@@ -159,8 +129,11 @@ class Judge:
             if any(missing.values()):
                 with bank.activated(model, name):
                     for task in asked:
-                        new = self._score_some(model.module, task, missing[task.name])
-                        scored.of(name, task.name).update(new)
+                        indices = missing[task.name]
+                        if indices:
+                            scored.add(
+                                name, task.name, indices, self._score_some(model.module, task, indices)
+                            )
         values = {}
         for task in texts:
             if task.name not in scored.texts:
@@ -171,19 +144,16 @@ class Judge:
             values[task.name] = 100 * sum(each) / len(each)
         return self._row(values)
 
-    def _score_some(self, module: nn.Module, task: Task, indices: list[int]) -> dict[int, float]:
-        if not indices:
-            return {}
+    def _score_some(self, module: nn.Module, task: Task, indices: list[int]) -> Score:
         some = replace(task, test=task.test.select(indices))
-        score = evaluate_task(module, self.bench.tokenizer, some, self.cfg.eval, self.cfg.data)
-        return dict(zip(indices, score.per_example, strict=True))
+        return evaluate_task(module, self.bench.tokenizer, some, self.cfg.eval, self.cfg.data)
 
     def route(self, model: Model, bank: Bank, task: Task) -> list[str]:
         """Name of the delta (or ``base``) for each test prompt of a task."""
         if not bank.tasks:
             return [BASE] * len(task.test)
         base, cfg = self.representations(model, task, bank.layer), self.cfg.bank
-        if cfg.representation == "base" or not isinstance(bank, DeltaBank):
+        if not self._tries_weights(bank):
             return bank.retrieve(base, cfg.reject)
         prompts = task.test["prompt"][:]
 
@@ -191,7 +161,7 @@ class Judge:
             return self.represent(model, [prompts[row] for row in rows], bank.layer)
 
         return retrieve_adapted(
-            bank,
+            cast(DeltaBank, bank),
             cast(ShardedModel, model),
             base,
             represent_rows,
@@ -199,14 +169,21 @@ class Judge:
             reject=cfg.reject,
         )
 
+    def _tries_weights(self, bank: Bank) -> bool:
+        """Whether prompts are represented under the candidates' own weights."""
+        return self.cfg.bank.representation != "base" and isinstance(bank, DeltaBank)
+
     def routes(self, model: Model, bank: Bank) -> dict[str, list[str]]:
         """``route`` of every set whose prompts are answered."""
         return {
             task.name: self.route(model, bank, task) for task in self._all if task.metric != "bits_per_byte"
         }
 
-    def retrieval(self, model: Model, bank: Bank) -> dict[str, Any]:
-        """Where the tasks' test prompts go, and the bound on the error; JSON-ready."""
+    def retrieval(self, model: Model, bank: Bank, scored: Scored) -> dict[str, Any]:
+        """Where the tasks' test prompts go, how clearly, and what was answered; the bound on the error. JSON-ready.
+
+        ``margins`` and ``rejection`` are those of the base's representations, and are left out where others decide.
+        """
         columns, tasks = bank.tasks, [stream.task for stream in self.bench.tasks]
         routes = {task.name: self.route(model, bank, task) for task in tasks}
         right = sum(found.count(task) for task, found in routes.items())
@@ -217,7 +194,32 @@ class Judge:
             "columns": columns,
             "confusion": [[found.count(name) for name in columns] for found in routes.values()],
             "num_clusters": sum(len(signature.weights) for signature in bank.retriever.signatures),
+            **self._clarity(model, bank, tasks),
+            "examples": [each.to_json() for each in self._answered(tasks, routes, scored)],
         }
+
+    def _clarity(self, model: Model, bank: Bank, tasks: list[Task]) -> dict[str, Any]:
+        """Margins, and typicality where prompts are rejected; of equal values on every rank."""
+        if self._tries_weights(bank):
+            return {}
+        retriever, reject = bank.retriever, self.cfg.bank.reject
+        prompts = {task.name: self.representations(model, task, bank.layer) for task in tasks}
+        found = {"margins": margins(retriever, prompts)}
+        return found if reject is None else found | {"rejection": typicality(retriever, prompts, reject)}
+
+    def _answered(self, tasks: list[Task], routes: dict[str, list[str]], scored: Scored) -> list[Answered]:
+        """A few examples of each task that the bank answers now as it did when they were scored."""
+        found = []
+        for task in tasks:
+            answers = {
+                i: (delta, said)
+                for delta, sets in scored.answers.items()
+                for i, said in sets.get(task.name, {}).items()
+                if routes[task.name][i] == delta
+            }
+            scores = {i: scored.of(delta, task.name)[i] for i, (delta, _) in answers.items()}
+            found += [Answered.of(task.name, task.test[i], *answers[i], scores[i]) for i in few(scores)]
+        return found
 
     def representations(self, model: Model, task: Task, layer: int) -> torch.Tensor:
         """Representations of a task's test prompts under the base: [N, hidden] fp32."""

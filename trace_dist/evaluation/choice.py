@@ -53,5 +53,5 @@ def choice_accuracy(
     pairs = [Pair(ids, pair.answer) for ids, pair in zip(prompt_ids, full, strict=True)]
     scores = log_likelihoods(model, pairs, batch_size=batch_size, pad_id=pad_id(tokenizer))
     by_example = torch.tensor(scores, dtype=torch.float64).view(len(rows), len(choices))
-    best = by_example.argmax(dim=1).tolist()
-    return mean_score([float(labels[b] in answers) for b, answers in zip(best, wanted, strict=True)])
+    taken = [labels[best] for best in by_example.argmax(dim=1).tolist()]
+    return mean_score([float(label in answers) for label, answers in zip(taken, wanted, strict=True)], taken)

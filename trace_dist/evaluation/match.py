@@ -52,16 +52,16 @@ def score_generated(
     prompts = encode_prompt([row["prompt"] for row in rows], tokenizer, max_prompt_tokens)
     outputs = greedy_decode(model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens)
     wording = Wording.of(tokenizer)
-    return mean_score(
-        [
-            compare(
-                wording.said(ids),
-                [wording.taught(reference) for reference in references_of(row)],
-                question_of(row["prompt"]),
-            )
-            for ids, row in zip(outputs, rows, strict=True)
-        ]
-    )
+    said = [wording.said(ids) for ids in outputs]
+    scores = [
+        compare(
+            answer,
+            [wording.taught(reference) for reference in references_of(row)],
+            question_of(row["prompt"]),
+        )
+        for answer, row in zip(said, rows, strict=True)
+    ]
+    return mean_score(scores, said)
 
 
 def exact_match(

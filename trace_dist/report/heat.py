@@ -7,17 +7,22 @@ the page mixes into the reader's colour scheme.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from trace_dist.report import tables, theme
-from trace_dist.report.results import MethodView, RunView, mapping, matrix, sequence
+from trace_dist.report.results import Array, MethodView, RunView, mapping, matrix, mean, sequence
 
 MANY_TASKS = 5  # with more, matrices get wider cards, upright names and no decimals
 _NAME_LENGTH = 14
+_FADED_BELOW = 10  # percent; muted text is legible on tints below it alone
+_ISOLATIONS = {
+    "shared": "a task may train what earlier tasks trained",
+    "exclusive": "a task may not train what earlier tasks trained",
+    "soft": "a task takes smaller steps where earlier tasks trained",
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Cell:
 
     @property
     def css(self) -> str:
-        strong = " strong" if abs(self.tint) > theme.STRONG_TINT else ""
+        strong = " strong" if self.tint >= theme.STRONG_TINT else ""
         return (self.classes + strong + (" negative" if self.tint < 0 else "")).strip()
 
 
@@ -72,7 +77,7 @@ def accuracy_heat(view: RunView, method: MethodView) -> Heat:
 
 def _score_cell(score: float, stage: int, task: int, num_tasks: int) -> Cell:
     digits = 0 if score in (0, 100) or num_tasks > MANY_TASKS else 1
-    is_faded = stage <= task and not score > 50  # a later task, at a score too low to call for a second look
+    is_faded = stage <= task and not score > _FADED_BELOW  # a later task, of which nothing is known yet
     classes = "trained" if stage == task + 1 else "future" if is_faded else ""
     return Cell(tables.fixed(score, digits), _tint(score / 100), classes)
 
@@ -114,19 +119,27 @@ def confusion_heat(view: RunView) -> Heat | None:
 
 
 def overlap_heats(view: RunView) -> list[Heat]:
-    """Per method, the share of each task's entries (row) that another task's mask (column) holds too, in percent."""
-    found = {method.name: mapping(view.part("overlap").get(method.name)) for method in view.methods}
-    return [
-        _overlap_heat(method, found[method.name])
-        for method in view.methods
-        if sequence(found[method.name].get("tasks"))
-    ]
+    """Per method, the share of each task's entries (row) that another task's mask (column) holds too, in percent.
+
+    Methods that train the same masks share one heat-map.
+    """
+    alike: dict[tuple[tuple[str, ...], bytes], list[MethodView]] = {}
+    for method in view.methods:
+        names, shares = _overlap(view, method)
+        if names:
+            alike.setdefault((tuple(names), shares.tobytes()), []).append(method)
+    return [_overlap_heat(*_overlap(view, methods[0]), methods) for methods in alike.values()]
 
 
-def _overlap_heat(method: MethodView, found: Mapping[str, Any]) -> Heat:
-    names = [str(task) for task in sequence(found["tasks"])]
+def _overlap(view: RunView, method: MethodView) -> tuple[list[str], Array]:
+    """T tasks and [T, T] shares; none where a method has none."""
+    found = mapping(view.part("overlap").get(method.name))
+    names = [str(task) for task in sequence(found.get("tasks"))]
     where = f"results: overlap.{method.name}.matrix"
-    shares = matrix(found.get("matrix"), len(names), len(names), where)
+    return names, matrix(found.get("matrix") if names else None, len(names), len(names), where)
+
+
+def _overlap_heat(names: list[str], shares: Array, methods: Sequence[MethodView]) -> Heat:
     rows = []
     for i, short in enumerate(tables.shorten_all(names, _NAME_LENGTH)):
         cells = [
@@ -138,7 +151,25 @@ def _overlap_heat(method: MethodView, found: Mapping[str, Any]) -> Heat:
             for j, share in enumerate(shares[i])
         ]
         rows.append((short, names[i], cells))
-    return Heat(f"Shared entries: {method.label}", "% of the row's task", "task", names, rows)
+    title = "Shared entries: " + ", ".join(method.label for method in methods)
+    return Heat(title, _overlap_note(methods, shares), "task", names, rows)
+
+
+def _overlap_note(methods: Sequence[MethodView], shares: Array) -> str:
+    """What the numbers are, their mean, and what independent masks of this size would share."""
+    others = mean(shares[~np.eye(len(shares), dtype=bool)])
+    if math.isnan(others):
+        return "% of the row's task"
+    # a union of all tasks' masks says nothing of the masks of single tasks
+    density = min((d for method in methods if not math.isnan(d := method.stat("density"))), default=math.nan)
+    chance = "" if math.isnan(density) else f"; {tables.percent(100 * density)} by chance"
+    return f"% of the row's task; {tables.percent(100 * others)} on average{chance}"
+
+
+def isolation(view: RunView) -> str:
+    """How tasks kept off each other's entries, as the configuration says; empty where it does not."""
+    kind = str(mapping(view.part("config").get("mask")).get("isolation") or "")
+    return f"{kind}: {_ISOLATIONS[kind]}" if kind in _ISOLATIONS else kind
 
 
 def _tint(value: float) -> float:

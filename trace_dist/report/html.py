@@ -19,7 +19,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from trace_dist.report import heat, plots, tables, theme, validation_plot
+from trace_dist.report import heat, plots, retrieval, tables, theme, validation_plot
 from trace_dist.report.narrative import narrate
 from trace_dist.report.results import RunView, mapping, number, parse_results, sequence
 from trace_dist.utils.files import write_text
@@ -68,11 +68,18 @@ def _context(view: RunView) -> dict[str, Any]:
         "tiles": tables.headline(view),
         "story": narrate(view),
         "columns": tables.COLUMNS,
-        "rows": [(method, tables.method_cells(view, method)) for method in view.methods],
+        "rows": [
+            (
+                method,
+                theme.css_color(theme.method_color(method.colour, position)),
+                tables.method_cells(view, method),
+            )
+            for position, method in enumerate(view.methods)
+        ],
         "matrices": [heat.accuracy_heat(view, method) for method in view.methods],
         "has_many_tasks": len(view.tasks) > heat.MANY_TASKS,
         "forgetting": _figure(
-            400, forgetting_height, "Learned and kept", plots.draw_forgetting, view.methods
+            360, forgetting_height, "Learned and kept", plots.draw_forgetting, view.methods
         ),
         "task_columns": TASK_COLUMNS,
         "task_rows": _task_rows(view),
@@ -83,8 +90,24 @@ def _context(view: RunView) -> dict[str, Any]:
         "looks": _looks(view),
         "memory": _memory(view),
         "specificity": heat.specificity_heat(view),
-        "retrieval": _retrieval(view),
+        "retrieval_facts": retrieval.facts(view),
+        "confusion": heat.confusion_heat(view),
+        "margins": _strips(
+            "Margins of retrieval, per task",
+            retrieval.margins(view),
+            ("right", "wrong"),
+            "nats from the best other task",
+        ),
+        "typicality": _strips(
+            "Density above the threshold of rejection, per task",
+            retrieval.typicality(view),
+            ("kept", "rejected"),
+            "nats above the threshold",
+        ),
+        "reject_rate": _if_known(tables.percent(100 * retrieval.reject_rate(view), 0)),
+        "examples": retrieval.examples(view),
         "overlaps": heat.overlap_heats(view),
+        "isolation": heat.isolation(view),
         "deltas": _bars(view.part("delta_bytes"), tables.size),
         "bytes_per_entry": _if_known(tables.fixed(number(view.raw.get("bytes_per_entry")))),
         "stages": _bars(mapping(view.part("run_info").get("stages")), tables.duration),
@@ -189,15 +212,11 @@ def _masks(view: RunView) -> list[tuple[str, Markup]]:
     return out
 
 
-def _retrieval(view: RunView) -> dict[str, Any] | None:
-    part, confusion = view.part("retrieval"), heat.confusion_heat(view)
-    pairs = [
-        ("accuracy", tables.percent(number(part.get("accuracy")))),
-        ("error at most (95 % limit, held-out prompts)", tables.percent(number(part.get("error_bound")))),
-        ("clusters", tables.fixed(number(part.get("num_clusters")), 0)),
-    ]
-    facts = [(name, text) for name, text in pairs if text != tables.MISSING]
-    return {"heat": confusion, "facts": facts} if confusion or facts else None
+def _strips(title: str, strips: list[retrieval.Strip], words: tuple[str, str], unit: str) -> Markup | None:
+    if not strips:
+        return None
+    height = 70 + retrieval.MARKS_PX * len(strips)
+    return _figure(360, height, title, retrieval.draw_strips, strips, words, unit)
 
 
 def _memory(view: RunView) -> dict[str, Any] | None:
@@ -217,7 +236,7 @@ def _memory(view: RunView) -> dict[str, Any] | None:
     ]
     height = 80 + 85 * len(categories)
     return {
-        "figure": _figure(420, height, "Model states in bytes per parameter", plots.draw_memory, memory),
+        "figure": _figure(360, height, "Model states in bytes per parameter", plots.draw_memory, memory),
         "kinds": list(categories),
         "rows": rows,
         "peaks": peaks if any(_if_known(peak) for peak in peaks) else [],
@@ -235,7 +254,7 @@ def _facts(view: RunView) -> list[tuple[str, str]]:
     """Where, when and with what the run was made."""
     run_info, meta_info = view.part("run_info"), view.part("meta_info")
     pairs = [
-        ("date", run_info.get("date")),
+        ("date", str(run_info.get("date") or "")[:16].replace("T", " ")),
         ("commit", run_info.get("commit")),
         ("hardware", meta_info.get("hardware")),
         ("launcher", run_info.get("launcher")),

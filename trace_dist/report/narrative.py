@@ -10,10 +10,10 @@ from trace_dist.report.results import RunView, mapping, mean, number
 from trace_dist.report.tables import count, duration, final_average, fixed, percent, shorten_all
 
 
-def narrate(view: RunView) -> str:
-    """One paragraph of plain text; the caller escapes it."""
-    sentences = [*_setting(view), *_outcome(view), *_others(view), *chosen_rates(view), *_cost(view)]
-    return " ".join(sentences)
+def narrate(view: RunView) -> list[str]:
+    """Paragraphs of plain text: what was done and came out, what ran beside it, what it cost. The caller escapes them."""
+    parts = [[*_setting(view), *_outcome(view)], [*_others(view), *chosen_rates(view)], _cost(view)]
+    return [" ".join(sentences) for sentences in parts if sentences]
 
 
 def join(names: Sequence[str]) -> str:

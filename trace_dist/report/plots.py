@@ -43,11 +43,11 @@ def draw_accuracy_matrix(ax: Axes, method: MethodView, tasks: Sequence[str]) -> 
     """Heat-map of `method.scores` in percent; the diagonal (just trained) is outlined."""
     scores = method.scores
     num_stages, num_tasks = scores.shape
-    ax.imshow(np.ma.masked_invalid(scores), cmap=heat_map(), vmin=0, vmax=100, aspect="auto")
+    ax.imshow(np.ma.masked_invalid(scores), cmap=heat_map(under_text=True), vmin=0, vmax=100, aspect="auto")
     font_size = 11 if num_tasks <= 6 else 7
     for stage, task in np.ndindex(scores.shape):
         if math.isfinite(scores[stage, task]):
-            dark = scores[stage, task] > 100 * STRONG_TINT
+            dark = scores[stage, task] >= 100 * STRONG_TINT
             color = LIGHT["card"] if dark else LIGHT["ink"] if task < stage else LIGHT["muted"]
             ax.text(
                 task,
@@ -100,13 +100,15 @@ def draw_forgetting(ax: Axes, methods: Sequence[MethodView]) -> None:
         before, after = mean(method.just_trained), mean(method.final)
         ax.barh(row, before, height=0.62, color=color, alpha=0.22, linewidth=0)
         ax.barh(row, after, height=0.62, color=color, alpha=0.9, linewidth=0)
-        ax.scatter(method.final, [row] * len(method.final), s=16, color=LIGHT["ink"], zorder=3, clip_on=False)
-        ax.text(104, row, percent(after), va="center", weight="bold", size=11)
+        dots: dict[str, Any] = {"color": LIGHT["ink"], "edgecolors": LIGHT["card"], "linewidths": 0.8}
+        ax.scatter(method.final, [row] * len(method.final), s=22, zorder=3, clip_on=False, **dots)
+        beside: dict[str, Any] = {"textcoords": "offset points", "va": "center", "size": 11}
+        ax.annotate(percent(after), (100, row), (9, 0), weight="bold", **beside)
         forgotten = method.stat("forgetting")
         if math.isfinite(forgotten):
-            ax.text(126, row, f"forgot {forgotten:.1f}", va="center", color=LIGHT["muted"], size=11)
+            ax.annotate(f"forgot {forgotten:.1f}", (100, row), (60, 0), color=LIGHT["muted"], **beside)
     ax.set_yticks(range(len(methods)), [shorten(method.label, 18) for method in methods])
-    ax.tick_params(axis="y", labelcolor=LIGHT["ink"], length=0)
+    ax.tick_params(axis="y", labelcolor=LIGHT["ink"], length=0, pad=8)
     ax.set_ylim(len(methods) - 0.4, -0.6)
     ax.set_xlim(0, 100)
     ax.set_xlabel("average score over tasks (%)")
@@ -200,21 +202,23 @@ def label_ends(
         )
 
 
-def draw_mask(ax: Axes, mask: MaskView, vmax: float, title: str) -> AxesImage:
+def draw_mask(ax: Axes, mask: MaskView, vmax: float, title: str, is_alone: bool) -> AxesImage:
     """Density of one mask, layers (top = first) by roles.
 
-    The height is the relative depth, whatever the number of layers: masks are projected along it.
+    The height is the relative depth, whatever the number of layers: masks are projected along it. One that stands alone has room
+    for level names of its roles.
     """
     num_layers, num_roles = mask.density.shape
     image = ax.imshow(
         np.ma.masked_invalid(100 * mask.density),
-        cmap=heat_map(),
+        cmap=heat_map(under_text=False),
         vmin=0,
         vmax=100 * vmax,
         aspect="auto",
         interpolation="none",
     )
-    ax.set_xticks(range(num_roles), [shorten(role, 6) for role in mask.roles], rotation=90)
+    upright = 90 if num_roles > 8 or not is_alone else 0
+    ax.set_xticks(range(num_roles), [shorten(role, 6) for role in mask.roles], rotation=upright)
     ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.set_ylabel("layer")
     ax.set_title(title)
@@ -228,7 +232,7 @@ def draw_mask_row(fig: Figure | SubFigure, masks: Mapping[str, MaskView], ceilin
     """The masks of several models (name -> mask) side by side, and their common colour scale."""
     axes = fig.subplots(1, len(masks), squeeze=False)[0]
     for ax, (model, mask) in zip(axes, masks.items(), strict=True):
-        image = draw_mask(ax, mask, ceiling, model)
+        image = draw_mask(ax, mask, ceiling, model, len(masks) == 1)
     bar = fig.colorbar(image, ax=axes[-1], aspect=30, fraction=0.06, pad=0.03)
     bar.outline.set_visible(False)  # type: ignore[operator]
     bar.set_label("selected (%)")

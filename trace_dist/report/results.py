@@ -194,7 +194,11 @@ def _parse_method(
 
 
 def _parse_curve(curve: Any) -> Array:
-    points = [(number(p[0]), number(p[1])) for p in sequence(curve) if len(sequence(p)) == 2]
+    """[num_points, 2] from points (step, loss, ...) or {"step", "loss"}."""
+    pairs = [
+        (p.get("step"), p.get("loss")) if isinstance(p, Mapping) else sequence(p)[:2] for p in sequence(curve)
+    ]
+    points = [(number(pair[0]), number(pair[1])) for pair in pairs if len(pair) == 2]
     array = np.array(points, dtype=np.float64).reshape(-1, 2)
     return array[np.isfinite(array).all(axis=1)]
 

@@ -43,6 +43,11 @@ def signed(value: float, digits: int = 1) -> str:
     return f"+{text}" if value > 0 and float(text) > 0 else text
 
 
+def grouped(value: float) -> str:
+    """A whole number, thousands apart, with a true minus sign: −1 000."""
+    return f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}").replace("-", "\N{MINUS SIGN}")
+
+
 def count(value: float) -> str:
     """A number of things: 860, 43.0 k, 1.2 M, 70.6 B."""
     return _scaled(value, 1000.0, ("", " k", " M", " B", " T"))

@@ -1,8 +1,11 @@
 """One palette for the page (light and dark) and for matplotlib, and figures as inline SVG.
 
-Hues follow Okabe and Ito ("Color universal design", 2008), which the common colour-vision deficiencies keep
-apart. A figure is drawn once, in the light palette; `to_svg` then replaces each palette colour by its CSS
-variable, so that one SVG follows the reader's colour scheme. Text stays text: searchable, in the page's font.
+Hues follow Okabe and Ito ("Color universal design", 2008), deepened until text in them is legible. A figure is drawn
+once, in the light palette; `to_svg` then replaces each palette colour by its CSS variable, so that one SVG follows the
+reader's colour scheme. Text stays text: searchable, in the page's font.
+
+[Note: tints] A cell of a heat-map mixes the heat colour into the surface: 4 to 60 % of it below STRONG_TINT, under text in
+ink, and 77 to 100 % from there on, under text in the surface's colour. No text is legible on what lies between.
 """
 
 from __future__ import annotations
@@ -15,40 +18,44 @@ from html import escape
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.colors import Colormap, ListedColormap, to_rgba
 from matplotlib.figure import Figure
 
-# Every value is unique: `to_svg` finds the role of a colour by its value.
+# Every value is unique: `to_svg` finds the role of a colour by its value. Each hue is legible as text on the surfaces of its
+# scheme (4.5:1), and the hues stay apart for the colour-blind; a test measures both.
 LIGHT = {
     "page": "#f6f7f9",
     "card": "#fefefe",
     "ink": "#1b2130",
-    "muted": "#5c6675",
+    "muted": "#545d6b",
     "rule": "#dde1e8",
-    "blue": "#0072b2",
-    "sky": "#3a94cc",
-    "vermillion": "#d55e00",
-    "pink": "#b8609a",
-    "grey": "#788393",
-    "green": "#00916a",
-    "amber": "#b57a00",
+    "blue": "#1a43b0",
+    "sky": "#0676b0",
+    "vermillion": "#b94700",
+    "pink": "#96208a",
+    "grey": "#434b59",
+    "green": "#087252",
+    "amber": "#5f3c00",
+    "heat": "#0a4f94",
 }
 DARK = {
     "page": "#0f1319",
     "card": "#181d26",
     "ink": "#e8ebf0",
-    "muted": "#9ba5b4",
+    "muted": "#a3adbb",
     "rule": "#303846",
-    "blue": "#4ba3e3",
-    "sky": "#a3d4f5",
-    "vermillion": "#ff8a50",
-    "pink": "#e39ac8",
-    "grey": "#8e99a9",
-    "green": "#35c79a",
-    "amber": "#edb73f",
+    "blue": "#4596ff",
+    "sky": "#6cc8ff",
+    "vermillion": "#f5622c",
+    "pink": "#f392c2",
+    "grey": "#c6d2de",
+    "green": "#52a078",
+    "amber": "#e4c463",
+    "heat": "#4ba3e3",
 }
-# From this share of the full tint on, text on it is readable only in the colour of the surface.
 STRONG_TINT = 0.75
+"""From this share of the full tint on, text stands on it in the colour of the surface ([Note: tints])."""
 CATEGORY_COLORS = {
     "weights": "grey",
     "master": "blue",
@@ -110,10 +117,21 @@ def category_color(name: str) -> str:
     return LIGHT[CATEGORY_COLORS.get(name, "pink")]
 
 
-def heat_map() -> Colormap:
-    """Sequential ramp as one hue of growing opacity: it reads on a light and on a dark surface."""
-    red, green, blue, _ = to_rgba(LIGHT["blue"])
-    ramp = ListedColormap([(red, green, blue, 0.05 + 0.95 * step / 255) for step in range(256)])
+def mixed(tint: float) -> float:
+    """Share of the heat colour in a cell, in [0, 1], for a tint in [0, 1]; see [Note: tints]."""
+    return 0.04 + 0.74 * tint if tint < STRONG_TINT else 0.77 + 0.92 * (tint - STRONG_TINT)
+
+
+def heat_map(under_text: bool) -> Colormap:
+    """Sequential ramp as one hue of growing opacity: it reads on a light and on a dark surface.
+
+    Args:
+        under_text: cells carry numbers, so the ramp leaves out what no text is legible on; otherwise it is even.
+    """
+    red, green, blue, _ = to_rgba(LIGHT["heat"])
+    shares = np.arange(256) / 256  # where the colour of each begins
+    opacity = [mixed(share) if under_text else 0.04 + 0.96 * share for share in shares]
+    ramp = ListedColormap([(red, green, blue, alpha) for alpha in opacity])
     return ramp.with_extremes(bad=(0.5, 0.5, 0.5, 0.2))
 
 

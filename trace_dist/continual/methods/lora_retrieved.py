@@ -21,9 +21,10 @@ from trace_dist.bank.retrieval import Retriever
 from trace_dist.bank.signature import Signature
 from trace_dist.config import RunConfig
 from trace_dist.config.checks import AUTO, check
-from trace_dist.continual.judge import Judge, Row, Scored
+from trace_dist.continual.judge import Judge, Row
 from trace_dist.continual.methods.lora import LoRA
 from trace_dist.continual.methods.options import LowRank
+from trace_dist.continual.scored import Scored
 from trace_dist.continual.setting import Setting
 from trace_dist.train.loop import TrainResult
 from trace_dist.train.loss import autocast
@@ -127,7 +128,8 @@ class LoRARetrieved(LoRA):
 
     def facts(self) -> dict[str, Any]:
         with autocast(self.setting.cfg.target.dtype):
-            return {**super().facts(), "retrieval": self._judge.retrieval(self.bank, self.bank)}
+            retrieval = self._judge.retrieval(self.bank, self.bank, self._scored)
+            return {**super().facts(), "retrieval": retrieval}
 
     def state(self, folder: Path) -> None:
         value = {"scored": self._scored.to_json(), "tasks": list(self.bank.values)}

@@ -14,11 +14,12 @@ from typing import Any, ClassVar
 
 from trace_dist.bank.bank import BASE, DeltaBank
 from trace_dist.config.checks import Rate, Section
-from trace_dist.continual.judge import Row, Scored
+from trace_dist.continual.judge import Row
 from trace_dist.continual.layer import bank_layer
 from trace_dist.continual.learn import learn_task, try_mask
 from trace_dist.continual.methods.base import Method
 from trace_dist.continual.prompts import to_keep
+from trace_dist.continual.scored import Scored
 from trace_dist.continual.setting import Setting
 from trace_dist.masks.mask import Mask
 from trace_dist.train.learner import Learner
@@ -108,7 +109,7 @@ class Retrieved(Method):
             "trainable": entries // len(sizes),
             "delta_bytes": {task: size["delta_bytes"] for task, size in self._sizes.items()},
             "bytes_per_entry": sum(size["delta_bytes"] for size in sizes) / entries,
-            "retrieval": self.setting.judge.retrieval(self.setting.model, self.bank),
+            "retrieval": self.setting.judge.retrieval(self.setting.model, self.bank, self._scored),
         }
 
     def state(self, folder: Path) -> None:
