@@ -36,8 +36,6 @@ def make_mode(
         "density": density,
         "trainable": int(860_000 * density),
         "losses": dict.fromkeys(tasks, curve),
-        "validation": {task: [[step, loss + 0.1, 90.0] for step, loss in curve[4::5]] for task in tasks},
-        "kept_steps": dict.fromkeys(tasks, curve[14][0]),
     }
 
 
