@@ -86,7 +86,8 @@ class Gaps:
 
     def to(self, device: torch.device) -> Gaps:
         """The same on another device."""
-        return Gaps(self.words.to(device), self.num_units, self.dtype)
+        waits = self.words.device.type != "cpu"
+        return Gaps(self.words.to(device, non_blocking=not waits), self.num_units, self.dtype)
 
     def decode(self) -> Tensor:
         """The indices: [num_units]."""

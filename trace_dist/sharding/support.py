@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from trace_kernels.runs import Runs
+from trace_kernels.runs import Runs, entries_below
 
 from trace_dist.masks.gaps import Gaps
 from trace_dist.masks.mask import Mask
 from trace_dist.masks.units import UnitLayout
-from trace_dist.sharding.masked_linear import Part
+from trace_dist.sharding.masked_linear import ALIGNED_LINES, Part
 from trace_dist.sharding.views import PartitionView
 
 
@@ -122,23 +123,26 @@ def build_supports(model: Partitioned, mask: Mask) -> list[Support]:
 
 
 def _support(model: Partitioned, mask: Mask, name: str) -> Support:
-    layout = mask.layouts[name]
-    like = model.like(name)
-    gaps = mask.units.gaps[name].to(like.device)
+    """Everything is counted on the CPU, where masks lie: an accelerator would be waited for at each number."""
+    layout, gaps = mask.layouts[name], mask.units.gaps[name]
+    like, views = model.like(name), model.views(name)
     selected = gaps.decode()
     units, block = layout.runs(selected)
-    clipped = [Runs.clip(units, block, view.start, view.stop, layout.numel) for view in model.views(name)]
-    runs = clipped[model.rank]
-    shared = len(clipped) > 1
+    mine = views[model.rank]
+    runs = Runs.clip(units, block, mine.start, mine.stop, layout.numel)
+    below = entries_below(units, block, [*(view.start for view in views), views[-1].stop])
+    shared = len(views) > 1
+    on_cpu = like.device.type == "cpu"
+    part = _part(layout, selected).aligned(1 if on_cpu else ALIGNED_LINES)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return Support(
         name=name,
         shape=layout.shape,
-        runs=replace(runs, units=runs.units.clone()) if shared else runs,  # a copy: the rest goes
-        gaps=gaps if shared else None,
+        runs=(runs.copied() if shared else runs).to(like.device),  # a copy: the rest goes
+        gaps=gaps.to(like.device) if shared else None,
         layout=layout,
-        part=_part(layout, selected),
-        splits=[part.num_entries for part in clipped],
+        part=part.to(like.device),
+        splits=[stop - start for start, stop in pairwise(below)],
         rank=model.rank,
         grad=torch.empty(0, dtype=dtype, device=like.device),
     )

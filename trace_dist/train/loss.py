@@ -60,7 +60,8 @@ def answer_logits(forward: Forward, inputs: dict[str, Tensor], labels: Tensor) -
     Args:
         forward: as in ``forward_nll_sum``.
         inputs: as there, [batch, length].
-        labels: [batch, length] int64; -100 where there is no loss.
+        labels: [batch, length] int64; -100 where there is no loss. They are read here: on a GPU the host would wait for them, so
+            they had better be on the CPU.
 
     Returns:
         Logits [n, vocabulary], and what follows, [n] int64: -100 where that is no answer token. Row by row of the batch.
@@ -68,13 +69,20 @@ def answer_logits(forward: Forward, inputs: dict[str, Tensor], labels: Tensor) -
     # No token follows these: keys, values and states kept for one would be copies of what backward keeps anyway.
     options = {"use_cache": False} if _takes(forward, "use_cache") else {}
     if not _takes(forward, "logits_to_keep"):
-        return forward(**inputs, **options).logits.flatten(0, 1), _following(labels)
+        logits = forward(**inputs, **options).logits.flatten(0, 1)
+        return logits, _sent(_following(labels), logits.device)
     targets = labels[:, 1:]
     positions = (targets != IGNORE).any(0).nonzero().flatten()
     if len(positions) == 0:  # a filler batch: its backward pass must still run
         positions = positions.new_zeros(1)
-    logits = forward(**inputs, **options, logits_to_keep=positions).logits
-    return logits.flatten(0, 1), targets[:, positions].flatten()
+    kept = _sent(positions, next(iter(inputs.values())).device)
+    logits = forward(**inputs, **options, logits_to_keep=kept).logits
+    return logits.flatten(0, 1), _sent(targets[:, positions].flatten(), logits.device)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on another device; where it comes from the CPU nobody waits."""
+    return tensor.to(device, non_blocking=tensor.device.type == "cpu")
 
 
 def _following(labels: Tensor) -> Tensor:
@@ -110,8 +118,8 @@ def accumulate(
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
     for micro_batch in step.micro_batches:
-        inputs = {key: value.to(device) for key, value in micro_batch.items()}
-        labels = inputs.pop("labels")
+        labels = micro_batch["labels"]  # read on the host, which waits for nothing
+        inputs = {key: _sent(value, device) for key, value in micro_batch.items() if key != "labels"}
         loss = nll_sum(forward, inputs, labels, 1 / max(step.num_answer_tokens, 1))
         backward(loss)
         total += loss.detach().double()
