@@ -81,7 +81,7 @@ class Support:
         """
         if self.gaps is None:
             return self.runs
-        return Runs.whole(*self.layout.runs(self.gaps.decode()), self.layout.numel)
+        return Runs.whole(*self.layout.runs(self.gaps.decode(), self.num_entries), self.layout.numel)
 
     def indices(self) -> list[Tensor]:
         """What this rank keeps to know where the entries are."""
