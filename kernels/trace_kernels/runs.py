@@ -251,8 +251,9 @@ def entries_below(units: Tensor, block: int, edges: Sequence[int]) -> list[int]:
     if units.numel() == 0:
         return [0] * len(edges)
     at = torch.tensor(edges, dtype=torch.int64).to(units.device, non_blocking=True)
-    unit = at // block
-    places = torch.searchsorted(units, unit.to(units.dtype))
+    unit, largest = at // block, torch.iinfo(units.dtype).max
+    places = torch.searchsorted(units, unit.clamp(max=largest).to(units.dtype))
+    places = places.where(unit <= largest, units.numel())
     is_cut = units[places.clamp(max=units.numel() - 1)] == unit
     found: list[int] = (places * block + is_cut * (at % block)).tolist()
     return found

@@ -6,6 +6,7 @@ for is counted, and is 1. Operands on two devices are an error, as on a GPU.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,12 +18,16 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as td
 from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from trace_kernels import dispatch
 
 from trace_dist.optim import batches
+from trace_dist.sharding import gloo, zero3
+from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.comm import Comm
 from trace_dist.sharding.prepared import PreparedModel
 from trace_dist.utils import dist
@@ -59,13 +64,27 @@ class Count(TorchDispatchMode):
         self.waits: Counter[tuple[str, str]] = Counter()
         self.launches: Counter[str] = Counter()
 
-    def waited(self, who: str) -> int:
-        """Waits that some code caused."""
-        return sum(number for (by, _), number in self.waits.items() if by == who)
+    def clear(self) -> None:
+        """Begin anew."""
+        self.waits.clear()
+        self.launches.clear()
 
-    def launch(self, *_: Any, **__: Any) -> None:
-        """A kernel of ours."""
-        self.launches[caller()] += 1
+    def waited(self, *who: str) -> int:
+        """Waits that some packages caused."""
+        return sum(number for (by, _), number in self.waits.items() if by.startswith(who))
+
+    def launched(self, *who: str) -> int:
+        """Launches of some packages or modules."""
+        return sum(number for by, number in self.launches.items() if by.startswith(who))
+
+    def __enter__(self) -> Count:
+        counting.append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        counting.pop()
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -78,7 +97,9 @@ class Count(TorchDispatchMode):
         if func in COPIES:
             there = kwargs["device"] if kwargs.get("device") is not None else args[0].device
             here = args[1].device if func is aten.copy_.default else args[0].device
-            blocking = not (kwargs.get("non_blocking") or (func is aten.copy_.default and args[2:] == (True,)))
+            blocking = not (
+                kwargs.get("non_blocking") or (func is aten.copy_.default and args[2:] == (True,))
+            )
             if "meta" in (torch.device(there).type, here.type) and torch.device(there).type != here.type:
                 # Pageable memory is read before an asynchronous copy returns, but not written.
                 if blocking or here.type == "meta":
@@ -102,16 +123,27 @@ class Count(TorchDispatchMode):
         return result
 
 
+counting: list[Count] = []
+"""Those that count at this moment."""
+
+
+def launch(*_: Any, **__: Any) -> None:
+    """A kernel of ours, or a collective."""
+    for count in counting:
+        count.launches[caller()] += 1
+
+
 def caller() -> str:
-    """Whose code asked: the package of the innermost frame outside torch; "backward" for autograd's own."""
+    """Whose code asked: of the innermost frame outside torch our module or a library; "backward" for autograd's own."""
     frame = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        package = frame.f_globals.get("__name__", "").split(".")[0]
+        module = frame.f_globals.get("__name__", "")
+        package = module.split(".")[0]
         if package not in ("torch", __name__.split(".")[0]) and "torch" not in path.parts:
             if frame.f_code.co_name == "run_backward":
                 return "backward"
-            return "ours" if package in OURS else package
+            return module if package in OURS else package
         frame = frame.f_back  # type: ignore[assignment]
     return "nobody"
 
@@ -119,8 +151,8 @@ def caller() -> str:
 class Absent(Comm):
     """Rank 0 of several, of whom the others are not there: what they send has no values anyway."""
 
-    def __init__(self, world: int, count: Count) -> None:
-        self._world, self._count = world, count
+    def __init__(self, world: int) -> None:
+        self._world = world
 
     @property
     def rank(self) -> int:
@@ -138,22 +170,22 @@ class Absent(Comm):
     ) -> Any:
         assert len(sent) == sum(send_sizes)
         assert len(received) == sum(receive_sizes)
-        self._count.launch()
+        launch()
         return SimpleNamespace(wait=lambda: None, is_completed=lambda: False)
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
         return list(flags)
 
     def all_gather(self, mine: Tensor, sizes: list[int]) -> Tensor:
-        self._count.launch()
+        launch()
         return mine.new_empty(sum(sizes))
 
     def sum(self, tensor: Tensor) -> Tensor:
-        self._count.launch()
+        launch()
         return tensor
 
     def max(self, tensor: Tensor) -> Tensor:
-        self._count.launch()
+        launch()
         return tensor
 
     def objects(self, value: Any) -> list[Any]:
@@ -166,22 +198,55 @@ def use_triton(impl: str, *tensors: Tensor) -> bool:
 
 
 @contextmanager
-def meta_gpu(count: Count) -> Iterator[None]:
-    """Inside the block this rank's device is ``meta`` and our kernels are launched there."""
+def meta_gpu() -> Iterator[None]:
+    """Inside the block this rank's device is ``meta``, and our kernels are launched there: a ``Count`` counts them."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(dist, "local_device", lambda: META))
         for module in (dispatch, batches):
             stack.enter_context(patch.object(module, "use_triton", use_triton))
         for name in LAUNCHING:
             module = import_module(f"trace_kernels.{name}")  # the package gives a function of that name
-            stack.enter_context(patch.object(module, "launch", count.launch))
+            stack.enter_context(patch.object(module, "launch", launch))
         yield
 
 
 class ManyRanks(PreparedModel):
     """A model that every one of ``world`` ranks holds whole, seen from the first."""
 
-    def __init__(self, module: nn.Module, world: int, count: Count) -> None:
+    def __init__(self, module: nn.Module, world: int) -> None:
         super().__init__(module)
-        self.comm = Absent(world, count)
+        self.comm = Absent(world)
         self.rank, self.world = 0, world
+
+
+@contextmanager
+def meta_zero3(world: int) -> Iterator[Any]:
+    """Inside the block DeepSpeed takes the ``meta`` device for its accelerator, and torch's fake process group for all ranks.
+
+    Gives a function that shards a model. What DeepSpeed asks the other ranks while it learns the order of modules is left out.
+    """
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world)}
+    td.init_process_group("cpu:fake,meta:fake", rank=0, world_size=world, store=FakeStore())
+    zero3.load_deepspeed()
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero import linear, partitioned_param_coordinator
+
+    accelerator = type(get_accelerator())
+    plain_linear = SimpleNamespace(
+        apply=torch._C._nn.linear
+    )  # DeepSpeed's asks for autocast, which meta has none of
+    with (
+        patch.object(accelerator, "device_name", lambda *_: "meta"),
+        patch.object(accelerator, "current_device_name", lambda *_: "meta"),
+        patch.object(partitioned_param_coordinator, "assert_ints_same_as_other_ranks", lambda _: None),
+        patch.object(linear, "LinearFunctionForZeroStage3", plain_linear),
+        patch.object(gloo, "all_gather", td.all_gather_into_tensor),
+        patch.object(dist, "world_size", lambda: 1),  # nobody is there to agree with
+    ):
+
+        def shard(module: nn.Module) -> ShardedModel:
+            model = zero3.Zero3Model(module, 500)
+            model.comm, model.world = Absent(world), world
+            return model
+
+        yield shard

@@ -7,6 +7,7 @@ import socket
 
 import pytest
 import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from trace_dist.utils import dist
 from trace_dist.utils.env import meta_info, run_info
@@ -39,6 +40,29 @@ def test_a_group_of_one_can_be_made_and_left(monkeypatch: pytest.MonkeyPatch) ->
     dist.close()
     dist.init_distributed()  # the variables that DeepSpeed wanted are still there, but nobody launched this process
     assert not torch.distributed.is_initialized()
+
+
+def test_exchanges_have_a_group_of_their_own() -> None:
+    """One for each default group; CPU tensors have a place in it, also where the default group has none for them."""
+    default = ("cpu:fake,cuda:fake", "cuda:fake")
+    groups = []
+    for backend in default:
+        torch.distributed.init_process_group(backend, rank=0, world_size=2, store=FakeStore())
+        made = []
+        real = torch.distributed.new_group
+        with pytest.MonkeyPatch.context() as patch:
+            # nobody is there for gloo to connect to
+            patch.setattr(
+                torch.distributed,
+                "new_group",
+                lambda backend, **_: made.append(backend) or real(backend=backend.replace("gloo", "fake")),
+            )
+            groups.append(dist.exchange_group())
+            assert dist.exchange_group() is groups[-1]
+        assert groups[-1] is not torch.distributed.group.WORLD
+        assert made == ["cpu:fake,cuda:fake" if backend == default[0] else "cpu:gloo,cuda:fake"]
+        dist.close()
+    assert groups[0] is not groups[1]
 
 
 def test_logs_and_progress(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,6 @@ from trace_dist.models.fingerprint import fuller, same_model
 from trace_dist.utils.files import reading
 from trace_dist.utils.sealed import check_header
 
-
 HASHED_UNITS = 1 << 20
 """Unit indices that are hashed at a time, as int64."""
 

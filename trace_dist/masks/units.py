@@ -135,7 +135,7 @@ class UnitLayout:
         return places + to_start.repeat_interleave(sizes, output_size=num_elements)
 
     def runs(self, units: Tensor, num_elements: int | None = None) -> tuple[Tensor, int]:
-        """The units, of ``num_elements`` in all (see ``elements``), as ``(unit indices, elements per unit)`` of equal, contiguous runs.
+        """The units as ``(unit indices, elements per unit)`` of equal, contiguous runs; ``num_elements`` as of ``elements``.
 
         A ragged layout and columns fall back to single elements, so that whoever reads the runs never meets a short or a
         scattered one.

@@ -43,7 +43,7 @@ class Comm:
         """Begin to send each rank its part of ``sent``, [sum of send_sizes], and to fill ``received``, [sum of receive_sizes].
 
         Returns:
-            Something whose ``wait()`` ends when everything has arrived, and whose ``is_completed()`` says, at once, whether it has.
+            Something whose ``wait()`` ends when everything has arrived, and whose ``is_completed()`` says whether it has.
         """
         group = dist.exchange_group()
         return td.all_to_all_single(received, sent, receive_sizes, send_sizes, group=group, async_op=True)

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trace_dist.models.nf4 import NF4Linear
+from trace_dist.utils.devices import sent
 
 ALIGNED_LINES = 8
 """Rows or columns, on an accelerator: 16 bytes in half precision."""
@@ -58,10 +59,9 @@ class Part(NamedTuple):
         return Part(rows, columns, spare)
 
     def to(self, device: torch.device) -> Part:
-        """The same on another device, which is not waited for; from the CPU."""
+        """The same on another device."""
         rows, columns = (
-            None if indices is None else indices.to(device, non_blocking=True)
-            for indices in (self.rows, self.columns)
+            None if indices is None else sent(indices, device) for indices in (self.rows, self.columns)
         )
         return Part(rows, columns, self.spare)
 

@@ -19,6 +19,7 @@ from trace_dist.data.encoding import IGNORE
 from trace_dist.models.forward import names_argument
 from trace_dist.train.cross_entropy import nll_sum_
 from trace_dist.utils import dist
+from trace_dist.utils.devices import sent
 
 Forward = Callable[..., Any]
 Backward = Callable[[Tensor], None]
@@ -70,19 +71,14 @@ def answer_logits(forward: Forward, inputs: dict[str, Tensor], labels: Tensor) -
     options = {"use_cache": False} if _takes(forward, "use_cache") else {}
     if not _takes(forward, "logits_to_keep"):
         logits = forward(**inputs, **options).logits.flatten(0, 1)
-        return logits, _sent(_following(labels), logits.device)
+        return logits, sent(_following(labels), logits.device)
     targets = labels[:, 1:]
     positions = (targets != IGNORE).any(0).nonzero().flatten()
     if len(positions) == 0:  # a filler batch: its backward pass must still run
         positions = positions.new_zeros(1)
-    kept = _sent(positions, next(iter(inputs.values())).device)
+    kept = sent(positions, next(iter(inputs.values())).device)
     logits = forward(**inputs, **options, logits_to_keep=kept).logits
-    return logits.flatten(0, 1), _sent(targets[:, positions].flatten(), logits.device)
-
-
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on another device; where it comes from the CPU nobody waits."""
-    return tensor.to(device, non_blocking=tensor.device.type == "cpu")
+    return logits.flatten(0, 1), sent(targets[:, positions].flatten(), logits.device)
 
 
 def _following(labels: Tensor) -> Tensor:
@@ -119,7 +115,7 @@ def accumulate(
     total = torch.zeros((), dtype=torch.float64, device=device)
     for micro_batch in step.micro_batches:
         labels = micro_batch["labels"]  # read on the host, which waits for nothing
-        inputs = {key: _sent(value, device) for key, value in micro_batch.items() if key != "labels"}
+        inputs = {key: sent(value, device) for key, value in micro_batch.items() if key != "labels"}
         loss = nll_sum(forward, inputs, labels, 1 / max(step.num_answer_tokens, 1))
         backward(loss)
         total += loss.detach().double()
