@@ -42,27 +42,27 @@ def test_a_group_of_one_can_be_made_and_left(monkeypatch: pytest.MonkeyPatch) ->
     assert not torch.distributed.is_initialized()
 
 
-def test_exchanges_have_a_group_of_their_own() -> None:
-    """One for each default group; CPU tensors have a place in it, also where the default group has none for them."""
-    default = ("cpu:fake,cuda:fake", "cuda:fake")
-    groups = []
-    for backend in default:
-        torch.distributed.init_process_group(backend, rank=0, world_size=2, store=FakeStore())
-        made = []
-        real = torch.distributed.new_group
-        with pytest.MonkeyPatch.context() as patch:
-            # nobody is there for gloo to connect to
-            patch.setattr(
-                torch.distributed,
-                "new_group",
-                lambda backend, **_: made.append(backend) or real(backend=backend.replace("gloo", "fake")),
-            )
-            groups.append(dist.exchange_group())
-            assert dist.exchange_group() is groups[-1]
-        assert groups[-1] is not torch.distributed.group.WORLD
-        assert made == ["cpu:fake,cuda:fake" if backend == default[0] else "cpu:gloo,cuda:fake"]
+@pytest.mark.parametrize(
+    ("default", "beside"), [("cpu:fake,cuda:fake", "cpu:fake,cuda:fake"), ("cuda:fake", "cpu:gloo,cuda:fake")]
+)
+def test_exchanges_have_a_group_of_their_own(
+    default: str, beside: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CPU tensors have a place in it, also where the default group has none for them."""
+    made, real = [], torch.distributed.new_group
+
+    def new_group(backend: str, **_: object) -> object:
+        made.append(backend)
+        return real(backend=backend.replace("gloo", "fake"))  # nobody is there for gloo to connect to
+
+    monkeypatch.setattr(torch.distributed, "new_group", new_group)
+    for _ in range(2):  # a new default group has a new one beside it
+        torch.distributed.init_process_group(default, rank=0, world_size=2, store=FakeStore())
+        group = dist.exchange_group()
+        assert group is not torch.distributed.group.WORLD
+        assert dist.exchange_group() is group
         dist.close()
-    assert groups[0] is not groups[1]
+    assert made == [beside] * 2
 
 
 def test_logs_and_progress(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,7 @@
 """Sums over the units of a parameter whose bits are the same in every run, on every device.
 
-``index_add_`` on a GPU adds by atomics, in the order in which threads come: scores that nearly tie would fall one way in one run and
-the other way in the next, and so would the mask. Contiguous units of one slice are summed by a kernel of fixed order
+``index_add_`` on a GPU adds by atomics, in the order in which threads come: scores that nearly tie would fall one way in one run
+and the other way in the next, and so would the mask. Contiguous units of one slice are summed by a kernel of fixed order
 (``trace_kernels.unit_reduce``), everything else by torch's deterministic variant. On a CPU ``index_add_`` has one order.
 """
 
