@@ -45,7 +45,7 @@ DATA_DEPENDENT = {
     aten.bincount.default,
 }
 COPIES = {aten._to_copy.default, aten.copy_.default}
-LAUNCHING = ("adamw_batch", "compact", "delta_swap", "masked_adamw")
+LAUNCHING = ("adamw_batch", "compact", "delta_swap", "gap_gather", "masked_adamw")
 """Modules of kernels that training and deltas launch."""
 FREE = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default}
 """Operations without a kernel, beside views."""
@@ -202,7 +202,7 @@ def meta_gpu() -> Iterator[None]:
     """Inside the block this rank's device is ``meta``, and our kernels are launched there: a ``Count`` counts them."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(dist, "local_device", lambda: META))
-        for module in (dispatch, batches):
+        for module in (dispatch, batches, import_module("trace_kernels.gap_gather")):
             stack.enter_context(patch.object(module, "use_triton", use_triton))
         for name in LAUNCHING:
             module = import_module(f"trace_kernels.{name}")  # the package gives a function of that name
