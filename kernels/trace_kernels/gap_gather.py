@@ -4,10 +4,10 @@
     p(w) = words in [0, w] that end an index, less one      # its place
     out[p(w)] = scale * src[i(w)]                           for every word that ends an index
 
-A word ends an index unless it is the largest of its type, which says that the gap goes on (trace_dist, [Note: gaps]). Both sums are
-begun at the *start* of a word's chunk, which `chunk_starts` computes once for a mask. A gradient at a byte per entry is then read
-with that byte, where decoding first would write and read the indices, 8 bytes an entry, several times over. The values have the bits
-of `compact_gather`.
+A word ends an index unless it is the largest of its type, which says that the gap goes on (trace_dist, [Note: gaps]). Both sums
+are begun at the *start* of a word's chunk, which `chunk_starts` computes once for a mask. A gradient is then read with a byte an
+entry, where decoding first would write and read 8 bytes of indices an entry, several times over. The values have the bits of
+`compact_gather`.
 """
 
 from __future__ import annotations
