@@ -3,5 +3,7 @@
 #   launch/deepspeed.sh 2 train --config configs/quickstart.yaml --task_name reverse
 set -euo pipefail
 ranks=${1:?number of ranks}; shift
+# A rank's share of the cores, for what runs on the CPU (offloaded optimizer states, data).
+share=$(($(nproc) / ranks)); export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((share > 0 ? share : 1))}"
 python3 -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || export DS_ACCELERATOR=cpu
 exec deepspeed --num_gpus "$ranks" --master_port "${MASTER_PORT:-29500}" --module trace_dist "$@"

@@ -52,6 +52,7 @@ SECTIONS: dict[int, tuple[Launcher, list[str]]] = {
                 "interleaving",
                 "attaching",
                 "reduction",
+                "withheld",
                 "toy",
                 "depth",
                 "gathering",

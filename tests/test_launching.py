@@ -12,6 +12,7 @@ import pytest
 from trace_dist.config import LaunchConfig
 from trace_dist.launching import free_port, launch_command, launch_environment
 
+LAUNCH = Path(__file__).parents[1] / "launch"
 SCRIPT = """
 import os
 from pathlib import Path
@@ -42,6 +43,35 @@ def test_processes_share_the_cores() -> None:
     assert launch_environment(1)["OMP_NUM_THREADS"] == str(cores)
     assert launch_environment(10 * cores)["OMP_NUM_THREADS"] == "1"
     assert launch_environment(num_threads=3)["OMP_NUM_THREADS"] == "3"
+
+
+def run_script(name: str, folder: Path, *arguments: str, **environment: str) -> str:
+    """The command that a script of launch/ runs, after the threads that it gives each rank."""
+    for stub in ("torchrun", "accelerate", "deepspeed", "srun"):
+        (folder / stub).write_text('#!/bin/sh\necho "$OMP_NUM_THREADS" "$(basename "$0")" "$@"\n')
+    (folder / "nproc").write_text("#!/bin/sh\necho 16\n")
+    (folder / "scontrol").write_text("#!/bin/sh\necho node-1\n")
+    (folder / "python3").write_text("#!/bin/sh\nexit 1\n")  # as where torch sees no GPU
+    for path in folder.iterdir():
+        path.chmod(0o755)
+    kept = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    environment = {**kept, **environment, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    command = ["bash", str(LAUNCH / name), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate", "deepspeed"])
+def test_scripts_give_each_rank_its_share_of_the_cores(launcher: str, tmp_path: Path) -> None:
+    assert run_script(f"{launcher}.sh", tmp_path, "4", "train").startswith(f"4 {launcher} ")
+    assert run_script(f"{launcher}.sh", tmp_path, "32", "train").startswith("1 ")
+    assert run_script(f"{launcher}.sh", tmp_path, "4", "train", OMP_NUM_THREADS="2").startswith("2 ")
+
+
+def test_a_step_of_slurm_is_told_the_cores_of_its_job(tmp_path: Path) -> None:
+    job = {"SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"}
+    said = run_script("slurm.sbatch", tmp_path, "train", SLURM_CPUS_PER_TASK="32", **job)
+    assert said.startswith("4 srun --cpus-per-task=32 torchrun --nnodes 2 --nproc_per_node 8 ")
+    assert said.endswith("--rdzv_endpoint node-1:29500 -m trace_dist train\n")
 
 
 def test_a_free_port_can_be_taken() -> None:

@@ -8,6 +8,7 @@ from .bitmask import pack, unpack
 from .blockwise import Blockwise, dequantize_blockwise, quantize_blockwise
 from .compact import compact_gather, compact_gather_sumsq, compact_scatter, compact_sumsq
 from .delta_swap import delta_swap
+from .gap_gather import chunk_starts, gap_gather
 from .masked_adamw import masked_adamw
 from .masked_adamw_8bit import masked_adamw_8bit
 from .runs import Piece, Runs
@@ -18,12 +19,14 @@ __all__ = [
     "Blockwise",
     "Piece",
     "Runs",
+    "chunk_starts",
     "compact_gather",
     "compact_gather_sumsq",
     "compact_scatter",
     "compact_sumsq",
     "delta_swap",
     "dequantize_blockwise",
+    "gap_gather",
     "masked_adamw",
     "masked_adamw_8bit",
     "pack",

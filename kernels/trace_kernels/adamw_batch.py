@@ -177,9 +177,9 @@ class _Launch:
         firsts = [0, *accumulate(counts)]
         rows = [_row(state, first, seed) for (state, seed), first in zip(members, firsts, strict=False)]
         self._device = members[0][0].weight.device
-        self._table = torch.tensor(rows, dtype=torch.int64).to(self._device)
+        self._table = torch.tensor(rows, dtype=torch.int64).to(self._device, non_blocking=True)
         owners = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
-        self._owners = owners.to(self._device)
+        self._owners = owners.to(self._device, non_blocking=True)
         self._members = [state for state, _ in members]  # keeps what the table points to
 
     def run(self, hyper: AdamWHyper, step: int, grad_scale: float | Tensor) -> None:

@@ -30,6 +30,7 @@ from .blockwise import BLOCK_SIZE
 from .compact import _compact_gather_kernel, _compact_scatter_kernel
 from .delta_swap import _delta_swap_kernel
 from .dispatch import NUM_THREADS, TILE
+from .gap_gather import WORDS, _gap_gather_kernel
 from .masked_adamw import _masked_adamw_kernel
 from .masked_adamw_8bit import TILE as TILE_8BIT
 from .masked_adamw_8bit import _masked_adamw_8bit_kernel
@@ -132,6 +133,7 @@ def variants() -> Iterator[Variant]:
     """Every kernel of the package in its typical specialisations."""
     for dtype in ("bf16", "fp32"):
         yield from _adamw_8bit_variants(dtype)
+        yield from _gap_gather_variants(dtype)
         for granularity, tile in TILES.items():
             suffix = f"{dtype}.{granularity}"
             yield from _support_variants(dtype, suffix, tile)
@@ -184,6 +186,15 @@ def _support_variants(dtype: str, suffix: str, tile: dict[str, Any]) -> Iterator
         yield _variant(
             f"adamw_stochastic.{suffix}", _masked_adamw_kernel, adamw, flags | {"STOCHASTIC": True}
         )
+
+
+def _gap_gather_variants(dtype: str) -> Iterator[Variant]:
+    pointers = {"src_ptr": f"*{dtype}", "starts_ptr": "*i64", "out_ptr": "*fp32"}
+    for word in WORDS:
+        kind = {1: "u8", 2: "i16", 4: "i32"}[word.itemsize]
+        signature = pointers | {"words_ptr": f"*{kind}", "scale": "fp32", "num_words": "i64"}
+        constants = {"LARGEST": torch.iinfo(word).max, "WORDS": TILE}
+        yield _variant(f"gap_gather.{dtype}.element.{kind}", _gap_gather_kernel, signature, constants)
 
 
 def _batch_variant(dtype: str, suffix: str, tile: dict[str, Any]) -> Variant:

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 import triton
 
-OPS = ("compact", "masked_adamw", "masked_adamw_8bit", "delta_swap", "unit_reduce", "bitmask")
+OPS = ("compact", "masked_adamw", "masked_adamw_8bit", "delta_swap", "unit_reduce", "gap_gather", "bitmask")
+WITHOUT_BLOCKS = {"gap_gather", "bitmask"}
+"""Ops of single elements alone."""
 BLOCKS = (1, 16, 64, 1024)
 SIZES = {"cpu": (1 << 22,), "cuda": (1 << 26, 1 << 28)}
 DENSITIES = {"cpu": (0.05,), "cuda": (0.01, 0.05, 0.2)}
@@ -54,7 +56,7 @@ def run_bench(
         for density in densities or DENSITIES[device]:
             for op in ops:
                 module = importlib.import_module(f".{op}", __package__)
-                for block in BLOCKS if op != "bitmask" else (1,):
+                for block in (1,) if op in WITHOUT_BLOCKS else BLOCKS:
                     case = module.bench_case(numel, density, block, torch.bfloat16, device)
                     row = _row(op, numel, case.run, case.num_bytes, device) | {
                         "density": density,

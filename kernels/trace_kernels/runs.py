@@ -18,8 +18,8 @@ parameter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -180,10 +180,22 @@ class Runs:
         return self.num_units * self.block - self.skip - self.num_entries
 
     def to(self, device: torch.device | str) -> Runs:
-        """The same runs with ``units`` on ``device``."""
-        return (
-            self if self.units.device == torch.device(device) else replace(self, units=self.units.to(device))
-        )
+        """The same runs with ``units`` on ``device``, which is not waited for: nothing is checked again there."""
+        if self.units.device == torch.device(device):
+            return self
+        # Only from an accelerator has the copy come to an end before it is read.
+        return self._with(self.units.to(device, non_blocking=self.units.device.type == "cpu"))
+
+    def copied(self) -> Runs:
+        """The same runs, whose ``units`` share no memory with what they were cut out of."""
+        return self._with(self.units.clone())
+
+    def _with(self, units: Tensor) -> Runs:
+        """The same runs from a copy of their units, unchecked."""
+        runs = object.__new__(type(self))
+        for name in self.__dataclass_fields__:
+            object.__setattr__(runs, name, units if name == "units" else getattr(self, name))
+        return runs
 
     def indices(self) -> Tensor:
         """Local index of each entry, int64 [num_entries]: for references; the ops never build it whole."""
@@ -224,6 +236,27 @@ class Runs:
             else:
                 rows = self.units[begin:end].long() - row_zero
                 yield Piece(start, stop, offset, self.block, rows)
+
+
+def entries_below(units: Tensor, block: int, edges: Sequence[int]) -> list[int]:
+    """How many elements of the units lie below each edge, in elements of the flattened parameter.
+
+    What lies in the views of many ranks, at the cost of one `Runs.clip`; an accelerator is waited for once.
+
+    Args:
+        units: [num_units] int32 or int64, sorted, unique.
+        block: elements per unit.
+        edges: between 0 and the elements of the parameter.
+    """
+    if units.numel() == 0:
+        return [0] * len(edges)
+    at = torch.tensor(edges, dtype=torch.int64).to(units.device, non_blocking=True)
+    unit, largest = at // block, torch.iinfo(units.dtype).max
+    places = torch.searchsorted(units, unit.clamp(max=largest).to(units.dtype))
+    places = places.where(unit <= largest, units.numel())
+    is_cut = units[places.clamp(max=units.numel() - 1)] == unit
+    found: list[int] = (places * block + is_cut * (at % block)).tolist()
+    return found
 
 
 def _edges(units: Tensor, block: int, start: int, stop: int) -> tuple[int, int]:

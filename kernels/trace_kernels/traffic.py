@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .blockwise import BLOCK_SIZE
-from .dispatch import NUM_THREADS, plan
+from .dispatch import NUM_THREADS, TILE, plan
 from .masked_adamw_8bit import TILE as TILE_8BIT
 from .runs import Runs
 
@@ -101,6 +101,30 @@ def moved_bytes(op: str, runs: Runs, dtype: torch.dtype) -> tuple[int, int]:
         per_program, once = indices[operand]
         moved += times * num_sectors(per_program, tiles.valid, num_bytes)
         least += times * num_sectors(once[None], torch.ones_like(once[None], dtype=torch.bool), num_bytes)
+    return SECTOR * moved, SECTOR * least
+
+
+def gap_gather_bytes(words: Tensor, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that one launch of `gap_gather` moves, and the least that it could, as of `moved_bytes`.
+
+    A program reads its words and the pair of sums at its start, and what its words lead to; it writes one stretch.
+
+    Args:
+        words: [num_words] uint8, int16 or int32 gaps.
+        dtype: of the values.
+    """
+    num_programs = -(-words.numel() // TILE)
+    at = torch.arange(num_programs * TILE).view(num_programs, TILE)
+    padded = torch.nn.functional.pad(words, (0, at.numel() - words.numel())).view_as(at)
+    valid = at < words.numel()
+    ends = valid & (padded != torch.iinfo(words.dtype).max)
+    index = padded.view(-1).cumsum(0, dtype=torch.int64).view_as(at)
+    place = ends.view(-1).cumsum(0).view_as(at) - 1
+    starts = torch.arange(2 * num_programs).view(num_programs, 2)
+    accesses = [(at, valid, words.itemsize), (starts, torch.ones_like(starts, dtype=torch.bool), 8)]
+    accesses += [(index, ends, dtype.itemsize), (place, ends, 4)]
+    moved = sum(num_sectors(where, read, size) for where, read, size in accesses)
+    least = sum(num_sectors(where[read][None], read[read][None], size) for where, read, size in accesses)
     return SECTOR * moved, SECTOR * least
 
 

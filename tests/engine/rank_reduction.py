@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,10 @@ def reduction(out: Path) -> dict[str, Any]:
 
 
 def exchanges_under_way(supports: list[Support]) -> list[bool]:
-    """Whether each of two gradients, in buckets of their own, has been added up after the first, the second, and the end."""
+    """Whether each of two gradients, in buckets of their own, has been added up after the first, the second, and the end.
+
+    What was sent has arrived before the next gradient comes.
+    """
     reducer = CompactReducer(supports, lambda s, values: s.grad.add_(values), Comm(), CPU, bucket_bytes=1)
     for support in supports:
         support.grad.zero_()
@@ -72,6 +76,8 @@ def exchanges_under_way(supports: list[Support]) -> list[bool]:
     for support in last_two:
         reducer.add(support, torch.ones(support.num_entries))
         arrived += [bool(s.grad.all()) for s in last_two]
+        while not all(exchange.work.is_completed() for exchange in reducer._in_flight):
+            time.sleep(0.01)
     reducer.finish([])
     return arrived + [bool(s.grad.all()) for s in last_two]
 

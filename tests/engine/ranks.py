@@ -29,6 +29,7 @@ from engine.rank_prepared import prepared
 from engine.rank_reduction import reduction
 from engine.rank_unreached import unreached
 from engine.rank_wire import wire
+from engine.rank_withheld import withheld
 from engine.toy import train_toy
 from engine.training import make_optimizer, refused, save_state, train, train_reference, train_step
 from torch import Tensor
@@ -223,6 +224,7 @@ SECTIONS: dict[str, Callable[[Path], Found]] = {
     "interleaving": interleaving,
     "attaching": attaching,
     "reduction": reduction,
+    "withheld": withheld,
     "toy": toy,
     "depth": depth,
     "gathering": gathering,

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trace_kernels import Runs
+from trace_kernels.runs import entries_below
 
 
 @st.composite
@@ -41,6 +42,8 @@ def test_ranks_tile_the_mask_once_and_in_order(mask: tuple, chunk: int) -> None:
         assert runs.num_entries == runs.indices().numel()
     assert torch.equal(torch.cat(by_index), whole)
     assert torch.equal(torch.cat(by_piece or [whole]), whole)
+    below = entries_below(units, block, cuts)
+    assert [b - a for a, b in itertools.pairwise(below)] == [len(part) for part in by_index]
 
 
 def test_clip_makes_no_copy() -> None:
@@ -50,11 +53,20 @@ def test_clip_makes_no_copy() -> None:
     assert (runs.skip, runs.tail, runs.num_entries) == (0, 12, 500)
 
 
+def test_a_copy_lets_the_units_around_it_go() -> None:
+    units = torch.arange(100, dtype=torch.int32)
+    runs = Runs.clip(units, 16, 400, 900, 1600)
+    copied = runs.copied()
+    assert copied.units.untyped_storage().nbytes() == 4 * copied.num_units
+    assert torch.equal(copied.indices(), runs.indices())
+
+
 def test_view_past_the_range_of_int32_units() -> None:
     units = torch.tensor([0, 2**31 - 1], dtype=torch.int32)
     beyond = Runs.clip(units, 1, 2**31, 2**33, 2**34)
     last = Runs.clip(units, 1, 2**31 - 1, 2**33, 2**34)
     assert (beyond.num_entries, last.num_entries) == (0, 1)
+    assert entries_below(units, 1, [0, 2**31 - 1, 2**31, 2**33]) == [0, 1, 2, 2]
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 import pytest
 import torch
 
 from trace_dist.masks import Mask, UnitLayout
+from trace_dist.masks import mask as mask_module
 
 Layouts = dict[str, UnitLayout]
 
@@ -61,6 +63,19 @@ def test_dense(mask: Mask) -> None:
     assert torch.equal(mask.dense("ragged"), ragged)
     assert not mask.dense("vector").any()
     assert mask.elements("ragged").tolist() == [8, 9, 10, 11, 12, 13]
+
+
+def test_the_digest_is_of_all_indices_and_read_once(mask: Mask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files hold it: what it is of must not change."""
+    expected = hashlib.sha256(mask.granularity.encode())
+    for name in sorted(mask.units):
+        layout = mask.layouts[name]
+        expected.update(f"{name}{layout.shape}{layout.unit}".encode())
+        expected.update(mask.units[name].long().numpy().tobytes())
+    monkeypatch.setattr(mask_module, "HASHED_UNITS", 2)
+    assert mask.digest() == expected.hexdigest()
+    monkeypatch.setattr(hashlib, "sha256", None)
+    assert mask.digest() == expected.hexdigest()
 
 
 def test_the_digest_sees_selection_and_layout_but_not_order_or_width(mask: Mask, layouts: Layouts) -> None:

@@ -66,6 +66,7 @@ def test_a_selection_has_the_elements_of_its_units(layout: UnitLayout, data: st.
     units = torch.tensor(sorted(chosen), dtype=layout.index_dtype)
     expected = [e for e in range(layout.numel) if int(layout.unit_of(torch.tensor(e))) in chosen]
     assert layout.elements(units).tolist() == expected
+    assert layout.elements(units, len(expected)).tolist() == expected
     runs, block = layout.runs(units)
     assert (runs.long()[:, None] * block + torch.arange(block)).flatten().tolist() == expected
 

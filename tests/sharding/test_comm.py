@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from threading import Condition
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,21 +20,38 @@ from trace_dist.sharding.views import PartitionView, flat_views
 
 SHAPES = {"a": (4, 6), "b": (5, 3), "c": (7,)}
 WORLD = 3
+PATIENCE = 10
+"""Seconds that a rank waits for the others."""
 
 
 class Meeting:
-    """Where threads leave what they send to each other."""
+    """Where threads leave what they send to each other; a rank that waits too long for the others fails."""
 
     def __init__(self) -> None:
-        self.barrier = Barrier(WORLD, timeout=60)
-        self.left: list[Any] = [None] * WORLD
+        self._left: dict[Any, dict[int, Any]] = {}
+        self._changed = Condition()
+
+    def leave(self, key: Any, rank: int, mine: Any) -> None:
+        with self._changed:
+            self._left.setdefault(key, {})[rank] = mine
+            self._changed.notify_all()
+
+    def is_complete(self, key: Any) -> bool:
+        return len(self._left[key]) == WORLD
+
+    def everyone(self, key: Any) -> list[Any]:
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.is_complete(key), timeout=PATIENCE):
+                raise TimeoutError(f"{key}: only ranks {sorted(self._left[key])} came")
+            return [self._left[key][rank] for rank in range(WORLD)]
 
 
 class ThreadComm(Comm):
-    """One of several ranks that are threads."""
+    """One of several ranks that are threads. ``log``: (group, operation, size) of what it began, in order."""
 
     def __init__(self, rank: int, meeting: Meeting) -> None:
         self._rank, self._meeting = rank, meeting
+        self.log: list[tuple[str, str, int]] = []
 
     @property
     def rank(self) -> int:
@@ -43,22 +61,32 @@ class ThreadComm(Comm):
     def world(self) -> int:
         return WORLD
 
+    def open(self) -> None:
+        """Nothing."""
+
     def all_to_all(
         self, received: Tensor, sent: Tensor, receive_sizes: list[int], send_sizes: list[int]
     ) -> Any:
-        everyone = self._exchange(sent.split(send_sizes))
-        received.copy_(torch.cat([parts[self.rank] for parts in everyone]))
-        return SimpleNamespace(wait=lambda: None)
+        key = self._begin("exchange", "all_to_all", sent.split(send_sizes))
 
-    def max(self, tensor: Tensor) -> Tensor:
-        return torch.stack(self._exchange(tensor.clone())).amax(0)
+        def wait() -> None:
+            received.copy_(torch.cat([parts[self.rank] for parts in self._meeting.everyone(key)]))
 
-    def _exchange(self, mine: Any) -> list[Any]:
-        self._meeting.left[self.rank] = mine
-        self._meeting.barrier.wait()
-        everyone = list(self._meeting.left)
-        self._meeting.barrier.wait()
-        return everyone
+        return SimpleNamespace(wait=wait, is_completed=lambda: self._meeting.is_complete(key))
+
+    def any(self, flags: Sequence[bool]) -> list[bool]:
+        everyone = self._meeting.everyone(self._begin("exchange", "any", list(flags)))
+        return [any(said) for said in zip(*everyone, strict=True)]
+
+    def gather_weights(self) -> None:
+        """What a sharding library does between two modules: no rank goes on before all are here."""
+        self._meeting.everyone(self._begin("gathers", "all_gather", [0]))
+
+    def _begin(self, group: str, operation: str, mine: Sequence[Any]) -> Any:
+        self.log.append((group, operation, len(mine)))
+        key = group, sum(other == group for other, *_ in self.log)
+        self._meeting.leave(key, self.rank, mine)
+        return key
 
 
 class FailsOnce(ThreadComm):
@@ -73,6 +101,9 @@ class FailsOnce(ThreadComm):
             self.lost = True
             raise ConnectionError("lost")
         return super().all_to_all(received, sent, receive_sizes, send_sizes)
+
+    def gather_weights(self) -> None:
+        """Nothing: the ranks fail at different places."""
 
 
 class Flat:
@@ -110,17 +141,18 @@ def contribution(support: Support, rank: int) -> Tensor:
 
 
 def reduce(kind: type[ThreadComm], bucket_bytes: int) -> list[list[Support]]:
-    """Every rank's supports after a pass in which rank r alone has no gradient of parameter r, and the flags it was told."""
-    meeting = Meeting()
+    """Every rank's supports after a pass in which rank r alone has no gradient of parameter r, and weights are gathered between
+    any two gradients."""
+    meeting, comms = Meeting(), dict[int, ThreadComm]()
 
     def one(rank: int) -> list[Support]:
         supports = supports_of(rank)
-        reducer = CompactReducer(
-            supports, add_to_grad, kind(rank, meeting), torch.device("cpu"), bucket_bytes
-        )
+        comm = comms[rank] = kind(rank, meeting)
+        reducer = CompactReducer(supports, add_to_grad, comm, torch.device("cpu"), bucket_bytes)
 
         def backward() -> list[bool]:
             for place in reversed(range(len(supports))):
+                comm.gather_weights()
                 if place != rank:
                     reducer.add(supports[place], contribution(supports[place], rank))
             return reducer.finish([rank == place for place in range(WORLD + 1)])
@@ -138,7 +170,11 @@ def reduce(kind: type[ThreadComm], bucket_bytes: int) -> list[list[Support]]:
         return supports
 
     with ThreadPoolExecutor(WORLD) as pool:
-        return list(pool.map(one, range(WORLD)))
+        found = list(pool.map(one, range(WORLD)))
+    for group in ("exchange", "gathers"):
+        first, *others = [[each for each in comms[rank].log if each[0] == group] for rank in range(WORLD)]
+        assert all(other == first for other in others)
+    return found
 
 
 @pytest.mark.parametrize("kind", [ThreadComm, FailsOnce])

@@ -13,6 +13,7 @@ from torch import nn
 
 from trace_dist import Mask, MaskedAdamW, shard
 from trace_dist.sharding import ShardedModel
+from trace_dist.sharding.masked_linear import Part, patch_linear
 
 IDS = batches(CASES["element"])[0][0]
 
@@ -68,6 +69,23 @@ def test_only_masked_rows_or_columns_are_computed(monkeypatch: pytest.MonkeyPatc
         shape[axis] = len(units)
         wanted.add(tuple(shape))
     assert gradients == wanted
+
+
+@pytest.mark.parametrize("part", [Part(rows=torch.tensor([1, 4])), Part(columns=torch.tensor([0, 3, 5]))])
+def test_spare_rows_and_columns_are_computed_and_cut_off(part: Part) -> None:
+    """On a GPU the sides of products are multiples of 8 ([Note: aligned]); what is delivered is what was asked for."""
+    delivered = []
+    for each in (part, part.aligned(8)):
+        layer = nn.Linear(6, 5, bias=False)
+        layer.weight = nn.Parameter(torch.arange(30.0).view(5, 6), requires_grad=False)
+        patch_linear(layer, torch.zeros((), requires_grad=True), each, delivered.append)
+        layer(torch.arange(18.0).view(3, 6)).square().sum().backward()
+    plain, aligned = delivered
+    assert torch.equal(plain, aligned)
+    lines = part.aligned(8).rows if part.columns is None else part.aligned(8).columns
+    assert lines is not None
+    assert len(lines) == 8
+    assert part.aligned(1).spare == 0
 
 
 def test_of_the_input_only_masked_columns_are_kept_for_backward() -> None:

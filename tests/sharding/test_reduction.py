@@ -37,3 +37,19 @@ def test_density_times_the_bytes_of_a_dense_reduce_scatter(world, num_ranks: int
     assert sent("1.0") == 4 * mask.num_maskable * (num_ranks - 1)
     assert sent("0.05") == 4 * mask.num_entries * (num_ranks - 1)
     assert mask.density == pytest.approx(0.05, rel=0.01)
+
+
+@pytest.mark.parametrize("backend", ["zero3", "fsdp2"])
+def test_a_gradient_that_one_rank_lacks_leaves_every_group_in_one_order(world, backend: str) -> None:
+    """Exchanges and gathers run in groups of their own; the sums are right."""
+    from engine.rank_withheld import trained
+
+    logs = [report["withheld"][backend]["log"] for report in world(2).reports]
+    assert logs[0] == logs[1]
+    assert {operation for operation, _ in logs[0]["exchange"]} == {"alltoall_base_", "allreduce_"}
+    assert "alltoall_base_" not in {operation for operation, _ in logs[0]["default"]}
+    _, expected = trained("single", range(2))
+    weights = world(2).section("withheld")[backend]["weights"]
+    assert weights.keys() == expected.keys()
+    for name, values in expected.items():
+        assert weights[name] == pytest.approx(values, abs=1e-6)

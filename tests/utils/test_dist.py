@@ -7,6 +7,7 @@ import socket
 
 import pytest
 import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from trace_dist.utils import dist
 from trace_dist.utils.env import meta_info, run_info
@@ -39,6 +40,29 @@ def test_a_group_of_one_can_be_made_and_left(monkeypatch: pytest.MonkeyPatch) ->
     dist.close()
     dist.init_distributed()  # the variables that DeepSpeed wanted are still there, but nobody launched this process
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("default", "beside"), [("cpu:fake,cuda:fake", "cpu:fake,cuda:fake"), ("cuda:fake", "cpu:gloo,cuda:fake")]
+)
+def test_exchanges_have_a_group_of_their_own(
+    default: str, beside: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CPU tensors have a place in it, also where the default group has none for them."""
+    made, real = [], torch.distributed.new_group
+
+    def new_group(backend: str, **_: object) -> object:
+        made.append(backend)
+        return real(backend=backend.replace("gloo", "fake"))  # nobody is there for gloo to connect to
+
+    monkeypatch.setattr(torch.distributed, "new_group", new_group)
+    for _ in range(2):  # a new default group has a new one beside it
+        torch.distributed.init_process_group(default, rank=0, world_size=2, store=FakeStore())
+        group = dist.exchange_group()
+        assert group is not torch.distributed.group.WORLD
+        assert dist.exchange_group() is group
+        dist.close()
+    assert made == [beside] * 2
 
 
 def test_logs_and_progress(capsys: pytest.CaptureFixture[str]) -> None:

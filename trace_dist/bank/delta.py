@@ -25,6 +25,7 @@ from trace_dist.models.fingerprint import same_model
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.support import build_supports
 from trace_dist.utils import dist
+from trace_dist.utils.devices import sent
 from trace_dist.utils.files import corrupt, load_tensors, reading
 from trace_dist.utils.sealed import check_header, load_sealed, save_sealed
 
@@ -158,12 +159,8 @@ def applied(model: ShardedModel, delta: Delta | None) -> Iterator[None]:
         values = delta.values[support.name]
         local = model.like(support.name)
         check_dtype(delta, support.name, local.dtype)
-        swapped.append(
-            (
-                support,
-                values[support.offset : support.offset + support.runs.num_entries].to(local.device).clone(),
-            )
-        )
+        mine = values[support.offset : support.offset + support.runs.num_entries]
+        swapped.append((support, sent(mine, local.device).clone()))
     _swap(model, swapped)
     try:
         yield

@@ -15,6 +15,8 @@ from math import expm1, log
 import torch
 from torch import Tensor
 
+from trace_dist.utils.devices import sent
+
 WORDS = (torch.uint8, torch.int16, torch.int32)
 CHUNK = 1 << 20
 """Words decoded at a time; each takes some 25 bytes meanwhile."""
@@ -86,7 +88,7 @@ class Gaps:
 
     def to(self, device: torch.device) -> Gaps:
         """The same on another device."""
-        return Gaps(self.words.to(device), self.num_units, self.dtype)
+        return Gaps(sent(self.words, device), self.num_units, self.dtype)
 
     def decode(self) -> Tensor:
         """The indices: [num_units]."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from trace_dist.masks.units import UnitLayout
 from trace_dist.models.fingerprint import fuller, same_model
 from trace_dist.utils.files import reading
 from trace_dist.utils.sealed import check_header
+
+HASHED_UNITS = 1 << 20
+"""Unit indices that are hashed at a time, as int64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,13 +92,18 @@ class Mask:
         return out.view(layout.shape)
 
     def digest(self) -> str:
-        """SHA-256 over names, layouts and indices, in hexadecimal: equal on every rank, or the ranks disagree."""
+        """SHA-256 over names, layouts and indices, in hexadecimal: equal on every rank, or the ranks disagree. Computed once."""
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
         digest = hashlib.sha256(self.granularity.encode())
         for name in sorted(self.units):
             layout = self.layouts[name]
             stride = f"/{layout.stride}" if layout.stride > 1 else ""
             digest.update(f"{name}{layout.shape}{layout.unit}{stride}".encode())
-            digest.update(self.units[name].long().numpy().tobytes())
+            for units in self.units[name].split(HASHED_UNITS):
+                digest.update(units.long().numpy())
         return digest.hexdigest()
 
     def __eq__(self, other: object) -> bool:

@@ -109,11 +109,16 @@ class UnitLayout:
         sizes = torch.full(units.shape, self.unit, dtype=torch.int64, device=units.device)
         if self.ragged:
             last = units.long() % self.units_per_row == self.units_per_row - 1
-            sizes[last] = self.cols - (self.units_per_row - 1) * self.unit
+            sizes.masked_fill_(last, self.cols - (self.units_per_row - 1) * self.unit)
         return sizes
 
-    def elements(self, units: Tensor) -> Tensor:
-        """Flat indices of the elements of sorted units, in rising order: [sum of sizes] int64."""
+    def elements(self, units: Tensor, num_elements: int | None = None) -> Tensor:
+        """Flat indices of the elements of sorted units, in rising order: [sum of sizes] int64.
+
+        Args:
+            units: unit indices.
+            num_elements: the sum of their sizes; given, an accelerator is not waited for.
+        """
         units = units.long()
         lanes = torch.arange(min(self.unit, max(self.numel, 1)), device=units.device)
         if self.stride > 1:
@@ -122,20 +127,22 @@ class UnitLayout:
             return elements if len(self.shape) == 2 else elements.sort().values
         if not self.ragged:
             return (units[:, None] * self.unit + lanes).flatten()
-        column = units % self.units_per_row * self.unit
-        start = units // self.units_per_row * self.cols + column
-        keep = column[:, None] + lanes < self.cols
-        return (start[:, None] + lanes)[keep]
+        start = units // self.units_per_row * self.cols + units % self.units_per_row * self.unit
+        sizes = self.sizes(units)
+        num_elements = int(sizes.sum()) if num_elements is None else num_elements
+        to_start = start - sizes.cumsum(0) + sizes  # from an element's place among all
+        places = torch.arange(num_elements, device=units.device)
+        return places + to_start.repeat_interleave(sizes, output_size=num_elements)
 
-    def runs(self, units: Tensor) -> tuple[Tensor, int]:
-        """The units as ``(unit indices, elements per unit)`` of equal, contiguous runs.
+    def runs(self, units: Tensor, num_elements: int | None = None) -> tuple[Tensor, int]:
+        """The units as ``(unit indices, elements per unit)`` of equal, contiguous runs; ``num_elements`` as of ``elements``.
 
         A ragged layout and columns fall back to single elements, so that whoever reads the runs never meets a short or a
         scattered one.
         """
         if not self.scattered:
             return units, self.unit
-        return self.elements(units).to(self.element_dtype), 1
+        return self.elements(units, num_elements).to(self.element_dtype), 1
 
     def unit_of(self, elements: Tensor) -> Tensor:
         """Unit index of each flat element index: int64."""

@@ -31,6 +31,7 @@ from trace_dist.sharding.prepared import as_sharded
 from trace_dist.sharding.single import ReplicatedModel
 from trace_dist.utils import dist
 from trace_dist.utils.agreement import agree
+from trace_dist.utils.devices import sent
 from trace_dist.utils.finite import check_finite
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ class MaskedAdamW(torch.optim.Optimizer):
                 state["master"].copy_(new)
             if self._offload is None:
                 local, runs = self.model.storage(support)
-                compact_scatter(local, runs, new.to(local.device))
+                compact_scatter(local, runs, sent(new, local.device))
             else:
                 self._offload.entries[support.name].values.copy_(new)
                 self._offload.write_back(support)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trace_dist.masks.unit_sums import add_at
 from trace_dist.masks.units import UnitLayout
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.utils import dist
@@ -39,6 +40,6 @@ def reduce_units(
         view = model.views(name)[model.rank]
         places = torch.arange(view.start, view.stop, device=local_values.device)
     sums = torch.zeros(layout.num_units, dtype=torch.float64, device=local_values.device)
-    sums.index_add_(0, places if by_unit else layout.unit_of(places), local_values.double())
+    add_at(sums, places if by_unit else layout.unit_of(places), local_values.double())
     dist.sum_over_ranks(sums)
     return (sums.cpu() / layout.sizes(torch.arange(layout.num_units))).float()

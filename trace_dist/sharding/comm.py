@@ -1,12 +1,18 @@
 """The collectives that the engine itself calls; gathering weights is the sharding library's.
 
 Replace ``ShardedModel.comm`` before a mask is attached to count them, to let them fail, or to stand for ranks that are not there.
+
+[Note: two groups] All gathers of weights, the sharding library's and ours, run in the job's default group. What travels while a
+backward pass runs, and what is agreed at its end, has a group of its own. A rank that lacks a gradient exchanges its bucket later
+than the others, between other gathers: in one group the ranks would then meet in different collectives, and hang.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as td
 from torch import Tensor
 
@@ -26,15 +32,28 @@ class Comm:
         """Number of ranks."""
         return dist.world_size()
 
+    def open(self) -> None:
+        """Make the group of ``all_to_all`` and ``any`` ([Note: two groups]), where there is none yet."""
+        if self.world > 1:
+            dist.exchange_group()
+
     def all_to_all(
         self, received: Tensor, sent: Tensor, receive_sizes: list[int], send_sizes: list[int]
     ) -> Any:
         """Begin to send each rank its part of ``sent``, [sum of send_sizes], and to fill ``received``, [sum of receive_sizes].
 
         Returns:
-            Something whose ``wait()`` ends when everything has arrived.
+            Something whose ``wait()`` ends when everything has arrived, and whose ``is_completed()`` says whether it has.
         """
-        return td.all_to_all_single(received, sent, receive_sizes, send_sizes, async_op=True)
+        group = dist.exchange_group()
+        return td.all_to_all_single(received, sent, receive_sizes, send_sizes, group=group, async_op=True)
+
+    def any(self, flags: Sequence[bool]) -> list[bool]:
+        """Which of the flags, as many on every rank, some rank has set. The hosts agree; no accelerator is waited for."""
+        said = torch.tensor(flags, dtype=torch.int32)
+        if self.world > 1:
+            td.all_reduce(said, op=td.ReduceOp.MAX, group=dist.exchange_group())
+        return [bool(flag) for flag in said.tolist()]
 
     def all_gather(self, mine: Tensor, sizes: list[int]) -> Tensor:
         """Every rank's 1-D tensor, of ``sizes[rank]`` elements, end to end."""

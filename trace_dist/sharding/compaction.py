@@ -96,7 +96,7 @@ class Compactor:
             elif self._reducer.local_only and self._accumulate is add_to_grad:
                 compact_gather(flat, support.runs, support.grad, scale=self._scale, accumulate=True)
             else:
-                self._reducer.add(support, compact_gather(flat, support.whole(), scale=self._scale))
+                self._reducer.add(support, support.pick(flat, self._scale))
 
         return deliver
 

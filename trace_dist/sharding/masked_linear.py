@@ -6,6 +6,10 @@ computed (``dy[:, rows]^T x``, ``dy^T x[:, columns]``): the dense weight gradien
 only the masked columns are kept for backward. The weight itself stays frozen, hence ZeRO-3 and FSDP2 reduce nothing; they
 gather it again for the backward as for any frozen layer.
 
+[Note: aligned] A mask has exactly the rows that were chosen, say 205 of 4096. On a GPU a half-precision product with such a
+side leaves the fast kernels, which want lines of 16 bytes; so up to seven more are computed and cut off. Neither the mask nor a
+gradient knows of them.
+
 [Note: used by weight] Some models use the ``.weight`` of a linear layer: ``dt_proj`` of Mamba and Jamba, fused kernels. So while
 a pass runs, ``.weight`` of a masked layer is a tensor with the same storage whose dense gradient goes to ``deliver`` too. At any
 other time it is the parameter.
@@ -22,16 +26,50 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trace_dist.models.nf4 import NF4Linear
+from trace_dist.utils.devices import sent
 
+ALIGNED_LINES = 8
+"""Rows or columns, on an accelerator: 16 bytes in half precision."""
 Deliver = Callable[[Tensor], None]
 Catch = Callable[[Tensor], Tensor]
 
 
 class Part(NamedTuple):
-    """Which part of a weight gradient is computed: indices [k] int64 of output and input neurons, None for all."""
+    """Which part of a weight gradient is computed: indices [k] int64 of output or input neurons, None for all.
+
+    ``spare``: how many of the indices, at their end, are not asked for; what is computed for them is cut off ([Note: aligned]).
+    """
 
     rows: Tensor | None = None
     columns: Tensor | None = None
+    spare: int = 0
+
+    def aligned(self, multiple: int) -> Part:
+        """The same with spare indices, copies of the last one, up to a multiple of so many."""
+        spare = 0
+
+        def filled(indices: Tensor | None) -> Tensor | None:
+            nonlocal spare
+            if indices is None:
+                return None
+            spare = -len(indices) % multiple
+            return torch.cat([indices, indices[-1:].expand(spare)])
+
+        rows, columns = filled(self.rows), filled(self.columns)
+        return Part(rows, columns, spare)
+
+    def to(self, device: torch.device) -> Part:
+        """The same on another device."""
+        rows, columns = (
+            None if indices is None else sent(indices, device) for indices in (self.rows, self.columns)
+        )
+        return Part(rows, columns, self.spare)
+
+    def cut(self, product: Tensor) -> Tensor:
+        """A gradient without what is spare."""
+        if not self.spare:
+            return product
+        return product[: -self.spare] if self.columns is None else product[:, : -self.spare]
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -46,7 +84,7 @@ class _MaskedLinear(torch.autograd.Function):
         deliver: Deliver,
     ) -> Tensor:
         ctx.save_for_backward(x if part.columns is None else x[..., part.columns])
-        ctx.module, ctx.rows, ctx.deliver = module, part.rows, deliver
+        ctx.module, ctx.part, ctx.deliver = module, part, deliver
         return F.linear(x, module.weight, bias)
 
     @staticmethod
@@ -56,8 +94,8 @@ class _MaskedLinear(torch.autograd.Function):
         dtype = grad_out.dtype  # under autocast that of the product, not of x and the weight
         flat_grad = grad_out.reshape(-1, grad_out.shape[-1])
         flat_x = x.reshape(-1, x.shape[-1]).to(dtype)
-        picked = flat_grad if ctx.rows is None else flat_grad[:, ctx.rows]
-        ctx.deliver(picked.T @ flat_x)
+        picked = flat_grad if ctx.part.rows is None else flat_grad[:, ctx.part.rows]
+        ctx.deliver(ctx.part.cut(picked.T @ flat_x))
         grad_x = (grad_out @ ctx.module.weight.to(dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
         grad_bias = flat_grad.sum(0) if ctx.needs_input_grad[1] else None
         return grad_x, grad_bias, None, None, None, None

@@ -9,12 +9,13 @@ overlay grow, by their dequantised values; ``ShardedModel.release`` drops one th
 
 from __future__ import annotations
 
+from itertools import pairwise
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from trace_kernels.compact import compact_gather, compact_scatter
-from trace_kernels.runs import Runs
+from trace_kernels.runs import Runs, entries_below
 
 from trace_dist.masks.gaps import Gaps
 from trace_dist.sharding.comm import Comm
@@ -38,11 +39,14 @@ class Overlay:
 
     def __init__(self, entries: Runs, views: list[PartitionView], dense: Tensor, comm: Comm) -> None:
         self._comm = comm
-        clipped = [Runs.clip(entries.units, entries.block, v.start, v.stop, entries.numel) for v in views]
-        view, mine = views[comm.rank], clipped[comm.rank]
+        view = views[comm.rank]
+        mine = Runs.clip(entries.units, entries.block, view.start, view.stop, entries.numel)
+        edges = [*(each.start for each in views), views[-1].stop]
         self.gaps, self._block, self._numel = Gaps.of(entries.units), entries.block, entries.numel
         self.values = compact_gather(dense[view.start : view.stop], mine).to(dense.dtype)
-        self._splits = [runs.num_entries for runs in clipped]
+        self._splits = [
+            stop - start for start, stop in pairwise(entries_below(entries.units, entries.block, edges))
+        ]
         self._found: WeakKeyDictionary[Support, Runs] = WeakKeyDictionary()
 
     def whole(self) -> Runs:

@@ -3,17 +3,23 @@
 Each rank holds its own gradient at all masked entries of a parameter. The entries are sorted, so they are the concatenation of
 the ranks' supports: one all-to-all with uneven splits sends every entry to its owner, which adds the contributions in
 fp32 in rank order (deterministic). Parameters are exchanged in buckets during the backward pass: an exchange is started when its
-bucket is full and awaited when the next one is, so that on an accelerator it travels while backward goes on computing.
+bucket is full, travels while backward goes on computing, and is added up when a later bucket is full and it has arrived.
 
 Collectives must be called equally often, in one order, on every rank. So buckets are fixed when the mask is attached, are
 flushed in that order, each exactly once per backward; a gradient that arrives after its bucket was flushed (a module that
-runs twice) is exchanged in a last round that all ranks agree on. A gradient that is missing on some rank counts as zero. Its
-bucket is then exchanged earlier on the others, so the module must not gather weights (ZeRO-3) between the two moments;
-ZeRO-3 itself asks for more: every rank runs the same modules in the same order.
+runs twice) is exchanged in a last round that all ranks agree on. A gradient that is missing on some rank counts as zero: that
+rank flushes its bucket, and those behind it, at the end of the pass.
+
+[Note: no waiting] The other ranks have then begun the same exchange earlier, and between the two moments weights are gathered. So
+exchanges have a process group of their own ([Note: two groups] in sharding/comm.py), and no rank waits for one before its
+backward pass has ended: neither the host, in whose absence the late rank would wait for its part of a gather for ever, nor the
+stream that computes, for which DeepSpeed's host and FSDP2's gathers wait. What is on its way meanwhile is at most the gradient
+of all masked entries, twice.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +62,7 @@ class CompactReducer:
         device: torch.device,
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
+        comm.open()
         self._accumulate, self._comm, self._device = accumulate, comm, device
         self.local_only = comm.world == 1
         sizes = [support.num_entries * support.grad.element_size() for support in supports]
@@ -63,7 +70,7 @@ class CompactReducer:
         self._bucket_of = {id(support): i for i, bucket in enumerate(self._buckets) for support in bucket}
         self._values: dict[int, Tensor] = {}  # id(support) -> [whole entries], not yet exchanged
         self._next = 0
-        self._in_flight: _Exchange | None = None
+        self._in_flight: deque[_Exchange] = deque()
         self.has_unreduced = False
         """Whether gradients came, or were being exchanged, since the last ``finish`` that came to its end."""
 
@@ -97,20 +104,18 @@ class CompactReducer:
         late = [False] * len(self._buckets)
         for key in self._values:
             late[self._bucket_of[key]] = True
-        said = torch.tensor([*late, *flags], dtype=torch.int32).to(self._device)
-        agreed = [bool(flag) for flag in self._comm.max(said).tolist()]
+        agreed = self._comm.any([*late, *flags])
         for bucket, is_late in zip(self._buckets, agreed, strict=False):
             if is_late:
                 self._flush(bucket)
-        self._complete()
+        self._collect(wait=True)
         self.has_unreduced = False
         return agreed[len(late) :]
 
     def discard(self) -> None:
         """Forget the gradients of a backward pass that was cut short, on every rank."""
-        if self._in_flight is not None:
-            self._in_flight.work.wait()
-            self._in_flight = None
+        while self._in_flight:
+            self._in_flight.popleft().work.wait()
         self._values.clear()
         self._next = 0
         self.has_unreduced = False
@@ -120,7 +125,7 @@ class CompactReducer:
 
     def _flush(self, bucket: list[Support]) -> None:
         """Start one all-to-all for the supports of a bucket; a gradient that never came counts as zero."""
-        self._complete()
+        self._collect(wait=False)
         world, rank = self._comm.world, self._comm.rank
         dtype = bucket[0].grad.dtype
         parts: list[list[Tensor]] = [[] for _ in range(world)]
@@ -134,21 +139,20 @@ class CompactReducer:
         sizes = [sum(len(part) for part in target) for target in parts]
         received = torch.empty(world, sizes[rank], dtype=dtype, device=self._device)
         work = self._comm.all_to_all(received.view(-1), sent, [sizes[rank]] * world, sizes)
-        self._in_flight = _Exchange(bucket, sent, received, work)
+        self._in_flight.append(_Exchange(bucket, sent, received, work))
 
-    def _complete(self) -> None:
-        """Wait for the exchange that is under way, if any, and add up what came."""
-        if self._in_flight is None:
-            return
-        exchange, self._in_flight = self._in_flight, None
-        exchange.work.wait()
-        total = exchange.received[0]
-        for contribution in exchange.received[1:]:
-            total += contribution
-        for support, part in zip(
-            exchange.bucket, total.split([s.runs.num_entries for s in exchange.bucket]), strict=True
-        ):
-            self._accumulate(support, part)
+    def _collect(self, wait: bool) -> None:
+        """Add up what has come, in the order of the buckets; all that is under way where ``wait`` ([Note: no waiting])."""
+        while self._in_flight and (wait or self._in_flight[0].work.is_completed()):
+            exchange = self._in_flight.popleft()
+            exchange.work.wait()
+            total = exchange.received[0]
+            for contribution in exchange.received[1:]:
+                total += contribution
+            for support, part in zip(
+                exchange.bucket, total.split([s.runs.num_entries for s in exchange.bucket]), strict=True
+            ):
+                self._accumulate(support, part)
 
 
 def cut_buckets(sizes: Sequence[int], bucket_bytes: int = BUCKET_BYTES) -> list[list[int]]:

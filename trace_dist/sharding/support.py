@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from trace_kernels.runs import Runs
+from trace_kernels.compact import compact_gather
+from trace_kernels.gap_gather import chunk_starts, gap_gather
+from trace_kernels.runs import Runs, entries_below
 
 from trace_dist.masks.gaps import Gaps
 from trace_dist.masks.mask import Mask
 from trace_dist.masks.units import UnitLayout
-from trace_dist.sharding.masked_linear import Part
+from trace_dist.sharding.masked_linear import ALIGNED_LINES, Part
 from trace_dist.sharding.views import PartitionView
+from trace_dist.utils.devices import sent
 
 
 class Partitioned(Protocol):
@@ -52,6 +56,7 @@ class Support:
         rank: this rank.
         grad: [runs.num_entries] fp32, the gradient that has accumulated (fp64 for an fp64 model); empty when the gradients
             go elsewhere (``attach(mask, accumulate=...)``).
+        starts: of the gaps of single elements, where a kernel decodes them (``trace_kernels.gap_gather``): on accelerators.
         reached: whether some rank's loss has depended on the parameter since the gradients were reset, as it is known on every
             rank after a backward pass. One that was not reached is not updated, as torch's optimizers skip ``grad is None``.
     """
@@ -65,6 +70,7 @@ class Support:
     splits: list[int]
     rank: int
     grad: Tensor
+    starts: Tensor | None = None
     reached: bool = False
 
     @property
@@ -80,11 +86,18 @@ class Support:
         """
         if self.gaps is None:
             return self.runs
-        return Runs.whole(*self.layout.runs(self.gaps.decode()), self.layout.numel)
+        return Runs.whole(*self.layout.runs(self.gaps.decode(), self.num_entries), self.layout.numel)
+
+    def pick(self, flat: Tensor, scale: float) -> Tensor:
+        """The values, times ``scale``, that a whole flattened tensor has at every masked entry: fp32, or fp64 of fp64."""
+        if self.gaps is None or self.starts is None:
+            return compact_gather(flat, self.whole(), scale=scale)
+        return gap_gather(flat, self.gaps.words, self.starts, self.num_entries, scale=scale)
 
     def indices(self) -> list[Tensor]:
         """What this rank keeps to know where the entries are."""
-        return [self.runs.units] if self.gaps is None else [self.runs.units, self.gaps.words]
+        shared = [] if self.gaps is None else [self.gaps.words]
+        return [self.runs.units, *shared, *([] if self.starts is None else [self.starts])]
 
     @property
     def offset(self) -> int:
@@ -122,25 +135,31 @@ def build_supports(model: Partitioned, mask: Mask) -> list[Support]:
 
 
 def _support(model: Partitioned, mask: Mask, name: str) -> Support:
-    layout = mask.layouts[name]
-    like = model.like(name)
-    gaps = mask.units.gaps[name].to(like.device)
+    """Everything is counted on the CPU, where masks lie: an accelerator would be waited for at each number."""
+    layout, gaps = mask.layouts[name], mask.units.gaps[name]
+    like, views = model.like(name), model.views(name)
     selected = gaps.decode()
     units, block = layout.runs(selected)
-    clipped = [Runs.clip(units, block, view.start, view.stop, layout.numel) for view in model.views(name)]
-    runs = clipped[model.rank]
-    shared = len(clipped) > 1
+    mine = views[model.rank]
+    runs = Runs.clip(units, block, mine.start, mine.stop, layout.numel)
+    below = entries_below(units, block, [*(view.start for view in views), views[-1].stop])
+    shared = len(views) > 1
+    on_cpu = like.device.type == "cpu"
+    part = _part(layout, selected).aligned(1 if on_cpu else ALIGNED_LINES)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    single = layout.unit == 1 and not layout.scattered
+    decodes = shared and single and not on_cpu and dtype == torch.float32
     return Support(
         name=name,
         shape=layout.shape,
-        runs=replace(runs, units=runs.units.clone()) if shared else runs,  # a copy: the rest goes
-        gaps=gaps if shared else None,
+        runs=(runs.copied() if shared else runs).to(like.device),  # a copy: the rest goes
+        gaps=gaps.to(like.device) if shared else None,
         layout=layout,
-        part=_part(layout, selected),
-        splits=[part.num_entries for part in clipped],
+        part=part.to(like.device),
+        splits=[stop - start for start, stop in pairwise(below)],
         rank=model.rank,
         grad=torch.empty(0, dtype=dtype, device=like.device),
+        starts=sent(chunk_starts(gaps.words), like.device) if decodes else None,
     )
 
 

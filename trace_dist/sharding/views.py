@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 
@@ -18,8 +19,12 @@ class PartitionView:
         return self.stop - self.start
 
 
+@lru_cache(maxsize=256)
 def flat_views(numel: int, size: int, world: int) -> list[PartitionView]:
-    """Every rank's view where the flattened parameter is cut after each ``size`` elements, as ZeRO-3 does."""
+    """Every rank's view where the flattened parameter is cut after each ``size`` elements, as ZeRO-3 does. Not to be changed.
+
+    They are asked for at every step, and a model's parameters have few shapes.
+    """
     return [PartitionView(min(r * size, numel), min((r + 1) * size, numel)) for r in range(world)]
 
 

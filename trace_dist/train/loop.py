@@ -206,7 +206,7 @@ def _reduce(loss: Tensor, due: bool) -> tuple[float, bool]:
     Raises:
         NotFinite: the loss is not.
     """
-    both = torch.stack([loss, loss.new_tensor(float(due and dist.is_main()))])
+    both = torch.stack([loss, torch.full_like(loss, float(due and dist.is_main()))])
     total, wanted = dist.sum_over_ranks(both).tolist()
     check_finite(total, "the loss")
     return total, wanted > 0

@@ -20,6 +20,7 @@ from trace_dist.evaluation.inputs import supported
 from trace_dist.models.forward import names_argument
 from trace_dist.train.cross_entropy import nll_sum_
 from trace_dist.utils import dist
+from trace_dist.utils.devices import sent
 
 Forward = Callable[..., Any]
 Backward = Callable[[Tensor], None]
@@ -61,7 +62,8 @@ def answer_logits(forward: Forward, inputs: dict[str, Tensor], labels: Tensor) -
     Args:
         forward: as in ``forward_nll_sum``.
         inputs: as there, [batch, length].
-        labels: [batch, length] int64; -100 where there is no loss.
+        labels: [batch, length] int64; -100 where there is no loss. They are read here: on a GPU the host would wait for them, so
+            they had better be on the CPU.
 
     Returns:
         Logits [n, vocabulary], and what follows, [n] int64: -100 where that is no answer token. Row by row of the batch.
@@ -71,13 +73,15 @@ def answer_logits(forward: Forward, inputs: dict[str, Tensor], labels: Tensor) -
     if "position_ids" in inputs:  # with a cache, transformers would not see that examples share a row
         options = supported(_module(forward), use_cache=False)
     if not _takes(forward, "logits_to_keep"):
-        return forward(**inputs, **options).logits.flatten(0, 1), _following(labels)
+        logits = forward(**inputs, **options).logits.flatten(0, 1)
+        return logits, sent(_following(labels), logits.device)
     targets = labels[:, 1:]
     positions = (targets != IGNORE).any(0).nonzero().flatten()
     if len(positions) == 0:  # a filler batch: its backward pass must still run
         positions = positions.new_zeros(1)
-    logits = forward(**inputs, **options, logits_to_keep=positions).logits
-    return logits.flatten(0, 1), targets[:, positions].flatten()
+    kept = sent(positions, next(iter(inputs.values())).device)
+    logits = forward(**inputs, **options, logits_to_keep=kept).logits
+    return logits.flatten(0, 1), sent(targets[:, positions].flatten(), logits.device)
 
 
 def _following(labels: Tensor) -> Tensor:
@@ -118,8 +122,8 @@ def accumulate(
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
     for micro_batch in step.micro_batches:
-        inputs = {key: value.to(device) for key, value in micro_batch.items()}
-        labels = inputs.pop("labels")
+        labels = micro_batch["labels"]  # read on the host, which waits for nothing
+        inputs = {key: sent(value, device) for key, value in micro_batch.items() if key != "labels"}
         loss = nll_sum(forward, inputs, labels, 1 / max(step.num_answer_tokens, 1))
         backward(loss)
         total += loss.detach().double()

@@ -94,7 +94,8 @@ class _SoftNllSum(GradientInPlace):
     ) -> Tensor:
         logits = logits.detach()
         wide = torch.promote_types(logits.dtype, torch.float32)
-        rows = (targets != IGNORE).nonzero().flatten()
+        # Those with a loss, in order; how many is known, and asking a GPU would have the host wait.
+        rows = (targets == IGNORE).to(torch.uint8).argsort(stable=True)[: len(ids)]
         total = logits.new_zeros((), dtype=wide)
         size = rows_at_a_time(logits)
         for start in range(0, len(rows), size):

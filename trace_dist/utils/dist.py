@@ -18,6 +18,8 @@ import torch.distributed as dist
 from trace_dist.utils.launch import adopt_launch
 
 DRAIN_SECONDS = 0.1
+_beside: tuple[Any, Any] | None = None
+"""A default group, and the ``exchange_group`` beside it."""
 
 
 def rank() -> int:
@@ -79,6 +81,21 @@ def _timeout() -> timedelta:
     if not minutes.isdecimal() or int(minutes) < 1:
         raise ValueError(f"DEEPSPEED_TIMEOUT={minutes!r}: must be a number of minutes; use for example 60")
     return timedelta(minutes=int(minutes))
+
+
+def exchange_group() -> dist.ProcessGroup:
+    """All ranks, over connections of their own, beside the default group: CPU tensors over gloo, others as there.
+
+    What it carries may come in another order, seen from rank to rank, than what the default group carries. The first call is
+    collective.
+    """
+    global _beside
+    default = dist.group.WORLD
+    if _beside is None or _beside[0] is not default:
+        backend = dist.get_backend_config()
+        backend = backend if "cpu:" in backend else f"cpu:gloo,{backend}"
+        _beside = default, dist.new_group(backend=backend, timeout=_timeout())
+    return _beside[1]
 
 
 def barrier() -> None:
@@ -148,6 +165,8 @@ def ensure_group() -> None:
 
 def close() -> None:
     """Leave the process group, if there is one."""
+    global _beside
+    _beside = None
     if dist.is_initialized():
         _drain()
         dist.destroy_process_group()

@@ -8,6 +8,7 @@ from torch import Tensor
 from trace_dist.data.batches import Batches
 from trace_dist.masks.mask import Mask
 from trace_dist.masks.ops import Scores
+from trace_dist.masks.unit_sums import add_squares
 from trace_dist.masks.units import UnitLayout
 from trace_dist.projection.site import Site
 from trace_dist.projection.unit_means import reduce_units
@@ -47,12 +48,10 @@ def fisher_scores(
 
     def collect(support: Support, values: Tensor) -> None:
         layout, view = layouts[support.name], views[support.name]
-        nearby = touched[support.name]
-        units = layout.unit_of(torch.arange(view.start, view.stop, device=values.device)) - nearby.start
         dtype = torch.float32 if layout.unit == 1 else torch.float64
         if support.name not in sums:
-            sums[support.name] = torch.zeros(len(nearby), dtype=dtype, device=values.device)
-        sums[support.name].index_add_(0, units, values.to(dtype).square(), alpha=weight)
+            sums[support.name] = torch.zeros(len(touched[support.name]), dtype=dtype, device=values.device)
+        add_squares(sums[support.name], layout, values, view.start, weight)
 
     model.attach(full_mask(layouts), collect)
     model.train()
