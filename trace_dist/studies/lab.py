@@ -1,0 +1,331 @@
+"""What all arms of a study work with: the target, which is loaded once, the proxy, the data, and what was probed of the two.
+
+Every training and every probe leaves the target as it was, bit for bit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from trace_dist.config import RunConfig
+from trace_dist.continual.learn import put_back
+from trace_dist.continual.race import split
+from trace_dist.continual.setting import Setting
+from trace_dist.data.batches import Batches
+from trace_dist.data.encoding import encode, pad_id
+from trace_dist.masks.mask import Mask
+from trace_dist.masks.ops import layouts_for, tensor_seed
+from trace_dist.masks.units import UnitLayout
+from trace_dist.models.fingerprint import fingerprint
+from trace_dist.models.loading import load_model
+from trace_dist.probe.warm_start import Trace, warm_start
+from trace_dist.stages.base import prepare_base
+from trace_dist.studies.heldout import HeldOut, Rows, find_text, held_out, passages
+from trace_dist.studies.plan import StudyConfig
+from trace_dist.train.learner import Learner, MaskedLearner
+from trace_dist.train.loss import accumulate
+from trace_dist.train.task import train_mask
+from trace_dist.train.workbench import Stream, Workbench
+
+EVAL_BATCH = 16
+"""Held-out examples per forward pass."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One task under one seed of mask and order."""
+
+    task: str
+    seed: int
+
+
+class Asked(Protocol):
+    """What answers: a learner, or a model as it is."""
+
+    @property
+    def module(self) -> nn.Module: ...
+    @property
+    def forward(self) -> Callable[..., Any]: ...
+
+
+class AsIs(NamedTuple):
+    """A model as it is."""
+
+    module: nn.Module
+    forward: Callable[..., Any]
+
+
+@dataclass
+class Meter:
+    """Floating-point operations of a model's passes: 2 per weight and token forward, 4 more where a backward pass follows.
+
+    Weights of embeddings do no arithmetic; padding counts, since it is computed. What a mask saves of the weight gradients is
+    not taken off, nor are the products of attention.
+    """
+
+    flops: float = 0.0
+    reused_s: float = 0.0
+    """Wall time of probes whose result was used again; their operations count each time."""
+
+    def watch(self, module: nn.Module) -> None:
+        """Count a model's passes from now on."""
+        inputs = getattr(module, "get_input_embeddings", lambda: None)()
+        held = {id(parameter) for parameter in inputs.parameters()} if inputs is not None else set()
+        weights = sum(each.numel() for each in module.parameters() if id(each) not in held)
+
+        def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tokens = (kwargs["input_ids"] if "input_ids" in kwargs else args[0]).numel()
+            self.flops += (6 if torch.is_grad_enabled() else 2) * weights * tokens
+
+        module.register_forward_pre_hook(count, with_kwargs=True)
+
+
+class Kept(NamedTuple):
+    """A trace, what it is of, and what it cost."""
+
+    key: object
+    trace: Trace
+    flops: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Small:
+    """The proxy: the model in fp32, its maskable parameters, and the tasks in its tokens."""
+
+    module: nn.Module
+    layouts: dict[str, UnitLayout]
+    bench: Workbench
+
+
+class Lab:
+    """A study's models and data.
+
+    Args:
+        cfg: the run: models, tasks, how masks are made and trained.
+        study: what is compared.
+    """
+
+    def __init__(self, cfg: RunConfig, study: StudyConfig) -> None:
+        self.cfg, self.study = cfg, study
+        path = prepare_base(cfg, "target")
+        bench = Workbench.load(cfg, path, study.plain)
+        self.setting = Setting(cfg, bench, path, fingerprint(path))
+        self.meter = Meter()
+        self._kept: Kept | None = None
+
+    @cached_property
+    def model(self) -> Any:
+        """The target."""
+        model = self.setting.model
+        self.meter.watch(model.module)
+        return model
+
+    @cached_property
+    def layouts(self) -> dict[str, UnitLayout]:
+        """The target's maskable parameters."""
+        mask = self.cfg.mask
+        return layouts_for(self.model, mask.granularity, mask.block, mask.maskable)
+
+    @cached_property
+    def small(self) -> Small:
+        """The proxy, made where it is missing.
+
+        Raises:
+            ValueError: the configuration names none.
+        """
+        if self.cfg.proxy is None:
+            raise ValueError(
+                "proxy=None: an arm projects from a proxy, and there is none; name one, or leave the arm out"
+            )
+        path = prepare_base(self.cfg, "proxy")
+        module, mask = load_model(path, torch.float32), self.cfg.mask
+        self.meter.watch(module)
+        layouts = layouts_for(module, mask.granularity, mask.block, mask.maskable)
+        return Small(module, layouts, Workbench.load(self.cfg, path, self.study.plain))
+
+    def stream(self, case: Case) -> Stream:
+        """The examples of a task that are trained on."""
+        return self._parts(case.task)[0]
+
+    def _parts(self, task: str, bench: Workbench | None = None) -> tuple[Stream, Stream]:
+        """What is trained on, and what is held out to choose rates by: the same for every arm and seed."""
+        streams = (bench or self.setting.bench).tasks
+        stream = next(each for each in streams if each.task.name == task)
+        race = replace(self.cfg.race, heldout=self.study.validation, steps=stream.steps)
+        return split(stream, race, self.cfg.seed)
+
+    def batches(self, case: Case, size: int | None = None) -> Batches:
+        """A task's batches in the order of a seed, from the first one on."""
+        bench, size = self.setting.bench, size or self.cfg.train.batch_size
+        return bench.batches([self.stream(case)], size, seed=self.cfg.seed + case.seed)
+
+    def seed(self, case: Case) -> None:
+        """Begin a case's random numbers."""
+        torch.manual_seed(tensor_seed(self.cfg.seed + case.seed, case.task))
+
+    @contextmanager
+    def trained(self, case: Case, mask: Mask, lr: float) -> Iterator[Learner]:
+        """Train a mask; the target holds the result inside the block alone.
+
+        Raises:
+            NotFinite: training diverges; the target is as before.
+        """
+        cfg, steps = replace(self.cfg.train, lr=lr), self.stream(case).steps
+        with put_back(self.model, mask):
+            _, learner = train_mask(
+                self.model,
+                mask,
+                self.batches(case),
+                cfg,
+                steps,
+                description=f"{case.task} at {lr:g}",
+                rate="rate",
+            )
+            self.model.detach()
+            yield learner
+
+    def target_trace(self, case: Case) -> Trace:
+        """What a dense warm start of the target shows of a task."""
+        stream = self.stream(case)
+
+        def make() -> Trace:
+            batches = self.batches(case, self.cfg.probe.batch_size)
+            return self.warm(self.model.module, self.layouts, batches, stream)
+
+        return self._once(("target", case), make)
+
+    def general_trace(self, seed: int) -> Trace:
+        """The same of the general sets together."""
+        bench, probe = self.setting.bench, self.cfg.probe
+        if not bench.general:
+            raise ValueError(
+                "general=[]: an arm compares with general data, and there are none; add some, or leave the arm out"
+            )
+        batches = bench.batches(bench.general, probe.batch_size, seed=self.cfg.seed + seed)
+        self._kept = None
+        return self.warm(self.model.module, self.layouts, batches, bench.general[0])
+
+    def small_trace(self, case: Case) -> Trace:
+        """What the proxy shows of a task."""
+        small = self.small
+
+        def make() -> Trace:
+            stream, _ = self._parts(case.task, small.bench)
+            size, seed = self.cfg.probe.batch_size, self.cfg.seed + case.seed
+            return self.warm(
+                small.module, small.layouts, small.bench.batches([stream], size, seed=seed), stream
+            )
+
+        return self._once(("proxy", case), make)
+
+    def _once(self, key: object, make: Callable[[], Trace]) -> Trace:
+        """The last trace is kept, since several arms read it; each takes four times the weights that may be masked."""
+        if self._kept is not None and self._kept.key == key:
+            self.meter.flops += self._kept.flops
+            self.meter.reused_s += self._kept.seconds
+            return self._kept.trace
+        self._kept, flops, begin = None, self.meter.flops, time.perf_counter()
+        trace = make()
+        self._kept = Kept(key, trace, self.meter.flops - flops, time.perf_counter() - begin)
+        return trace
+
+    def warm(
+        self, module: nn.Module, layouts: Mapping[str, UnitLayout], batches: Batches, stream: Stream
+    ) -> Trace:
+        """A warm start by the section ``probe``, after which all is frozen again."""
+        probe, train = self.cfg.probe, self.cfg.train
+        probe = replace(probe, steps=probe.num_steps(len(stream.encoded)), epochs=None)
+        dtype = self.cfg.probed.dtype
+        try:
+            return warm_start(
+                module, list(layouts), batches, probe, train, dtype, f"probe {stream.task.name}"
+            )
+        finally:
+            for parameter in module.parameters():
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+    def gradient_sums(self, case: Case, masks: Mapping[str, Mask]) -> dict[str, float]:
+        """Sum over each mask's entries of the absolute gradient at the base, of its mean over ``probe.fisher_batches`` batches.
+
+        Args:
+            case: the task.
+            masks: by any key, of one granularity; one pass serves all.
+        """
+        union, *others = masks.values()
+        for mask in others:
+            union = union | mask
+        learner = MaskedLearner(self.model, union, self.cfg.train, lr=1.0)
+        mean = {name: torch.zeros_like(s.grad) for name, s in self._supports(learner)}
+        count, stream = self.cfg.probe.fisher_batches, self.batches(case)
+        self.model.train()
+        for _ in range(count):
+            accumulate(next(stream), learner.forward, learner.backward, self.model.device)
+            for name, support in self._supports(learner):
+                mean[name].add_(support.grad, alpha=1 / count)
+            learner.optimizer.zero_grad()
+        self.model.detach()
+        return {key: _sum_at(mask, union, mean) for key, mask in masks.items()}
+
+    @staticmethod
+    def _supports(learner: MaskedLearner) -> list[tuple[str, Any]]:
+        return [(support.name, support) for support in learner.optimizer.supports]
+
+    def validate(self, asked: Asked, task: str) -> HeldOut:
+        """Held-out training examples."""
+        return self._ask(asked, self._parts(task)[1].encoded.to_list())
+
+    def test(self, asked: Asked, task: str) -> HeldOut:
+        """Test examples."""
+        return self._ask(asked, self._test_rows(task))
+
+    def text(self, asked: Asked) -> HeldOut:
+        """General text."""
+        return self._ask(asked, self.texts)
+
+    def base(self) -> Asked:
+        """The target as it is."""
+        return AsIs(self.model.module, self.model.module.forward)
+
+    @cached_property
+    def texts(self) -> list[dict[str, list[int]]]:
+        """Passages of general text, or test examples of the general sets."""
+        study, bench = self.study, self.setting.bench
+        if study.text is not None:
+            return passages(find_text(study.text), bench.tokenizer, study.text_tokens, study.num_texts)
+        rows: list[dict[str, list[int]]] = []
+        for stream in bench.general:
+            some = stream.task.test.select(range(min(study.num_texts, len(stream.task.test))))
+            rows += encode(some, bench.tokenizer, self.cfg.data).to_list()
+        if not rows:
+            raise ValueError("study.text=None: there are no general sets either; give a text file")
+        return rows
+
+    def _test_rows(self, task: str) -> list[dict[str, list[int]]]:
+        found = next(each for each in self.setting.bench.tasks if each.task.name == task)
+        rows: list[dict[str, list[int]]] = encode(
+            found.task.test, self.setting.bench.tokenizer, self.cfg.data
+        ).to_list()
+        return rows
+
+    def _ask(self, asked: Asked, rows: Rows) -> HeldOut:
+        asked.module.eval()
+        return held_out(asked.forward, rows, pad_id(self.setting.bench.tokenizer), EVAL_BATCH)
+
+
+def _sum_at(mask: Mask, union: Mask, values: Mapping[str, Tensor]) -> float:
+    """Sum of absolute values at a mask's entries, of values at those of a union that holds it."""
+    total = 0.0
+    for name, units in mask.units.items():
+        places = torch.searchsorted(union.elements(name), mask.layouts[name].elements(units))
+        total += float(values[name].cpu()[places].double().abs().sum())
+    return total
