@@ -93,14 +93,15 @@ def test_more_seeds_only_where_it_is_undecided() -> None:
 
 def test_a_study_that_was_cut_goes_on(tmp_path: Path) -> None:
     records, whole = Records(), schedule(study())
-    journal = Journal(tmp_path / "records.jsonl", "one")
+    journal = Journal(tmp_path / "records.jsonl", {"one": "a", "two": "b"})
     assert journal.read().num_trials == 0
     journal.append({"kind": "base", "task": "one", "tokens": [1]})
     with journal.path.open("a") as handle:
         handle.write('{"kind": "trial", "arm"')
     journal.append({"kind": "base", "task": "two", "tokens": [1]})
-    Journal(journal.path, "another").append({"kind": "base", "task": "three", "tokens": [1]})
-    assert list(journal.read().bases) == ["one", "two"]
+    Journal(journal.path, {"two": "other"}).append({"kind": "base", "task": "two", "tokens": [2]})
+    Journal(journal.path, {"three": "c"}).append({"kind": "base", "task": "three", "tokens": [1]})
+    assert {name: base["tokens"] for name, base in journal.read().bases.items()} == {"one": [1], "two": [1]}
     first = all_of(whole, records)
     assert whole.next_job(records) is None
     assert isinstance(first[-1], Train)

@@ -31,7 +31,7 @@ from trace_dist.studies.claims import FOR, UNDECIDED, claims
 from trace_dist.studies.lab import Case, Lab
 from trace_dist.studies.page import RESULT, SECTIONS, draw
 from trace_dist.studies.plan import StageConfig, StudyConfig
-from trace_dist.studies.small_to_large import Stopped, about, run_study
+from trace_dist.studies.small_to_large import Stopped, abouts, run_study
 from trace_dist.utils import locks
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -184,9 +184,12 @@ def test_a_study_its_cut_and_its_page(setup: Setup, tmp_path: Path, monkeypatch:
 
 def test_records_of_other_settings_are_left_out(setup: Setup) -> None:
     other = replace(setup.cfg, train=replace(setup.cfg.train, steps=5))
-    assert about(other, setup.study) != about(setup.cfg, setup.study)
+    assert abouts(other, setup.study) != abouts(setup.cfg, setup.study)
     moved = replace(setup.cfg, run_dir="elsewhere")
-    assert about(moved, setup.study) == about(setup.cfg, setup.study)
+    assert abouts(moved, setup.study) == abouts(setup.cfg, setup.study)
+    # Another task changes nothing about the first one.
+    more = replace(setup.cfg, tasks=[*setup.cfg.tasks, replace(setup.cfg.tasks[0], name="more", num_test=5)])
+    assert abouts(more, setup.study)["first"] == abouts(setup.cfg, setup.study)["first"]
 
 
 def test_the_page_shows_the_committed_results() -> None:

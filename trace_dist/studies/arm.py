@@ -67,6 +67,9 @@ class Masked(Arm):
     def masks(self, case: Case) -> Mapping[float | None, Mask]:
         """The masks of all densities of the study; under None the only one of an arm without densities."""
 
+    warms: ClassVar[bool] = False
+    """Whether a warm start is read, of the target or of the proxy."""
+
     def make(self, case: Case) -> dict[str, Any]:
         """Make, write and describe the masks; JSON-ready.
 
@@ -85,6 +88,7 @@ class Masked(Arm):
         return {
             "entries": {key: mask.num_entries for key, mask in masks.items()},
             "gradient_sum": sums,
+            "warm_losses": self.lab.warm_losses if self.warms else [],
             "probe_flops": spent,
             "probe_s": seconds,
         }
@@ -117,6 +121,7 @@ class Scored(Masked):
     """The units of the target with the highest scores after a dense warm start of the target itself."""
 
     score: ClassVar[str]
+    warms = True
 
     def masks(self, case: Case) -> dict[float | None, Mask]:
         scores = self.importance(case)

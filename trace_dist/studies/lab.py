@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from trace_dist.config import RunConfig
+from trace_dist.config import ProbeConfig, RunConfig
 from trace_dist.continual.learn import put_back
 from trace_dist.continual.race import split
 from trace_dist.continual.setting import Setting
@@ -199,7 +199,7 @@ class Lab:
 
         def make() -> Trace:
             batches = self.batches(case, self.cfg.probe.batch_size)
-            return self.warm(self.model.module, self.layouts, batches, stream)
+            return self._warm(self.model.module, self.layouts, batches, stream, self.cfg.probe)
 
         return self._once(("target", case), make)
 
@@ -212,7 +212,7 @@ class Lab:
             )
         batches = bench.batches(bench.general, probe.batch_size, seed=self.cfg.seed + seed)
         self._kept = None
-        return self.warm(self.model.module, self.layouts, batches, bench.general[0])
+        return self._warm(self.model.module, self.layouts, batches, bench.general[0], probe)
 
     def small_trace(self, case: Case) -> Trace:
         """What the proxy shows of a task."""
@@ -220,10 +220,9 @@ class Lab:
 
         def make() -> Trace:
             stream, _ = self._parts(case.task, small.bench)
-            size, seed = self.cfg.probe.batch_size, self.cfg.seed + case.seed
-            return self.warm(
-                small.module, small.layouts, small.bench.batches([stream], size, seed=seed), stream
-            )
+            probe, seed = self.study.proxy_probe or self.cfg.probe, self.cfg.seed + case.seed
+            batches = small.bench.batches([stream], probe.batch_size, seed=seed)
+            return self._warm(small.module, small.layouts, batches, stream, probe)
 
         return self._once(("proxy", case), make)
 
@@ -238,13 +237,23 @@ class Lab:
         self._kept = Kept(key, trace, self.meter.flops - flops, time.perf_counter() - begin)
         return trace
 
-    def warm(
-        self, module: nn.Module, layouts: Mapping[str, UnitLayout], batches: Batches, stream: Stream
+    @property
+    def warm_losses(self) -> list[float]:
+        """Training loss in the first and the last step of the trace that is kept; empty where none is."""
+        losses = self._kept.trace.losses if self._kept is not None else []
+        return [losses[0][1], losses[-1][1]] if losses else []
+
+    def _warm(
+        self,
+        module: nn.Module,
+        layouts: Mapping[str, UnitLayout],
+        batches: Batches,
+        stream: Stream,
+        probe: ProbeConfig,
     ) -> Trace:
-        """A warm start by the section ``probe``, after which all is frozen again."""
-        probe, train = self.cfg.probe, self.cfg.train
+        """A warm start, after which all is frozen again."""
         probe = replace(probe, steps=probe.num_steps(len(stream.encoded)), epochs=None)
-        dtype = self.cfg.probed.dtype
+        dtype, train = self.cfg.probed.dtype, self.cfg.train
         try:
             return warm_start(
                 module, list(layouts), batches, probe, train, dtype, f"probe {stream.task.name}"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from trace_dist.config.checks import Section, check
+from trace_dist.config.probe import ProbeConfig
 from trace_dist.config.task import TaskConfig
 from trace_dist.parts import ARMS
 
@@ -56,6 +57,8 @@ class StudyConfig(Section):
     """Rates that an arm may try on a task at a density."""
     validation: int = 64
     """Training examples that are held out to choose rates by."""
+    proxy_probe: ProbeConfig | None = None
+    """How the proxy is probed, where not as the target (section `probe`). A proxy that does not learn the task shows nothing."""
     plain: bool = False
     """Leave out the chat template: prompts are shorter, and trainings quicker."""
     text: str | None = None

@@ -127,17 +127,17 @@ class Journal:
 
     Args:
         path: the file.
-        about: digest of the settings that records must share.
+        about: task -> digest of the settings that its records must share.
     """
 
-    def __init__(self, path: Path, about: str) -> None:
+    def __init__(self, path: Path, about: Mapping[str, str]) -> None:
         self.path, self.about = path, about
 
     def read(self) -> Records:
         """All records of the present settings."""
         found, others = Records(), 0
         for record in self._lines():
-            if record.get("about") == self.about:
+            if record.get("about") == self.about.get(record["task"]):
                 found.add(record)
             else:
                 others += 1
@@ -147,7 +147,7 @@ class Journal:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write a record: in one piece, and it stays."""
-        line = json.dumps({"about": self.about, **record}, allow_nan=False) + "\n"
+        line = json.dumps({"about": self.about[record["task"]], **record}, allow_nan=False) + "\n"
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             whole = not self.path.is_file() or self.path.read_bytes()[-1:] in (b"", b"\n")
@@ -168,5 +168,5 @@ class Journal:
             except ValueError:
                 logger.warning("%s:%d: is no record (it was cut); it is left out", self.path, number)
                 continue
-            if isinstance(record, dict):
+            if isinstance(record, dict) and "task" in record:
                 yield record

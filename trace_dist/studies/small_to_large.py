@@ -66,7 +66,7 @@ def run_study(cfg: RunConfig, study: StudyConfig, hours: float | None = None) ->
     begin = time.monotonic()
     cfg = with_local_tasks(cfg, study)
     hold_until_exit(cfg.folder.lock, f"run_dir={cfg.run_dir!r}")
-    journal = Journal(cfg.folder.root / "records.jsonl", about(cfg, study))
+    journal = Journal(cfg.folder.root / "records.jsonl", abouts(cfg, study))
     records = journal.read()
     names = [task.name for task in cfg.tasks]
     classes = {name: ARMS.load(name).ARM for name in study.arms}
@@ -105,8 +105,8 @@ def write_summary(cfg: RunConfig, study: StudyConfig, records: Records, schedule
     return result
 
 
-def about(cfg: RunConfig, study: StudyConfig) -> str:
-    """Digest of all that a record depends on, beside arm, task, density, seed and rate."""
+def abouts(cfg: RunConfig, study: StudyConfig) -> dict[str, str]:
+    """Task -> digest of all that a record of it depends on, beside arm, density, seed and rate."""
     values = {name: asdict(cfg)[name] for name in SECTIONS if name != "tasks"}
     # Where models and data lie does not matter, nor what a default density is.
     values["mask"].pop("density")
@@ -115,10 +115,15 @@ def about(cfg: RunConfig, study: StudyConfig) -> str:
             values[model].pop("path")
     values["options"] = cfg.continual.options
     values |= {
-        name: getattr(study, name) for name in ("validation", "plain", "text", "text_tokens", "num_texts")
+        name: asdict(study)[name]
+        for name in ("validation", "proxy_probe", "plain", "text", "text_tokens", "num_texts")
     }
     values["densities"] = study.densities
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    found = {}
+    for task in cfg.tasks:
+        own = {**values, "task": {**asdict(task), "path": None}}
+        found[task.name] = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
+    return found
 
 
 def _settings(cfg: RunConfig, study: StudyConfig) -> dict[str, Any]:

@@ -215,10 +215,12 @@ def _costs(records: Records, study: StudyConfig) -> Iterator[dict[str, Any]]:
         ]
         if not made or not trials:
             continue
+        warm = [record["warm_losses"] for record in made if record["warm_losses"]]
         probe_flops, probe_s = (median(record[key] for record in made) for key in ("probe_flops", "probe_s"))
         train_flops, train_s = median(t.train_flops for t in trials), median(t.train_s for t in trials)
         yield {
             "arm": arm,
+            "warm_losses": [[round(loss, 3) for loss in each] for each in warm],
             "probe_flops": probe_flops,
             "probe_s": probe_s,
             "train_flops": train_flops,

@@ -9,6 +9,7 @@ class Budgets(Placed):
     """Placement random."""
 
     label = "the proxy's budgets, random places"
+    warms = True
     colour = "pink"
     placement = "random"
 

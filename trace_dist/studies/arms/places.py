@@ -10,6 +10,7 @@ class Places(Projected):
     """Placement narrow, with flat budgets."""
 
     label = "flat budgets, Fisher pool"
+    warms = False
     colour = "sky"
 
     def budgets(self, case: Case) -> dict[float, dict[str, float]]:

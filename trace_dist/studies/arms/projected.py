@@ -9,6 +9,7 @@ class Projected(Placed):
     """Placement narrow."""
 
     label = "projected, Fisher pool"
+    warms = True
     colour = "vermillion"
     placement = "narrow"
     pool = "fisher"

@@ -9,6 +9,7 @@ class ProjectedMagnitude(Placed):
     """Placement narrow."""
 
     label = "projected, magnitude pool"
+    warms = True
     colour = "amber"
     placement = "narrow"
     pool = "magnitude"

@@ -16,6 +16,7 @@ class Specific(Scored):
     label = "specific to the task"
     colour = "pink"
     score = "l2_fisher"
+    warms = False  # the general data's is the last one
 
     def importance(self, case: Case) -> dict[str, Tensor]:
         own, contrast = super().importance(case), Contrast("specific")
