@@ -3,8 +3,9 @@
 Forward is the plain product ``y = x W^T + b``. Backward returns ``dy W`` for the input and hands the weight gradient to
 ``deliver``: dense (``dy^T x``) where the mask has scattered entries. Where it is made of whole rows or columns, only those are
 computed (``dy[:, rows]^T x``, ``dy^T x[:, columns]``): the dense weight gradient and its FLOPs never exist, and of the input
-only the masked columns are kept for backward. The weight itself stays frozen, hence ZeRO-3 and FSDP2 reduce nothing; they
-gather it again for the backward as for any frozen layer.
+only the masked columns are kept for backward. Very few entries are computed one by one (``sum over tokens of dy[:, row]
+x[:, column]``). The weight itself stays frozen, hence ZeRO-3 and FSDP2 reduce nothing; they gather it again for the backward as
+for any frozen layer.
 
 [Note: used by weight] Some models use the ``.weight`` of a linear layer: ``dt_proj`` of Mamba and Jamba, fused kernels. So while
 a pass runs, ``.weight`` of a masked layer is a tensor with the same storage whose dense gradient goes to ``deliver`` too. At any
@@ -28,10 +29,41 @@ Catch = Callable[[Tensor], Tensor]
 
 
 class Part(NamedTuple):
-    """Which part of a weight gradient is computed: indices [k] int64 of output and input neurons, None for all."""
+    """Which part of a weight gradient is computed: indices [k] int64 of output and input neurons, None for all.
+
+    With ``single`` they are pairs: the gradient of k entries.
+    """
 
     rows: Tensor | None = None
     columns: Tensor | None = None
+    single: bool = False
+
+
+GATHERED = 2**22
+"""Activations that are gathered at a time for single entries."""
+
+
+def single_entries(grad: Tensor, x: Tensor, part: Part) -> Tensor:
+    """The weight gradient at single entries.
+
+    Args:
+        grad: of the output, [tokens, outputs].
+        x: the input, [tokens, inputs].
+        part: k pairs of rows and columns.
+
+    Returns:
+        [k], summed in fp32 (fp64 for an fp64 model).
+    """
+    rows, columns = part.rows, part.columns
+    if rows is None or columns is None:
+        raise AssertionError("single entries have a row and a column each")
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    found = grad.new_empty(len(rows), dtype=wide)
+    size = max(1, GATHERED // max(1, len(grad)))
+    for start in range(0, len(rows), size):
+        some = slice(start, start + size)
+        found[some] = (grad[:, rows[some]].to(wide) * x[:, columns[some]].to(wide)).sum(0)
+    return found
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -45,8 +77,8 @@ class _MaskedLinear(torch.autograd.Function):
         part: Part,
         deliver: Deliver,
     ) -> Tensor:
-        ctx.save_for_backward(x if part.columns is None else x[..., part.columns])
-        ctx.module, ctx.rows, ctx.deliver = module, part.rows, deliver
+        ctx.save_for_backward(x if part.columns is None or part.single else x[..., part.columns])
+        ctx.module, ctx.part, ctx.deliver = module, part, deliver
         return F.linear(x, module.weight, bias)
 
     @staticmethod
@@ -56,8 +88,12 @@ class _MaskedLinear(torch.autograd.Function):
         dtype = grad_out.dtype  # under autocast that of the product, not of x and the weight
         flat_grad = grad_out.reshape(-1, grad_out.shape[-1])
         flat_x = x.reshape(-1, x.shape[-1]).to(dtype)
-        picked = flat_grad if ctx.rows is None else flat_grad[:, ctx.rows]
-        ctx.deliver(picked.T @ flat_x)
+        part: Part = ctx.part
+        if part.single:
+            ctx.deliver(single_entries(flat_grad, flat_x, part))
+        else:
+            picked = flat_grad if part.rows is None else flat_grad[:, part.rows]
+            ctx.deliver(picked.T @ flat_x)
         grad_x = (grad_out @ ctx.module.weight.to(dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
         grad_bias = flat_grad.sum(0) if ctx.needs_input_grad[1] else None
         return grad_x, grad_bias, None, None, None, None
@@ -130,8 +166,8 @@ def patch_linear(
         module: the layer; its weight is frozen.
         anchor: scalar that requires grad, so that backward runs even for an input that does not.
         part: the part of the weight gradient to compute.
-        deliver: receives that part, [rows or out, columns or in], in the dtype of the activations; or, where the model uses the
-            weight itself, the whole, in the dtype of the weight.
+        deliver: receives that part, [rows or out, columns or in] or [entries], in the dtype of the activations or fp32; or, where
+            the model uses the weight itself, the whole, in the dtype of the weight.
         running: whether a use of ``.weight`` at this moment is the model's.
 
     Returns:

@@ -26,7 +26,8 @@ from trace_dist.masks.ops import layouts_for, tensor_seed
 from trace_dist.masks.units import UnitLayout
 from trace_dist.models.fingerprint import fingerprint
 from trace_dist.models.loading import load_model
-from trace_dist.probe.warm_start import Trace, warm_start
+from trace_dist.probe.importance import Trace
+from trace_dist.probe.warm_start import warm_start
 from trace_dist.stages.base import prepare_base
 from trace_dist.studies.heldout import HeldOut, Rows, find_text, held_out, passages
 from trace_dist.studies.plan import StudyConfig
@@ -130,6 +131,16 @@ class Lab:
         return model
 
     @cached_property
+    def dense(self) -> nn.Module:
+        """The target in fp32, for dense warm starts: itself, or a second copy where masks are trained in bf16."""
+        if self.cfg.target.dtype == "float32":
+            found: nn.Module = self.model.module
+            return found
+        module = load_model(self.setting.base, torch.float32)
+        self.meter.watch(module)
+        return module
+
+    @cached_property
     def layouts(self) -> dict[str, UnitLayout]:
         """The target's maskable parameters."""
         mask = self.cfg.mask
@@ -199,7 +210,7 @@ class Lab:
 
         def make() -> Trace:
             batches = self.batches(case, self.cfg.probe.batch_size)
-            return self._warm(self.model.module, self.layouts, batches, stream, self.cfg.probe)
+            return self._warm(self.dense, self.layouts, batches, stream, self.cfg.probe)
 
         return self._once(("target", case), make)
 
@@ -212,7 +223,7 @@ class Lab:
             )
         batches = bench.batches(bench.general, probe.batch_size, seed=self.cfg.seed + seed)
         self._kept = None
-        return self._warm(self.model.module, self.layouts, batches, bench.general[0], probe)
+        return self._warm(self.dense, self.layouts, batches, bench.general[0], probe)
 
     def small_trace(self, case: Case) -> Trace:
         """What the proxy shows of a task."""
