@@ -20,7 +20,7 @@ from torch import Tensor
 from trace_dist.config.projection import ProjectionConfig
 from trace_dist.continual.setting import Setting
 from trace_dist.masks.mask import Mask
-from trace_dist.masks.ops import compete, place
+from trace_dist.masks.ops import place
 from trace_dist.masks.select import Scores
 from trace_dist.models.roles import describe
 from trace_dist.parts import ARMS, METHODS, PLACEMENTS
@@ -28,6 +28,7 @@ from trace_dist.probe.importance import unit_importance
 from trace_dist.projection.budget import project_budgets
 from trace_dist.projection.site import Site
 from trace_dist.studies.lab import Case, Lab
+from trace_dist.studies.nested import nested_masks
 from trace_dist.studies.rates import density_key
 from trace_dist.train.learner import Learner
 
@@ -110,11 +111,8 @@ class Masked(Arm):
 
     def competing(self, scores: Scores) -> dict[float | None, Mask]:
         """The best units of the whole target, at each density."""
-        lab, mask = self.lab, self.lab.cfg.mask
-        return {
-            density: compete(lab.layouts, mask.granularity, density, scores)
-            for density in lab.study.densities
-        }
+        lab = self.lab
+        return {**nested_masks(lab.layouts, lab.cfg.mask.granularity, lab.study.densities, scores)}
 
 
 class Scored(Masked):
@@ -167,10 +165,7 @@ class Placed(Masked):
         """The proxy's masks at each density, by the score of the section ``probe``."""
         small, kind = self.lab.small, self.lab.cfg.mask.granularity
         scores = unit_importance(self.lab.small_trace(case), small.layouts, self.lab.cfg.probe.score)
-        return {
-            density: compete(small.layouts, kind, density, lambda name, _: scores[name])
-            for density in self.lab.study.densities
-        }
+        return nested_masks(small.layouts, kind, self.lab.study.densities, lambda name, _: scores[name])
 
     def _options(self, part: Any) -> dict[str, Any]:
         """Of the configuration's options those that the placement has."""

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -227,7 +228,7 @@ def _draw_arm(
     result: Result, arm: str, points: Sequence[tuple[float, float, float]], quality: Axes, forgetting: Axes
 ) -> None:
     entries, losses, rises = zip(*points, strict=True)
-    style = {"color": _colour(result, arm), "marker": "o", "markersize": 4}
+    style: dict[str, Any] = {"color": _colour(result, arm), "marker": "o", "markersize": 4}
     quality.plot(entries, losses, **style)
     forgetting.plot(losses, rises, **style)
 
