@@ -194,7 +194,7 @@ STUDIES = {
             "hours": (
                 float | None,
                 None,
-                "after which nothing is begun that would not end in time; the same command goes on later",
+                "after which nothing is begun that would not end in time; 0 sums up; the same command goes on later",
             )
         },
     ),

@@ -20,8 +20,8 @@ def study_command(values: Any) -> None:
     """
     name, arguments = values.action, values[values.action]
     hours = arguments.hours
-    if hours is not None and hours <= 0:
-        raise ValueError(f"hours={hours}: must be positive; raise it or leave it out")
+    if hours is not None and hours < 0:
+        raise ValueError(f"hours={hours}: must not be negative; use 0 to sum up what is known")
     cfg = run_config(arguments)
     if cfg.backend != "single":
         raise ValueError(f"backend={cfg.backend!r}: a study trains in one process; set backend: single")

@@ -1,7 +1,7 @@
 """What TRACE claims of probed and projected masks, and what a study says for or against it; read from its summary.
 
-A claim holds where the interval of the mean over tasks lies on its side of zero, fails where it lies on the other side, and is
-undecided else, or where the study has not come so far.
+A claim holds where the interval of the mean over at least three tasks lies on its side of zero, fails where it lies on the other
+side, and is undecided else, or where the study has not come so far.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ FOR, AGAINST, UNDECIDED = "for", "against", "undecided"
 PROBED = ("probed", "narrowed")
 KEPT = 0.8
 """Share of the gain that a projected mask should keep."""
+FEWEST = 3
+"""Tasks on which a claim must have been looked at."""
 CHEAP = 0.05
 """Share of a training's operations that a probe should cost at most."""
 
@@ -61,7 +63,7 @@ def _find(result: Result, **wanted: Any) -> Result | None:
 
 def _verdict(found: Result | None, good: str, bad: str) -> str:
     mean = None if found is None else found["mean"]
-    if mean is None:
+    if mean is None or mean["tasks"] < FEWEST:
         return UNDECIDED
     return FOR if mean["verdict"] == good else AGAINST if mean["verdict"] == bad else UNDECIDED
 
@@ -71,7 +73,7 @@ def _counted(found: Result | None) -> str:
     if found is None:
         return "not measured"
     verdicts = [row["verdict"] for row in found["tasks"]]
-    counts = f"lower loss on {verdicts.count('lower')}, higher on {verdicts.count('higher')}, of {len(verdicts)} tasks"
+    counts = f"lower loss on {verdicts.count('lower')}, higher on {verdicts.count('higher')}, of {len(verdicts)} task(s)"
     mean = found["mean"]
     return counts if mean is None else f"{counts}; mean difference {nats(mean)} nats"
 
@@ -88,11 +90,10 @@ def _tenfold(result: Result) -> Iterator[Claim]:
     for row in result["differences"]:
         more = row["other_density"]
         if row["arm"] in PROBED and row["other"] == "random" and more is not None and more > row["density"]:
-            text = f"{_label(result, row['arm'])} at {percent(row['density'])} is no worse than random at {percent(more)}"
-            mean = row["mean"]
-            verdict = UNDECIDED if mean is None else FOR if mean["verdict"] == "lower" else AGAINST
-            verdict = UNDECIDED if mean is not None and mean["verdict"] == "undecided" else verdict
-            yield Claim(text, verdict, _counted(row))
+            text = (
+                f"{_label(result, row['arm'])} at {percent(row['density'])} beats random at {percent(more)}"
+            )
+            yield Claim(text, _verdict(row, "lower", "higher"), _counted(row))
 
 
 def _beside(other: str) -> Callable[[Result], Iterator[Claim]]:
@@ -114,13 +115,14 @@ def _kept(result: Result) -> Iterator[Claim]:
             f"{_label(result, row['arm'])} keeps {KEPT:.0%} of the gain of {_label(result, row['of'])} "
             f"at {percent(row['density'])}"
         )
-        if gain["verdict"] != "lower":
+        if gain["verdict"] != "higher":
             evidence = (
                 f"there is no gain beyond doubt to keep: {nats(gain)} nats on {len(row['tasks'])} tasks"
             )
             yield Claim(text, UNDECIDED, evidence)
             continue
         verdict = FOR if share["low"] >= KEPT else AGAINST if share["high"] < KEPT else UNDECIDED
+        verdict = verdict if len(row["tasks"]) >= FEWEST else UNDECIDED
         numbers = (
             f"{share['value']:.0%} ({share['low']:.0%} to {share['high']:.0%}) on {len(row['tasks'])} tasks"
         )

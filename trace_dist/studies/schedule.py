@@ -69,10 +69,10 @@ class Schedule:
 
     def next_job(self, records: Records) -> Job | None:
         """The next piece of work; None where the study is complete."""
-        return next(self.jobs(records), None)
+        return next((job for _, job in self.pending(records)), None)
 
-    def jobs(self, records: Records) -> Iterator[Job]:
-        """What is missing by now, cell by cell; of each cell the next piece."""
+    def pending(self, records: Records) -> Iterator[tuple[Cell, Job]]:
+        """The cells that lack something by now, and of each the next piece."""
         for stage in self.study.stages:
             for seed in range(stage.seeds):
                 for cell in self._cells(stage):
@@ -80,7 +80,7 @@ class Schedule:
                         continue
                     job = self._of(records, cell, seed)
                     if job is not None:
-                        yield job
+                        yield cell, job
 
     def _cells(self, stage: StageConfig) -> Iterator[Cell]:
         """Task by task, so that arms can be compared as soon as possible."""

@@ -58,7 +58,7 @@ def run_study(cfg: RunConfig, study: StudyConfig, hours: float | None = None) ->
     Args:
         cfg: models, tasks, and how masks are made and trained.
         study: what is compared.
-        hours: after which no piece of work is begun that would last longer; None for no limit.
+        hours: after which no piece of work is begun that would last longer; 0 sums up what is known, None sets no limit.
 
     Returns:
         The summary, as it was written.
@@ -77,7 +77,7 @@ def run_study(cfg: RunConfig, study: StudyConfig, hours: float | None = None) ->
         with stopping():
             while (job := schedule.next_job(records)) is not None:
                 left = None if hours is None else 3600 * hours - (time.monotonic() - begin)
-                if left is not None and left < worker.expected(job):
+                if left is not None and left <= worker.expected(job):
                     logger.info("study: the time is over; start the same command again to go on")
                     break
                 worker.do(job)
@@ -88,7 +88,7 @@ def run_study(cfg: RunConfig, study: StudyConfig, hours: float | None = None) ->
 
 def write_summary(cfg: RunConfig, study: StudyConfig, records: Records, schedule: Schedule) -> dict[str, Any]:
     """Write what the records say by now."""
-    missing = [job for job in schedule.jobs(records) if isinstance(job, Train)]
+    missing = {cell for cell, _ in schedule.pending(records)}
     labels = {name: ARMS.load(name).ARM for name in study.arms}
     result = {
         "run_info": run_info(),
@@ -96,7 +96,7 @@ def write_summary(cfg: RunConfig, study: StudyConfig, records: Records, schedule
         "settings": _settings(cfg, study),
         "arms": {name: {"label": arm.label, "colour": arm.colour} for name, arm in labels.items()},
         "complete": not missing,
-        "cells_missing": len({job.cell for job in missing}),
+        "cells_missing": len(missing),
         **summarise(records, study, [task.name for task in cfg.tasks]),
     }
     out = Path(study.out) if study.out else cfg.folder.root / "study.json"
