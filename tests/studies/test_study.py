@@ -31,7 +31,8 @@ from trace_dist.studies.claims import FOR, UNDECIDED, claims
 from trace_dist.studies.lab import Case, Lab
 from trace_dist.studies.page import RESULT, SECTIONS, draw
 from trace_dist.studies.plan import StageConfig, StudyConfig
-from trace_dist.studies.small_to_large import Stopped, abouts, run_study
+from trace_dist.studies.settings import abouts
+from trace_dist.studies.small_to_large import Stopped, run_study
 from trace_dist.utils import locks
 
 DOCS = Path(__file__).parents[2] / "docs"

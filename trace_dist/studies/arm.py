@@ -70,13 +70,17 @@ class Masked(Arm):
 
     warms: ClassVar[bool] = False
     """Whether a warm start is read, of the target or of the proxy."""
+    reads_proxy: ClassVar[bool] = False
+    """Whether the proxy is probed."""
 
     def make(self, case: Case) -> dict[str, Any]:
         """Make, write and describe the masks; JSON-ready.
 
-        ``probe_flops`` and ``probe_s`` are those of probing alone. The sum of gradients, from which first rates are predicted,
-        has a pass of its own, which is the study's and not counted there.
+        ``probe_flops`` and ``probe_s`` are those of probing alone: a proxy is made once for all tasks, and the sum of gradients,
+        from which first rates are predicted, has a pass of its own, which is the study's.
         """
+        if self.reads_proxy:
+            self.lab.prepare_proxy()
         meter = self.lab.meter
         begin, flops, reused = time.perf_counter(), meter.flops, meter.reused_s
         self.lab.seed(case)
@@ -105,9 +109,7 @@ class Masked(Arm):
         return self.mask(case, density).num_entries
 
     def _path(self, case: Case, key: str) -> Path:
-        return (
-            self.lab.cfg.folder.root / "masks" / case.task / str(case.seed) / f"{self.name}-{key}.safetensors"
-        )
+        return self.lab.masks(case) / f"{self.name}-{key}.safetensors"
 
     def competing(self, scores: Scores) -> dict[float | None, Mask]:
         """The best units of the whole target, at each density."""

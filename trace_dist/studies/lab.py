@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -31,11 +32,14 @@ from trace_dist.probe.warm_start import warm_start
 from trace_dist.stages.base import prepare_base
 from trace_dist.studies.heldout import HeldOut, Rows, find_text, held_out, passages
 from trace_dist.studies.plan import StudyConfig
+from trace_dist.studies.settings import abouts
 from trace_dist.train.learner import Learner, MaskedLearner
 from trace_dist.train.loss import accumulate
 from trace_dist.train.task import train_mask
 from trace_dist.train.workbench import Stream, Workbench
+from trace_dist.utils.log import get_logger
 
+logger = get_logger(__name__)
 EVAL_BATCH = 16
 """Held-out examples per forward pass."""
 
@@ -162,6 +166,15 @@ class Lab:
         self.meter.watch(module)
         layouts = layouts_for(module, mask.granularity, mask.block, mask.maskable)
         return Small(module, layouts, Workbench.load(self.cfg, path, self.study.plain))
+
+    def masks(self, case: Case) -> Path:
+        """Folder of a case's masks; other settings have another one."""
+        about = abouts(self.cfg, self.study)[case.task]
+        return self.cfg.folder.root / "masks" / f"{case.task}-{case.seed}-{about}"
+
+    def prepare_proxy(self) -> None:
+        """Make and load the proxy unless it is there."""
+        logger.info("proxy: %d parameters", sum(each.numel() for each in self.small.module.parameters()))
 
     def stream(self, case: Case) -> Stream:
         """The examples of a task that are trained on."""

@@ -8,8 +8,6 @@ stands first in the configuration, so that a study that was cut says something.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import signal
 import time
 from collections.abc import Iterator
@@ -27,6 +25,7 @@ from trace_dist.studies.plan import StudyConfig
 from trace_dist.studies.rates import density_key
 from trace_dist.studies.records import Journal, Records
 from trace_dist.studies.schedule import Job, Make, Schedule, Score, Train, Traits
+from trace_dist.studies.settings import SECTIONS, abouts
 from trace_dist.studies.summary import is_undecided, summarise
 from trace_dist.utils.env import meta_info, run_info
 from trace_dist.utils.files import write_json
@@ -35,8 +34,6 @@ from trace_dist.utils.locks import hold_until_exit
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
-SECTIONS = ("target", "proxy", "tasks", "general", "data", "probe", "mask", "projection", "train", "seed")
-"""Sections of a run that trials depend on; tasks one by one."""
 
 
 class Stopped(Exception):
@@ -103,27 +100,6 @@ def write_summary(cfg: RunConfig, study: StudyConfig, records: Records, schedule
     write_json(out, result)
     logger.info("study: %d trainings so far; what they say: %s", records.num_trials, out)
     return result
-
-
-def abouts(cfg: RunConfig, study: StudyConfig) -> dict[str, str]:
-    """Task -> digest of all that a record of it depends on, beside arm, density, seed and rate."""
-    values = {name: asdict(cfg)[name] for name in SECTIONS if name != "tasks"}
-    # Where models and data lie does not matter, nor what a default density is.
-    values["mask"].pop("density")
-    for model in ("target", "proxy"):
-        if values[model]:
-            values[model].pop("path")
-    values["options"] = cfg.continual.options
-    values |= {
-        name: asdict(study)[name]
-        for name in ("validation", "proxy_probe", "plain", "text", "text_tokens", "num_texts")
-    }
-    values["densities"] = study.densities
-    found = {}
-    for task in cfg.tasks:
-        own = {**values, "task": {**asdict(task), "path": None}}
-        found[task.name] = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
-    return found
 
 
 def _settings(cfg: RunConfig, study: StudyConfig) -> dict[str, Any]:

@@ -9,7 +9,7 @@ class Budgets(Placed):
     """Placement random."""
 
     label = "the proxy's budgets, random places"
-    warms = True
+    warms = reads_proxy = True
     colour = "pink"
     placement = "random"
 

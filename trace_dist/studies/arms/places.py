@@ -10,7 +10,7 @@ class Places(Projected):
     """Placement narrow, with flat budgets."""
 
     label = "flat budgets, Fisher pool"
-    warms = False
+    warms = reads_proxy = False
     colour = "sky"
 
     def budgets(self, case: Case) -> dict[float, dict[str, float]]:

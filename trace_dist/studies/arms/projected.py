@@ -9,7 +9,7 @@ class Projected(Placed):
     """Placement narrow."""
 
     label = "projected, Fisher pool"
-    warms = True
+    warms = reads_proxy = True
     colour = "vermillion"
     placement = "narrow"
     pool = "fisher"

@@ -9,7 +9,7 @@ class ProjectedMagnitude(Placed):
     """Placement narrow."""
 
     label = "projected, magnitude pool"
-    warms = True
+    warms = reads_proxy = True
     colour = "amber"
     placement = "narrow"
     pool = "magnitude"

@@ -17,7 +17,7 @@ class Trace(Masked):
     """Root mean square of the update plus mean squared gradient, each between 0 and 1 over all tensors."""
 
     label = "TRACE, whole tensors"
-    warms = True
+    warms = reads_proxy = True
     colour = "amber"
     by_density = False
 
