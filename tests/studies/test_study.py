@@ -31,6 +31,7 @@ from trace_dist.studies.claims import FOR, UNDECIDED, claims
 from trace_dist.studies.lab import Case, Lab
 from trace_dist.studies.page import RESULT, SECTIONS, draw
 from trace_dist.studies.plan import StageConfig, StudyConfig
+from trace_dist.studies.probes import Probes
 from trace_dist.studies.settings import abouts
 from trace_dist.studies.small_to_large import Stopped, run_study
 from trace_dist.utils import locks
@@ -103,9 +104,9 @@ def weights(lab: Lab) -> dict[str, torch.Tensor]:
 def test_every_arm_trains_and_puts_the_target_back(setup: Setup) -> None:
     stage = [StageConfig(list(ARMS), DENSITIES)]
     lab = Lab(setup.cfg, replace(setup.study, stages=stage))
-    before, case, masks = weights(lab), Case("first", 0), {}
+    before, case, masks, probes = weights(lab), Case("first", 0), {}, Probes(lab)
     for name in ARMS:
-        arm = load_arm(name, lab)
+        arm = load_arm(name, lab, probes)
         density = DENSITIES[1] if arm.by_density else None
         if isinstance(arm, Masked):
             made = arm.make(case)
@@ -133,7 +134,7 @@ def test_held_out_answers_are_those_of_greedy_decoding(setup: Setup) -> None:
     from trace_dist.evaluation import evaluate_task
 
     lab = Lab(setup.cfg, setup.study)
-    arm = load_arm("full", lab)
+    arm = load_arm("full", lab, Probes(lab))
     with arm.trial(Case("first", 0), None, 3e-3) as learner:
         found = lab.test(learner, "first")
         task = lab.setting.bench.tasks[0].task
@@ -177,7 +178,7 @@ def test_a_study_its_cut_and_its_page(setup: Setup, tmp_path: Path, monkeypatch:
     assert again["cells"] == begun["cells"]
     assert again["differences"] == begun["differences"]
     for section, (_, table) in SECTIONS.items():
-        assert "random" in table(again) or section in ("progress", "costs"), section
+        assert "random" in table(again) or section in ("progress", "costs", "claims", "enough"), section
     assert {claim.verdict for claim in claims(again)} <= {FOR, "against", UNDECIDED}
     draw(again, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000

@@ -29,6 +29,7 @@ from trace_dist.projection.budget import project_budgets
 from trace_dist.projection.site import Site
 from trace_dist.studies.lab import Case, Lab
 from trace_dist.studies.nested import nested_masks
+from trace_dist.studies.probes import Probes
 from trace_dist.studies.rates import density_key
 from trace_dist.train.learner import Learner
 
@@ -39,6 +40,7 @@ class Arm(ABC):
     Args:
         name: its name in the configuration.
         lab: models and data.
+        probes: dense warm starts of the lab's models.
     """
 
     label: ClassVar[str]
@@ -49,8 +51,8 @@ class Arm(ABC):
     """Whether it is trained at the study's densities; otherwise once."""
     masked: ClassVar[bool] = True
 
-    def __init__(self, name: str, lab: Lab) -> None:
-        self.name, self.lab = name, lab
+    def __init__(self, name: str, lab: Lab, probes: Probes) -> None:
+        self.name, self.lab, self.probes = name, lab, probes
 
     @abstractmethod
     def trial(self, case: Case, density: float | None, lr: float) -> AbstractContextManager[Learner]:
@@ -93,7 +95,7 @@ class Masked(Arm):
         return {
             "entries": {key: mask.num_entries for key, mask in masks.items()},
             "gradient_sum": sums,
-            "warm_losses": self.lab.warm_losses if self.warms else [],
+            "warm_losses": self.probes.warm_losses if self.warms else [],
             "probe_flops": spent,
             "probe_s": seconds,
         }
@@ -107,6 +109,10 @@ class Masked(Arm):
 
     def entries(self, case: Case, density: float | None) -> int:
         return self.mask(case, density).num_entries
+
+    def is_made(self, case: Case, density: float | None) -> bool:
+        """Whether a mask is on disk."""
+        return self._path(case, density_key(density)).is_file()
 
     def _path(self, case: Case, key: str) -> Path:
         return self.lab.masks(case) / f"{self.name}-{key}.safetensors"
@@ -129,7 +135,7 @@ class Scored(Masked):
 
     def importance(self, case: Case) -> dict[str, Tensor]:
         """Scores of all units."""
-        return unit_importance(self.lab.target_trace(case), self.lab.layouts, self.score)
+        return unit_importance(self.probes.target(case), self.lab.layouts, self.score)
 
 
 class Placed(Masked):
@@ -166,7 +172,7 @@ class Placed(Masked):
     def proxy_masks(self, case: Case) -> dict[float, Mask]:
         """The proxy's masks at each density, by the score of the section ``probe``."""
         small, kind = self.lab.small, self.lab.cfg.mask.granularity
-        scores = unit_importance(self.lab.small_trace(case), small.layouts, self.lab.cfg.probe.score)
+        scores = unit_importance(self.probes.proxy(case), small.layouts, self.lab.cfg.probe.score)
         return nested_masks(small.layouts, kind, self.lab.study.densities, lambda name, _: scores[name])
 
     def _options(self, part: Any) -> dict[str, Any]:
@@ -220,7 +226,7 @@ class Method(Arm):
         return METHODS.load(self.method).METHOD(self.method, setting, options)
 
 
-def load_arm(name: str, lab: Lab) -> Arm:
+def load_arm(name: str, lab: Lab, probes: Probes) -> Arm:
     """An arm by its name."""
-    found: Arm = ARMS.load(name).ARM(name, lab)
+    found: Arm = ARMS.load(name).ARM(name, lab, probes)
     return found

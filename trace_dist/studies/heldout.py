@@ -6,10 +6,11 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from trace_dist.data.batches import collate
@@ -40,6 +41,22 @@ class HeldOut:
     def loss(self) -> float:
         """Nats per answer token over all examples."""
         return sum(self.nats) / sum(self.tokens)
+
+
+class Asked(Protocol):
+    """What answers: a learner, or a model as it is."""
+
+    @property
+    def module(self) -> nn.Module: ...
+    @property
+    def forward(self) -> Callable[..., Any]: ...
+
+
+class AsIs(NamedTuple):
+    """A model as it is."""
+
+    module: nn.Module
+    forward: Callable[..., Any]
 
 
 @torch.no_grad()

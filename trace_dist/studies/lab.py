@@ -5,18 +5,17 @@ Every training and every probe leaves the target as it was, bit for bit.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trace_dist.config import ProbeConfig, RunConfig
+from trace_dist.config import RunConfig
 from trace_dist.continual.learn import put_back
 from trace_dist.continual.race import split
 from trace_dist.continual.setting import Setting
@@ -27,10 +26,9 @@ from trace_dist.masks.ops import layouts_for, tensor_seed
 from trace_dist.masks.units import UnitLayout
 from trace_dist.models.fingerprint import fingerprint
 from trace_dist.models.loading import load_model
-from trace_dist.probe.importance import Trace
-from trace_dist.probe.warm_start import warm_start
 from trace_dist.stages.base import prepare_base
-from trace_dist.studies.heldout import HeldOut, Rows, find_text, held_out, passages
+from trace_dist.studies.heldout import AsIs, Asked, HeldOut, Rows, find_text, held_out, passages
+from trace_dist.studies.meter import Meter
 from trace_dist.studies.plan import StudyConfig
 from trace_dist.studies.settings import abouts
 from trace_dist.train.learner import Learner, MaskedLearner
@@ -50,56 +48,6 @@ class Case:
 
     task: str
     seed: int
-
-
-class Asked(Protocol):
-    """What answers: a learner, or a model as it is."""
-
-    @property
-    def module(self) -> nn.Module: ...
-    @property
-    def forward(self) -> Callable[..., Any]: ...
-
-
-class AsIs(NamedTuple):
-    """A model as it is."""
-
-    module: nn.Module
-    forward: Callable[..., Any]
-
-
-@dataclass
-class Meter:
-    """Floating-point operations of a model's passes: 2 per weight and token forward, 4 more where a backward pass follows.
-
-    Weights of embeddings do no arithmetic; padding counts, since it is computed. What a mask saves of the weight gradients is
-    not taken off, nor are the products of attention.
-    """
-
-    flops: float = 0.0
-    reused_s: float = 0.0
-    """Wall time of probes whose result was used again; their operations count each time."""
-
-    def watch(self, module: nn.Module) -> None:
-        """Count a model's passes from now on."""
-        inputs = getattr(module, "get_input_embeddings", lambda: None)()
-        held = {id(parameter) for parameter in inputs.parameters()} if inputs is not None else set()
-        weights = sum(each.numel() for each in module.parameters() if id(each) not in held)
-
-        def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tokens = (kwargs["input_ids"] if "input_ids" in kwargs else args[0]).numel()
-            self.flops += (6 if torch.is_grad_enabled() else 2) * weights * tokens
-
-        module.register_forward_pre_hook(count, with_kwargs=True)
-
-
-class Kept(NamedTuple):
-    """A trace, what it is of, and what it cost."""
-
-    key: object
-    trace: Trace
-    flops: float
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -125,7 +73,6 @@ class Lab:
         bench = Workbench.load(cfg, path, study.plain)
         self.setting = Setting(cfg, bench, path, fingerprint(path))
         self.meter = Meter()
-        self._kept: Kept | None = None
 
     @cached_property
     def model(self) -> Any:
@@ -178,9 +125,9 @@ class Lab:
 
     def stream(self, case: Case) -> Stream:
         """The examples of a task that are trained on."""
-        return self._parts(case.task)[0]
+        return self.parts(case.task)[0]
 
-    def _parts(self, task: str, bench: Workbench | None = None) -> tuple[Stream, Stream]:
+    def parts(self, task: str, bench: Workbench | None = None) -> tuple[Stream, Stream]:
         """What is trained on, and what is held out to choose rates by: the same for every arm and seed."""
         streams = (bench or self.setting.bench).tasks
         stream = next(each for each in streams if each.task.name == task)
@@ -217,76 +164,6 @@ class Lab:
             self.model.detach()
             yield learner
 
-    def target_trace(self, case: Case) -> Trace:
-        """What a dense warm start of the target shows of a task."""
-        stream = self.stream(case)
-
-        def make() -> Trace:
-            batches = self.batches(case, self.cfg.probe.batch_size)
-            return self._warm(self.dense, self.layouts, batches, stream, self.cfg.probe)
-
-        return self._once(("target", case), make)
-
-    def general_trace(self, seed: int) -> Trace:
-        """The same of the general sets together."""
-        bench, probe = self.setting.bench, self.cfg.probe
-        if not bench.general:
-            raise ValueError(
-                "general=[]: an arm compares with general data, and there are none; add some, or leave the arm out"
-            )
-        batches = bench.batches(bench.general, probe.batch_size, seed=self.cfg.seed + seed)
-        self._kept = None
-        return self._warm(self.dense, self.layouts, batches, bench.general[0], probe)
-
-    def small_trace(self, case: Case) -> Trace:
-        """What the proxy shows of a task."""
-        small = self.small
-
-        def make() -> Trace:
-            stream, _ = self._parts(case.task, small.bench)
-            probe, seed = self.study.proxy_probe or self.cfg.probe, self.cfg.seed + case.seed
-            batches = small.bench.batches([stream], probe.batch_size, seed=seed)
-            return self._warm(small.module, small.layouts, batches, stream, probe)
-
-        return self._once(("proxy", case), make)
-
-    def _once(self, key: object, make: Callable[[], Trace]) -> Trace:
-        """The last trace is kept, since several arms read it; each takes four times the weights that may be masked."""
-        if self._kept is not None and self._kept.key == key:
-            self.meter.flops += self._kept.flops
-            self.meter.reused_s += self._kept.seconds
-            return self._kept.trace
-        self._kept, flops, begin = None, self.meter.flops, time.perf_counter()
-        trace = make()
-        self._kept = Kept(key, trace, self.meter.flops - flops, time.perf_counter() - begin)
-        return trace
-
-    @property
-    def warm_losses(self) -> list[float]:
-        """Training loss in the first and the last step of the trace that is kept; empty where none is."""
-        losses = self._kept.trace.losses if self._kept is not None else []
-        return [losses[0][1], losses[-1][1]] if losses else []
-
-    def _warm(
-        self,
-        module: nn.Module,
-        layouts: Mapping[str, UnitLayout],
-        batches: Batches,
-        stream: Stream,
-        probe: ProbeConfig,
-    ) -> Trace:
-        """A warm start, after which all is frozen again."""
-        probe = replace(probe, steps=probe.num_steps(len(stream.encoded)), epochs=None)
-        dtype, train = self.cfg.probed.dtype, self.cfg.train
-        try:
-            return warm_start(
-                module, list(layouts), batches, probe, train, dtype, f"probe {stream.task.name}"
-            )
-        finally:
-            for parameter in module.parameters():
-                parameter.requires_grad_(False)
-                parameter.grad = None
-
     def gradient_sums(self, case: Case, masks: Mapping[str, Mask]) -> dict[str, float]:
         """Sum over each mask's entries of the absolute gradient at the base, of its mean over ``probe.fisher_batches`` batches.
 
@@ -315,7 +192,7 @@ class Lab:
 
     def validate(self, asked: Asked, task: str) -> HeldOut:
         """Held-out training examples."""
-        return self._ask(asked, self._parts(task)[1].encoded.to_list())
+        return self._ask(asked, self.parts(task)[1].encoded.to_list())
 
     def test(self, asked: Asked, task: str) -> HeldOut:
         """Test examples."""

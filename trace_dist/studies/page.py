@@ -9,17 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
-
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 
 from trace_dist.benchmarks.document import Result, Sections, grid, render, with_origin
-from trace_dist.report.plots import label_ends
-from trace_dist.report.theme import LIGHT
+from trace_dist.studies.cells import by_kind, place
 from trace_dist.studies.claims import claims, nats, percent
+from trace_dist.studies.picture import draw
 from trace_dist.utils.files import read_json, write_text
 
 RESULT = "study_small_to_large.json"
@@ -54,7 +48,7 @@ def losses_table(result: Result) -> str:
     cells = {(cell["arm"], cell["density"], cell["task"]): cell for cell in result["cells"] if cell["seeds"]}
     kinds = sorted(
         {(density, arm) for arm, density, _ in cells},
-        key=lambda kind: (kind[0] or 1.0, _place(result, kind[1])),
+        key=lambda kind: (kind[0] or 1.0, place(result, kind[1])),
     )
     rows = [
         [
@@ -96,10 +90,23 @@ def _difference(row: Result | None) -> str:
     return nats(row) + ("" if row["tuned"] else " *")
 
 
+def enough_table(result: Result) -> str:
+    """How many tasks each density is enough for."""
+    rows = []
+    for arm in dict.fromkeys(row["arm"] for row in result["enough"]):
+        found = [row["density"] for row in result["enough"] if row["arm"] == arm]
+        counts = [str(found.count(density)) for density in result["settings"]["densities"]]
+        rows.append([result["arms"][arm]["label"], *counts])
+    if not rows:
+        return "No arm is tuned at all densities of a task by now.\n"
+    heads = [f"{percent(density)} is enough" for density in result["settings"]["densities"]]
+    return grid(["tasks on which", *heads], rows) + "\n"
+
+
 def text_table(result: Result) -> str:
     """Rise of the loss on general text, mean over tasks, beside the loss on the tasks."""
     rows = []
-    for arm, density, cells in _by_kind(result):
+    for arm, density, cells in by_kind(result):
         numbers = [
             f"{mean(cell['loss'] for cell in cells):.3f}",
             f"{mean(cell['text_rise'] for cell in cells):+.3f}",
@@ -111,7 +118,7 @@ def text_table(result: Result) -> str:
 def rates_table(result: Result) -> str:
     """Best rates and what the rule says of them."""
     rows = []
-    for arm, density, cells in _by_kind(result):
+    for arm, density, cells in by_kind(result):
         tuned = [cell for cell in cells if cell["bracketed"]]
         if not tuned:
             continue
@@ -166,20 +173,6 @@ def costs_table(result: Result) -> str:
     return grid(head, rows) + "\n"
 
 
-def _by_kind(result: Result) -> list[tuple[str, float | None, list[Result]]]:
-    """Cells of an arm and a density, over tasks."""
-    kinds: dict[tuple[str, float | None], list[Result]] = {}
-    for cell in result["cells"]:
-        if cell["seeds"]:
-            kinds.setdefault((cell["arm"], cell["density"]), []).append(cell)
-    order = sorted(kinds, key=lambda kind: (kind[1] or 1.0, _place(result, kind[0])))
-    return [(arm, density, kinds[arm, density]) for arm, density in order]
-
-
-def _place(result: Result, arm: str) -> int:
-    return list(result["arms"]).index(arm)
-
-
 def _text_grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of texts."""
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -191,75 +184,12 @@ SECTIONS: Sections = {
     "claims": ((RESULT,), claims_table),
     "losses": ((RESULT,), losses_table),
     "differences": ((RESULT,), differences_table),
+    "enough": ((RESULT,), enough_table),
     "text": ((RESULT,), text_table),
     "rates": ((RESULT,), rates_table),
     "costs": ((RESULT,), costs_table),
 }
 """Section of docs/studies.md -> its result files and its table."""
-
-
-def draw(result: Result, out: Path) -> None:
-    """Loss against trained entries, and what is forgotten against it; on the tasks that every shown arm was tuned on."""
-    tasks = _common(result)
-    with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(10, 4), layout="constrained")
-        quality, forgetting = figure.subplots(1, 2)
-        ends: list[tuple[str, float, str]] = []
-        for arm in result["arms"]:
-            points = _points(result, arm, tasks)
-            if points:
-                _draw_arm(result, arm, points, quality, forgetting)
-                ends.append((result["arms"][arm]["label"], points[-1][1], _colour(result, arm)))
-        quality.set_xscale("log")
-        quality.set_yscale("log")
-        quality.yaxis.set_minor_formatter(NullFormatter())
-        forgetting.set_xscale("log")
-        forgetting.xaxis.set_minor_formatter(NullFormatter())
-        label_ends(quality, ends, gap=0.06, longest=34)
-        where = f"mean of {len(tasks)} task(s): {', '.join(tasks)}"
-        quality.set_title("answer loss, nats per token", loc="left", fontsize=10)
-        forgetting.set_title("rise of general text's loss, nats per token", loc="left", fontsize=10)
-        quality.set_xlabel(f"trained entries; {where}")
-        forgetting.set_xlabel("answer loss, nats per token")
-        figure.savefig(out, dpi=150)
-
-
-def _draw_arm(
-    result: Result, arm: str, points: Sequence[tuple[float, float, float]], quality: Axes, forgetting: Axes
-) -> None:
-    entries, losses, rises = zip(*points, strict=True)
-    style: dict[str, Any] = {"color": _colour(result, arm), "marker": "o", "markersize": 4}
-    quality.plot(entries, losses, **style)
-    forgetting.plot(losses, rises, **style)
-
-
-def _colour(result: Result, arm: str) -> str:
-    return LIGHT[result["arms"][arm]["colour"]]
-
-
-def _common(result: Result) -> list[str]:
-    """Tasks on which the arms of the study's first stage are known at its first density."""
-    first = result["settings"]["study"]["stages"][0]
-    known = {(cell["task"], cell["arm"], cell["density"]) for cell in result["cells"] if cell["seeds"]}
-    wanted = [(arm, first["densities"][0]) for arm in first["arms"]]
-    return [task for task in result["bases"] if all((task, *kind) in known for kind in wanted)]
-
-
-def _points(result: Result, arm: str, tasks: Sequence[str]) -> list[tuple[float, float, float]]:
-    """Entries, loss and rise of general text's loss at each density that is known on all tasks, rising."""
-    found = []
-    for name, _, cells in _by_kind(result):
-        by_task = {cell["task"]: cell for cell in cells}
-        if name == arm and tasks and all(task in by_task for task in tasks):
-            some = [by_task[task] for task in tasks]
-            found.append(
-                (
-                    max(c["entries"] for c in some),
-                    mean(c["loss"] for c in some),
-                    mean(c["text_rise"] for c in some),
-                )
-            )
-    return sorted(found)
 
 
 if __name__ == "__main__":

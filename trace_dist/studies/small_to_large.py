@@ -22,6 +22,7 @@ from trace_dist.parts import ARMS
 from trace_dist.studies.arm import Arm, Masked, load_arm
 from trace_dist.studies.lab import Case, Lab
 from trace_dist.studies.plan import StudyConfig
+from trace_dist.studies.probes import Probes
 from trace_dist.studies.rates import density_key
 from trace_dist.studies.records import Journal, Records
 from trace_dist.studies.schedule import Job, Make, Schedule, Score, Train, Traits
@@ -136,6 +137,7 @@ class Worker:
     def __init__(self, cfg: RunConfig, study: StudyConfig, journal: Journal, records: Records) -> None:
         self._cfg, self._study, self._journal, self._records = cfg, study, journal, records
         self._lab: Lab | None = None
+        self._probes: Probes | None = None
         self._longest: dict[type, float] = {}
 
     @property
@@ -187,6 +189,9 @@ class Worker:
     def _train(self, job: Train) -> dict[str, Any]:
         lab, (name, task, density) = self.lab, job.cell
         case, arm, meter = Case(task, job.seed), self._arm(name), self.lab.meter
+        if isinstance(arm, Masked) and not arm.is_made(case, density):
+            # It was recorded, and somebody has deleted it.
+            arm.make(case)
         record: dict[str, Any] = {"kind": "trial", "arm": name, "task": task, "density": density}
         record |= {"seed": job.seed, "lr": job.lr, "losses": None, "right": None, "text": None}
         begin, flops = time.perf_counter(), meter.flops
@@ -210,7 +215,9 @@ class Worker:
         return record
 
     def _arm(self, name: str) -> Arm:
-        return load_arm(name, self.lab)
+        if self._probes is None:
+            self._probes = Probes(self.lab)
+        return load_arm(name, self.lab, self._probes)
 
     def _task(self, name: str) -> Any:
         return next(each.task for each in self.lab.setting.bench.tasks if each.task.name == name)

@@ -16,6 +16,8 @@ from trace_dist.studies.statistics import Answers, Estimate, difference, share_o
 
 PROJECTED = ("projected", "projected_magnitude", "budgets", "places")
 """Arms whose share of the gain of probing on the target is asked for."""
+MARGIN = 0.02
+"""Nats per answer token by which a smaller density may be worse and still be enough."""
 PROBED = ("probed", "narrowed")
 """Arms that probe the target, with which those are compared."""
 
@@ -36,6 +38,7 @@ def summarise(records: Records, study: StudyConfig, tasks: Sequence[str]) -> dic
             "checked": list(_checked(records, tasks, product_used)),
         },
         "costs": list(_costs(records, study)),
+        "enough": list(_enough(records, study, tasks)),
     }
 
 
@@ -189,6 +192,22 @@ def _shares(records: Records, study: StudyConfig, tasks: Sequence[str]) -> Itera
                         "gain": {**gain.to_json(), "verdict": gain.verdict},
                         "share": share_of_gain(triples).to_json(),
                     }
+
+
+def _enough(records: Records, study: StudyConfig, tasks: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Per arm and task, the smallest density whose loss lies within ``MARGIN`` of that of the best density, beyond doubt."""
+    for arm in study.arms:
+        for task in tasks:
+            known = {
+                density: found
+                for density in study.densities
+                if (found := answers(records, Cell(arm, task, density))) is not None
+                and is_bracketed(tried_in(records, Cell(arm, task, density)))
+            }
+            if len(known) == len(study.densities) > 1:
+                best = min(known.values(), key=lambda found: found.loss)
+                near = [d for d in study.densities if difference([(known[d], best)]).high <= MARGIN]
+                yield {"arm": arm, "task": task, "density": min(near), "margin": MARGIN}
 
 
 def _checked(records: Records, tasks: Sequence[str], fitted: float) -> Iterator[dict[str, Any]]:

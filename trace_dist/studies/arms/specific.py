@@ -21,7 +21,7 @@ class Specific(Scored):
     def importance(self, case: Case) -> dict[str, Tensor]:
         own, contrast = super().importance(case), Contrast("specific")
         contrast.add(own)
-        contrast.add(unit_importance(self.lab.general_trace(case.seed), self.lab.layouts, self.score))
+        contrast.add(unit_importance(self.probes.general(case.seed), self.lab.layouts, self.score))
         return contrast.of(own)
 
 

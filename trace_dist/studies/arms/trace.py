@@ -25,7 +25,7 @@ class Trace(Masked):
         lab, layouts = self.lab, self.lab.small.layouts
         share = METHODS.options("trace", lab.cfg.continual.options.get("trace", {})).share
         whole = {name: UnitLayout(layout.shape, layout.numel) for name, layout in layouts.items()}
-        scores = unit_importance(lab.small_trace(case), whole, "l2_plus_fisher")
+        scores = unit_importance(self.probes.proxy(case), whole, "l2_plus_fisher")
         mask = replace(lab.cfg.mask, granularity="tensor", share_of="tensors", density=share)
         shapes = {name: layout.shape for name, layout in layouts.items()}
         return {None: project_tensors(lab.model, {n: float(s) for n, s in scores.items()}, shapes, mask)}
