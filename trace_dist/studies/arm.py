@@ -120,7 +120,8 @@ class Masked(Arm):
     def competing(self, scores: Scores) -> dict[float | None, Mask]:
         """The best units of the whole target, at each density."""
         lab = self.lab
-        return {**nested_masks(lab.layouts, lab.cfg.mask.granularity, lab.study.densities, scores)}
+        found = nested_masks(lab.layouts, lab.cfg.mask.granularity, lab.study.densities, scores)
+        return {density: mask for density, mask in found.items()}  # noqa: C416 - the keys' type is wider
 
 
 class Scored(Masked):
