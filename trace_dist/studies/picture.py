@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from trace_dist.benchmarks.document import Result
 from trace_dist.report.plots import label_ends
@@ -32,9 +32,11 @@ def draw(result: Result, out: Path) -> None:
                 ends.append((result["arms"][arm]["label"], points[-1][1], _colour(result, arm)))
         quality.set_xscale("log")
         quality.set_yscale("log")
-        quality.yaxis.set_minor_formatter(NullFormatter())
         forgetting.set_xscale("log")
-        forgetting.xaxis.set_minor_formatter(NullFormatter())
+        for axis in (quality.xaxis, quality.yaxis, forgetting.xaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+            axis.set_minor_formatter(NullFormatter())
         label_ends(quality, ends, gap=0.06, longest=34)
         where = f"mean of {len(tasks)} task(s): {', '.join(tasks)}"
         quality.set_title("answer loss, nats per token", loc="left", fontsize=10)
@@ -58,11 +60,15 @@ def _colour(result: Result, arm: str) -> str:
 
 
 def _common(result: Result) -> list[str]:
-    """Tasks on which the arms of the study's first stage are known at its first density."""
+    """Tasks on which the arms of the first stage are known at its first density; where there are none, its first arm is."""
     first = result["settings"]["study"]["stages"][0]
     known = {(cell["task"], cell["arm"], cell["density"]) for cell in result["cells"] if cell["seeds"]}
-    wanted = [(arm, first["densities"][0]) for arm in first["arms"]]
-    return [task for task in result["bases"] if all((task, *kind) in known for kind in wanted)]
+    for arms in (first["arms"], first["arms"][:1]):
+        wanted = [(arm, first["densities"][0]) for arm in arms]
+        tasks = [task for task in result["bases"] if all((task, *kind) in known for kind in wanted)]
+        if tasks:
+            return tasks
+    return []
 
 
 def _points(result: Result, arm: str, tasks: Sequence[str]) -> list[tuple[float, float, float]]:
