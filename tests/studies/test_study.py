@@ -32,7 +32,7 @@ from trace_dist.studies.lab import Case, Lab
 from trace_dist.studies.page import RESULT, SECTIONS, draw
 from trace_dist.studies.plan import StageConfig, StudyConfig
 from trace_dist.studies.probes import Probes
-from trace_dist.studies.settings import abouts
+from trace_dist.studies.settings import abouts, chosen
 from trace_dist.studies.small_to_large import Stopped, run_study
 from trace_dist.utils import locks
 
@@ -187,6 +187,11 @@ def test_a_study_its_cut_and_its_page(setup: Setup, tmp_path: Path, monkeypatch:
 def test_records_of_other_settings_are_left_out(setup: Setup) -> None:
     other = replace(setup.cfg, train=replace(setup.cfg.train, steps=5))
     assert abouts(other, setup.study) != abouts(setup.cfg, setup.study)
+    stages = replace(setup.study, stages=[*setup.study.stages, *setup.study.stages], max_rates=9)
+    assert abouts(setup.cfg, stages) == abouts(setup.cfg, setup.study)
+    assert abouts(setup.cfg, replace(setup.study, plain=True)) != abouts(setup.cfg, setup.study)
+    # What is a default is no part: an option that a later version adds orphans no records.
+    assert chosen(TrainConfig(steps=5, betas=(0.9, 0.98))) == {"steps": 5}
     moved = replace(setup.cfg, run_dir="elsewhere")
     assert abouts(moved, setup.study) == abouts(setup.cfg, setup.study)
     # Another task changes nothing about the first one.
