@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: quickstart quickstart-smollm2 publish bench stream20 retrieval-study gpu test fuzz lint format docs wheel clean
+.PHONY: quickstart quickstart-smollm2 publish bench stream20 retrieval-study study study-toy gpu test fuzz lint format docs wheel clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/trace-dist run --config configs/quickstart.yaml
@@ -38,6 +38,15 @@ stream20: $(VENV)/.quickstart
 retrieval-study: $(VENV)/.smollm2
 	$(BIN)/python -m trace_dist.benchmarks.retrieval --config configs/retrieval.yaml --out docs/results/retrieval.json
 	$(BIN)/python -m trace_dist.benchmarks.retrieval_page docs/results docs/retrieval.md docs/retrieval.png
+
+# When is a probed mask worth its probe? Half a day of one core or more; a study that was cut goes on.
+study: $(VENV)/.smollm2
+	OMP_NUM_THREADS=1 $(BIN)/trace-dist study small-to-large --config configs/study-small-to-large.yaml
+	$(BIN)/python -m trace_dist.studies.page docs/results docs/studies.md docs/studies.png
+
+# The same on two tiny models, to see that all of it runs; a quarter of an hour.
+study-toy: $(VENV)/.quickstart
+	OMP_NUM_THREADS=1 $(BIN)/trace-dist study small-to-large --config configs/study-toy.yaml
 
 # Where there is a GPU: the kernels' tests on it, and what the benchmarks say of it. A quarter of an hour.
 STEP = $(BIN)/trace-dist bench step --ranks 1 --rounds 1 --sequence 2048

@@ -39,6 +39,7 @@ RANKS: dict[str, tuple[int, int]] = {
     "report": (7, 1),
     "benchmarks": (8, 0),
     "stages": (8, 1),
+    "studies": (8, 2),
     "cli": (9, 0),
 }
 ENTRY_POINTS = {"__init__", "__main__"}
@@ -186,7 +187,7 @@ def test_the_page_shows_the_layers() -> None:
 
 def test_the_whole_configuration_goes_to_stages_alone() -> None:
     """Everything below takes its section, or plain arguments."""
-    above = {"config", "continual", "stages", "cli"}
+    above = {"config", "continual", "stages", "studies", "cli"}
     found = {module_of(path) for path in sources() if "RunConfig" in path.read_text(encoding="utf-8")}
     assert {module for module in found if part_of(module) not in above} == set()
 

@@ -23,6 +23,7 @@ ACTIONS = {
     **{("memory", name): command for name, command in known.MEMORY_ACTIONS.items()},
     ("memory", "measure"): known.MEASURE,
     **{("bench", name): command for name, command in known.BENCHMARKS.items()},
+    **{("study", name): command for name, command in known.STUDIES.items()},
 }
 COMMANDS = {
     (name,): command for name, command in (known.RUN_COMMANDS | known.FILE_COMMANDS).items()
@@ -52,6 +53,7 @@ def test_help_says_what_for_and_gives_an_example(
     assert command.example.split()[: len(words)] == list(words) or words[0] in (
         "memory",
         "bench",
+        "study",
         "mask",
         "bank",
     )

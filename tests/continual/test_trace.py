@@ -17,7 +17,8 @@ from trace_dist.continual.setting import Setting
 from trace_dist.masks import Mask
 from trace_dist.models.loading import load_model
 from trace_dist.models.roles import describe, full_shape
-from trace_dist.probe.warm_start import Trace, warm_start
+from trace_dist.probe.importance import Trace
+from trace_dist.probe.warm_start import warm_start
 from trace_dist.stages.report import collect_results
 from trace_dist.train.workbench import Workbench
 

@@ -10,10 +10,9 @@ import torch
 from trace_dist.bank.sketch import Sketch, sketch_update
 from trace_dist.masks.units import UnitLayout
 from trace_dist.parts import SCORES
-from trace_dist.probe.importance import Evidence, unit_importance
+from trace_dist.probe.importance import Evidence, Trace, unit_importance
 from trace_dist.probe.importance.contrast import Contrast
 from trace_dist.probe.specificity import cosine_matrix, mean_cosines, specificity, tensor_specificity
-from trace_dist.probe.warm_start import Trace
 
 U = torch.tensor([[1.0, -2.0, 0.0], [3.0, 0.0, 4.0]])
 F = torch.tensor([[4.0, 9.0, 1.0], [0.0, 16.0, 1.0]])

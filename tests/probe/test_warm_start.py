@@ -12,7 +12,8 @@ from probe.setting import make_batches, make_config, make_model, reference_gradi
 from trace_dist.config import ProbeConfig, TrainConfig
 from trace_dist.masks.ops import layouts_for
 from trace_dist.models.roles import maskable
-from trace_dist.probe.warm_start import Trace, warm_start
+from trace_dist.probe.importance import Trace
+from trace_dist.probe.warm_start import warm_start
 
 PROBE = ProbeConfig(steps=5, lr=1e-2, fisher_batches=3)
 

@@ -12,7 +12,7 @@ from projection.rank_script import GRANULARITIES
 
 from trace_dist.config import MaskConfig, ProjectionConfig
 from trace_dist.masks import Mask, UnitLayout
-from trace_dist.masks.ops import Scores, layouts_for, place, random_mask
+from trace_dist.masks.ops import Scores, layouts_for, overlap, place, random_mask
 from trace_dist.projection.placements.narrow import OUTSIDE, narrow_scores
 from trace_dist.projection.placements.narrow import Options as NarrowOptions
 from trace_dist.projection.placements.narrow import scores as narrow_placement
@@ -227,6 +227,26 @@ def test_without_a_proxy_all_tensors_of_the_target_compete(share_of: str) -> Non
     assert len(units) == size
     # Gradients in fp32 and fp64 may order a few at the limit differently.
     assert len(units - expected) <= 0.01 * size
+
+
+def test_the_target_alone_is_narrowed_from_its_largest_gradients() -> None:
+    cfg, model = make_config(), shard(make_model())
+    before = model.full_state_dict()
+
+    def made(placement: str, density: float, **options: Any) -> Mask:
+        return project_task(
+            model, None, "t", make_batches, mask=MaskConfig(density=density),
+            projection=ProjectionConfig(placement, options), probe=cfg.probe, train=cfg.train, seed=0,
+        )  # fmt: skip
+
+    pool, steepest = made("target", 0.2), made("target", 0.05)
+    narrowed = made("narrow_target", 0.05, pool_density=0.2, steps=2)
+    assert narrowed.num_entries == steepest.num_entries
+    assert overlap(narrowed, pool) == pytest.approx(narrowed.num_entries / pool.num_entries)
+    assert narrowed != steepest
+    assert all(torch.equal(value, before[name]) for name, value in model.full_state_dict().items())
+    with pytest.raises(ValueError, match="pool"):
+        made("narrow_target", 0.05, pool="magnitude")
 
 
 def test_narrowing_restores_bf16_weights_bit_for_bit() -> None:

@@ -12,8 +12,8 @@ from engine.toy import WIDTH, Toy
 from torch import nn
 
 from trace_dist import Mask, MaskedAdamW, shard
-from trace_dist.sharding import ShardedModel
-from trace_dist.sharding.masked_linear import Part, patch_linear
+from trace_dist.sharding import ShardedModel, masked_linear, support
+from trace_dist.sharding.masked_linear import Part, patch_linear, single_entries
 
 IDS = batches(CASES["element"])[0][0]
 
@@ -45,6 +45,31 @@ def test_compact_gradient_is_the_dense_one_at_the_mask(granularity: str, maskabl
         assert dense is not None
         torch.testing.assert_close(grad, 2 * dense.flatten()[mask.elements(name)], rtol=1e-5, atol=1e-8)
         assert model.module.get_parameter(name).grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_very_few_entries_are_computed_one_by_one(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the dense product, to the same gradients; also in pieces."""
+    monkeypatch.setattr(masked_linear, "GATHERED", 3 * IDS.numel())
+    found, computed = {}, list[int]()
+
+    def count(grad: torch.Tensor, x: torch.Tensor, part: masked_linear.Part) -> torch.Tensor:
+        computed.append(1)
+        return single_entries(grad, x, part)
+
+    monkeypatch.setattr(masked_linear, "single_entries", count)
+    for limit in (0.0, 0.6):
+        monkeypatch.setattr(support, "SINGLE", limit)
+        model, _ = attach(model=CASES["element"].model().to(dtype))
+        model.backward(model(input_ids=IDS, labels=IDS).loss)
+        found[limit] = compact_gradients(model)
+        assert bool(computed) == (limit > 0)
+    for name, grad in found[0.6].items():
+        scale = float(found[0.0][name].abs().max())
+        tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(grad, found[0.0][name], rtol=1e-5, atol=tolerance * scale)
 
 
 @pytest.mark.parametrize("granularity", ["row", "column"])

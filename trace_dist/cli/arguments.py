@@ -186,6 +186,19 @@ BENCHMARKS = {
         {"out": OUT},
     ),
 }
+STUDIES = {
+    "small-to-large": Command(
+        "compare random, probed and projected masks, LoRA and full training, each at a learning rate of its own",
+        "study small-to-large --config configs/study-small-to-large.yaml --hours 2",
+        {
+            "hours": (
+                float | None,
+                None,
+                "after which nothing is begun that would not end in time; 0 sums up; the same command goes on later",
+            )
+        },
+    ),
+}
 MASK = "runs/quickstart/masks/reverse.safetensors"
 BANK = "runs/quickstart/bank"
 Options = dict[str, dict[str, Any]]
@@ -392,6 +405,10 @@ FILE_COMMANDS = {
     "bench": Command(
         "measure kernels, optimizer, training step, answers and memory beside their peers",
         BENCHMARKS["step"].example,
+    ),
+    "study": Command(
+        "answer a question by many short trainings; a study that was cut goes on",
+        STUDIES["small-to-large"].example,
     ),
 }
 """Commands that work on files, or on the machine."""

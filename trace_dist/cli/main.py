@@ -28,6 +28,7 @@ ROOMS = {
     "mask": "mask_commands",
     "memory": "memory_commands",
     "serve": "serving_commands",
+    "study": "study_commands",
 }
 """Commands beside those on a run -> the module of their function ``NAME_command``."""
 

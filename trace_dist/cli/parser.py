@@ -28,6 +28,7 @@ from trace_dist.config.moved import in_new_place
 from trace_dist.config.renamed import explain
 from trace_dist.profiling.memory_setup import MemorySetup
 from trace_dist.serving.options import Listening, Sampling, Source
+from trace_dist.studies.plan import StudyConfig
 from trace_dist.utils.yaml import check_yaml
 
 PROGRAM = "trace-dist"
@@ -212,6 +213,14 @@ def _fill_bench(parser: Parser, _: Command) -> None:
         _add(_subcommand(parser, sub, name, command), command.own)
 
 
+def _fill_study(parser: Parser, _: Command) -> None:
+    sub: Any = parser.add_subcommands(dest="action")
+    for name, command in known.STUDIES.items():
+        child = _subcommand(parser, sub, name, command)
+        _fill_run(child, command)
+        child.add_class_arguments(StudyConfig, "study", fail_untyped=True)
+
+
 def _fill_from_bank(own: type | None, arguments: known.Options, rest: str = "") -> Fill:
     """What gives a command a bank and its base, its own section and its own arguments; ``rest`` ends its usage."""
 
@@ -233,5 +242,6 @@ FILL: dict[str, Fill] = {
     "bank": _fill_actions(known.BANK_ACTIONS),
     "memory": _fill_memory,
     "bench": _fill_bench,
+    "study": _fill_study,
 }
 """What the arguments of a command are; those of the others are a run's configuration."""

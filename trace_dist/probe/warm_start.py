@@ -7,37 +7,16 @@ much the task needs them. The proxy is small, so it is trained densely, in one p
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from trace_dist.config import ProbeConfig, TrainConfig
 from trace_dist.data.batches import Batches, Step
-from trace_dist.probe.importance.evidence import Evidence
+from trace_dist.probe.importance.evidence import Evidence, Trace
 from trace_dist.train.learner import DenseLearner
 from trace_dist.train.loop import train_steps
 from trace_dist.utils import dist
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What a warm start shows of one task.
-
-    Everything is on the CPU, since the traces of all tasks are compared.
-
-    Attributes:
-        evidence: parameter -> what scores are computed from.
-        losses: (step, nats per answer token).
-    """
-
-    evidence: dict[str, Evidence]
-    losses: list[tuple[int, float]]
-
-    @property
-    def update(self) -> dict[str, Tensor]:
-        """Parameter -> fp32 weight after minus weight before."""
-        return {name: each.update for name, each in self.evidence.items()}
 
 
 def warm_start(

@@ -3,8 +3,9 @@
 Forward is the plain product ``y = x W^T + b``. Backward returns ``dy W`` for the input and hands the weight gradient to
 ``deliver``: dense (``dy^T x``) where the mask has scattered entries. Where it is made of whole rows or columns, only those are
 computed (``dy[:, rows]^T x``, ``dy^T x[:, columns]``): the dense weight gradient and its FLOPs never exist, and of the input
-only the masked columns are kept for backward. The weight itself stays frozen, hence ZeRO-3 and FSDP2 reduce nothing; they
-gather it again for the backward as for any frozen layer.
+only the masked columns are kept for backward. Very few entries are computed one by one (``sum over tokens of dy[:, row]
+x[:, column]``). The weight itself stays frozen, hence ZeRO-3 and FSDP2 reduce nothing; they gather it again for the backward as
+for any frozen layer.
 
 [Note: aligned] A mask has exactly the rows that were chosen, say 205 of 4096. On a GPU a half-precision product with such a
 side leaves the fast kernels, which want lines of 16 bytes; so up to seven more are computed and cut off. Neither the mask nor a
@@ -35,17 +36,21 @@ Catch = Callable[[Tensor], Tensor]
 
 
 class Part(NamedTuple):
-    """Which part of a weight gradient is computed: indices [k] int64 of output or input neurons, None for all.
+    """Which part of a weight gradient is computed: indices [k] int64 of output and input neurons, None for all.
 
-    ``spare``: how many of the indices, at their end, are not asked for; what is computed for them is cut off ([Note: aligned]).
+    With ``single`` they are pairs: the gradient of k entries. ``spare``: how many of the indices, at their end, are not asked for;
+    what is computed for them is cut off ([Note: aligned]).
     """
 
     rows: Tensor | None = None
     columns: Tensor | None = None
     spare: int = 0
+    single: bool = False
 
     def aligned(self, multiple: int) -> Part:
         """The same with spare indices, copies of the last one, up to a multiple of so many."""
+        if self.single:
+            return self
         spare = 0
 
         def filled(indices: Tensor | None) -> Tensor | None:
@@ -63,13 +68,40 @@ class Part(NamedTuple):
         rows, columns = (
             None if indices is None else sent(indices, device) for indices in (self.rows, self.columns)
         )
-        return Part(rows, columns, self.spare)
+        return Part(rows, columns, self.spare, self.single)
 
     def cut(self, product: Tensor) -> Tensor:
         """A gradient without what is spare."""
         if not self.spare:
             return product
         return product[: -self.spare] if self.columns is None else product[:, : -self.spare]
+
+
+GATHERED = 2**22
+"""Activations that are gathered at a time for single entries."""
+
+
+def single_entries(grad: Tensor, x: Tensor, part: Part) -> Tensor:
+    """The weight gradient at single entries.
+
+    Args:
+        grad: of the output, [tokens, outputs].
+        x: the input, [tokens, inputs].
+        part: k pairs of rows and columns.
+
+    Returns:
+        [k], summed in fp32 (fp64 for an fp64 model).
+    """
+    rows, columns = part.rows, part.columns
+    if rows is None or columns is None:
+        raise AssertionError("single entries have a row and a column each")
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    found = grad.new_empty(len(rows), dtype=wide)
+    size = max(1, GATHERED // max(1, len(grad)))
+    for start in range(0, len(rows), size):
+        some = slice(start, start + size)
+        found[some] = (grad[:, rows[some]].to(wide) * x[:, columns[some]].to(wide)).sum(0)
+    return found
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -83,7 +115,7 @@ class _MaskedLinear(torch.autograd.Function):
         part: Part,
         deliver: Deliver,
     ) -> Tensor:
-        ctx.save_for_backward(x if part.columns is None else x[..., part.columns])
+        ctx.save_for_backward(x if part.columns is None or part.single else x[..., part.columns])
         ctx.module, ctx.part, ctx.deliver = module, part, deliver
         return F.linear(x, module.weight, bias)
 
@@ -94,8 +126,12 @@ class _MaskedLinear(torch.autograd.Function):
         dtype = grad_out.dtype  # under autocast that of the product, not of x and the weight
         flat_grad = grad_out.reshape(-1, grad_out.shape[-1])
         flat_x = x.reshape(-1, x.shape[-1]).to(dtype)
-        picked = flat_grad if ctx.part.rows is None else flat_grad[:, ctx.part.rows]
-        ctx.deliver(ctx.part.cut(picked.T @ flat_x))
+        part: Part = ctx.part
+        if part.single:
+            ctx.deliver(single_entries(flat_grad, flat_x, part))
+        else:
+            picked = flat_grad if part.rows is None else flat_grad[:, part.rows]
+            ctx.deliver(part.cut(picked.T @ flat_x))
         grad_x = (grad_out @ ctx.module.weight.to(dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
         grad_bias = flat_grad.sum(0) if ctx.needs_input_grad[1] else None
         return grad_x, grad_bias, None, None, None, None
@@ -168,8 +204,8 @@ def patch_linear(
         module: the layer; its weight is frozen.
         anchor: scalar that requires grad, so that backward runs even for an input that does not.
         part: the part of the weight gradient to compute.
-        deliver: receives that part, [rows or out, columns or in], in the dtype of the activations; or, where the model uses the
-            weight itself, the whole, in the dtype of the weight.
+        deliver: receives that part, [rows or out, columns or in] or [entries], in the dtype of the activations or fp32; or, where
+            the model uses the weight itself, the whole, in the dtype of the weight.
         running: whether a use of ``.weight`` at this moment is the model's.
 
     Returns:

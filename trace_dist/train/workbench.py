@@ -119,14 +119,21 @@ class Workbench:
     general: list[Stream]
 
     @classmethod
-    def load(cls, cfg: Sections, model_path: str | Path) -> Workbench:
+    def load(cls, cfg: Sections, model_path: str | Path, plain: bool = False) -> Workbench:
         """Read and check all tasks, and tokenise them with a model's tokenizer.
+
+        Args:
+            cfg: which tasks.
+            model_path: folder or hub id of the model.
+            plain: leave out the tokenizer's chat template.
 
         Raises:
             ValueError: as ``Tasks.load``.
         """
         loaded = Tasks.load(cfg)
         tokenizer = load_tokenizer(model_path)
+        if plain:
+            tokenizer.chat_template = None
         steps = {task.name: task.steps or cfg.train.steps for task in (*cfg.tasks, *cfg.general)}
 
         def stream(task: Task) -> Stream:

@@ -22,3 +22,23 @@ class Evidence:
     update: Tensor
     gradient: Tensor
     fisher: Tensor
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a warm start shows of one task.
+
+    Everything is on the CPU, since the traces of all tasks are compared.
+
+    Attributes:
+        evidence: parameter -> what scores are computed from.
+        losses: (step, nats per answer token).
+    """
+
+    evidence: dict[str, Evidence]
+    losses: list[tuple[int, float]]
+
+    @property
+    def update(self) -> dict[str, Tensor]:
+        """Parameter -> fp32 weight after minus weight before."""
+        return {name: each.update for name, each in self.evidence.items()}

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from trace_dist.masks.units import UnitLayout
 from trace_dist.parts import SCORES
-from trace_dist.probe.importance.evidence import Evidence
-from trace_dist.probe.warm_start import Trace
+from trace_dist.probe.importance.evidence import Evidence, Trace
 
 
 def element_energy(evidence: Evidence, score: str) -> Tensor:

@@ -133,7 +133,7 @@ def narrow_scores(
     start = [optimizer.values(support).clone() for support in optimizer.supports]
     label, rate = f"narrow {task}".rstrip(), f"{options.where}.lr"
     train_steps(learner, batches, train, options.steps, description=label, rate=rate)
-    gradients = _compact_gradients(learner, batches, probe.fisher_batches)
+    gradients = compact_gradients(learner, batches, probe.fisher_batches)
     parts, energies = parts_of(probe.score), {}
     for support, before, (mean, squares) in zip(optimizer.supports, start, gradients, strict=True):
         weight, after = (
@@ -180,7 +180,7 @@ def _pool_scores(
     return scores
 
 
-def _compact_gradients(
+def compact_gradients(
     learner: MaskedLearner, batches: Batches, num_batches: int
 ) -> list[tuple[Tensor, Tensor]]:
     """Mean gradient and mean squared gradient at each entry of this rank's supports."""

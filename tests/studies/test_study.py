@@ -1,0 +1,204 @@
+"""A study on tiny models, end to end: every arm, a cut, the page."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trace_dist.benchmarks.document import render
+from trace_dist.config import (
+    ContinualConfig,
+    ModelConfig,
+    ProbeConfig,
+    ProjectionConfig,
+    RunConfig,
+    TaskConfig,
+    TrainConfig,
+)
+from trace_dist.models import char_tokenizer
+from trace_dist.parts import ARMS
+from trace_dist.studies import small_to_large
+from trace_dist.studies.arm import Masked, load_arm
+from trace_dist.studies.claims import FOR, UNDECIDED, claims
+from trace_dist.studies.lab import Case, Lab
+from trace_dist.studies.page import RESULT, SECTIONS, draw
+from trace_dist.studies.plan import StageConfig, StudyConfig
+from trace_dist.studies.probes import Probes
+from trace_dist.studies.settings import abouts, chosen
+from trace_dist.studies.small_to_large import Stopped, run_study
+from trace_dist.utils import locks
+
+DOCS = Path(__file__).parents[2] / "docs"
+DENSITIES = [0.02, 0.2]
+
+
+@dataclass(frozen=True)
+class Setup:
+    cfg: RunConfig
+    study: StudyConfig
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
+    folder, generator = tmp_path_factory.mktemp("study"), random.Random(0)
+    prompts: dict[str, list[str]] = {}
+    for name, answer in (("first", 0), ("last", -1), ("plain", 1)):
+        words = ["".join(generator.choices("abcd", k=4)) for _ in range(120)]
+        rows = [{"prompt": word, "answer": word[answer]} for word in words]
+        prompts[name] = words
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = char_tokenizer(prompts, "abcd")
+    for role, width in (("target", 16), ("proxy", 8)):
+        torch.manual_seed(0)
+        shape = {
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        }
+        sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 64}
+        model: Any = LlamaForCausalLM(LlamaConfig(**shape, **sizes, num_key_value_heads=2))
+        model.save_pretrained(folder / role)
+        tokenizer.save_pretrained(folder / role)
+    cfg = RunConfig(
+        run_dir=str(folder / "run"),
+        target=ModelConfig(str(folder / "target")),
+        proxy=ModelConfig(str(folder / "proxy")),
+        tasks=[TaskConfig("first", path=str(folder / "first.jsonl"), num_test=12)],
+        general=[TaskConfig("plain", path=str(folder / "plain.jsonl"), num_test=12)],
+        probe=ProbeConfig(steps=2, batch_size=8, fisher_batches=2),
+        projection=ProjectionConfig(options={"steps": 2, "pool_density": 0.5}),
+        train=TrainConfig(steps=4, batch_size=8, micro_batch_size=8, warmup_steps=1),
+        continual=ContinualConfig(options={"lora": {"rank": 1}}),
+    )
+    local = [
+        TaskConfig(name, path=str(folder / f"{name}.jsonl"), num_test=12) for name in ("last", "missing")
+    ]
+    study = StudyConfig(
+        [
+            StageConfig(["random", "probed"], DENSITIES),
+            StageConfig(["lora", "projected"], DENSITIES, seeds=2),
+        ],
+        local_tasks=local,
+        max_rates=3,
+        validation=8,
+        num_texts=6,
+        out=str(folder / RESULT),
+    )
+    yield Setup(cfg, study)
+    locks.release()
+
+
+def weights(lab: Lab) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in lab.model.module.state_dict().items()}
+
+
+def test_every_arm_trains_and_puts_the_target_back(setup: Setup) -> None:
+    stage = [StageConfig(list(ARMS), DENSITIES)]
+    lab = Lab(setup.cfg, replace(setup.study, stages=stage))
+    before, case, masks, probes = weights(lab), Case("first", 0), {}, Probes(lab)
+    for name in ARMS:
+        arm = load_arm(name, lab, probes)
+        density = DENSITIES[1] if arm.by_density else None
+        if isinstance(arm, Masked):
+            made = arm.make(case)
+            masks[name] = arm.mask(case, density)
+            assert made["entries"].keys() == made["gradient_sum"].keys()
+            assert min(made["gradient_sum"].values()) > 0
+            assert (made["probe_flops"] > 0) == (name != "random"), name
+            if arm.by_density:
+                for each in DENSITIES:
+                    assert arm.mask(case, each).density == pytest.approx(each, abs=2e-3), name
+        spent = lab.meter.flops
+        base = lab.validate(lab.base(), "first")
+        with arm.trial(case, density, 3e-2) as learner:
+            found = lab.validate(learner, "first")
+            assert found.nats != base.nats, name
+        assert arm.entries(case, density) > 0
+        assert lab.meter.flops > spent
+        assert all(torch.equal(value, before[key]) for key, value in weights(lab).items()), name
+        assert not any(parameter.requires_grad for parameter in lab.model.module.parameters())
+    digests = {name: mask.digest() for name, mask in masks.items()}
+    assert len(set(digests.values())) == len(digests)
+
+
+def test_held_out_answers_are_those_of_greedy_decoding(setup: Setup) -> None:
+    from trace_dist.evaluation import evaluate_task
+
+    lab = Lab(setup.cfg, setup.study)
+    arm = load_arm("full", lab, Probes(lab))
+    with arm.trial(Case("first", 0), None, 3e-3) as learner:
+        found = lab.test(learner, "first")
+        task = lab.setting.bench.tasks[0].task
+        score = evaluate_task(
+            learner.module, lab.setting.bench.tokenizer, task, setup.cfg.eval, setup.cfg.data
+        )
+    assert [float(each) for each in found.right] == score.per_example
+    assert len(found.nats) == 12
+    assert min(found.nats) > 0
+
+
+def test_a_study_its_cut_and_its_page(setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(self: Any, job: Any, done: list[int] = []) -> None:  # noqa: B006
+        done.append(1)
+        if len(done) == 9:
+            raise Stopped
+        real(self, job)
+
+    real = small_to_large.Worker.do
+    with monkeypatch.context() as patch:
+        patch.setattr(small_to_large.Worker, "do", stop)
+        cut = run_study(setup.cfg, setup.study)
+    assert not cut["complete"]
+    # The time is over before anything begins: what is known is summed up.
+    locks.release()
+    begun = run_study(setup.cfg, setup.study)
+    assert begun["complete"]
+    assert begun["trainings"] > cut["trainings"] > 0
+    assert list(begun["bases"]) == ["first", "last"]
+    cells = {(cell["arm"], cell["task"], cell["density"]): cell for cell in begun["cells"]}
+    assert len(cells) == 2 * (3 * 2 + 1)
+    assert cells["lora", "first", None]["entries"] > 0
+    assert {len(cell["rates"]) for cell in begun["cells"]} <= {2, 3}
+    assert {cell["seeds"] for key, cell in cells.items() if key[0] == "random"} == {1}
+    locks.release()
+    # A complete study loads nothing.
+    monkeypatch.setattr(
+        small_to_large.Worker, "lab", property(lambda _: pytest.fail("the models were loaded"))
+    )
+    again = json.loads(json.dumps(run_study(setup.cfg, setup.study)))
+    assert again["cells"] == begun["cells"]
+    assert again["differences"] == begun["differences"]
+    for section, (_, table) in SECTIONS.items():
+        assert "random" in table(again) or section in ("progress", "costs", "claims", "enough"), section
+    assert {claim.verdict for claim in claims(again)} <= {FOR, "against", UNDECIDED}
+    draw(again, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_records_of_other_settings_are_left_out(setup: Setup) -> None:
+    other = replace(setup.cfg, train=replace(setup.cfg.train, steps=5))
+    assert abouts(other, setup.study) != abouts(setup.cfg, setup.study)
+    stages = replace(setup.study, stages=[*setup.study.stages, *setup.study.stages], max_rates=9)
+    assert abouts(setup.cfg, stages) == abouts(setup.cfg, setup.study)
+    assert abouts(setup.cfg, replace(setup.study, plain=True)) != abouts(setup.cfg, setup.study)
+    # What is a default is no part: an option that a later version adds orphans no records.
+    assert chosen(TrainConfig(steps=5, betas=(0.9, 0.98))) == {"steps": 5}
+    moved = replace(setup.cfg, run_dir="elsewhere")
+    assert abouts(moved, setup.study) == abouts(setup.cfg, setup.study)
+    # Another task changes nothing about the first one.
+    more = replace(setup.cfg, tasks=[*setup.cfg.tasks, replace(setup.cfg.tasks[0], name="more", num_test=5)])
+    assert abouts(more, setup.study)["first"] == abouts(setup.cfg, setup.study)["first"]
+
+
+def test_the_page_shows_the_committed_results() -> None:
+    page = (DOCS / "studies.md").read_text(encoding="utf-8")
+    assert render(page, DOCS / "results", SECTIONS) == page

@@ -1,0 +1,30 @@
+"""The command ``study``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trace_dist.cli.parser import run_config
+from trace_dist.stages.start import check_parts
+from trace_dist.studies.small_to_large import run_study, with_local_tasks
+from trace_dist.utils import dist
+
+STUDIES = {"small-to-large": run_study}
+
+
+def study_command(values: Any) -> None:
+    """Work on a study.
+
+    Raises:
+        ValueError: several ranks, or a value makes no sense.
+    """
+    name, arguments = values.action, values[values.action]
+    hours = arguments.hours
+    if hours is not None and hours < 0:
+        raise ValueError(f"hours={hours}: must not be negative; use 0 to sum up what is known")
+    cfg = run_config(arguments)
+    if cfg.backend != "single":
+        raise ValueError(f"backend={cfg.backend!r}: a study trains in one process; set backend: single")
+    dist.init_distributed()
+    check_parts(with_local_tasks(cfg, arguments.study))
+    STUDIES[name](cfg, arguments.study, hours)

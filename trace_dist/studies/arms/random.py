@@ -1,0 +1,22 @@
+"""Arm ``random``: random entries, as many in every tensor as its size allows."""
+
+from __future__ import annotations
+
+from trace_dist.masks.mask import Mask
+from trace_dist.masks.ops import random_mask
+from trace_dist.studies.arm import Masked
+from trace_dist.studies.lab import Case
+
+
+class Random(Masked):
+    """Random masks; those of one seed contain each other."""
+
+    label = "random"
+    colour = "grey"
+
+    def masks(self, case: Case) -> dict[float | None, Mask]:
+        lab, kind, seed = self.lab, self.lab.cfg.mask.granularity, self.lab.cfg.seed + case.seed
+        return {density: random_mask(lab.layouts, kind, density, seed) for density in lab.study.densities}
+
+
+ARM = Random

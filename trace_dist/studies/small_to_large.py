@@ -1,0 +1,234 @@
+"""The study small-to-large: when is a probed mask worth its probe, and does a projected one keep the gain?
+
+    trace-dist study small-to-large --config configs/study-small-to-large.yaml
+
+Every piece of work (a mask, a training) ends in a record; a study that was cut goes on behind the last one. What matters most
+stands first in the configuration, so that a study that was cut says something.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from trace_dist.config import RunConfig
+from trace_dist.parts import ARMS
+from trace_dist.studies.arm import Arm, Masked, load_arm
+from trace_dist.studies.lab import Case, Lab
+from trace_dist.studies.plan import StudyConfig
+from trace_dist.studies.probes import Probes
+from trace_dist.studies.rates import density_key
+from trace_dist.studies.records import Journal, Records
+from trace_dist.studies.schedule import Job, Make, Schedule, Score, Train, Traits
+from trace_dist.studies.settings import SECTIONS, abouts
+from trace_dist.studies.summary import is_undecided, summarise
+from trace_dist.utils.env import meta_info, run_info
+from trace_dist.utils.files import write_json
+from trace_dist.utils.finite import NotFinite, check_finite
+from trace_dist.utils.locks import hold_until_exit
+from trace_dist.utils.log import get_logger
+
+logger = get_logger(__name__)
+
+
+class Stopped(Exception):
+    """The study was asked to end."""
+
+
+def with_local_tasks(cfg: RunConfig, study: StudyConfig) -> RunConfig:
+    """The run with the tasks of data that nothing installs, where they are there."""
+    there = [task for task in study.local_tasks if Path(str(task.path)).expanduser().exists()]
+    missing = [task.name for task in study.local_tasks if task not in there]
+    if missing:
+        logger.info("study.local_tasks: not there, and left out: %s", ", ".join(missing))
+    return replace(cfg, tasks=[*cfg.tasks, *there])
+
+
+def run_study(cfg: RunConfig, study: StudyConfig, hours: float | None = None) -> dict[str, Any]:
+    """Work on the study until it is complete or the time is over; write what it says.
+
+    Args:
+        cfg: models, tasks, and how masks are made and trained.
+        study: what is compared.
+        hours: after which no piece of work is begun that would last longer; 0 sums up what is known, None sets no limit.
+
+    Returns:
+        The summary, as it was written.
+    """
+    begin = time.monotonic()
+    cfg = with_local_tasks(cfg, study)
+    hold_until_exit(cfg.folder.lock, f"run_dir={cfg.run_dir!r}")
+    journal = Journal(cfg.folder.root / "records.jsonl", abouts(cfg, study))
+    records = journal.read()
+    names = [task.name for task in cfg.tasks]
+    classes = {name: ARMS.load(name).ARM for name in study.arms}
+    traits = {name: Traits(arm.by_density, arm.masked) for name, arm in classes.items()}
+    schedule = Schedule(study, names, traits, lambda found, cell: is_undecided(found, cell, study.reference))
+    worker = Worker(cfg, study, journal, records)
+    try:
+        with stopping():
+            while (job := schedule.next_job(records)) is not None:
+                left = None if hours is None else 3600 * hours - (time.monotonic() - begin)
+                if left is not None and left <= worker.expected(job):
+                    logger.info("study: the time is over; start the same command again to go on")
+                    break
+                worker.do(job)
+    except Stopped:
+        logger.info("study: stopped; start the same command again to go on")
+    return write_summary(cfg, study, records, schedule)
+
+
+def write_summary(cfg: RunConfig, study: StudyConfig, records: Records, schedule: Schedule) -> dict[str, Any]:
+    """Write what the records say by now."""
+    missing = {cell for cell, _ in schedule.pending(records)}
+    labels = {name: ARMS.load(name).ARM for name in study.arms}
+    result = {
+        "run_info": run_info(),
+        "meta_info": meta_info(),
+        "settings": _settings(cfg, study),
+        "arms": {name: {"label": arm.label, "colour": arm.colour} for name, arm in labels.items()},
+        "complete": not missing,
+        "cells_missing": len(missing),
+        **summarise(records, study, [task.name for task in cfg.tasks]),
+    }
+    out = Path(study.out) if study.out else cfg.folder.root / "study.json"
+    write_json(out, result)
+    logger.info("study: %d trainings so far; what they say: %s", records.num_trials, out)
+    return result
+
+
+def _settings(cfg: RunConfig, study: StudyConfig) -> dict[str, Any]:
+    found = asdict(cfg)
+    kept = {name: found[name] for name in (*SECTIONS, "continual")}
+    return {**kept, "study": asdict(study), "densities": study.densities}
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """SIGTERM and SIGINT end the work as ``Stopped``: what it was at is lost, and what was done is summed up."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Worker:
+    """Does pieces of work, and keeps a record of each.
+
+    Args:
+        cfg: the run.
+        study: what is compared.
+        journal: where records are written.
+        records: to which they are added.
+    """
+
+    def __init__(self, cfg: RunConfig, study: StudyConfig, journal: Journal, records: Records) -> None:
+        self._cfg, self._study, self._journal, self._records = cfg, study, journal, records
+        self._lab: Lab | None = None
+        self._probes: Probes | None = None
+        self._longest: dict[type, float] = {}
+
+    @property
+    def lab(self) -> Lab:
+        """Models and data, loaded when something is to be done."""
+        if self._lab is None:
+            self._lab = Lab(self._cfg, self._study)
+        return self._lab
+
+    def expected(self, job: Job) -> float:
+        """Seconds that a piece of work may take: the longest of its kind so far, in this life."""
+        return self._longest.get(type(job), 0.0)
+
+    def do(self, job: Job) -> None:
+        """Do a piece of work and write its record."""
+        begin = time.perf_counter()
+        record = {Score: self._score, Make: self._make, Train: self._train}[type(job)](job)  # type: ignore[operator]
+        seconds = time.perf_counter() - begin
+        record = {"date": run_info()["date"], **record, "seconds": seconds}
+        self._journal.append(record)
+        self._records.add(record)
+        self._longest[type(job)] = max(seconds, self._longest.get(type(job), 0.0))
+
+    def _score(self, job: Score) -> dict[str, Any]:
+        lab = self.lab
+        found, text = lab.test(lab.base(), job.task), lab.text(lab.base())
+        validation = lab.validate(lab.base(), job.task).loss
+        logger.info("%s: base: loss %.4f, general text %.4f", job.task, found.loss, text.loss)
+        return {
+            "kind": "base",
+            "task": job.task,
+            "losses": _rounded(found.nats),
+            "right": [int(each) for each in found.right],
+            "tokens": found.tokens,
+            "validation": validation,
+            "text": text.loss,
+            "majority_percent": self._task(job.task).majority_percent,
+            "overlap_percent": self._task(job.task).overlap_percent,
+        }
+
+    def _make(self, job: Make) -> dict[str, Any]:
+        arm = self._arm(job.arm)
+        if not isinstance(arm, Masked):
+            raise AssertionError(f"{job.arm}: has no masks")
+        made = arm.make(Case(job.task, job.seed))
+        logger.info("%s, %s, seed %d: masks in %.0f s", job.arm, job.task, job.seed, made["probe_s"])
+        return {"kind": "mask", "arm": job.arm, "task": job.task, "seed": job.seed, **made}
+
+    def _train(self, job: Train) -> dict[str, Any]:
+        lab, (name, task, density) = self.lab, job.cell
+        case, arm, meter = Case(task, job.seed), self._arm(name), self.lab.meter
+        if isinstance(arm, Masked) and not arm.is_made(case, density):
+            # It was recorded, and somebody has deleted it.
+            arm.make(case)
+        record: dict[str, Any] = {"kind": "trial", "arm": name, "task": task, "density": density}
+        record |= {"seed": job.seed, "lr": job.lr, "losses": None, "right": None, "text": None}
+        begin, flops = time.perf_counter(), meter.flops
+        before = self._records.best(job.cell, job.seed)
+        try:
+            with arm.trial(case, density, job.lr) as learner:
+                record |= {"train_s": time.perf_counter() - begin, "train_flops": meter.flops - flops}
+                record["validation"] = _finite(lab.validate(learner, task).loss)
+                if before is None or record["validation"] < before.validation:
+                    found = lab.test(learner, task)
+                    record |= {"losses": _rounded(found.nats), "right": [int(each) for each in found.right]}
+                    record["text"] = lab.text(learner).loss
+        except NotFinite:
+            record |= {"validation": None, "train_s": time.perf_counter() - begin}
+            record["train_flops"] = meter.flops - flops
+        record["entries"] = arm.entries(case, density)
+        shown = "diverged" if record["validation"] is None else f"{record['validation']:.4f}"
+        logger.info(
+            "%s, %s, %s, seed %d, lr %g: %s", name, task, density_key(density), job.seed, job.lr, shown
+        )  # fmt: skip
+        return record
+
+    def _arm(self, name: str) -> Arm:
+        if self._probes is None:
+            self._probes = Probes(self.lab)
+        return load_arm(name, self.lab, self._probes)
+
+    def _task(self, name: str) -> Any:
+        return next(each.task for each in self.lab.setting.bench.tasks if each.task.name == name)
+
+
+def _finite(loss: float) -> float:
+    """A loss; raises NotFinite where it is none."""
+    check_finite(loss, "the held-out loss")
+    return loss
+
+
+def _rounded(values: list[float]) -> list[float]:
+    """To a ten-thousandth: a record holds hundreds."""
+    return [round(value, 4) for value in values]
