@@ -1,15 +1,24 @@
 #!/usr/bin/env bash
-# Any command on every GPU of the machines in a hostfile, with DeepSpeed over pdsh and ssh without a password.
+# Any command on the hosts of a hostfile, started on the first of them. It takes ssh without a password.
 #   launch/multi_node.sh launch/hostfile train --config configs/quickstart.yaml
-# The checkout, the virtual environment and the run folder must lie at the same path on every machine (a shared file
-# system). Variables that every machine needs go into a file .deepspeed_env in the home folder, one NAME=VALUE a line.
-# Without GPUs: DS_ACCELERATOR=cpu, and GLOO_SOCKET_IFNAME with the name of the interface that joins the machines.
+#   LAUNCHER=torchrun launch/multi_node.sh launch/hostfile run --config configs/quickstart.yaml
+# LAUNCHER: deepspeed (over pdsh), torchrun or accelerate (over ssh); openmpi is DeepSpeed over mpirun.
+# Every host is told PATH, PYTHONPATH, DS_*, OMP_*, GLOO_*, NCCL_*, HF_* and others (docs/clusters.md), and, by DeepSpeed, what a
+# file .deepspeed_env in the home folder says. The checkout, the virtual environment and the run folder lie at the same path
+# everywhere. To look first: trace-dist launch --dry_run true train --config ... --launch.hostfile launch/hostfile ...
 set -euo pipefail
 hostfile=${1:?hostfile, see launch/hostfile.example}; shift
-port=${MASTER_PORT:-29500}
-place=()
-if [ "${LAUNCHER:-pdsh}" = openmpi ]; then # mpirun tells its ranks no place to meet
+if [ "${LAUNCHER:-}" = openmpi ]; then # mpirun tells its ranks no place to meet
   head_node=$(awk '!/^#/ && NF { print $1; exit }' "$hostfile")
-  place=(--launcher_args="-x MASTER_ADDR=$head_node -x MASTER_PORT=$port")
+  port=${MASTER_PORT:-29500}
+  forward="-x PATH"
+  for name in DS_ACCELERATOR OMP_NUM_THREADS GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME; do
+    [ -z "${!name:-}" ] || forward="$forward -x $name"
+  done
+  exec deepspeed --hostfile "$hostfile" --launcher openmpi --master_port "$port" \
+    --launcher_args="-x MASTER_ADDR=$head_node -x MASTER_PORT=$port $forward" --module trace_dist "$@"
 fi
-exec deepspeed --hostfile "$hostfile" --launcher "${LAUNCHER:-pdsh}" "${place[@]}" --master_port "$port" --module trace_dist "$@"
+ranks=$(sed -n 's/^[^#]*slots=\([0-9]*\).*/\1/p' "$hostfile" | awk '{ ranks += $1 } END { print ranks }')
+start=(launch "$@")
+case "${1:?command}" in run | learn | consolidate) start=("$@") ;; esac # they start their stages on the hosts themselves
+exec trace-dist "${start[@]}" --launch.launcher "${LAUNCHER:-deepspeed}" --launch.hostfile "$hostfile" --launch.num_ranks "$ranks"

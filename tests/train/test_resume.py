@@ -13,8 +13,11 @@ from engine.cases import CASES
 from engine.resuming import CONFIG, PLAIN, STEPS, Resumed, dropout_model, make_batches, run
 
 from trace_dist import shard
+from trace_dist.run_folder import RunFolder
 from trace_dist.train.cadence import Cadence
+from trace_dist.train.loop import MetricLog
 from trace_dist.train.task import train_mask
+from trace_dist.utils.stopping import STOP, Stopped
 
 LOSS_TOLERANCE = 2e-6
 
@@ -89,6 +92,36 @@ def test_a_checkpoint_beyond_the_last_step_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"^train\.steps=4: .*step-00000009 has done 9 steps; raise it, or delete"
     ):
         train_mask(model, PLAIN.mask(model), make_batches(), CONFIG, 4, description="t", checkpoints=tmp_path)
+
+
+def test_a_training_that_is_asked_to_stop_goes_on_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stops after the step that it is in, with a checkpoint that was not due; started again it stops no more."""
+    stop = tmp_path / "stop"
+    monkeypatch.setenv(STOP, str(stop))
+    cfg = replace(CONFIG, checkpoint_every=100)
+    whole, other = (shard(PLAIN.model(), "single") for _ in range(2))
+    expected, _ = train_mask(whole, PLAIN.mask(whole), make_batches(), cfg, STEPS, description="t")
+
+    def keep(step: int, values: dict[str, float]) -> None:
+        if step == 4:
+            stop.touch()
+
+    monkeypatch.setattr(MetricLog, "write", lambda self, step, values: keep(step, values))
+    log, kept = MetricLog(RunFolder.of(tmp_path), "t"), tmp_path / "kept"
+    with pytest.raises(Stopped, match=rf"^t: step 5 of {STEPS} is done and kept"):
+        train_mask(
+            other, PLAIN.mask(other), make_batches(), replace(cfg, log_every=1), STEPS,
+            description="t", checkpoints=kept, log=log,
+        )  # fmt: skip
+    assert [path.name for path in kept.iterdir()] == ["step-00000005"]
+    stop.unlink()
+    other = shard(PLAIN.model(), "single")
+    result, _ = train_mask(
+        other, PLAIN.mask(other), make_batches(), cfg, STEPS, description="t", checkpoints=kept
+    )
+    assert (result.losses, result.grad_norms) == (expected.losses, expected.grad_norms)
 
 
 @pytest.mark.launcher

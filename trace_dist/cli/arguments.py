@@ -382,7 +382,20 @@ EVALUATED: Options = {
     },
 }
 """What ``lm-eval`` is told, beside the bank."""
+LAUNCH_ARGUMENTS: Options = {
+    "--dry_run": {
+        "type": bool,
+        "default": False,
+        "help": "print what would be started where, ask every host whether it would work there, and stop",
+    },
+}
+LAUNCHED = ("project", "train", "continual", "eval", "learn", "consolidate")
+"""Commands that ``launch`` starts on all ranks."""
 FILE_COMMANDS = {
+    "launch": Command(
+        "start a command on the ranks that its configuration asks for, on this machine or on several hosts",
+        f"launch --dry_run true train {CONFIG} --task_name reverse",
+    ),
     "generate": Command(
         "answer prompts with the deltas that a bank retrieves for them",
         f"generate {FROM_BANK} --prompt 'Spell this word backward: stone'",

@@ -19,6 +19,7 @@ from trace_dist.utils import dist
 def run_command(cfg: RunConfig, dry_run: bool) -> None:
     if dry_run:
         say_preview(cfg)
+        say_hosts_of_stages(cfg)
         return
     start(cfg, "run")
     from trace_dist.stages.ask import ask_bank, asks
@@ -40,6 +41,7 @@ def learn_command(cfg: RunConfig, mask_file: str | None, dry_run: bool) -> None:
     cfg = as_learned(cfg)
     if dry_run:
         say_preview(cfg)
+        say_hosts_of_stages(cfg)
         return
     start(cfg, "learn", mask_file=mask_file)
     run_learn(cfg, mask_file)
@@ -62,6 +64,18 @@ def say_preview(cfg: RunConfig) -> None:
     table, lines = describe(cfg, preview(cfg))
     Console(width=max(100, Console().width)).print(table)
     print("\n".join(lines))
+
+
+def say_hosts_of_stages(cfg: RunConfig) -> None:
+    """Print how the longest stage would be started on several hosts, and what these say; nothing for this machine alone.
+
+    Raises:
+        ValueError: a host is not ready.
+    """
+    if cfg.launch.hostfile is not None:
+        from trace_dist.cli.launch_command import say_hosts
+
+        say_hosts(cfg, ["continual", "--config", str(cfg.folder.config)])
 
 
 def base_command(cfg: RunConfig, which: str | None) -> None:

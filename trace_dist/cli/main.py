@@ -13,9 +13,10 @@ from typing import Any
 
 from trace_dist.cli.arguments import RUN_COMMANDS
 from trace_dist.cli.errors import explain_system, report_error
-from trace_dist.cli.lifetime import end_with_run
-from trace_dist.cli.parser import parse, run_config
+from trace_dist.cli.lifetime import end_with_parents
+from trace_dist.cli.parser import parse, run_config, split_launch
 from trace_dist.launching import ProcessFailed
+from trace_dist.utils.codes import FAILED, LOST
 from trace_dist.utils.imports import importing
 from trace_dist.utils.launch import launched_rank
 
@@ -40,12 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments; ``sys.argv`` when None.
 
     Returns:
-        Exit code: 0, or 2 after an error of the user's.
+        Exit code: 0; 2 after an error of the user's; 75 where the same command, started again, goes on: it was asked to stop,
+        or a rank was lost.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     # Added by launchers.
     words = [word for word in words if not word.startswith(("--local_rank", "--local-rank"))]
-    end_with_run()
+    end_with_parents()
     try:
         try:
             return _run(words)
@@ -60,33 +62,61 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: Sequence[str]) -> int:
     try:
         parsed = parse(words)
+        if parsed.command == "launch":
+            from trace_dist.cli.launch_command import launch_command
+
+            return launch_command(parsed.launch.dry_run, split_launch(words)[1])
     except ValueError as error:
         report_error(error)
-        return 2
+        return FAILED
     _quiet()
     with importing():
-        from trace_dist.utils import dist, locks
-        from trace_dist.utils.log import get_logger, setup_logging
+        from trace_dist.utils import dist, locks, stopping
+        from trace_dist.utils.log import setup_logging
 
     setup_logging()
+    stopping.listen_for_signals()
+    code = 1
     try:
-        _command(parsed.command, parsed[parsed.command])
-    except ValueError as error:
-        report_error(error)
-        return 2
-    except ConnectionError:
-        # A reader that went away, or a rank: not a file.
-        raise
-    except OSError as error:
-        report_error(explain_system(error))
-        return 2
-    except ProcessFailed as error:
-        get_logger(__name__).error(error)
-        return 2
+        code = _outcome(parsed.command, parsed[parsed.command])
     finally:
         locks.release()
-        dist.close()
+        dist.close(ok=code in (0, LOST))
+    return code
+
+
+def _outcome(name: str, values: Any) -> int:
+    """Run a command; its exit code."""
+    from trace_dist.utils import dist
+    from trace_dist.utils.heartbeat import report
+    from trace_dist.utils.log import get_logger
+    from trace_dist.utils.stopping import Stopped
+
+    try:
+        _command(name, values)
+    except Stopped as stopped:
+        get_logger(__name__).warning("stopped as asked: %s; start the same command again to go on", stopped)
+        return LOST
+    except ProcessFailed as error:
+        get_logger(__name__).error(error)
+        return error.code
+    except Exception as error:
+        verdict = None if _is_users(error) else dist.lost()
+        if verdict is not None:
+            if verdict.text and dist.claim_verdict():
+                report(verdict.text, dist.rank())
+            return verdict.code
+        dist.leave(ok=False)
+        if not _is_users(error):
+            raise
+        report_error(explain_system(error) if isinstance(error, OSError) else error)
+        return FAILED
     return 0
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether an error is of what the user gave; a reader or a rank that went away is none, and no file."""
+    return isinstance(error, ValueError | OSError) and not isinstance(error, ConnectionError)
 
 
 def _command(name: str, values: Any) -> None:

@@ -101,7 +101,7 @@ def parse(words: Sequence[str]) -> Any:
         ValueError: a value makes no sense.
         SystemExit: the command line is wrong, or asks for help.
     """
-    words = [*_with_examples(_with_bank(words))]
+    words = [*_with_examples(_with_bank(split_launch(words)[0]))]
     parser = build_parser(words)
     try:
         parsed = parser.parse_args(words)
@@ -112,6 +112,14 @@ def parse(words: Sequence[str]) -> Any:
         return parser.instantiate_classes(parsed)
     except OverflowError as error:
         raise ValueError(f"{error}; give a smaller number") from None
+
+
+def split_launch(words: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """A command line, and the command that ``launch`` starts, which is cut off; nothing is cut off another command's."""
+    if list(words[:1]) != ["launch"]:
+        return words, []
+    at = next((at for at, word in enumerate(words) if word in known.RUN_COMMANDS), len(words))
+    return words[:at], words[at:]
 
 
 def _with_bank(words: Sequence[str]) -> Iterator[str]:
@@ -190,6 +198,11 @@ def _fill_init(parser: Parser, _: Command) -> None:
     _add_options(parser, known.INIT_ARGUMENTS)
 
 
+def _fill_launch(parser: Parser, _: Command) -> None:
+    parser.usage = "%(prog)s [--dry_run true] COMMAND [--key VALUE ...]"
+    _add_options(parser, known.LAUNCH_ARGUMENTS)
+
+
 def _add_options(parser: Parser, arguments: known.Options) -> None:
     for argument, options in arguments.items():
         typed: dict[str, Any] = {"type": str} | options
@@ -237,6 +250,7 @@ FILL: dict[str, Fill] = {
     "generate": _fill_from_bank(Sampling, known.ASKED),
     "serve": _fill_from_bank(Listening, {}),
     "lm-eval": _fill_from_bank(None, known.EVALUATED, " -- --tasks TASK ... [--key VALUE ...]"),
+    "launch": _fill_launch,
     "init": _fill_init,
     "mask": _fill_actions(known.MASK_ACTIONS),
     "bank": _fill_actions(known.BANK_ACTIONS),

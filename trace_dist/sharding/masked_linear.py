@@ -38,8 +38,8 @@ Catch = Callable[[Tensor], Tensor]
 class Part(NamedTuple):
     """Which part of a weight gradient is computed: indices [k] int64 of output and input neurons, None for all.
 
-    With ``single`` they are pairs: the gradient of k entries. ``spare``: how many of the indices, at their end, are not asked for;
-    what is computed for them is cut off ([Note: aligned]).
+    With ``single`` they are pairs: the gradient of k entries. ``spare``: how many of the indices, at their end, are not asked
+    for; what is computed for them is cut off ([Note: aligned]).
     """
 
     rows: Tensor | None = None

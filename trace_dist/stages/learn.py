@@ -139,7 +139,7 @@ def _in_one_process(stage: Stage, cfg: RunConfig) -> None:
     if running is not None:
         _say_end(running, code)
     if code != 0:
-        raise failure(stage, cfg, code)
+        raise dist.broadcast_object(None if running is None else failure(running, code))
 
 
 def _say_end(running: Running, code: int) -> None:

@@ -17,7 +17,9 @@ from trace_dist.stages import base, continual, memory, probe, project
 from trace_dist.stages.display import Display
 from trace_dist.stages.running import Running, failure, start_stage
 from trace_dist.stages.stage import Stage, read_timings
+from trace_dist.utils import stopping
 from trace_dist.utils.files import write_json
+from trace_dist.utils.stopping import Stopped
 
 
 def stage_groups(cfg: RunConfig) -> list[list[Stage]]:
@@ -45,8 +47,10 @@ def run_pipeline(cfg: RunConfig, groups: list[list[Stage]]) -> None:
 
     Raises:
         ProcessFailed: a stage failed; its own error is printed above.
+        Stopped: the run was asked to stop, and its stages have.
     """
-    signal.signal(signal.SIGTERM, _on_terminate)
+    if signal.SIGTERM not in stopping.signals():
+        signal.signal(signal.SIGTERM, _on_terminate)
     path = cfg.folder.stages
     timings: dict[str, Any] = {"stages": {}, "wall_seconds": 0.0}
     if path.is_file():
@@ -68,7 +72,12 @@ def _run_group(stages: list[Stage], cfg: RunConfig, display: Display) -> Iterato
     together = min(len(stages), cfg.launch.parallel_stages)
     try:
         while waiting or running:
-            while waiting and len(running) < together:
+            asked = stopping.asked()
+            for one in running if asked else []:
+                one.ask_to_stop()
+            if asked and not running:
+                raise Stopped(f"stage {waiting[0].name} has not begun")
+            while waiting and not asked and len(running) < together:
                 running.append(start_stage(waiting.pop(0), cfg, together))
                 display.begin(running[-1].stage.name)
             time.sleep(0.1)
@@ -82,8 +91,10 @@ def _run_group(stages: list[Stage], cfg: RunConfig, display: Display) -> Iterato
                 one.close()
                 if code != 0:
                     display.drop(name)
+                    if asked:
+                        raise Stopped(f"stage {name} has ended early")
                     one.explain()
-                    raise failure(one.stage, cfg, code)
+                    raise failure(one, code)
                 display.end(name, one.seconds)
                 yield name, one.seconds
     finally:

@@ -16,16 +16,19 @@ from pathlib import Path
 
 from trace_dist.config import LaunchConfig, RunConfig
 from trace_dist.launching import (
-    RUN_PID,
     ProcessFailed,
     alone_environment,
+    followed,
     launch_command,
     launch_environment,
 )
+from trace_dist.launching.supervisor import is_loss
 from trace_dist.stages.stage import Stage
-from trace_dist.utils import dist
+from trace_dist.utils.codes import LOST
 from trace_dist.utils.events import EVENTS, EventReader
 from trace_dist.utils.files import writing
+from trace_dist.utils.launch import is_launched
+from trace_dist.utils.stopping import STOP
 
 NUM_LINES = 15
 """How much of a log is shown at most where a stage fails."""
@@ -56,12 +59,30 @@ class Running:
         """How long it has been at work."""
         return time.perf_counter() - self.started
 
+    @property
+    def stop_file(self) -> Path:
+        """Asks it to stop by being there."""
+        return self.log.with_suffix(".stop")
+
     def explain(self) -> None:
         """Print why it failed on standard error; what else it printed is in its log."""
+        print(
+            *last_words(self.printed().decode("utf-8", errors="replace")),
+            sep="\n",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def printed(self) -> bytes:
+        """What it has printed since it began."""
         with self.log.open("rb") as file:
             file.seek(self.begin)
-            text = file.read().decode("utf-8", errors="replace")
-        print(*last_words(text), sep="\n", file=sys.stderr, flush=True)
+            return file.read()
+
+    def ask_to_stop(self) -> None:
+        """Let it end after its step, with a checkpoint."""
+        with suppress(OSError):
+            self.stop_file.touch()
 
     def stop(self) -> None:
         """End it with all its ranks; it may have ended by itself."""
@@ -76,6 +97,7 @@ class Running:
     def close(self) -> None:
         """Delete what it told; its log stays."""
         self.events.path.unlink(missing_ok=True)
+        self.stop_file.unlink(missing_ok=True)
 
 
 def start_stage(stage: Stage, cfg: RunConfig, together: int = 1) -> Running:
@@ -89,14 +111,20 @@ def start_stage(stage: Stage, cfg: RunConfig, together: int = 1) -> Running:
     words = list(takewhile(lambda argument: not argument.startswith("-"), stage.arguments))
     command = launch_command(launch) + words
     command += ["--config", str(cfg.folder.config), *stage.arguments[len(words) :]]
-    in_job = dist.world_size() > 1
-    environment = alone_environment() if in_job else launch_environment(together * launch.num_ranks)
+    environment = alone_environment() if is_launched() else launch_environment(together * launch.num_ranks)
     log = cfg.folder.log(stage.name).absolute()
     events = EventReader(log.with_suffix(".events"))
-    environment |= {RUN_PID: str(os.getpid()), EVENTS: str(events.path), "PYTHONUNBUFFERED": "1"}
+    stop = log.with_suffix(".stop")
+    environment |= {
+        EVENTS: str(events.path),
+        STOP: str(stop),
+        "PYTHONUNBUFFERED": "1",
+        **followed(os.getpid()),
+    }
     with writing(log):
         log.parent.mkdir(parents=True, exist_ok=True)
         events.path.unlink(missing_ok=True)
+        stop.unlink(missing_ok=True)
         with log.open("ab") as file:
             file.write(f"\n{datetime.now():%Y-%m-%d %H:%M:%S} {' '.join(command)}\n".encode())
             file.flush()
@@ -108,11 +136,14 @@ def start_stage(stage: Stage, cfg: RunConfig, together: int = 1) -> Running:
     return Running(stage, process, log, begin, events, time.perf_counter())
 
 
-def failure(stage: Stage, cfg: RunConfig, code: int) -> ProcessFailed:
+def failure(running: Running, code: int) -> ProcessFailed:
     """What is said of a stage that failed, after ``Running.explain``."""
+    lost = code == LOST or any(map(is_loss, running.printed().splitlines()))
+    cure = "Start" if lost else "Mend it and start"
     return ProcessFailed(
-        f"stage {stage.name}: failed with exit code {code}; its error is above, its log is {cfg.folder.log(stage.name)}. "
-        "Mend it and start the same command again: finished stages are kept"
+        f"stage {running.stage.name}: failed with exit code {code}; its error is above, its log is {running.log}. "
+        f"{cure} the same command again: finished stages are kept",
+        *([LOST] if lost else []),
     )
 
 

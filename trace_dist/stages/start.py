@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -12,13 +14,14 @@ from typing import Any
 import yaml
 
 from trace_dist.config import RunConfig
-from trace_dist.launching import RUN_PID
+from trace_dist.launching import run_process
 from trace_dist.parts import PLACEMENTS, SCORES
 from trace_dist.stages.changes import at_home, completed, differing_fields, forbidden
-from trace_dist.utils import dist
+from trace_dist.utils import activity, dist
 from trace_dist.utils.agreement import agree
 from trace_dist.utils.env import code_version
 from trace_dist.utils.files import write_text
+from trace_dist.utils.heartbeat import Patience
 from trace_dist.utils.imports import importing
 from trace_dist.utils.launch import adopt_launch, job_size
 from trace_dist.utils.locks import hold_until_exit, process_name
@@ -52,11 +55,15 @@ def start(cfg: RunConfig, command: str, **own: str | None) -> None:
         raise ValueError(
             f"{command}: works in one process, but {adopt_launch()} ranks were started; start one"
         )
-    dist.init_distributed()
+    activity.begin(command)
+    launch = cfg.launch
+    patience = Patience(launch.silence_seconds, launch.stuck_minutes)
+    dist.init_distributed(dist.Waiting(patience, launch.timeout_minutes))
     _check_number_of_ranks(cfg, command)
     if dist.world_size() > 1:
         agree({"command": command, "code": code_version(), **own, **dict(_flat(asdict(cfg)))})
     on_main(lambda: take_folder(cfg))
+    check_shared(cfg.folder.lock, f"run_dir={cfg.run_dir!r}")
     # After that, since it imports the parts, which takes seconds, and a folder that is taken is refused at once.
     check_parts(cfg)
     on_main(lambda: _keep_config(cfg, whole_run=command in STARTS_STAGES))
@@ -109,9 +116,42 @@ def take_folder(cfg: RunConfig) -> None:
     Raises:
         ValueError: another process holds it, or nothing can be written there.
     """
-    run = os.environ.get(RUN_PID)
-    sharers = [] if run is None else [process_name(int(run))]
+    run = run_process()
+    sharers = [] if run is None else [process_name(*run)]
     hold_until_exit(cfg.folder.lock, f"run_dir={cfg.run_dir!r}", sharers)
+
+
+def check_shared(path: Path, what: str, seconds: float = 10.0) -> None:
+    """Ranks on all hosts see what rank 0 has just written: masks, checkpoints and banks pass through the run folder. Collective.
+
+    Args:
+        path: a file of rank 0's.
+        what: begins the message: ``field=value``.
+        seconds: how long a file may take from host to host.
+
+    Raises:
+        ValueError: on every rank: some host does not see it.
+    """
+    if dist.world_size() == 1:
+        return
+    text = dist.broadcast_object(_text_of(path) if dist.is_main() else None)
+    deadline = time.monotonic() + seconds
+    while not (seen := _text_of(path) == text) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    found = dist.gather_objects((socket.gethostname(), seen))
+    blind = sorted({host for host, seen in found if not seen})
+    if blind:
+        raise ValueError(
+            f"{what}: {', '.join(blind)} cannot see what rank 0 on {found[0][0]} writes there; put it on a file system that all "
+            "hosts share, at the same path"
+        )
+
+
+def _text_of(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return None
 
 
 def _check_number_of_ranks(cfg: RunConfig, command: str) -> None:

@@ -29,10 +29,11 @@ from trace_dist.train.metric_log import MetricLog
 from trace_dist.train.packing import settle_packing
 from trace_dist.train.schedule import make_schedule
 from trace_dist.train.validation import Look, Validator
-from trace_dist.utils import dist
+from trace_dist.utils import dist, stopping
 from trace_dist.utils.agreement import agree
 from trace_dist.utils.finite import NotFinite, all_finite, check_finite
 from trace_dist.utils.log import get_logger, progress
+from trace_dist.utils.stopping import Stopped
 
 logger = get_logger(__name__)
 SHOWN_ROWS = 16
@@ -136,6 +137,7 @@ def train_steps(
     Raises:
         ValueError: the ranks were given different options.
         NotFinite: a loss, a gradient norm, a learning rate or an update is not finite. On all ranks.
+        Stopped: the command was asked to stop; a checkpoint follows the last step, where there is a keeper. On all ranks.
     """
     options = {f"train.{name}": value for name, value in asdict(cfg).items()}
     agree(options | {rate: learner.optimizer.defaults["lr"], "steps": steps, "first step": first_step})
@@ -153,7 +155,9 @@ def train_steps(
         start = time.perf_counter()
         with diagnose(step):
             due = keeper is not None and keeper.due(step)
-            loss, due = _reduce(learner.accumulate(next(stream)), due)
+            loss, due, stop = _reduce(
+                learner.accumulate(next(stream)), due, stopping.asked() and step < steps
+            )
             lr = _step_rate(learner)
             norm = learner.step()
         schedule.step()
@@ -169,13 +173,16 @@ def train_steps(
             result.seconds = time.perf_counter() - begin
             _say_look(description, result.looks, log)
             ended = ended or validator.is_over(result.looks)
-        if due or ended:
+        if due or stop or ended:
             with diagnose(step):
                 _check_update(learner)
-        if keeper is not None and due:
+        if keeper is not None and (due or stop):
             keeper.keep(step, result)
         if ended:
             break
+        if stop:
+            kept = "kept" if keeper is not None else "not kept, as this part keeps no checkpoints"
+            raise Stopped(f"{description}: step {step} of {steps} is done and {kept}")
     if result.losses:
         last, loss = result.losses[-1]
         logger.info("%s: %d steps, loss %.4f, %.0f ms a step", description, last, loss, result.step_ms)
@@ -200,16 +207,17 @@ def _say_kept(description: str, result: TrainResult, steps: int) -> None:
     logger.info("%s: kept the values of step %s of %d%s", description, result.kept_step, last, early)
 
 
-def _reduce(loss: Tensor, due: bool) -> tuple[float, bool]:
-    """The global loss, and whether rank 0 wants a checkpoint, in one collective.
+def _reduce(loss: Tensor, due: bool, stop: bool) -> tuple[float, bool, bool]:
+    """The global loss, and whether rank 0 wants a checkpoint, and to stop after it, in one collective.
 
     Raises:
         NotFinite: the loss is not.
     """
-    both = torch.stack([loss, torch.full_like(loss, float(due and dist.is_main()))])
+    wish = dist.is_main() * (2.0 if stop else float(due))
+    both = torch.stack([loss, torch.full_like(loss, wish)])
     total, wanted = dist.sum_over_ranks(both).tolist()
     check_finite(total, "the loss")
-    return total, wanted > 0
+    return total, wanted > 0, wanted > 1
 
 
 def _step_rate(learner: Learner) -> float:

@@ -1,25 +1,50 @@
 """Ranks of this job. Works unlaunched (one process) and under deepspeed, torchrun, accelerate, mpirun or srun.
 
-On a machine with GPUs CPU tensors travel over gloo and GPU tensors over NCCL. A rank waits for the others for an hour at most,
-or for DEEPSPEED_TIMEOUT minutes where that variable is set.
+On a machine with GPUs CPU tensors travel over gloo and GPU tensors over NCCL. A rank that is lost is named (``utils.heartbeat``);
+one that is at work alone is waited for, ``Waiting.timeout_minutes`` at most, or DEEPSPEED_TIMEOUT where that variable is set.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
+import secrets
+import socket
+import sys
 import time
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from trace_dist.utils import network, stopping
+from trace_dist.utils.heartbeat import Heartbeat, Patience, Verdict
 from trace_dist.utils.launch import adopt_launch
+from trace_dist.utils.wire import Place, connect, listen
 
 DRAIN_SECONDS = 0.1
 _beside: tuple[Any, Any] | None = None
 """A default group, and the ``exchange_group`` beside it."""
+VERDICT_SECONDS = 3.0
+"""How long a rank whose collective has failed waits to hear of a rank that was lost."""
+_BEATING: Heartbeat | None = None
+_minutes: int | None = None
+"""``Waiting.timeout_minutes`` of this job's groups."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """How long ranks wait for each other.
+
+    Attributes:
+        patience: with a rank that gives no sign of life, and with a job in which nothing moves.
+        timeout_minutes: of a collective, for a rank that lives and is at work alone.
+    """
+
+    patience: Patience = field(default_factory=Patience)
+    timeout_minutes: int = 30
 
 
 def rank() -> int:
@@ -44,8 +69,11 @@ def local_device() -> torch.device:
     return torch.device("cpu")
 
 
-def init_distributed() -> None:
+def init_distributed(waiting: Waiting | None = None) -> None:
     """Join the job that a launcher described in the environment; does nothing in a plain process.
+
+    Args:
+        waiting: how long ranks wait for each other; the defaults when None.
 
     Raises:
         ValueError: the launcher's variables are incomplete or contradict each other, or the ranks cannot meet.
@@ -56,7 +84,11 @@ def init_distributed() -> None:
     # A launcher always names a meeting point; `ensure_group` does not, and its variables outlive its group.
     if num_ranks == 1 and not ("RANK" in os.environ and "MASTER_ADDR" in os.environ):
         return
-    device, timeout = local_device(), _timeout()
+    waiting = waiting or Waiting()
+    global _minutes
+    _minutes = waiting.timeout_minutes
+    device, timeout = local_device(), _timeout(_minutes)
+    network.choose_interface()
     options: dict[str, Any] = {}
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -69,15 +101,54 @@ def init_distributed() -> None:
             f"{place}: rank {os.environ['RANK']} of {num_ranks} cannot meet the others ({error}); "
             "name a machine that all ranks reach and a port that is free there"
         ) from error
+    if world_size() > 1:
+        _begin_heartbeat(waiting.patience)
+
+
+def _begin_heartbeat(patience: Patience) -> None:
+    """Connect all ranks to rank 0. Collective."""
+    global _BEATING
+    hosts, listener, hub = gather_objects(socket.gethostname()), None, None
+    if rank() == 0:
+        apart = len(set(hosts)) > 1
+        listener = listen(apart)
+        addresses = [os.environ.get("MASTER_ADDR", ""), *network.addresses()] if apart else ["127.0.0.1"]
+        place = Place(addresses, listener.getsockname()[1], secrets.token_hex(16))
+    place = broadcast_object(place if listener is not None else None)
+    if listener is None:
+        hub = connect(place)
+    _BEATING = Heartbeat(rank(), hosts, patience, place.token, listener=listener, hub=hub)
+    stopping.tell(_BEATING.request_stop)
+
+
+def lost() -> Verdict | None:
+    """Why an error has come up, where the reason is a rank that was lost; None where it is not."""
+    return None if _BEATING is None else _BEATING.await_verdict(VERDICT_SECONDS)
+
+
+def claim_verdict() -> bool:
+    """Whether nobody has printed why this rank ends."""
+    return _BEATING is not None and _BEATING.claim()
+
+
+def overview() -> str:
+    """What every rank is in, as far as it is known; empty in a single process."""
+    return "" if _BEATING is None else _BEATING.overview()
+
+
+def leave(ok: bool) -> None:
+    """Say that this rank ends, so that nobody counts it as lost."""
+    if _BEATING is not None:
+        _BEATING.leave(ok)
 
 
 def _backend() -> str:
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
-def _timeout() -> timedelta:
+def _timeout(default: int) -> timedelta:
     """How long a collective waits for a rank."""
-    minutes = os.environ.get("DEEPSPEED_TIMEOUT", "60")
+    minutes = os.environ.get("DEEPSPEED_TIMEOUT", str(default))
     if not minutes.isdecimal() or int(minutes) < 1:
         raise ValueError(f"DEEPSPEED_TIMEOUT={minutes!r}: must be a number of minutes; use for example 60")
     return timedelta(minutes=int(minutes))
@@ -94,7 +165,10 @@ def exchange_group() -> dist.ProcessGroup:
     if _beside is None or _beside[0] is not default:
         backend = dist.get_backend_config()
         backend = backend if "cpu:" in backend else f"cpu:gloo,{backend}"
-        _beside = default, dist.new_group(backend=backend, timeout=_timeout())
+        _beside = (
+            default,
+            dist.new_group(backend=backend, timeout=_timeout(_minutes or Waiting.timeout_minutes)),
+        )
     return _beside[1]
 
 
@@ -163,13 +237,22 @@ def ensure_group() -> None:
         dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
 
 
-def close() -> None:
-    """Leave the process group, if there is one."""
-    global _beside
+def close(ok: bool = True) -> None:
+    """Leave the process group, if there is one; ``ok`` is whether this rank's work is done."""
+    global _BEATING, _beside
     _beside = None
+    leave(ok)
+    stopping.tell(None)
+    _BEATING = None
     if dist.is_initialized():
         _drain()
         dist.destroy_process_group()
+
+
+@atexit.register
+def _say_goodbye() -> None:
+    """Ranks of scripts that end by themselves; one that was ended by an error has printed it."""
+    leave(not hasattr(sys, "last_type"))
 
 
 @atexit.register

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 PACKAGES = (
     "trace-dist",
@@ -54,7 +53,12 @@ def _versions() -> dict[str, str]:
 
 
 def code_version() -> str:
-    """Version of this package and a digest of its sources, kernels included: what ranks compare."""
+    """Version of this package and a digest of its sources: what ranks compare."""
+    return f"{_versions().get('trace-dist', 'unknown')} {code_digest()}"
+
+
+def code_digest() -> str:
+    """A digest of this package's sources, kernels included."""
     digest = hashlib.sha256()
     kernels = find_spec("trace_kernels")
     for root in (
@@ -64,7 +68,7 @@ def code_version() -> str:
         for path in sorted(root.rglob("*")):
             if path.suffix in (".py", ".cpp"):
                 digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    return f"{_versions().get('trace-dist', 'unknown')} {digest.hexdigest()[:12]}"
+    return digest.hexdigest()[:12]
 
 
 def _cpu_name() -> str:
@@ -79,6 +83,8 @@ def _cpu_name() -> str:
 
 def meta_info() -> dict[str, Any]:
     """Hardware and versions, for the ``meta_info`` of a result file."""
+    import torch
+
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     memory_gib = psutil.virtual_memory().total / 2**30
     return {

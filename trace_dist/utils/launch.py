@@ -81,6 +81,11 @@ def launched_rank() -> int:
     return int(value) if value.isdecimal() else 0
 
 
+def is_launched() -> bool:
+    """Whether a launcher started this process as a rank."""
+    return "RANK" in os.environ or any(launcher.started_us for launcher in LAUNCHERS)
+
+
 def adopt_launch() -> int:
     """Hand a foreign launcher's variables on under torch's names.
 

@@ -31,9 +31,9 @@ class Held(ValueError):
         self.holder = holder
 
 
-def process_name(pid: int) -> str:
-    """How a process of this machine is named in a lock file."""
-    return f"process {pid} on {socket.gethostname()}"
+def process_name(pid: int, host: str | None = None) -> str:
+    """How a process is named in a lock file; of this machine where no host is given."""
+    return f"process {pid} on {host or socket.gethostname()}"
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import track
 
-from trace_dist.utils import dist
+from trace_dist.utils import activity, dist
 from trace_dist.utils.events import listened, tell
 
 T = TypeVar("T")
@@ -74,7 +74,16 @@ def outcome(text: str) -> None:
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterate, and show on rank 0 how far it is: to the run that listens, as a bar in a terminal, else as a line now and then."""
+    """Iterate, and show on rank 0 how far it is: to the run that listens, as a bar in a terminal, else as a line now and then.
+
+    Every rank knows how far it is, for the others to see where it is lost.
+    """
+    for done, item in enumerate(_shown(items, description, total)):
+        activity.note(description, done + 1, total)
+        yield item
+
+
+def _shown(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
     if not dist.is_main() or total == 1:
         yield from items
     elif console.is_terminal and not listened():

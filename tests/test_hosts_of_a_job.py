@@ -1,0 +1,175 @@
+"""What is started on which host, and what other hosts are told."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from trace_dist.config import LaunchConfig
+from trace_dist.launching import launch_command, shown_launch
+from trace_dist.launching.commands import first_node, starts
+from trace_dist.launching.environment import forwarded
+from trace_dist.launching.hosts import Host, hosts_of, read_hostfile
+from trace_dist.utils import network
+
+HERE = socket.gethostname()
+
+
+@pytest.fixture
+def hostfile(tmp_path: Path) -> Callable[[str], str]:
+    def write(text: str) -> str:
+        (tmp_path / "hosts").write_text(text)
+        return str(tmp_path / "hosts")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "it names no host"),
+        ("# none\n\n", "it names no host"),
+        ("node-1 slots=2\nnode-2\n", "line 2 is 'node-2'; write `NAME slots=RANKS`"),
+        ("node-1 slots=0", "line 1 is 'node-1 slots=0'"),
+        ("-oProxyCommand=x slots=1", "line 1 is '-oProxyCommand=x slots=1'"),
+        ("a slots=1\na slots=2", "a is there twice"),
+    ],
+)
+def test_hostfiles_that_make_no_sense(text: str, complaint: str, hostfile: Callable[[str], str]) -> None:
+    path = hostfile(text)
+    with pytest.raises(ValueError, match=r"^launch\.hostfile='.*hosts': ") as refused:
+        read_hostfile(path)
+    assert complaint in str(refused.value)
+
+
+def test_a_hostfile(hostfile: Callable[[str], str]) -> None:
+    path = hostfile("# both\nnode-1 slots=8 # the first\n\n10.0.0.2  slots=16\n")
+    assert read_hostfile(path) == [Host("node-1", 8), Host("10.0.0.2", 16)]
+    with pytest.raises(ValueError, match=r"hosts.not_there': cannot be read"):
+        read_hostfile(path + ".not_there")
+
+
+@pytest.mark.parametrize(
+    ("text", "launcher", "ranks", "complaint"),
+    [
+        (
+            f"{HERE} slots=2\nb slots=2",
+            "torchrun",
+            2,
+            "launch.num_ranks=2: .* has 4 slots; set --launch.num_ranks 4",
+        ),
+        (f"b.invalid slots=1\n{HERE} slots=1", "torchrun", 2, "its first host is b.invalid, and this is"),
+        (f"{HERE} slots=1\nb slots=2", "accelerate", 3, "accelerate starts as many ranks on every host"),
+    ],
+)
+def test_hosts_that_do_not_fit(
+    text: str, launcher: str, ranks: int, complaint: str, hostfile: Callable[[str], str]
+) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        hosts_of(LaunchConfig(launcher, ranks, hostfile(text)))
+
+
+def test_a_hostfile_with_this_machine_alone_is_no_job_of_several(hostfile: Callable[[str], str]) -> None:
+    launch = LaunchConfig("torchrun", 2, hostfile(f"{HERE} slots=2"))
+    assert hosts_of(launch) == []
+    assert launch_command(launch)[:3][-1] == "torch.distributed.run"
+    assert shown_launch(launch) == "trace-dist launch"
+
+
+def test_torchrun_and_accelerate_on_each_host(hostfile: Callable[[str], str], tmp_path: Path) -> None:
+    """Rank 0 is here; what is told to the other one is its whole environment, and nothing secret."""
+    path = hostfile(f"{HERE} slots=2\nnode-b slots=2")
+    told = {"PATH": "/env/bin", "PYTHONPATH": "/a b", "HF_TOKEN": "secret", "HOME": "/root", "RANK": "3"}
+    for launcher, words in (
+        ("torchrun", f"--nnodes 2 --node_rank 1 --nproc_per_node 2 --master_addr {HERE}"),
+        ("accelerate", f"--num_machines 2 --machine_rank 1 --main_process_ip {HERE}"),
+    ):
+        here, there = starts(
+            LaunchConfig(launcher, 4, path), "trace_dist", ["train", "--a", "x y"], told, tmp_path
+        )
+        assert (here.host, there.host) == (None, "node-b")
+        assert here.command[-4:] == ["trace_dist", "train", "--a", "x y"]
+        assert there.command[0] == "ssh"
+        assert there.command[-2] == "node-b"
+        text = there.command[-1]
+        assert text.startswith(f"cd {os.getcwd()} && exec env PATH=/env/bin 'PYTHONPATH=/a b' ")
+        assert words in text
+        assert text.endswith("trace_dist train --a 'x y'")
+        assert "secret" not in text
+        assert "RANK=3" not in text
+
+
+def test_deepspeed_over_pdsh(hostfile: Callable[[str], str], tmp_path: Path) -> None:
+    launch = LaunchConfig("deepspeed", 2, hostfile(f"{HERE} slots=1\nnode-b slots=1"))
+    with pytest.raises(
+        ValueError,
+        match=r"pdsh, which is not installed here; install pdsh, or set launch.launcher to torchrun",
+    ):
+        starts(launch, "trace_dist", [], {"PATH": "/nowhere"}, tmp_path)
+    (tmp_path / "pdsh").write_text("#!/bin/sh\n")
+    (tmp_path / "pdsh").chmod(0o755)
+    told = {"PATH": str(tmp_path), "DS_ACCELERATOR": "cpu"}
+    (start,) = starts(launch, "trace_dist", ["train", "--methods", "[a]", "--x", "100%"], told, tmp_path)
+    # Its shells get the words as they are, and pdsh a percent sign as two.
+    assert start.command[-5:] == ["train", "--methods", "'[a]'", "--x", "100%%"]
+    lines = Path(start.environment["DS_ENV_FILE"]).read_text().splitlines()
+    assert {f"PATH={tmp_path}", "DS_ACCELERATOR=cpu"} <= set(lines)
+
+
+def test_slurm(tmp_path: Path) -> None:
+    launch = LaunchConfig("slurm", 4)
+    with pytest.raises(
+        ValueError, match="no Slurm job around this command; start it inside sbatch or salloc"
+    ):
+        starts(launch, "trace_dist", [], {}, tmp_path)
+    inside = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node-3,node-4"}
+    (start,) = starts(launch, "trace_dist", ["train"], inside, tmp_path)
+    assert start.command[:3] == ["srun", "--ntasks", "4"]
+    assert start.environment["MASTER_ADDR"] == "node-3"
+    assert first_node({}) == HERE
+    with pytest.raises(ValueError, match=r"^launch\.hostfile='h': launcher slurm reads none"):
+        LaunchConfig("slurm", 2, "h")
+
+
+def test_what_other_hosts_are_told() -> None:
+    names = [
+        "PATH",
+        "OMP_NUM_THREADS",
+        "GLOO_SOCKET_IFNAME",
+        "NCCL_SOCKET_IFNAME",
+        "DS_ACCELERATOR",
+        "TOKENIZERS_PARALLELISM",
+    ]
+    kept = ["HOME", "HF_TOKEN", "TRACE_API_KEY", "MASTER_ADDR", "LOCAL_RANK", "SLURM_PROCID"]
+    assert list(forwarded(dict.fromkeys([*names, *kept], "1"))) == names
+    assert forwarded({"HF_HOME": "a\nb"}) == {}
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, interfaces: dict[str, str], local: str = "1") -> None:
+    """A rank of two, on a host whose name means the loopback."""
+    monkeypatch.delenv(network.GLOO, raising=False)
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": local, "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
+    monkeypatch.setattr(network, "interfaces", lambda: interfaces)
+
+
+def test_the_interface_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched(monkeypatch, {"10.0.0.1": "ib0"})
+    network.choose_interface()
+    assert os.environ[network.GLOO] == "ib0"
+
+
+def test_an_interface_that_is_not_clear_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched(monkeypatch, {"10.0.0.1": "ib0", "192.168.0.1": "eth0"})
+    with pytest.raises(
+        ValueError, match=r"set GLOO_SOCKET_IFNAME to the interface that joins the hosts \(eth0, ib0\)"
+    ):
+        network.choose_interface()
+    launched(monkeypatch, {"10.0.0.1": "ib0", "192.168.0.1": "eth0"}, local="2")
+    network.choose_interface()  # all ranks are here
+    assert network.GLOO not in os.environ

@@ -1,0 +1,116 @@
+"""Whoever starts ranks answers for them: signals, exit codes, and nothing left behind. The ranks here load no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cli.program import is_alive
+
+from trace_dist.launching.supervisor import is_loss
+
+MODULE = """
+import os, signal, subprocess, sys, time
+behaviour, folder = sys.argv[1:]
+if behaviour == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+open(folder + "/pids.new", "w").write(f"{os.getpid()} {child.pid}")
+os.rename(folder + "/pids.new", folder + "/pids")
+if behaviour == "lost":
+    child.kill()
+    print("error: lost contact: rank 1 on node-2 has ended", file=sys.stderr)
+    sys.exit(1)
+if behaviour == "fail":
+    child.kill()
+    sys.exit(2)
+while not os.path.exists(os.environ["TRACE_DIST_STOP"]):
+    time.sleep(0.02)
+child.kill()
+sys.exit(1)  # as torchrun
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "acting.py").write_text(MODULE)
+    return tmp_path
+
+
+def begin(folder: Path, behaviour: str, module: str = "supervisor") -> subprocess.Popen[str]:
+    paths = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    words = [json.dumps({"launcher": "none"})] if module == "supervisor" else [sys.executable, "-m"]
+    unset = {"TRACE_DIST_STOP", "SLURM_JOB_ID"}
+    own = {name: value for name, value in os.environ.items() if name not in unset} | {"PYTHONPATH": paths}
+    own |= {"TRACE_DIST_STOP": str(folder / "stop")} if module == "tether" else {}
+    return subprocess.Popen(
+        [sys.executable, "-m", f"trace_dist.launching.{module}", *words, "acting", behaviour, str(folder)],
+        env=own, cwd=folder, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def pids(folder: Path) -> list[int]:
+    deadline = time.monotonic() + 30
+    while not (folder / "pids").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return list(map(int, (folder / "pids").read_text().split()))
+
+
+@pytest.mark.parametrize("behaviour", ["wait", "deaf"])
+def test_sigterm_leaves_nothing(folder: Path, behaviour: str) -> None:
+    process = begin(folder, behaviour)
+    below = pids(folder)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not any(map(is_alive, below))
+
+
+def test_sigusr1_asks_to_stop(folder: Path) -> None:
+    """The launcher's own exit code says nothing; ours says that it goes on when it is started again."""
+    process = begin(folder, "wait")
+    pids(folder)
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=20)
+    assert process.returncode == 75
+
+
+@pytest.mark.parametrize(("behaviour", "code"), [("lost", 75), ("fail", 2)])
+def test_exit_codes(folder: Path, behaviour: str, code: int) -> None:
+    process = begin(folder, behaviour)
+    said = process.communicate(timeout=20)[1]
+    assert process.returncode == code
+    assert ("lost contact" in said) == (behaviour == "lost")
+
+
+def test_what_is_tethered_ends_with_the_other_end(folder: Path) -> None:
+    process = begin(folder, "wait", "tether")
+    below = pids(folder)
+    assert all(map(is_alive, below))
+    assert process.stdin is not None
+    process.stdin.close()
+    process.wait(timeout=20)
+    assert not any(map(is_alive, below))
+    process.stdin = None
+    process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("line", "loss"),
+    [
+        (b"error: lost contact: rank 1 on b has ended\n", True),
+        (b"error [rank 12]: lost contact: rank 0 on a has given no sign\n", True),
+        (b"  exitcode  : -9 (pid: 7)\n", True),
+        (b"[launch.py] ['python'] exits with return code = -9\n", True),
+        (b"error: train.lr=1: too high\n", False),
+        (b"  exitcode  : 1 (pid: 7)\n", False),
+    ],
+)
+def test_what_is_a_loss(line: bytes, loss: bool) -> None:
+    assert is_loss(line) == loss

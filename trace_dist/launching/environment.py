@@ -1,0 +1,91 @@
+"""The environment of a process that is started: what its launcher shall see, and what other hosts are told."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+
+from trace_dist.utils.codes import FAILED
+from trace_dist.utils.launch import LAUNCHERS
+
+RUN_PID = "TRACE_DIST_RUN_PID"
+"""Environment variable of what a run starts, which launchers pass on: the process that must live while it does."""
+RUN_HOST = "TRACE_DIST_RUN_HOST"
+"""The host of that process."""
+FORWARDED = (
+    *("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "DEEPSPEED_TIMEOUT", "TOKENIZERS_PARALLELISM"),
+    *("TRACE_*", "DS_*", "OMP_*", "MKL_*", "GLOO_*", "NCCL_*", "TORCH_*", "TORCHELASTIC_*", "TRITON_*"),
+    *("HF_*", "PYTHON*", "UCX_*", "FI_*", "CUDA_HOME", "LC_ALL"),
+)
+"""Variables that every host is told, where they are set here."""
+SECRET = re.compile(r"TOKEN(?!IZERS)|KEY|SECRET|PASSW")
+"""Never told: command lines can be read by everyone on a host."""
+RANKS = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"),
+    *(name for launcher in LAUNCHERS for name in (launcher.rank, launcher.size, launcher.local_rank)),
+)
+"""Variables by which launchers tell a process which rank it is."""
+
+
+class ProcessFailed(Exception):
+    """A command that was started as a process of its own has failed and said why.
+
+    Attributes:
+        code: exit code for whoever started it.
+    """
+
+    def __init__(self, message: str, code: int = FAILED) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def launch_environment(num_processes: int = 1, num_threads: int | None = None) -> dict[str, str]:
+    """The environment of each of some processes on this machine.
+
+    Args:
+        num_processes: how many run at the same time; they share the cores.
+        num_threads: of each; its share of the cores when None.
+    """
+    import torch
+
+    environment = dict(os.environ)
+    share = max(1, (os.cpu_count() or 1) // num_processes)
+    environment["OMP_NUM_THREADS"] = str(share if num_threads is None else num_threads)
+    if not torch.cuda.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+    return environment
+
+
+def alone_environment() -> dict[str, str]:
+    """The environment of a process of its own, started by a rank: no launcher is to be seen in it."""
+    hidden = ("TORCHELASTIC_", "SLURM_STEP")
+    return {
+        name: value
+        for name, value in launch_environment().items()
+        if name not in RANKS and not name.startswith(hidden)
+    }
+
+
+def followed(pid: int) -> dict[str, str]:
+    """What tells processes to end with a process of this host."""
+    return {RUN_PID: str(pid), RUN_HOST: socket.gethostname()}
+
+
+def run_process() -> tuple[int, str] | None:
+    """The process that this one follows, and its host; None where there is none."""
+    if RUN_PID not in os.environ:
+        return None
+    return int(os.environ[RUN_PID]), os.environ.get(RUN_HOST, socket.gethostname())
+
+
+def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
+    """What of an environment other hosts are told; nothing that looks like a secret."""
+    exact = {name for name in FORWARDED if not name.endswith("*")}
+    starts = tuple(name[:-1] for name in FORWARDED if name.endswith("*"))
+    return {
+        name: value
+        for name, value in environment.items()
+        if (name in exact or name.startswith(starts)) and not SECRET.search(name) and "\n" not in value
+    }
