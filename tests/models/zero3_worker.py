@@ -21,6 +21,7 @@ from trace_dist.models.fingerprint import fingerprint
 from trace_dist.models.loading import load_model, load_model_zero3
 from trace_dist.models.nf4 import quantize_nf4
 from trace_dist.models.weight_files import WeightFiles
+from trace_dist.sharding.zero3 import start_deepspeed
 from trace_dist.utils import dist
 
 COLLECTIVES = ("broadcast", "all_reduce", "all_gather_into_tensor", "all_gather", "reduce_scatter_tensor")
@@ -141,7 +142,7 @@ def examine(folder: str, dtype: str, spy: Spy) -> dict[str, Any]:
 
 def main() -> None:
     out, dtype, *folders = sys.argv[1:]
-    deepspeed.init_distributed("gloo")
+    start_deepspeed()
     spy = Spy()
     spy.install()
     reports = {Path(folder).name: examine(folder, dtype, spy) for folder in folders}
