@@ -130,6 +130,9 @@ def test_slurm(tmp_path: Path) -> None:
     (start,) = starts(launch, "trace_dist", ["train"], inside, tmp_path)
     assert start.command[:3] == ["srun", "--ntasks", "4"]
     assert start.environment["MASTER_ADDR"] == "node-3"
+    assert not any("cpus" in word for word in start.command)
+    (start,) = starts(launch, "trace_dist", ["train"], {**inside, "SLURM_CPUS_PER_TASK": "8"}, tmp_path)
+    assert "--cpus-per-task=8" in start.command
     assert first_node({}) == HERE
     with pytest.raises(ValueError, match=r"^launch\.hostfile='h': launcher slurm reads none"):
         LaunchConfig("slurm", 2, "h")
@@ -151,7 +154,9 @@ def test_what_other_hosts_are_told() -> None:
 
 def launched(monkeypatch: pytest.MonkeyPatch, interfaces: dict[str, str], local: str = "1") -> None:
     """A rank of two, on a host whose name means the loopback."""
-    monkeypatch.delenv(network.GLOO, raising=False)
+    # Set first: what is chosen goes again afterwards.
+    monkeypatch.setenv(network.GLOO, "none")
+    monkeypatch.delenv(network.GLOO)
     for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": local, "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(socket, "gethostname", lambda: "localhost")

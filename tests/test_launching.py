@@ -67,12 +67,5 @@ def test_scripts_give_each_rank_its_share_of_the_cores(launcher: str, tmp_path: 
     assert run_script(f"{launcher}.sh", tmp_path, "4", "train", OMP_NUM_THREADS="2").startswith("2 ")
 
 
-def test_a_step_of_slurm_is_told_the_cores_of_its_job(tmp_path: Path) -> None:
-    job = {"SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"}
-    said = run_script("slurm.sbatch", tmp_path, "train", SLURM_CPUS_PER_TASK="32", **job)
-    assert said.startswith("4 srun --cpus-per-task=32 torchrun --nnodes 2 --nproc_per_node 8 ")
-    assert said.endswith("--rdzv_endpoint node-1:29500 -m trace_dist train\n")
-
-
 def test_a_free_port_can_be_taken() -> None:
     assert 0 < free_port() < 65536

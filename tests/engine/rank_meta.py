@@ -72,7 +72,7 @@ def counted(kind: str, shard: Shard) -> dict[str, Any]:
         }
         count.clear()
         with count:
-            _reduce(loss, False)
+            _reduce(loss, False, False)
             learner.step()
         found["step"] = {
             "waits": sum(count.waits.values()),

@@ -86,6 +86,6 @@ def test_looks_of_another_shape_are_left_out(looks: Any, tmp_path: Path) -> None
 
 def test_the_story_says_what_the_rates_were_compared_by() -> None:
     results = make_results(["reverse"])
-    assert "by the loss on held-out training examples." in narrate(parse_results(results))
+    assert "by the loss on held-out training examples." in " ".join(narrate(parse_results(results)))
     results["config"]["train"]["eval_every"] = 10
-    assert "by the loss on validation examples." in narrate(parse_results(results))
+    assert "by the loss on validation examples." in " ".join(narrate(parse_results(results)))

@@ -405,7 +405,7 @@ FILE_COMMANDS = {
         f"serve {FROM_BANK} --port 8000",
     ),
     "lm-eval": Command(
-        "evaluate a bank, one of its tasks or its base with lm-evaluation-harness",
+        "evaluate a bank, one of its tasks or its base on the tasks of lm_eval",
         f"lm-eval {FROM_BANK} --task auto -- --tasks arc_easy hellaswag --limit 100",
     ),
     "init": Command(

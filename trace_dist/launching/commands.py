@@ -226,6 +226,9 @@ def _slurm(ranks: int, module: str, words: Sequence[str], environment: Mapping[s
             "launch/slurm.sbatch does"
         )
     command = ["srun", "--ntasks", str(ranks), "--kill-on-bad-exit=1", "--export=ALL"]
+    # Since Slurm 22.05 a step does not inherit the job's cores per task: without it a rank has one.
+    if cores := environment.get("SLURM_CPUS_PER_TASK"):
+        command.append(f"--cpus-per-task={cores}")
     place = {"MASTER_ADDR": first_node(environment), "MASTER_PORT": str(free_port())}
     return [Start([*command, sys.executable, "-m", module, *words], None, place)]
 
