@@ -48,7 +48,7 @@ def test_every_kernel_is_timed_at_every_granularity(tmp_path: Path) -> None:
     rows = json.loads(out.read_text())["rows"]
     timed = {(row["op"], row["block"]) for row in rows if "block" in row}
     assert timed >= {(op, block) for op in set(OPS) - WITHOUT_BLOCKS for block in BLOCKS}
-    assert {row["op"] for row in rows} == set(OPS)
+    assert {row["op"] for row in rows} >= set(OPS)
     assert all(row["ms"] > 0 and row["gb_per_s"] > 0 for row in rows)
 
 
