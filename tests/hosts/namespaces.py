@@ -39,15 +39,25 @@ def install() -> str | None:
         return None
     if os.geteuid() != 0 or find("apt-get") is None:
         return f"needs {', '.join(missing)}, and root on Debian to install them"
-    quiet = {"env": os.environ | {"DEBIAN_FRONTEND": "noninteractive"}, "capture_output": True, "text": True}
-    command = ["apt-get", "install", "-y", "--no-install-recommends", *missing]
-    done = subprocess.run(command, timeout=300, **quiet)  # type: ignore[call-overload]
-    if done.returncode != 0:
-        subprocess.run(["apt-get", "update"], timeout=300, **quiet)  # type: ignore[call-overload]
-        done = subprocess.run(command, timeout=300, **quiet)  # type: ignore[call-overload]
-    return (
-        None if done.returncode == 0 else f"apt-get cannot install {', '.join(missing)}: {done.stderr[-300:]}"
-    )
+    for words in (["install"], ["update"], ["install"]):
+        command = [
+            "apt-get",
+            *words,
+            *(["-y", "--no-install-recommends", *missing] if words == ["install"] else []),
+        ]
+        try:
+            done = subprocess.run(
+                command,
+                timeout=120,
+                env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
+                capture_output=True,
+                text=True,
+            )
+        except subprocess.TimeoutExpired:
+            return f"{' '.join(command)}: no answer within 120 s"
+        if words == ["install"] and done.returncode == 0:
+            return None
+    return f"apt-get cannot install {', '.join(missing)}: {done.stderr[-300:]}"
 
 
 def forbidden() -> str | None:
