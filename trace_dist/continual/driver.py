@@ -43,13 +43,7 @@ def method_class(name: str) -> type[Method]:
     Raises:
         ValueError: no method has this name, or the module of that path holds none.
     """
-    kind = getattr(METHODS.load(name), "METHOD", None)
-    if not (isinstance(kind, type) and issubclass(kind, Method)):
-        raise ValueError(
-            f"continual.methods={name!r}: the module has no METHOD, a subclass of "
-            "trace_dist.continual.methods.base.Method; name one that has"
-        )
-    return kind
+    return METHODS.subclass(name, "METHOD", Method)  # type: ignore[type-abstract]
 
 
 def check_methods(cfg: RunConfig) -> list[Entry]:

@@ -13,7 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,25 @@ class Registry:
             raise ValueError(
                 f"{self.field}={name!r}: cannot be imported ({error}); check the path and PYTHONPATH"
             ) from None
+
+    def subclass(self, name: str, attribute: str, base: type[T]) -> type[T]:
+        """The class that a part's module holds.
+
+        Args:
+            name: of the part.
+            attribute: the class's name in the module.
+            base: what it must be a subclass of.
+
+        Raises:
+            ValueError: as ``load``, or the module holds no such class.
+        """
+        kind = getattr(self.load(name), attribute, None)
+        if not (isinstance(kind, type) and issubclass(kind, base)):
+            raise ValueError(
+                f"{self.field}={name!r}: the module has no {attribute}, a subclass of {base.__module__}.{base.__qualname__}; "
+                "name one that has"
+            )
+        return kind
 
     def options(self, name: str, values: Mapping[str, Any] | None = None) -> Any:
         """A part's ``Options`` from plain values, checked by type; None for a part without options.

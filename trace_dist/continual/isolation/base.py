@@ -91,10 +91,5 @@ def load_isolation(cfg: MaskConfig) -> Isolation:
     Raises:
         ValueError: there is no such isolation or option, or the module of that path holds none.
     """
-    kind = getattr(ISOLATIONS.load(cfg.isolation), "ISOLATION", None)
-    if not (isinstance(kind, type) and issubclass(kind, Isolation)):
-        raise ValueError(
-            f"mask.isolation={cfg.isolation!r}: the module has no ISOLATION, a subclass of "
-            "trace_dist.continual.isolation.base.Isolation; name one that has"
-        )
+    kind = ISOLATIONS.subclass(cfg.isolation, "ISOLATION", Isolation)
     return kind(ISOLATIONS.options(cfg.isolation, cfg.isolation_options))

@@ -67,10 +67,5 @@ def load_start(cfg: BankConfig) -> Start:
     Raises:
         ValueError: there is no such start or option, or the module of that path holds none.
     """
-    kind = getattr(STARTS.load(cfg.composition), "START", None)
-    if not (isinstance(kind, type) and issubclass(kind, Start)):
-        raise ValueError(
-            f"bank.composition={cfg.composition!r}: the module has no START, a subclass of "
-            "trace_dist.continual.starts.base.Start; name one that has"
-        )
+    kind = STARTS.subclass(cfg.composition, "START", Start)
     return kind(STARTS.options(cfg.composition, cfg.composition_options))
