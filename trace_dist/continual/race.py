@@ -179,15 +179,9 @@ def _loss_after(trial: AbstractContextManager[Learner], step: Step, trained: Exi
     Collective.
     """
     try:
-        return heldout_loss(trained.enter_context(trial), step)
+        return answer_loss(trained.enter_context(trial), step)
     except NotFinite:
         return math.inf
-
-
-def heldout_loss(learner: Learner, step: Step) -> float:
-    """Nats per answer token of a global batch, under the weights that the learner's model holds. Collective."""
-    learner.module.eval()
-    return answer_loss(learner, step)
 
 
 def _read(path: Path, about: dict[str, Any]) -> Race | None:

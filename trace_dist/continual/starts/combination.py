@@ -20,12 +20,13 @@ from trace_dist.bank.bank import BASE, DeltaBank
 from trace_dist.bank.delta import Delta, extract_delta
 from trace_dist.bank.signature import Signature
 from trace_dist.config.checks import Section
-from trace_dist.continual.race import heldout_loss, split
+from trace_dist.continual.race import split
 from trace_dist.continual.setting import Setting
 from trace_dist.continual.starts.base import Begun, Start
 from trace_dist.masks.mask import Mask
 from trace_dist.train.combination import GROUPS, CombinationLearner
 from trace_dist.train.task import train_learner
+from trace_dist.train.validation import answer_loss
 from trace_dist.train.workbench import Stream
 from trace_dist.utils.log import get_logger
 from trace_dist.utils.rng import random_numbers_kept
@@ -99,7 +100,7 @@ class Combination(Start):
         step = next(setting.bench.batches([heldout], len(heldout.encoded)))
         learner = CombinationLearner(setting.model, deltas, options.lr, options.l1, options.l2)
         try:
-            before = heldout_loss(learner, step)
+            before = answer_loss(learner, step)
             # Peak and schedule are the fit's own; nothing is kept of a few steps.
             train = replace(cfg.train, lr=options.lr, checkpoint_every=0, warmup_steps=0)
             train_learner(
@@ -110,7 +111,7 @@ class Combination(Start):
                 description=f"{name}/{stream.task.name}: combination",
                 rate="bank.composition_options.lr",
             )
-            after = heldout_loss(learner, step)
+            after = answer_loss(learner, step)
             scalars = learner.scalars.detach().cpu()
             used = [row for row in range(len(deltas)) if bool(scalars[row].any())]
             facts = _facts(deltas, scalars, before, after)
