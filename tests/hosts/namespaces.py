@@ -23,7 +23,7 @@ HOST_SCRIPT = """
 echo $$ >{folder}/pid{number}; hostname node-{number}
 mount -t tmpfs tmpfs /dev/shm
 mount --bind {folder}/hosts{number} /etc/hosts
-mkdir -p /root/.ssh; mount --bind {folder}/ssh /root/.ssh
+home=$(getent passwd "$(id -u)" | cut -d: -f6); mkdir -p "$home/.ssh"; mount --bind {folder}/ssh "$home/.ssh"
 exec {sshd} -D -e -f {folder}/sshd_config
 """
 

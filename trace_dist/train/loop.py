@@ -183,13 +183,17 @@ def train_steps(
         if stop:
             kept = "kept" if keeper is not None else "not kept, as this part keeps no checkpoints"
             raise Stopped(f"{description}: step {step} of {steps} is done and {kept}")
-    if result.losses:
-        last, loss = result.losses[-1]
-        logger.info("%s: %d steps, loss %.4f, %.0f ms a step", description, last, loss, result.step_ms)
+    _say_end(description, result)
     if validator is not None and result.looks:
         result.kept_step = validator.leave(learner, result.looks)
         _say_kept(description, result, steps)
     return result
+
+
+def _say_end(description: str, result: TrainResult) -> None:
+    if result.losses:
+        last, loss = result.losses[-1]
+        logger.info("%s: %d steps, loss %.4f, %.0f ms a step", description, last, loss, result.step_ms)
 
 
 def _say_look(description: str, looks: list[Look], log: MetricLog | None) -> None:
