@@ -57,6 +57,7 @@ SECTIONS: dict[int, tuple[Launcher, list[str]]] = {
                 "depth",
                 "gathering",
                 "gathering_over_gloo",
+                "holding",
                 "by_weight",
                 "unreached",
                 "wire",

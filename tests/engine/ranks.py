@@ -24,6 +24,7 @@ from engine.rank_depth import depth
 from engine.rank_files import cut_and_continue, damaged, deltas, exporting, hand_over, loading, take_over
 from engine.rank_gathering import gathering
 from engine.rank_gloo import gathering_over_gloo
+from engine.rank_held import holding
 from engine.rank_nf4 import nf4
 from engine.rank_prepared import prepared
 from engine.rank_reduction import reduction
@@ -229,6 +230,7 @@ SECTIONS: dict[str, Callable[[Path], Found]] = {
     "depth": depth,
     "gathering": gathering,
     "gathering_over_gloo": gathering_over_gloo,
+    "holding": holding,
     "by_weight": by_weight,
     "unreached": unreached,
     "wire": wire,

@@ -97,5 +97,5 @@ def represent_layers(
         # clones: a row that is pickled for the other ranks would take the whole batch with it
         return [row.clone() for row in _mean_hidden(model, ids, mask, layers).cpu()]
 
-    with evaluating(model):
-        return torch.stack(map_over_ranks(lengths, batch_size, run))
+    with evaluating(model) as alone:
+        return torch.stack(map_over_ranks(lengths, batch_size, run, alone))

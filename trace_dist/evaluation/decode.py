@@ -1,7 +1,7 @@
 """Greedy decoding, the same on every rank, equal to ``generate(do_sample=False)`` prompt by prompt.
 
 The loop is ours rather than ``model.generate`` because all ranks of a sharded model must take the same
-number of decoding steps.
+number of decoding steps, unless its weights are held whole meanwhile.
 
 [Note: padding and caches]
 Attention can be told to leave out positions, so prompts are padded on the left and their keys and values are kept.
@@ -76,17 +76,19 @@ def greedy_decode(
     check_decoder(model)
     # The last token is not read again.
     check_context(max(lengths) + max_new_tokens - 1, config_of(model))
-    decoder = _Decoder(model, stop_ids(tokenizer), pad_id(tokenizer), max_new_tokens)
-    with evaluating(model):
+    with evaluating(model) as alone:
+        decoder = _Decoder(model, stop_ids(tokenizer), pad_id(tokenizer), max_new_tokens, alone)
         size = safe_batch_size(model, prompts, pad_id(tokenizer), batch_size)
-        return map_over_ranks(lengths, size, lambda batch: decoder([prompts[i] for i in batch]))
+        return map_over_ranks(lengths, size, lambda batch: decoder([prompts[i] for i in batch]), alone)
 
 
 class _Decoder:
-    """Decodes batches of one model ([Note: padding and caches])."""
+    """Decodes batches of one model ([Note: padding and caches]); ``alone``: its forward passes are not collective."""
 
-    def __init__(self, model: torch.nn.Module, stops: list[int], fill: int, max_new_tokens: int) -> None:
-        self.model, self.fill, self.max_new_tokens = model, fill, max_new_tokens
+    def __init__(
+        self, model: torch.nn.Module, stops: list[int], fill: int, max_new_tokens: int, alone: bool
+    ) -> None:
+        self.model, self.fill, self.max_new_tokens, self.alone = model, fill, max_new_tokens, alone
         self.is_stop = torch.tensor(stops, device=device_of(model))
 
     def __call__(self, prompts: list[list[int]]) -> list[list[int]]:
@@ -100,7 +102,7 @@ class _Decoder:
         """None where the model turns out to keep anything but keys and values."""
         tokens, mask = pad(prompts, self.fill, self.is_stop.device, left=True)
         position_ids = positions(mask)
-        chosen = _Chosen(len(prompts), self.is_stop)
+        chosen = _Chosen(len(prompts), self.is_stop, self.alone)
         cache_name, cache = str(cache_argument(self.model)), None
         for _ in range(self.max_new_tokens):
             options = {"position_ids": position_ids, "logits_to_keep": last(tokens, 1), cache_name: cache}
@@ -119,7 +121,7 @@ class _Decoder:
 
     def _without_cache(self, prompts: list[list[int]]) -> list[list[int]]:
         rows = [list(prompt) for prompt in prompts]
-        chosen = _Chosen(len(prompts), self.is_stop)
+        chosen = _Chosen(len(prompts), self.is_stop, self.alone)
         for _ in range(self.max_new_tokens):
             tokens, mask = pad(rows, self.fill, self.is_stop.device, left=False)
             ends = torch.tensor([len(row) for row in rows], device=tokens.device) - tokens.shape[1] - 1
@@ -137,17 +139,18 @@ class _Decoder:
 class _Chosen:
     """The tokens chosen so far for each of some prompts; -1 from the stop token on."""
 
-    def __init__(self, num: int, is_stop: torch.Tensor) -> None:
-        self.is_stop = is_stop
+    def __init__(self, num: int, is_stop: torch.Tensor, alone: bool) -> None:
+        self.is_stop, self.alone = is_stop, alone
         self.done = torch.zeros(num, dtype=torch.bool, device=is_stop.device)
         self.columns: list[torch.Tensor] = []
 
     def add(self, tokens: torch.Tensor) -> bool:
-        """Keep the next token of each prompt, int64 [num]; whether all prompts of all ranks have ended. Collective."""
+        """Keep the next token of each prompt, int64 [num]; whether all prompts have ended: of all ranks, unless alone."""
         self.done = self.done | torch.isin(tokens, self.is_stop)
         self.columns.append(tokens.masked_fill(self.done, -1))
-        # A rank that is done goes on until the slowest is: forward passes of a sharded model are collective.
-        return dist.max_over_ranks(float(not self.done.all())) == 0
+        ended = bool(self.done.all())
+        # A rank that is done goes on until the slowest is, where forward passes are collective.
+        return ended if self.alone else dist.max_over_ranks(float(not ended)) == 0
 
     def ids(self) -> list[list[int]]:
         rows = torch.stack(self.columns, dim=1).tolist()

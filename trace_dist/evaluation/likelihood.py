@@ -55,9 +55,10 @@ def log_likelihoods(
     def run(indices: list[int]) -> list[float]:
         return _score_batch(model, [pairs[i] for i in indices], pad_id, left)
 
-    with evaluating(model):
+    with evaluating(model) as alone:
         rows = [pair.prompt + pair.answer for pair in pairs]
-        return map_over_ranks(lengths, safe_batch_size(model, rows, pad_id, min(batch_size, limit)), run)
+        size = safe_batch_size(model, rows, pad_id, min(batch_size, limit))
+        return map_over_ranks(lengths, size, run, alone)
 
 
 def _score_batch(model: torch.nn.Module, pairs: list[Pair], pad_id: int, left: bool) -> list[float]:

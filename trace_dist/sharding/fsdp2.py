@@ -22,7 +22,7 @@ from trace_dist.models.blocks import decoder_blocks
 from trace_dist.models.loading import load_model_fsdp2
 from trace_dist.models.wrapping import unwrap
 from trace_dist.sharding import gloo
-from trace_dist.sharding.base import ShardedModel
+from trace_dist.sharding.holding import HoldingModel
 from trace_dist.sharding.support import Support
 from trace_dist.sharding.views import PartitionView, chunk_views
 from trace_dist.utils import dist
@@ -56,7 +56,7 @@ def _check_sharding(module: nn.Module) -> None:
             )
 
 
-class Fsdp2Model(ShardedModel):
+class Fsdp2Model(HoldingModel):
     """A model sharded by FSDP2.
 
     Args:
@@ -104,9 +104,31 @@ class Fsdp2Model(ShardedModel):
 
     def refresh(self, supports: Iterable[Support]) -> None:
         """The root group stays gathered after a forward pass without backward; drop every gathered copy."""
-        for child in self.module.modules():
-            if isinstance(child, FSDPModule):
-                child.reshard()
+        for group in self._groups():
+            group.reshard()
+            if self._is_held:
+                group.unshard()
+
+    def _groups(self) -> list[FSDPModule]:
+        return [part for part in self.module.modules() if isinstance(part, FSDPModule)]
+
+    @contextmanager
+    def _gather_all(self) -> Iterator[None]:
+        # Settles what the root does after a forward pass, as the first of them would.
+        self.module._get_fsdp_state()._lazy_init()
+        parts = [part for group in self._groups() for part in group._get_fsdp_state()._fsdp_param_groups]
+        before = [part.post_forward_mesh_info for part in parts]
+        for group in self._groups():
+            group.unshard()
+        for part in parts:
+            part.post_forward_mesh_info = None
+        try:
+            yield
+        finally:
+            for part, info in zip(parts, before, strict=True):
+                part.post_forward_mesh_info = info
+            for group in self._groups():
+                group.reshard()
 
     @contextmanager
     def gathered(self, parameters: list[Any]) -> Iterator[list[Tensor]]:

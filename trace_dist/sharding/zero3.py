@@ -36,7 +36,7 @@ from trace_dist.models.blocks import whole_blocks
 from trace_dist.models.loading import check_zero_config, load_model_zero3
 from trace_dist.models.wrapping import unwrap
 from trace_dist.sharding import gloo
-from trace_dist.sharding.base import ShardedModel
+from trace_dist.sharding.holding import HoldingModel
 from trace_dist.sharding.support import Support
 from trace_dist.sharding.views import PartitionView, flat_views
 from trace_dist.utils import dist
@@ -47,6 +47,8 @@ logger = get_logger(__name__)
 PERSISTENCE_THRESHOLD = 10_000
 """Parameters with at most this many elements stay gathered (DeepSpeed's default is 100,000)."""
 
+GATHERED_TOGETHER = 16
+"""Parameters that are gathered at once where all are: on a GPU they pass through one buffer."""
 
 SHARED_MEMORY_OPERATOR = "deepspeed_shm_comm"
 """What DeepSpeed builds on CPUs for the all-reduce of inference with tensor parallelism."""
@@ -110,7 +112,43 @@ def zero3_config(
     }
 
 
-class Zero3Model(ShardedModel):
+def _gather(parameters: list[Any]) -> None:
+    """Gather some parameters; those that are gathered already cost nothing. Collective."""
+    if parameters:
+        parameters[0].all_gather(param_list=parameters)
+
+
+def _release(parameters: list[Any]) -> None:
+    """Drop gathered copies."""
+    if parameters:
+        parameters[0].partition(param_list=parameters, has_been_updated=False)
+
+
+@contextmanager
+def _without_hooks(module: nn.Module) -> Iterator[None]:
+    """Without DeepSpeed's hooks, which would release every module after its forward pass; all other hooks stay."""
+    kinds: list[dict[int, Any]] = [
+        kind for part in module.modules() for kind in (part._forward_pre_hooks, part._forward_hooks) if kind
+    ]
+    before = [dict(kind) for kind in kinds]
+    for kind in kinds:
+        for key in [key for key, hook in kind.items() if _is_deepspeeds(hook)]:
+            del kind[key]
+    try:
+        yield
+    finally:
+        for kind, old in zip(kinds, before, strict=True):
+            # In their old order; others may have come and gone meanwhile.
+            now = dict(kind)
+            kind.clear()
+            kind.update({key: hook for key, hook in old.items() if key in now or _is_deepspeeds(hook)} | now)
+
+
+def _is_deepspeeds(hook: Any) -> bool:
+    return str(hook.__module__).partition(".")[0] == "deepspeed"
+
+
+class Zero3Model(HoldingModel):
     """A model partitioned by DeepSpeed ZeRO-3.
 
     Args:
@@ -186,12 +224,20 @@ class Zero3Model(ShardedModel):
         self._order_gathers()
         changed = [self._parameters[support.name] for support in self.dense(supports)]
         gathered = list(filter(self._is_gathered, changed))
-        if not gathered:
-            return
-        gathered[0].partition(param_list=gathered, has_been_updated=False)
-        persistent = [parameter for parameter in gathered if parameter.ds_persist]
-        if persistent:
-            persistent[0].all_gather(param_list=persistent)
+        _release(gathered)
+        _gather([parameter for parameter in gathered if parameter.ds_persist or self._is_held])
+
+    @contextmanager
+    def _gather_all(self) -> Iterator[None]:
+        parameters = list(self._parameters.values())
+        with _without_hooks(self.module):
+            self._order_gathers()
+            for begin in range(0, len(parameters), GATHERED_TOGETHER):
+                _gather(parameters[begin : begin + GATHERED_TOGETHER])
+            try:
+                yield
+            finally:
+                _release([p for p in parameters if self._is_gathered(p) and not p.ds_persist])
 
     def _order_gathers(self) -> None:
         """Let DeepSpeed's gathers begin after what this stream has written into the shards ([Note: gather stream])."""

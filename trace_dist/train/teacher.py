@@ -77,8 +77,8 @@ def teach(
 
     lengths = [len(row["input_ids"]) for row in rows]
     limit = max(1, MAX_LOGITS // (max(lengths) * config_of(model).get_text_config().vocab_size))
-    with evaluating(model), torch.no_grad():
-        said = map_over_ranks(lengths, min(batch_size, limit), run)
+    with evaluating(model) as alone:
+        said = map_over_ranks(lengths, min(batch_size, limit), run, alone)
     return datasets.Dataset.from_list(
         [
             {**row, "num_answer_tokens": len(ids), SOFT_IDS: ids, SOFT_PROBABILITIES: values}
