@@ -29,7 +29,8 @@ def test_held_weights_answer_and_train_as_gathered_ones(world, backend: str) -> 
     assert found["held"]["losses"] == found["gathered"]["losses"]
     for ours, theirs in zip(found["held"]["looks"], found["gathered"]["looks"], strict=True):
         assert (ours["sum"], ours["changed"]) == (theirs["sum"], theirs["changed"])
-        assert ours["same"] and theirs["same"]
+        assert ours["same"]
+        assert theirs["same"]
         assert ours["changed"] != ours["sum"]
 
 

@@ -1,7 +1,7 @@
 """Backends whose forward pass gathers weights can gather all of them once, for many passes without backward.
 
-Decoding reads the whole model for every token. Where it fits it is gathered before the first one, and each rank then decodes at its
-own pace.
+Decoding reads the whole model for every token. Where it fits it is gathered before the first one, and each rank then decodes
+at its own pace.
 """
 
 from __future__ import annotations

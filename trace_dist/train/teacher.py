@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import datasets
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
