@@ -13,6 +13,7 @@ from trace_dist import Mask, shard
 from trace_dist.models import blocks
 from trace_dist.profiling.activations import Moment, trace_step
 from trace_dist.profiling.gathering import Zero3Limits, fsdp2_gathered, zero3_gathered
+from trace_dist.sharding.zero3 import zero3_config
 
 LAYERS = ["a", "b", "c", "d"]
 NUMEL = dict.fromkeys(LAYERS, 100)
@@ -78,6 +79,37 @@ def test_what_is_used_on_both_sides_of_the_blocks_stays() -> None:
     moments = [*embed, *block, *embed, turn, *embed, *block]
     gathered = zero3_gathered(moments, NUMEL, 2, limits=limits(prefetch_bucket=0, max_reuse_distance=1))
     assert gathered == [100, 100, 200, 100, 100, 100, 100, 100, 0, 100, 0]
+
+
+def test_on_a_gpu_a_whole_block_is_gathered_ahead() -> None:
+    """Of four matrices, which are more elements than DeepSpeed gathers ahead by default."""
+
+    def parts(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(f"{name}{part}" for name in names for part in range(4))
+
+    numel = dict.fromkeys(parts(tuple(LAYERS)), 20_000_000)
+    moments = [
+        Moment(
+            moment.where, parts(moment.fetches or ()), parts(moment.releases), whole=moment.where != "root"
+        )
+        for moment in chain()
+    ]
+    assert zero3_gathered(moments, numel, 2)[0] == 80_000_000
+    assert zero3_gathered(moments, numel, 2, sequential=True)[0] == 60_000_000
+
+
+def test_deepspeed_is_told_to_gather_a_whole_block_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device("meta"):
+        small, large = torch.nn.Linear(100, 100), torch.nn.Linear(10_000, 10_000, bias=False)
+
+    def ahead(*blocks: torch.nn.Module) -> int:
+        config = zero3_config(torch.bfloat16, blocks=blocks)
+        return int(config["zero_optimization"]["stage3_prefetch_bucket_size"])
+
+    assert ahead(small, large) == 50_000_000
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert ahead(small, large) == 100_000_000
+    assert ahead(small) == ahead() == 50_000_000
 
 
 def test_small_parameters_stay() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -27,8 +28,12 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
 def whole_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The decoder blocks if all are small enough to be gathered whole under ZeRO-3, else none."""
     blocks = decoder_blocks(model)
-    largest = max((sum(map(_numel, block.parameters())) for block in blocks.values()), default=0)
-    return blocks if largest <= WHOLE_BLOCK_ELEMENTS else {}
+    return blocks if largest(blocks.values()) <= WHOLE_BLOCK_ELEMENTS else {}
+
+
+def largest(blocks: Iterable[nn.Module]) -> int:
+    """Elements of the largest of some blocks; 0 where there are none."""
+    return max((sum(map(_numel, block.parameters())) for block in blocks), default=0)
 
 
 def _numel(parameter: Any) -> int:

@@ -1,15 +1,15 @@
 """Bytes of gathered parameters at every moment of a step, beside the shards that a rank keeps.
 
-ZeRO-3 (DeepSpeed 0.19, ``partitioned_param_coordinator.py``), once the order of modules is known, from the second step on: before
-each module it gathers what the module needs and then *prefetches* parameters in the order of use, up to
-``stage3_prefetch_bucket_size`` elements while fewer than ``stage3_max_live_parameters`` are gathered; parameters gathered
-together pass through one flat buffer that lives until the last of them is used. After a module it frees those that do not
-come again within ``stage3_max_reuse_distance`` elements. So a model of less than that is whole on every rank between forward and
-backward. How far away that is, DeepSpeed counts by the parameters of the modules in between. Where it frees a decoder block,
-those are with the modules' children, and the whole model comes again as soon as backward begins (sharding/zero3.py,
-[Note: whole blocks]); where it frees another module, they are without, and blocks count nothing. A single rank gathers nothing:
-its shard is the parameter. On a CPU (``sequential``) every parameter is gathered by itself, without a flat buffer
-(``stage3_allgather_sequential``).
+ZeRO-3 (DeepSpeed 0.19, ``partitioned_param_coordinator.py``), once the order of modules is known, from the second step
+on: before each module it gathers what the module needs and then *prefetches* parameters in the order of use, up to
+``stage3_prefetch_bucket_size`` elements (on a GPU a whole block at least) while fewer than ``stage3_max_live_parameters``
+are gathered; parameters gathered together pass through one flat buffer that lives until the last of them is used. After a
+module it frees those that do not come again within ``stage3_max_reuse_distance`` elements. So a model of less than that
+is whole on every rank between forward and backward. How far away that is, DeepSpeed counts by the parameters of the
+modules in between. Where it frees a decoder block, those are with the modules' children, and the whole model comes again
+as soon as backward begins (sharding/zero3.py, [Note: whole blocks]); where it frees another module, they are without, and
+blocks count nothing. A single rank gathers nothing: its shard is the parameter. On a CPU (``sequential``) every parameter
+is gathered by itself, without a flat buffer (``stage3_allgather_sequential``).
 
 FSDP2 gathers block by block: the root's group (embedding, last norm, head) stays from forward to backward; beside it lie the
 block in use and the flat buffer of the next one.
@@ -25,7 +25,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from trace_dist.profiling.activations import Moment
-from trace_dist.sharding.zero3 import PERSISTENCE_THRESHOLD, max_reuse_distance
+from trace_dist.sharding.zero3 import PERSISTENCE_THRESHOLD, max_reuse_distance, prefetch_bucket
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Zero3Limits:
 
     max_live: int = 10**9
     max_reuse_distance: int = max_reuse_distance(whole=True)
-    prefetch_bucket: int = 5 * 10**7
+    prefetch_bucket: int = prefetch_bucket(0)
     persistence_threshold: int = PERSISTENCE_THRESHOLD
 
 
@@ -168,8 +168,11 @@ def zero3_gathered(
     if world_size == 1:
         return [0] * len(moments)
     if limits is None:
-        whole = any(moment.whole and moment.fetches for moment in moments)
-        limits = Zero3Limits(max_reuse_distance=max_reuse_distance(whole))
+        blocks = [sum(map(numel.__getitem__, m.fetches)) for m in moments if m.whole and m.fetches]
+        limits = Zero3Limits(
+            max_reuse_distance=max_reuse_distance(bool(blocks)),
+            prefetch_bucket=prefetch_bucket(0 if sequential else max(blocks, default=0)),
+        )
     order = [moment for moment in moments if moment.fetches is not None]
     state = _Zero3(numel, order, limits, sequential)
     kept = sum(size for size in numel.values() if size <= limits.persistence_threshold)

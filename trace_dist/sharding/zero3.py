@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from trace_dist.config import Quantize
-from trace_dist.models.blocks import whole_blocks
+from trace_dist.models.blocks import largest, whole_blocks
 from trace_dist.models.loading import check_zero_config, load_model_zero3
 from trace_dist.models.wrapping import unwrap
 from trace_dist.sharding import gloo
@@ -83,6 +83,11 @@ def max_reuse_distance(whole: bool) -> int:
     return 500_000_000 if whole else 1_000_000_000
 
 
+def prefetch_bucket(largest_block: int) -> int:
+    """Elements to gather ahead of their use: DeepSpeed's default, or a whole block, so that no part of it is waited for."""
+    return max(50_000_000, largest_block)
+
+
 def zero3_config(
     dtype: torch.dtype,
     persistence_threshold: int = PERSISTENCE_THRESHOLD,
@@ -95,7 +100,9 @@ def zero3_config(
         persistence_threshold: parameters with at most this many elements stay gathered.
         blocks: modules to gather as one ([Note: whole blocks]).
     """
+    blocks = list(blocks)
     classes = sorted({type(block).__name__ for block in blocks})
+    on_gpu = torch.cuda.is_available()
     whole = {"leaf_module": {"classes": classes}} if classes else {}
     return {
         "train_micro_batch_size_per_gpu": 1,  # required by DeepSpeed; batches are made by trace_dist
@@ -105,7 +112,9 @@ def zero3_config(
             "stage": 3,
             "stage3_param_persistence_threshold": persistence_threshold,
             # Straight into each weight: on a CPU a message costs less than two more copies of every bucket.
-            "stage3_allgather_sequential": not torch.cuda.is_available(),
+            "stage3_allgather_sequential": not on_gpu,
+            # On a CPU nothing that is gathered ahead arrives while something is computed.
+            "stage3_prefetch_bucket_size": prefetch_bucket(largest(blocks) if on_gpu else 0),
             "stage3_max_reuse_distance": max_reuse_distance(bool(classes)),
             **whole,
         },
