@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from engine.cases import CASES
@@ -98,12 +99,30 @@ def computed_lines(learner: MaskedLearner) -> list[Tensor]:
     return [lines for part in parts for lines in (part.rows, part.columns) if lines is not None]
 
 
+def whole_parameters(shard: Shard) -> list[int]:
+    """Of a model on the CPU: how many parameters are whole on the GPU at each moment of its partitioning."""
+    from deepspeed.zero import Init
+
+    module, found, partition = CASE.model(), [], Init._zero_init_param
+
+    def watched(init: Any, parameter: Any) -> None:
+        found.append(sum(other.numel() > 0 for other in module.parameters() if other.device == META))
+        partition(init, parameter)
+
+    with patch.object(Init, "_zero_init_param", watched):
+        shard(module)
+    assert {tensor.device for tensor in (*module.parameters(), *module.buffers())} == {META}
+    return found
+
+
 def main(out: Path) -> None:
     with meta_gpu():
         replicated = counted("element", lambda module: ManyRanks(module, WORLD))
         with meta_zero3(WORLD) as shard:
             found = {kind: counted(kind, shard) for kind in MASKS}
-    (out / "found.json").write_text(json.dumps({"zero3": found, "replicated": replicated}))
+            whole = whole_parameters(shard)
+    report = {"zero3": found, "replicated": replicated, "whole": whole}
+    (out / "found.json").write_text(json.dumps(report))
 
 
 if __name__ == "__main__":

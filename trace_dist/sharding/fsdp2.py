@@ -29,7 +29,7 @@ from trace_dist.utils import dist
 
 
 def _wrap(module: nn.Module) -> None:
-    """Shard every decoder block as one group, and what is left as the root's."""
+    """Shard every decoder block as one group, and what is left as the root's; each moves to the device by itself."""
     mesh = init_device_mesh(dist.local_device().type, (dist.world_size(),))
     # Of what a hook catches; linear layers reduce nothing.
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
@@ -70,7 +70,6 @@ class Fsdp2Model(HoldingModel):
         dist.ensure_group()
         outermost, module = module, unwrap(module)
         if not isinstance(module, FSDPModule):
-            module.to(dist.local_device())
             _wrap(module)
         _check_sharding(module)
         super().__init__(outermost)

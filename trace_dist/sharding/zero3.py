@@ -121,6 +121,20 @@ def zero3_config(
     }
 
 
+def _partition_one_by_one(module: nn.Module, config: dict[str, Any]) -> None:
+    """Partition an ordinary model so that no device ever holds more of it than one whole parameter. Collective.
+
+    ``deepspeed.initialize`` would move all of it to the device first.
+    """
+    import deepspeed
+
+    if not any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+        deepspeed.zero.Init(module=module, config_dict_or_path=config)
+        for part in module.modules():
+            for name, buffer in part.named_buffers(recurse=False):
+                setattr(part, name, buffer.to(dist.local_device()))
+
+
 def _gather(parameters: list[Any]) -> None:
     """Gather some parameters; those that are gathered already cost nothing. Collective."""
     if parameters:
@@ -176,6 +190,7 @@ class Zero3Model(HoldingModel):
         for parameter in module.parameters():  # or DeepSpeed prepares buffers for gradients
             parameter.requires_grad_(False)
         config = zero3_config(dtype, persistence_threshold, whole_blocks(module).values())
+        _partition_one_by_one(module, config)
         engine, *_ = deepspeed.initialize(model=module, config=config)
         self._own(engine)
 
