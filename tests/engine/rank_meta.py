@@ -99,20 +99,19 @@ def computed_lines(learner: MaskedLearner) -> list[Tensor]:
     return [lines for part in parts for lines in (part.rows, part.columns) if lines is not None]
 
 
-def whole_parameters(shard: Shard) -> list[int]:
-    """Of a model on the CPU: how many parameters are whole on the GPU at each moment of its partitioning."""
-    from deepspeed.zero import Init
+def left_whole(shard: Shard) -> int:
+    """Parameters that are whole when ``deepspeed.initialize``, which would move all of them to the GPU, is called."""
+    import deepspeed
 
-    module, found, partition = CASE.model(), [], Init._zero_init_param
+    found, initialize = [], deepspeed.initialize
 
-    def watched(init: Any, parameter: Any) -> None:
-        found.append(sum(other.numel() > 0 for other in module.parameters() if other.device == META))
-        partition(init, parameter)
+    def watched(model: Any, **options: Any) -> Any:
+        found.append(sum(parameter.numel() > 0 for parameter in model.parameters()))
+        return initialize(model=model, **options)
 
-    with patch.object(Init, "_zero_init_param", watched):
-        shard(module)
-    assert {tensor.device for tensor in (*module.parameters(), *module.buffers())} == {META}
-    return found
+    with patch.object(deepspeed, "initialize", watched):
+        shard(CASE.model().to(META))
+    return found[0]
 
 
 def main(out: Path) -> None:
@@ -120,8 +119,8 @@ def main(out: Path) -> None:
         replicated = counted("element", lambda module: ManyRanks(module, WORLD))
         with meta_zero3(WORLD) as shard:
             found = {kind: counted(kind, shard) for kind in MASKS}
-            whole = whole_parameters(shard)
-    report = {"zero3": found, "replicated": replicated, "whole": whole}
+            left = left_whole(shard)
+    report = {"zero3": found, "replicated": replicated, "left whole": left}
     (out / "found.json").write_text(json.dumps(report))
 
 

@@ -82,6 +82,5 @@ def table(counts: dict[str, Any]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def test_a_model_goes_to_the_gpu_one_parameter_after_the_other(found: dict[str, Any]) -> None:
-    assert len(found["whole"]) > 10
-    assert set(found["whole"]) == {1}
+def test_no_parameter_is_whole_when_deepspeed_would_move_the_model(found: dict[str, Any]) -> None:
+    assert found["left whole"] == 0
