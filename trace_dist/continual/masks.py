@@ -14,7 +14,10 @@ from trace_dist.masks.ops import layouts_for, place, random_mask
 from trace_dist.masks.select import Units
 from trace_dist.masks.storage import load_saliency
 from trace_dist.models.fingerprint import same_model
-from trace_dist.projection.project import TRANSFERRED, needs_proxy, project_task, project_tensors
+from trace_dist.models.origin import Origin
+from trace_dist.models.prune import evenly_cut
+from trace_dist.projection.project import TRANSFERRED, needs_proxy, needs_scores, project_task, project_tensors
+from trace_dist.projection.site import Shown
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.workbench import Stream, Workbench
 from trace_dist.utils.log import get_logger
@@ -22,6 +25,8 @@ from trace_dist.utils.together import on_main
 
 logger = get_logger(__name__)
 KINDS = ("projected", "random")
+MATCHED = ("position", "channels", "nothing")
+"""How entries are matched with the proxy's (projection/matching.py)."""
 PROBED = "probed"
 """What made the masks of a target that was probed itself."""
 
@@ -59,7 +64,7 @@ def project_stream(
         "random": random_mask(
             layouts, mask.granularity, mask.density, cfg.seed + index, refused["random"], mask.spread
         ),
-        "projected": _projected(model, cfg, bench, stream, refused["projected"]),
+        "projected": _projected(model, cfg, bench, stream, model_id, refused["projected"]),
     }
 
     def write() -> None:
@@ -69,6 +74,8 @@ def project_stream(
     on_main(write)
     projected = masks["projected"]
     logger.info("project %s: %s, density %.4f", task, projected.meta["method"], projected.density)
+    if "matching" in projected.meta:
+        logger.info("project %s: %s", task, _told(projected.meta["matching"]))
     for kind, units in refused.items():
         if units:
             held = sum(int(layouts[name].sizes(indices).sum()) for name, indices in units.items())
@@ -79,6 +86,13 @@ def project_stream(
                 held,
                 mask.isolation,
             )
+
+
+def _told(matching: Mapping[str, Any]) -> str:
+    """What of a mask was matched to the proxy, in words."""
+    counts = (f"{by} {matching[by]['entries']} entries of {matching[by]['tensors']} tensors" for by in MATCHED)
+    why = "; ".join(f"{reason} ({count} tensors)" for reason, count in matching["nothing"]["why"].items())
+    return f"by {', by '.join(counts)}" + (f"; {why}" if why else "")
 
 
 def is_projected(cfg: RunConfig, task: str, model_id: str) -> bool:
@@ -110,14 +124,19 @@ def _maker(cfg: RunConfig) -> str:
     return f"projected/{cfg.projection.placement}"
 
 
-def _projected(model: ShardedModel, cfg: RunConfig, bench: Workbench, stream: Stream, refused: Units) -> Mask:
-    maker, task, proxy_mask = _maker(cfg), stream.task.name, None
+def _projected(
+    model: ShardedModel, cfg: RunConfig, bench: Workbench, stream: Stream, model_id: str, refused: Units
+) -> Mask:
+    maker, task, proxy_mask, shown = _maker(cfg), stream.task.name, None, None
     if needs_proxy(cfg.projection):
         proxy_mask = Mask.load(probed_file(cfg.folder.proxy_mask(task)))
         if cfg.mask.granularity == "tensor":
             return _transferred(model, cfg, task, refused).with_meta(method=maker)
         if maker == PROBED:
             return _chosen_again(proxy_mask, cfg.folder.saliency(task), refused)
+        if needs_scores(cfg.projection):
+            scores, layouts, _ = load_saliency(probed_file(cfg.folder.saliency(task)))
+            shown = Shown(scores, layouts, proxy_origin(cfg, model, model_id))
     return project_task(
         model,
         proxy_mask,
@@ -129,7 +148,34 @@ def _projected(model: ShardedModel, cfg: RunConfig, bench: Workbench, stream: St
         train=cfg.train,
         seed=cfg.seed,
         refused=refused,
+        shown=shown,
     )
+
+
+def proxy_origin(cfg: RunConfig, model: ShardedModel, model_id: str) -> Origin | None:
+    """Which part of the target the run's proxy is; None where it does not say that it is one.
+
+    Args:
+        cfg: the run.
+        model: the target.
+        model_id: its fingerprint.
+
+    Raises:
+        ValueError: the proxy was cut out of another model.
+    """
+    if cfg.proxy is None:
+        return None
+    path, prune = cfg.proxy.path, cfg.proxy.prune
+    found = Origin.load(Path(path))
+    if found is None and prune is not None and not prune.is_narrow and prune.layers is not None:
+        # Made by an earlier release, which kept no record of whole layers.
+        found = evenly_cut(model.module, prune.layers, model_id)
+    if found is not None and not same_model(found.target, model_id):
+        raise ValueError(
+            f"proxy.path={path!r}: it was cut out of another model than target.path={cfg.target.path!r}; delete the proxy to have "
+            "it made of this one, or choose another projection.placement"
+        )
+    return found
 
 
 def probed_file(path: Path) -> Path:

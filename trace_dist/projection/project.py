@@ -15,7 +15,7 @@ from trace_dist.masks.units import UnitLayout
 from trace_dist.models.roles import describe
 from trace_dist.parts import PLACEMENTS
 from trace_dist.projection.budget import carry_over, project_budgets
-from trace_dist.projection.site import Site
+from trace_dist.projection.site import Shown, Site
 from trace_dist.sharding.base import ShardedModel
 
 TRANSFERRED = "transferred"
@@ -25,6 +25,11 @@ TRANSFERRED = "transferred"
 def needs_proxy(projection: ProjectionConfig) -> bool:
     """Whether a placement reads the proxy's mask; otherwise nothing needs to be probed for it."""
     return getattr(PLACEMENTS.load(projection.placement), "needs_proxy", True)
+
+
+def needs_scores(projection: ProjectionConfig) -> bool:
+    """Whether a placement reads the proxy's scores."""
+    return getattr(PLACEMENTS.load(projection.placement), "needs_scores", False)
 
 
 def project_task(
@@ -39,6 +44,7 @@ def project_task(
     train: TrainConfig,
     seed: int,
     refused: Units | None = None,
+    shown: Shown | None = None,
 ) -> Mask:
     """The mask of one task on the target, which is left as it was. Collective.
 
@@ -50,20 +56,24 @@ def project_task(
         mask, projection, probe, train: sections of the configuration.
         seed: of the run.
         refused: units of the target that the task may not have; the next best are taken.
+        shown: what the proxy has shown; not None iff the placement reads it.
 
     Raises:
-        ValueError: the placement or one of its options does not exist.
+        ValueError: the placement or one of its options does not exist, or the placement cannot use the proxy.
     """
     layouts = layouts_for(model, mask.granularity, mask.block, mask.maskable)
     budgets = {} if proxy_mask is None else _budgets(model, proxy_mask, layouts, mask)
     options = PLACEMENTS.options(projection.placement, projection.options)
-    site = Site(model, layouts, mask.granularity, budgets, task, batches, probe, train, seed, refused or {})
-    scores = PLACEMENTS.load(projection.placement).scores(site, options)
+    refused = refused or {}
+    site = Site(model, layouts, mask.granularity, budgets, task, batches, probe, train, seed, refused, shown)
+    part = PLACEMENTS.load(projection.placement)
+    scores = part.scores(site, options)
     if proxy_mask is None:
         placed = compete(layouts, mask.granularity, mask.density, scores, mask.spread, refused)
     else:
         placed = place(layouts, mask.granularity, budgets, scores, refused)
-    return placed.with_meta(method=f"projected/{projection.placement}")
+    meta = {"matching": part.matching(site, placed)} if shown is not None else {}
+    return placed.with_meta(method=f"projected/{projection.placement}", **meta)
 
 
 def _budgets(

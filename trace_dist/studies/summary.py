@@ -14,7 +14,7 @@ from trace_dist.studies.rates import fitted_product, is_bracketed, product, trie
 from trace_dist.studies.records import Cell, Records, Trial
 from trace_dist.studies.statistics import Answers, Estimate, difference, share_of_gain
 
-PROJECTED = ("projected", "projected_magnitude", "budgets", "places")
+PROJECTED = ("projected", "projected_magnitude", "identity", "budgets", "places")
 """Arms whose share of the gain of probing on the target is asked for."""
 MARGIN = 0.02
 """Nats per answer token by which a smaller density may be worse and still be enough."""
