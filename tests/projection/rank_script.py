@@ -40,7 +40,9 @@ def main(out: Path, backend: str) -> None:
     after = model.full_state_dict()
     save_tensors(out / f"found.{dist.rank()}.safetensors", found, {"format": "trace_dist.found"})
     same = all(torch.equal(value, after[name]) for name, value in before.items())
-    write_json(out / f"facts.{dist.rank()}.json", {"restored": same, "cut": cut_units(model), "matching": matching})
+    write_json(
+        out / f"facts.{dist.rank()}.json", {"restored": same, "cut": cut_units(model), "matching": matching}
+    )
     dist.barrier()
     dist.close()
 
@@ -80,9 +82,7 @@ def identity(model: ShardedModel) -> tuple[dict[str, torch.Tensor], Any]:
     cfg, mask = make_config(), MaskConfig(density=0.1, granularity="block", block=16)
     layouts = layouts_for(make_model(num_hidden_layers=1), "block", 16, "linear")
     generator = torch.Generator().manual_seed(0)
-    scores = {
-        name: torch.rand(layout.num_units, generator=generator) for name, layout in layouts.items()
-    }
+    scores = {name: torch.rand(layout.num_units, generator=generator) for name, layout in layouts.items()}
     proxy_mask = mask_from_scores(scores, layouts, "block", 0.1)
     placed = project_task(
         model, proxy_mask, "t", make_batches, mask=mask, projection=ProjectionConfig("identity"), probe=cfg.probe,

@@ -10,13 +10,19 @@ from typing import Any
 from trace_dist.config import RunConfig
 from trace_dist.continual.earlier import check_room
 from trace_dist.masks.mask import Mask
-from trace_dist.masks.ops import layouts_for, place, random_mask
+from trace_dist.masks.ops import layouts_for, mask_from_scores, place, random_mask
 from trace_dist.masks.select import Units
 from trace_dist.masks.storage import load_saliency
 from trace_dist.models.fingerprint import same_model
 from trace_dist.models.origin import Origin
 from trace_dist.models.prune import evenly_cut
-from trace_dist.projection.project import TRANSFERRED, needs_proxy, needs_scores, project_task, project_tensors
+from trace_dist.projection.project import (
+    TRANSFERRED,
+    needs_proxy,
+    needs_scores,
+    project_task,
+    project_tensors,
+)
 from trace_dist.projection.site import Shown
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.workbench import Stream, Workbench
@@ -57,14 +63,14 @@ def project_stream(
     mask, task = cfg.mask, stream.task.name
     layouts = layouts_for(model, mask.granularity, mask.block, mask.maskable)
     for kind in KINDS:
-        check_room(layouts, mask.density, refused[kind], task, mask.isolation, mask.share_of)
+        check_room(layouts, mask.share, refused[kind], task, mask.isolation, mask.share_of)
     index = [other.task.name for other in bench.tasks].index(task)
     # The projected one is written last: where it lies, both do.
     masks = {
         "random": random_mask(
-            layouts, mask.granularity, mask.density, cfg.seed + index, refused["random"], mask.spread
+            layouts, mask.granularity, mask.share, cfg.seed + index, refused["random"], mask.spread
         ),
-        "projected": _projected(model, cfg, bench, stream, model_id, refused["projected"]),
+        "projected": projected_mask(model, cfg, bench, stream, model_id, refused["projected"]),
     }
 
     def write() -> None:
@@ -90,7 +96,9 @@ def project_stream(
 
 def _told(matching: Mapping[str, Any]) -> str:
     """What of a mask was matched to the proxy, in words."""
-    counts = (f"{by} {matching[by]['entries']} entries of {matching[by]['tensors']} tensors" for by in MATCHED)
+    counts = (
+        f"{by} {matching[by]['entries']} entries of {matching[by]['tensors']} tensors" for by in MATCHED
+    )
     why = "; ".join(f"{reason} ({count} tensors)" for reason, count in matching["nothing"]["why"].items())
     return f"by {', by '.join(counts)}" + (f"; {why}" if why else "")
 
@@ -124,12 +132,17 @@ def _maker(cfg: RunConfig) -> str:
     return f"projected/{cfg.projection.placement}"
 
 
-def _projected(
+def projected_mask(
     model: ShardedModel, cfg: RunConfig, bench: Workbench, stream: Stream, model_id: str, refused: Units
 ) -> Mask:
+    """One task's projected mask. Collective; the arguments are those of ``project_stream``.
+
+    Raises:
+        ValueError: the proxy has not been probed.
+    """
     maker, task, proxy_mask, shown = _maker(cfg), stream.task.name, None, None
     if needs_proxy(cfg.projection):
-        proxy_mask = Mask.load(probed_file(cfg.folder.proxy_mask(task)))
+        proxy_mask = _proxy_mask(cfg, task)
         if cfg.mask.granularity == "tensor":
             return _transferred(model, cfg, task, refused).with_meta(method=maker)
         if maker == PROBED:
@@ -172,8 +185,8 @@ def proxy_origin(cfg: RunConfig, model: ShardedModel, model_id: str) -> Origin |
         found = evenly_cut(model.module, prune.layers, model_id)
     if found is not None and not same_model(found.target, model_id):
         raise ValueError(
-            f"proxy.path={path!r}: it was cut out of another model than target.path={cfg.target.path!r}; delete the proxy to have "
-            "it made of this one, or choose another projection.placement"
+            f"proxy.path={path!r}: it was cut out of another model than target.path={cfg.target.path!r}; delete the proxy to "
+            "have it made of this one, or choose another projection.placement"
         )
     return found
 
@@ -183,6 +196,15 @@ def probed_file(path: Path) -> Path:
     if not path.is_file():
         raise ValueError(f"{path}: is not there yet; start `trace-dist probe` first")
     return path
+
+
+def _proxy_mask(cfg: RunConfig, task: str) -> Mask:
+    """The proxy's mask of a task, at the density of the run: the probe's own, or, where its density was raced for, made anew."""
+    made = Mask.load(probed_file(cfg.folder.proxy_mask(task)))
+    if not made.meta.get("raced"):
+        return made
+    scores, layouts, _ = load_saliency(probed_file(cfg.folder.saliency(task)))
+    return mask_from_scores(scores, layouts, cfg.mask.granularity, cfg.mask.share, cfg.mask.spread)
 
 
 def _transferred(model: ShardedModel, cfg: RunConfig, task: str, refused: Units) -> Mask:

@@ -19,7 +19,15 @@ from trace_dist.models.heads import head_rows
 from trace_dist.models.origin import Origin
 from trace_dist.models.roles import ParamInfo, Role, describe
 from trace_dist.models.weight_files import WeightFiles
-from trace_dist.models.width import Heads, Widths, best, channel_importance, kept_heads, narrowed, neuron_importance
+from trace_dist.models.width import (
+    Heads,
+    Widths,
+    best,
+    channel_importance,
+    kept_heads,
+    narrowed,
+    neuron_importance,
+)
 
 
 class Narrower:
@@ -38,7 +46,13 @@ class Narrower:
     """
 
     def __init__(
-        self, config: Any, model: Any, files: WeightFiles, pieces: Mapping[str, list[str]], origin: Origin, widths: Widths
+        self,
+        config: Any,
+        model: Any,
+        files: WeightFiles,
+        pieces: Mapping[str, list[str]],
+        origin: Origin,
+        widths: Widths,
     ) -> None:
         self._whole, self._files, self._widths = config, files, widths
         self._infos = {name: info for name, info in describe(model).items() if name in pieces}
@@ -130,12 +144,14 @@ class Narrower:
             return type(shorter).from_dict(values)
         # Hundreds of families check their configs, each in its own way.
         except Exception as error:
-            raise ValueError(_refusal(self._whole, f"its config takes no such widths: {cause(error)}")) from error
+            raise ValueError(
+                _refusal(self._whole, f"its config takes no such widths: {cause(error)}")
+            ) from error
 
     def reader(
         self, build: Callable[[Any], Any], config: Any, names: Mapping[str, str]
     ) -> Callable[[str], Tensor]:
-        """Stored tensor of the target -> the part of it that is kept. Raises ValueError unless the copy wants just these parts."""
+        """Stored tensor of the target -> the part of it that is kept. Raises ValueError where the copy wants others."""
         copy = describe(self._built(build, config))
         parameter_of, origin = {stored: name for name, stored in self._stored.items()}, self.origin
         place = {layer: index for index, layer in enumerate(origin.layers)}
@@ -165,7 +181,9 @@ class Narrower:
         )
         if sizes != copy.shape:
             raise ValueError(
-                _refusal(self._whole, f"{info.name} is {list(info.shape)}, and no part of it is {list(copy.shape)}")
+                _refusal(
+                    self._whole, f"{info.name} is {list(info.shape)}, and no part of it is {list(copy.shape)}"
+                )
             )
         return places
 
@@ -190,4 +208,6 @@ def _within(field: str, kept: int, size: int) -> None:
 
 
 def _refusal(config: Any, why: str) -> str:
-    return refusal(config, f"cannot be made narrower: {why}; leave keep_hidden, keep_heads and keep_intermediate out")
+    return refusal(
+        config, f"cannot be made narrower: {why}; leave keep_hidden, keep_heads and keep_intermediate out"
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,7 @@ class Origin:
             name: a parameter of the copy.
             shape: its shape in the copy.
         """
-        found = [
-            self.kept(axis, name) if axis is not None else None for axis in axes_of(name, len(shape))
-        ]
+        found = [self.kept(axis, name) if axis is not None else None for axis in axes_of(name, len(shape))]
         return [
             None if each is None or len(each) != size else each
             for each, size in zip(found, shape, strict=True)
@@ -122,7 +121,7 @@ def _check(origin: Origin) -> None:
             lists += of_layers
     for each in lists:
         whole = all(type(index) is int and index >= 0 for index in each)
-        if not (each and whole and all(a < b for a, b in zip(each, each[1:], strict=False))):
+        if not (each and whole and all(a < b for a, b in pairwise(each))):
             raise ValueError("its indices are no rising whole numbers")
     if not (isinstance(origin.target, str) and isinstance(origin.stack, str)):
         raise ValueError("it names no model, or no layers")

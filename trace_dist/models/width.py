@@ -4,8 +4,8 @@
   mean square, so that large tensors do not outvote small ones.
 - A neuron of the MLP: the product of the norms of its rows of gate and up and its column of down. Scaling one of them up and
   another down changes neither the function nor the product.
-- An attention head: ``|q| |k| + |v| |o|``, norms of its rows (of ``o`` its columns). Query heads that share a key head go together,
-  and count together, where that gives the wanted number; otherwise each group gives up as many.
+- An attention head: ``|q| |k| + |v| |o|``, norms of its rows (of ``o`` its columns). Query heads that share a key head go
+  together, and count together, where that gives the wanted number; otherwise each group gives up as many.
 
 Norms of weights are a cheap guess; measured activations would be a better one, and need the target in memory.
 """
@@ -85,7 +85,12 @@ def channel_importance(infos: Mapping[str, ParamInfo], read: Read, hidden: int) 
     found = torch.zeros(hidden, dtype=torch.float64)
     for name, info in infos.items():
         for dim, axis in enumerate(axes_of(name, len(info.shape))):
-            if axis == "hidden" and info.shape[dim] == hidden and info.tower == "text" and len(info.shape) == 2:
+            if (
+                axis == "hidden"
+                and info.shape[dim] == hidden
+                and info.tower == "text"
+                and len(info.shape) == 2
+            ):
                 squares = read(name).double().square()
                 found += squares.sum(1 - dim) / squares.mean().clamp_min(1e-30)
     return found

@@ -1,7 +1,7 @@
 """Which part of a pruned copy shows what of its target: by position, by the residual stream's channels, or not at all.
 
-[Note: by position] A pruned copy is a piece of its target. A parameter of a layer that it keeps is the target's own, so each of its
-entries has a score of the copy. A parameter of a layer between has none; but its residual channels are those of its neighbours: the
+[Note: by position] A pruned copy is a piece of its target. A parameter of a layer that it keeps is the target's own, so each of
+its entries has a score of the copy. A parameter of a layer between has none; but it shares the residual channels of its neighbours: the
 columns of query, key, value, gate and up, the rows of the output and down weights. A channel's score is the root of the mean of
 the squared scores at it, in the same parameter of the kept layers below and above, weighted by how near they are.
 """
@@ -108,9 +108,7 @@ def by_position(source: str, shape: tuple[int, ...], shown: Shown, origin: Origi
     return scores, known
 
 
-def by_channels(
-    found: Match, shape: tuple[int, ...], shown: Shown, origin: Origin
-) -> tuple[Tensor, Tensor]:
+def by_channels(found: Match, shape: tuple[int, ...], shown: Shown, origin: Origin) -> tuple[Tensor, Tensor]:
     """Scores of the residual channels at the entries of one parameter between, and where they are known; as ``by_position``."""
     channels, known, dim = torch.tensor(0.0), torch.tensor(False), 0
     for source, weight in found.sources.items():
@@ -141,5 +139,7 @@ def unit_means(values: Tensor, layout: UnitLayout) -> Tensor:
     if layout.unit == 1:
         return values.reshape(-1).float()
     units = layout.unit_of(torch.arange(layout.numel))
-    sums = torch.zeros(layout.num_units, dtype=torch.float64).index_add_(0, units, values.reshape(-1).double())
+    sums = torch.zeros(layout.num_units, dtype=torch.float64).index_add_(
+        0, units, values.reshape(-1).double()
+    )
     return (sums / layout.sizes(torch.arange(layout.num_units))).float()

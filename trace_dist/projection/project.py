@@ -69,7 +69,7 @@ def project_task(
     part = PLACEMENTS.load(projection.placement)
     scores = part.scores(site, options)
     if proxy_mask is None:
-        placed = compete(layouts, mask.granularity, mask.density, scores, mask.spread, refused)
+        placed = compete(layouts, mask.granularity, mask.share, scores, mask.spread, refused)
     else:
         placed = place(layouts, mask.granularity, budgets, scores, refused)
     meta = {"matching": part.matching(site, placed)} if shown is not None else {}
@@ -81,7 +81,7 @@ def _budgets(
 ) -> dict[str, float]:
     """Elements that each parameter of the target is to receive."""
     infos = describe({name: layout.shape for name, layout in proxy_mask.layouts.items()})
-    return project_budgets(proxy_mask, infos, layouts, describe(model.module), mask.density, mask.spread)
+    return project_budgets(proxy_mask, infos, layouts, describe(model.module), mask.share, mask.spread)
 
 
 def project_tensors(
@@ -107,6 +107,6 @@ def project_tensors(
     mean = sum(scores.values()) / len(scores)
     carried = carry_over(scores, describe(proxy_shapes), describe(model.module), layouts, mean)
     placed = compete(
-        layouts, "tensor", mask.density, lambda name, _: torch.tensor([carried[name]]), mask.spread, refused
+        layouts, "tensor", mask.share, lambda name, _: torch.tensor([carried[name]]), mask.spread, refused
     )
     return placed.with_meta(method=TRANSFERRED)

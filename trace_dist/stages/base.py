@@ -1,7 +1,7 @@
 """Stage ``base``: the base models of a run, found or made on the spot.
 
-A tiny Llama is pretrained on the general tasks; a GGUF file is converted; a proxy is cut out of the target, in depth or width, and
-healed on the general tasks. A base is made once: a folder that exists is used as it is.
+A tiny Llama is pretrained on the general tasks; a GGUF file is converted; a proxy is cut out of the target, in depth or width,
+and healed on the general tasks. A base is made once: a folder that exists is used as it is.
 """
 
 from __future__ import annotations

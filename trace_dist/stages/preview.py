@@ -118,7 +118,7 @@ def _setup(cfg: RunConfig, longest: int) -> MemorySetup:
     on_cuda = dist.local_device().type == "cuda"
     return MemorySetup(
         model=cfg.target.path,
-        density=cfg.mask.density,
+        density=cfg.largest.mask.share,
         granularity=cfg.mask.granularity,
         block=cfg.mask.block,
         maskable=cfg.mask.maskable,
@@ -156,7 +156,7 @@ def _work(cfg: RunConfig, tasks: list[Task], means: list[float], target: int, pr
             f"race {tasks[0].name}",
             f"{len(cfg.race.grid)} learning rates, and at most {MOST_EXTENSIONS} beyond them",
             steps,
-            masked_flops(target, means[0] * train.batch_size * steps, cfg.mask.density, rows),
+            masked_flops(target, means[0] * train.batch_size * steps, cfg.largest.mask.share, rows),
         )
     for task, options, mean in zip(tasks, cfg.tasks, means, strict=True):
         if needs_probe(cfg):
@@ -173,7 +173,7 @@ def _work(cfg: RunConfig, tasks: list[Task], means: list[float], target: int, pr
             f"learn {task.name}",
             f"{epochs:.1f} epochs of {len(task.train):,} examples, {mean:.0f} tokens each",
             steps,
-            masked_flops(target, mean * train.batch_size * steps, cfg.mask.density, rows),
+            masked_flops(target, mean * train.batch_size * steps, cfg.largest.mask.share, rows),
         )
         if task.validation is not None:
             looks = -(-steps // train.eval_every)

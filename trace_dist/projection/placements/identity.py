@@ -41,7 +41,7 @@ class Options(Section):
 
     between: Literal["magnitude", "fisher", "random"] = "magnitude"
     """What tells entries of one residual channel apart in a layer that the proxy lacks: the size of their weights, their squared
-    gradients by one sharded pass on the target, or chance (entries are drawn with odds in proportion to their channel's score)."""
+    gradients by one sharded pass on the target, or chance (entries are drawn with odds in proportion to the channel's score)."""
 
 
 def scores(site: Site, options: Options) -> Scores:
@@ -54,7 +54,9 @@ def scores(site: Site, options: Options) -> Scores:
     found = match(shown, origin, site.layouts)
     if not any(each.sources for each in found.values()):
         reasons = "; ".join(sorted({each.why for each in found.values()}))
-        raise ValueError(f"projection.placement='identity': nothing of the proxy is found in the target: {reasons}; {CURE}")
+        raise ValueError(
+            f"projection.placement='identity': nothing of the proxy is found in the target: {reasons}; {CURE}"
+        )
     magnitudes = magnitude_scores(site.model)
     own = _own(site, options, magnitudes)
 
