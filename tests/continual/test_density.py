@@ -49,6 +49,7 @@ def test_the_smallest_density_within_the_margin_wins() -> None:
     found = of(d1e_3=float("inf"), d1e_2=0.30, d1e_1=0.60)
     assert found.density == 1e-2
     assert found.lr == 1e-2
+    assert found.to_json()["tried"][1]["loss"] == 0.30
     again = DensityRace.from_json(json.loads(json.dumps(of(d1e_3=0.50, d1e_1=0.36).to_json())))
     assert again == of(d1e_3=0.50, d1e_1=0.36)
 
@@ -62,7 +63,6 @@ def test_the_race_settles_masks_and_rates_and_leaves_nothing(
     fresh: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = racing(fresh)
-    fresh.folder.proxy_mask(TASKS[0])
     for task in TASKS:
         path = cfg.folder.proxy_mask(task)
         Mask.load(path).with_meta(raced=True).save(path)  # as the probe leaves it
@@ -128,24 +128,21 @@ def weights(setting: Setting) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("section", "changes", "message"),
     [
-        ({"lr": 3e-3}, r"train.lr=0.003: density and rate must fit each other.*set train.lr: auto"),
-        ({"densities": [0.1]}, r"race.densities=\[0.1\]: must hold at least two densities"),
-        ({"densities": [0.1, 2.0]}, r"race.densities=\[0.1, 2.0\]"),
-        ({"density_margin": -1.0}, r"race.density_margin=-1.0: must be at least 0"),
-        ({"cap": 0.2}, r"mask.cap=0.2: must lie in \[mask.density=0.3, 1\]"),
+        ("train", {"lr": 3e-3}, r"train.lr=0.003: density and rate must fit each other.*set train.lr: auto"),
+        ("race", {"densities": [0.1]}, r"race.densities=\[0.1\]: must hold at least two densities"),
+        ("race", {"densities": [0.1, 2.0]}, r"race.densities=\[0.1, 2.0\]"),
+        ("race", {"density_margin": -1.0}, r"race.density_margin=-1.0: must be at least 0"),
+        ("mask", {"cap": 0.2}, r"mask.cap=0.2: must lie in \[mask.density=0.3, 1\]"),
     ],
 )
-def test_what_cannot_race_is_refused(whole: RunConfig, changes: dict[str, Any], message: str) -> None:
+def test_what_cannot_race_is_refused(
+    whole: RunConfig, section: str, changes: dict[str, Any], message: str
+) -> None:
+    cfg = racing(whole)
     with pytest.raises(ValueError, match=message):
-        cfg = racing(whole)
-        if "lr" in changes:
-            cfg = replace(cfg, train=replace(cfg.train, **changes))
-        elif "cap" in changes:
-            cfg = replace(cfg, mask=replace(cfg.mask, **changes))
-        else:
-            cfg = replace(cfg, race=replace(cfg.race, **changes))
+        replace(cfg, **{section: replace(getattr(cfg, section), **changes)})
 
 
 def test_a_density_that_is_not_settled_is_no_number(whole: RunConfig) -> None:

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from trace_dist.config.checks import AUTO, Section, check
+from trace_dist.config.granularity import Granularities
 from trace_dist.parts import ISOLATIONS
 
 Density = float | Literal["auto"]
 """A share of what may be masked, or the one that wins the race (config/race.py)."""
-Granularity = Literal["element", "block", "row", "column", "head", "tensor"]
 ShareOf = Literal["elements", "tensors"]
 
 
@@ -40,10 +40,11 @@ class MaskConfig(Section):
     section: ClassVar[str] = "mask"
 
     density: Density = 0.05
-    """Share of the maskable elements that are trained, in (0, 1]; `auto`: the smallest one of `race.densities` that learns as well as
-    the best."""
-    granularity: Granularity = "element"
-    """What is selected together: element, block, row (output neuron), column (input neuron), head or tensor."""
+    """Share of the maskable elements that are trained, in (0, 1]; `auto`: the smallest one of `race.densities` that learns as
+    well as the best."""
+    granularity: str = "element"
+    """What is selected together: element, block, row (output neuron), column (input neuron), head, neuron (of an MLP its rows of
+    gate and up and its column of down; elsewhere a row) or tensor; of some roles another one, as in `neuron,q=head,o=column`."""
     share_of: ShareOf = "elements"
     """What the density is a share of: elements, or, for granularity tensor, tensors by count."""
     scope: Literal["model", "tensor"] = "model"
@@ -66,6 +67,7 @@ class MaskConfig(Section):
         if self.density != AUTO:
             inside = 0 < self.density <= 1
             check(inside, "mask.density", self.density, "must lie in (0, 1]", "use for example 0.05")
+        Granularities.parse(self.granularity)
         check(self.block >= 1, "mask.block", self.block, "must be at least 1", "use 16 to 128")
         ISOLATIONS.check(self.isolation)
         self._check_spread()

@@ -10,8 +10,8 @@ from trace_dist.config.checks import Section, check
 
 @dataclass(frozen=True)
 class RaceConfig(Section):
-    """The race for a peak learning rate where `lr` is `auto`, and for `mask.density: auto`: each rate (at each density) trains the
-    first tasks for a few steps."""
+    """The race for a peak learning rate where `lr` is `auto`, and for `mask.density: auto`: each rate (at each density) trains
+    the first tasks for a few steps."""
 
     section: ClassVar[str] = "race"
 

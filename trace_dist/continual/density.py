@@ -1,10 +1,11 @@
 """``mask.density: auto``: the smallest density whose loss in a short race is within a margin of the best.
 
-[Note: density and rate] The best learning rate differs between densities by factors of ten, so each density races for its own, by the
-rule of every race (continual/race.py): the mask of the run's placement is trained on the run's first tasks for a few steps with
-each rate, and the least held-out loss counts. Densities are raced from the largest one down, and the grid of each is that of
+[Note: density and rate] The best learning rate differs between densities by factors of ten, so each density races for its own,
+by the rule of every race (continual/race.py): the mask of the run's placement is trained on the run's first tasks for a few steps
+with each rate, and the least held-out loss counts. Densities are raced from the largest one down, and the grid of each is that of
 ``race.grid``, moved to where the density before it had its best rate: neighbours lie close, and a race goes two rates beyond its
-grid where it must. What was found decides the density of all tasks; masked methods then race for their rates from there.
+grid where it must. What was found decides the density of all tasks; masked methods then race for their rates from there. Earlier
+tasks' entries are not refused in the race, whatever ``mask.isolation`` says.
 
 Nothing of the races is left in weights, random numbers or files but their records, from which a run that was cut goes on.
 """
@@ -52,7 +53,7 @@ class DensityRace:
     @property
     def density(self) -> float:
         """The smallest one whose loss is within the margin of the best."""
-        losses = {density: min(race.losses.values()) for density, race in self.races.items()}
+        losses = {density: race.losses[race.lr] for density, race in self.races.items()}
         return min(density for density, loss in losses.items() if loss <= min(losses.values()) + self.margin)
 
     @property
@@ -63,7 +64,7 @@ class DensityRace:
     def to_json(self) -> dict[str, Any]:
         """JSON-ready: the density, the margin, and what was tried."""
         tried = [
-            {"density": density, "lr": race.lr, "loss": min(race.losses.values()), "rates": race.to_json()}
+            {"density": density, "lr": race.lr, "loss": race.losses[race.lr], "rates": race.to_json()}
             for density, race in self.races.items()
         ]
         return {"density": self.density, "margin": self.margin, "tried": tried}
@@ -110,9 +111,9 @@ def _race(setting: Setting, streams: Sequence[Stream]) -> DensityRace:
     setting.model  # noqa: B018 - loaded once for all densities
     for density in sorted(setting.cfg.race.densities, reverse=True):
         races[density] = _race_at(_settled(setting, density, grid), density, streams)
-        loss = min(races[density].losses.values())
-        logger.info("mask.density %g: held-out loss %.4f at lr %g", density, loss, races[density].lr)
-        grid = moved(setting.cfg.race.grid, races[density].lr)
+        lr = races[density].lr
+        logger.info("mask.density %g: held-out loss %.4f at lr %g", density, races[density].losses[lr], lr)
+        grid = moved(setting.cfg.race.grid, lr)
     return DensityRace(dict(sorted(races.items())), setting.cfg.race.density_margin)
 
 

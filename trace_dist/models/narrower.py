@@ -75,7 +75,7 @@ class Narrower:
         found: list[dict[Role, str]] = [{} for _ in origin.layers]
         for name, info in self._infos.items():
             layer = origin.layer(name)
-            if layer in origin.layers and len(info.shape) == 2 and info.role != "other":
+            if layer is not None and layer in origin.layers and len(info.shape) == 2 and info.role != "other":
                 of_layer = found[list(origin.layers).index(layer)]
                 if info.role in of_layer:
                     raise ValueError(_refusal(self._whole, f"a layer has several weights such as {name}"))
@@ -106,8 +106,9 @@ class Narrower:
     def _cut_heads(self, text: Any) -> Heads | None:
         if self._widths.heads is None:
             return None
-        sizes = [self._infos[self._matrix(0, role)].shape[0] // self._rows[role] for role in ("q", "k")]
-        return Heads.cut(*sizes, self._widths.heads)
+        infos = {role: self._infos[self._matrix(0, role)] for role in ("q", "k")}  # type: ignore[arg-type]
+        queries, keys = (infos[role].shape[0] // self._rows[role] for role in ("q", "k"))
+        return Heads.cut(queries, keys, self._widths.heads)
 
     def _choose(self, origin: Origin, text: Any) -> Origin:
         widths, layers = self._widths, range(len(origin.layers))

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from torch import Tensor
 
 from trace_dist.models.architecture import empty_model, read_config
 from trace_dist.models.depth import check_layers, layer_list, refusal, shortened
@@ -98,7 +100,8 @@ def prune(source: Path, out: Path, keep_layers: int | None = None, widths: Width
         pieces = pieces_of(model, files.names())
         names = _renumbered(pieces, stack, kept)
         _check(pruned, config, files, names)
-        origin, read = Origin(fingerprint(source), stack, kept), files.tensor
+        origin = Origin(fingerprint(source), stack, kept)
+        read: Callable[[str], Tensor] = files.tensor
         if widths:
             narrow = Narrower(config, model, files, pieces, origin, widths)
             origin = narrow.origin

@@ -63,7 +63,8 @@ class Learning:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Learning:
         """What ``to_json`` gave."""
-        return cls(*(float(value[name]) for name in ("before", "after", "chance")), int(value["examples"]))
+        before, after, chance = (float(value[name]) for name in ("before", "after", "chance"))
+        return cls(before, after, chance, int(value["examples"]))
 
     def __str__(self) -> str:
         return f"loss {self.before:.2f} -> {self.after:.2f} on {self.examples} held-out examples, chance {self.chance:.2f}"

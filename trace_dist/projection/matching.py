@@ -1,9 +1,9 @@
 """Which part of a pruned copy shows what of its target: by position, by the residual stream's channels, or not at all.
 
 [Note: by position] A pruned copy is a piece of its target. A parameter of a layer that it keeps is the target's own, so each of
-its entries has a score of the copy. A parameter of a layer between has none; but it shares the residual channels of its neighbours: the
-columns of query, key, value, gate and up, the rows of the output and down weights. A channel's score is the root of the mean of
-the squared scores at it, in the same parameter of the kept layers below and above, weighted by how near they are.
+its entries has a score of the copy. A parameter of a layer between has none; but it shares the residual channels of its
+neighbours: the columns of query, key, value, gate and up, the rows of the output and down weights. A channel's score is the root
+of the mean of the squared scores at it, in the same parameter of the kept layers below and above, weighted by how near they are.
 """
 
 from __future__ import annotations

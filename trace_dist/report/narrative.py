@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trace_dist.report.results import RunView, mapping, mean, number
-from trace_dist.report.tables import count, duration, final_average, fixed, percent, shorten_all
+from trace_dist.report.tables import count, duration, final_average, fixed, percent, rate, shorten_all
 
 
 def narrate(view: RunView) -> list[str]:

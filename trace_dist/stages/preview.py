@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from trace_dist.config import ModelConfig, RunConfig
+from trace_dist.config import Granularities, ModelConfig, RunConfig
 from trace_dist.config.checks import AUTO
 from trace_dist.continual.race import MOST_EXTENSIONS
 from trace_dist.data.examples import text_of
@@ -149,7 +149,7 @@ def _tokens(task: Task, tokenizer: PreTrainedTokenizerBase | None, limit: int) -
 
 def _work(cfg: RunConfig, tasks: list[Task], means: list[float], target: int, proxy: int) -> Iterator[Work]:
     probe, train = cfg.probe, cfg.train
-    rows = cfg.mask.granularity in ("row", "column")
+    rows = Granularities.parse(cfg.mask.granularity).all <= {"row", "column", "neuron"}
     if train.lr == AUTO:
         steps = len(cfg.race.grid) * min(cfg.race.steps, cfg.tasks[0].steps or train.steps)
         yield Work(
