@@ -36,6 +36,6 @@ EXPORTERS = _rows("format", "bank.export", "hf", "peft-shira", "vllm-patch")
 ARMS = _rows(
     "study.stages.arms", "studies.arms",
     "random", "probed", "l2", "snr", "specific", "narrowed", "fisher", "projected", "projected_magnitude", "budgets", "places",
-    "identity", "trace", "lora", "full",
+    "identity", "trace", "probed_like_trace", "lora", "full",
 )  # fmt: skip
 SIGNATURES = _rows("bank.signature", "bank.signatures", "kmeans", "diagonal", "full", "dirichlet", "mean")

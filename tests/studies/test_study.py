@@ -110,6 +110,7 @@ def test_every_arm_trains_and_puts_the_target_back(setup: Setup) -> None:
             masks[name] = arm.mask(case, density)
             assert made["entries"].keys() == made["gradient_sum"].keys()
             assert min(made["gradient_sum"].values()) > 0
+            assert (made["learning"] is not None) == arm.reads_proxy, name
             assert (made["probe_flops"] > 0) == (name != "random"), name
             if arm.by_density:
                 for each in DENSITIES:
