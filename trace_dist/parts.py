@@ -23,7 +23,7 @@ SCORES = _rows(
 )  # fmt: skip
 PLACEMENTS = _rows(
     "projection.placement", "projection.placements", "magnitude", "random", "refine", "narrow", "target", "narrow_target",
-    "identity",
+    "identity", "align",
 )  # fmt: skip
 ISOLATIONS = _rows("mask.isolation", "continual.isolation", "shared", "exclusive", "soft")
 STARTS = _rows("bank.composition", "continual.starts", "none", "combination")
@@ -36,6 +36,6 @@ EXPORTERS = _rows("format", "bank.export", "hf", "peft-shira", "vllm-patch")
 ARMS = _rows(
     "study.stages.arms", "studies.arms",
     "random", "probed", "l2", "snr", "specific", "narrowed", "fisher", "projected", "projected_magnitude", "budgets", "places",
-    "identity", "trace", "probed_like_trace", "lora", "full",
+    "identity", "align", "trace", "probed_like_trace", "lora", "full",
 )  # fmt: skip
 SIGNATURES = _rows("bank.signature", "bank.signatures", "kmeans", "diagonal", "full", "dirichlet", "mean")

@@ -32,6 +32,11 @@ def needs_scores(projection: ProjectionConfig) -> bool:
     return getattr(PLACEMENTS.load(projection.placement), "needs_scores", False)
 
 
+def needs_module(projection: ProjectionConfig) -> bool:
+    """Whether a placement runs the proxy itself."""
+    return getattr(PLACEMENTS.load(projection.placement), "needs_module", False)
+
+
 def project_task(
     model: ShardedModel,
     proxy_mask: Mask | None,

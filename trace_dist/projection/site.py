@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from trace_dist.config import ProbeConfig, TrainConfig
 from trace_dist.data.batches import Batches
@@ -23,11 +23,13 @@ class Shown:
         scores: parameter of the proxy -> importance of its units, [num_units] fp32.
         layouts: its maskable parameters.
         origin: which part of the target the proxy is; None where it is none.
+        module: the proxy itself; not None iff the placement has ``needs_module`` and the proxy reads the target's tokens.
     """
 
     scores: Mapping[str, Tensor]
     layouts: Mapping[str, UnitLayout]
     origin: Origin | None
+    module: nn.Module | None = None
 
 
 @dataclass(frozen=True)
