@@ -9,15 +9,15 @@ from typing import Any
 
 from trace_dist.config import RunConfig
 from trace_dist.continual.earlier import check_room
+from trace_dist.continual.proxy import proxy_module, proxy_origin
 from trace_dist.masks.mask import Mask
 from trace_dist.masks.ops import layouts_for, mask_from_scores, place, random_mask
 from trace_dist.masks.select import Units
 from trace_dist.masks.storage import load_saliency
 from trace_dist.models.fingerprint import same_model
-from trace_dist.models.origin import Origin
-from trace_dist.models.prune import evenly_cut
 from trace_dist.projection.project import (
     TRANSFERRED,
+    needs_module,
     needs_proxy,
     needs_scores,
     project_task,
@@ -31,8 +31,6 @@ from trace_dist.utils.together import on_main
 
 logger = get_logger(__name__)
 KINDS = ("projected", "random")
-MATCHED = ("position", "channels", "nothing")
-"""How entries are matched with the proxy's (projection/matching.py)."""
 PROBED = "probed"
 """What made the masks of a target that was probed itself."""
 
@@ -97,7 +95,9 @@ def project_stream(
 def _told(matching: Mapping[str, Any]) -> str:
     """What of a mask was matched to the proxy, in words."""
     counts = (
-        f"{by} {matching[by]['entries']} entries of {matching[by]['tensors']} tensors" for by in MATCHED
+        f"{by} {found['entries']} entries of {found['tensors']} tensors"
+        for by, found in matching.items()
+        if "entries" in found
     )
     why = "; ".join(f"{reason} ({count} tensors)" for reason, count in matching["nothing"]["why"].items())
     return f"by {', by '.join(counts)}" + (f"; {why}" if why else "")
@@ -149,7 +149,8 @@ def projected_mask(
             return _chosen_again(proxy_mask, cfg.folder.saliency(task), refused)
         if needs_scores(cfg.projection):
             scores, layouts, _ = load_saliency(probed_file(cfg.folder.saliency(task)))
-            shown = Shown(scores, layouts, proxy_origin(cfg, model, model_id))
+            module = proxy_module(cfg, bench) if needs_module(cfg.projection) else None
+            shown = Shown(scores, layouts, proxy_origin(cfg, model, model_id), module)
     return project_task(
         model,
         proxy_mask,
@@ -163,32 +164,6 @@ def projected_mask(
         refused=refused,
         shown=shown,
     )
-
-
-def proxy_origin(cfg: RunConfig, model: ShardedModel, model_id: str) -> Origin | None:
-    """Which part of the target the run's proxy is; None where it does not say that it is one.
-
-    Args:
-        cfg: the run.
-        model: the target.
-        model_id: its fingerprint.
-
-    Raises:
-        ValueError: the proxy was cut out of another model.
-    """
-    if cfg.proxy is None:
-        return None
-    path, prune = cfg.proxy.path, cfg.proxy.prune
-    found = Origin.load(Path(path))
-    if found is None and prune is not None and not prune.is_narrow and prune.layers is not None:
-        # Made by an earlier release, which kept no record of whole layers.
-        found = evenly_cut(model.module, prune.layers, model_id)
-    if found is not None and not same_model(found.target, model_id):
-        raise ValueError(
-            f"proxy.path={path!r}: it was cut out of another model than target.path={cfg.target.path!r}; delete the proxy to "
-            "have it made of this one, or choose another projection.placement"
-        )
-    return found
 
 
 def probed_file(path: Path) -> Path:

@@ -16,7 +16,7 @@ from trace_dist.studies.statistics import Answers, Estimate, difference, share_o
 
 LIKE_TRACE = "probed_like_trace"
 """Entries with the memory of TRACE's whole tensors."""
-PROJECTED = ("projected", "projected_magnitude", "identity", "budgets", "places")
+PROJECTED = ("projected", "projected_magnitude", "identity", "align", "budgets", "places")
 """Arms whose share of the gain of probing on the target is asked for."""
 MARGIN = 0.02
 """Nats per answer token by which a smaller density may be worse and still be enough."""

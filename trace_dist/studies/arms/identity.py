@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from trace_dist.continual.masks import proxy_origin
+from trace_dist.continual.proxy import proxy_origin
 from trace_dist.probe.importance import unit_importance
 from trace_dist.projection.site import Shown, Site
 from trace_dist.studies.arm import Placed
