@@ -7,8 +7,8 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from trace_dist.config import Granularities, MaskConfig
-from trace_dist.config.granularity import ROLES
+from trace_dist.config import MaskConfig
+from trace_dist.config.granularity import ROLES, Granularities
 from trace_dist.masks import Mask
 from trace_dist.masks.ops import compete, layouts_for, place, random_mask
 from trace_dist.models.roles import Role, describe

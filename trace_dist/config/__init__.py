@@ -9,7 +9,7 @@ from trace_dist.config.bank import BankConfig
 from trace_dist.config.continual import ContinualConfig
 from trace_dist.config.data import DataConfig
 from trace_dist.config.evaluation import EvalConfig
-from trace_dist.config.granularity import Granularities, Granularity
+from trace_dist.config.granularity import Granularity
 from trace_dist.config.launch import LaunchConfig
 from trace_dist.config.mask import MaskConfig
 from trace_dist.config.model import Dtype, ModelConfig, PruneConfig, Quantize, TinyConfig
@@ -27,7 +27,6 @@ __all__ = [
     "DataConfig",
     "Dtype",
     "EvalConfig",
-    "Granularities",
     "Granularity",
     "LaunchConfig",
     "MaskConfig",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from trace_dist.config import Backend, Dtype, Granularities, Quantize, StateDtype
+from trace_dist.config import Backend, Dtype, Quantize, StateDtype
+from trace_dist.config.granularity import Granularities
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from trace_dist.config import Granularities, ModelConfig, RunConfig
+from trace_dist.config import ModelConfig, RunConfig
 from trace_dist.config.checks import AUTO
+from trace_dist.config.granularity import Granularities
 from trace_dist.continual.race import MOST_EXTENSIONS
 from trace_dist.data.examples import text_of
 from trace_dist.data.tasks import Task, load_task

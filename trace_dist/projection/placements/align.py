@@ -1,8 +1,9 @@
 """Placement align: the proxy's entries at the places of the target that are like them, for siblings of another width.
 
-Both models run on the same prompts (projection/activations.py). Channels of the residual stream are matched first, over all layers
-at once; then, layer by layer at the same relative depth, attention heads and the MLP's neurons (projection/assignment.py). An entry
-of the target has the score of the proxy's entry at the matched row and column, times what the two matches are worth.
+Both models run on the same prompts (projection/activations.py). Channels of the residual stream are matched first, over all
+layers at once; then, layer by layer at the same relative depth, attention heads and the MLP's neurons
+(projection/assignment.py). An entry of the target has the score of the proxy's entry at the matched row and column, times what
+the two matches are worth.
 
 The proxy must read the target's tokens. Parameters whose dimensions have no names (models/axes.py) go by their magnitude.
 """
