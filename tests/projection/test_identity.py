@@ -200,7 +200,9 @@ def test_what_shares_no_channels_goes_by_magnitude_and_is_told() -> None:
         ("heads", [[0, 1], [-1, 2]]),
         ("heads", [[0, 1]]),
         ("hidden", [0, 0.5]),
-        ("head_rows", {"q": 0}),
+        ("head_rows", {"q": 0, "k": 4, "v": 4}),
+        ("head_rows", {"q": 4}),
+        ("kv_heads", None),
         ("stack", None),
         ("layers", None),
         ("format", "other"),
@@ -208,7 +210,14 @@ def test_what_shares_no_channels_goes_by_magnitude_and_is_told() -> None:
     ],
 )
 def test_a_damaged_record_is_refused(field: str, value: Any, tmp_path: Path) -> None:
-    origin = Origin("ab", "model.layers", [0, 2], heads=[[0, 1], [1, 2]], head_rows={"q": 4})
+    origin = Origin(
+        "ab",
+        "model.layers",
+        [0, 2],
+        heads=[[0, 1], [1, 2]],
+        kv_heads=[[0], [1]],
+        head_rows={"q": 4, "k": 4, "v": 4},
+    )
     origin.save(tmp_path)
     assert Origin.load(tmp_path) == origin
     assert Origin.load(tmp_path / "nowhere") is None

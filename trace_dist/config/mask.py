@@ -40,7 +40,7 @@ class MaskConfig(Section):
     section: ClassVar[str] = "mask"
 
     density: Density = 0.05
-    """Share of the maskable elements that are trained, in (0, 1]; `auto`: the smallest one of `race.densities` that learns as
+    """Share of the maskable elements that are trained, in (0, 1]. `auto`: the smallest one of `race.densities` that learns as
     well as the best."""
     granularity: str = "element"
     """What is selected together: element, block, row (output neuron), column (input neuron), head, neuron (of an MLP its rows of

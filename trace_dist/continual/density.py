@@ -87,7 +87,7 @@ def with_density(setting: Setting) -> Setting:
     path = setting.folder.density
     streams = setting.bench.tasks[: setting.cfg.race.tasks]
     about = json.loads(json.dumps(_about(setting, streams)))
-    found = on_main(lambda: _read(path, about))
+    found = on_main(lambda: read_density(path, about))
     if found is None:
         with random_numbers_kept():
             found = _race(setting, streams)
@@ -150,7 +150,7 @@ def _about(setting: Setting, streams: Sequence[Stream]) -> dict[str, Any]:
     return {**sections, "examples": examples_digest(streams), "model": setting.fingerprint}
 
 
-def _read(path: Path, about: dict[str, Any]) -> DensityRace | None:
+def read_density(path: Path, about: dict[str, Any]) -> DensityRace | None:
     """A race that was held under the same conditions."""
     if not path.is_file():
         return None
@@ -159,6 +159,7 @@ def _read(path: Path, about: dict[str, Any]) -> DensityRace | None:
         return None
     with reading(path, "race of densities"):
         race = DensityRace.from_json(found)
-        if not all(math.isfinite(density) for density in race.races):
-            raise ValueError("a density is none")
+        numbers = (race.density, race.lr, race.races[race.density].losses[race.lr])
+        if not (all(map(math.isfinite, numbers)) and 0 < race.density <= 1 and race.lr > 0):
+            raise ValueError("its density or rate is none")
         return race

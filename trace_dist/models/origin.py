@@ -101,7 +101,7 @@ class Origin:
         if axis == "hidden":
             return None if self.hidden is None else torch.tensor(self.hidden)
         layer, of_layers = self.layer(name), getattr(self, axis)
-        if layer is None or of_layers is None:
+        if layer is None or of_layers is None or layer >= len(of_layers):
             return None
         units = torch.tensor(of_layers[layer])
         if axis == "intermediate":
@@ -120,11 +120,14 @@ def _check(origin: Origin) -> None:
                 raise ValueError(f"says something of {len(of_layers)} layers, not {len(origin.layers)}")
             lists += of_layers
     for each in lists:
-        whole = all(type(index) is int and index >= 0 for index in each)
+        whole = all(type(index) is int and 0 <= index < 2**31 for index in each)
         if not (each and whole and all(a < b for a, b in pairwise(each))):
             raise ValueError("its indices are no rising whole numbers")
     if not (isinstance(origin.target, str) and isinstance(origin.stack, str)):
         raise ValueError("it names no model, or no layers")
     rows: Any = origin.head_rows
-    if not all(type(count) is int and count > 0 for count in rows.values()):
+    missing = origin.heads is not None and not {"q", "k", "v"} <= set(rows)
+    if missing or not all(type(count) is int and 0 < count < 2**16 for count in rows.values()):
         raise ValueError("its heads have no sizes")
+    if (origin.heads is None) != (origin.kv_heads is None):
+        raise ValueError("it says something of query heads or of key heads alone")

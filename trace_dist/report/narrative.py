@@ -113,7 +113,8 @@ def chosen_rates(view: RunView) -> list[str]:
 def chosen_density(view: RunView) -> list[str]:
     """Which densities were tried, where the run raced for one."""
     part = view.part("density")
-    tried = [mapping(each) for each in part.get("tried") or []]
+    found = part.get("tried")
+    tried = [mapping(each) for each in found] if isinstance(found, list) else []
     if not tried:
         return []
     shown = [
