@@ -20,6 +20,7 @@ from trace_dist.continual.setting import Setting
 from trace_dist.masks import Mask
 from trace_dist.report.narrative import chosen_density
 from trace_dist.report.results import parse_results
+from trace_dist.stages import preview
 from trace_dist.stages.project import run_project
 from trace_dist.stages.report import collect_results
 
@@ -143,6 +144,13 @@ def test_what_cannot_race_is_refused(
     cfg = racing(whole)
     with pytest.raises(ValueError, match=message):
         replace(cfg, **{section: replace(getattr(cfg, section), **changes)})
+
+
+def test_a_preview_counts_the_trainings(whole: RunConfig) -> None:
+    tasks = [stream.task for stream in Setting.load(whole).bench.tasks]
+    work = {each.name: each for each in preview._work(racing(whole), tasks, [9.0, 9.0], 1000, 100)}
+    # Two densities, two rates, one task, six steps.
+    assert work["race for a density"].steps == 24
 
 
 def test_a_density_that_is_not_settled_is_no_number(whole: RunConfig) -> None:

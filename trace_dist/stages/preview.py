@@ -159,6 +159,17 @@ def _work(cfg: RunConfig, tasks: list[Task], means: list[float], target: int, pr
             steps,
             masked_flops(target, means[0] * train.batch_size * steps, cfg.largest.mask.share, rows),
         )
+    if cfg.mask.density == AUTO:
+        raced = means[: cfg.race.tasks]
+        trainings = len(cfg.race.densities) * len(cfg.race.grid)
+        steps = trainings * sum(min(cfg.race.steps, t.steps or train.steps) for t in cfg.tasks[: len(raced)])
+        tokens = sum(raced) / len(raced) * train.batch_size * steps
+        yield Work(
+            "race for a density",
+            f"{len(cfg.race.densities)} densities with rates of their own, on {len(raced)} task(s)",
+            steps,
+            masked_flops(target, tokens, cfg.largest.mask.share, rows),
+        )
     for task, options, mean in zip(tasks, cfg.tasks, means, strict=True):
         if needs_probe(cfg):
             warm, read = probe.num_steps(len(task.train)), probe.fisher_batch_size or probe.batch_size
