@@ -44,7 +44,10 @@ def run_train(cfg: RunConfig, task_name: str | None, mask_file: str | None) -> P
     # Read before a base is made, which may take long.
     mask = Mask.load(source)
     prepare_base(cfg, "target")
-    setting = with_density(Setting.load(cfg))
+    setting = Setting.load(cfg)
+    if mask_file is None:
+        # The mask was made at a density that has raced, or with a number; one that is given has its own.
+        setting = with_density(setting)
     check_base(mask, setting.fingerprint, str(source))
     stream = setting.bench.tasks[names.index(name)]
     batches = setting.bench.batches([stream], cfg.train.batch_size)
