@@ -48,5 +48,5 @@ def proxy_module(cfg: RunConfig, bench: Workbench) -> nn.Module | None:
     path = cfg.probed.path
     if load_tokenizer(path).get_vocab() != bench.tokenizer.get_vocab():
         return None
-    module: nn.Module = load_model(path, torch.float32).to(dist.local_device())
-    return module.requires_grad_(False).eval()
+    module: nn.Module = load_model(path, torch.float32)
+    return module.to(dist.local_device()).requires_grad_(False).eval()
