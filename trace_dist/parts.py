@@ -22,7 +22,8 @@ SCORES = _rows(
     "l2", "fisher", "l2_fisher", "first_order", "relative_update", "snr", "l2_plus_fisher", "specific",
 )  # fmt: skip
 PLACEMENTS = _rows(
-    "projection.placement", "projection.placements", "magnitude", "random", "refine", "narrow", "target", "narrow_target"
+    "projection.placement", "projection.placements", "magnitude", "random", "refine", "narrow", "target", "narrow_target",
+    "identity", "align",
 )  # fmt: skip
 ISOLATIONS = _rows("mask.isolation", "continual.isolation", "shared", "exclusive", "soft")
 STARTS = _rows("bank.composition", "continual.starts", "none", "combination")
@@ -35,6 +36,6 @@ EXPORTERS = _rows("format", "bank.export", "hf", "peft-shira", "vllm-patch")
 ARMS = _rows(
     "study.stages.arms", "studies.arms",
     "random", "probed", "l2", "snr", "specific", "narrowed", "fisher", "projected", "projected_magnitude", "budgets", "places",
-    "trace", "lora", "full",
+    "identity", "align", "trace", "probed_like_trace", "lora", "full",
 )  # fmt: skip
 SIGNATURES = _rows("bank.signature", "bank.signatures", "kmeans", "diagonal", "full", "dirichlet", "mean")

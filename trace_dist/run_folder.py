@@ -54,6 +54,11 @@ class RunFolder:
         return self.root / "tasks.json"
 
     @property
+    def density(self) -> Path:
+        """Which densities have raced, and how they did."""
+        return self.root / "density.json"
+
+    @property
     def memory(self) -> Path:
         """Measured model states."""
         return self.root / "memory.json"

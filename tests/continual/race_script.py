@@ -10,6 +10,7 @@ import torch
 from continual.small import make_config
 
 from trace_dist.config import RaceConfig
+from trace_dist.continual.density import with_density
 from trace_dist.continual.driver import check_methods
 from trace_dist.continual.race import held_race
 from trace_dist.continual.setting import Setting
@@ -36,7 +37,21 @@ def main() -> None:
         same = all(torch.equal(after[name], value) for name, value in before.items())
         about = {"rates": found.to_json(), "lr": found.lr, "restored": same}
         write_json(folder / f"race-{entry.name}-{dist.rank()}.json", about)
+    settled = with_density(of_densities(setting))
+    after = setting.model.full_state_dict()
+    same = all(torch.equal(after[name], value) for name, value in before.items())
+    about = {"density": settled.cfg.mask.density, "rates": settled.grid, "restored": same}
+    write_json(folder / f"density-{dist.rank()}.json", about)
     dist.close()
+
+
+def of_densities(setting: Setting) -> Setting:
+    """The run with a density that is raced for, on the same model."""
+    cfg, race = setting.cfg, replace(RACE, grid=[1e-7, 1e-2], tasks=1, densities=[0.1, 0.3])
+    mask, train = replace(cfg.mask, density="auto"), replace(cfg.train, lr="auto")
+    raced = replace(setting, cfg=replace(cfg, race=race, mask=mask, train=train))
+    vars(raced)["model"] = setting.model
+    return raced
 
 
 if __name__ == "__main__":

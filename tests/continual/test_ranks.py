@@ -12,6 +12,7 @@ from continual.rank_script import METHODS, make_masks
 from continual.small import TASKS, make_config, outcome, result
 from launching import launch
 
+from trace_dist.continual.density import with_density
 from trace_dist.continual.driver import check_methods
 from trace_dist.continual.race import Race, held_race
 from trace_dist.continual.setting import Setting
@@ -71,3 +72,11 @@ def test_a_race_on_two_ranks_is_that_of_one(folder: Path) -> None:
         # dropout draws other numbers on two ranks
         assert found.losses[1e-2] == pytest.approx(alone.losses[1e-2], abs=0.2)
         assert found.losses[1e30] == float("inf")
+    first, second = (read_json(folder / f"density-{rank}.json") for rank in range(2))
+    assert first == second
+    assert first["restored"]
+    tried = read_json(folder / "ranks-race" / "density.json")["tried"]
+    one = with_density(race_script.of_densities(setting))
+    alone = read_json(one.folder.density)["tried"]
+    assert [each["density"] for each in tried] == [0.1, 0.3]
+    assert [each["loss"] for each in tried] == pytest.approx([each["loss"] for each in alone], abs=0.2)

@@ -35,14 +35,18 @@ from trace_dist.cli.bank_commands import bank_command
 from trace_dist.cli.mask_commands import mask_command
 from trace_dist.cli.parser import parse, run_config
 from trace_dist.config import ProbeConfig, TaskConfig
+from trace_dist.continual.density import DensityRace, read_density
 from trace_dist.continual.judge import Row
 from trace_dist.continual.progress import Progress, keep_trained, kept_trained
+from trace_dist.continual.race import Race
 from trace_dist.continual.result import read_result
 from trace_dist.data.encoding import Pair
 from trace_dist.data.sources import load_examples
 from trace_dist.masks import UnitLayout
 from trace_dist.masks.storage import load_saliency, save_saliency
 from trace_dist.models.fingerprint import fingerprint
+from trace_dist.models.origin import Origin
+from trace_dist.probe.learning import Learning
 from trace_dist.probe.task import Probed, Tensors
 from trace_dist.report import heat, load_results, retrieval, summary_table
 from trace_dist.report.markdown import markdown_table
@@ -53,7 +57,7 @@ from trace_dist.run_folder import BankFolder
 from trace_dist.stages.stage import read_timings
 from trace_dist.train.loop import TrainResult
 from trace_dist.utils.files import write_json
-from trace_dist.utils.sealed import json_checksum
+from trace_dist.utils.sealed import json_checksum, write_record
 
 LAYOUTS = {
     "whole": UnitLayout((6, 8), 4),
@@ -202,7 +206,7 @@ def make_saliency(folder: Path) -> Path:
 def make_trace(folder: Path) -> Path:
     sketch = sketch_update({"w": torch.ones(5)}, 0, "m")
     whole = Tensors(dict.fromkeys(SCORES, 0.5), {name: list(units.shape) for name, units in LAYOUTS.items()})
-    Probed(SCORES, sketch, [(1, 0.5)], whole).save(
+    Probed(SCORES, sketch, [(1, 0.5)], whole, Learning(2.0, 1.0, 1.5, 9)).save(
         folder / "t.safetensors", folder / "sketch.safetensors", ProbeConfig()
     )
     return folder / "t.safetensors"
@@ -362,6 +366,29 @@ def make_page(folder: Path) -> Path:
     return folder / "results.json"
 
 
+def make_densities(folder: Path) -> Path:
+    race = DensityRace({0.01: Race({1e-3: 0.5, 3e-3: 0.4}), 0.1: Race({1e-3: 0.3})}, 0.05)
+    write_record(folder / "density.json", {"about": {"model": "m"}, **race.to_json()})
+    return folder / "density.json"
+
+
+def read_densities(path: Path) -> None:
+    found = read_density(path, {"model": "m"})
+    assert found is None or (found.lr > 0 and 0 < found.density <= 1)
+
+
+def make_origin(folder: Path) -> Path:
+    heads = {"heads": [[0, 1], [0, 1]], "kv_heads": [[0], [1]], "head_rows": {"q": 2, "k": 2, "v": 2}}
+    Origin("m", "model.layers", [0, 2], [0, 3], intermediate=[[1], [2]], **heads).save(folder)
+    return folder / "pruned.json"
+
+
+def read_origin(path: Path) -> None:
+    found = Origin.load(path.parent)
+    if found is not None:
+        found.places("model.layers.1.self_attn.q_proj.weight", (4, 2))
+
+
 def make_timings(folder: Path) -> Path:
     write_json(folder / "stages.json", {"stages": {"probe": 3.0}, "wall_seconds": 4.0})
     return folder / "stages.json"
@@ -414,6 +441,8 @@ READERS = (
     Reader("what a training measured", "json", make_trained, lambda path: kept_trained(path.parents[1], "a"), record_signed),
     Reader("result of a method", "json", make_result, read_result),
     Reader("results of a run", "json", make_page, read_page),
+    Reader("densities that raced", "json", make_densities, read_densities, record_signed),
+    Reader("record of pruning", "json", make_origin, read_origin),
     Reader("timings", "json", make_timings, read_timings),
     Reader("index of a model", "json", make_model("model.safetensors.index.json"), read_model),
     Reader("config of a model", "json", make_model("config.json"), read_model),

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from probe.setting import NARROW, make_batches, make_config, make_model
 
 from trace_dist.config import MaskConfig, ProjectionConfig
-from trace_dist.masks.ops import layouts_for, place, random_mask
+from trace_dist.masks.ops import layouts_for, mask_from_scores, place, random_mask
+from trace_dist.models.origin import Origin
 from trace_dist.projection.placements.magnitude import magnitude_scores
 from trace_dist.projection.placements.narrow import narrow_scores
 from trace_dist.projection.placements.refine import fisher_scores
 from trace_dist.projection.project import project_task
+from trace_dist.projection.site import Shown
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.build import shard
 from trace_dist.utils import dist
@@ -32,10 +35,14 @@ def main(out: Path, backend: str) -> None:
     for granularity in GRANULARITIES:
         found |= scores_and_mask(model, granularity)
     found |= narrowed(model) | competing(model)
+    by_position, matching = identity(model)
+    found |= by_position
     after = model.full_state_dict()
     save_tensors(out / f"found.{dist.rank()}.safetensors", found, {"format": "trace_dist.found"})
     same = all(torch.equal(value, after[name]) for name, value in before.items())
-    write_json(out / f"facts.{dist.rank()}.json", {"restored": same, "cut": cut_units(model)})
+    write_json(
+        out / f"facts.{dist.rank()}.json", {"restored": same, "cut": cut_units(model), "matching": matching}
+    )
     dist.barrier()
     dist.close()
 
@@ -68,6 +75,20 @@ def competing(model: ShardedModel) -> dict[str, torch.Tensor]:
         train=cfg.train, seed=0,
     )  # fmt: skip
     return {f"target/{name}": units for name, units in placed.units.items()}
+
+
+def identity(model: ShardedModel) -> tuple[dict[str, torch.Tensor], Any]:
+    """The mask of the first layer's entries, in blocks, and of their channels in the second, which the copy lacks."""
+    cfg, mask = make_config(), MaskConfig(density=0.1, granularity="block", block=16)
+    layouts = layouts_for(make_model(num_hidden_layers=1), "block", 16, "linear")
+    generator = torch.Generator().manual_seed(0)
+    scores = {name: torch.rand(layout.num_units, generator=generator) for name, layout in layouts.items()}
+    proxy_mask = mask_from_scores(scores, layouts, "block", 0.1)
+    placed = project_task(
+        model, proxy_mask, "t", make_batches, mask=mask, projection=ProjectionConfig("identity"), probe=cfg.probe,
+        train=cfg.train, seed=0, shown=Shown(scores, layouts, Origin("", "model.layers", [0])),
+    )  # fmt: skip
+    return {f"identity/{name}": units for name, units in placed.units.items()}, placed.meta["matching"]
 
 
 def cut_units(model: ShardedModel) -> int:

@@ -87,6 +87,7 @@ def test_page_shows_every_name_and_value(full_page: Page) -> None:
         "0.8 %",
         "187",
         "0.77",
+        "0.46",
         f"{MINUS}0.23",
         "253.9 KiB",
     ]:
@@ -153,6 +154,7 @@ def test_missing_part_leaves_out_its_section_alone(tmp_path: Path, part: str) ->
     text = Page(write_report(results, tmp_path / "report.html")).text
     for name, heading in HEADINGS.items():
         assert (heading in text) == (name != part), heading
+    assert ("What the proxy has learned" in text) == (part != "specificity")
 
 
 def test_bare_and_damaged_values_do_not_break_the_page(tmp_path: Path) -> None:

@@ -16,11 +16,12 @@ import torch
 from cli.program import make_config, write_config, write_tasks
 
 from trace_dist.cli.parser import parse, run_config
-from trace_dist.config import MaskConfig, ProbeConfig, ProjectionConfig, RunConfig
+from trace_dist.config import MaskConfig, ModelConfig, ProbeConfig, ProjectionConfig, PruneConfig, RunConfig
 from trace_dist.masks import Mask
 from trace_dist.masks.ops import overlap
 from trace_dist.masks.storage import load_saliency
 from trace_dist.models.fingerprint import fingerprint
+from trace_dist.models.origin import Origin
 from trace_dist.probe.task import Probed
 from trace_dist.stages import probe as stages
 from trace_dist.stages.probe import Proxy, run_probe
@@ -63,6 +64,93 @@ def test_the_probe_leaves_saliency_masks_and_specificity(cfg: RunConfig) -> None
             outside = scores[name].clone()
             outside[units.long()] = -1
             assert scores[name][units.long()].min() >= outside.max()
+
+
+def test_what_the_proxy_has_learned_is_said(
+    cfg: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two steps teach it nothing: a warning, or an error before the next task is probed."""
+    found = json.loads(cfg.folder.specificity.read_text())["learning"]
+    assert found.keys() == set(TASKS)
+    for each in found.values():
+        assert each["examples"] > 0
+        assert each["after"] != each["before"]
+    own = replace(cfg, run_dir=str(tmp_path), tasks=cfg.tasks[:1])
+    with caplog.at_level("WARNING"):
+        run_probe(own)
+    assert "probe.margin=0.1: the probe has not learned 'copy' (loss" in caplog.text
+    # A loss of its own is what a margin is above or below; the trace is kept, whatever the margin.
+    made = own.folder.trace("copy").stat().st_mtime_ns
+    refusing = replace(own, probe=replace(own.probe, margin=0.99, unlearned="refuse"))
+    with pytest.raises(
+        ValueError, match=r"probe.margin=0.99: .* chance .*raise probe.steps.*probe.unlearned: warn"
+    ):
+        run_probe(refusing)
+    assert own.folder.trace("copy").stat().st_mtime_ns == made
+
+
+def test_examples_that_judge_are_not_trained_on(cfg: RunConfig) -> None:
+    """Those that the steps do not read; where they read all, some are held out."""
+    proxy = Proxy.load(cfg)
+    (stream, *_), size = proxy.bench.tasks, cfg.probe.batch_size
+    few, many = 1, 2 * len(stream.encoded) // size
+    same, heldout = proxy._apart(stream, few)
+    assert same is stream
+    read = proxy.bench.batches([stream], size).rows_ahead(few)
+    seen = {tuple(stream.encoded[row]["input_ids"]) for row in read}
+    assert heldout.examples == min(200, len(stream.encoded) // 5)
+    assert not seen & tuples(heldout.step)
+    less, held = proxy._apart(stream, many)
+    assert len(less.encoded) + held.examples == len(stream.encoded)
+
+
+def tuples(step: Any) -> set[tuple[int, ...]]:
+    """The examples of a batch, without padding."""
+    return {
+        tuple(row[mask.bool()].tolist())
+        for batch in step.micro_batches
+        for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    }
+
+
+def test_a_piece_of_the_target_is_probed_and_its_entries_are_taken_over(
+    cfg: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From cutting and healing on; a copy of whole layers of an earlier release says nothing and is known all the same."""
+    assert cfg.target.tiny is not None
+    narrow = PruneConfig(keep_hidden=cfg.target.tiny.hidden_size // 2, heal_steps=1)
+    for prune in (narrow, PruneConfig(keep_layers=1)):
+        folder = tmp_path / f"{prune.keep_layers}"
+        changed = replace(
+            cfg,
+            run_dir=str(folder / "run"),
+            proxy=ModelConfig(str(folder / "proxy"), prune=prune),
+            projection=ProjectionConfig("identity"),
+            tasks=cfg.tasks[:1],
+        )
+        run_probe(changed)
+        origin = Origin.load(folder / "proxy")
+        assert origin is not None
+        assert (origin.hidden is None) == (prune is not narrow)
+        with caplog.at_level("INFO"):
+            run_project(changed)
+        mask = Mask.load(changed.folder.mask("copy"))
+        assert abs(mask.num_entries - cfg.mask.density * mask.num_maskable) < 1
+        assert mask.meta["matching"]["position"]["entries"] > 0
+        assert "by position" in caplog.text
+    (folder / "proxy" / "pruned.json").unlink()
+    changed.folder.mask("copy").unlink()
+    run_project(changed)
+    assert Mask.load(changed.folder.mask("copy")) == mask
+    Origin("another", origin.stack, origin.layers).save(folder / "proxy")
+    changed.folder.mask("copy").unlink()
+    with pytest.raises(ValueError, match=r"proxy.path=.* cut out of another model than target.path"):
+        run_project(changed)
+
+
+def test_a_proxy_that_is_no_piece_of_the_target_is_refused(cfg: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"projection.placement='identity': the proxy does not say"):
+        run_project(replace(cfg, projection=ProjectionConfig("identity")))
 
 
 def test_a_probe_that_was_cut_measures_the_rest_alone(cfg: RunConfig) -> None:

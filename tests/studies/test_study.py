@@ -24,6 +24,8 @@ from trace_dist.config import (
     TrainConfig,
 )
 from trace_dist.models import char_tokenizer
+from trace_dist.models.prune import prune
+from trace_dist.models.width import Widths
 from trace_dist.parts import ARMS
 from trace_dist.studies import small_to_large
 from trace_dist.studies.arm import Masked, load_arm
@@ -56,18 +58,13 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
         prompts[name] = words
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = char_tokenizer(prompts, "abcd")
-    for role, width in (("target", 16), ("proxy", 8)):
-        torch.manual_seed(0)
-        shape = {
-            "hidden_size": width,
-            "intermediate_size": 2 * width,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-        }
-        sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 64}
-        model: Any = LlamaForCausalLM(LlamaConfig(**shape, **sizes, num_key_value_heads=2))
-        model.save_pretrained(folder / role)
-        tokenizer.save_pretrained(folder / role)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 64}
+    model: Any = LlamaForCausalLM(LlamaConfig(**shape, **sizes, num_key_value_heads=2))
+    model.save_pretrained(folder / "target")
+    tokenizer.save_pretrained(folder / "target")
+    prune(folder / "target", folder / "proxy", 2, Widths(hidden=8, intermediate=16))
     cfg = RunConfig(
         run_dir=str(folder / "run"),
         target=ModelConfig(str(folder / "target")),
@@ -113,6 +110,7 @@ def test_every_arm_trains_and_puts_the_target_back(setup: Setup) -> None:
             masks[name] = arm.mask(case, density)
             assert made["entries"].keys() == made["gradient_sum"].keys()
             assert min(made["gradient_sum"].values()) > 0
+            assert (made["learning"] is not None) == arm.reads_proxy, name
             assert (made["probe_flops"] > 0) == (name != "random"), name
             if arm.by_density:
                 for each in DENSITIES:

@@ -9,8 +9,9 @@ from trace_dist.config.bank import BankConfig
 from trace_dist.config.continual import ContinualConfig
 from trace_dist.config.data import DataConfig
 from trace_dist.config.evaluation import EvalConfig
+from trace_dist.config.granularity import Granularity
 from trace_dist.config.launch import LaunchConfig
-from trace_dist.config.mask import Granularity, MaskConfig
+from trace_dist.config.mask import MaskConfig
 from trace_dist.config.model import Dtype, ModelConfig, PruneConfig, Quantize, TinyConfig
 from trace_dist.config.probe import ProbeConfig
 from trace_dist.config.projection import ProjectionConfig

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
-from trace_dist.config.checks import Section, check
+from trace_dist.config.checks import AUTO, Section, check
+from trace_dist.config.granularity import Granularities
 from trace_dist.parts import ISOLATIONS
 
-Granularity = Literal["element", "block", "row", "column", "head", "tensor"]
+Density = float | Literal["auto"]
+"""A share of what may be masked, or the one that wins the race (config/race.py)."""
 ShareOf = Literal["elements", "tensors"]
 
 
@@ -37,10 +39,12 @@ class MaskConfig(Section):
 
     section: ClassVar[str] = "mask"
 
-    density: float = 0.05
-    """Share of the maskable elements that are trained, in (0, 1]."""
-    granularity: Granularity = "element"
-    """What is selected together: element, block, row (output neuron), column (input neuron), head or tensor."""
+    density: Density = 0.05
+    """Share of the maskable elements that are trained, in (0, 1]. `auto`: the smallest one of `race.densities` that learns as
+    well as the best."""
+    granularity: str = "element"
+    """What is selected together: element, block, row (output neuron), column (input neuron), head, neuron (of an MLP its rows of
+    gate and up and its column of down; elsewhere a row) or tensor; of some roles another one, as in `neuron,q=head,o=column`."""
     share_of: ShareOf = "elements"
     """What the density is a share of: elements, or, for granularity tensor, tensors by count."""
     scope: Literal["model", "tensor"] = "model"
@@ -60,8 +64,10 @@ class MaskConfig(Section):
     """Options of the isolation; of soft: strength (1.0)."""
 
     def check(self) -> None:
-        inside = 0 < self.density <= 1
-        check(inside, "mask.density", self.density, "must lie in (0, 1]", "use for example 0.05")
+        if self.density != AUTO:
+            inside = 0 < self.density <= 1
+            check(inside, "mask.density", self.density, "must lie in (0, 1]", "use for example 0.05")
+        Granularities.parse(self.granularity)
         check(self.block >= 1, "mask.block", self.block, "must be at least 1", "use 16 to 128")
         ISOLATIONS.check(self.isolation)
         self._check_spread()
@@ -77,14 +83,31 @@ class MaskConfig(Section):
             rule = "with mask.scope: tensor every tensor has the same density"
             same = name != "scope" and self.scope == "tensor"
             check(not same or value == usual, f"mask.{name}", value, rule, "leave it out")
+        if self.density == AUTO:
+            return  # looked at with each density of the race
         rule = f"must lie in [0, mask.density={self.density}]"
         check(0 <= self.floor <= self.density, "mask.floor", self.floor, rule, "lower it")
         rule = f"must lie in [mask.density={self.density}, 1]"
         check(self.density <= self.cap <= 1, "mask.cap", self.cap, rule, "raise it, or use 1")
 
+    def at(self, density: float) -> MaskConfig:
+        """The same at one density. Raises ValueError where its other values do not fit it."""
+        return replace(self, density=density)
+
+    @property
+    def share(self) -> float:
+        """``density`` as a number.
+
+        Raises:
+            ValueError: it is ``auto``, and no race has been held.
+        """
+        if self.density == AUTO:
+            raise ValueError(f"mask.density={self.density!r}: no race has chosen one here; give a number")
+        return self.density
+
     @property
     def spread(self) -> Spread:
         """How the density is spread over tensors."""
         if self.scope == "tensor":
-            return Spread(self.share_of, self.density, self.density)
+            return Spread(self.share_of, self.share, self.share)
         return Spread(self.share_of, self.floor, self.cap)

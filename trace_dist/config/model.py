@@ -44,21 +44,37 @@ class TinyConfig(Section):
 
 @dataclass(frozen=True)
 class PruneConfig(Section):
-    """A proxy made from the target: a depth-pruned copy that keeps evenly spaced layers."""
+    """A proxy made from the target: a copy of evenly spaced layers, and of each some channels, heads and neurons if asked for."""
 
     section: ClassVar[str] = "prune"
 
-    keep_layers: int = 8
-    """How many decoder layers to keep (the first and the last always stay)."""
+    keep_layers: int | None = None
+    """How many decoder layers to keep (the first and the last always stay); when not set, all of a narrower copy, else 8."""
+    keep_hidden: int | None = None
+    """Channels of the residual stream to keep; all when not set. What is kept is chosen by the norms of the weights."""
+    keep_heads: int | None = None
+    """Query heads of each layer to keep, as whole groups that share a key head, or as many of each group; all when not set."""
+    keep_intermediate: int | None = None
+    """Neurons of each layer's MLP to keep; all when not set."""
     heal_steps: int = 0
     """Optimizer steps of language-model training on the general tasks after pruning, to heal the cut."""
     heal_lr: float = 3e-4
     """Peak learning rate of those steps."""
 
     def check(self) -> None:
-        self.at_least(1, "keep_layers")
+        self.at_least(1, "keep_layers", "keep_hidden", "keep_heads", "keep_intermediate")
         self.at_least(0, "heal_steps")
         self.positive("heal_lr")
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether the layers that stay are cut too."""
+        return any(each is not None for each in (self.keep_hidden, self.keep_heads, self.keep_intermediate))
+
+    @property
+    def layers(self) -> int | None:
+        """How many layers to keep; None for all."""
+        return 8 if self.keep_layers is None and not self.is_narrow else self.keep_layers
 
 
 @dataclass(frozen=True)

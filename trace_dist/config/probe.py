@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from trace_dist.config.checks import Section
+from trace_dist.config.checks import Section, check
 from trace_dist.parts import SCORES
 
 
@@ -36,7 +36,15 @@ class ProbeConfig(Section):
     specificity_weight: float = 0.0
     """Exponent s >= 0: a tensor's budget is scaled by its specificity (1 - max cosine with other tasks) ** s."""
 
+    margin: float = 0.1
+    """A probe has learned its task where its loss on held-out examples lies this share of chance's below it; chance guesses each
+    token of an answer from those that training answers have at its position, without a prompt. Not looked at with 0 steps."""
+    unlearned: Literal["warn", "refuse"] = "warn"
+    """What to do with a task that the proxy has not learned, of which its mask shows nothing."""
+
     def check(self) -> None:
+        margin, rule = self.margin, "must lie in [0, 1)"
+        check(0 <= margin < 1, "probe.margin", margin, rule, "use for example 0.1")
         self.at_least(1, "batch_size", "fisher_batches", "fisher_batch_size")
         self.at_least(0, "steps", "specificity_weight")
         self.positive("lr", "epochs")

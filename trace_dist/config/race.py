@@ -10,7 +10,8 @@ from trace_dist.config.checks import Section, check
 
 @dataclass(frozen=True)
 class RaceConfig(Section):
-    """The race for a peak learning rate where `lr` is `auto`: each rate trains a method's first tasks for a few steps."""
+    """The race for a peak learning rate where `lr` is `auto`, and for `mask.density: auto`: each rate (at each density) trains
+    the first tasks for a few steps."""
 
     section: ClassVar[str] = "race"
 
@@ -24,7 +25,18 @@ class RaceConfig(Section):
     """Training examples that are held out to compare the rates by; at most a fifth of them. A run that validates
     (`train.eval_every`) compares by its validation examples instead. Test examples are never used."""
 
+    densities: list[float] = field(default_factory=lambda: [1.6e-3, 5e-3, 1.6e-2, 5e-2])
+    """Densities that race where `mask.density` is `auto`, each with rates of its own."""
+    density_margin: float = 0.05
+    """Nats per answer token by which the loss at a density may lie above the best one; the smallest such density wins."""
+
     def check(self) -> None:
+        densities = self.densities
+        rule = "must hold at least two densities in (0, 1], none twice"
+        ok = len(densities) >= 2 and min(densities) > 0 and max(densities) <= 1
+        ok = ok and len(set(densities)) == len(densities)
+        check(ok, "race.densities", densities, rule, "use for example [0.005, 0.016, 0.05]")
+        self.at_least(0, "density_margin")
         grid = self.grid
         rule, cure = (
             "must hold at least two rates, all positive, none twice",

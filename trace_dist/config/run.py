@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from trace_dist.config.bank import BankConfig
-from trace_dist.config.checks import Section, check
+from trace_dist.config.checks import AUTO, Section, check
 from trace_dist.config.continual import ContinualConfig
 from trace_dist.config.data import DataConfig
 from trace_dist.config.evaluation import EvalConfig
@@ -84,6 +84,7 @@ class RunConfig(Section):
                 value, rule = getattr(task, key), "general sets are not trained, so nothing validates on them"
                 check(value is None, f"general.{task.name}.{key}", value, rule, "leave it out")
         self._check_models()
+        self._check_density()
         if not self.run_dir:
             # The one value that is worked out from others; the object is not shared yet.
             object.__setattr__(self, "run_dir", f"{self.bank.path}.work/{self.tasks[0].name}")
@@ -101,6 +102,25 @@ class RunConfig(Section):
             cure = "install it (pip install 'trace-dist[nf4]') or set none"
             check(installed, "target.quantize", codes, "needs bitsandbytes", cure)
             check(self.proxy is not None, "target.quantize", codes, rule, "name a proxy")
+
+    def _check_density(self) -> None:
+        if self.mask.density != AUTO:
+            return
+        rule = "density and rate must fit each other, and a density that is raced for has a rate that is"
+        check(
+            self.train.lr == AUTO, "train.lr", self.train.lr, rule, "set train.lr: auto, or give mask.density"
+        )
+        for density in self.race.densities:
+            self.mask.at(density)
+
+    def at_density(self, density: float) -> RunConfig:
+        """The same run at one density."""
+        return replace(self, mask=self.mask.at(density))
+
+    @property
+    def largest(self) -> RunConfig:
+        """The run at the largest density that it may take: its own where that is a number."""
+        return self.at_density(max(self.race.densities)) if self.mask.density == AUTO else self
 
     @property
     def probed(self) -> ModelConfig:

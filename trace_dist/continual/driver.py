@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_dist.config import RunConfig
+from trace_dist.continual.density import with_density
 from trace_dist.continual.methods.base import Method
 from trace_dist.continual.progress import Progress, examples_digest, keep_trained
 from trace_dist.continual.race import held_race
@@ -85,7 +86,7 @@ def run_continual(cfg: RunConfig) -> None:
     if alone and dist.world_size() > 1:
         raise ValueError(f"continual.methods={alone}: they run in one process; start them without a launcher")
     if wanted:
-        setting = Setting.load(cfg)
+        setting = with_density(Setting.load(cfg))
         if dist.is_main():
             write_json(folder.tasks, _describe_tasks(setting))
         for entry in wanted:
@@ -144,7 +145,9 @@ def race(method: Method, entry: Entry) -> None:
     setting = method.setting
     if entry.kind.races(entry.options, setting.cfg):
         streams = setting.bench.tasks[: setting.cfg.race.tasks]
-        method.race = held_race(setting, method.name, streams, method.trial, method.continues)
+        # Around the rate that won with the density, where that was raced for.
+        grid = setting.grid if entry.kind.masked else None
+        method.race = held_race(setting, method.name, streams, method.trial, method.continues, grid)
 
 
 def _keep_product(method: Method) -> None:

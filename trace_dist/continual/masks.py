@@ -9,12 +9,21 @@ from typing import Any
 
 from trace_dist.config import RunConfig
 from trace_dist.continual.earlier import check_room
+from trace_dist.continual.proxy import proxy_module, proxy_origin
 from trace_dist.masks.mask import Mask
-from trace_dist.masks.ops import layouts_for, place, random_mask
+from trace_dist.masks.ops import layouts_for, mask_from_scores, place, random_mask
 from trace_dist.masks.select import Units
 from trace_dist.masks.storage import load_saliency
 from trace_dist.models.fingerprint import same_model
-from trace_dist.projection.project import TRANSFERRED, needs_proxy, project_task, project_tensors
+from trace_dist.projection.project import (
+    TRANSFERRED,
+    needs_module,
+    needs_proxy,
+    needs_scores,
+    project_task,
+    project_tensors,
+)
+from trace_dist.projection.site import Shown
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.workbench import Stream, Workbench
 from trace_dist.utils.log import get_logger
@@ -52,14 +61,14 @@ def project_stream(
     mask, task = cfg.mask, stream.task.name
     layouts = layouts_for(model, mask.granularity, mask.block, mask.maskable)
     for kind in KINDS:
-        check_room(layouts, mask.density, refused[kind], task, mask.isolation, mask.share_of)
+        check_room(layouts, mask.share, refused[kind], task, mask.isolation, mask.share_of)
     index = [other.task.name for other in bench.tasks].index(task)
     # The projected one is written last: where it lies, both do.
     masks = {
         "random": random_mask(
-            layouts, mask.granularity, mask.density, cfg.seed + index, refused["random"], mask.spread
+            layouts, mask.granularity, mask.share, cfg.seed + index, refused["random"], mask.spread
         ),
-        "projected": _projected(model, cfg, bench, stream, refused["projected"]),
+        "projected": projected_mask(model, cfg, bench, stream, model_id, refused["projected"]),
     }
 
     def write() -> None:
@@ -69,6 +78,8 @@ def project_stream(
     on_main(write)
     projected = masks["projected"]
     logger.info("project %s: %s, density %.4f", task, projected.meta["method"], projected.density)
+    if "matching" in projected.meta:
+        logger.info("project %s: %s", task, _told(projected.meta["matching"]))
     for kind, units in refused.items():
         if units:
             held = sum(int(layouts[name].sizes(indices).sum()) for name, indices in units.items())
@@ -79,6 +90,17 @@ def project_stream(
                 held,
                 mask.isolation,
             )
+
+
+def _told(matching: Mapping[str, Any]) -> str:
+    """What of a mask was matched to the proxy, in words."""
+    counts = (
+        f"{by} {found['entries']} entries of {found['tensors']} tensors"
+        for by, found in matching.items()
+        if "entries" in found
+    )
+    why = "; ".join(f"{reason} ({count} tensors)" for reason, count in matching["nothing"]["why"].items())
+    return f"by {', by '.join(counts)}" + (f"; {why}" if why else "")
 
 
 def is_projected(cfg: RunConfig, task: str, model_id: str) -> bool:
@@ -110,14 +132,25 @@ def _maker(cfg: RunConfig) -> str:
     return f"projected/{cfg.projection.placement}"
 
 
-def _projected(model: ShardedModel, cfg: RunConfig, bench: Workbench, stream: Stream, refused: Units) -> Mask:
-    maker, task, proxy_mask = _maker(cfg), stream.task.name, None
+def projected_mask(
+    model: ShardedModel, cfg: RunConfig, bench: Workbench, stream: Stream, model_id: str, refused: Units
+) -> Mask:
+    """One task's projected mask. Collective; the arguments are those of ``project_stream``.
+
+    Raises:
+        ValueError: the proxy has not been probed.
+    """
+    maker, task, proxy_mask, shown = _maker(cfg), stream.task.name, None, None
     if needs_proxy(cfg.projection):
-        proxy_mask = Mask.load(probed_file(cfg.folder.proxy_mask(task)))
+        proxy_mask = _proxy_mask(cfg, task)
         if cfg.mask.granularity == "tensor":
             return _transferred(model, cfg, task, refused).with_meta(method=maker)
         if maker == PROBED:
             return _chosen_again(proxy_mask, cfg.folder.saliency(task), refused)
+        if needs_scores(cfg.projection):
+            scores, layouts, _ = load_saliency(probed_file(cfg.folder.saliency(task)))
+            module = proxy_module(cfg, bench) if needs_module(cfg.projection) else None
+            shown = Shown(scores, layouts, proxy_origin(cfg, model, model_id), module)
     return project_task(
         model,
         proxy_mask,
@@ -129,6 +162,7 @@ def _projected(model: ShardedModel, cfg: RunConfig, bench: Workbench, stream: St
         train=cfg.train,
         seed=cfg.seed,
         refused=refused,
+        shown=shown,
     )
 
 
@@ -137,6 +171,15 @@ def probed_file(path: Path) -> Path:
     if not path.is_file():
         raise ValueError(f"{path}: is not there yet; start `trace-dist probe` first")
     return path
+
+
+def _proxy_mask(cfg: RunConfig, task: str) -> Mask:
+    """The proxy's mask of a task, at the density of the run: the probe's own, or, where its density was raced for, made anew."""
+    made = Mask.load(probed_file(cfg.folder.proxy_mask(task)))
+    if not made.meta.get("raced"):
+        return made
+    scores, layouts, _ = load_saliency(probed_file(cfg.folder.saliency(task)))
+    return mask_from_scores(scores, layouts, cfg.mask.granularity, cfg.mask.share, cfg.mask.spread)
 
 
 def _transferred(model: ShardedModel, cfg: RunConfig, task: str, refused: Units) -> Mask:

@@ -109,7 +109,12 @@ def _beyond(race: Race) -> list[float]:
 
 
 def held_race(
-    setting: Setting, name: str, streams: Sequence[Stream], trial: Trial, continues: bool = False
+    setting: Setting,
+    name: str,
+    streams: Sequence[Stream],
+    trial: Trial,
+    continues: bool = False,
+    grid: list[float] | None = None,
 ) -> Race:
     """The race of a method, from its progress if it was held before. Collective.
 
@@ -121,11 +126,13 @@ def held_race(
         streams: the tasks that are raced on.
         trial: trains part of a task with a rate (``Method.trial``).
         continues: each task is trained on the weights that those before it left (``Method.continues``).
+        grid: rates to begin with; those of the configuration when None.
 
     Raises:
         ValueError: training diverges at every rate, or as it does.
     """
     cfg, path = setting.cfg.race, setting.folder.race(name)
+    cfg = cfg if grid is None else replace(cfg, grid=grid)
     # who is told of a training decides nothing
     train = {key: value for key, value in asdict(setting.cfg.train).items() if key != "trackers"}
     sections = {"race": asdict(cfg), "train": train}

@@ -61,12 +61,14 @@ class Setting:
         bench: its data.
         base: folder or hub id of the target's base weights.
         fingerprint: of the base.
+        grid: where masked methods begin to race for a rate; None where that is ``race.grid``.
     """
 
     cfg: RunConfig
     bench: Workbench
     base: Path | str
     fingerprint: str
+    grid: list[float] | None = None
 
     @classmethod
     def load(cls, cfg: RunConfig) -> Setting:

@@ -149,6 +149,11 @@ class Batches(Iterator[Step]):
         firsts = range(self._consumed, self._consumed + num_batches * self._batch_size, self._batch_size)
         return self._rows(max((row for first in firsts for row in self._packed(self._slots(first))), key=len))
 
+    def rows_ahead(self, num_batches: int) -> set[int]:
+        """Rows of the main dataset in the coming global batches, over all ranks."""
+        slots = map(self._slot, range(self._consumed, self._consumed + num_batches * self._batch_size))
+        return {row for source, row in slots if source == 0}
+
     def last_rows(self) -> list[int]:
         """Rows of the main dataset in the batch that was given last, over all ranks, rising."""
         slots = [self._slot(p) for p in range(max(0, self._consumed - self._batch_size), self._consumed)]

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from trace_dist.config.granularity import Granularities
 from trace_dist.masks.units import UnitLayout, unit_layout
 from trace_dist.models.heads import head_rows
 from trace_dist.models.roles import describe, maskable
@@ -18,20 +19,20 @@ def layouts_for(model: Any, granularity: str, block: int, maskable_spec: str) ->
 
     Args:
         model: a transformers model, whatever wraps it, or a sharded model.
-        granularity: element, block, row, column, head or tensor.
+        granularity: element, block, row, column, head or tensor; of some roles another one, as in ``row,q=head,down=column``.
         block: elements per unit for block.
         maskable_spec: ``linear``, ``all`` or a regular expression (``models.roles.maskable``).
 
     Raises:
-        ValueError: nothing is maskable; for ``head``, the size of a weight's heads is not known.
+        ValueError: no such granularity; nothing is maskable; for ``head``, the size of a weight's heads is not known.
     """
     module: Any = unwrap(model) if isinstance(model, nn.Module) else model.module
     infos = describe(module)
-    by_head = granularity == "head"
-    return {
-        name: unit_layout(
-            infos[name].shape, granularity, block, head_rows(module, infos[name]) if by_head else None
-        )
-        for name in maskable(module, maskable_spec)
-        if prod(infos[name].shape)
-    }
+    kinds = Granularities.parse(granularity)
+
+    def layout(name: str) -> UnitLayout:
+        info = infos[name]
+        kind = kinds.of(info.role)
+        return unit_layout(info.shape, kind, block, head_rows(module, info) if kind == "head" else None)
+
+    return {name: layout(name) for name in maskable(module, maskable_spec) if prod(infos[name].shape)}

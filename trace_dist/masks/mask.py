@@ -17,6 +17,7 @@ from trace_dist.masks import storage
 from trace_dist.masks.gaps import PackedUnits
 from trace_dist.masks.layouts import layouts_for
 from trace_dist.masks.select import SetOperation, Units, combined_units, random_units
+from trace_dist.masks.tied import Tied
 from trace_dist.masks.units import UnitLayout
 from trace_dist.models.fingerprint import fuller, same_model
 from trace_dist.utils.files import reading
@@ -34,7 +35,7 @@ class Mask:
         units: parameter name -> sorted unique unit indices, [k] int32 or int64 on the CPU; only parameters with k > 0. They lie
             in memory as gaps and are decoded at each access: take them out once.
         layouts: parameter name -> layout, for every *maskable* parameter, selected or not.
-        granularity: element, block, row, column, head or tensor.
+        granularity: element, block, row, column, head or tensor; by role as ``row,q=head``.
         meta: where it comes from: ``model`` (fingerprint), ``task``, ``method``.
 
     Raises:
@@ -161,7 +162,8 @@ class Mask:
         Args:
             model: a transformers model, whatever wraps it, or a sharded model.
             density: share of the maskable elements, in (0, 1].
-            granularity: element, block, row (output neuron), column (input neuron), head or tensor.
+            granularity: element, block, row (output neuron), column (input neuron), head or tensor; of some roles another one, as
+                in ``row,q=head,down=column``.
             seed: equal seeds give equal masks, on every rank and whatever the backend.
             block: contiguous elements of a unit, for granularity block.
             maskable: ``linear`` (every linear layer but the output head), ``all``, or a regular expression over names.
@@ -198,7 +200,9 @@ def random_mask(
 ) -> Mask:
     """A random mask with the same density in every tensor, as far as whole units and what is not refused allow."""
     meta = {"method": "random", "seed": seed}
-    return Mask(random_units(layouts, density, seed, refused, spread), layouts, granularity, meta)
+    tied = Tied.of(layouts, granularity)
+    units = random_units(tied.layouts, density, seed, tied.refused(refused), spread)
+    return Mask(tied.written_out(units), layouts, granularity, meta)
 
 
 TWO = ("the first mask", "the second")

@@ -19,6 +19,7 @@ from trace_dist.masks.select import (
     random_scores,
     tensor_seed,
 )
+from trace_dist.masks.tied import Tied
 from trace_dist.masks.units import UnitLayout
 
 __all__ = [
@@ -47,7 +48,9 @@ def place(
     Raises:
         ValueError: a score is not finite, or nothing is selected.
     """
-    return Mask(best_units(layouts, budgets, scores, refused), layouts, granularity)
+    tied = Tied.of(layouts, granularity)
+    units = best_units(tied.layouts, tied.budgets(budgets), tied.scores(scores), tied.refused(refused))
+    return Mask(tied.written_out(units), layouts, granularity)
 
 
 def mask_from_scores(
@@ -86,8 +89,11 @@ def compete(
     Raises:
         ValueError: a score is not finite, or nothing is selected.
     """
-    budgets = global_budgets(scores, layouts, density, spread, refused)
-    return place(layouts, granularity, budgets, scores, refused)
+    tied = Tied.of(layouts, granularity)
+    scores, refused = tied.scores(scores), tied.refused(refused)
+    budgets = global_budgets(scores, tied.layouts, density, spread, refused)
+    units = best_units(tied.layouts, budgets, scores, refused)
+    return Mask(tied.written_out(units), layouts, granularity)
 
 
 def overlap(left: Mask, right: Mask) -> float:

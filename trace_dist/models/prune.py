@@ -1,6 +1,7 @@
-"""A proxy made from its target: a copy that keeps evenly spaced decoder layers.
+"""A proxy made from its target: a copy that keeps evenly spaced decoder layers, and of each some channels, heads and neurons.
 
-Works on the files, layer by layer: the target is never loaded, and only what is kept is read.
+Works on the files, tensor by tensor: the target is never loaded, and only what is kept is read. What was kept is written beside
+the copy (models/origin.py).
 """
 
 from __future__ import annotations
@@ -8,18 +9,25 @@ from __future__ import annotations
 import math
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from torch import Tensor
 
 from trace_dist.models.architecture import empty_model, read_config
 from trace_dist.models.depth import check_layers, layer_list, refusal, shortened
+from trace_dist.models.fingerprint import fingerprint
 from trace_dist.models.naming import pieces_of
+from trace_dist.models.narrower import Narrower
+from trace_dist.models.origin import FILE, Origin
 from trace_dist.models.weight_files import WeightFiles, open_weights
+from trace_dist.models.width import Widths
 from trace_dist.utils.files import atomic_folder
 
+WHOLE = Widths()
 _OTHER_FILES = {".json", ".txt", ".model", ".jinja"}
 
 
@@ -31,16 +39,43 @@ def kept_layers(num_layers: int, keep_layers: int) -> list[int]:
 
 
 def depth_prune(source: Path, keep_layers: int, out: Path) -> None:
-    """Write a copy of a checkpoint that has only some of its decoder layers, renumbered.
+    """``prune`` of layers alone."""
+    prune(source, out, keep_layers)
+
+
+def evenly_cut(model: Any, keep_layers: int, target: str) -> Origin:
+    """The origin of a copy of whole layers, for copies of earlier releases, which keep none.
+
+    Args:
+        model: the target.
+        keep_layers: layers of the copy.
+        target: fingerprint of the model.
+
+    Raises:
+        ValueError: the model has no one list of layers, or fewer.
+    """
+    stack, num_layers = layer_list(model, model.config), model.config.get_text_config().num_hidden_layers
+    if stack is None or keep_layers > num_layers:
+        raise ValueError(
+            f"prune.keep_layers={keep_layers}: no copy of so many layers was cut out of this target, which has {num_layers}; "
+            "delete the proxy to have it made again"
+        )
+    return Origin(target, stack, kept_layers(num_layers, keep_layers))
+
+
+def prune(source: Path, out: Path, keep_layers: int | None = None, widths: Widths = WHOLE) -> None:
+    """Write a copy of a checkpoint that has only some of its decoder layers, renumbered, or narrower ones.
 
     Args:
         source: checkpoint folder of a causal LM whose decoder layers are one list.
-        keep_layers: how many layers to keep.
         out: the new folder, with the tokenizer; appears only when complete.
+        keep_layers: how many layers to keep; all when None.
+        widths: what to keep of each.
 
     Raises:
-        ValueError: more layers than there are, ``out`` exists already, or a family whose layers depend on their index or on
-            each other in a way that fewer layers cannot have.
+        ValueError: more than there is, ``out`` exists already, or a family whose layers depend on their index or on each other in
+            a way that fewer layers cannot have, or are no dense layers with separate query, key and value weights where they
+            shall be narrower.
     """
     what = f"model.path={str(source)!r}"
 
@@ -54,6 +89,7 @@ def depth_prune(source: Path, keep_layers: int, out: Path) -> None:
         if stack is None:
             raise ValueError(refusal(config, "its decoder layers are not one list"))
         num_layers = config.get_text_config().num_hidden_layers
+        keep_layers = num_layers if keep_layers is None else keep_layers
         if not 1 <= keep_layers <= num_layers:
             raise ValueError(
                 f"prune.keep_layers={keep_layers}: the model has {num_layers} layers; keep 1 to {num_layers}"
@@ -61,11 +97,20 @@ def depth_prune(source: Path, keep_layers: int, out: Path) -> None:
         kept = kept_layers(num_layers, keep_layers)
         pruned_config = shortened(config, kept)
         pruned = check_layers(build, config, pruned_config, kept)
-        names = _renumbered(pieces_of(model, files.names()), stack, kept)
+        pieces = pieces_of(model, files.names())
+        names = _renumbered(pieces, stack, kept)
         _check(pruned, config, files, names)
+        origin = Origin(fingerprint(source), stack, kept)
+        read: Callable[[str], Tensor] = files.tensor
+        if widths:
+            narrow = Narrower(config, model, files, pieces, origin, widths)
+            origin = narrow.origin
+            pruned_config = narrow.config(pruned_config)
+            read = narrow.reader(build, pruned_config, names)
         _copy_rest(files, folder)
         pruned_config.save_pretrained(folder)
-        save_torch_state_dict({new: files.tensor(old) for new, old in names.items()}, folder)
+        save_torch_state_dict({new: read(old) for new, old in names.items()}, folder)
+        origin.save(folder)
 
 
 def _renumbered(pieces: dict[str, list[str]], stack: str, kept: list[int]) -> dict[str, str]:
@@ -100,5 +145,6 @@ def _check(pruned: Any, config: Any, files: WeightFiles, names: dict[str, str]) 
 def _copy_rest(files: WeightFiles, folder: Path) -> None:
     """Copy the tokenizer and the generation config: everything but weights, their index and the config."""
     for file in files.folder.iterdir():
-        if file.suffix in _OTHER_FILES and file.name != "config.json" and ".safetensors" not in file.name:
+        own = file.name in ("config.json", FILE) or ".safetensors" in file.name
+        if file.suffix in _OTHER_FILES and not own:
             shutil.copyfile(file, folder / file.name)

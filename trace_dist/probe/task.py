@@ -15,6 +15,7 @@ from trace_dist.data.batches import Batches
 from trace_dist.masks.units import UnitLayout
 from trace_dist.models.fingerprint import same_model
 from trace_dist.probe.importance import unit_importance
+from trace_dist.probe.learning import HeldOut, Learning
 from trace_dist.probe.warm_start import warm_start
 from trace_dist.utils.files import load_tensors, reading
 from trace_dist.utils.sealed import check_header, load_sealed, save_sealed
@@ -56,18 +57,21 @@ class Probed:
         sketch: of the update, with which other tasks are compared, also those that come when its data are gone.
         losses: (step, nats per answer token).
         tensors: the same of whole tensors.
+        learning: how it did on held-out examples; None where it was not measured.
     """
 
     scores: dict[str, Tensor]
     sketch: Sketch
     losses: list[tuple[int, float]]
     tensors: Tensors
+    learning: Learning | None = None
 
     def save(self, path: Path, sketch_path: Path, probe: ProbeConfig) -> None:
         """Write the scores and, before them, the sketch; with the fingerprint of the proxy and how it was probed."""
         self.sketch.save(sketch_path)
         header: dict[str, Any] = {"format": f"trace_dist.{KIND}", "model": self.sketch.model}
-        header |= {"probe": asdict(probe), "losses": self.losses, "tensors": asdict(self.tensors)}
+        header |= {"probe": _how(probe), "losses": self.losses, "tensors": asdict(self.tensors)}
+        header["learning"] = None if self.learning is None else self.learning.to_json()
         save_sealed(path, self.scores, header)
 
     @classmethod
@@ -80,14 +84,22 @@ class Probed:
         if not (path.is_file() and sketch_path.is_file()):
             return None
         tensors, header = load_sealed(path, KIND, bare=True)
-        same = same_model(str(header.get("model")), model) and header.get("probe") == asdict(probe)
+        same = same_model(str(header.get("model")), model) and header.get("probe") == _how(probe)
         # A trace of an earlier version says nothing of whole tensors.
         if not same or "tensors" not in header:
             return None
         with reading(path, KIND):
             losses = [(int(step), float(loss)) for step, loss in header["losses"]]
             whole = Tensors(**header["tensors"])
-        return cls(tensors, Sketch.load(sketch_path), losses, whole)
+            # One of an earlier version says nothing of it.
+            kept = header.get("learning")
+            learning = None if kept is None else Learning.from_json(kept)
+        return cls(tensors, Sketch.load(sketch_path), losses, whole, learning)
+
+
+def _how(probe: ProbeConfig) -> dict[str, Any]:
+    """Of the options those on which a trace depends."""
+    return {key: value for key, value in asdict(probe).items() if key not in ("margin", "unlearned")}
 
 
 def probe_task(
@@ -100,6 +112,7 @@ def probe_task(
     dtype: str = "float32",
     description: str = "warm start",
     measured: Batches | None = None,
+    heldout: HeldOut | None = None,
 ) -> Probed:
     """Warm-start the proxy on one task, score its units and put it back bit for bit.
 
@@ -112,11 +125,13 @@ def probe_task(
         train: the remaining options of the loop.
         dtype: data type of matmuls; the weights are fp32.
         description: label of progress and errors.
-        measured: as of ``warm_start``.
+        measured, heldout: as of ``warm_start``.
     """
-    trace = warm_start(module, list(layouts), batches, probe, train, dtype, description, measured)
+    trace = warm_start(module, list(layouts), batches, probe, train, dtype, description, measured, heldout)
     sketch = sketch_update(trace.update, SKETCH_SEED, model_id)
     whole = {name: UnitLayout(layout.shape, layout.numel) for name, layout in layouts.items()}
     scores = {name: float(score) for name, score in unit_importance(trace, whole, "l2_plus_fisher").items()}
     tensors = Tensors(scores, {name: list(layout.shape) for name, layout in layouts.items()})
-    return Probed(unit_importance(trace, dict(layouts), probe.score), sketch, trace.losses, tensors)
+    return Probed(
+        unit_importance(trace, dict(layouts), probe.score), sketch, trace.losses, tensors, trace.learning
+    )

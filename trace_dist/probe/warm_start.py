@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from trace_dist.config import ProbeConfig, TrainConfig
 from trace_dist.data.batches import Batches, Step
 from trace_dist.probe.importance.evidence import Evidence, Trace
+from trace_dist.probe.learning import HeldOut, Learning
 from trace_dist.train.learner import DenseLearner
 from trace_dist.train.loop import train_steps
+from trace_dist.train.validation import answer_loss
 from trace_dist.utils import dist
 
 
@@ -28,6 +30,7 @@ def warm_start(
     dtype: str = "float32",
     description: str = "warm start",
     measured: Batches | None = None,
+    heldout: HeldOut | None = None,
 ) -> Trace:
     """Fine-tune ``names`` for a few steps, measure, and restore the model bit for bit.
 
@@ -40,6 +43,7 @@ def warm_start(
         dtype: data type of matmuls; the weights are fp32.
         description: label of progress and logs; names the task.
         measured: batches for the gradients after it; those of the warm start go on when None.
+        heldout: examples on which the loss is taken before and after.
     """
     parameters = dict(module.to(dist.local_device()).named_parameters())
     for parameter in parameters.values():
@@ -47,8 +51,12 @@ def warm_start(
     tuned = {name: parameters[name] for name in names}
     before = {name: parameter.detach().clone() for name, parameter in tuned.items()}
     learner = DenseLearner(module, tuned.values(), train, probe.lr, dtype)
+    before_loss = None if heldout is None else answer_loss(learner, heldout.step)
     result = train_steps(learner, batches, train, probe.steps, description=description, rate="probe.lr")
     update = {name: parameter.detach().float() - before[name].float() for name, parameter in tuned.items()}
+    learning = None
+    if heldout is not None and before_loss is not None:
+        learning = Learning(before_loss, answer_loss(learner, heldout.step), heldout.chance, heldout.examples)
     gradient, fisher = mean_gradients(learner, tuned, iter(measured or batches), probe.fisher_batches)
     evidence = {
         name: Evidence(
@@ -61,7 +69,7 @@ def warm_start(
     with torch.no_grad():
         for name, parameter in tuned.items():
             parameter.copy_(before[name])
-    return Trace(evidence, result.losses)
+    return Trace(evidence, result.losses, learning)
 
 
 def mean_gradients(

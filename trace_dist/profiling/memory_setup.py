@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from trace_dist.config import Backend, Dtype, Granularity, Quantize, StateDtype
+from trace_dist.config import Backend, Dtype, Quantize, StateDtype
+from trace_dist.config.granularity import Granularities
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,8 @@ class MemorySetup:
     """A config.json, a folder that holds one, or a hub id; weights are neither needed nor read."""
     density: float = 0.05
     """Share of the maskable elements that are trained, in (0, 1]."""
-    granularity: Granularity = "element"
-    """What is selected together: element, block, row, column, head or tensor."""
+    granularity: str = "element"
+    """What is selected together: element, block, row, column, head or tensor; of some roles another one, as in `row,q=head`."""
     block: int = 32
     """Contiguous elements of one row per unit, for granularity block."""
     maskable: str = "linear"
@@ -48,6 +49,7 @@ class MemorySetup:
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
             raise ValueError(f"density={self.density}: must lie in (0, 1]; use for example 0.05")
+        Granularities.parse(self.granularity, "granularity")
         for name, least in (("block", 1), ("world_size", 1), ("micro_batch_size", 1), ("sequence_length", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}; raise it")

@@ -15,7 +15,7 @@ from trace_dist.masks.units import UnitLayout
 from trace_dist.models.roles import describe
 from trace_dist.parts import PLACEMENTS
 from trace_dist.projection.budget import carry_over, project_budgets
-from trace_dist.projection.site import Site
+from trace_dist.projection.site import Shown, Site
 from trace_dist.sharding.base import ShardedModel
 
 TRANSFERRED = "transferred"
@@ -25,6 +25,16 @@ TRANSFERRED = "transferred"
 def needs_proxy(projection: ProjectionConfig) -> bool:
     """Whether a placement reads the proxy's mask; otherwise nothing needs to be probed for it."""
     return getattr(PLACEMENTS.load(projection.placement), "needs_proxy", True)
+
+
+def needs_scores(projection: ProjectionConfig) -> bool:
+    """Whether a placement reads the proxy's scores."""
+    return getattr(PLACEMENTS.load(projection.placement), "needs_scores", False)
+
+
+def needs_module(projection: ProjectionConfig) -> bool:
+    """Whether a placement runs the proxy itself."""
+    return getattr(PLACEMENTS.load(projection.placement), "needs_module", False)
 
 
 def project_task(
@@ -39,6 +49,7 @@ def project_task(
     train: TrainConfig,
     seed: int,
     refused: Units | None = None,
+    shown: Shown | None = None,
 ) -> Mask:
     """The mask of one task on the target, which is left as it was. Collective.
 
@@ -50,20 +61,24 @@ def project_task(
         mask, projection, probe, train: sections of the configuration.
         seed: of the run.
         refused: units of the target that the task may not have; the next best are taken.
+        shown: what the proxy has shown; not None iff the placement reads it.
 
     Raises:
-        ValueError: the placement or one of its options does not exist.
+        ValueError: the placement or one of its options does not exist, or the placement cannot use the proxy.
     """
     layouts = layouts_for(model, mask.granularity, mask.block, mask.maskable)
     budgets = {} if proxy_mask is None else _budgets(model, proxy_mask, layouts, mask)
     options = PLACEMENTS.options(projection.placement, projection.options)
-    site = Site(model, layouts, mask.granularity, budgets, task, batches, probe, train, seed, refused or {})
-    scores = PLACEMENTS.load(projection.placement).scores(site, options)
+    refused = refused or {}
+    site = Site(model, layouts, mask.granularity, budgets, task, batches, probe, train, seed, refused, shown)
+    part = PLACEMENTS.load(projection.placement)
+    scores = part.scores(site, options)
     if proxy_mask is None:
-        placed = compete(layouts, mask.granularity, mask.density, scores, mask.spread, refused)
+        placed = compete(layouts, mask.granularity, mask.share, scores, mask.spread, refused)
     else:
         placed = place(layouts, mask.granularity, budgets, scores, refused)
-    return placed.with_meta(method=f"projected/{projection.placement}")
+    meta = {"matching": part.matching(site, placed)} if shown is not None else {}
+    return placed.with_meta(method=f"projected/{projection.placement}", **meta)
 
 
 def _budgets(
@@ -71,7 +86,7 @@ def _budgets(
 ) -> dict[str, float]:
     """Elements that each parameter of the target is to receive."""
     infos = describe({name: layout.shape for name, layout in proxy_mask.layouts.items()})
-    return project_budgets(proxy_mask, infos, layouts, describe(model.module), mask.density, mask.spread)
+    return project_budgets(proxy_mask, infos, layouts, describe(model.module), mask.share, mask.spread)
 
 
 def project_tensors(
@@ -97,6 +112,6 @@ def project_tensors(
     mean = sum(scores.values()) / len(scores)
     carried = carry_over(scores, describe(proxy_shapes), describe(model.module), layouts, mean)
     placed = compete(
-        layouts, "tensor", mask.density, lambda name, _: torch.tensor([carried[name]]), mask.spread, refused
+        layouts, "tensor", mask.share, lambda name, _: torch.tensor([carried[name]]), mask.spread, refused
     )
     return placed.with_meta(method=TRANSFERRED)

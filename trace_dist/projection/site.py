@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+from torch import Tensor, nn
 
 from trace_dist.config import ProbeConfig, TrainConfig
 from trace_dist.data.batches import Batches
 from trace_dist.masks.select import Units
 from trace_dist.masks.units import UnitLayout
+from trace_dist.models.origin import Origin
 from trace_dist.sharding.base import ShardedModel
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the proxy has shown of the task, entry by entry.
+
+    Attributes:
+        scores: parameter of the proxy -> importance of its units, [num_units] fp32.
+        layouts: its maskable parameters.
+        origin: which part of the target the proxy is; None where it is none.
+        module: the proxy itself; not None iff the placement has ``needs_module`` and the proxy reads the target's tokens.
+    """
+
+    scores: Mapping[str, Tensor]
+    layouts: Mapping[str, UnitLayout]
+    origin: Origin | None
+    module: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -27,6 +47,7 @@ class Site:
         train: options of optimizer and loop.
         seed: of the run.
         refused: units that the task may not have, which earlier ones hold.
+        shown: what the proxy has shown; not None iff the placement has ``needs_scores``.
     """
 
     model: ShardedModel
@@ -39,3 +60,4 @@ class Site:
     train: TrainConfig
     seed: int
     refused: Units
+    shown: Shown | None = None

@@ -90,6 +90,7 @@ def _context(view: RunView) -> dict[str, Any]:
         "looks": _looks(view),
         "memory": _memory(view),
         "specificity": heat.specificity_heat(view),
+        "learning": tables.learning_rows(view),
         "retrieval_facts": retrieval.facts(view),
         "confusion": heat.confusion_heat(view),
         "margins": _strips(

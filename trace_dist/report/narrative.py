@@ -7,12 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trace_dist.report.results import RunView, mapping, mean, number
-from trace_dist.report.tables import count, duration, final_average, fixed, percent, shorten_all
+from trace_dist.report.tables import count, duration, final_average, fixed, percent, rate, shorten_all
 
 
 def narrate(view: RunView) -> list[str]:
     """Paragraphs of plain text: what was done and came out, what ran beside it, what it cost. The caller escapes them."""
-    parts = [[*_setting(view), *_outcome(view)], [*_others(view), *chosen_rates(view)], _cost(view)]
+    parts = [
+        [*_setting(view), *_outcome(view)],
+        [*_others(view), *chosen_density(view), *chosen_rates(view)],
+        _cost(view),
+    ]
     return [" ".join(sentences) for sentences in parts if sentences]
 
 
@@ -104,6 +108,23 @@ def chosen_rates(view: RunView) -> list[str]:
         whose = "The learning rates" if not raced else f"That of {join([m.label for m in given])}"
         out.append(f"{whose} {'were' if not raced else 'was'} given, not tuned.")
     return out
+
+
+def chosen_density(view: RunView) -> list[str]:
+    """Which densities were tried, where the run raced for one."""
+    part = view.part("density")
+    found = part.get("tried")
+    tried = [mapping(each) for each in found] if isinstance(found, list) else []
+    if not tried:
+        return []
+    shown = [
+        f"{percent(100 * number(each.get('density')), 2)}: {fixed(number(each.get('loss')), 3)} at {rate(number(each.get('lr')))}"
+        for each in tried
+    ]
+    return [
+        f"The density {percent(100 * number(part.get('density')), 2)} is the smallest of {len(tried)} whose held-out loss in a "
+        f"short race lies within {fixed(number(part.get('margin')), 2)} nats of the best ({'; '.join(shown)})."
+    ]
 
 
 def _cost(view: RunView) -> list[str]:

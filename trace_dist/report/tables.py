@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from trace_dist.report.results import MethodView, RunView, mean, number, parse_results
+from trace_dist.report.results import MethodView, RunView, mapping, mean, number, parse_results
 
 MISSING = "–"  # noqa: RUF001, an en dash is what a typesetter puts in an empty cell
 
@@ -125,6 +125,15 @@ def method_cells(view: RunView, method: MethodView) -> list[str]:
         rate(method.stat("lr")),
         fixed(100 * method.stat("density")),
         fixed(view.bytes_per_param(method.name), 2),
+    ]
+
+
+def learning_rows(view: RunView) -> list[tuple[str, list[str]]]:
+    """Of each probed task the held-out loss before and after the probe, and by chance; none where it was not measured."""
+    found = mapping(view.part("specificity").get("learning"))
+    return [
+        (str(task), [fixed(number(mapping(each).get(key)), 2) for key in ("before", "after", "chance")])
+        for task, each in found.items()
     ]
 
 

@@ -1,7 +1,7 @@
 """Stage ``base``: the base models of a run, found or made on the spot.
 
-A tiny Llama is pretrained on the general tasks; a GGUF file is converted; a proxy is cut out of the target by depth pruning and
-healed on the general tasks. A base is made once: a folder that exists is used as it is.
+A tiny Llama is pretrained on the general tasks; a GGUF file is converted; a proxy is cut out of the target, in depth or width,
+and healed on the general tasks. A base is made once: a folder that exists is used as it is.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from transformers import PreTrainedModel
 from trace_dist.config import ModelConfig, PruneConfig, RunConfig, TinyConfig
 from trace_dist.models.gguf import convert_gguf
 from trace_dist.models.loading import load_model, load_tokenizer
-from trace_dist.models.prune import depth_prune
+from trace_dist.models.origin import Origin
+from trace_dist.models.prune import prune
 from trace_dist.models.tiny import build_tiny
+from trace_dist.models.width import Widths
 from trace_dist.stages.stage import ALONE, Stage
 from trace_dist.stages.words import fall
 from trace_dist.train.learner import DenseLearner
@@ -114,28 +116,33 @@ def _make_tiny(tiny: TinyConfig, cfg: RunConfig, folder: Path, role: Role) -> No
         module.save_pretrained(partial)
 
 
-def _make_pruned(prune: PruneConfig, cfg: RunConfig, folder: Path) -> None:
-    if prune.heal_steps and not cfg.general:
+def _make_pruned(given: PruneConfig, cfg: RunConfig, folder: Path) -> None:
+    if given.heal_steps and not cfg.general:
         raise ValueError(
             "proxy.prune.heal_steps: healing needs general tasks, but there are none; add some, or use 0"
         )
+    widths = Widths(given.keep_hidden, given.keep_heads, given.keep_intermediate)
     target = Path(prepare_base(cfg, "target"))
     # Its checks come before the cut.
     Tasks.load(cfg)
-    if not prune.heal_steps:
-        depth_prune(target, prune.keep_layers, folder)
-        outcome(f"proxy: layers of {target} cut out")
+    if not given.heal_steps:
+        prune(target, folder, given.layers, widths)
+        outcome(f"proxy: cut out of {target}")
         return
     with TemporaryDirectory(dir=folder.parent) as scratch:
         pruned = Path(scratch) / "pruned"
-        depth_prune(target, prune.keep_layers, pruned)
+        prune(target, pruned, given.layers, widths)
         module = load_model(pruned, torch.float32)
         _pretrain(
-            module, pruned, cfg, prune.heal_steps, prune.heal_lr, cfg.train.batch_size, "proxy.prune.heal_lr"
+            module, pruned, cfg, given.heal_steps, given.heal_lr, cfg.train.batch_size, "proxy.prune.heal_lr"
         )
         with atomic_folder(folder) as partial:
             load_tokenizer(pruned).save_pretrained(partial)
             module.save_pretrained(partial)
+            origin = Origin.load(pruned)
+            if origin is None:
+                raise AssertionError(f"{pruned}: was cut out of {target}, but does not say what was kept")
+            origin.save(partial)
 
 
 def _pretrain(

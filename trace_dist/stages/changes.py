@@ -22,6 +22,8 @@ HOW_IT_RUNS = (
     "backend",
     "continual.methods",
     "data.num_proc",
+    "probe.margin",
+    "probe.unlearned",
     "train.activation_checkpointing",
     "train.checkpoint_every",
     "train.checkpoint_minutes",
@@ -38,6 +40,7 @@ LOGS = (
     "logs/*",
     "stages.json",
     "tasks.json",
+    "density.json",
     "progress/*/race.json",
     "progress/*/made_of.json",
 )

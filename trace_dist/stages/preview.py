@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trace_dist.config import ModelConfig, RunConfig
 from trace_dist.config.checks import AUTO
+from trace_dist.config.granularity import Granularities
 from trace_dist.continual.race import MOST_EXTENSIONS
 from trace_dist.data.examples import text_of
 from trace_dist.data.tasks import Task, load_task
@@ -118,7 +119,7 @@ def _setup(cfg: RunConfig, longest: int) -> MemorySetup:
     on_cuda = dist.local_device().type == "cuda"
     return MemorySetup(
         model=cfg.target.path,
-        density=cfg.mask.density,
+        density=cfg.largest.mask.share,
         granularity=cfg.mask.granularity,
         block=cfg.mask.block,
         maskable=cfg.mask.maskable,
@@ -149,14 +150,25 @@ def _tokens(task: Task, tokenizer: PreTrainedTokenizerBase | None, limit: int) -
 
 def _work(cfg: RunConfig, tasks: list[Task], means: list[float], target: int, proxy: int) -> Iterator[Work]:
     probe, train = cfg.probe, cfg.train
-    rows = cfg.mask.granularity in ("row", "column")
+    rows = Granularities.parse(cfg.mask.granularity).all <= {"row", "column", "neuron"}
     if train.lr == AUTO:
         steps = len(cfg.race.grid) * min(cfg.race.steps, cfg.tasks[0].steps or train.steps)
         yield Work(
             f"race {tasks[0].name}",
             f"{len(cfg.race.grid)} learning rates, and at most {MOST_EXTENSIONS} beyond them",
             steps,
-            masked_flops(target, means[0] * train.batch_size * steps, cfg.mask.density, rows),
+            masked_flops(target, means[0] * train.batch_size * steps, cfg.largest.mask.share, rows),
+        )
+    if cfg.mask.density == AUTO:
+        raced = means[: cfg.race.tasks]
+        trainings = len(cfg.race.densities) * len(cfg.race.grid)
+        steps = trainings * sum(min(cfg.race.steps, t.steps or train.steps) for t in cfg.tasks[: len(raced)])
+        tokens = sum(raced) / len(raced) * train.batch_size * steps
+        yield Work(
+            "race for a density",
+            f"{len(cfg.race.densities)} densities with rates of their own, on {len(raced)} task(s)",
+            steps,
+            masked_flops(target, tokens, cfg.largest.mask.share, rows),
         )
     for task, options, mean in zip(tasks, cfg.tasks, means, strict=True):
         if needs_probe(cfg):
@@ -173,7 +185,7 @@ def _work(cfg: RunConfig, tasks: list[Task], means: list[float], target: int, pr
             f"learn {task.name}",
             f"{epochs:.1f} epochs of {len(task.train):,} examples, {mean:.0f} tokens each",
             steps,
-            masked_flops(target, mean * train.batch_size * steps, cfg.mask.density, rows),
+            masked_flops(target, mean * train.batch_size * steps, cfg.largest.mask.share, rows),
         )
         if task.validation is not None:
             looks = -(-steps // train.eval_every)

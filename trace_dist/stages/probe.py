@@ -5,22 +5,29 @@ A task whose trace is there is not probed again, so that a stage that was cut co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 
+import datasets
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from trace_dist.bank.bank import BASE, DeltaBank
 from trace_dist.bank.sketch import Sketch, cosines
 from trace_dist.config import RunConfig
+from trace_dist.config.checks import AUTO
 from trace_dist.continual.driver import method_class
+from trace_dist.continual.race import split
+from trace_dist.data.validation import MOST_HELDOUT
 from trace_dist.masks.ops import layouts_for, mask_from_scores
 from trace_dist.masks.storage import save_saliency
 from trace_dist.masks.units import UnitLayout
 from trace_dist.models.fingerprint import fingerprint
 from trace_dist.models.loading import load_model
 from trace_dist.probe.importance.contrast import Contrast, contrasts
+from trace_dist.probe.learning import HeldOut, Learning, chance_loss
 from trace_dist.probe.specificity import cosine_matrix, specificity, tensor_specificity
 from trace_dist.probe.task import Probed, probe_task
 from trace_dist.projection.project import needs_proxy
@@ -83,6 +90,8 @@ class Proxy:
         if found is not None:
             logger.info("probe %s: kept the trace %s", task, path)
             return found
+        steps = cfg.probe.num_steps(len(stream.encoded))
+        stream, heldout = self._apart(stream, steps) if steps else (stream, None)
         probe, own = cfg.probe, None
         if probe.fisher_batch_size is not None:
             own = self.bench.batches([stream], probe.fisher_batch_size)
@@ -91,23 +100,53 @@ class Proxy:
             self.model_id,
             self.layouts,
             self.bench.batches([stream], probe.batch_size),
-            replace(probe, steps=probe.num_steps(len(stream.encoded)), epochs=None),
+            replace(probe, steps=steps, epochs=None),
             cfg.train,
             cfg.probed.dtype,
             f"probe {task}",
             own,
+            heldout,
         )
         found.save(path, cfg.folder.sketch(task), probe)
         return found
+
+    def _apart(self, stream: Stream, steps: int) -> tuple[Stream, HeldOut]:
+        """What is trained on, and examples that are not: the validation examples, or those that so many steps do not read; where
+        they read all, a part is held out as in the race for a rate."""
+        encoded, cfg = stream.encoded, self.cfg
+        if stream.validation is not None:
+            rows = stream.validation
+        else:
+            read = self.bench.batches([stream], cfg.probe.batch_size).rows_ahead(steps)
+            count = max(1, min(cfg.race.heldout, int(MOST_HELDOUT * len(encoded))))
+            rest = list(islice(self._unread(encoded, read), count))
+            if len(rest) == count:
+                rows = encoded.select(sorted(rest))
+                encoded = encoded.select(sorted(read))
+            else:
+                stream, other = split(stream, cfg.race, cfg.seed)
+                encoded, rows = stream.encoded, other.encoded
+        return stream, HeldOut(self.bench.one_batch([rows]), len(rows), chance_loss(encoded, rows))
+
+    def _unread(self, encoded: datasets.Dataset, read: set[int]) -> Iterator[int]:
+        """Rows outside some others that are not equal to one of them, in an order of the seed."""
+        seen = {tuple(each) for each in encoded.select(sorted(read))["input_ids"]}
+        for row in map(int, np.random.default_rng(self.cfg.seed).permutation(len(encoded))):
+            if row not in read and tuple(encoded[row]["input_ids"]) not in seen:
+                yield row
 
     def write(self, task: str, scores: Mapping[str, Tensor]) -> None:
         """Write a task's saliency map and the proxy's mask."""
         cfg, method = self.cfg, self.cfg.probe.score
         meta = {"task": task, "model": self.model_id, "method": method, "probe": asdict(cfg.probe)}
         save_saliency(cfg.folder.saliency(task), dict(scores), self.layouts, meta)
-        of = cfg.mask
-        mask = mask_from_scores(scores, self.layouts, of.granularity, of.density, of.spread)
-        mask.with_meta(task=task, model=self.model_id, method=method).save(cfg.folder.proxy_mask(task))
+        of = cfg.largest.mask
+        mask = mask_from_scores(scores, self.layouts, of.granularity, of.share, of.spread)
+        # One of a density that is raced for is made anew from the scores.
+        raced = {"raced": True} if cfg.mask.density == AUTO else {}
+        mask.with_meta(task=task, model=self.model_id, method=method, **raced).save(
+            cfg.folder.proxy_mask(task)
+        )
         logger.info(
             "probe %s: %d units of %d tensors", task, sum(map(len, mask.units.values())), len(mask)
         )  # fmt: skip
@@ -127,6 +166,7 @@ def run_probe(cfg: RunConfig) -> None:
     names = [stream.task.name for stream in proxy.bench.tasks]
     contrast = Contrast(cfg.probe.score) if contrasts(cfg.probe.score) else None
     sketches, losses = dict[str, Sketch](), dict[str, list[tuple[int, float]]]()
+    learning: dict[str, Learning] = {}
     for stream in [*proxy.bench.tasks, *(proxy.bench.general if contrast else [])]:
         # Its scores are read again below, so that those of one task are held, however many there are.
         probed = proxy.probe(stream)
@@ -134,6 +174,9 @@ def run_probe(cfg: RunConfig) -> None:
             contrast.add(probed.scores)
         if stream.task.name in names:
             sketches[stream.task.name], losses[stream.task.name] = probed.sketch, probed.losses
+            if probed.learning is not None:
+                learning[stream.task.name] = probed.learning
+                _check_learned(cfg, stream.task.name, probed.learning)
     earlier = _earlier(cfg, list(sketches.values()), exclude=names)
     for task, sketch in sketches.items():
         others = [other for name, other in (earlier | sketches).items() if name != task]
@@ -146,9 +189,26 @@ def run_probe(cfg: RunConfig) -> None:
             "cosine": cosine.tolist(),
             "specificity": specificity(cosine).tolist(),
             "losses": losses,
+            "learning": {task: each.to_json() for task, each in learning.items()},
         },
     )
-    outcome(f"{listed(losses)}: {fall(losses.values())}")
+    told = f"{listed(losses)}: {fall(losses.values())}"
+    missed = [task for task, each in learning.items() if not each.is_learned(cfg.probe.margin)]
+    outcome(f"{told}; not learned: {listed(missed)}" if missed else told)
+
+
+def _check_learned(cfg: RunConfig, task: str, learning: Learning) -> None:
+    """Say how a probe did; warn, or raise ValueError, where it has not learned its task."""
+    if learning.is_learned(cfg.probe.margin):
+        logger.info("probe %s: %s", task, learning)
+        return
+    said = (
+        f"probe.margin={cfg.probe.margin:g}: the probe has not learned {task!r} ({learning}), so its mask shows nothing; raise "
+        "probe.steps or probe.lr, heal a pruned proxy (proxy.prune.heal_steps), or take a larger one"
+    )
+    if cfg.probe.unlearned == "refuse":
+        raise ValueError(f"{said}; or set probe.unlearned: warn")
+    logger.warning(said)
 
 
 def _scores(

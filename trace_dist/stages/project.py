@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trace_dist.config import RunConfig
+from trace_dist.continual.density import with_density
 from trace_dist.continual.masks import KINDS, is_projected
 from trace_dist.continual.setting import Setting
 from trace_dist.projection.project import needs_proxy
@@ -31,7 +32,8 @@ def run_project(cfg: RunConfig) -> None:
     """
     describe(cfg).check_inputs()
     prepare_base(cfg, "target")
-    setting = Setting.load(cfg)
+    setting = with_density(Setting.load(cfg))
+    cfg = setting.cfg
     if cfg.proxy is None and needs_proxy(cfg.projection):
         logger.info(
             "project: the target was probed itself; its masks are kept, the section projection is not used"
@@ -43,4 +45,4 @@ def run_project(cfg: RunConfig) -> None:
             logger.info("project %s: kept its masks", stream.task.name)
         else:
             setting.project(stream)
-    outcome(f"{listed([task.name for task in cfg.tasks])}: density {cfg.mask.density:g}")
+    outcome(f"{listed([task.name for task in cfg.tasks])}: density {cfg.mask.share:g}")

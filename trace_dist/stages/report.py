@@ -55,6 +55,9 @@ def collect_results(cfg: RunConfig) -> dict[str, Any]:
             results[key] = methods["retrieved"][key]
     parts = {"specificity": folder.specificity, "memory": folder.memory, "baselines": folder.tasks}
     results |= {key: read_json(path) for key, path in parts.items() if path.is_file()}
+    if folder.density.is_file():
+        found = read_json(folder.density)
+        results["density"] = {key: found[key] for key in ("density", "margin", "tried")}
     results["masks"] = {
         "proxy": _densities((name, folder.proxy_mask(name)) for name in names),
         "target": _densities((name, folder.mask(name)) for name in names),

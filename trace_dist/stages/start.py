@@ -79,6 +79,7 @@ def check_parts(cfg: RunConfig) -> None:
         from trace_dist.train.schedule import check_schedule
 
     _check_score(cfg)
+    cfg = cfg.largest
     placement = PLACEMENTS.load(cfg.projection.placement)
     options = PLACEMENTS.options(cfg.projection.placement, cfg.projection.options)
     # Without a proxy nothing is projected.

@@ -8,6 +8,7 @@ from pathlib import Path
 from trace_dist.bank.delta import check_base, extract_delta
 from trace_dist.config import RunConfig
 from trace_dist.config.checks import AUTO
+from trace_dist.continual.density import with_density
 from trace_dist.continual.learn import train_stream, try_mask
 from trace_dist.continual.race import held_race
 from trace_dist.continual.setting import Setting
@@ -44,6 +45,9 @@ def run_train(cfg: RunConfig, task_name: str | None, mask_file: str | None) -> P
     mask = Mask.load(source)
     prepare_base(cfg, "target")
     setting = Setting.load(cfg)
+    if mask_file is None:
+        # The mask was made at a density that has raced, or with a number; one that is given has its own.
+        setting = with_density(setting)
     check_base(mask, setting.fingerprint, str(source))
     stream = setting.bench.tasks[names.index(name)]
     batches = setting.bench.batches([stream], cfg.train.batch_size)
@@ -67,4 +71,4 @@ def _won(setting: Setting, stream: Stream, mask: Mask) -> float | None:
         batches = setting.bench.batches([part], cfg.batch_size)
         return try_mask(setting, mask, batches, lr, part.steps, name="train")
 
-    return held_race(setting, "train", [stream], trial).lr
+    return held_race(setting, "train", [stream], trial, grid=setting.grid).lr

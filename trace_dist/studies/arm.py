@@ -96,6 +96,7 @@ class Masked(Arm):
             "entries": {key: mask.num_entries for key, mask in masks.items()},
             "gradient_sum": sums,
             "warm_losses": self.probes.warm_losses if self.warms else [],
+            "learning": self.probes.learning if self.reads_proxy else None,
             "probe_flops": spent,
             "probe_s": seconds,
         }

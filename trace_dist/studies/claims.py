@@ -108,6 +108,13 @@ def _beside(other: str) -> Callable[[Result], Iterator[Claim]]:
     return rule
 
 
+def _at_equal_memory(result: Result) -> Iterator[Claim]:
+    found = _find(result, arm="probed_like_trace", other="trace")
+    if found is not None:
+        text = f"{_label(result, found['arm'])}, has a lower loss than {_label(result, 'trace')}"
+        yield Claim(text, _verdict(found, "lower", "higher"), _counted(found))
+
+
 def _kept(result: Result) -> Iterator[Claim]:
     for row in result["shares"]:
         share, gain = row["share"], row["gain"]
@@ -146,6 +153,7 @@ RULES: tuple[Callable[[Result], Iterator[Claim]], ...] = (
     _beside("lora"),
     _beside("full"),
     _beside("trace"),
+    _at_equal_memory,
     _kept,
     _cheap,
 )

@@ -10,6 +10,7 @@ import torch
 from trace_dist.masks.mask import Mask
 from trace_dist.masks.ops import compete
 from trace_dist.masks.select import Scores
+from trace_dist.masks.tied import Tied
 from trace_dist.masks.units import UnitLayout
 
 
@@ -24,6 +25,9 @@ def nested_masks(
         densities: shares of all elements.
         scores: unit scores of one parameter.
     """
+    if Tied.of(layouts, granularity).groups:
+        # What is tied is not taken apart.
+        return {density: compete(layouts, granularity, density, scores) for density in densities}
     largest = max(densities)
     mask = compete(layouts, granularity, largest, scores)
     names = [name for name in layouts if name in mask.units]

@@ -5,17 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from trace_dist.config import ProbeConfig
 from trace_dist.data.batches import Batches
+from trace_dist.data.encoding import pad_id
 from trace_dist.masks.units import UnitLayout
 from trace_dist.probe.importance import Trace
+from trace_dist.probe.learning import Learning, chance_loss
 from trace_dist.probe.warm_start import warm_start
-from trace_dist.studies.lab import Case, Lab
+from trace_dist.studies.heldout import held_out
+from trace_dist.studies.lab import EVAL_BATCH, Case, Lab, Small
 from trace_dist.train.workbench import Stream
+from trace_dist.utils.log import get_logger
+
+logger = get_logger(__name__)
 
 
 class Kept(NamedTuple):
@@ -64,12 +71,38 @@ class Probes:
         small = self._lab.small
 
         def make() -> Trace:
-            stream, _ = self._lab.parts(case.task, small.bench)
+            stream, heldout = self._lab.parts(case.task, small.bench)
             probe, seed = self._lab.study.proxy_probe or self._lab.cfg.probe, self._lab.cfg.seed + case.seed
             batches = small.bench.batches([stream], probe.batch_size, seed=seed)
-            return self._warm(small.module, small.layouts, batches, stream, probe)
+            trace = self._warm(small.module, small.layouts, batches, stream, probe)
+            return replace(trace, learning=self._learning(small, trace, stream, heldout))
 
         return self._once(("proxy", case), make)
+
+    def _learning(self, small: Small, trace: Trace, stream: Stream, heldout: Stream) -> Learning:
+        """What the proxy has learned; its cost is the study's, not the probe's."""
+        meter, begin = self._lab.meter, time.perf_counter()
+        flops, module, rows = meter.flops, small.module.eval(), heldout.encoded.to_list()
+
+        def loss() -> float:
+            return held_out(module.forward, rows, pad_id(small.bench.tokenizer), EVAL_BATCH).loss
+
+        losses = [loss()]
+        tuned = {name: module.get_parameter(name) for name in trace.update}
+        before = {name: parameter.detach().clone() for name, parameter in tuned.items()}
+        with torch.no_grad():
+            for name, update in trace.update.items():
+                tuned[name].add_(update.to(tuned[name].device))
+            losses.append(loss())
+            for name, parameter in tuned.items():
+                parameter.copy_(before[name])
+        chance = chance_loss(stream.encoded, heldout.encoded)
+        found = Learning(losses[0], losses[1], chance, len(rows))
+        said = logger.info if found.is_learned(self._lab.cfg.probe.margin) else logger.warning
+        said("probe %s: the proxy's %s", stream.task.name, found)
+        meter.flops = flops
+        meter.reused_s -= time.perf_counter() - begin
+        return found
 
     def _once(self, key: object, make: Callable[[], Trace]) -> Trace:
         """The last trace is kept, since several arms read it; each takes four times the weights that may be masked."""
@@ -77,10 +110,18 @@ class Probes:
             self._lab.meter.flops += self._kept.flops
             self._lab.meter.reused_s += self._kept.seconds
             return self._kept.trace
-        self._kept, flops, begin = None, self._lab.meter.flops, time.perf_counter()
+        meter, begin = self._lab.meter, time.perf_counter()
+        self._kept, flops, reused = None, meter.flops, meter.reused_s
         trace = make()
-        self._kept = Kept(key, trace, self._lab.meter.flops - flops, time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin + meter.reused_s - reused
+        self._kept = Kept(key, trace, meter.flops - flops, seconds)
         return trace
+
+    @property
+    def learning(self) -> dict[str, Any] | None:
+        """What the proxy has learned of the task, where the trace that is kept is its; JSON-ready."""
+        found = self._kept.trace.learning if self._kept is not None else None
+        return None if found is None else found.to_json()
 
     @property
     def warm_losses(self) -> list[float]:

@@ -14,7 +14,9 @@ from trace_dist.studies.rates import fitted_product, is_bracketed, product, trie
 from trace_dist.studies.records import Cell, Records, Trial
 from trace_dist.studies.statistics import Answers, Estimate, difference, share_of_gain
 
-PROJECTED = ("projected", "projected_magnitude", "budgets", "places")
+LIKE_TRACE = "probed_like_trace"
+"""Entries with the memory of TRACE's whole tensors."""
+PROJECTED = ("projected", "projected_magnitude", "identity", "align", "budgets", "places")
 """Arms whose share of the gain of probing on the target is asked for."""
 MARGIN = 0.02
 """Nats per answer token by which a smaller density may be worse and still be enough."""
@@ -126,6 +128,8 @@ def _differences(records: Records, study: StudyConfig, tasks: Sequence[str]) -> 
             for other in others:
                 if other != mine and not (other[0] == study.reference and other[1] is None):
                     yield from _difference(records, mine, other, tasks)
+    if LIKE_TRACE in study.arms:
+        yield from _difference(records, (LIKE_TRACE, None), ("trace", None), tasks)
 
 
 def _tenfold(study: StudyConfig, density: float) -> float | None:
@@ -239,6 +243,7 @@ def _costs(records: Records, study: StudyConfig) -> Iterator[dict[str, Any]]:
         train_flops, train_s = median(t.train_flops for t in trials), median(t.train_s for t in trials)
         yield {
             "arm": arm,
+            "learning": [each for record in made if (each := record.get("learning")) is not None],
             "warm_losses": [[round(loss, 3) for loss in each] for each in warm],
             "probe_flops": probe_flops,
             "probe_s": probe_s,

@@ -24,9 +24,9 @@ class Exclusive(Isolation):
     label = "exclusive entries"
 
     def check(self, mask: MaskConfig, num_tasks: int) -> None:
-        rule = f"{num_tasks} tasks of mask.density={mask.density} have no room beside each other"
+        rule = f"{num_tasks} tasks of mask.density={mask.share} have no room beside each other"
         cure = f"lower mask.density to {1 / num_tasks:.3g} at most, or set soft or shared"
-        check(num_tasks * mask.density <= 1 + 1e-9, "mask.isolation", mask.isolation, rule, cure)
+        check(num_tasks * mask.share <= 1 + 1e-9, "mask.isolation", mask.isolation, rule, cure)
 
     def refused(self, layouts: Mapping[str, UnitLayout], earlier: Iterable[Mask]) -> Units:
         taken: dict[str, Tensor] = {}

@@ -46,4 +46,4 @@ class Adapted(Dense):
 def rank_for(module: nn.Module, mask: MaskConfig) -> int:
     """The rank at which LoRA trains about as many parameters as a mask has entries."""
     layouts = layouts_for(module, "element", 1, mask.maskable)
-    return lora_rank(module, mask.density * sum(layout.numel for layout in layouts.values()))
+    return lora_rank(module, mask.share * sum(layout.numel for layout in layouts.values()))

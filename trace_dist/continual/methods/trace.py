@@ -87,7 +87,7 @@ class Trace(retrieved.Retrieved):
             cap=1.0,
         )
         layouts = layouts_for(setting.model, mask.granularity, mask.block, mask.maskable)
-        check_room(layouts, mask.density, refused, task, mask.isolation, mask.share_of)
+        check_room(layouts, mask.share, refused, task, mask.isolation, mask.share_of)
         tensors = on_all(lambda: self._tensors(task))
         return project_tensors(setting.model, tensors.scores, tensors.shapes, mask, refused)
 

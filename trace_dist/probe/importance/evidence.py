@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from trace_dist.probe.learning import Learning
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -33,10 +35,12 @@ class Trace:
     Attributes:
         evidence: parameter -> what scores are computed from.
         losses: (step, nats per answer token).
+        learning: how it did on held-out examples; None where there were none.
     """
 
     evidence: dict[str, Evidence]
     losses: list[tuple[int, float]]
+    learning: Learning | None = None
 
     @property
     def update(self) -> dict[str, Tensor]:

@@ -60,9 +60,9 @@ class Options(Section):
 
 def check_mask(options: Options, mask: MaskConfig) -> None:
     """Raise ``ValueError`` where the pool cannot hold a mask of the wanted density."""
-    pool, rule = options.pool_density, f"must be at least mask.density={mask.density}"
+    pool, rule = options.pool_density, f"must be at least mask.density={mask.share}"
     cure = "raise the pool or choose another placement"
-    check(pool >= mask.density, f"{options.where}.pool_density", pool, rule, cure)
+    check(pool >= mask.share, f"{options.where}.pool_density", pool, rule, cure)
 
 
 def scores(site: Site, options: Options) -> Scores:

@@ -1,0 +1,176 @@
+"""Units with alike activations are found again: of a permuted model, and of one with other numbers of heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from probe.setting import make_batches, make_config, make_model
+
+from trace_dist.masks.ops import layouts_for, place
+from trace_dist.projection.activations import Moments, correlations
+from trace_dist.projection.assignment import Attention, assigned, match_heads
+from trace_dist.projection.placements.align import Options, matching, scores
+from trace_dist.projection.site import Shown, Site
+from trace_dist.sharding.build import shard
+
+SHAPE = {"hidden_size": 24, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 40}
+
+
+def permuted(model: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The same function with its channels, groups, heads, value dimensions and neurons in another order."""
+    generator = torch.Generator().manual_seed(3)
+    other = make_model(**SHAPE)
+
+    def order(n: int) -> torch.Tensor:
+        return torch.randperm(n, generator=generator)
+
+    hidden, neurons, groups, values = order(24), order(40), order(3), order(4)
+    inside = torch.stack([order(2) for _ in range(3)])
+    # Query heads go with their group, in an order of their own within it.
+    queries = torch.cat([2 * group + inside[place] for place, group in enumerate(groups.tolist())])
+    places = torch.arange(4)
+    rows = {
+        "q": (queries[:, None] * 4 + places).flatten(),
+        "k": (groups[:, None] * 4 + places).flatten(),
+        "v": (groups[:, None] * 4 + values).flatten(),
+        "o": (queries[:, None] * 4 + values).flatten(),
+    }
+    mine, its = dict(other.named_parameters()), dict(model.named_parameters())
+    for name, weight in mine.items():
+        source = its[name].detach()
+        part = name.split(".")[-2]
+        if part in ("q_proj", "k_proj", "v_proj"):
+            source = source[rows[part[0]]][:, hidden]
+        elif part == "o_proj":
+            source = source[hidden][:, rows["o"]]
+        elif part in ("gate_proj", "up_proj"):
+            source = source[neurons][:, hidden]
+        elif part == "down_proj":
+            source = source[hidden][:, neurons]
+        else:
+            source = source[..., hidden]
+        weight.data.copy_(source)
+    return other, {"hidden": hidden, "mlp": neurons, **rows}
+
+
+def test_correlations_are_those_of_numpy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(50, 4, generator=generator), torch.randn(50, 3, generator=generator)
+    left[:, 1] = 2 - 3 * right[:, 2]
+    right[:, 0] = 5.0
+    moments = Moments()
+    moments.add(left[:20], right[:20])
+    moments.add(left[20:], right[20:])
+    found = moments.correlation()
+    expected = torch.corrcoef(torch.cat([left, right[:, 1:]], 1).T)[:4, 4:]
+    torch.testing.assert_close(found[:, 1:], expected, rtol=1e-4, atol=1e-5)
+    assert float(found[1, 2]) == pytest.approx(-1, abs=1e-5)
+    assert not bool(found[:, 0].any())
+
+
+def test_units_are_matched_one_to_one_and_the_rest_to_the_most_alike() -> None:
+    likeness = torch.tensor([[0.9, 0.8], [0.95, 0.1], [0.2, 0.3]])
+    found = assigned(likeness)
+    # The first gives up its best for the sake of the second; the third takes what it is most like.
+    assert found.units.tolist() == [1, 0, 1]
+    assert found.worth.tolist() == pytest.approx([0.8, 0.95, 0.3])
+    assert assigned(likeness.T).units.tolist() == [1, 0]
+
+
+def site_for(target: Any, proxy: Any, module: Any) -> Site:
+    cfg, model = make_config(), shard(target)
+    layouts = layouts_for(model, "element", 1, "all")
+    theirs = layouts_for(proxy, "element", 1, "all")
+    generator = torch.Generator().manual_seed(1)
+    values = {name: torch.rand(layout.numel, generator=generator) for name, layout in theirs.items()}
+    budgets = {name: 0.1 * layout.numel for name, layout in layouts.items()}
+    shown = Shown(values, theirs, None, module)
+    return Site(model, layouts, "element", budgets, "t", make_batches, cfg.probe, cfg.train, 0, {}, shown)
+
+
+def test_a_permuted_model_is_found_again() -> None:
+    proxy = make_model(**SHAPE)
+    for parameter in proxy.parameters():
+        parameter.data.normal_(std=0.3)  # activations that differ
+    target, order = permuted(proxy)
+    tokens = torch.arange(2, 30)[None]
+    torch.testing.assert_close(target(tokens).logits, proxy(tokens).logits, rtol=1e-3, atol=1e-3)
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    site = site_for(target, proxy, proxy)
+    found, shown = scores(site, Options()), site.shown
+    assert shown is not None
+    for name, layout in site.layouts.items():
+        values, part = shown.scores[name].view(layout.shape), name.split(".")[-2]
+        if part in ("q_proj", "k_proj", "v_proj"):
+            values = values[order[part[0]]][:, order["hidden"]]
+        elif part == "o_proj":
+            values = values[order["hidden"]][:, order["o"]]
+        elif part in ("gate_proj", "up_proj"):
+            values = values[order["mlp"]][:, order["hidden"]]
+        elif part == "down_proj":
+            values = values[order["hidden"]][:, order["mlp"]]
+        else:
+            values = values[..., order["hidden"]]
+        # Query and key rows are worth what their group's values are, about 1.
+        torch.testing.assert_close(found(name, layout).view(layout.shape), values, rtol=0.02, atol=0.01)
+    assert all(torch.equal(value, before[name]) for name, value in site.model.full_state_dict().items())
+    mask = place(site.layouts, "element", site.budgets, found)
+    told = matching(site, mask)
+    assert told["activations"]["entries"] == mask.num_entries
+    assert told["layers"] == {"0": [0], "1": [1]}
+
+
+def test_other_numbers_of_layers_heads_and_channels_are_matched() -> None:
+    proxy = make_model(**SHAPE)
+    target = make_model(
+        hidden_size=32,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        intermediate_size=60,
+        num_hidden_layers=3,
+    )
+    site = site_for(target, proxy, proxy)
+    found = scores(site, Options(batches=2))
+    mask = place(site.layouts, "element", site.budgets, found)
+    assert mask.num_entries == pytest.approx(0.1 * mask.num_maskable, abs=1)
+    assert matching(site, mask)["layers"] == {"0": [0], "1": [0], "2": [1]}
+    for name, layout in site.layouts.items():
+        assert float(found(name, layout).min()) >= 0
+
+
+def test_groups_of_query_heads_stay_together() -> None:
+    """Two groups of three heads of the target are those of three groups of two: each query head is of the matched group."""
+    correlation = torch.rand(6 * 4, 6 * 4, generator=torch.Generator().manual_seed(0))
+    found = match_heads(correlation, Attention(6, 2, 4, 4), Attention(6, 3, 4, 4))
+    groups = found["k"].units.view(2, 4)[:, 0] // 4
+    heads = found["q"].units.view(6, 4)[:, 0] // 4
+    assert (heads // 2).tolist() == groups.repeat_interleave(3).tolist()
+    assert len(set(groups.tolist())) == 2
+    assert torch.equal(found["o"].units.view(6, 4) // 4, heads[:, None].expand(6, 4))
+    halves = match_heads(torch.rand(12, 12), Attention(2, 1, 6, 6), Attention(4, 2, 3, 3))
+    assert (halves["q"].units.view(2, 6) % 3).tolist() == [[0, 0, 1, 1, 2, 2]] * 2
+
+
+def test_correlations_put_the_models_back_in_their_modes() -> None:
+    proxy = make_model(**SHAPE).train()
+    model = shard(make_model(**SHAPE))
+    model.train()
+    found = correlations(model, proxy, {0: 0, 1: 1}, make_batches(), 1)
+    assert proxy.training
+    assert model.module.training
+    assert {key: tuple(each.shape) for key, each in found.items()} == {
+        (place, layer): (size, size)
+        for layer in (0, 1)
+        for place, size in (("hidden", 24), ("heads", 24), ("intermediate", 40))
+    }
+    assert not any(module._forward_pre_hooks for module in proxy.modules())
+
+
+def test_a_proxy_of_other_tokens_is_refused() -> None:
+    proxy = make_model(**SHAPE)
+    with pytest.raises(
+        ValueError, match=r"projection.placement='align': the proxy does not read the target's tokens"
+    ):
+        scores(site_for(make_model(**SHAPE), proxy, None), Options())

@@ -1,0 +1,160 @@
+"""Correlations between the activations of a proxy and its target on the same prompts.
+
+Three places of each decoder layer are read: the residual stream at its input, the attention heads' outputs at the input of the
+output weight, and the MLP's neurons at the input of its down weight. A layer of the target is compared with the proxy's at its
+relative depth. Sums over tokens are added up over ranks, so each rank runs its own share of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from trace_dist.data.batches import Batches
+from trace_dist.data.encoding import IGNORE
+from trace_dist.models.roles import ParamInfo, describe
+from trace_dist.train.loss import forward_nll_sum
+from trace_dist.utils import dist
+from trace_dist.utils.devices import sent
+
+Place = Literal["hidden", "heads", "intermediate"]
+
+
+@dataclass
+class Moments:
+    """Sums over tokens of the activations of both models at one place.
+
+    Attributes:
+        count: tokens.
+        sums, squares: [n_target], then [n_proxy], fp64.
+        cross: [n_target, n_proxy] fp32.
+    """
+
+    count: float = 0.0
+    sums: list[Tensor] = field(default_factory=list)
+    squares: list[Tensor] = field(default_factory=list)
+    cross: Tensor | None = None
+
+    def add(self, target: Tensor, proxy: Tensor) -> None:
+        """Add the activations of the same tokens: [tokens, n] each, fp32."""
+        if self.cross is None:
+            self.sums = [torch.zeros(x.shape[1], dtype=torch.float64) for x in (target, proxy)]
+            self.squares = [torch.zeros_like(each) for each in self.sums]
+            self.cross = torch.zeros(target.shape[1], proxy.shape[1])
+        self.count += len(target)
+        for x, sums, squares in zip((target, proxy), self.sums, self.squares, strict=True):
+            sums += x.double().sum(0)
+            squares += x.double().square().sum(0)
+        self.cross += target.T @ proxy
+
+    def correlation(self) -> Tensor:
+        """[n_target, n_proxy] fp32, 0 where a unit never changes. Collective."""
+        if self.cross is None:
+            raise AssertionError("no activation was seen")
+        device = dist.local_device()
+        count = torch.tensor([self.count], dtype=torch.float64, device=device)
+        dist.sum_over_ranks(count)
+        summed = [each.to(device) for each in (*self.sums, *self.squares, self.cross.double())]
+        for each in summed:
+            dist.sum_over_ranks(each)
+        left, right, left_squares, right_squares, cross = (each.cpu() / float(count) for each in summed)
+        deviations = [
+            (squares - means.square()).clamp_min(0).sqrt()
+            for means, squares in ((left, left_squares), (right, right_squares))
+        ]
+        scale = deviations[0][:, None] * deviations[1]
+        found = (cross - left[:, None] * right) / scale.clamp_min(1e-12)
+        return torch.where(scale > 1e-9, found, 0.0).float()
+
+
+class _Recorder:
+    """Keeps what flows into some modules, during one pass."""
+
+    def __init__(self, places: Mapping[tuple[Place, int], nn.Module]) -> None:
+        self.seen: dict[tuple[Place, int], Tensor] = {}
+        self._handles = [
+            module.register_forward_pre_hook(self._keep(key), with_kwargs=True)
+            for key, module in places.items()
+        ]
+
+    def _keep(self, key: tuple[Place, int]) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            value = args[0] if args else kwargs["hidden_states"]
+            self.seen[key] = value.detach().float().cpu().flatten(0, -2)
+
+        return hook
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def places_of(module: nn.Module) -> dict[tuple[Place, int], nn.Module]:
+    """(place, layer) -> the module whose input is read there, of the text model.
+
+    Raises:
+        ValueError: a layer has no output weight or down weight of its own.
+    """
+    found: dict[tuple[Place, int], nn.Module] = {}
+    infos = [info for info in describe(module).values() if info.layer is not None and info.tower == "text"]
+    for info in infos:
+        role: Place | None = {"o": "heads", "down": "intermediate"}.get(info.role)  # type: ignore[assignment]
+        if role is not None and len(info.shape) == 2 and info.layer is not None:
+            found[role, info.layer] = module.get_submodule(info.name.removesuffix(".weight"))
+            found["hidden", info.layer] = module.get_submodule(_layer_path(info))
+    layers = {info.layer for info in infos}
+    if any((place, layer) not in found for layer in layers for place in ("heads", "intermediate")):
+        raise ValueError(
+            "projection.placement='align': a layer has no output and down weights of its own; choose another placement"
+        )
+    return found
+
+
+def _layer_path(info: ParamInfo) -> str:
+    path = info.name.split(".")
+    return ".".join(path[: path.index(str(info.layer)) + 1])
+
+
+def correlations(
+    target: Any, proxy: nn.Module, pairs: Mapping[int, int], batches: Batches, num_batches: int
+) -> dict[tuple[Place, int], Tensor]:
+    """(place, layer of the target) -> [n_target, n_proxy] correlations with the proxy's layer. Collective.
+
+    Args:
+        target: the sharded target.
+        proxy: the proxy, whole on every rank.
+        pairs: layer of the target -> layer of the proxy.
+        batches: in the tokens of both.
+        num_batches: how many are read.
+    """
+    moments: dict[tuple[Place, int], Moments] = {}
+    recorders = [_Recorder(places_of(module)) for module in (target.module, proxy)]
+    modes = target.module.training, proxy.training
+    target.eval(), proxy.eval()
+    try:
+        with torch.no_grad():
+            for _ in range(num_batches):
+                for batch in next(batches).micro_batches:
+                    _run(target, batch, target.device)
+                    _run(proxy, batch, next(proxy.parameters()).device)
+                    # Ranks that are short of examples run fillers without answers.
+                    answers = bool((batch["labels"] != IGNORE).any())
+                    kept = batch["attention_mask"].flatten().bool() & answers
+                    for place, layer in list(recorders[0].seen):
+                        key: tuple[Place, int] = (place, layer)
+                        ours, theirs = recorders[0].seen[key], recorders[1].seen[place, pairs[layer]]
+                        moments.setdefault(key, Moments()).add(ours[kept], theirs[kept])
+    finally:
+        for recorder in recorders:
+            recorder.close()
+        target.train(modes[0]), proxy.train(modes[1])
+    return {key: each.correlation() for key, each in moments.items()}
+
+
+def _run(forward: Any, batch: dict[str, Tensor], device: torch.device) -> None:
+    inputs = {key: sent(value, device) for key, value in batch.items() if key != "labels"}
+    forward_nll_sum(forward, inputs, batch["labels"])

@@ -1,0 +1,29 @@
+"""Arm ``align``: the proxy's budgets; its entries go where activations are alike, so that any sibling's may."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from trace_dist.probe.importance import unit_importance
+from trace_dist.projection.site import Shown, Site
+from trace_dist.studies.arm import Placed
+from trace_dist.studies.lab import Case
+
+
+class Align(Placed):
+    """Placement align."""
+
+    label = "the proxy's entries, by activations"
+    warms = reads_proxy = True
+    colour = "sky"
+    placement = "align"
+
+    def _site(self, case: Case, budgets: dict[str, float]) -> Site:
+        lab, site = self.lab, super()._site(case, budgets)
+        scores = unit_importance(self.probes.proxy(case), lab.small.layouts, lab.cfg.probe.score)
+        same = lab.small.bench.tokenizer.get_vocab() == lab.setting.bench.tokenizer.get_vocab()
+        shown = Shown(scores, lab.small.layouts, None, lab.small.module if same else None)
+        return replace(site, shown=shown)
+
+
+ARM = Align
