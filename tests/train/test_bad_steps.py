@@ -205,3 +205,16 @@ def test_off_unless_asked_for(tmp_path: Path) -> None:
         TrainConfig(spike_factor=2.0, checkpoint_every=0)
     with pytest.raises(ValueError, match=r"^train\.spike_factor=1\.0: must be above 1"):
         TrainConfig(spike_factor=1.0)
+
+
+@pytest.mark.launcher
+def test_a_nan_of_one_rank_is_seen_by_all_in_the_same_step(world) -> None:
+    """ZeRO-3 with clipping, FSDP2 without; the rank is named though every rank's loss is finite."""
+    for report in world(2).reports:
+        for backend in ("zero3", "fsdp2"):
+            assert report["spoilt"][backend] == {
+                "skipped": [4],
+                "ranks": [[1]],
+                "kept": True,
+                "went_on": True,
+            }
