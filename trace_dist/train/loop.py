@@ -169,9 +169,10 @@ def train_steps(
     watch = Watch(cfg, description, learner, batches, log)
     ended = validator is not None and validator.is_over(result.looks)
     todo = _Steps(steps if ended else first_step, steps)
+    resumed = todo.done
     if keeper is not None and cfg.spike_factor is not None and first_step == 0:
         keeper.keep(0, result)
-    for step in progress(todo, description, total=len(todo)):
+    for step in progress(todo, description, total=steps, begun=resumed):
         start = time.perf_counter()
         with diagnose(step):
             due = keeper is not None and keeper.due(step)
@@ -220,9 +221,6 @@ class _Steps:
 
     def __init__(self, done: int, last: int) -> None:
         self.done, self._last = done, last
-
-    def __len__(self) -> int:
-        return self._last - self.done
 
     def __iter__(self) -> Iterator[int]:
         while self.done < self._last:
