@@ -94,7 +94,7 @@ def prepare(folder: Path, steps: int, every: int = 3) -> None:
     config = make_config(folder) | {"backend": "fsdp2"}
     config["tasks"], config["bank"]["layer"] = config["tasks"][:1], 0
     config["train"] |= {"steps": steps, "log_every": 1, "checkpoint_every": every, "trackers": []}
-    config["launch"] = {"silence_seconds": 8.0, "stuck_minutes": 0.25}
+    config["launch"] = {"silence_seconds": 10.0, "stuck_minutes": 0.25}
     write_config(folder, config)
     name, units = "model.layers.0.mlp.up_proj.weight", torch.arange(48, dtype=torch.int32)
     Mask({name: units}, {name: UnitLayout((48, 32), 32)}, "row").save(folder / "mask.safetensors")
@@ -123,6 +123,7 @@ class Job:
         self.config = write_config(self.folder, config)
         self.mask = self.folder / "given.safetensors"
         shutil.copy(work / "mask.safetensors", self.mask)
+        self.faults: list[str] = []
         self._timers: list[tuple[float, Callable[[], object]]] = []
 
     def words(self) -> list[str]:
@@ -239,7 +240,7 @@ class Job:
 
     def note(self, what: str, step: int) -> None:
         """Note a fault from outside."""
-        Happened(self.notes).first(99, Fault("outside", text=what), step)
+        Happened(self.notes).first(1000 + len(self.happened()), Fault("outside", text=what), step)
 
     def after(self, seconds: float, act: Callable[[], object]) -> None:
         """Do something while it runs, after some time."""

@@ -7,6 +7,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from faults.grammar import Fault
 
@@ -33,6 +34,7 @@ class Happened:
             os.fsync(handle)
         return True
 
-    def notes(self) -> list[dict[str, object]]:
+    def notes(self) -> list[dict[str, Any]]:
         """What has happened so far, in order; ``time`` is that of ``time.monotonic`` on this machine."""
-        return [json.loads(path.read_text() or "{}") for path in sorted(self.folder.glob("fault-*"))]
+        texts = (path.read_text() for path in self.folder.glob("fault-*"))
+        return sorted((json.loads(text) for text in texts if text), key=lambda note: note["time"])
