@@ -30,6 +30,10 @@ if behaviour == "lost":
     child.kill()
     print("error: lost contact: rank 1 on node-2 has ended", file=sys.stderr)
     sys.exit(1)
+if behaviour == "explain":
+    child.kill()
+    print("error [rank 2]: x.json: cannot be written (No space left on device)", file=sys.stderr)
+    sys.exit(1)  # as torchrun
 if behaviour == "fail":
     child.kill()
     sys.exit(2)
@@ -84,7 +88,7 @@ def test_sigusr1_asks_to_stop(folder: Path) -> None:
     assert process.returncode == 75
 
 
-@pytest.mark.parametrize(("behaviour", "code"), [("lost", 75), ("fail", 2)])
+@pytest.mark.parametrize(("behaviour", "code"), [("lost", 75), ("fail", 2), ("explain", 2)])
 def test_exit_codes(folder: Path, behaviour: str, code: int) -> None:
     process = begin(folder, behaviour)
     said = process.communicate(timeout=20)[1]

@@ -27,7 +27,7 @@ from trace_dist.config import LaunchConfig
 from trace_dist.launching.commands import Start, starts
 from trace_dist.launching.ending import end_tree
 from trace_dist.launching.environment import RUN_PID, followed
-from trace_dist.utils.codes import LOST
+from trace_dist.utils.codes import FAILED, LOST
 from trace_dist.utils.stopping import GRACE_SECONDS, STOP, signals
 
 OTHERS_SECONDS = 20.0
@@ -36,6 +36,8 @@ LOST_SECONDS = 8.0
 """How long launchers may go on after a rank has said that another one is lost. The others end by themselves; one that is stopped
 does not, and torchrun waits for it for half a minute."""
 _LOST = re.compile(rb"^error( \[rank \d+\])?: lost contact: |^ *exitcode *: -9 |exits with return code = -9$")
+
+_ERROR = re.compile(rb"^error( \[rank \d+\])?: ")
 
 
 def is_loss(line: bytes) -> bool:
@@ -53,6 +55,7 @@ class Supervisor:
 
     def __init__(self, begun: Sequence[Start], environment: dict[str, str]) -> None:
         self._lost_at: float | None = None
+        self._explained = False
         self._signal, self._asked = 0, 0.0
         self._environment = environment
         self._stop_file = Path(environment[STOP])
@@ -79,6 +82,7 @@ class Supervisor:
         for line in source:
             if self._lost_at is None and is_loss(line):
                 self._lost_at = time.monotonic()
+            self._explained |= _ERROR.match(line) is not None
             with suppress(OSError):
                 sink.write(line)
                 sink.flush()
@@ -128,6 +132,9 @@ class Supervisor:
             return 128 + self._signal
         if any(codes) and (self._asked or self._lost_at is not None or LOST in codes):
             return LOST
+        # torchrun and accelerate make 1 of it.
+        if any(codes) and self._explained:
+            return FAILED
         return next((code if code > 0 else 128 - code for code in codes if code), 0)
 
 
@@ -139,8 +146,8 @@ def supervise(launch: LaunchConfig, module: str, words: Sequence[str]) -> int:
     """Start a module on the ranks of a configuration, and wait for them.
 
     Returns:
-        Exit code: 0; 75 where the same command, started again, goes on; 128 and a signal's number that ended it; else that of
-        the first launcher that failed.
+        Exit code: 0; 75 where the same command, started again, goes on; 2 where a rank has explained an error; 128 and a signal's
+        number that ended it; else that of the first launcher that failed.
 
     Raises:
         ValueError: the hosts are not as they must be, or a launcher is missing.
