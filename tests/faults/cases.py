@@ -96,8 +96,14 @@ CASES: tuple[Case, ...] = (
     Case(
         "a rank is killed in its forward pass", "kill@rank=1,step=7,phase=forward", "recovers", SAME, lost=1
     ),
-    Case("in its backward pass", "kill@rank=1,step=8,phase=backward", "recovers", "rank 1 on", lost=2),
-    Case("before its update", "kill@rank=1,step=9,phase=update", "recovers", "rank 1 on"),
+    Case(
+        "a rank is killed in its backward pass",
+        "kill@rank=1,step=8,phase=backward",
+        "recovers",
+        "rank 1 on",
+        lost=2,
+    ),
+    Case("a rank is killed before its update", "kill@rank=1,step=9,phase=update", "recovers", "rank 1 on"),
     Case("rank 0 is killed", "kill@rank=0,step=8,phase=backward", "recovers", LOST_0, lost=2),
     Case(
         "rank 0 is killed when a checkpoint begins", "kill@rank=0,step=6,phase=checkpoint", "recovers", LOST_0
