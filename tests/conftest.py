@@ -63,7 +63,7 @@ SECTIONS: dict[int, tuple[Launcher, list[str]]] = {
                 "wire",
                 "nf4",
             ),
-            *("cut_and_continue", "damaged", "hand_over", "looking"),
+            *("cut_and_continue", "damaged", "hand_over", "looking", "spoilt"),
             *("deltas", "exporting", "loading", "shared_memory"),
         ],
     ),

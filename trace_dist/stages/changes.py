@@ -28,6 +28,8 @@ HOW_IT_RUNS = (
     "train.checkpoint_every",
     "train.checkpoint_minutes",
     "train.log_every",
+    "train.max_bad_steps",
+    "train.spike_rollbacks",
     "train.trackers",
 )
 """Fields that say how a run is carried out, not what it computes: they may differ between its commands."""
