@@ -66,6 +66,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         offload: ``cpu`` keeps moments and master in host memory and updates there.
         scale: parameter -> [entries of the mask there] factors in [0, 1] on the learning rate, equal on every rank; 1 where a
             parameter is left out. They are no part of the state: give them again when training goes on.
+        check_first: know the gradient norm before any weight changes, also where gradients are not clipped. That reads the gradient
+            twice.
 
     Raises:
         ValueError: the mask does not fit the model, something else owns the model's gradients, an option is out of range, or
@@ -85,6 +87,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         master: bool = True,
         offload: Literal["none", "cpu"] = "none",
         scale: Mapping[str, Tensor] | None = None,
+        check_first: bool = False,
     ) -> None:
         _check_hyperparameters(lr, betas, eps, weight_decay, max_grad_norm)
         options = StateOptions(state_dtype, master, offload)
@@ -92,7 +95,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         for name in set(mask.units).intersection(self.model.names()):
             options.check_weight(name, self.model.like(name).dtype)
         self.mask = mask
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm, self.check_first = max_grad_norm, check_first
         self.grad_norm = 0.0
         """Global gradient norm over masked entries before clipping, at the last step."""
         self.supports = self.model.attach(mask)
@@ -191,8 +194,8 @@ class MaskedAdamW(torch.optim.Optimizer):
 
         Raises:
             ValueError: another optimizer has taken over the model, or a backward pass ended in an error.
-            NotFinite: the gradient norm is infinite or NaN, on all ranks together; nothing has changed then, and after
-                ``zero_grad()`` training can go on.
+            NotFinite: the gradient norm is infinite or NaN, on all ranks together; where it is checked first, nothing has changed,
+                and after ``zero_grad()`` training can go on.
         """
         self._check_ready()
         result = None
@@ -200,10 +203,13 @@ class MaskedAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 result = closure()
         reached = self._reached()
-        # Without clipping too: no weight may change by a gradient that is infinite or NaN.
-        norm = self._record_norm(self._sum_of_squares(reached))
-        limit = self.max_grad_norm
-        self._update(reached, 1.0 if limit is None else min(1.0, limit / (norm + 1e-6)))
+        if self.check_first or self.max_grad_norm is not None:
+            norm, limit = self._record_norm(self._sum_of_squares(reached)), self.max_grad_norm
+            self._update(reached, 1.0 if limit is None else min(1.0, limit / (norm + 1e-6)))
+        else:
+            squares = torch.zeros((), dtype=torch.float64, device=self._updates_on)
+            self._update(reached, 1.0, squares)
+            self._record_norm(squares)
         self.model.refresh(reached)
         self.model.mark_gradients_spent()
         if self._server is not None:
@@ -224,14 +230,14 @@ class MaskedAdamW(torch.optim.Optimizer):
         """Where the states live and the update runs."""
         return torch.device("cpu") if self._offload is not None else self.model.device
 
-    def _update(self, supports: list[Support], grad_scale: float) -> None:
-        """Update some supports."""
+    def _update(self, supports: list[Support], grad_scale: float, squares: Tensor | None = None) -> None:
+        """Update some supports; the squares of their gradients are added to ``squares`` in the same pass over them."""
         group = self.param_groups[0]
         states = {support.name: state for support, state in self.compact()}
 
         def step(support: Support, weight: Tensor, runs: Runs, grad: Tensor) -> None:
             name, factors = support.name, self._factors.get(support.name)
-            operands = (name, weight, runs, grad, states[name], group, grad_scale)
+            operands = (name, weight, runs, grad, states[name], group, grad_scale, squares)
             if factors is None:
                 update(*operands)
             else:
@@ -250,6 +256,8 @@ class MaskedAdamW(torch.optim.Optimizer):
                 batched.append((support.name, weight, runs, support.grad, states[support.name]))
             else:
                 step(support, weight, runs, support.grad)
+        if squares is not None:
+            squares += sum_of_squares([grad for *_, grad, _ in batched], squares.device)
         self._batches.step(batched, group, grad_scale)
 
     def _sum_of_squares(self, supports: list[Support]) -> Tensor:
