@@ -25,6 +25,8 @@ HOW_IT_RUNS = (
     "train.activation_checkpointing",
     "train.checkpoint_every",
     "train.checkpoint_minutes",
+    "train.checkpoint_async",
+    "train.checkpoint_keep",
     "train.log_every",
     "train.trackers",
 )

@@ -96,6 +96,9 @@ class TrainResult:
 class Keeper(Protocol):
     """Writes checkpoints."""
 
+    def attend(self) -> None:
+        """See to one that is being written beside training, before every step; raises what went wrong with it. Collective."""
+
     def due(self, step: int) -> bool:
         """Whether one should follow this step. Rank 0's word counts."""
 
@@ -153,6 +156,8 @@ def train_steps(
     todo = range(0) if ended else range(first_step + 1, steps + 1)
     for step in progress(todo, description, total=len(todo)):
         start = time.perf_counter()
+        if keeper is not None:
+            keeper.attend()
         with diagnose(step):
             due = keeper is not None and keeper.due(step)
             loss, due, stop = _reduce(
