@@ -62,7 +62,7 @@ SECTIONS: dict[int, tuple[Launcher, list[str]]] = {
                 "wire",
                 "nf4",
             ),
-            *("cut_and_continue", "damaged", "hand_over", "looking"),
+            *("cut_and_continue", "damaged", "background", "hand_over", "other_backends", "looking"),
             *("deltas", "exporting", "loading", "shared_memory"),
         ],
     ),

@@ -1,7 +1,7 @@
 """Writing a checkpoint: under a hidden name, file by file, flushed to the disk, and renamed when it is whole.
 
-No older checkpoint is touched unless all values are finite and the disk has room on every rank. ``write_checkpoint`` does all of it
-while training waits; ``checkpoint.background`` takes the same steps beside training.
+No older checkpoint is touched unless all values are finite and the disk has room on every rank. ``write_checkpoint`` does all
+of it while training waits; ``checkpoint.background`` takes the same steps beside training.
 """
 
 from __future__ import annotations
