@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: quickstart quickstart-smollm2 publish bench stream20 retrieval-study study study-toy gpu test fuzz audit lint format docs wheel clean
+.PHONY: quickstart quickstart-smollm2 publish bench stream20 retrieval-study study study-toy gpu test fuzz hosts audit lint format docs wheel clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/trace-dist run --config configs/quickstart.yaml
@@ -67,6 +67,10 @@ test: lint
 # Ten thousand damaged copies for every reader of files.
 fuzz: $(VENV)/.dev
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m fuzz.run --cases 10000 --out docs/results/fuzz.json
+
+# The whole pipeline on three hosts, which are namespaces of this machine: root on Debian. Ten minutes.
+hosts: $(VENV)/.dev
+	TRACE_DIST_THREE_HOSTS=1 $(BIN)/python -m pytest tests/hosts/test_three_hosts.py
 
 # Known vulnerabilities (where the index answers), licences and a CycloneDX list of all that the package needs, in build/audit.
 audit: $(VENV)/.audit

@@ -22,6 +22,8 @@ HOW_IT_RUNS = (
     "backend",
     "continual.methods",
     "data.num_proc",
+    "target.trust_remote_code",
+    "proxy.trust_remote_code",
     "train.activation_checkpointing",
     "train.checkpoint_every",
     "train.checkpoint_minutes",
