@@ -227,6 +227,6 @@ def test_what_is_being_written_is_kept_when_training_diverges(
 
     monkeypatch.setattr(MetricLog, "write", lambda self, step, values: after(step))
     log = MetricLog(RunFolder.of(tmp_path), "t")
-    with pytest.raises(NotFinite, match="the loss is nan at step 5"), checkpoints:
+    with pytest.raises(NotFinite), checkpoints:
         train_steps(learner, batches, cfg, STEPS, log=log, keeper=checkpoints)
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["step-00000003"]

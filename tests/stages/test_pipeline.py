@@ -28,7 +28,8 @@ pytestmark = pytest.mark.launcher
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 MODES = ["retrieved", "consolidated", "random", "full", "lora"]
 SECRETS = {
-    name: f"hf_{name.lower()}_geheim" for name in ("HF_TOKEN", "WANDB_API_KEY", "TRACE_DIST_API_KEY", "AWS_SECRET_ACCESS_KEY")
+    name: f"hf_{name.lower()}_geheim"
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "TRACE_DIST_API_KEY", "AWS_SECRET_ACCESS_KEY")
 }
 """Of the environment of a run."""
 OVERRIDES = [
@@ -131,7 +132,9 @@ def test_no_token_or_key_is_written_or_said(run: Run) -> None:
     files = [path for path in run.folder.rglob("*") if path.is_file()]
     assert {"report.html", "results.json"} <= {path.name for path in files}
     assert any(path.parent.name == "logs" for path in files)
-    said = "".join(each.stdout for each in (run.killed, run.killed_hard, run.second, run.continued, run.again))
+    said = "".join(
+        each.stdout for each in (run.killed, run.killed_hard, run.second, run.continued, run.again)
+    )
     for secret in SECRETS.values():
         assert secret not in said
         assert [path for path in files if secret.encode() in path.read_bytes()] == []
