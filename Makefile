@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: quickstart quickstart-smollm2 publish bench stream20 retrieval-study study study-toy gpu test fuzz hosts audit lint format docs wheel clean
+.PHONY: quickstart quickstart-smollm2 publish bench stream20 retrieval-study study study-toy gpu test fuzz faults soak hosts audit lint format docs wheel clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/trace-dist run --config configs/quickstart.yaml
@@ -75,6 +75,18 @@ hosts: $(VENV)/.dev
 # Known vulnerabilities (where the index answers), licences and a CycloneDX list of all that the package needs, in build/audit.
 audit: $(VENV)/.audit
 	$(BIN)/python .ci/audit.py build/audit $(AUDIT_FLAGS)
+
+# Every fault of the table, each in a training of its own; half an hour. Those that were tried are not tried again: rm the file.
+FAULTS = OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=.:kernels:tests:tests/cli $(BIN)/python -m
+faults: $(VENV)/.dev
+	$(FAULTS) faults.run --out docs/results/faults.json
+	$(FAULTS) faults.page
+
+# Random faults for an hour, or for HOURS= or MINUTES=, from SEED= or a seed that is printed.
+HOURS ?= 1
+soak: $(VENV)/.dev
+	$(FAULTS) faults.soak --out docs/results/soak.json --hours $(HOURS) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED))
+	$(FAULTS) faults.page
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

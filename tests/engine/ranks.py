@@ -37,6 +37,7 @@ from engine.rank_gloo import gathering_over_gloo
 from engine.rank_nf4 import nf4
 from engine.rank_prepared import prepared
 from engine.rank_reduction import reduction
+from engine.rank_spoilt import spoilt
 from engine.rank_unreached import unreached
 from engine.rank_wire import wire
 from engine.rank_withheld import withheld
@@ -245,6 +246,7 @@ SECTIONS: dict[str, Callable[[Path], Found]] = {
     "nf4": nf4,
     "cut_and_continue": cut_and_continue,
     "looking": looking,
+    "spoilt": spoilt,
     "damaged": damaged,
     "background": background,
     "hand_over": hand_over,

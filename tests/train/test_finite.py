@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.resuming import CONFIG, PLAIN, STEPS, make_batches
+from engine.resuming import CONFIG as LENIENT
+from engine.resuming import PLAIN, STEPS, make_batches
 
 from trace_dist import shard
 from trace_dist.checkpoint import latest_checkpoint
@@ -20,6 +21,7 @@ from trace_dist.train.task import train_mask
 from trace_dist.utils.finite import NotFinite
 
 Spoil = Callable[[Learner], None]
+CONFIG = replace(LENIENT, max_bad_steps=0)
 
 
 def masked(cfg: TrainConfig) -> Learner:
@@ -74,6 +76,7 @@ def weights(learner: Learner) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in learner.module.parameters()]
 
 
+@pytest.mark.parametrize("clips", [True, False], ids=["clips", "fused"])
 @pytest.mark.parametrize("make", [masked, dense])
 @pytest.mark.parametrize(
     ("spoil", "problem"),
@@ -85,9 +88,10 @@ def weights(learner: Learner) -> list[torch.Tensor]:
     ids=["nan", "inf", "rate"],
 )
 def test_the_step_where_it_happens_changes_nothing(
-    make: Callable[[TrainConfig], Learner], spoil: Spoil, problem: str
+    make: Callable[[TrainConfig], Learner], spoil: Spoil, problem: str, clips: bool
 ) -> None:
-    learner, before = make(CONFIG), list[torch.Tensor]()
+    cfg = replace(CONFIG, max_grad_norm=1.0 if clips else None)
+    learner, before = make(cfg), list[torch.Tensor]()
 
     def remember_and_spoil(learner: Learner) -> None:
         before.extend(weights(learner))
@@ -97,7 +101,7 @@ def test_the_step_where_it_happens_changes_nothing(
     batches = make_batches()
     message = rf"^a\.lr=0\.01: twist: {problem} at step 4 of 9; lower a\.lr and start the same command again.* \(numbers "
     with pytest.raises(NotFinite, match=message) as refusal:
-        train_steps(learner, batches, CONFIG, STEPS, description="twist", rate="a.lr")
+        train_steps(learner, batches, cfg, STEPS, description="twist", rate="a.lr")
     assert all(map(torch.equal, weights(learner), before))
     assert len(batches.last_rows()) == CONFIG.batch_size
     assert f"(numbers {', '.join(map(str, batches.last_rows()))})" in str(refusal.value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from trace_dist.config.checks import AUTO, Rate, Section, check
@@ -54,6 +54,14 @@ class TrainConfig(Section):
     """Write checkpoints while training goes on, from a copy in host memory; false: training waits until they are written."""
     checkpoint_keep: int = 2
     """Checkpoints of a training that stay: the newest that are whole. An older one serves where the newest turns out damaged."""
+    max_bad_steps: int = 3
+    """Steps in a row with an infinite or NaN loss or gradient that are skipped: nothing of them is kept, and the log and
+    metrics.jsonl name their examples and ranks. One more ends the training; 0: the first does."""
+    spike_factor: float | None = None
+    """A loss above this many times the median of the last 16 takes the training back to its newest checkpoint; it goes on from
+    there with the examples that come next, so that those since the checkpoint are left out. null: losses may jump."""
+    spike_rollbacks: int = 3
+    """How often a task's training may go back so; the next jump ends it."""
     log_every: int = 10
     """Steps between log lines and points of the trackers."""
     trackers: tuple[str, ...] = ("tensorboard",)
@@ -71,9 +79,10 @@ class TrainConfig(Section):
 
     def check(self) -> None:
         self.at_least(1, "steps", "batch_size", "micro_batch_size", "log_every", "checkpoint_keep")
-        self.at_least(0, "warmup_steps", "checkpoint_every", "eval_every")
+        self.at_least(0, "warmup_steps", "checkpoint_every", "eval_every", "max_bad_steps", "spike_rollbacks")
         self.at_least(1, "patience")
         self._check_looks()
+        self._check_spikes()
         self.rates("lr")
         self.positive("eps", "max_grad_norm", "checkpoint_minutes")
         rates = all(0 <= beta < 1 for beta in self.betas)
@@ -83,11 +92,22 @@ class TrainConfig(Section):
         decay = self.weight_decay
         check(decay >= 0, "train.weight_decay", decay, "must not be negative", "use 0")
 
+    def _check_spikes(self) -> None:
+        factor = self.spike_factor
+        rule, cure = "must be above 1", "use for example 2, or null"
+        check(factor is None or factor > 1, "train.spike_factor", factor, rule, cure)
+        rule, cure = "needs checkpoints to go back to", "set train.checkpoint_every"
+        check(factor is None or self.checkpoint_every != 0, "train.spike_factor", factor, rule, cure)
+
     def _check_looks(self) -> None:
         rule, cure = "says something of validation, but train.eval_every is 0", "set train.eval_every"
         for key, usual in (("patience", None), ("eval_by", "loss"), ("keep", "best")):
             value = getattr(self, key)
             check(self.eval_every > 0 or value == usual, f"train.{key}", value, rule, cure)
+
+    def strict(self) -> TrainConfig:
+        """For a trial, whose answer is whether training goes well: the first bad step ends it, and nothing goes back."""
+        return replace(self, max_bad_steps=0, spike_factor=None)
 
     @property
     def rate(self) -> float:

@@ -165,7 +165,7 @@ def try_mask(
     Raises:
         NotFinite: training diverges; the model holds what it held before.
     """
-    cfg = replace(setting.cfg.train, lr=lr)
+    cfg = replace(setting.cfg.train.strict(), lr=lr)
     with put_back(setting.model, mask):
         _, learner = train_mask(
             setting.model, mask, batches, cfg, steps, description=f"{name} at {lr:g}", rate="race.grid"

@@ -191,8 +191,8 @@ class MaskedAdamW(torch.optim.Optimizer):
 
         Raises:
             ValueError: another optimizer has taken over the model, or a backward pass ended in an error.
-            NotFinite: the gradient norm is infinite or NaN, on all ranks together; where gradients are clipped, before any
-                weight has changed.
+            NotFinite: the gradient norm is infinite or NaN, on all ranks together; nothing has changed then, and after
+                ``zero_grad()`` training can go on.
         """
         self._check_ready()
         result = None
@@ -200,13 +200,10 @@ class MaskedAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 result = closure()
         reached = self._reached()
-        if self.max_grad_norm is None:
-            squares = torch.zeros((), dtype=torch.float64, device=self._updates_on)
-            self._update(reached, 1.0, squares)
-            self._record_norm(squares)
-        else:
-            norm = self._record_norm(self._sum_of_squares(reached))
-            self._update(reached, min(1.0, self.max_grad_norm / (norm + 1e-6)))
+        # Without clipping too: no weight may change by a gradient that is infinite or NaN.
+        norm = self._record_norm(self._sum_of_squares(reached))
+        limit = self.max_grad_norm
+        self._update(reached, 1.0 if limit is None else min(1.0, limit / (norm + 1e-6)))
         self.model.refresh(reached)
         self.model.mark_gradients_spent()
         if self._server is not None:
@@ -227,14 +224,14 @@ class MaskedAdamW(torch.optim.Optimizer):
         """Where the states live and the update runs."""
         return torch.device("cpu") if self._offload is not None else self.model.device
 
-    def _update(self, supports: list[Support], grad_scale: float, squares: Tensor | None = None) -> None:
-        """Update some supports; the squares of their gradients are added to ``squares`` in the same pass over them."""
+    def _update(self, supports: list[Support], grad_scale: float) -> None:
+        """Update some supports."""
         group = self.param_groups[0]
         states = {support.name: state for support, state in self.compact()}
 
         def step(support: Support, weight: Tensor, runs: Runs, grad: Tensor) -> None:
             name, factors = support.name, self._factors.get(support.name)
-            operands = (name, weight, runs, grad, states[name], group, grad_scale, squares)
+            operands = (name, weight, runs, grad, states[name], group, grad_scale)
             if factors is None:
                 update(*operands)
             else:
@@ -253,8 +250,6 @@ class MaskedAdamW(torch.optim.Optimizer):
                 batched.append((support.name, weight, runs, support.grad, states[support.name]))
             else:
                 step(support, weight, runs, support.grad)
-        if squares is not None:
-            squares += sum_of_squares([grad for *_, grad, _ in batched], squares.device)
         self._batches.step(batched, group, grad_scale)
 
     def _sum_of_squares(self, supports: list[Support]) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from trace_kernels.compact import compact_gather, compact_scatter, compact_sumsq
+from trace_kernels.compact import compact_gather, compact_scatter
 from trace_kernels.masked_adamw import Rounding, masked_adamw
 from trace_kernels.masked_adamw_8bit import (
     Blockwise,
@@ -123,7 +123,6 @@ def update(
     state: State,
     group: dict[str, Any],
     grad_scale: float | Tensor,
-    squares: Tensor | None = None,
 ) -> None:
     """One AdamW step on the entries ``runs`` of ``weight``, in place.
 
@@ -135,7 +134,6 @@ def update(
         state: from ``new_state``; the step count is raised.
         group: lr, betas, eps, weight_decay.
         grad_scale: factor on the gradient.
-        squares: 0-dim float64, to which the gradient's sum of squares is added.
     """
     state["step"] += 1
     options: dict[str, Any] = {
@@ -151,13 +149,11 @@ def update(
     }
     master = state.get("master")
     if is_quantized(state):
-        if squares is not None:
-            squares.add_(compact_sumsq(grad))
         exp_avg, exp_avg_sq = (_blockwise(state, moment) for moment in MOMENTS)
         masked_adamw_8bit(weight, runs, master, grad, exp_avg, exp_avg_sq, **options)
     else:
         moments = (state["exp_avg"], state["exp_avg_sq"])
-        masked_adamw(weight, runs, master, grad, *moments, **options, squares=squares)
+        masked_adamw(weight, runs, master, grad, *moments, **options)
 
 
 def scaled_update(
@@ -168,7 +164,6 @@ def scaled_update(
     state: State,
     group: dict[str, Any],
     grad_scale: float | Tensor,
-    squares: Tensor | None,
     factors: Tensor,
 ) -> None:
     """``update`` where every entry has a learning rate of its own, ``factors`` times the group's; the moments are the same.
@@ -177,7 +172,7 @@ def scaled_update(
     of factor 1 gets the bits of ``update``; one of factor 0 stays as it is. Transient memory: two such copies of one parameter.
 
     Args:
-        name, weight, runs, grad, state, group, grad_scale, squares: as of ``update``.
+        name, weight, runs, grad, state, group, grad_scale: as of ``update``.
         factors: [runs.num_entries] fp32, where the state lives.
     """
     rounds_by_chance = rounding_of(state, weight) == "stochastic"
@@ -188,7 +183,7 @@ def scaled_update(
         torch.zeros(min(count, 1), dtype=torch.int32, device=weight.device), max(count, 1), count
     )
     moments = {key: value for key, value in state.items() if key != "master"}
-    update(name, after, whole, grad, moments, group, grad_scale, squares)
+    update(name, after, whole, grad, moments, group, grad_scale)
     state["step"] = moments["step"]
     # from the nearer end: exact for the factors 0 and 1
     values = torch.lerp(before, after, factors.to(wide))

@@ -226,6 +226,12 @@ class ShardedModel(ABC):
         """Whether a backward pass was cut short, by an error, before its gradients were exchanged."""
         return self._compactor is not None and self._compactor.has_unreduced
 
+    def ranks_not_finite(self) -> list[int]:
+        """The ranks whose own gradient since the last ``zero_grad`` is infinite or NaN at some masked entry, as far as the engine
+        exchanges it; none where the sharding library does. Collective."""
+        mine = [] if self._compactor is None else self._compactor.senders_not_finite()
+        return sorted(set().union(*self.comm.objects(mine)))
+
     def backward(self, loss: Tensor, reduction: Literal["mean", "sum"] = "mean") -> None:
         """Backward pass; adds the gradients of all ranks, on the mask's entries only, to the compact buffers. Collective.
 

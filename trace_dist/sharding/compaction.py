@@ -191,6 +191,10 @@ class Compactor:
             )
         self._is_first = False
 
+    def senders_not_finite(self) -> list[int]:
+        """As ``CompactReducer.senders_not_finite``."""
+        return self._reducer.senders_not_finite()
+
     @property
     def has_unreduced(self) -> bool:
         """Whether a backward pass was cut short, by an error, before its gradients were exchanged."""

@@ -71,6 +71,7 @@ class CompactReducer:
         self._values: dict[int, Tensor] = {}  # id(support) -> [whole entries], not yet exchanged
         self._next = 0
         self._in_flight: deque[_Exchange] = deque()
+        self._sums: Tensor | None = None  # [world] of what each rank has sent here since the last reset
         self.has_unreduced = False
         """Whether gradients came, or were being exchanged, since the last ``finish`` that came to its end."""
 
@@ -117,8 +118,16 @@ class CompactReducer:
         while self._in_flight:
             self._in_flight.popleft().work.wait()
         self._values.clear()
+        self._sums = None
         self._next = 0
         self.has_unreduced = False
+
+    def senders_not_finite(self) -> list[int]:
+        """The ranks that have sent an infinite or NaN gradient for an entry of this rank since the last ``discard``.
+
+        A rank's sum tells it, which is formed beside the addition; nobody looks at it before something is wrong.
+        """
+        return [] if self._sums is None else (~self._sums.isfinite()).nonzero().flatten().tolist()
 
     def _is_ready(self, bucket: list[Support]) -> bool:
         return all(id(support) in self._values for support in bucket)
@@ -146,6 +155,8 @@ class CompactReducer:
         while self._in_flight and (wait or self._in_flight[0].work.is_completed()):
             exchange = self._in_flight.popleft()
             exchange.work.wait()
+            sums = exchange.received.sum(1)
+            self._sums = sums if self._sums is None else self._sums + sums
             total = exchange.received[0]
             for contribution in exchange.received[1:]:
                 total += contribution

@@ -30,6 +30,8 @@ HOW_IT_RUNS = (
     "train.checkpoint_async",
     "train.checkpoint_keep",
     "train.log_every",
+    "train.max_bad_steps",
+    "train.spike_rollbacks",
     "train.trackers",
 )
 """Fields that say how a run is carried out, not what it computes: they may differ between its commands."""

@@ -150,7 +150,7 @@ class Lab:
         Raises:
             NotFinite: training diverges; the target is as before.
         """
-        cfg, steps = replace(self.cfg.train, lr=lr), self.stream(case).steps
+        cfg, steps = replace(self.cfg.train.strict(), lr=lr), self.stream(case).steps
         with put_back(self.model, mask):
             _, learner = train_mask(
                 self.model,

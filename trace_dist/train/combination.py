@@ -122,6 +122,12 @@ class CombinationLearner(Learner):
         self.model.zero_grad()
         return norm
 
+    def discard(self) -> None:
+        self.model.zero_grad()
+
+    def ranks_not_finite(self) -> list[int]:
+        return self.model.ranks_not_finite()
+
     @torch.no_grad()
     def set(self, scalars: Tensor) -> None:
         """Take other scalars, [deltas, groups], and write W(a). Collective."""

@@ -54,8 +54,16 @@ class Learner(ABC):
         """Update, reset gradients, and return the global gradient norm before clipping.
 
         Raises:
-            NotFinite: the norm is infinite or NaN; on all ranks together.
+            NotFinite: the norm is infinite or NaN; on all ranks together, and nothing has changed.
         """
+
+    def discard(self) -> None:
+        """Forget the gradients of a step that is not taken."""
+        self.optimizer.zero_grad()
+
+    def ranks_not_finite(self) -> list[int]:
+        """The ranks whose gradient was infinite or NaN, as far as that can be told. Collective."""
+        return []
 
     @abstractmethod
     def tensors(self) -> Iterator[Tensor]:
@@ -144,6 +152,9 @@ class MaskedLearner(Learner):
         self.optimizer.step()
         self.optimizer.zero_grad()
         return self.optimizer.grad_norm
+
+    def ranks_not_finite(self) -> list[int]:
+        return self.model.ranks_not_finite()
 
     def tensors(self) -> Iterator[Tensor]:
         for support, state in self.optimizer.compact():

@@ -4,8 +4,9 @@ The loss of a step is the mean over the answer tokens of the *global* batch: eve
 global count, and gradients are summed over micro-batches and ranks. So the curve does not depend on the number of ranks
 or on the micro-batch size.
 
-A loss, gradient norm or learning rate that is infinite or NaN stops all ranks in the step where it appears. Weights and moments
-are looked at before every checkpoint and after the last step, so that nothing broken is kept.
+A step whose loss or gradient is infinite or NaN is skipped, on all ranks alike (``train.bad_steps``); a learning rate that is
+stops all ranks. Weights and moments are looked at before every checkpoint and after the last step, so that nothing broken is
+kept.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from trace_dist.config import TrainConfig
 from trace_dist.data.batches import Batches
+from trace_dist.train.bad_steps import Watch, shown_rows
 from trace_dist.train.learner import Learner
 from trace_dist.train.metric_log import MetricLog
 from trace_dist.train.packing import settle_packing
-from trace_dist.train.schedule import make_schedule
+from trace_dist.train.schedule import continue_schedule, make_schedule
 from trace_dist.train.validation import Look, Validator
 from trace_dist.utils import dist, stopping
 from trace_dist.utils.agreement import agree
@@ -36,8 +38,6 @@ from trace_dist.utils.log import get_logger, progress
 from trace_dist.utils.stopping import Stopped
 
 logger = get_logger(__name__)
-SHOWN_ROWS = 16
-"""Training examples that a message names."""
 
 
 @dataclass
@@ -45,12 +45,14 @@ class TrainResult:
     """What a training run measured, pauses between its parts left out.
 
     Attributes:
-        losses: (step, mean nats per answer token over the global batch) of every step.
-        grad_norms: global gradient norm before clipping, of every step.
-        durations: wall time of every step, seconds.
+        losses: (step, mean nats per answer token over the global batch) of every step that was taken.
+        grad_norms: global gradient norm before clipping, of each of them.
+        durations: wall time of each of them, seconds.
         seconds: wall time of the whole loop.
         looks: at the validation examples; none where there are no such.
         kept_step: the step whose values a training with looks left; None before it ended, and without looks.
+        skipped: the steps that were not taken, as their loss or gradient was infinite or NaN.
+        rollbacks: (step at which the loss jumped, step of the checkpoint that the training went back to).
     """
 
     losses: list[tuple[int, float]] = field(default_factory=list)
@@ -59,6 +61,13 @@ class TrainResult:
     seconds: float = 0.0
     looks: list[Look] = field(default_factory=list)
     kept_step: int | None = None
+    skipped: list[int] = field(default_factory=list)
+    rollbacks: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def last_step(self) -> int | None:
+        """The last step that was taken or skipped; None before the first."""
+        return max([*(step for step, _ in self.losses[-1:]), *self.skipped[-1:]], default=None)
 
     @property
     def step_ms(self) -> float:
@@ -72,9 +81,11 @@ class TrainResult:
         self.durations.append(duration)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready; nothing of looks where there were none."""
+        """JSON-ready; nothing of looks, skipped steps and rollbacks where there were none."""
         found = asdict(self)
-        return found if self.looks else {k: v for k, v in found.items() if k not in ("looks", "kept_step")}
+        left_out = {name for name in ("looks", "skipped", "rollbacks") if not found[name]}
+        left_out |= set() if self.looks else {"kept_step"}
+        return {name: value for name, value in found.items() if name not in left_out}
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> TrainResult:
@@ -90,6 +101,8 @@ class TrainResult:
                 for step, loss, score in stored.get("looks", [])
             ],
             None if kept is None else int(kept),
+            [int(step) for step in stored.get("skipped", [])],
+            [(int(step), int(back)) for step, back in stored.get("rollbacks", [])],
         )
 
 
@@ -104,6 +117,9 @@ class Keeper(Protocol):
 
     def keep(self, step: int, result: TrainResult) -> None:
         """Write one after this many steps. Collective."""
+
+    def go_back(self) -> tuple[int, TrainResult]:
+        """Let the learner hold the newest one; its step, and what was measured up to there. Data go on. Collective."""
 
 
 def train_steps(
@@ -139,7 +155,8 @@ def train_steps(
 
     Raises:
         ValueError: the ranks were given different options.
-        NotFinite: a loss, a gradient norm, a learning rate or an update is not finite. On all ranks.
+        NotFinite: a learning rate or an update is not finite, too many steps in a row were bad, or the loss has jumped too often.
+            On all ranks.
         Stopped: the command was asked to stop; a checkpoint follows the last step, where there is a keeper. On all ranks.
     """
     options = {f"train.{name}": value for name, value in asdict(cfg).items()}
@@ -152,25 +169,34 @@ def train_steps(
     _checkpoint_activations(learner, cfg.activation_checkpointing)
     settle_packing(learner, batches)
     stream: Iterator[Any] = iter(batches)
+    watch = Watch(cfg, description, learner, batches, log)
     ended = validator is not None and validator.is_over(result.looks)
-    todo = range(0) if ended else range(first_step + 1, steps + 1)
-    for step in progress(todo, description, total=len(todo)):
+    todo = _Steps(steps if ended else first_step, steps)
+    resumed = todo.done
+    if keeper is not None and cfg.spike_factor is not None and first_step == 0:
+        keeper.keep(0, result)
+    for step in progress(todo, description, total=steps, begun=resumed):
         start = time.perf_counter()
         if keeper is not None:
             keeper.attend()
         with diagnose(step):
             due = keeper is not None and keeper.due(step)
-            loss, due, stop = _reduce(
-                learner.accumulate(next(stream)), due, stopping.asked() and step < steps
-            )
+            mine = learner.accumulate(next(stream))
+            loss, due, stop = _reduce(mine, due, stopping.asked() and step < steps)
             lr = _step_rate(learner)
-            norm = learner.step()
+            if keeper is not None and watch.jumps(loss, result.losses):
+                result = _go_back(keeper, watch, step, loss, result)
+                todo.done = result.rollbacks[-1][1]
+                continue_schedule(schedule, todo.done)
+                continue
+            norm = _take_step(watch, step, loss, mine, result)
         schedule.step()
         now = time.perf_counter()
-        result.add(step, loss, norm, now - start)
         result.seconds = now - begin
-        if log is not None and (step % cfg.log_every == 0 or step == steps):
-            log.write(step, {"loss": loss, "grad_norm": norm, "lr": lr, "step_ms": 1e3 * (now - start)})
+        if norm is not None:
+            result.add(step, loss, norm, now - start)
+            if log is not None and (step % cfg.log_every == 0 or step == steps):
+                log.write(step, {"loss": loss, "grad_norm": norm, "lr": lr, "step_ms": 1e3 * (now - start)})
         ended = step == steps
         if validator is not None and validator.due(step):
             with diagnose(step):
@@ -195,10 +221,43 @@ def train_steps(
     return result
 
 
+class _Steps:
+    """The steps after ``done`` up to the last one; ``done`` may be set back."""
+
+    def __init__(self, done: int, last: int) -> None:
+        self.done, self._last = done, last
+
+    def __iter__(self) -> Iterator[int]:
+        while self.done < self._last:
+            self.done += 1
+            yield self.done
+
+
+def _take_step(watch: Watch, step: int, loss: float, mine: Tensor, result: TrainResult) -> float | None:
+    """Update; the gradient norm, or None where the step is a bad one and was skipped. Raises NotFinite after too many."""
+    try:
+        check_finite(loss, "the loss")
+        return watch.learner.step()
+    except NotFinite as error:
+        watch.skip(step, error, float(mine), result.skipped)
+        return None
+
+
+def _go_back(keeper: Keeper, watch: Watch, step: int, loss: float, result: TrainResult) -> TrainResult:
+    """Go back from a step whose loss jumps; what was measured up to there. Raises NotFinite where it may not any more."""
+    watch.check_rollback(step, loss, result.rollbacks)
+    back, kept = keeper.go_back()
+    kept.rollbacks = [*result.rollbacks, (step, back)]
+    watch.say_rollback(step, loss, back, watch.usual(result.losses))
+    return kept
+
+
 def _say_end(description: str, result: TrainResult) -> None:
     if result.losses:
-        last, loss = result.losses[-1]
-        logger.info("%s: %d steps, loss %.4f, %.0f ms a step", description, last, loss, result.step_ms)
+        _, loss = result.losses[-1]
+        last, ms = result.last_step, result.step_ms
+        skipped = f", {len(result.skipped)} skipped" if result.skipped else ""
+        logger.info("%s: %d steps%s, loss %.4f, %.0f ms a step", description, last, skipped, loss, ms)
 
 
 def _say_look(description: str, looks: list[Look], log: MetricLog | None) -> None:
@@ -211,21 +270,16 @@ def _say_look(description: str, looks: list[Look], log: MetricLog | None) -> Non
 
 
 def _say_kept(description: str, result: TrainResult, steps: int) -> None:
-    last = result.losses[-1][0] if result.losses else steps
+    last = result.last_step or steps
     early = "" if last == steps else f", stopped early: {steps} were planned"
     logger.info("%s: kept the values of step %s of %d%s", description, result.kept_step, last, early)
 
 
 def _reduce(loss: Tensor, due: bool, stop: bool) -> tuple[float, bool, bool]:
-    """The global loss, and whether rank 0 wants a checkpoint, and to stop after it, in one collective.
-
-    Raises:
-        NotFinite: the loss is not.
-    """
+    """The global loss, and whether rank 0 wants a checkpoint, and to stop after it, in one collective."""
     wish = dist.is_main() * (2.0 if stop else float(due))
     both = torch.stack([loss, torch.full_like(loss, wish)])
     total, wanted = dist.sum_over_ranks(both).tolist()
-    check_finite(total, "the loss")
     return total, wanted > 0, wanted > 1
 
 
@@ -251,12 +305,9 @@ def _diagnosis(
     try:
         yield
     except NotFinite as error:
-        rows = batches.last_rows()
-        more = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
-        shown = ", ".join(map(str, rows[:SHOWN_ROWS])) + more
         raise NotFinite(
             f"{rate}={peak:g}: {description}: {error} at step {step} of {steps}; lower {rate} and start the same command "
-            f"again, or look at the training examples of this step (numbers {shown})"
+            f"again, or look at the training examples of this step (numbers {shown_rows(batches)})"
         ) from None
 
 

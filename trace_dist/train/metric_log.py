@@ -109,11 +109,11 @@ class MetricLog:
         self.folder, self.tag, self._names = folder, tag, tuple(dict.fromkeys(trackers))
         self._trackers: dict[str, Any] | None = None
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Record scalars at a step."""
+    def write(self, step: int, values: dict[str, float], beside: Mapping[str, Any] | None = None) -> None:
+        """Record scalars at a step; what is ``beside`` them, JSON-ready, goes to metrics.jsonl alone."""
         if not dist.is_main():
             return
-        append_jsonl(self.folder.metrics, {"tag": self.tag, "step": step, **values})
+        append_jsonl(self.folder.metrics, {"tag": self.tag, "step": step, **values, **(beside or {})})
         if self._trackers is None:
             self._trackers = {name: self._start(name) for name in self._names}
         for name in list(self._trackers):

@@ -103,12 +103,9 @@ def train_learner(
     if validation is not None and cfg.eval_every > 0:
         validator = Validator(validation, cfg, steps)
     if newest is not None:
-        manifest = learner.load(newest)
-        first_step, state = manifest["step"], manifest["state"]
+        first_step, result, state = _load(learner, newest)
         with reading(newest / MANIFEST, "checkpoint"):
             position = {name: int(value) for name, value in state["batches"].items()}
-            # A checkpoint of an earlier version has no curve.
-            result = TrainResult.from_json(state["result"]) if "result" in state else result
             kept = state.get("best_step")
         if first_step > steps:
             raise ValueError(
@@ -134,6 +131,16 @@ def train_learner(
             keeper=keeper,
             validator=validator,
         )
+
+
+def _load(learner: Learner, folder: Path) -> tuple[int, TrainResult, dict[str, Any]]:
+    """Let a learner hold a checkpoint; its step, what was measured up to there, and the rest of its state. Collective."""
+    manifest = learner.load(folder)
+    state = manifest["state"]
+    with reading(folder / MANIFEST, "checkpoint"):
+        # A checkpoint of an earlier version has no curve.
+        result = TrainResult.from_json(state["result"]) if "result" in state else TrainResult()
+    return manifest["step"], result, state
 
 
 class Checkpoints:
@@ -178,3 +185,14 @@ class Checkpoints:
             state["best_step"] = best_of(result.looks).step
         write = write_checkpoint if self._background is None else self._background.save
         self._cadence.measure(lambda: self._learner.save(self._root, step, state, self._num_kept, write))
+
+    def go_back(self) -> tuple[int, TrainResult]:
+        if self._background is not None:
+            self._background.finish()
+        newest = latest_checkpoint(self._root)
+        if newest is None:
+            raise ValueError(
+                f"{self._root}: no checkpoint is whole any more; start the same command again to begin anew"
+            )
+        step, result, _ = _load(self._learner, newest)
+        return step, result

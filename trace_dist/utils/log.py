@@ -73,25 +73,26 @@ def outcome(text: str) -> None:
     tell("outcome", text=text)
 
 
-def progress(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+def progress(items: Iterable[T], description: str, total: int | None = None, begun: int = 0) -> Iterator[T]:
     """Iterate, and show on rank 0 how far it is: to the run that listens, as a bar in a terminal, else as a line now and then.
 
-    Every rank knows how far it is, for the others to see where it is lost.
+    Every rank knows how far it is, for the others to see where it is lost. ``begun`` of the ``total`` were done before.
     """
-    for done, item in enumerate(_shown(items, description, total)):
+    for done, item in enumerate(_shown(items, description, total, begun), begun):
         activity.note(description, done + 1, total)
         yield item
 
 
-def _shown(items: Iterable[T], description: str, total: int | None) -> Iterator[T]:
+def _shown(items: Iterable[T], description: str, total: int | None, begun: int) -> Iterator[T]:
     if not dist.is_main() or total == 1:
         yield from items
     elif console.is_terminal and not listened():
-        yield from track(items, description, total=total, console=console, transient=True)
+        shown = {"total": total, "completed": begun, "console": console, "transient": True}
+        yield from track(items, description, **shown)
     else:
         pause = SECONDS_BETWEEN_EVENTS if listened() else SECONDS_BETWEEN_LINES
         due = time.monotonic() + (0 if listened() else pause)
-        for done, item in enumerate(items):
+        for done, item in enumerate(items, begun):
             if time.monotonic() >= due:
                 due = time.monotonic() + pause
                 _report(description, done, total)

@@ -111,7 +111,7 @@ class Consolidated(OneSet):
     @contextmanager
     def trial(self, stream: Stream, part: Stream, lr: float) -> Iterator[Learner]:
         said, mask, task = self._said, self._mask(stream), stream.task.name
-        model, cfg = self.setting.model, self.setting.cfg.train
+        model, cfg = self.setting.model, self.setting.cfg.train.strict()
         # Nothing that was said of the examples held out.
         known = set(_asked(part.encoded))
         rows = [row for row, prompt in enumerate(_asked(said.tasks[task])) if prompt in known]

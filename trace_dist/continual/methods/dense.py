@@ -139,7 +139,9 @@ class Dense(Method):
         try:
             self.begin(part)
             learner = self.learner(lr)
-            self._train(learner, part, part.steps, rate="race.grid", description=f"{self.name} at {lr:g}")
+            self._train(
+                learner, part, part.steps, trial=True, rate="race.grid", description=f"{self.name} at {lr:g}"
+            )
             self.end(part, learner)
             yield learner
         finally:
@@ -170,8 +172,11 @@ class Dense(Method):
             return replaying(self.setting, stream, self.options)
         return self.setting.bench.batches([stream], self.setting.cfg.train.batch_size)
 
-    def _train(self, learner: DenseLearner, stream: Stream, steps: int, **options: Any) -> TrainResult:
-        return train_learner(learner, self.batches(stream), self.setting.cfg.train, steps, **options)
+    def _train(
+        self, learner: DenseLearner, stream: Stream, steps: int, trial: bool = False, **options: Any
+    ) -> TrainResult:
+        cfg = self.setting.cfg.train.strict() if trial else self.setting.cfg.train
+        return train_learner(learner, self.batches(stream), cfg, steps, **options)
 
     def score(self) -> Row:
         with autocast(self.setting.cfg.target.dtype):

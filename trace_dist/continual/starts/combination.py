@@ -102,7 +102,7 @@ class Combination(Start):
         try:
             before = answer_loss(learner, step)
             # Peak and schedule are the fit's own; nothing is kept of a few steps.
-            train = replace(cfg.train, lr=options.lr, checkpoint_every=0, warmup_steps=0)
+            train = replace(cfg.train.strict(), lr=options.lr, checkpoint_every=0, warmup_steps=0)
             train_learner(
                 learner,
                 setting.bench.batches([part], cfg.train.batch_size),
