@@ -199,7 +199,7 @@ def make_csv(folder: Path) -> Path:
 
 
 def make_text(folder: Path) -> Path:
-    (folder / "task.txt").write_text("".join(f"a line of text, number {i}\n" for i in range(40)))
+    (folder / "task.txt").write_text("".join(f"line{i} of the text has number {i}\n" for i in range(40)))
     return folder / "task.txt"
 
 
@@ -423,7 +423,11 @@ def read_model(path: Path) -> None:
 
 def make_gguf(folder: Path) -> Path:
     """A Llama of one layer, with a tokenizer of characters."""
-    path, width, words = folder / "model.gguf", 32, ["<unk>", "<s>", "</s>", *map(chr, range(97, 130))]
+    path, width, words = (
+        folder / "model.gguf",
+        32,
+        ["<unk>", "<s>", "</s>", *map(chr, range(97, 123)), "ab", "cd"],
+    )
     with redirect_stderr(io.StringIO()):
         writer = gguf.GGUFWriter(path, "llama")
         writer.add_context_length(64), writer.add_embedding_length(width), writer.add_block_count(1)
@@ -491,10 +495,7 @@ def make_request(chat: bool) -> Callable[[Path], Path]:
         }
         asked |= {"stop": ["x"], "stream": False, "user": "u", "logprobs": False}
         if chat:
-            asked["messages"] = [
-                {"role": "system", "content": "s"},
-                {"role": "user", "content": [{"type": "text", "text": "abc"}]},
-            ]
+            asked["messages"] = [{"role": "user", "content": "copy abc"}]
         else:
             asked |= {"prompt": ["copy abc", "fed"], "stream_options": {"include_usage": True}}
         write_json(folder / "asked.json", asked)
