@@ -322,8 +322,9 @@ BANK_ACTIONS: dict[str, tuple[Command, Options]] = {
         | {
             "--base": {"required": True, "help": "the base model: folder or hub id"},
             "--trust_remote_code": {
-                "action": "store_true",
-                "help": "run the Python code that the base's folder brings, if it does; only where you trust its authors",
+                "type": bool,
+                "default": False,
+                "help": "true: run the Python code that the base's folder brings, if it does; only where you trust its authors",
             },
             "--task": {
                 "nargs": "+",

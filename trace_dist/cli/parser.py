@@ -26,7 +26,6 @@ from trace_dist.config import RunConfig
 from trace_dist.config.examples import example_config
 from trace_dist.config.moved import in_new_place
 from trace_dist.config.renamed import explain
-from trace_dist.models.trust import trust
 from trace_dist.profiling.memory_setup import MemorySetup
 from trace_dist.serving.options import Listening, Sampling, Source
 from trace_dist.studies.plan import StudyConfig
@@ -148,9 +147,13 @@ def _with_examples(words: Iterable[str]) -> Iterator[str]:
 def run_config(values: Any) -> RunConfig:
     """The run configuration out of parsed and instantiated arguments."""
     cfg = RunConfig(**{name: values[name] for name in _RUN_FIELDS})
-    for model in (cfg.target, cfg.proxy):
-        if model is not None and model.trust_remote_code:
-            trust(model.path)
+    trusted = [each.path for each in (cfg.target, cfg.proxy) if each is not None and each.trust_remote_code]
+    if trusted:
+        # Loads torch, which the command line can do without.
+        from trace_dist.models.trust import trust
+
+        for path in trusted:
+            trust(path)
     sources = values.get("config") or []
     return in_new_place(cfg, Path(str(sources[-1]))) if sources else cfg
 

@@ -55,4 +55,6 @@ def empty_model(config: Any, dtype: torch.dtype, what: str) -> Any:
 def cause(error: BaseException) -> str:
     """What another library says went wrong, in one line."""
     text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return "it brings Python code of its own, which runs only with trust_remote_code: true, for authors whom you trust"
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
