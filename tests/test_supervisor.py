@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 from cli.program import is_alive
 
-from trace_dist.launching.supervisor import is_loss
+from trace_dist.launching import supervisor
+from trace_dist.launching.commands import Start
+from trace_dist.launching.supervisor import Supervisor, is_loss
+from trace_dist.utils.stopping import STOP
 
 MODULE = """
 import os, signal, subprocess, sys, time
@@ -27,6 +30,10 @@ if behaviour == "lost":
     child.kill()
     print("error: lost contact: rank 1 on node-2 has ended", file=sys.stderr)
     sys.exit(1)
+if behaviour == "explain":
+    child.kill()
+    print("error [rank 2]: x.json: cannot be written (No space left on device)", file=sys.stderr)
+    sys.exit(1)  # as torchrun
 if behaviour == "fail":
     child.kill()
     sys.exit(2)
@@ -81,7 +88,7 @@ def test_sigusr1_asks_to_stop(folder: Path) -> None:
     assert process.returncode == 75
 
 
-@pytest.mark.parametrize(("behaviour", "code"), [("lost", 75), ("fail", 2)])
+@pytest.mark.parametrize(("behaviour", "code"), [("lost", 75), ("fail", 2), ("explain", 2)])
 def test_exit_codes(folder: Path, behaviour: str, code: int) -> None:
     process = begin(folder, behaviour)
     said = process.communicate(timeout=20)[1]
@@ -114,3 +121,22 @@ def test_what_is_tethered_ends_with_the_other_end(folder: Path) -> None:
 )
 def test_what_is_a_loss(line: bytes, loss: bool) -> None:
     assert is_loss(line) == loss
+
+
+def test_a_launcher_that_waits_for_a_stopped_rank_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank has named the lost one and ended; torchrun would wait for the other, which hears no SIGTERM."""
+    launcher = """
+import os, signal, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"])
+print("error: lost contact: rank 1 on node-1 has given no sign of life for 60 s", file=sys.stderr, flush=True)
+open(sys.argv[1], "w").write(str(child.pid))
+child.wait()
+"""
+    monkeypatch.setattr(supervisor, "LOST_SECONDS", 0.5)
+    monkeypatch.setattr(supervisor, "OTHERS_SECONDS", 1e9)
+    start = Start([sys.executable, "-c", launcher, str(tmp_path / "pid")])
+    job = Supervisor([start], os.environ | {STOP: str(tmp_path / "stop")})
+    assert job.wait() == 75
+    assert not is_alive(int((tmp_path / "pid").read_text()))

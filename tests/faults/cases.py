@@ -85,7 +85,7 @@ def kill_launcher(job: Job, process: Started) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-SAME = "lost contact: rank 1 on .* has ended without a word; it was in train: train/copy step 7 of 12"
+SAME = "lost contact: rank 1 on .* has ended without a word; it was in train: train/copy step"
 LOST_0 = "lost contact: rank 0 on .* has ended without a word"
 TORCHRUN, ACCELERATE = Setting("torchrun"), Setting("accelerate")
 DEEPSPEED = Setting("deepspeed", backend="zero3")

@@ -76,8 +76,9 @@ class Injector:
                 continue
             if where == "write" and options.get("file", "") not in self._file:
                 continue
-            # every rank's loss must jump for all to see it; the others' notes are of the same fault
-            if fault.kind == "spike" or self._happened.first(number, fault, self._step):
+            # on every rank, each of which has it once
+            name = f"{number}-on-{self._rank}" if fault.kind == "spike" else number
+            if self._happened.first(name, fault, self._step):
                 yield fault
 
     # ---- the training loop

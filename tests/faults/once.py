@@ -22,8 +22,8 @@ class Happened:
 
     folder: Path
 
-    def first(self, number: int, fault: Fault, step: int) -> bool:
-        """Whether the fault of this number has not happened yet; from now on it has."""
+    def first(self, number: object, fault: Fault, step: int) -> bool:
+        """Whether the fault of this number, or name, has not happened yet; from now on it has."""
         try:
             handle = os.open(self.folder / f"fault-{number}", os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         except FileExistsError:

@@ -60,8 +60,8 @@ def faults() -> str:
     ]
     return (
         table(["fault", "what came of it", "s to its end", "s to go on", "steps lost"], rows)
-        + f"\n\n{len(tried)} faults; the longest took {max(came['seconds'] for came in tried):.0f} s from the fault to the end of "
-        f"all processes, and {max(restarts):.0f} s from the restart to its first step. {_where(found, list(tried))}"
+        + f"\n\n{len(tried)} faults; the longest took {max(came['seconds'] for came in tried):.0f} s from the fault to the end "
+        f"of all processes, and {max(restarts):.0f} s from the restart to its first step. {_where(found, list(tried))}"
     )
 
 

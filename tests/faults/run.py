@@ -139,6 +139,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
     parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--first", type=int, default=0, help="number of the first case, from 0")
+    parser.add_argument(
+        "--last", type=int, default=len(CASES), help="number of the case before which it ends"
+    )
     parser.add_argument("--again", action="store_true", help="those too that the file has")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no case after this many")
     parser.add_argument("--work", type=Path, help="folder for all files; a temporary one when left out")
@@ -148,7 +152,7 @@ def main() -> None:
     work = arguments.work or Path(tempfile.mkdtemp(prefix="td-faults-"))
     work.mkdir(parents=True, exist_ok=True)
     bench = Bench(work)
-    for case in CASES:
+    for case in CASES[arguments.first : arguments.last]:
         known = case.name in kept and not kept[case.name]["failures"] and not arguments.again
         if arguments.only not in case.name or known or time.monotonic() - begin > 60 * arguments.minutes:
             continue

@@ -85,6 +85,7 @@ TEMPLATES: dict[str, Template] = {
     **{kind: _file(kind) for kind in ("corrupt", "truncate", "empty", "remove")},
 }
 """Kind -> a fault of it; NaN and jumps of the loss are left out, since they change the result."""
+HOSTS = "2 hosts x 1 rank, torchrun, fsdp2"
 OUTSIDE = ("kill all", "suspend all", "kill launcher")
 ON_HOSTS = ("link down", "link down for 3 s")
 
@@ -264,9 +265,9 @@ def settings(stack: ExitStack, only: str) -> list[tuple[str, Setting]]:
     reason = namespaces.forbidden()
     if reason is not None:
         print(f"no hosts: {reason}", flush=True)
-    elif only in "2 hosts x 1 rank":
+    elif only in HOSTS:
         two = stack.enter_context(namespaces.hosts(2))
-        found.insert(1, ("2 hosts x 1 rank, torchrun, fsdp2", Setting("torchrun", 2, "fsdp2", hosts=two)))
+        found.insert(1, (HOSTS, Setting("torchrun", 2, "fsdp2", hosts=two)))
     return [each for each in found if only in each[0]]
 
 

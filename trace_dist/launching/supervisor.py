@@ -27,12 +27,17 @@ from trace_dist.config import LaunchConfig
 from trace_dist.launching.commands import Start, starts
 from trace_dist.launching.ending import end_tree
 from trace_dist.launching.environment import RUN_PID, followed
-from trace_dist.utils.codes import LOST
+from trace_dist.utils.codes import FAILED, LOST
 from trace_dist.utils.stopping import GRACE_SECONDS, STOP, signals
 
 OTHERS_SECONDS = 20.0
 """How long other hosts may go on after one has failed: each has its own last words."""
+LOST_SECONDS = 8.0
+"""How long launchers may go on after a rank has said that another one is lost. The others end by themselves; one that is stopped
+does not, and torchrun waits for it for half a minute."""
 _LOST = re.compile(rb"^error( \[rank \d+\])?: lost contact: |^ *exitcode *: -9 |exits with return code = -9$")
+
+_ERROR = re.compile(rb"^error( \[rank \d+\])?: ")
 
 
 def is_loss(line: bytes) -> bool:
@@ -49,7 +54,9 @@ class Supervisor:
     """
 
     def __init__(self, begun: Sequence[Start], environment: dict[str, str]) -> None:
-        self._lost, self._signal, self._asked = False, 0, 0.0
+        self._lost_at: float | None = None
+        self._explained = False
+        self._signal, self._asked = 0, 0.0
         self._environment = environment
         self._stop_file = Path(environment[STOP])
         self._copies: list[threading.Thread] = []
@@ -73,7 +80,9 @@ class Supervisor:
 
     def _copy(self, source: BinaryIO, sink: BinaryIO) -> None:
         for line in source:
-            self._lost |= is_loss(line)
+            if self._lost_at is None and is_loss(line):
+                self._lost_at = time.monotonic()
+            self._explained |= _ERROR.match(line) is not None
             with suppress(OSError):
                 sink.write(line)
                 sink.flush()
@@ -93,7 +102,12 @@ class Supervisor:
             now = time.monotonic()
             if failed_at is None and any(process.poll() for process in self._processes):
                 failed_at = now
-            if self._signal or _over(failed_at, OTHERS_SECONDS) or _over(self._asked or None, GRACE_SECONDS):
+            limits = (
+                (failed_at, OTHERS_SECONDS),
+                (self._lost_at, LOST_SECONDS),
+                (self._asked or None, GRACE_SECONDS),
+            )
+            if self._signal or any(_over(since, seconds) for since, seconds in limits):
                 self.end()
             time.sleep(0.1)
         for thread in self._copies:
@@ -116,8 +130,11 @@ class Supervisor:
         codes = [process.returncode for process in self._processes]
         if self._signal:
             return 128 + self._signal
-        if any(codes) and (self._asked or self._lost or LOST in codes):
+        if any(codes) and (self._asked or self._lost_at is not None or LOST in codes):
             return LOST
+        # torchrun and accelerate make 1 of it.
+        if any(codes) and self._explained:
+            return FAILED
         return next((code if code > 0 else 128 - code for code in codes if code), 0)
 
 
@@ -129,8 +146,8 @@ def supervise(launch: LaunchConfig, module: str, words: Sequence[str]) -> int:
     """Start a module on the ranks of a configuration, and wait for them.
 
     Returns:
-        Exit code: 0; 75 where the same command, started again, goes on; 128 and a signal's number that ended it; else that of
-        the first launcher that failed.
+        Exit code: 0; 75 where the same command, started again, goes on; 2 where a rank has explained an error; 128 and a signal's
+        number that ended it; else that of the first launcher that failed.
 
     Raises:
         ValueError: the hosts are not as they must be, or a launcher is missing.

@@ -1,7 +1,8 @@
 """Steps that go wrong: an infinite or NaN loss or gradient, and losses that jump.
 
 A bad step changes nothing. It is skipped: the schedule and the data go on, and the log and metrics.jsonl say which examples it
-had and on which ranks it went wrong. More than ``train.max_bad_steps`` of them in a row end the training.
+had and on which ranks it went wrong. More than ``train.max_bad_steps`` of them in a row end the training, and so does one whose
+weights are not finite themselves.
 
 A loss that jumps is finite, and often shows that the weights have gone astray some steps before. So the training goes back
 to its newest checkpoint, and on from there with the examples that come next: those between are left out, as PaLM's training did
@@ -23,7 +24,7 @@ from trace_dist.data.batches import Batches
 from trace_dist.train.learner import Learner
 from trace_dist.train.metric_log import MetricLog
 from trace_dist.utils import dist
-from trace_dist.utils.finite import NotFinite
+from trace_dist.utils.finite import NotFinite, all_finite
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
@@ -70,7 +71,7 @@ class Watch:
             skipped: the steps that were skipped before; this one is added.
 
         Raises:
-            NotFinite: there were too many in a row.
+            NotFinite: there were too many in a row, or the weights are past help.
         """
         ranks = self._ranks(loss)
         self.learner.discard()
@@ -80,6 +81,10 @@ class Watch:
         if row > self.cfg.max_bad_steps:
             row_of = f", after {row - 1} bad steps before it (train.max_bad_steps)" if row > 1 else ""
             raise NotFinite(f"{error}{where}{row_of}") from None
+        if dist.max_over_ranks(float(not all_finite(self.learner.tensors()))):
+            raise NotFinite(
+                f"{error}{where}, and so are weights or moments by now: no later step can be better"
+            ) from None
         skipped.append(step)
         logger.warning(
             "%s: %s%s at step %d, which is skipped; %d bad step%s so far (train.max_bad_steps=%d in a row); training examples %s",

@@ -87,8 +87,7 @@ def _shown(items: Iterable[T], description: str, total: int | None, begun: int) 
     if not dist.is_main() or total == 1:
         yield from items
     elif console.is_terminal and not listened():
-        shown = {"total": total, "completed": begun, "console": console, "transient": True}
-        yield from track(items, description, **shown)
+        yield from track(items, description, total=total, completed=begun, console=console, transient=True)
     else:
         pause = SECONDS_BETWEEN_EVENTS if listened() else SECONDS_BETWEEN_LINES
         due = time.monotonic() + (0 if listened() else pause)
