@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: quickstart quickstart-smollm2 publish bench stream20 retrieval-study study study-toy gpu test fuzz faults soak lint format docs wheel clean
+.PHONY: quickstart quickstart-smollm2 publish bench stream20 retrieval-study study study-toy gpu test fuzz faults soak hosts audit lint format docs wheel clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/trace-dist run --config configs/quickstart.yaml
@@ -27,6 +27,7 @@ bench: $(VENV)/.dev
 		--contestants '[row,element,full,LoRA]' --out docs/results/bench_step_$$micro_batch.json || exit 1; done
 	$(BIN)/trace-dist bench step --attention sdpa --contestants '[row,element,full,LoRA]' --out docs/results/bench_step_fused.json
 	$(BIN)/trace-dist bench memory --out docs/results/bench_memory.json
+	$(BIN)/trace-dist bench checkpoint --out docs/results/bench_checkpoint.json
 	$(BIN)/trace-dist bench serve --out docs/results/bench_serve.json
 	$(BIN)/python -m trace_dist.benchmarks.document docs/results docs/benchmarks.md
 
@@ -66,6 +67,14 @@ test: lint
 # Ten thousand damaged copies for every reader of files.
 fuzz: $(VENV)/.dev
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m fuzz.run --cases 10000 --out docs/results/fuzz.json
+
+# The whole pipeline on three hosts, which are namespaces of this machine: root on Debian. Ten minutes.
+hosts: $(VENV)/.dev
+	TRACE_DIST_THREE_HOSTS=1 $(BIN)/python -m pytest tests/hosts/test_three_hosts.py
+
+# Known vulnerabilities (where the index answers), licences and a CycloneDX list of all that the package needs, in build/audit.
+audit: $(VENV)/.audit
+	$(BIN)/python .ci/audit.py build/audit $(AUDIT_FLAGS)
 
 # Every fault of the table, each in a training of its own; half an hour. Those that were tried are not tried again: rm the file.
 FAULTS = OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH=.:kernels:tests:tests/cli $(BIN)/python -m
@@ -108,6 +117,10 @@ $(BIN)/python:
 
 $(VENV)/.quickstart: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[eval]"
+	touch $@
+
+$(VENV)/.audit: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet -e ".[eval,metrics,nf4,lm-eval,serve,audit]"
 	touch $@
 
 $(VENV)/.docs: $(BIN)/python pyproject.toml

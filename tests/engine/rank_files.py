@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import shutil
+from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from trace_dist import Delta, Mask, MaskedAdamW, load_sharded
 from trace_dist.bank.delta import Snapshot, applied, extract_delta
-from trace_dist.checkpoint import latest_checkpoint, load_checkpoint, load_mask, save_checkpoint
+from trace_dist.checkpoint import Background, latest_checkpoint, load_checkpoint, load_mask, save_checkpoint
 from trace_dist.sharding.dense import FullAdamW
 from trace_dist.sharding.fsdp2 import Fsdp2Model
 from trace_dist.sharding.zero3 import PERSISTENCE_THRESHOLD, Zero3Model
@@ -62,6 +64,57 @@ def take_over(out: Path) -> Found:
     assert last is not None
     save_state(out / "relay.safetensors", last.state)
     return {"losses": list(map(list, last.losses.items()))}
+
+
+def other_backends(out: Path) -> Found:
+    """Step 3 of ZeRO-3 continued by FSDP2, and step 3 of FSDP2 continued by ZeRO-3 and, later, by one process."""
+    run(Fsdp2Model(PLAIN.model()), PLAIN, out / "of-fsdp2", last=4)
+    if dist.is_main():
+        shutil.copytree(out / "relay", out / "to-fsdp2")
+        shutil.copytree(out / "of-fsdp2", out / "to-zero3")
+    dist.barrier()
+    onward = {
+        "to-fsdp2": run(Fsdp2Model(PLAIN.model()), PLAIN, out / "to-fsdp2"),
+        "to-zero3": run(Zero3Model(PLAIN.model(), PLAIN.threshold), PLAIN, out / "to-zero3"),
+    }
+    found: Found = {}
+    for name, result in onward.items():
+        assert result is not None
+        found[name] = list(map(list, result.losses.items()))
+        save_state(out / f"{name}.safetensors", result.state)
+    return found
+
+
+def background(out: Path) -> Found:
+    """Written beside training: named only when every rank has written; an error of one rank is one of all."""
+    model = Zero3Model(PLAIN.model(), PLAIN.threshold)
+    optimizer, writer, gate = MaskedAdamW(model, PLAIN.mask(model)), Background(), Event()
+    if dist.rank() == 1:
+        writer._thread.submit(gate.wait)
+    folder = save_checkpoint(out / "background", 1, optimizer, {}, write=writer.save)
+    if dist.rank() == 0:
+        wait([writer._work])
+    for _ in range(3):
+        writer.attend()
+    early = folder.exists()
+    gate.set()
+    writer.finish()
+    found: Found = {
+        "early": early,
+        "whole": latest_checkpoint(out / "background") == folder,
+        "files": sorted(path.name for path in folder.iterdir()),
+    }
+    if dist.rank() == 1:
+        optimizer.compact()[0][1]["exp_avg"][0] = float("nan")
+    save_checkpoint(out / "background", 2, optimizer, {}, write=writer.save)
+    # in step whatever the other rank's thread is at
+    wait([writer._work])
+    dist.barrier()
+    found["error"] = refused(writer.attend)
+    dist.barrier()
+    found["left"] = sorted(path.name for path in (out / "background").iterdir())
+    writer.close()
+    return found
 
 
 def damaged(out: Path) -> Found:

@@ -21,7 +21,17 @@ from engine.comms import CountedComm
 from engine.looking import looking
 from engine.rank_by_weight import by_weight
 from engine.rank_depth import depth
-from engine.rank_files import cut_and_continue, damaged, deltas, exporting, hand_over, loading, take_over
+from engine.rank_files import (
+    background,
+    cut_and_continue,
+    damaged,
+    deltas,
+    exporting,
+    hand_over,
+    loading,
+    other_backends,
+    take_over,
+)
 from engine.rank_gathering import gathering
 from engine.rank_gloo import gathering_over_gloo
 from engine.rank_held import holding
@@ -240,7 +250,9 @@ SECTIONS: dict[str, Callable[[Path], Found]] = {
     "looking": looking,
     "spoilt": spoilt,
     "damaged": damaged,
+    "background": background,
     "hand_over": hand_over,
+    "other_backends": other_backends,
     "take_over": take_over,
     "deltas": deltas,
     "exporting": exporting,

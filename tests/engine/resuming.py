@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -85,11 +85,14 @@ class Resumed:
 
 
 def run(model: ShardedModel, case: Case, folder: Path | None, last: int = STEPS) -> Resumed | None:
-    """Train until the end, or until the process 'dies' after step ``last`` (then None); continues what ``folder`` holds."""
-    batches = make_batches(last)
+    """Train until the end, or until the process 'dies' after step ``last`` (then None); continues what ``folder`` holds.
+
+    What it is to leave when it dies is written at once.
+    """
+    batches, cfg = make_batches(last), replace(CONFIG, checkpoint_async=last == STEPS)
     try:
         result, learner = train_mask(
-            model, case.mask(model), batches, CONFIG, STEPS, description="test", checkpoints=folder
+            model, case.mask(model), batches, cfg, STEPS, description="test", checkpoints=folder
         )
     except Cut:
         return None

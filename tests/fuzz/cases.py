@@ -38,6 +38,8 @@ def fuzz(reader: Reader, first: int, count: int) -> dict[str, Any]:
         folder.mkdir(parents=True)
         path = reader.make(folder)
         kept = {each: each.read_bytes() for each in path.parent.iterdir() if each.is_file()}
+        if (whole := _outcome(reader, path)) != "read":
+            failures.append((-1, f"undamaged: {whole}"))
         for number in range(first, first + count):
             # a new file, not new bytes: what was read of the last one may still be mapped
             for each, content in kept.items():

@@ -25,6 +25,7 @@ from trace_dist.masks import Mask, UnitLayout
 pytestmark = pytest.mark.launcher
 ROOT = Path(__file__).parents[2]
 STEPS = 40
+TIMEOUT = 500
 ON_HOSTS = ("--launch.num_ranks", 2, "--launch.hostfile")
 
 
@@ -68,7 +69,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(root: Path, command: list[str], **changes: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, cwd=root, env=environment(**changes), capture_output=True, text=True, timeout=200
+        command, cwd=root, env=environment(**changes), capture_output=True, text=True, timeout=TIMEOUT
     )
 
 

@@ -27,6 +27,11 @@ pytestmark = pytest.mark.launcher
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 MODES = ["retrieved", "consolidated", "random", "full", "lora"]
+SECRETS = {
+    name: f"hf_{name.lower()}_geheim"
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "TRACE_DIST_API_KEY", "AWS_SECRET_ACCESS_KEY")
+}
+"""Of the environment of a run."""
 OVERRIDES = [
     *("--probe.steps", "4", "--probe.fisher_batches", "1", "--projection.options.steps", "4"),
     *("--train.batch_size", "8", "--train.warmup_steps", "2", "--bank.num_prompts", "30"),
@@ -83,7 +88,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     config = reduced(folder)
     (root / "config.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "trace_dist", "run", "--config", str(root / "config.yaml"), *OVERRIDES]
-    options: dict[str, Any] = {"env": environment(root / "cache"), "text": True, "cwd": root}
+    own = environment(root / "cache") | SECRETS
+    options: dict[str, Any] = {"env": own, "text": True, "cwd": root}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
 
     made = folder / "probe" / "specificity.json"
@@ -119,6 +125,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         (before, made.stat().st_mtime),
         (stages, (folder / "stages.json").read_text()),
     )
+
+
+def test_no_token_or_key_is_written_or_said(run: Run) -> None:
+    """Into no file of the run folder: logs, results, report, configuration, checkpoints, bank."""
+    files = [path for path in run.folder.rglob("*") if path.is_file()]
+    assert {"report.html", "results.json"} <= {path.name for path in files}
+    assert any(path.parent.name == "logs" for path in files)
+    said = "".join(
+        each.stdout for each in (run.killed, run.killed_hard, run.second, run.continued, run.again)
+    )
+    for secret in SECRETS.values():
+        assert secret not in said
+        assert [path for path in files if secret.encode() in path.read_bytes()] == []
 
 
 def test_a_killed_run_takes_its_ranks_with_it(run: Run) -> None:

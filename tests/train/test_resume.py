@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -148,6 +149,38 @@ def test_relay_over_two_then_one_then_three_ranks(world) -> None:
     )
     for name, value in world(3).state("relay").items():
         torch.testing.assert_close(value, expected.state[name], rtol=0, atol=2e-5)
+
+
+@pytest.mark.launcher
+def test_relay_over_backends(world, tmp_path: Path) -> None:
+    """ZeRO-3 to FSDP2, FSDP2 to ZeRO-3 and to one process: each from step 3 to the end."""
+    expected, two = uninterrupted(), world(2)
+    shutil.copytree(two.folder / "of-fsdp2", tmp_path / "to-single")
+    last = run(shard(PLAIN.model(), "single"), PLAIN, tmp_path / "to-single")
+    assert last is not None
+    found = {
+        **{name: (dict(losses), two.state(name)) for name, losses in two.section("other_backends").items()},
+        "to-single": (last.losses, last.state),
+    }
+    assert len(found) == 3
+    for losses, state in found.values():
+        assert list(losses.values()) == pytest.approx(list(expected.losses.values()), rel=LOSS_TOLERANCE)
+        for name, value in state.items():
+            torch.testing.assert_close(value, expected.state[name], rtol=0, atol=2e-5)
+
+
+@pytest.mark.launcher
+def test_a_checkpoint_has_its_name_when_every_rank_has_written(world) -> None:
+    """And an error of one rank's thread is raised on every rank, with nothing left of that checkpoint."""
+    for report in world(2).reports:
+        found = report["background"]
+        assert not found["early"]
+        assert found["whole"]
+        ranks = [f"rank-0000{n}.safetensors" for n in (0, 1)]
+        assert found["files"] == ["manifest.json", "mask.safetensors", *ranks]
+        assert "exp_avg of" in found["error"]
+        assert "is not finite, and nothing was written" in found["error"]
+        assert found["left"] == ["step-00000001"]
 
 
 @pytest.mark.launcher

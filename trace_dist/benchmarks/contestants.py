@@ -166,10 +166,10 @@ def _masked(model: ShardedModel, mask: Mask, race: Race) -> Contestant:
         optimizer.zero_grad()
 
     num_trained = sum(support.num_entries for support in optimizer.supports)
-    return Contestant(_own_loss(model, race), model.backward, step, num_trained)
+    return Contestant(own_loss(model, race), model.backward, step, num_trained)
 
 
-def _own_loss(model: Any, race: Race) -> Callable[[], Tensor]:
+def own_loss(model: Any, race: Race) -> Callable[[], Tensor]:
     """The mean loss of this rank's tokens, as trace_dist computes it."""
     batch = race.batch()
     labels = batch.pop("labels")
@@ -190,4 +190,4 @@ def _peer(name: str, race: Race) -> Contestant:
     blocks = whole_blocks(module).values() if method == "full" else ()
     zero = zero3_config(torch.bfloat16, blocks=blocks)["zero_optimization"]
     engine = dense_engine(module, torch.bfloat16, zero)
-    return Contestant(_own_loss(engine, race), engine.backward, engine.step, num_trained)
+    return Contestant(own_loss(engine, race), engine.backward, engine.step, num_trained)

@@ -158,6 +158,19 @@ def stream_table(result: Result) -> str:
     return with_origin(result, grid(["task", *scores_head, *times_head, "peak, MiB", "bank, MiB"], rows))
 
 
+def checkpoint_table(result: Result) -> str:
+    """Share of a step first."""
+    rows = []
+    for row in result["rows"]:
+        for mode, called in (("waits", "waited for"), ("beside", "beside training")):
+            found = row[mode]
+            numbers = [f"{found['stall_steps']:.1%}", f"{found['stall_s']:.2f}", f"{found['lost_s']:.2f}"]
+            size = f"{row['bytes'] / 2**20:,.0f}"
+            rows.append([f"{row['name']}, {called}", *numbers, f"{row['step_s']:.2f}", size])
+    head = ["checkpoint", "stall / step", "stall, s", "lost in all, s", "step, s", "MiB"]
+    return with_origin(result, grid(head, rows))
+
+
 def swaps_table(result: Result) -> str:
     """Ratio to the swap of a delta first."""
     rows = [[row["name"], f"{row['ratio']:.2g}x", f"{1e3 * row['seconds']:.1f}"] for row in result["swaps"]]
@@ -196,6 +209,7 @@ SECTIONS: Sections = {
     "time": ((STEP,), time_table),
     "memory": (("bench_memory.json",), memory_table),
     "before_after": (("bench_before_after.json",), before_after_table),
+    "checkpoint": (("bench_checkpoint.json",), checkpoint_table),
     "stream": (("stream20.json",), stream_table),
     "swaps": ((SERVE,), swaps_table),
     "streams": ((SERVE,), streams_table),

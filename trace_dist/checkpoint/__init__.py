@@ -1,10 +1,14 @@
 """Checkpoints of training: whole or absent, checked before anything of them is loaded."""
 
+from trace_dist.checkpoint.background import Background
 from trace_dist.checkpoint.dense import load_best_dense, load_dense, save_dense
 from trace_dist.checkpoint.masked import load_best, load_checkpoint, load_mask, save_checkpoint
 from trace_dist.checkpoint.retention import latest_checkpoint
+from trace_dist.checkpoint.writer import Write, write_checkpoint
 
 __all__ = [
+    "Background",
+    "Write",
     "latest_checkpoint",
     "load_best",
     "load_best_dense",
@@ -13,4 +17,5 @@ __all__ = [
     "load_mask",
     "save_checkpoint",
     "save_dense",
+    "write_checkpoint",
 ]

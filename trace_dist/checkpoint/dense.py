@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from trace_dist.checkpoint.format import BEST, MANIFEST, damaged, open_files, rank_file, read_checked
 from trace_dist.checkpoint.random_state import check_random_state, restore_random_state
 from trace_dist.checkpoint.retention import KEEP
-from trace_dist.checkpoint.writer import Contents, write_checkpoint
+from trace_dist.checkpoint.writer import Contents, Write, write_checkpoint
 from trace_dist.utils import dist
 from trace_dist.utils.files import MALFORMED
 from trace_dist.utils.together import on_all
@@ -36,6 +36,7 @@ def save_dense(
     state: dict[str, Any],
     keep: int = KEEP,
     best: Mapping[str, Tensor] | None = None,
+    write: Write = write_checkpoint,
 ) -> Path:
     """Write a checkpoint and drop older ones. Collective.
 
@@ -47,6 +48,7 @@ def save_dense(
         state: JSON-ready state of everything else (schedule, data position).
         keep: checkpoints that stay in ``root``, this one among them.
         best: parameter -> its values at an earlier step, to be kept beside the present ones.
+        write: what writes: at once, or ``Background.save``.
 
     Raises:
         ValueError: a value is not finite, the optimizer has a parameter without a name, or the disk has no room; the older
@@ -63,7 +65,7 @@ def save_dense(
             if best is not None:
                 tensors[f"{name}/{BEST}"] = best[name]
     facts = {"groups": groups} | ({} if best is None else {BEST: True})
-    return write_checkpoint(root, step, Contents("dense", tensors, facts=facts), state, keep)
+    return write(root, step, Contents("dense", tensors, facts=facts), state, keep)
 
 
 def load_dense(folder: Path, named_parameters: Named, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -53,10 +53,10 @@ def rank_file(rank: int | None = None) -> str:
     return f"rank-{dist.rank() if rank is None else rank:05d}.safetensors"
 
 
-def check_state(state: Any) -> None:
-    """Raise ValueError where a state cannot be kept as JSON."""
+def checked_state(state: Any) -> str:
+    """A state as JSON; raises ValueError where it cannot be kept so."""
     try:
-        json.dumps(state, allow_nan=False)
+        return json.dumps(state, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"state: cannot be kept as JSON ({error}); use finite numbers, strings, lists and dictionaries"

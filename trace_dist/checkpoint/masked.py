@@ -27,7 +27,7 @@ from trace_dist.checkpoint.format import (
 )
 from trace_dist.checkpoint.random_state import check_random_state, restore_random_state
 from trace_dist.checkpoint.retention import KEEP
-from trace_dist.checkpoint.writer import Contents, FileBeside, write_checkpoint
+from trace_dist.checkpoint.writer import Contents, FileBeside, Write, write_checkpoint
 from trace_dist.masks.mask import Mask
 from trace_dist.models.fingerprint import same_model
 from trace_dist.optim.masked_adamw import MaskedAdamW
@@ -44,6 +44,7 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int = KEEP,
     best: Mapping[str, Tensor] | None = None,
+    write: Write = write_checkpoint,
 ) -> Path:
     """Write a checkpoint and drop older ones. Collective.
 
@@ -54,6 +55,7 @@ def save_checkpoint(
         state: JSON-ready state of everything else (schedule, data position).
         keep: checkpoints that stay in ``root``, this one among them.
         best: parameter -> values of this rank's entries at an earlier step, to be kept beside the present ones.
+        write: what writes: at once, or ``Background.save``.
 
     Raises:
         ValueError: a value is not finite, or the disk has no room; the older checkpoints are then still there.
@@ -75,7 +77,7 @@ def save_checkpoint(
     }
     num_bytes = sum(gaps.num_units * gaps.dtype.itemsize for gaps in mask.units.gaps.values())
     contents = Contents("masked", tensors, intervals, facts, (FileBeside(MASK, num_bytes, mask.save),))
-    return write_checkpoint(root, step, contents, state, keep)
+    return write(root, step, contents, state, keep)
 
 
 def _parts(optimizer: MaskedAdamW, support: Support, state: State) -> dict[str, Tensor]:

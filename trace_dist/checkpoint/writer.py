@@ -1,19 +1,21 @@
 """Writing a checkpoint: under a hidden name, file by file, flushed to the disk, and renamed when it is whole.
 
-Nothing is written, and no older checkpoint touched, unless all values are finite and the disk has room on every rank.
+No older checkpoint is touched unless all values are finite and the disk has room on every rank. ``write_checkpoint`` does all
+of it while training waits; ``checkpoint.background`` takes the same steps beside training.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from trace_dist.checkpoint.format import FORMAT, Kind, check_state, rank_file, write_manifest
+from trace_dist.checkpoint.format import FORMAT, Kind, checked_state, rank_file, write_manifest
 from trace_dist.checkpoint.random_state import random_state
 from trace_dist.checkpoint.retention import KEEP, drop_others, folder_name
 from trace_dist.utils import dist
@@ -52,6 +54,14 @@ class Contents:
     beside: tuple[FileBeside, ...] = ()
 
 
+class Write(Protocol):
+    """What writes a checkpoint: ``write_checkpoint``, or ``Background.save``."""
+
+    def __call__(
+        self, root: Path, step: int, contents: Contents, state: dict[str, Any], keep: int = KEEP
+    ) -> Path: ...
+
+
 def write_checkpoint(
     root: Path, step: int, contents: Contents, state: dict[str, Any], keep: int = KEEP
 ) -> Path:
@@ -64,31 +74,92 @@ def write_checkpoint(
         state: JSON-ready state of everything else.
         keep: checkpoints that stay in ``root``, this one among them.
 
+    Returns:
+        Its folder.
+
     Raises:
         ValueError: a value is not finite, the state is not JSON, or the disk has no room: nothing has changed then.
     """
-    final = root / folder_name(step)
-    partial = root / f".{final.name}.partial"
-    on_all(lambda: _check(step, contents, state))
-    _check_room(root, contents)
-    on_all(lambda: _begin(partial, contents) if dist.is_main() else None)
-    mine = on_all(lambda: _write_rank(partial, contents))
-    files = dict(dist.gather_objects(mine))
-
-    def announce() -> None:
-        beside = {file.name: _entry(partial / file.name) for file in contents.beside}
-        content = {"kind": contents.kind, "step": step, **contents.facts, "files": {**files, **beside}}
-        write_manifest(partial, {**content, "state": state})
-        with writing(final):
-            _rename(partial, final)
-        drop_others(root, final, keep)
-
-    on_all(lambda: announce() if dist.is_main() else None)
-    return final
+    on_all(lambda: check_values(step, contents))
+    draft = Draft.begin(root, step, contents, state, keep)
+    files = dict(dist.gather_objects(on_all(draft.write)))
+    on_all(lambda: draft.announce(files) if dist.is_main() else None)
+    return draft.final
 
 
-def _check(step: int, contents: Contents, state: dict[str, Any]) -> None:
-    check_state(state)
+@dataclass(frozen=True)
+class Draft:
+    """A checkpoint on its way to the disk: ``begin``, then ``write`` on every rank, then ``announce`` on rank 0.
+
+    Attributes:
+        final: its folder, once it is whole.
+        step: optimizer steps done.
+        contents: what this rank keeps.
+        random: state of this rank's generators.
+        state: of everything else, as JSON.
+        keep: checkpoints that stay, this one among them.
+    """
+
+    final: Path
+    step: int
+    contents: Contents
+    random: dict[str, Tensor]
+    state: str
+    keep: int
+
+    @classmethod
+    def begin(cls, root: Path, step: int, contents: Contents, state: dict[str, Any], keep: int) -> Draft:
+        """Look for room, and make the hidden folder. Collective.
+
+        Raises:
+            ValueError: the state is not JSON, or the disk has no room: nothing has changed then.
+        """
+        kept = on_all(lambda: checked_state(state))
+        _check_room(root, contents)
+        draft = cls(root / folder_name(step), step, contents, random_state(), kept, keep)
+        on_all(lambda: draft._make_folder() if dist.is_main() else None)
+        return draft
+
+    @property
+    def hidden(self) -> Path:
+        """Its folder until then."""
+        return self.final.with_name(f".{self.final.name}.partial")
+
+    def write(self) -> tuple[str, dict[str, Any]]:
+        """Write this rank's file, and on rank 0 those beside it: the file's name, and what the manifest says of it."""
+        if dist.is_main():
+            for file in self.contents.beside:
+                file.write(self.hidden / file.name)
+        name = rank_file()
+        save_tensors(self.hidden / name, self.random | _apart(self.contents.tensors), {"format": FORMAT})
+        return name, _entry(self.hidden / name, self.contents.intervals)
+
+    def announce(self, files: Mapping[str, dict[str, Any]]) -> None:
+        """Write the manifest, give the folder its name and drop older ones. On rank 0, once all files are written.
+
+        Args:
+            files: what ``write`` gave on every rank.
+        """
+        beside = {file.name: _entry(self.hidden / file.name) for file in self.contents.beside}
+        about = {"kind": self.contents.kind, "step": self.step, **self.contents.facts}
+        write_manifest(self.hidden, {**about, "files": {**files, **beside}, "state": json.loads(self.state)})
+        with writing(self.final):
+            _rename(self.hidden, self.final)
+        drop_others(self.final.parent, self.final, self.keep)
+
+    def abandon(self) -> None:
+        """Delete what was written. On rank 0, once no rank writes any more."""
+        shutil.rmtree(self.hidden, ignore_errors=True)
+
+    def _make_folder(self) -> None:
+        with writing(self.hidden):
+            for abandoned in self.final.parent.glob(".step-*.partial"):
+                shutil.rmtree(abandoned)
+            self.hidden.mkdir(parents=True)
+
+
+def check_values(step: int, contents: Contents) -> None:
+    """Raise ValueError where a value is not finite."""
     for name, tensor in contents.tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             parameter, part = name.rsplit("/", 1)
@@ -104,22 +175,6 @@ def _check_room(root: Path, contents: Contents) -> None:
     beside = sum(file.num_bytes for file in contents.beside)
     needed = sum(dist.gather_objects(mine)) + beside + HEADER_BYTES * (dist.world_size() + 1)
     on_all(lambda: check_free_space(root, needed))
-
-
-def _begin(partial: Path, contents: Contents) -> None:
-    with writing(partial):
-        for abandoned in partial.parent.glob(".step-*.partial"):
-            shutil.rmtree(abandoned)
-        partial.mkdir(parents=True)
-        for file in contents.beside:
-            file.write(partial / file.name)
-
-
-def _write_rank(partial: Path, contents: Contents) -> tuple[str, dict[str, Any]]:
-    """Write this rank's file: its name and what the manifest says of it."""
-    name = rank_file()
-    save_tensors(partial / name, random_state() | _apart(contents.tensors), {"format": FORMAT})
-    return name, _entry(partial / name, contents.intervals)
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

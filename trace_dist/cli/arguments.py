@@ -185,6 +185,18 @@ BENCHMARKS = {
         "bench memory --out memory.json",
         {"out": OUT},
     ),
+    "checkpoint": Command(
+        "time how long training stands still for a checkpoint that it waits for, and for one written beside it",
+        "bench checkpoint --shape tiny --rounds 1 --steps 1",
+        {
+            "shape": (str, "SmolLM2-135M", "of the model, whose weights are random; or tiny"),
+            "density": (float, 0.05, "masked share of the linear layers"),
+            "ranks": (int, 2, "ranks of masked training, one thread each; full fine-tuning has one"),
+            "rounds": (int, 3, "how often each is measured; the median counts"),
+            "steps": (int, 3, "steps after each checkpoint"),
+            "out": OUT,
+        },
+    ),
 }
 STUDIES = {
     "small-to-large": Command(
@@ -309,6 +321,11 @@ BANK_ACTIONS: dict[str, tuple[Command, Options]] = {
         _FOLDER
         | {
             "--base": {"required": True, "help": "the base model: folder or hub id"},
+            "--trust_remote_code": {
+                "type": bool,
+                "default": False,
+                "help": "true: run the Python code that the base's folder brings, if it does; only where you trust its authors",
+            },
             "--task": {
                 "nargs": "+",
                 "default": [],

@@ -14,6 +14,7 @@ from trace_dist.bank.delta import Delta
 from trace_dist.bank.prompts import load_prompts
 from trace_dist.bank.signature import Signature
 from trace_dist.bank.sketch import Sketch
+from trace_dist.models.trust import trust
 from trace_dist.run_folder import ADAPTED, DELTA, PROMPTS, SIGNATURE, SKETCH
 
 
@@ -80,6 +81,8 @@ def _merge(bank: DeltaBank, arguments: Any) -> None:
 def _export(bank: DeltaBank, arguments: Any) -> None:
     from trace_dist.bank.export import export
 
+    if arguments.trust_remote_code:
+        trust(arguments.base)
     options = None if arguments.composition is None else {"composition": arguments.composition}
     export(
         bank,

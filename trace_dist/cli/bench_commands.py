@@ -12,7 +12,7 @@ from trace_dist.utils.files import write_json
 
 
 def bench_command(values: Any) -> None:
-    """``kernels``, ``optimizer``, ``step``, ``serve`` or ``memory``, with the parsed arguments.
+    """``kernels``, ``optimizer``, ``step``, ``serve``, ``memory`` or ``checkpoint``, with the parsed arguments.
 
     Raises:
         ValueError: a value makes no sense.
@@ -58,6 +58,14 @@ def _step(arguments: Any, out: Path | None) -> dict[str, Any]:
     return race_in_turn(race, names, arguments.ranks, arguments.rounds, arguments.steps, out)
 
 
+def _checkpoint(arguments: Any, out: Path | None) -> dict[str, Any]:
+    from trace_dist.benchmarks.checkpoint import bench_checkpoint
+    from trace_dist.benchmarks.contestants import Race
+
+    race = Race(arguments.shape, arguments.density)
+    return bench_checkpoint(race, arguments.ranks, arguments.rounds, arguments.steps)
+
+
 def _memory(arguments: Any, out: Path | None) -> dict[str, Any]:
     from trace_dist.benchmarks.prediction import compare_memory
 
@@ -78,4 +86,5 @@ BENCHES = {
     "step": _step,
     "serve": _serve,
     "memory": _memory,
+    "checkpoint": _checkpoint,
 }

@@ -147,6 +147,13 @@ def _with_examples(words: Iterable[str]) -> Iterator[str]:
 def run_config(values: Any) -> RunConfig:
     """The run configuration out of parsed and instantiated arguments."""
     cfg = RunConfig(**{name: values[name] for name in _RUN_FIELDS})
+    trusted = [each.path for each in (cfg.target, cfg.proxy) if each is not None and each.trust_remote_code]
+    if trusted:
+        # Loads torch, which the command line can do without.
+        from trace_dist.models.trust import trust
+
+        for path in trusted:
+            trust(path)
     sources = values.get("config") or []
     return in_new_place(cfg, Path(str(sources[-1]))) if sources else cfg
 

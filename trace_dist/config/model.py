@@ -89,6 +89,8 @@ class ModelConfig(Section):
     """Data type of the weights while training."""
     quantize: Quantize = "none"
     """`nf4`: linear layers keep frozen 4-bit codes and masked entries live beside them (target only)."""
+    trust_remote_code: bool = False
+    """Run the Python code that the model's folder brings, if it does; only for models whose authors you trust."""
     tiny: TinyConfig | None = None
     """Train a tiny Llama on the spot when the folder does not exist."""
     gguf: str | None = None

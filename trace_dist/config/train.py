@@ -50,6 +50,10 @@ class TrainConfig(Section):
     """Steps between checkpoints; null: by time, 0 keeps none."""
     checkpoint_minutes: float = 3.0
     """Minutes of work between checkpoints by time; more where writing one would take over 5 % of them."""
+    checkpoint_async: bool = True
+    """Write checkpoints while training goes on, from a copy in host memory; false: training waits until they are written."""
+    checkpoint_keep: int = 2
+    """Checkpoints of a training that stay: the newest that are whole. An older one serves where the newest turns out damaged."""
     max_bad_steps: int = 3
     """Steps in a row with an infinite or NaN loss or gradient that are skipped: nothing of them is kept, and the log and
     metrics.jsonl name their examples and ranks. One more ends the training; 0: the first does."""
@@ -74,7 +78,7 @@ class TrainConfig(Section):
     """Which values a training leaves where it looks at validation examples: those of the best look, or of the last step."""
 
     def check(self) -> None:
-        self.at_least(1, "steps", "batch_size", "micro_batch_size", "log_every")
+        self.at_least(1, "steps", "batch_size", "micro_batch_size", "log_every", "checkpoint_keep")
         self.at_least(0, "warmup_steps", "checkpoint_every", "eval_every", "max_bad_steps", "spike_rollbacks")
         self.at_least(1, "patience")
         self._check_looks()

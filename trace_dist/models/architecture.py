@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from trace_dist.models.trust import is_trusted
+
 
 def read_config(source: str | Path, what: str) -> Any:
     """The transformers config in a folder or a config.json, or of a hub model.
@@ -20,7 +22,7 @@ def read_config(source: str | Path, what: str) -> Any:
         ValueError: there is none, or it is not valid.
     """
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, trust_remote_code=is_trusted(source))
     # Hundreds of families check their configs, each in its own way.
     except Exception as error:
         raise ValueError(f"{what}: no readable config ({cause(error)}); restore its config.json") from error
@@ -39,7 +41,9 @@ def empty_model(config: Any, dtype: torch.dtype, what: str) -> Any:
     """
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=is_trusted(config.name_or_path)
+            )
     # As above, of modules.
     except Exception as error:
         raise ValueError(
@@ -51,4 +55,6 @@ def empty_model(config: Any, dtype: torch.dtype, what: str) -> Any:
 def cause(error: BaseException) -> str:
     """What another library says went wrong, in one line."""
     text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return "it brings Python code of its own, which runs only with trust_remote_code: true, for authors whom you trust"
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

@@ -7,13 +7,13 @@ A file can come from a Python package that ships it, so that a real model instal
 from __future__ import annotations
 
 import importlib.util
-import struct
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from trace_dist.models.architecture import cause
 from trace_dist.utils.files import atomic_folder
 
 _PACKAGE = "package:"
@@ -73,9 +73,10 @@ def convert_gguf(source: str, out: Path) -> None:
                 dtype=torch.float32,
                 quantization_config=GgufConfig(dequantize=True),
             )
-        except (OSError, ValueError, KeyError, struct.error) as error:
+        # The file is read by several libraries, which raise what its bytes make them raise.
+        except Exception as error:
             raise ValueError(
-                f"model.gguf={source!r}: cannot be read as GGUF ({error}); fetch it again"
+                f"model.gguf={source!r}: cannot be read as GGUF ({cause(error)}); fetch it again"
             ) from error
         model.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)

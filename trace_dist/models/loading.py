@@ -28,6 +28,7 @@ from trace_dist.models.architecture import cause, empty_model, read_config
 from trace_dist.models.filling import Slot, fill, missing_parameters
 from trace_dist.models.naming import pieces_of
 from trace_dist.models.nf4 import quantize_nf4
+from trace_dist.models.trust import is_trusted
 from trace_dist.models.weight_files import open_weights, resolve
 
 
@@ -39,7 +40,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """
     folder = resolve(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=is_trusted(folder))
     # Tokenizer files are read by several libraries.
     except Exception as error:
         raise ValueError(
@@ -70,7 +71,11 @@ def load_model(
         folder = files.folder
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=is_trusted(folder),
         )
     # Hundreds of families load their weights, each in its own way.
     except Exception as error:

@@ -17,11 +17,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 
 from trace_dist.models.quantised import refuse_quantised_config, refuse_quantised_tensors
+from trace_dist.models.trust import is_trusted, trust
 from trace_dist.utils.files import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Everything a model and its tokenizer need, but no pickle and no code.
+# Everything a model and its tokenizer need, but no pickle, and code only of models that may run theirs.
 _DOWNLOADED = ["*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja"]
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
@@ -45,12 +46,18 @@ def resolve(path: str | Path) -> Path:
     if folder.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1:
         raise ValueError(f"{what}: no such folder; fix the path or make the model first")
     try:
-        return Path(snapshot_download(str(path), allow_patterns=_DOWNLOADED))
+        trusted = is_trusted(path)
+        folder = Path(
+            snapshot_download(str(path), allow_patterns=_DOWNLOADED + (["*.py"] if trusted else []))
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"{what}: neither a local folder nor a model that the hub delivers "
             f"({type(error).__name__}); fix the path or the id, or download the model first"
         ) from None
+    if trusted:
+        trust(folder)
+    return folder
 
 
 class WeightFiles:

@@ -34,6 +34,8 @@ class Source(Section):
     """Data type of the weights; auto is that of the bank's deltas."""
     quantize: Quantize = "none"
     """`nf4`, where the tasks were trained on a 4-bit base."""
+    trust_remote_code: bool = False
+    """Run the Python code that the base's folder brings, if it does; only for models whose authors you trust."""
     representation: Literal["base", "adapted"] = "base"
     """`adapted` lets each task's own weights judge a prompt, where all tasks were learned with `bank.representation: adapted`."""
     candidates: int = 3

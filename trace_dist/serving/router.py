@@ -25,6 +25,7 @@ from trace_dist.data.examples import Prompt
 from trace_dist.evaluation.inputs import check_decoder
 from trace_dist.models.fingerprint import check_same, fingerprint
 from trace_dist.models.loading import load_tokenizer
+from trace_dist.models.trust import trust
 from trace_dist.serving.cache import DeltaCache
 from trace_dist.serving.finding import Finder, Route
 from trace_dist.serving.options import Sampling, Source
@@ -104,7 +105,7 @@ class Router:
             bank: folder of the bank.
             base: the bank's base model: folder or hub id.
             options: the other fields of ``serving.options.Source``: dtype, quantize, representation, candidates, reject,
-                batch_size, cache_gib.
+                batch_size, cache_gib, trust_remote_code.
 
         Raises:
             ValueError: there is no such bank or model, the model is not the bank's base, or a value makes no sense.
@@ -115,6 +116,8 @@ class Router:
     def of(cls, source: Source) -> Router:
         """``open``, with the options as one value."""
         bank = DeltaBank(source.bank)
+        if source.trust_remote_code:
+            trust(source.base)
         check_same(bank.base, fingerprint(source.base), f"bank {source.bank}")
         if source.representation == "adapted":
             bank.check_adapted()

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -165,7 +165,7 @@ class CombinationLearner(Learner):
     def put(self, values: dict[str, Tensor]) -> None:
         self.set(values["scalars"])
 
-    def save(self, root: Path, step: int, state: dict[str, Any]) -> NoReturn:
+    def save(self, *_: object, **options: object) -> NoReturn:
         raise AssertionError("a fit of a few steps keeps no checkpoints")
 
     def load(self, folder: Path) -> NoReturn:

@@ -16,13 +16,16 @@ from torch import Tensor, nn
 from trace_kernels.compact import compact_gather
 
 from trace_dist.checkpoint import (
+    Write,
     load_best,
     load_best_dense,
     load_checkpoint,
     load_dense,
     save_checkpoint,
     save_dense,
+    write_checkpoint,
 )
+from trace_dist.checkpoint.retention import KEEP
 from trace_dist.config import TrainConfig
 from trace_dist.data.batches import Step
 from trace_dist.masks.mask import Mask
@@ -85,8 +88,17 @@ class Learner(ABC):
         self.put(self.best)
 
     @abstractmethod
-    def save(self, root: Path, step: int, state: dict[str, Any]) -> object:
-        """Write a checkpoint of weights and optimizer after some steps; ``root`` is the folder of checkpoints. Collective."""
+    def save(
+        self, root: Path, step: int, state: dict[str, Any], keep: int = KEEP, write: Write = write_checkpoint
+    ) -> object:
+        """Write a checkpoint of weights and optimizer after some steps. Collective.
+
+        Args:
+            root: folder of checkpoints, of which ``keep`` stay.
+            step: optimizer steps done.
+            state: JSON-ready state of everything else.
+            write: what writes.
+        """
 
     @abstractmethod
     def load(self, folder: Path) -> dict[str, Any]:
@@ -156,8 +168,10 @@ class MaskedLearner(Learner):
     def put(self, values: dict[str, Tensor]) -> None:
         self.optimizer.set_values([values[support.name] for support in self.optimizer.supports])
 
-    def save(self, root: Path, step: int, state: dict[str, Any]) -> object:
-        return save_checkpoint(root, step, self.optimizer, state, best=self.best)
+    def save(
+        self, root: Path, step: int, state: dict[str, Any], keep: int = KEEP, write: Write = write_checkpoint
+    ) -> object:
+        return save_checkpoint(root, step, self.optimizer, state, keep, self.best, write)
 
     def load(self, folder: Path) -> dict[str, Any]:
         manifest = load_checkpoint(folder, self.optimizer)
@@ -224,8 +238,10 @@ class DenseLearner(Learner):
         for name, parameter in self._named():
             parameter.copy_(values[name])
 
-    def save(self, root: Path, step: int, state: dict[str, Any]) -> object:
-        return save_dense(root, step, self._named(), self.optimizer, state, best=self.best)
+    def save(
+        self, root: Path, step: int, state: dict[str, Any], keep: int = KEEP, write: Write = write_checkpoint
+    ) -> object:
+        return save_dense(root, step, self._named(), self.optimizer, state, keep, self.best, write)
 
     def load(self, folder: Path) -> dict[str, Any]:
         manifest = load_dense(folder, self._named(), self.optimizer)

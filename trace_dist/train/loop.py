@@ -109,6 +109,9 @@ class TrainResult:
 class Keeper(Protocol):
     """Writes checkpoints."""
 
+    def attend(self) -> None:
+        """See to one that is being written beside training, before every step; raises what went wrong with it. Collective."""
+
     def due(self, step: int) -> bool:
         """Whether one should follow this step. Rank 0's word counts."""
 
@@ -174,6 +177,8 @@ def train_steps(
         keeper.keep(0, result)
     for step in progress(todo, description, total=steps, begun=resumed):
         start = time.perf_counter()
+        if keeper is not None:
+            keeper.attend()
         with diagnose(step):
             due = keeper is not None and keeper.due(step)
             mine = learner.accumulate(next(stream))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from trace_dist.checkpoint import latest_checkpoint
+from trace_dist.checkpoint import Background, latest_checkpoint, write_checkpoint
 from trace_dist.checkpoint.format import MANIFEST
 from trace_dist.config import TrainConfig
 from trace_dist.data.batches import Batches
@@ -22,7 +23,9 @@ from trace_dist.train.schedule import continue_schedule, make_schedule
 from trace_dist.train.validation import Validation, Validator, best_of
 from trace_dist.utils.agreement import agree
 from trace_dist.utils.files import reading
+from trace_dist.utils.finite import NotFinite
 from trace_dist.utils.log import get_logger
+from trace_dist.utils.stopping import Stopped
 
 logger = get_logger(__name__)
 
@@ -113,20 +116,21 @@ def train_learner(
         continue_schedule(schedule, first_step)
         batches.load_state_dict(position)
         logger.info("%s: continuing after step %d from %s", description, first_step, newest)
-    return train_steps(
-        learner,
-        batches,
-        cfg,
-        steps,
-        description=description,
-        rate=rate,
-        log=log,
-        schedule=schedule,
-        first_step=first_step,
-        result=result,
-        keeper=None if root is None else _Checkpoints(root, cfg, learner, batches),
-        validator=validator,
-    )
+    with nullcontext() if root is None else Checkpoints(root, cfg, learner, batches) as keeper:
+        return train_steps(
+            learner,
+            batches,
+            cfg,
+            steps,
+            description=description,
+            rate=rate,
+            log=log,
+            schedule=schedule,
+            first_step=first_step,
+            result=result,
+            keeper=keeper,
+            validator=validator,
+        )
 
 
 def _load(learner: Learner, folder: Path) -> tuple[int, TrainResult, dict[str, Any]]:
@@ -139,12 +143,38 @@ def _load(learner: Learner, folder: Path) -> tuple[int, TrainResult, dict[str, A
     return manifest["step"], result, state
 
 
-class _Checkpoints:
-    """Writes the checkpoints of one training, when they are due."""
+class Checkpoints:
+    """Writes the checkpoints of one training, when they are due; what is being written at the end of the block is waited for.
+
+    Args:
+        root: their folder.
+        cfg: when they are due, how many stay, and whether training waits for them.
+        learner: what is kept.
+        batches: whose position is kept.
+    """
 
     def __init__(self, root: Path, cfg: TrainConfig, learner: Learner, batches: Batches) -> None:
         self._root, self._learner, self._batches = root, learner, batches
         self._cadence = Cadence(cfg.checkpoint_every, cfg.checkpoint_minutes)
+        self._num_kept = cfg.checkpoint_keep
+        self._background = Background() if cfg.checkpoint_async else None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._background is None:
+            return
+        try:
+            # Those errors come up on all ranks in the same step; after any other one, the others may be in the middle of theirs.
+            if kind is None or issubclass(kind, (Stopped, NotFinite)):
+                self._background.finish()
+        finally:
+            self._background.close()
+
+    def attend(self) -> None:
+        if self._background is not None:
+            self._background.attend()
 
     def due(self, step: int) -> bool:
         return self._cadence.due(step)
@@ -153,9 +183,12 @@ class _Checkpoints:
         state: dict[str, Any] = {"batches": self._batches.state_dict(), "result": result.to_json()}
         if self._learner.best is not None:
             state["best_step"] = best_of(result.looks).step
-        self._cadence.measure(lambda: self._learner.save(self._root, step, state))
+        write = write_checkpoint if self._background is None else self._background.save
+        self._cadence.measure(lambda: self._learner.save(self._root, step, state, self._num_kept, write))
 
     def go_back(self) -> tuple[int, TrainResult]:
+        if self._background is not None:
+            self._background.finish()
         newest = latest_checkpoint(self._root)
         if newest is None:
             raise ValueError(

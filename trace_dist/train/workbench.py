@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Protocol
 
 import datasets
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from trace_dist.config import BankConfig, DataConfig, EvalConfig, ModelConfig, TaskConfig, TrainConfig
 from trace_dist.data.batches import Batches, Step
 from trace_dist.data.encoding import context_length, encode, pad_id
 from trace_dist.data.examples import text_of
 from trace_dist.data.tasks import Task, load_task
+from trace_dist.models.architecture import read_config
 from trace_dist.models.loading import load_tokenizer
 from trace_dist.models.tiny import MAX_POSITIONS
 from trace_dist.models.tokenizer import char_tokenizer
+from trace_dist.models.weight_files import resolve
 from trace_dist.train.checks import Reader, check_tasks
 
 
@@ -101,7 +103,7 @@ class Tasks:
                 continue
             if (Path(model.path) / "config.json").is_file() or not model.made:
                 tokenizer = load_tokenizer(model.path)
-                config = AutoConfig.from_pretrained(model.path)
+                config = read_config(resolve(model.path), f"{role}.path={model.path!r}")
                 layers = getattr(config.get_text_config(), "num_hidden_layers", None)
                 yield Reader(role, tokenizer, context_length(config), layers, role == "target")
             elif model.tiny is not None:

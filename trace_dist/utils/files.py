@@ -31,6 +31,9 @@ MALFORMED = (
 )
 """What Python, torch and safetensors raise where a file holds another type, size or shape than it should."""
 
+HASHED_BYTES = 2**24
+"""Read and hashed at a time."""
+
 
 @contextmanager
 def writing(what: object) -> Iterator[None]:
@@ -276,5 +279,10 @@ def load_tensors(
 
 def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as handle:
+        # Large parts: between two of them another thread that computes may keep this one waiting.
+        part = memoryview(bytearray(min(os.fstat(handle.fileno()).st_size + 1, HASHED_BYTES)))
+        while size := handle.readinto(part):
+            digest.update(part[:size])
+    return digest.hexdigest()
