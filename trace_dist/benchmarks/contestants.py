@@ -115,19 +115,25 @@ class Race:
         attention = self.attention
         if attention == "auto":
             attention = "sdpa" if torch.cuda.is_available() else "eager"
-        config = LlamaConfig(**SHAPES[self.shape])
         with dist.local_device():
             model = AutoModelForCausalLM.from_config(
-                config, attn_implementation=attention, dtype=torch.bfloat16
+                self.config(), attn_implementation=attention, dtype=torch.bfloat16
             )
         return model.train()
 
-    def batch(self) -> dict[str, Tensor]:
-        """This rank's batch, the same on any device, where the model computes."""
+    def config(self) -> Any:
+        """What the shape is made of."""
+        return LlamaConfig(**SHAPES[self.shape])
+
+    def tokens(self) -> Tensor:
+        """This rank's tokens, on the CPU, the same on any device: [micro_batch, sequence]."""
         generator = torch.Generator().manual_seed(dist.rank())
         shape = (self.micro_batch, self.sequence)
-        ids = torch.randint(SHAPES[self.shape]["vocab_size"], shape, generator=generator)
-        ids = ids.to(dist.local_device())
+        return torch.randint(self.config().vocab_size, shape, generator=generator)
+
+    def batch(self) -> dict[str, Tensor]:
+        """The same with labels, where the model computes."""
+        ids = self.tokens().to(dist.local_device())
         return {"input_ids": ids, "labels": ids}
 
 
@@ -171,9 +177,9 @@ def _masked(model: ShardedModel, mask: Mask, race: Race) -> Contestant:
 
 def _own_loss(model: Any, race: Race) -> Callable[[], Tensor]:
     """The mean loss of this rank's tokens, as trace_dist computes it."""
-    batch = race.batch()
-    labels = batch.pop("labels")
-    return lambda: forward_nll_sum(model, batch, labels, 1 / labels[:, 1:].numel())
+    inputs = {"input_ids": race.batch()["input_ids"]}
+    labels = race.tokens()  # on the CPU, as those of real batches: they are read there
+    return lambda: forward_nll_sum(model, inputs, labels, 1 / labels[:, 1:].numel())
 
 
 def _peer(name: str, race: Race) -> Contestant:

@@ -68,10 +68,15 @@ def start_deepspeed() -> Any:
     return deepspeed
 
 
+def gathers_by_messages() -> bool:
+    """Whether weights are gathered by ``sharding.gloo``: on CPUs."""
+    return dist.local_device().type == "cpu"
+
+
 def load_deepspeed() -> Any:
     """The deepspeed module, started, and, on a CPU, with our all-gather over gloo."""
     deepspeed = start_deepspeed()
-    if not torch.cuda.is_available():
+    if gathers_by_messages():
         deepspeed.comm.comm.cdb.all_gather_function = gloo.all_gather
     return deepspeed
 
@@ -103,7 +108,7 @@ def zero3_config(
             "stage": 3,
             "stage3_param_persistence_threshold": persistence_threshold,
             # Straight into each weight: on a CPU a message costs less than two more copies of every bucket.
-            "stage3_allgather_sequential": not torch.cuda.is_available(),
+            "stage3_allgather_sequential": gathers_by_messages(),
             "stage3_max_reuse_distance": max_reuse_distance(bool(classes)),
             **whole,
         },
