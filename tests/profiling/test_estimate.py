@@ -154,6 +154,28 @@ def test_offloaded_states_leave_the_device_only_where_there_is_one(llama: str) -
     assert sum(cpu.host.values()) == 0
 
 
+def test_the_best_values_are_kept_in_host_memory(llama: str) -> None:
+    setup = MemorySetup(llama, world_size=2)
+    plain, kept = estimate(setup), estimate(replace(setup, keep_best=True))
+    assert kept.states == plain.states
+    assert kept.host["best"] == plain.states["master"]
+    assert estimate(replace(setup, keep_best=True, device="cpu")).states["best"] == plain.states["master"]
+    halves = estimate(replace(setup, keep_best=True, master=False))
+    assert halves.host["best"] == plain.states["master"] / 2
+
+
+def test_where_a_kernel_decodes_indices_nothing_else_holds_them(llama: str) -> None:
+    setup = MemorySetup(llama, world_size=2)
+    gpu, cpu = estimate(setup), estimate(replace(setup, device="cpu"))
+    block, block_cpu = (
+        estimate(replace(setup, granularity="block", device=device)) for device in ("cuda", "cpu")
+    )
+    assert gpu.transient["reduction"] < cpu.transient["reduction"]
+    assert gpu.states["indices"] - cpu.states["indices"] == 16 * 14  # a chunk of each masked matrix
+    assert block.transient["reduction"] == block_cpu.transient["reduction"]
+    assert block.states["indices"] == block_cpu.states["indices"]
+
+
 def test_exchange_holds_what_waits_and_what_is_under_way() -> None:
     half = BUCKET_BYTES // 8
     sizes = [("a", 9 * half, half, 0), ("b", 9 * half, half, 5 * half), ("c", half, half, 0)]

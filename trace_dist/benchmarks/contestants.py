@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from trace_dist.models.blocks import whole_blocks
 from trace_dist.optim.masked_adamw import MaskedAdamW
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.build import shard
-from trace_dist.sharding.dense import dense_engine
+from trace_dist.sharding.dense import dense_engine, dense_states
 from trace_dist.sharding.zero3 import load_deepspeed, zero3_config
 from trace_dist.train.loss import forward_nll_sum
 from trace_dist.utils import dist
@@ -139,12 +140,16 @@ class Race:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A training step in three phases, and how many parameters all ranks together train."""
+    """A training step in three phases, and how many parameters all ranks together train.
+
+    ``states`` are the tensors that this rank keeps between steps, by category.
+    """
 
     forward: Callable[[], Tensor]
     backward: Callable[[Tensor], None]
     step: Callable[[], None]
     num_trained: int
+    states: Callable[[], dict[str, list[Tensor]]]
 
 
 def build(name: str, race: Race) -> Contestant:
@@ -172,7 +177,7 @@ def _masked(model: ShardedModel, mask: Mask, race: Race) -> Contestant:
         optimizer.zero_grad()
 
     num_trained = sum(support.num_entries for support in optimizer.supports)
-    return Contestant(_own_loss(model, race), model.backward, step, num_trained)
+    return Contestant(_own_loss(model, race), model.backward, step, num_trained, optimizer.model_states)
 
 
 def _own_loss(model: Any, race: Race) -> Callable[[], Tensor]:
@@ -191,9 +196,16 @@ def _peer(name: str, race: Race) -> Contestant:
     if name == method:
         engine = dense_engine(module, torch.bfloat16, {})
         batch = race.batch()
-        return Contestant(lambda: engine(**batch).loss, engine.backward, engine.step, num_trained)
+        return Contestant(
+            lambda: engine(**batch).loss,
+            engine.backward,
+            engine.step,
+            num_trained,
+            partial(dense_states, engine),
+        )
     load_deepspeed()  # with our all-gather
     blocks = whole_blocks(module).values() if method == "full" else ()
     zero = zero3_config(torch.bfloat16, blocks=blocks)["zero_optimization"]
     engine = dense_engine(module, torch.bfloat16, zero)
-    return Contestant(_own_loss(engine, race), engine.backward, engine.step, num_trained)
+    states = partial(dense_states, engine)
+    return Contestant(_own_loss(engine, race), engine.backward, engine.step, num_trained, states)

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 Told = Callable[[int, int], None]
 """Hears of each pass of attention: operations, and bytes that a fused kernel reads and writes."""
 

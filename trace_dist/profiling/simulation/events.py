@@ -1,6 +1,7 @@
 """What a simulated rank asked of its accelerator, in the order in which the host asked.
 
-A program is recorded once and replayed (``replay``) for any GPU and any bandwidth; only the number of ranks changes what is asked.
+A program is recorded once and replayed (``replay``) for any GPU and any bandwidth; only the number of ranks changes what is
+asked.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Literal, NamedTuple
 
 COMPUTE = "compute"
 """The stream that is there from the beginning."""
-HOST = "host"
+HOSTS = "hosts"
+"""The lane of collectives of CPU tensors, in which hosts agree among themselves."""
 Kind = Literal["kernel", "collective", "joins", "host_waits", "hook", "mark"]
 Work = Literal["matmul", "attention", "optimizer", "pick", "other"]
 WORK: tuple[Work, ...] = ("matmul", "attention", "optimizer", "pick", "other")
@@ -61,8 +63,7 @@ class Program:
         peak: the most bytes at one moment of the step.
         kept: bytes between steps by category, from the objects that hold them; what is left of ``states`` is ``buffers``.
         num_tokens: tokens of this rank's step.
-        num_trained: trained parameters of all ranks.
-        num_parameters: of the model.
+        num_trained: trained parameters, of all ranks, or, of a mask, of this one.
     """
 
     events: Sequence[Event]
@@ -72,7 +73,6 @@ class Program:
     kept: dict[str, int]
     num_tokens: int
     num_trained: int
-    num_parameters: int
 
     def _of(self, kind: Kind) -> Iterator[Event]:
         return (event for event in self.events if event.kind == kind)

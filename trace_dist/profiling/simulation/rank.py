@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from trace_dist.optim.masked_adamw import MaskedAdamW
+from trace_dist.profiling.simulation.events import HOSTS
 from trace_dist.profiling.simulation.kernels import adamw_bytes, launched_bytes
 from trace_dist.profiling.simulation.recorder import Recorder
 from trace_dist.profiling.simulation.streams import Streams
@@ -64,7 +65,7 @@ def _told(recorder: Recorder, function: Callable[..., Any]) -> Callable[..., Any
         first = len(recorder.events)
         with recorder.on_lane("exchange" if beside else "gather"):
             work = function(*args, **kwargs)
-        numbers = [event.number for event in recorder.events[first:] if event.kind == "collective"]
+        numbers = [e.number for e in recorder.events[first:] if e.kind == "collective" and e.lane != HOSTS]
         if not numbers:
             return work
         ongoing = Ongoing(recorder, numbers)
@@ -166,7 +167,9 @@ def simulated_rank(world: int, synchronous: bool = False) -> Iterator[Recorder]:
         raise ValueError("simulate: this process is a rank of a job; start it without a launcher")
     recorder = Recorder()
     with ExitStack() as stack:
-        stack.enter_context(patch.dict(os.environ, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world)}))
+        stack.enter_context(
+            patch.dict(os.environ, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world)})
+        )
         _hosts(stack, world)
         td.init_process_group("cpu:fake,meta:fake", rank=0, world_size=world, store=FakeStore())
         stack.callback(dist.close)
@@ -175,7 +178,9 @@ def simulated_rank(world: int, synchronous: bool = False) -> Iterator[Recorder]:
         _deepspeed(stack, recorder, synchronous)
         _own_kernels(stack, recorder)
         _replaced(stack, Tensor, {"record_stream": lambda *_: None})
-        _replaced(stack, import_module("torch.optim.adam"), {"_device_dtype_check_for_fused": lambda *_: None})
+        _replaced(
+            stack, import_module("torch.optim.adam"), {"_device_dtype_check_for_fused": lambda *_: None}
+        )
         _replaced(stack, zero3, {"gathers_by_messages": lambda: synchronous})
         if synchronous:
             cpu = cross_entropy.CHUNK_ELEMENTS["cpu"]

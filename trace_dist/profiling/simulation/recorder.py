@@ -20,14 +20,32 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from trace_dist.profiling.simulation.events import COMPUTE, Event, Work
+from trace_dist.profiling.simulation.events import COMPUTE, HOSTS, Event, Work
+from trace_dist.profiling.simulation.kernels import touched_bytes
 from trace_dist.profiling.wire import sent_by
 
 aten = torch.ops.aten
-_FREE = (aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default)
+_FREE = (
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.new_empty.default,
+    aten.empty_strided.default,
+)
 _INDEXING = (aten.index.Tensor, aten.index_put_.default)
 """Of a size that depends on values where an index is boolean."""
 _COPIES = (aten._to_copy.default, aten.copy_.default)
+_PICKS = (
+    *(aten.index.Tensor, aten.index_select.default, aten.embedding.default),
+    *(aten.gather.default, aten.take.default),
+)
+_PUTS = (
+    aten.index_put_.default,
+    aten.index_add_.default,
+    aten.index_copy_.default,
+    aten.scatter_add_.default,
+)
+_OVERWRITES = (aten.copy_.default, aten.fill_.Scalar, aten.zero_.default)
+"""Operators that write their first operand and do not read it."""
 _PICKING = ("trace_dist.masks", "trace_dist.sharding", "trace_kernels")
 """Modules that work between a layer's gradient and the compact buffer."""
 
@@ -133,7 +151,7 @@ class Recorder(TorchDispatchMode):
     ) -> None:
         formula = flop_registry.get(func._overloadpacket)
         flops = 0 if formula is None else formula(*args, **kwargs, out_val=result)
-        num_bytes = _bytes({id(each): each for each in [*given, *made] if each.is_meta}.values())
+        num_bytes = _moved(func, given, made)
         if flops:
             wide = made[0].dtype not in (torch.bfloat16, torch.float16)
             self.add("kernel", name="matmul", flops=flops, num_bytes=num_bytes, wide=wide)
@@ -143,10 +161,9 @@ class Recorder(TorchDispatchMode):
     def _collective(self, func: Any, args: tuple[Any, ...]) -> None:
         name, num_bytes = sent_by(func, args)
         tensors = [each for each in tree_iter(args) if isinstance(each, Tensor)]
-        # What hosts agree on among themselves keeps no accelerator waiting.
-        if any(each.is_meta for each in tensors):
-            size = max(each.nbytes for each in tensors)
-            self.add("collective", name=name, num_bytes=num_bytes, lane=self.lane, size=size)
+        lane = self.lane if any(each.is_meta for each in tensors) else HOSTS
+        size = max((each.nbytes for each in tensors), default=0)
+        self.add("collective", name=name, num_bytes=num_bytes, lane=lane, size=size)
 
     def _fetched(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of a copy to the CPU, for which the host waits; None for any other."""
@@ -189,16 +206,46 @@ def _asks_values(func: Any, args: Any) -> bool:
     return torch.Tag.dynamic_output_shape in func.tags or func is aten.equal.default
 
 
-def _bytes(tensors: Any) -> int:
-    """Bytes of some tensors; of one that repeats its elements, those that it repeats."""
-    return sum(min(each.nbytes, each.untyped_storage().nbytes()) for each in tensors)
+def _moved(func: Any, given: list[Tensor], made: list[Tensor]) -> float:
+    """Bytes that an operator reads and writes: each operand once; of a tensor that is picked from, what is picked."""
+    there = list({id(each): each for each in given if each.is_meta}.values())
+    if func in _PICKS and made:
+        source, picked = there[0], made[0]
+        block = _contiguous(func, source, picked)
+        touched = touched_bytes(source.numel(), source.element_size(), picked.numel(), block)
+        return touched + picked.nbytes + sum(map(_size, there[1:]))
+    written = made or there  # an operator on lists of tensors gives nothing back
+    read = there[1:] if func in _OVERWRITES else there
+    if func in _PUTS:  # the target is touched where something is put
+        put = min(map(_size, there[1:]), default=0)
+        return sum(map(_size, there[1:])) + 2.0 * put
+    return float(sum(map(_size, read)) + sum(map(_size, written)))
+
+
+def _contiguous(func: Any, source: Tensor, picked: Tensor) -> int:
+    """Elements that are picked together: those of the dimensions behind the ones that are indexed."""
+    if func in (aten.gather.default, aten.take.default):
+        return 1
+    kept = 1
+    for ours, theirs in zip(reversed(source.shape), reversed(picked.shape), strict=False):
+        if ours != theirs:
+            break
+        kept *= ours
+    return max(1, kept)
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes; of a tensor that repeats its elements, those that it repeats."""
+    return min(tensor.nbytes, tensor.untyped_storage().nbytes())
 
 
 def _caller() -> str:
-    """The module of the innermost frame that is not torch's or this file's."""
+    """The module of the innermost frame that is not torch's or this file's; ``autograd`` for what that does by itself."""
     frame = sys._getframe(2)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
+        if frame.f_code.co_name == "_engine_run_backward":
+            return "autograd"
         if not module.startswith(("torch", "typing", "contextlib")) and module != __name__:
             return module
         frame = frame.f_back  # type: ignore[assignment]
