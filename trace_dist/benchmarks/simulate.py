@@ -7,7 +7,8 @@ counted there; time is predicted (``simulation.replay``).
 
 [Note: repeated blocks] Decoder blocks are alike, and the program does for each what it did for the one before. So two models
 are simulated, of k and of k + 1 blocks, and everything that is counted or predicted is continued in a straight line. k is so
-large that DeepSpeed, which looks 1e9 elements ahead at most, meets the same surroundings at each further block.
+large that blocks at both ends, of which DeepSpeed keeps 5e8 elements gathered between forward and backward, are not the same.
+Of an 8B model, 3 and 4 blocks give the bytes of 8 and 9, the memory within 0.2 % and the time within 2 %.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from trace_dist.utils.log import get_logger
 logger = get_logger(__name__)
 WARM_UP = 2
 """Steps before the one that is recorded: the first makes states and lets DeepSpeed learn the order of modules."""
-LOOKS_AHEAD = 1.5e9
+LOOKS_AHEAD = 6e8
 """Elements that k blocks have at least ([Note: repeated blocks])."""
 Found = dict[str, Any]
 

@@ -114,6 +114,10 @@ MEMORY_ACTIONS = {
             "gpu_gib": (float, 24.0, "memory of one GPU, in GiB"),
             "gpus": (int, 1, "number of GPUs"),
             "reserve_gib": (float, 1.0, "of that, for the CUDA context, communication and fragmentation"),
+            "gpu": _text(
+                "GPU as of `simulate`, to predict steps too, of full fine-tuning and LoRA as well; minutes"
+            ),
+            "link_gbps": (float, 400.0, "network of each GPU for that, in 1e9 bits per second"),
             "out": OUT,
         },
     ),

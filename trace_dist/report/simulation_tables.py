@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -67,6 +67,23 @@ def _by_method(found: Found, key: str, factor: float, title: str, whole: str) ->
     together = (m[whole]["expected"] if isinstance(m[whole], Mapping) else m[whole] for m in methods.values())
     table.add_section()
     table.add_row("together", *(f"{factor * size:,.2f}" for size in together), style="bold")
+    return table
+
+
+def times_table(rows: Sequence[Mapping[str, Any]], gpu: str) -> Table:
+    """Predicted steps of the options of ``memory plan``, and of its peers (``benchmarks.plan_times``)."""
+    heads = ("density", "micro-batch", "recompute", "peak GiB", "fits", "step ms", "low to high", "tokens/s")
+    table = _table("method", *heads, title=f"simulated on {gpu}; times are predictions")
+    for row in rows:
+        step = {bound: f"{1e3 * seconds:,.0f}" for bound, seconds in row["step_s"].items()}
+        table.add_row(
+            *(row["name"], f"{row['density']:g}", str(row["micro_batch_size"])),
+            "yes" if row["activation_checkpointing"] else "-",
+            f"{row['peak_bytes'] / GIB:.1f}",
+            "yes" if row["fits"] else "no",
+            *(step["expected"], f"{step['low']} - {step['high']}"),
+            f"{row['tokens_per_s']['expected']:,.0f}",
+        )
     return table
 
 
