@@ -37,7 +37,7 @@ MEASURED = ("gpu_step_1b", "gpu_step_8b")
 """Results beside the study's own: steps of one H100."""
 BATCH, LENGTH = 4, 2048
 """8,192 tokens per GPU and step."""
-RANKS: dict[int, tuple[str, ...]] = {64: ("row", "full"), 1024: ("element", "row", "full", "LoRA")}
+RANKS: dict[int, tuple[str, ...]] = {64: ("row", "full"), 1024: ("row", "full", "element", "LoRA")}
 """Ranks, eight on each node, beside those of one node -> what is simulated there."""
 LLAMA_70B: dict[str, Any] = {
     "vocab_size": 128256,
@@ -59,7 +59,9 @@ class Study:
         self._results, self._folder = results, folder
         self._node: dict[Key, Program] = {}
         self.parts: dict[str, Callable[[], Any]] = {
+            **{f"node, {name}": lambda name=name: self._on_a_node(name) for name in ("row", "full")},
             **{name: lambda name=name: self._measured(name) for name in MEASURED},
+            "attach, row": lambda: self._attach("row"),
             **{f"node, {name}": lambda name=name: self._on_a_node(name) for name in METHODS},
             **{
                 f"{ranks} ranks, {name}": lambda ranks=ranks, name=name: self._on_ranks(ranks, name)
@@ -67,7 +69,7 @@ class Study:
                 for name in names
             },
             **{f"70B, {kind}": lambda kind=kind: self._plan(kind) for kind in ("row", "block")},
-            **{f"attach, {kind}": lambda kind=kind: self._attach(kind) for kind in ("row", "block")},
+            "attach, block": lambda: self._attach("block"),
         }
 
     def _config(self, shape: str) -> str:

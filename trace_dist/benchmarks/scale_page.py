@@ -17,6 +17,8 @@ from trace_dist.profiling.simulation.setup import METHODS
 from trace_dist.utils.files import write_text
 
 GIB = 2**30
+MISSING = "Not run yet."
+"""In the place of a table whose parts a study lacks that was cut."""
 Found = Mapping[str, Any]
 
 
@@ -25,7 +27,7 @@ def measured_table(parts: Found, *results: Found) -> str:
     rows = []
     for name, result in zip(MEASURED, results, strict=True):
         for row in result["rows"]:
-            if row["name"] not in parts[name]:
+            if row["name"] not in parts.get(name, {}):
                 continue
             found = parts[name][row["name"]]
             peaks, steps = (found["peak_bytes"], row["peak_device_bytes"]), found["step_s"]
@@ -44,7 +46,7 @@ def measured_table(parts: Found, *results: Found) -> str:
 
 def node_table(parts: Found, gpu: str = "h100") -> str:
     """Methods on eight GPUs of a kind."""
-    node = {name: parts[f"node, {name}"][gpu] for name in METHODS}
+    node = _node(parts, gpu)
     full = node["full"]["step_s"]
     rows = []
     for name, found in node.items():
@@ -64,6 +66,11 @@ def node_table(parts: Found, gpu: str = "h100") -> str:
     return grid(["", *head, "weights sent, GiB", "gradients sent, GiB", "launches"], rows)
 
 
+def _node(parts: Found, gpu: str) -> dict[str, Found]:
+    """Method -> what was found on eight GPUs of a kind; a study that was cut lacks some."""
+    return {name: parts[f"node, {name}"][gpu] for name in METHODS if f"node, {name}" in parts}
+
+
 def _sent(found: Found) -> tuple[float, float]:
     """Bytes of weights, and of everything else, that a rank sends in a step."""
     weights = sum(size for name, size in found["sent_bytes"].items() if "gather" in name)
@@ -72,7 +79,7 @@ def _sent(found: Found) -> tuple[float, float]:
 
 def spent_table(parts: Found, gpu: str = "h100") -> str:
     """Where the time of a step goes, in milliseconds."""
-    node = {name: parts[f"node, {name}"][gpu]["spent_s"] for name in METHODS}
+    node = {name: found["spent_s"] for name, found in _node(parts, gpu).items()}
     kinds = list(dict.fromkeys(kind for spent in node.values() for kind in spent))
     kinds = [kind for kind in kinds if any(spent.get(kind, 0) > 5e-4 for spent in node.values())]
     rows = [[name, *(f"{1e3 * spent.get(kind, 0):.0f}" for kind in kinds)] for name, spent in node.items()]
@@ -85,21 +92,21 @@ def gpu_table(parts: Found) -> str:
     rows = []
     for gpu in parts["node, full"]:
         spec = load_gpu(gpu)
-        cells = []
-        for name in METHODS:
-            found = parts[f"node, {name}"][gpu]
+        cells, node = [], _node(parts, gpu)
+        for found in node.values():
             fits = found["peak_bytes"] / GIB < spec.memory_gib
             cells.append(f"{1e3 * found['step_s']['expected']:,.0f}" if fits else "does not fit")
         rows.append([spec.name, *cells])
-    return grid(["step, ms", *METHODS], rows)
+    return grid(["step, ms", *_node(parts, "h100")], rows)
 
 
 def ranks_table(parts: Found) -> str:
     """How a step and a rank's memory change with the number of ranks."""
     rows = []
+    node = _node(parts, "h100")
     for ranks in (8, *RANKS):
         for name in METHODS:
-            found = parts.get(f"{ranks} ranks, {name}") if ranks > 8 else parts[f"node, {name}"]["h100"]
+            found = parts.get(f"{ranks} ranks, {name}") if ranks > 8 else node.get(name)
             if found is None:
                 continue
             step = found["step_s"]
@@ -120,6 +127,8 @@ def ranks_table(parts: Found) -> str:
 
 def states_table(parts: Found) -> str:
     """What an element mask keeps on each rank between steps, by number of ranks: MiB."""
+    if "1024 ranks, element" not in parts or "node, element" not in parts:
+        return MISSING
     few, many = parts["node, element"]["h100"], parts["1024 ranks, element"]
     rows = []
     for kind, size in few["kept_bytes"].items():
@@ -133,6 +142,8 @@ def large_table(parts: Found) -> str:
     """Plans of a 70B model on eight GPUs of 24 GB."""
     rows = []
     for kind in ("row", "block"):
+        if f"70B, {kind}" not in parts:
+            continue
         found = parts[f"70B, {kind}"]
         way = found["plan"]
         rows.append(
@@ -143,6 +154,8 @@ def large_table(parts: Found) -> str:
                 *(str(way["micro_batch_size"]), f"{found['gib']:.1f}", f"{found['host_gib']:.1f}"),
             ]
         )
+    if not rows:
+        return MISSING
     head = ["moments", "master", "offload", "recomputes", "micro-batch", "GiB per GPU", "host GiB per rank"]
     return grid(["", *head], rows)
 
@@ -151,9 +164,13 @@ def attach_table(parts: Found) -> str:
     """Seconds of one rank of 1,024."""
     rows = []
     for kind in ("row", "block"):
+        if f"attach, {kind}" not in parts:
+            continue
         found = parts[f"attach, {kind}"]
         seconds = [f"{found[name]:.1f}" for name in ("draw_s", "attach_s", "resume_s")]
         rows.append([f"{kind}, 5 %", f"{found['entries'] / 1e9:.2f}e9", *seconds])
+    if not rows:
+        return MISSING
     return grid(["70B", "entries", "drawing the mask, s", "attach, s", "resume, s"], rows)
 
 
