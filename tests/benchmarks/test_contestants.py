@@ -64,9 +64,11 @@ def test_a_simulated_rank_sends_and_keeps_what_a_real_one_does(
 @pytest.mark.parametrize("name", ["row", "full"])
 def test_repeated_blocks_are_the_whole_model(simulated: dict[str, Any], name: str) -> None:
     whole, repeated = simulated["whole"][name], simulated["repeated"][name]
-    differing = sorted(_differing(whole, repeated))
+    differing = set(_differing(whole, repeated)) - {
+        "/peak_bytes"
+    }  # of so small a model the last block's is no peak
     # Which units are drawn is chance, and how many of them the first rank owns: of a mask alone.
-    assert differing == [] or name == "row"
+    assert not differing or name == "row"
     assert repeated["launches"] == whole["launches"]
     assert repeated["collectives"] == whole["collectives"]
     assert repeated["peak_bytes"] == pytest.approx(whole["peak_bytes"], rel=0.01)
