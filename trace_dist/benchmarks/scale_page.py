@@ -82,7 +82,10 @@ def spent_table(parts: Found, gpu: str = "h100") -> str:
     node = {name: found["spent_s"] for name, found in _node(parts, gpu).items()}
     kinds = list(dict.fromkeys(kind for spent in node.values() for kind in spent))
     kinds = [kind for kind in kinds if any(spent.get(kind, 0) > 5e-4 for spent in node.values())]
-    rows = [[name, *(f"{1e3 * spent.get(kind, 0):.0f}" for kind in kinds)] for name, spent in node.items()]
+    rows = [
+        [name, *(f"{max(0.0, 1e3 * spent.get(kind, 0)):.0f}" for kind in kinds)]
+        for name, spent in node.items()
+    ]
     named = {"pick": "picking and exchange", "other": "other kernels"}
     return grid(["ms", *(named.get(kind, kind) for kind in kinds)], rows)
 
