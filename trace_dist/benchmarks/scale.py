@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +60,17 @@ class Study:
         self._results, self._folder = results, folder
         self._node: dict[Key, Program] = {}
         self.parts: dict[str, Callable[[], Any]] = {
-            **{f"node, {name}": lambda name=name: self._on_a_node(name) for name in ("row", "full")},
-            **{name: lambda name=name: self._measured(name) for name in MEASURED},
-            "attach, row": lambda: self._attach("row"),
-            **{f"node, {name}": lambda name=name: self._on_a_node(name) for name in METHODS},
+            **{f"node, {name}": partial(self._on_a_node, name) for name in ("row", "full")},
+            **{name: partial(self._measured, name) for name in MEASURED},
+            "attach, row": partial(self._attach, "row"),
+            **{f"node, {name}": partial(self._on_a_node, name) for name in METHODS},
             **{
-                f"{ranks} ranks, {name}": lambda ranks=ranks, name=name: self._on_ranks(ranks, name)
+                f"{ranks} ranks, {name}": partial(self._on_ranks, ranks, name)
                 for ranks, names in RANKS.items()
                 for name in names
             },
-            **{f"70B, {kind}": lambda kind=kind: self._plan(kind) for kind in ("row", "block")},
-            "attach, block": lambda: self._attach("block"),
+            **{f"70B, {kind}": partial(self._plan, kind) for kind in ("row", "block")},
+            "attach, block": partial(self._attach, "block"),
         }
 
     def _config(self, shape: str) -> str:
