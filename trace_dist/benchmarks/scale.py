@@ -40,6 +40,8 @@ BATCH, LENGTH = 4, 2048
 """8,192 tokens per GPU and step."""
 RANKS: dict[int, tuple[str, ...]] = {64: ("row", "full"), 1024: ("row", "full", "element", "LoRA")}
 """Ranks, eight on each node, beside those of one node -> what is simulated there."""
+PLANNED: tuple[Granularity, ...] = ("row", "block")
+"""Masks of a 70B model that are planned."""
 LLAMA_70B: dict[str, Any] = {
     "vocab_size": 128256,
     "hidden_size": 8192,
@@ -69,7 +71,7 @@ class Study:
                 for ranks, names in RANKS.items()
                 for name in names
             },
-            **{f"70B, {kind}": partial(self._plan, kind) for kind in ("row", "block")},
+            **{f"70B, {kind}": partial(self._plan, kind) for kind in PLANNED},
             "attach, block": partial(self._attach, "block"),
         }
 
