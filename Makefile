@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: quickstart quickstart-smollm2 publish bench stream20 retrieval-study study study-toy gpu test fuzz faults soak hosts audit lint format docs wheel clean
+.PHONY: quickstart quickstart-smollm2 publish bench stream20 retrieval-study study study-toy gpu scale test fuzz faults soak hosts audit lint format docs wheel clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/trace-dist run --config configs/quickstart.yaml
@@ -59,6 +59,11 @@ gpu: $(VENV)/.dev
 		--out docs/results/gpu_step_1b.json
 	$(STEP) --shape Llama-3-8B --micro_batch 2 --steps 4 --contestants '[row,full,LoRA]' --out docs/results/gpu_step_8b.json
 	$(BIN)/python -m trace_dist.benchmarks.document docs/results docs/benchmarks.md
+
+# What is predicted for many GPUs, by one CPU in half an hour. A study that was cut goes on.
+scale: $(VENV)/.dev
+	$(BIN)/python -m trace_dist.benchmarks.scale docs/results/scale.json
+	$(BIN)/python -m trace_dist.benchmarks.scale_page docs/results docs/scale.md
 
 # Two at a time, one thread per process: the tests start several.
 test: lint

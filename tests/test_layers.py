@@ -44,7 +44,10 @@ RANKS: dict[str, tuple[int, int]] = {
 }
 ENTRY_POINTS = {"__init__", "__main__"}
 """Modules at the top of the package: they may import anything, and no module imports them."""
-DEEPSPEED_HOMES = {"sharding/zero3.py", "models/loading.py", "benchmarks/peers.py"}
+DEEPSPEED_HOMES = {
+    *("sharding/zero3.py", "models/loading.py", "benchmarks/peers.py"),
+    "profiling/simulation/rank.py",  # the accelerator below it
+}
 
 
 def is_type_checking(node: ast.stmt) -> bool:

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 from trace_dist.benchmarks.contestants import CONTESTANTS, Race, build
+from trace_dist.profiling.states import tensor_bytes
+from trace_dist.profiling.wire import WireCounter
 from trace_dist.utils import dist
 from trace_dist.utils.files import write_json
 
@@ -24,7 +26,15 @@ def main() -> None:
             losses.append(float(loss))
             contestant.backward(loss)
             contestant.step()
-        found[name] = {"losses": losses, "num_trained": contestant.num_trained}
+        with WireCounter() as wire:
+            contestant.backward(contestant.forward())
+            contestant.step()
+        found[name] = {
+            "losses": losses,
+            "num_trained": contestant.num_trained,
+            "sent": {"weights": wire.gathered, "gradients": wire.reduced},
+            "states": {kind: tensor_bytes(tensors) for kind, tensors in contestant.states().items()},
+        }
     if dist.is_main():
         write_json(Path(sys.argv[1]), found)
     dist.barrier()

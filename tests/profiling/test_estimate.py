@@ -14,10 +14,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trace_dist import Mask, MaskedAdamW, quantize_nf4, shard
+from trace_dist.masks.units import UnitLayout
 from trace_dist.profiling.activations import trace_step
 from trace_dist.profiling.estimate import Estimator, estimate
 from trace_dist.profiling.exchange import Exchange
 from trace_dist.profiling.memory_setup import MemorySetup
+from trace_dist.profiling.selection import Selection, decoded_bytes
 from trace_dist.profiling.states import tensor_bytes
 from trace_dist.sharding.reduction import BUCKET_BYTES
 from trace_dist.train.loss import forward_nll_sum
@@ -137,8 +139,8 @@ def test_whole_rows_need_no_dense_gradient(llama: str) -> None:
 
 def test_the_peak_is_made_of_its_parts_and_ranks_share_states(llama: str) -> None:
     estimator = Estimator(llama, "bfloat16")
-    alone = estimator(MemorySetup(llama, world_size=1))
-    shared = estimator(MemorySetup(llama, world_size=4))
+    alone = estimator(MemorySetup(llama, world_size=1, device="cpu"))
+    shared = estimator(MemorySetup(llama, world_size=4, device="cpu"))
     assert alone.peak == sum(alone.peak_parts.values())
     assert alone.transient["gathered"] == 0
     for name in ("weights", "master", "exp_avg", "gradients"):
@@ -152,6 +154,29 @@ def test_offloaded_states_leave_the_device_only_where_there_is_one(llama: str) -
     gpu, cpu = estimate(setup), estimate(replace(setup, device="cpu"))
     assert gpu.states["exp_avg"] == 0 < gpu.host["exp_avg"] == cpu.states["exp_avg"]
     assert sum(cpu.host.values()) == 0
+
+
+def test_the_best_values_are_kept_in_host_memory(llama: str) -> None:
+    setup = MemorySetup(llama, world_size=2)
+    plain, kept = estimate(setup), estimate(replace(setup, keep_best=True))
+    assert kept.states == plain.states
+    assert kept.host["best"] == plain.states["master"]
+    assert estimate(replace(setup, keep_best=True, device="cpu")).states["best"] == plain.states["master"]
+    halves = estimate(replace(setup, keep_best=True, master=False))
+    assert halves.host["best"] == plain.states["master"] / 2
+
+
+def test_where_a_kernel_decodes_indices_nothing_else_holds_them(llama: str) -> None:
+    setup = MemorySetup(llama, world_size=2)
+    gpu, cpu = estimate(setup), estimate(replace(setup, device="cpu"))
+    block, block_cpu = (
+        estimate(replace(setup, granularity="block", device=device)) for device in ("cuda", "cpu")
+    )
+    layout, chosen = UnitLayout((8, 100), 1), Selection(40, 40)
+    assert decoded_bytes(layout, chosen, replace(setup, device="cpu")) == 4 * 40
+    assert decoded_bytes(layout, chosen, setup) == 0
+    assert gpu.states["indices"] > cpu.states["indices"]  # where the kernel's chunks begin
+    assert block.states["indices"] == block_cpu.states["indices"]
 
 
 def test_exchange_holds_what_waits_and_what_is_under_way() -> None:

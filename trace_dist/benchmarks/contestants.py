@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from trace_dist.models.blocks import whole_blocks
 from trace_dist.optim.masked_adamw import MaskedAdamW
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.build import shard
-from trace_dist.sharding.dense import dense_engine
+from trace_dist.sharding.dense import dense_engine, dense_states
 from trace_dist.sharding.zero3 import load_deepspeed, zero3_config
 from trace_dist.train.loss import forward_nll_sum
 from trace_dist.utils import dist
@@ -115,30 +116,40 @@ class Race:
         attention = self.attention
         if attention == "auto":
             attention = "sdpa" if torch.cuda.is_available() else "eager"
-        config = LlamaConfig(**SHAPES[self.shape])
         with dist.local_device():
             model = AutoModelForCausalLM.from_config(
-                config, attn_implementation=attention, dtype=torch.bfloat16
+                self.config(), attn_implementation=attention, dtype=torch.bfloat16
             )
         return model.train()
 
-    def batch(self) -> dict[str, Tensor]:
-        """This rank's batch, the same on any device, where the model computes."""
+    def config(self) -> Any:
+        """What the shape is made of."""
+        return LlamaConfig(**SHAPES[self.shape])
+
+    def tokens(self) -> Tensor:
+        """This rank's tokens, on the CPU, the same on any device: [micro_batch, sequence]."""
         generator = torch.Generator().manual_seed(dist.rank())
         shape = (self.micro_batch, self.sequence)
-        ids = torch.randint(SHAPES[self.shape]["vocab_size"], shape, generator=generator)
-        ids = ids.to(dist.local_device())
+        return torch.randint(self.config().vocab_size, shape, generator=generator)
+
+    def batch(self) -> dict[str, Tensor]:
+        """The same with labels, where the model computes."""
+        ids = self.tokens().to(dist.local_device())
         return {"input_ids": ids, "labels": ids}
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A training step in three phases, and how many parameters all ranks together train."""
+    """A training step in three phases, and how many parameters all ranks together train.
+
+    ``states`` are the tensors that this rank keeps between steps, by category.
+    """
 
     forward: Callable[[], Tensor]
     backward: Callable[[Tensor], None]
     step: Callable[[], None]
     num_trained: int
+    states: Callable[[], dict[str, list[Tensor]]]
 
 
 def build(name: str, race: Race) -> Contestant:
@@ -166,14 +177,14 @@ def _masked(model: ShardedModel, mask: Mask, race: Race) -> Contestant:
         optimizer.zero_grad()
 
     num_trained = sum(support.num_entries for support in optimizer.supports)
-    return Contestant(own_loss(model, race), model.backward, step, num_trained)
+    return Contestant(own_loss(model, race), model.backward, step, num_trained, optimizer.model_states)
 
 
 def own_loss(model: Any, race: Race) -> Callable[[], Tensor]:
     """The mean loss of this rank's tokens, as trace_dist computes it."""
-    batch = race.batch()
-    labels = batch.pop("labels")
-    return lambda: forward_nll_sum(model, batch, labels, 1 / labels[:, 1:].numel())
+    inputs = {"input_ids": race.batch()["input_ids"]}
+    labels = race.tokens()  # on the CPU, as those of real batches: they are read there
+    return lambda: forward_nll_sum(model, inputs, labels, 1 / labels[:, 1:].numel())
 
 
 def _peer(name: str, race: Race) -> Contestant:
@@ -185,9 +196,16 @@ def _peer(name: str, race: Race) -> Contestant:
     if name == method:
         engine = dense_engine(module, torch.bfloat16, {})
         batch = race.batch()
-        return Contestant(lambda: engine(**batch).loss, engine.backward, engine.step, num_trained)
+        return Contestant(
+            lambda: engine(**batch).loss,
+            engine.backward,
+            engine.step,
+            num_trained,
+            partial(dense_states, engine),
+        )
     load_deepspeed()  # with our all-gather
     blocks = whole_blocks(module).values() if method == "full" else ()
     zero = zero3_config(torch.bfloat16, blocks=blocks)["zero_optimization"]
     engine = dense_engine(module, torch.bfloat16, zero)
-    return Contestant(own_loss(engine, race), engine.backward, engine.step, num_trained)
+    states = partial(dense_states, engine)
+    return Contestant(own_loss(engine, race), engine.backward, engine.step, num_trained, states)

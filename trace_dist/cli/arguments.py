@@ -8,6 +8,7 @@ from typing import Any
 Argument = tuple[Any, Any, str]
 """Type, default and help of an argument."""
 OUT: Argument = (str | None, None, "JSON file to write; printed when not given")
+OUT_ALSO: Argument = (str | None, None, "JSON file to write beside the tables that are printed")
 
 
 @dataclass(frozen=True)
@@ -113,13 +114,17 @@ MEMORY_ACTIONS = {
             "gpu_gib": (float, 24.0, "memory of one GPU, in GiB"),
             "gpus": (int, 1, "number of GPUs"),
             "reserve_gib": (float, 1.0, "of that, for the CUDA context, communication and fragmentation"),
+            "gpu": _text(
+                "GPU as of `simulate`, to predict steps too, of full fine-tuning and LoRA as well; minutes"
+            ),
+            "link_gbps": (float, 400.0, "network of each GPU for that, in 1e9 bits per second"),
             "out": OUT,
         },
     ),
 }
 NOT_ASKED = {
     "estimate": frozenset[str](),
-    "profile": frozenset({"world_size", "device"}),
+    "profile": frozenset({"world_size", "device", "keep_best"}),
     "plan": frozenset(
         {
             *("density", "state_dtype", "master", "offload", "micro_batch_size"),
@@ -432,6 +437,11 @@ FILE_COMMANDS = {
     "mask": Command("look at mask files, compare and combine them", f"mask show {MASK}"),
     "bank": Command("look into a bank of deltas, keep it in order, and export from it", f"bank show {BANK}"),
     "memory": Command("predict, measure and plan the memory of training", MEMORY_ACTIONS["plan"].example),
+    "simulate": Command(
+        "predict memory, traffic and time of a training on 1 to 4,096 GPUs that need not be there",
+        f"simulate {MODEL} --nodes 2 --gpus_per_node 8 --gpu h100",
+        {"out": OUT_ALSO},
+    ),
     "bench": Command(
         "measure kernels, optimizer, training step, answers and memory beside their peers",
         BENCHMARKS["step"].example,

@@ -29,6 +29,7 @@ ROOMS = {
     "mask": "mask_commands",
     "memory": "memory_commands",
     "serve": "serving_commands",
+    "simulate": "simulate_command",
     "study": "study_commands",
 }
 """Commands beside those on a run -> the module of their function ``NAME_command``."""

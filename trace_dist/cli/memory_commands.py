@@ -69,5 +69,12 @@ def _plan(setup: MemorySetup, arguments: Any) -> None:
 
     options = plan(replace(setup, world_size=arguments.gpus), arguments.gpu_gib, arguments.reserve_gib)
     print_table(plan_table(options, arguments.gpus, arguments.gpu_gib))
+    result: dict[str, Any] = {"options": [asdict(option) for option in options]}
+    if arguments.gpu is not None:
+        from trace_dist.benchmarks.plan_times import plan_times
+        from trace_dist.report.simulation_tables import times_table
+
+        result["times"] = plan_times(options, arguments.gpu, arguments.link_gbps)
+        print_table(times_table(result["times"], arguments.gpu))
     if arguments.out is not None:
-        write_json(Path(arguments.out), {"options": [asdict(option) for option in options]})
+        write_json(Path(arguments.out), result)

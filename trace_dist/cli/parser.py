@@ -27,6 +27,7 @@ from trace_dist.config.examples import example_config
 from trace_dist.config.moved import in_new_place
 from trace_dist.config.renamed import explain
 from trace_dist.profiling.memory_setup import MemorySetup
+from trace_dist.profiling.simulation.setup import SimulationSetup
 from trace_dist.serving.options import Listening, Sampling, Source
 from trace_dist.studies.plan import StudyConfig
 from trace_dist.utils.yaml import check_yaml
@@ -227,6 +228,12 @@ def _fill_memory(parser: Parser, _: Command) -> None:
         _add(child, command.own)
 
 
+def _fill_simulate(parser: Parser, command: Command) -> None:
+    parser.usage = "%(prog)s --model MODEL [--key VALUE ...]"
+    parser.add_class_arguments(SimulationSetup, nested_key=None, fail_untyped=True)
+    _add(parser, command.own)
+
+
 def _fill_bench(parser: Parser, _: Command) -> None:
     sub: Any = parser.add_subcommands(dest="action")
     for name, command in known.BENCHMARKS.items():
@@ -262,6 +269,7 @@ FILL: dict[str, Fill] = {
     "mask": _fill_actions(known.MASK_ACTIONS),
     "bank": _fill_actions(known.BANK_ACTIONS),
     "memory": _fill_memory,
+    "simulate": _fill_simulate,
     "bench": _fill_bench,
     "study": _fill_study,
 }

@@ -57,7 +57,7 @@ class Estimate:
         peak: the most at one moment, states included.
         peak_parts: what that is made of.
         peak_where: when it is.
-        host: host memory beside the device's, by category (``offload``).
+        host: host memory beside the device's, by category (``offload``, ``keep_best``).
         num_parameters: of the model.
         num_entries: masked entries of the model.
     """
@@ -133,7 +133,7 @@ class Estimator:
                 name,
                 formed_elements(layouts[name], chosen),
                 chosen.entries,
-                decoded_bytes(layouts[name], chosen, setup.world_size),
+                decoded_bytes(layouts[name], chosen, setup),
             )
             for name, chosen in selected.items()
         )
@@ -217,11 +217,15 @@ class Estimator:
                 device["weights"] += self.itemsize * entries
                 device["indices"] += overlay_index_bytes(layouts[name], selection)
             device["gradients"] += 4 * entries
-            device["indices"] += index_bytes(layouts[name], selection, entries, setup.world_size)
+            device["indices"] += index_bytes(layouts[name], selection, entries, setup)
             place["master"] += 4 * entries * (setup.master and self.itemsize < 4)
             place["exp_avg"] += moment_bytes(entries, setup.state_dtype)
             place["exp_avg_sq"] += moment_bytes(entries, setup.state_dtype)
             place["staging"] += (self.itemsize + 4) * entries * offloads
+            if setup.keep_best:
+                kept = device if setup.device == "cpu" else host
+                whole = 4 if setup.master or self.itemsize == 4 else self.itemsize
+                kept["best"] = kept.get("best", 0) + whole * entries
         return device, host
 
     def _fullest(

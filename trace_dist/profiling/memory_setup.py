@@ -45,6 +45,8 @@ class MemorySetup:
     """Tokens per example."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    keep_best: bool = False
+    """Whether training looks at validation examples and keeps a copy of the best values, in host memory (`train.keep`)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:

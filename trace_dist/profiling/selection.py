@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from math import ceil, floor
 from typing import NamedTuple
 
+from trace_kernels.dispatch import TILE
+
 from trace_dist.config import StateDtype
 from trace_dist.masks.gaps import expected_bytes
 from trace_dist.masks.units import UnitLayout
+from trace_dist.profiling.memory_setup import MemorySetup
 
 QUANTIZATION_BLOCK = 256
 """Entries that share one fp32 scale in 8-bit moments."""
@@ -41,9 +44,17 @@ def formed_elements(layout: UnitLayout, selection: Selection) -> int:
     return layout.numel if layout.lines is None else selection.entries
 
 
-def decoded_bytes(layout: UnitLayout, selection: Selection, world_size: int) -> int:
+def kernel_decodes(layout: UnitLayout, setup: MemorySetup) -> bool:
+    """Whether a kernel decodes a parameter's indices where it picks the entries (``Support.starts``), and nothing else does."""
+    shared = setup.world_size > 1 and setup.device != "cpu"
+    return shared and layout.unit == 1 and not layout.scattered
+
+
+def decoded_bytes(layout: UnitLayout, selection: Selection, setup: MemorySetup) -> int:
     """Bytes of a mask's indices while entries are picked out of a whole gradient (``Support.whole``)."""
-    if world_size == 1 or formed_elements(layout, selection) != layout.numel:
+    if setup.world_size == 1 or formed_elements(layout, selection) != layout.numel:
+        return 0
+    if kernel_decodes(layout, setup):
         return 0
     runs = _runs(layout, selection)
     return runs.num_runs * runs.itemsize
@@ -64,14 +75,19 @@ def _runs(layout: UnitLayout, selection: Selection) -> _Runs:
     return _Runs(selection.units, layout.num_units, layout.index_dtype.itemsize)
 
 
-def index_bytes(layout: UnitLayout, selection: Selection, entries: int, world_size: int) -> int:
+def index_bytes(layout: UnitLayout, selection: Selection, entries: int, setup: MemorySetup) -> int:
     """Bytes of one parameter's indices on a rank that owns ``entries`` of the selected ones.
 
-    Where these are, and, between several ranks, where all are: encoded ([Note: gaps] in masks/gaps.py).
+    Where these are, and, between several ranks, where all are: encoded ([Note: gaps] in masks/gaps.py), with two numbers for each
+    chunk of words where a kernel decodes them.
     """
     runs = _runs(layout, selection)
-    owned = ceil(runs.num_runs * entries / max(selection.entries, 1))
-    return owned * runs.itemsize + (world_size > 1) * expected_bytes(selection.units, layout.num_units)
+    owned = ceil(runs.num_runs * entries / max(selection.entries, 1)) * runs.itemsize
+    if setup.world_size == 1:
+        return owned
+    shared = expected_bytes(selection.units, layout.num_units)
+    starts = 16 * ceil(shared / TILE) if kernel_decodes(layout, setup) else 0
+    return owned + shared + starts
 
 
 def overlay_index_bytes(layout: UnitLayout, selection: Selection) -> int:

@@ -41,6 +41,18 @@ _SENT: dict[str, Callable[[int, tuple[Any, ...]], float]] = {
 _OF_WEIGHTS = ("gather", "broadcast", "send")
 
 
+def sent_by(func: Any, args: tuple[Any, ...]) -> tuple[str, float]:
+    """The name of a c10d operator, and the bytes that this rank sends when it is called with ``args``.
+
+    Raises:
+        ValueError: it is not known.
+    """
+    name = func._schema.name.removeprefix("c10d::")
+    if name not in _SENT:
+        raise ValueError(f"collective={name!r}: not known to the counter; add it to profiling/wire.py")
+    return name, _SENT[name](dist.world_size(), args)
+
+
 class WireCounter(TorchDispatchMode):
     """Counts inside its ``with`` block; ``sent[kind]`` are bytes of this rank by c10d operator.
 
@@ -54,12 +66,8 @@ class WireCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            name = func._schema.name.removeprefix("c10d::")
-            if name not in _SENT:
-                raise ValueError(
-                    f"collective={name!r}: not known to the counter; add it to profiling/wire.py"
-                )
-            self.sent[name] += _SENT[name](dist.world_size(), args)
+            name, num_bytes = sent_by(func, args)
+            self.sent[name] += num_bytes
         return func(*args, **(kwargs or {}))
 
     @property

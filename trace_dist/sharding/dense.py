@@ -27,6 +27,19 @@ def dense_engine(module: nn.Module, dtype: torch.dtype, zero: dict[str, Any], lr
     return start_deepspeed().initialize(model=module, optimizer=optimizer, config=config)[0]
 
 
+def dense_states(engine: Any) -> dict[str, list[Tensor]]:
+    """This rank's model states of a ``dense_engine``, by category."""
+    optimizer = engine.optimizer
+    moments = list(optimizer.optimizer.state.values())
+    return {
+        "weights": [parameter.ds_tensor for parameter in engine.module.parameters()],
+        "master": list(optimizer.fp32_partitioned_groups_flat),
+        "exp_avg": [state["exp_avg"] for state in moments],
+        "exp_avg_sq": [state["exp_avg_sq"] for state in moments],
+        "gradients": [optimizer.grad_partitions_flat_buffer],
+    }
+
+
 class FullAdamW:
     """Ordinary training of every parameter of a checkpoint with AdamW.
 
@@ -52,15 +65,7 @@ class FullAdamW:
 
     def states(self) -> dict[str, list[Tensor]]:
         """This rank's model states, by category."""
-        optimizer = self.module.optimizer
-        moments = list(optimizer.optimizer.state.values())
-        return {
-            "weights": [parameter.ds_tensor for parameter in self.module.module.parameters()],
-            "master": list(optimizer.fp32_partitioned_groups_flat),
-            "exp_avg": [state["exp_avg"] for state in moments],
-            "exp_avg_sq": [state["exp_avg_sq"] for state in moments],
-            "gradients": [optimizer.grad_partitions_flat_buffer],
-        }
+        return dense_states(self.module)
 
     def close(self) -> None:
         """Give DeepSpeed's hooks and buffers back."""

@@ -70,10 +70,15 @@ def start_deepspeed() -> Any:
     return deepspeed
 
 
+def gathers_by_messages() -> bool:
+    """Whether weights are gathered by ``sharding.gloo``: on CPUs."""
+    return dist.local_device().type == "cpu"
+
+
 def load_deepspeed() -> Any:
     """The deepspeed module, started, and, on a CPU, with our all-gather over gloo."""
     deepspeed = start_deepspeed()
-    if not torch.cuda.is_available():
+    if gathers_by_messages():
         deepspeed.comm.comm.cdb.all_gather_function = gloo.all_gather
     return deepspeed
 
@@ -102,7 +107,7 @@ def zero3_config(
     """
     blocks = list(blocks)
     classes = sorted({type(block).__name__ for block in blocks})
-    on_gpu = torch.cuda.is_available()
+    by_messages = gathers_by_messages()
     whole = {"leaf_module": {"classes": classes}} if classes else {}
     return {
         "train_micro_batch_size_per_gpu": 1,  # required by DeepSpeed; batches are made by trace_dist
@@ -112,9 +117,9 @@ def zero3_config(
             "stage": 3,
             "stage3_param_persistence_threshold": persistence_threshold,
             # Straight into each weight: on a CPU a message costs less than two more copies of every bucket.
-            "stage3_allgather_sequential": not on_gpu,
+            "stage3_allgather_sequential": by_messages,
             # On a CPU nothing that is gathered ahead arrives while something is computed.
-            "stage3_prefetch_bucket_size": prefetch_bucket(largest(blocks) if on_gpu else 0),
+            "stage3_prefetch_bucket_size": prefetch_bucket(0 if by_messages else largest(blocks)),
             "stage3_max_reuse_distance": max_reuse_distance(bool(classes)),
             **whole,
         },

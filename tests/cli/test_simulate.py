@@ -1,0 +1,44 @@
+"""``trace-dist simulate``: what is refused, in one line, before any model is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cli.program import error_line, run_here
+from transformers import LlamaConfig
+
+from trace_dist.benchmarks.plan_times import method_of, plan_times
+from trace_dist.profiling.memory_setup import MemorySetup
+from trace_dist.profiling.plan import Option
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (["--model", "./absent"], "model='./absent': no such file or folder; give a config.json"),
+        (["--model", "MODEL", "--gpu", "h200"], "gpu='h200': unknown; use one of 4090, a100, h100"),
+        (["--model", "MODEL", "--gpu", "own.yaml"], "gpu='own.yaml': no such file"),
+        (["--model", "MODEL", "--methods", "[dora]"], "methods: 'dora' is unknown; use some of element"),
+        (["--model", "MODEL", "--nodes", "0"], "nodes=0: must be at least 1"),
+        (["--model", "MODEL", "--blocks", "9"], "blocks=9: the model has 3 decoder blocks"),
+    ],
+)
+def test_wrong_input_is_one_line(arguments: list[str], fragment: str, tmp_path: Path) -> None:
+    LlamaConfig(num_hidden_layers=3, hidden_size=8, num_attention_heads=2).save_pretrained(tmp_path / "model")
+    words = [str(tmp_path / "model") if word == "MODEL" else word for word in arguments]
+    assert fragment in error_line(run_here("simulate", *words, cache=tmp_path / "cache"))
+
+
+def test_times_are_predicted_for_some_masks_alone() -> None:
+    assert method_of(MemorySetup("m", granularity="row")) == "row"
+    assert method_of(MemorySetup("m", granularity="block", block=64)) == "block 64"
+    with pytest.raises(ValueError, match="granularity='block', block=32: no time is predicted"):
+        method_of(MemorySetup("m", granularity="block"))
+    for setup, message in (
+        (MemorySetup("m", backend="fsdp2"), "predicted for backend zero3"),
+        (MemorySetup("m", quantize="nf4"), "unquantised weights"),
+        (MemorySetup("m", world_size=12), "gpus=12: must fill nodes of 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan_times([Option(setup, 1, 1, 0)], "h100", 400)
