@@ -37,8 +37,11 @@ _FLAGS = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp"]
 _FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 _TIMEOUT_S = 300
 _ENTRIES_PER_THREAD = 1 << 14
-_SWAPPED_PER_THREAD = 1 << 17
-"""A swap only moves: one thread has moved this many entries in the time that others take to begin."""
+_SWAPPED_PER_THREAD = 1 << 22
+"""A swap only moves, and one thread moves long units as fast as memory goes. On a machine with other work a second one, which
+everything waits for, comes late by more than this many entries take."""
+_SHORT, _SLOWER = 16, 32
+"""Elements of a unit that is short; its entries take so much longer, each a cache line of its own."""
 
 
 class _Runs(ctypes.Structure):
@@ -225,11 +228,13 @@ class Swaps:
             for weight, runs, values in operands
         )
         self._table = (_Swap * len(operands))(*rows)
-        self._num_entries = sum(runs.num_entries for _, runs, _ in operands)
+        self._work = sum(
+            runs.num_entries * (_SLOWER if runs.block < _SHORT else 1) for _, runs, _ in operands
+        )
 
     def run(self) -> None:
         """Swap."""
-        num_threads = _num_threads(self._num_entries, _SWAPPED_PER_THREAD)
+        num_threads = _num_threads(self._work, _SWAPPED_PER_THREAD)
         _loaded().delta_swap(self._table, len(self._table), num_threads)
 
 

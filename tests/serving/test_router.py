@@ -211,7 +211,9 @@ def test_deltas_are_kept_in_memory_as_far_as_there_is_room(router: Router) -> No
     delta = bank.delta("copy")
     assert delta is not None
     # Values, and four bytes for each masked unit.
-    assert one.nbytes == 4 * sum(map(len, delta.values.values())) + 4 * sum(map(len, delta.mask.units.values()))
+    assert one.nbytes == 4 * sum(map(len, delta.values.values())) + 4 * sum(
+        map(len, delta.mask.units.values())
+    )
     cache = DeltaCache(bank, model, 2.5 * one.nbytes)
     found = {task: cache.get(task) for task in TASKS[:2]}
     assert cache.get(BASE) is None

@@ -1,8 +1,8 @@
 """A task's values in a model's weights and out again, by exchanging both: two swaps restore every bit.
 
-[Note: swap] Where a delta's entries lie in a model is the same each time. A `Swap` finds it out once and keeps it beside the
-values, in host memory: 4 bytes for each masked unit (8 where a parameter holds 2^31 units), little for rows, twice a bf16 value for
-single elements. On a CPU a swap is then one pass over the values and the cache lines of their entries
+[Note: swap] Where a delta's entries lie in a model is the same each time. A `Swap` finds it out once and keeps it beside
+the values, in host memory: 4 bytes for each masked unit (8 where a parameter holds 2^31 units), little for rows, twice a bf16
+value for single elements. On a CPU a swap is then one pass over the values and the cache lines of their entries
 (`trace_kernels.DeltaSwapBatch`), and what is kept are the task's values or, while the model holds those, its own.
 """
 
@@ -99,4 +99,6 @@ class Swap:
 def check_dtype(task: str, found: torch.dtype, dtype: torch.dtype) -> None:
     """Raise ValueError unless a task's values have the dtype that the model has."""
     if found != dtype:
-        raise ValueError(f"delta {task!r}: holds {found}, the model {dtype}; load the model in the same dtype")
+        raise ValueError(
+            f"delta {task!r}: holds {found}, the model {dtype}; load the model in the same dtype"
+        )

@@ -164,7 +164,7 @@ class ShardedModel(ABC):
         return layer.overlay.values, layer.overlay.find(support)
 
     def places(self, supports: Iterable[Support]) -> list[int] | None:
-        """Addresses of what ``storage`` gives: as long as they stay, it gives the same. None for NF4 weights, where it may not."""
+        """Addresses of what ``storage`` gives: while they stay it gives the same. None with NF4 weights, where it may not."""
         if self._quantized:
             return None
         return [self.local(support.name).data_ptr() for support in supports]
