@@ -59,9 +59,8 @@ def random_delta(model: ShardedModel, granularity: str, density: float, number: 
     mask = random_mask(layouts_for(model, granularity, 1, "linear"), granularity, density, number)
     generator = torch.Generator().manual_seed(number)
     values = {
-        name: 0.02
-        * torch.randn(mask.layouts[name].sizes(units).sum(), generator=generator, dtype=torch.bfloat16)
-        for name, units in mask.units.items()
+        name: 0.02 * torch.randn(int(sizes.sum()), generator=generator, dtype=torch.bfloat16)
+        for name, sizes in ((name, mask.layouts[name].sizes(units)) for name, units in mask.units.items())
     }
     return Delta(mask, values, f"task{number}")
 

@@ -64,7 +64,7 @@ def _meeting(draw: random.Random) -> Pair:
 def _code() -> Iterator[Pair]:
     """Each longer line of some modules, cut in the middle."""
     for module in (textwrap, bisect, heapq):
-        lines = Path(module.__file__).read_text(encoding="utf-8").splitlines()
+        lines = Path(str(module.__file__)).read_text(encoding="utf-8").splitlines()
         for before, line in pairwise(lines):
             cut = line.rfind(" ", 0, 3 * len(line) // 4)
             if 16 <= len(line) <= 60 and line[:cut].strip() and before.strip():

@@ -32,7 +32,7 @@ class DeltaCache:
         if task == BASE:
             return None
         digest = self._digest(task)
-        if digest in self._kept:
+        if digest is not None and digest in self._kept:
             self._kept.move_to_end(digest)
             return self._kept[digest]
         delta = self._bank.delta(task)
