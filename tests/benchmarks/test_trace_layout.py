@@ -19,16 +19,13 @@ from trace_dist.stages.base import prepare_base
 from trace_dist.stages.probe import run_probe
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SHORT = [
-    "--target.tiny.steps",
-    "4",
-    "--proxy.tiny.steps",
-    "2",
-    "--probe.steps",
-    "2",
-    "--probe.fisher_batches",
-    "1",
-]
+SHORT = (
+    "--target.tiny.hidden_size 32 --target.tiny.num_layers 2 --target.tiny.num_heads 2 --target.tiny.intermediate_size 48 "
+    "--proxy.tiny.hidden_size 16 --proxy.tiny.num_layers 2 --proxy.tiny.num_heads 2 --proxy.tiny.intermediate_size 24 "
+    "--target.tiny.steps 2 --proxy.tiny.steps 2 --probe.steps 2 --probe.fisher_batches 1 --bank.num_prompts 24 "
+    "--eval.max_new_tokens 4"
+)
+"""A run in which nothing is learned: that all of it runs."""
 
 
 def config(name: str, *options: str) -> RunConfig:
@@ -38,7 +35,7 @@ def config(name: str, *options: str) -> RunConfig:
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     """The small configuration, in a folder of its own, with steps and examples enough to see that all of it runs."""
-    cfg = config("trace-small.yaml", *SHORT)
+    cfg = config("trace-small.yaml", *SHORT.split())
     monkeypatch.chdir(tmp_path)
     write_layout(Path("runs/trace-small/data"))
     tasks = [replace(task, steps=2, num_train=32, num_test=3) for task in cfg.tasks]
