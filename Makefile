@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: quickstart quickstart-smollm2 publish bench stream20 retrieval-study study study-toy gpu scale test fuzz faults soak hosts audit lint format docs wheel clean
+.PHONY: quickstart quickstart-smollm2 publish bench stream20 trace-small retrieval-study study study-toy gpu scale test fuzz faults soak hosts audit lint format docs wheel clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/trace-dist run --config configs/quickstart.yaml
@@ -34,6 +34,11 @@ bench: $(VENV)/.dev
 # Twenty tasks, each learned by a command of its own; a quarter of an hour. A stream that was cut continues.
 stream20: $(VENV)/.quickstart
 	$(BIN)/python -m trace_dist.benchmarks.stream --config configs/stream20.yaml --out docs/results/stream20.json
+
+# The eight tasks of the TRACE benchmark in little, each with its own metric; some minutes.
+trace-small: $(VENV)/.quickstart
+	$(BIN)/python -m trace_dist.benchmarks.trace_layout runs/trace-small/data
+	$(BIN)/trace-dist run --config configs/trace-small.yaml
 
 # Which task is a prompt of, among seventy; nothing is trained. A study that was cut continues.
 retrieval-study: $(VENV)/.smollm2

@@ -37,6 +37,11 @@ _FLAGS = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp"]
 _FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 _TIMEOUT_S = 300
 _ENTRIES_PER_THREAD = 1 << 14
+_SWAPPED_PER_THREAD = 1 << 22
+"""A swap only moves, and one thread moves long units as fast as memory goes. On a machine with other work a second one, which
+everything waits for, comes late by more than this many entries take."""
+_SHORT, _SLOWER = 16, 32
+"""Elements of a unit that is short; its entries take so much longer, each a cache line of its own."""
 
 
 class _Runs(ctypes.Structure):
@@ -73,12 +78,18 @@ class _Step(ctypes.Structure):
     )
 
 
+class _Swap(ctypes.Structure):
+    """Swap of cpu_kernels.cpp."""
+
+    _fields_ = (("runs", _Runs), ("weight", c_void_p), ("values", c_void_p), ("bytes", c_int64))
+
+
 _RUNS, _STEP, _PTR, _INT = ctypes.POINTER(_Runs), ctypes.POINTER(_Step), c_void_p, c_int64
 _SIGNATURES = {
     "masked_adamw": (_RUNS, _STEP, _INT),
     "compact_gather": (_RUNS, _PTR, _INT, _PTR, c_double, _INT, _PTR, _INT),
     "compact_scatter": (_RUNS, _PTR, _INT, _PTR, _INT, _INT),
-    "delta_swap": (_RUNS, _PTR, _PTR, _INT, _INT),
+    "delta_swap": (ctypes.POINTER(_Swap), _INT, _INT),
     "compact_sumsq": (_PTR, _INT, _INT, _INT),
 }
 
@@ -203,12 +214,28 @@ def scatter(dst: Tensor, runs: Runs, values: Tensor) -> None:
     )
 
 
-def swap(weight: Tensor, runs: Runs, values: Tensor) -> None:
-    """`delta_swap`, of elements of 2, 4 or 8 bytes."""
-    item_bytes = weight.element_size()
-    _loaded().delta_swap(
-        _runs(runs), weight.data_ptr(), values.data_ptr(), item_bytes, _num_threads(runs.num_entries)
-    )
+class Swaps:
+    """Operands of `delta_swap`, of elements of 2, 4 or 8 bytes, to be swapped in one call.
+
+    Args:
+        operands: weight, runs and values of each parameter.
+    """
+
+    def __init__(self, operands: Sequence[tuple[Tensor, Runs, Tensor]]) -> None:
+        self._operands = operands  # keeps what the table points to
+        rows = (
+            _Swap(_runs(runs), weight.data_ptr(), values.data_ptr(), weight.element_size())
+            for weight, runs, values in operands
+        )
+        self._table = (_Swap * len(operands))(*rows)
+        self._work = sum(
+            runs.num_entries * (_SLOWER if runs.block < _SHORT else 1) for _, runs, _ in operands
+        )
+
+    def run(self) -> None:
+        """Swap."""
+        num_threads = _num_threads(self._work, _SWAPPED_PER_THREAD)
+        _loaded().delta_swap(self._table, len(self._table), num_threads)
 
 
 def sumsq(values: Tensor) -> Tensor:
@@ -238,6 +265,6 @@ def _runs(runs: Runs) -> _Runs:
     return _Runs(units.data_ptr(), units.element_size(), runs.num_entries, runs.block, runs.base, runs.skip)
 
 
-def _num_threads(num_entries: int) -> int:
+def _num_threads(num_entries: int, per_thread: int = _ENTRIES_PER_THREAD) -> int:
     """Threads worth their start, at most those torch uses."""
-    return max(1, min(torch.get_num_threads(), num_entries // _ENTRIES_PER_THREAD))
+    return max(1, min(torch.get_num_threads(), num_entries // per_thread))

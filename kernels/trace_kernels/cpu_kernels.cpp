@@ -17,6 +17,7 @@ namespace {
 
 constexpr int64_t TILE = 256;   // entries: small enough that memory never idles while a tile is computed,
 constexpr int64_t SMALL = 128;  // and of short units, whose lines come late, where half of it is faster
+constexpr int64_t SWAPPED = 4096;  // entries of a tile that is swapped: nothing of it waits in L1
 constexpr int64_t AHEAD = 512;  // entries between the fetch of a cache line and its use
 constexpr int64_t LONG = 64;    // entries from which a unit is computed or rounded where it lies
 constexpr int64_t CACHE_LINE = 64;
@@ -96,6 +97,12 @@ struct Step {
     double step_size, correction2_sqrt;  // without ages
     double grad_scale, decay, weight1, beta2, weight2, eps;
     double* squares;  // the gradient's sum of squares is added here, unless null
+};
+
+struct Swap {
+    Runs runs;
+    void *weight, *values;
+    int64_t bytes;  // of an element
 };
 }
 
@@ -306,13 +313,17 @@ void step_tile(const Runs& runs, const Step& step, int64_t begin, int64_t end, d
 }
 
 template <class Word>
-void swap_words(const Runs& runs, void* slice, void* values, int64_t num_threads) {
-    Word *words = static_cast<Word*>(slice), *compact = static_cast<Word*>(values);
-    for_tiles(runs.num_entries, num_threads, [=, &runs](int64_t, int64_t begin, int64_t end) {
-        walk(runs, begin, end, words, [=](int64_t local, int64_t p, int64_t n) {
-            std::swap_ranges(words + local, words + local + n, compact + p);
-        });
+void swap_words(const Swap& swap, int64_t begin, int64_t end) {
+    Word *words = static_cast<Word*>(swap.weight), *compact = static_cast<Word*>(swap.values);
+    walk(swap.runs, begin, end, words, [=](int64_t local, int64_t p, int64_t n) {
+        std::swap_ranges(words + local, words + local + n, compact + p);
     });
+}
+
+void swap_tile(const Swap& swap, int64_t begin, int64_t end) {
+    if (swap.bytes == 2) swap_words<uint16_t>(swap, begin, end);
+    if (swap.bytes == 4) swap_words<uint32_t>(swap, begin, end);
+    if (swap.bytes == 8) swap_words<uint64_t>(swap, begin, end);
 }
 
 }  // namespace
@@ -369,9 +380,16 @@ double compact_sumsq(const void* values, int64_t dtype, int64_t num_entries, int
     return total(sums);
 }
 
-void delta_swap(const Runs* runs, void* weight, void* values, int64_t bytes, int64_t num_threads) {
-    if (bytes == 2) swap_words<uint16_t>(*runs, weight, values, num_threads);
-    if (bytes == 4) swap_words<uint32_t>(*runs, weight, values, num_threads);
-    if (bytes == 8) swap_words<uint64_t>(*runs, weight, values, num_threads);
+// The tiles of all parameters are dealt out together, so that threads start once.
+void delta_swap(const Swap* swaps, int64_t num_swaps, int64_t num_threads) {
+    std::vector<int64_t> first_tiles(num_swaps + 1);
+    for (int64_t i = 0; i < num_swaps; ++i) {
+        first_tiles[i + 1] = first_tiles[i] + (swaps[i].runs.num_entries + SWAPPED - 1) / SWAPPED;
+    }
+    for_tiles<1>(first_tiles[num_swaps], num_threads, [&](int64_t tile, int64_t, int64_t) {
+        const int64_t owner = std::upper_bound(first_tiles.begin(), first_tiles.end(), tile) - first_tiles.begin() - 1;
+        const int64_t begin = (tile - first_tiles[owner]) * SWAPPED;
+        swap_tile(swaps[owner], begin, std::min(swaps[owner].runs.num_entries, begin + SWAPPED));
+    });
 }
 }

@@ -9,6 +9,8 @@ payloads and the sign of zero survive: two calls restore every bit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -61,13 +63,10 @@ def delta_swap(weight: Tensor, runs: Runs, values: Tensor, *, impl: Impl = "auto
         values: [num_entries], of the dtype of ``weight``.
         impl: see dispatch.py.
     """
-    check_vector("weight", weight, runs.numel)
-    check_vector("values", values, runs.num_entries, (weight.dtype,))
-    word = _WORDS[weight.element_size()]
-    weight, values = weight.view(word), values.view(word)
+    weight, values = _words(weight, runs, values)
     path = choose(impl, weight, values, runs.units)
     if path == "cpp":
-        cpu.swap(weight, runs, values)
+        cpu.Swaps([(weight, runs, values)]).run()
     elif path == "torch":
         for piece in runs.pieces():
             target = values[piece.start : piece.stop]
@@ -77,6 +76,40 @@ def delta_swap(weight: Tensor, runs: Runs, values: Tensor, *, impl: Impl = "auto
     elif runs.num_entries:
         num_programs, tile = plan(runs)
         launch(_delta_swap_kernel, num_programs, weight.device, weight, values, *run_args(runs), **tile)
+
+
+def _words(weight: Tensor, runs: Runs, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as integers."""
+    check_vector("weight", weight, runs.numel)
+    check_vector("values", values, runs.num_entries, (weight.dtype,))
+    word = _WORDS[weight.element_size()]
+    return weight.view(word), values.view(word)
+
+
+class DeltaSwapBatch:
+    """Swaps of many parameters, again and again: on a CPU in one call, whose arguments are made once; elsewhere one by one.
+
+    Args:
+        operands: weight, runs and values of each, as `delta_swap` takes them. They must stay where they are.
+
+    Raises:
+        ValueError: as `delta_swap`.
+    """
+
+    def __init__(self, operands: Sequence[tuple[Tensor, Runs, Tensor]]) -> None:
+        self._operands = list(operands)
+        words = [(*_words(*each), each[1]) for each in self._operands]
+        self._at_once: cpu.Swaps | None = None
+        if all(choose("auto", weight, values, runs.units) == "cpp" for weight, values, runs in words):
+            self._at_once = cpu.Swaps([(weight, runs, values) for weight, values, runs in words])
+
+    def run(self) -> None:
+        """Swap all of them; twice restores every bit."""
+        if self._at_once is not None:
+            self._at_once.run()
+            return
+        for weight, runs, values in self._operands:
+            delta_swap(weight, runs, values)
 
 
 def bench_case(numel: int, density: float, block: int, dtype: torch.dtype, device: str) -> BenchCase:

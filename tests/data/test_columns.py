@@ -101,6 +101,31 @@ def test_one_example_has_the_same_token_ids_in_every_form_and_kind_of_file(
     assert {name for name, ids in found.items() if ids != expected} == set()
 
 
+@pytest.mark.parametrize("layout", ["hub", "hub of csv", "trace", "saved"])
+@pytest.mark.parametrize("name", ["alpaca", "messages", "sharegpt"])
+def test_a_folder_gives_the_token_ids_of_a_file(name: str, layout: str, tmp_path: Path) -> None:
+    """Folders as on the hub, of the TRACE benchmark and of save_to_disk, beside JSON Lines of prompts and answers."""
+    rows = [FORMS[name](*pair) for pair in PAIRS]
+    folder = tmp_path / "folder"
+    (folder / ("data" if layout == "hub" else "")).mkdir(parents=True)
+    splits = {"train": rows[:3], "test": rows[3:]}
+    for split, some in splits.items():
+        if layout == "hub":
+            write(folder / f"data/{split}-00000-of-00001.parquet", some)
+        elif layout == "hub of csv":
+            write(folder / f"{split}.csv", some)
+        elif layout == "trace":
+            write(folder / f"{split}.json", some)
+    if layout == "saved":
+        datasets.DatasetDict(
+            {split: datasets.Dataset.from_list(some) for split, some in splits.items()}
+        ).save_to_disk(folder)
+    plain = [{"prompt": asked, "answer": answer} for asked, answer in PAIRS]
+    path = write(tmp_path / "plain.jsonl", plain[:3])
+    write(tmp_path / "plain.test.jsonl", plain[3:])
+    assert token_ids(folder, TEMPLATE) == token_ids(path, TEMPLATE)
+
+
 def examples(tmp_path: Path, *rows: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
     """Rows as examples; the last one is also the test set."""
     path = write(tmp_path / "d.jsonl", list(rows))

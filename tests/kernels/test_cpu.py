@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from trace_kernels import (
+    DeltaSwapBatch,
     Runs,
     compact_gather,
     compact_gather_sumsq,
@@ -174,6 +175,30 @@ def test_threads_do_not_change_a_bit(block: int, two_threads: Callable[[int], No
         results.append([state[0], *state[2:], gathered, total, compact_sumsq(grad, impl="cpp")])
     assert cpu._num_threads(runs.num_entries) == 2
     assert all(same_bits(one, other) for one, other in zip(*results, strict=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("block", [1, 64])
+def test_threads_swap_each_entry_once(
+    block: int, two_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several parameters of many tiles are dealt out to both."""
+    two_threads(2)
+    monkeypatch.setattr(cpu, "_SWAPPED_PER_THREAD", 1)
+    runs = [Runs.random(1 << 17, block, density, seed) for seed, density in enumerate((0.4, 0.01, 1.0))]
+    weights, values = (
+        [torch.randn(each.numel) for each in runs],
+        [torch.randn(each.num_entries) for each in runs],
+    )
+    wanted = [(weight.clone(), mine.clone()) for weight, mine in zip(weights, values, strict=True)]
+    DeltaSwapBatch(list(zip(weights, runs, values, strict=True))).run()
+    for (weight, mine), each in zip(wanted, runs, strict=True):
+        delta_swap(weight, each, mine, impl="torch")
+    found = list(zip(weights, values, strict=True))
+    assert all(
+        torch.equal(one, two)
+        for pair, other in zip(found, wanted, strict=True)
+        for one, two in zip(pair, other, strict=True)
+    )
 
 
 def test_auto_takes_cpp_for_the_dtypes_it_has() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from trace_kernels import Runs, delta_swap
+from trace_kernels import DeltaSwapBatch, Runs, delta_swap
 from trace_kernels.delta_swap import delta_swap_ref
 from trace_kernels.dispatch import Impl
 
@@ -37,3 +37,30 @@ def test_refuses_values_of_another_dtype() -> None:
     runs = Runs.clip(torch.arange(4), 2, 0, 8, 8)
     with pytest.raises(ValueError, match="values: dtype"):
         delta_swap(torch.zeros(8, dtype=torch.bfloat16), runs, torch.zeros(8))
+
+
+def test_many_parameters_are_swapped_at_once(impl: Impl, device: str) -> None:
+    """Of several dtypes and masks, an empty one among them; more entries than one tile has."""
+    cases = [((4000, 3), "some"), ((5, 7), "some"), ((3, 9000), "some"), ((2, 2), "empty"), ((6, 1), "some")]
+    operands, wanted = [], []
+    for number, ((rows, cols), density) in enumerate(cases * 2):
+        units = torch.arange(0, rows, 2, dtype=torch.int32) if density == "some" else torch.empty(0).int()
+        runs = Runs.clip(units, cols, 0, rows * cols, rows * cols)
+        dtype = list(WORDS)[number % len(WORDS)]
+        weight, values = random_bits(runs.numel, dtype, device), random_bits(runs.num_entries, dtype, device)
+        operands.append((weight, runs.to(device), values))
+        wanted.append((weight.clone(), values.clone()))
+    batch = DeltaSwapBatch(operands)
+    for _ in range(3):
+        batch.run()
+        for (weight, runs, values), (other, others) in zip(operands, wanted, strict=True):
+            word = WORDS[weight.dtype]
+            delta_swap_ref(other.view(word), runs, others.view(word))
+            assert torch.equal(weight.view(word), other.view(word))
+            assert torch.equal(values.view(word), others.view(word))
+
+
+def test_a_batch_refuses_what_a_swap_refuses() -> None:
+    runs = Runs.clip(torch.arange(4), 2, 0, 8, 8)
+    with pytest.raises(ValueError, match="weight: shape"):
+        DeltaSwapBatch([(torch.zeros(9), runs, torch.zeros(8))])

@@ -204,19 +204,27 @@ def test_a_task_that_is_added_is_seen(small: Small, tmp_path: Path) -> None:
     assert router.ask(later, sampling=SHORT)[0].task == "later"
 
 
-def test_deltas_are_kept_in_memory_as_far_as_there_is_room(small: Small) -> None:
-    bank = DeltaBank(small.bank)
-    one = bank.delta("copy")
+def test_deltas_are_kept_in_memory_as_far_as_there_is_room(router: Router) -> None:
+    bank, model = router.bank, router.model
+    one = DeltaCache(bank, model, 0).get("copy")
     assert one is not None
-    cache = DeltaCache(bank, 2.5 * one.nbytes)
+    delta = bank.delta("copy")
+    assert delta is not None
+    # Values, and four bytes for each masked unit.
+    assert one.nbytes == 4 * sum(map(len, delta.values.values())) + 4 * sum(
+        map(len, delta.mask.units.values())
+    )
+    cache = DeltaCache(bank, model, 2.5 * one.nbytes)
     found = {task: cache.get(task) for task in TASKS[:2]}
     assert cache.get(BASE) is None
-    assert all(cache.get(task) is delta for task, delta in found.items())
+    assert all(cache.get(task) is swap for task, swap in found.items())
     cache.get("plain")  # pushes out what was used longest ago
     assert cache.get("twist") is found["twist"]
     assert cache.get("copy") is not found["copy"]
-    nothing = DeltaCache(bank, 0)
-    assert nothing.get("copy") is not nothing.get("copy")
+    assert cache.num_bytes == 2 * one.nbytes
+    small = DeltaCache(bank, model, one.nbytes / 2)
+    assert small.get("copy") is not small.get("copy")
+    assert small.num_bytes == 0
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from trace_kernels.compact import compact_gather, compact_scatter
-from trace_kernels.delta_swap import delta_swap
 
+from trace_dist.bank import swap
+from trace_dist.bank.swap import Swap
 from trace_dist.masks.gaps import decode_gaps
 from trace_dist.masks.header import layouts_from_header, layouts_header
 from trace_dist.masks.mask import Mask
@@ -25,7 +26,6 @@ from trace_dist.models.fingerprint import same_model
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.support import build_supports
 from trace_dist.utils import dist
-from trace_dist.utils.devices import sent
 from trace_dist.utils.files import corrupt, load_tensors, reading
 from trace_dist.utils.sealed import check_header, load_sealed, save_sealed
 
@@ -154,34 +154,18 @@ def applied(model: ShardedModel, delta: Delta | None) -> Iterator[None]:
     if delta is None:
         yield
         return
-    swapped: list[tuple[Any, Tensor]] = []
-    for support in build_supports(model, delta.mask):
-        values = delta.values[support.name]
-        local = model.like(support.name)
-        check_dtype(delta, support.name, local.dtype)
-        mine = values[support.offset : support.offset + support.runs.num_entries]
-        swapped.append((support, sent(mine, local.device).clone()))
-    _swap(model, swapped)
-    try:
+    with made_ready(model, delta).applied():
         yield
-    finally:
-        _swap(model, swapped)
-        model.release()
+
+
+def made_ready(model: ShardedModel, delta: Delta) -> Swap:
+    """A copy of a delta that can be put into a model again and again. Raises ValueError as ``applied``."""
+    return Swap(model, delta.mask, delta.values, delta.task)
 
 
 def check_dtype(delta: Delta, name: str, dtype: torch.dtype) -> None:
     """Raise ValueError unless a delta holds a parameter's entries in the dtype that the model has."""
-    found = delta.values[name].dtype
-    if found != dtype:
-        raise ValueError(
-            f"delta {delta.task!r}: holds {found}, the model {dtype}; load the model in the same dtype"
-        )
-
-
-def _swap(model: ShardedModel, swapped: list[tuple[Any, Tensor]]) -> None:
-    for support, values in swapped:
-        delta_swap(*model.storage(support), values)
-    model.refresh([support for support, _ in swapped])
+    swap.check_dtype(delta.task, delta.values[name].dtype, dtype)
 
 
 class Snapshot:

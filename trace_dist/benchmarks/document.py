@@ -172,15 +172,29 @@ def checkpoint_table(result: Result) -> str:
 
 
 def swaps_table(result: Result) -> str:
-    """Ratio to the swap of a delta first."""
+    """A delta's time over the others' first."""
     rows = [[row["name"], f"{row['ratio']:.2g}x", f"{1e3 * row['seconds']:.1f}"] for row in result["swaps"]]
-    return with_origin(result, grid(["to another task and back", "time / delta", "ms"], rows))
+    return with_origin(result, grid(["from task to task", "delta / this", "ms"], rows))
+
+
+def sizes_table(result: Result) -> str:
+    """Share of the time of loading first; the copy, which no swap can outdo, has no share."""
+    rows = []
+    for row in result["sizes"]:
+        is_copy = row["density"] is None
+        share = "" if is_copy else f"{row['share_of_loading']:.3f}x"
+        cells = [share, f"{1e3 * row['seconds']:.2f}", f"{row['moved_bytes'] / 1e6:.1f}"]
+        kept = "" if is_copy else f"{row['kept_bytes'] / 1e6:.1f}"
+        name = "a copy of memory" if is_copy else f"{row['name']}, {row['density']:.1%}"
+        rows.append([name, *cells, f"{row['gb_per_s']:.1f}", kept])
+    head = ["mask, density", "swap / loading", "ms", "MB moved", "GB/s", "MB kept per task"]
+    return with_origin(result, grid(head, rows))
 
 
 def streams_table(result: Result) -> str:
     """Ratio to one merged model first."""
     rows = [[row["name"], f"{row['ratio']:.2f}x", f"{row['tokens_per_s']:.1f}"] for row in result["streams"]]
-    return with_origin(result, grid(["prompts", "throughput / merged model", "tokens/s"], rows))
+    return with_origin(result, grid(["prompts of", "throughput / merged model", "tokens/s"], rows))
 
 
 def finding_table(result: Result) -> str:
@@ -192,10 +206,11 @@ def finding_table(result: Result) -> str:
             f"{1e3 * row['seconds']:.2f}",
             f"{1e3 * row['prefill_s']:.1f}",
             f"{row['signature_bytes'] / 2**20:.1f}",
+            f"{row['grown_bytes'] / 2**20:.1f}",
         ]
         for row in result["retrieval"]
     ]
-    head = ["tasks", "time / the prompt's pass", "ms", "the pass, ms", "signatures, MiB"]
+    head = ["tasks", "time / the prompt's pass", "ms", "the pass, ms", "signatures, MiB", "memory, MiB"]
     return with_origin(result, grid(head, rows))
 
 
@@ -212,6 +227,7 @@ SECTIONS: Sections = {
     "checkpoint": (("bench_checkpoint.json",), checkpoint_table),
     "stream": (("stream20.json",), stream_table),
     "swaps": ((SERVE,), swaps_table),
+    "sizes": ((SERVE,), sizes_table),
     "streams": ((SERVE,), streams_table),
     "finding": ((SERVE,), finding_table),
     "gpu_optimizer": (("gpu_optimizer.json",), optimizer_table),

@@ -1,12 +1,14 @@
-"""Deltas in host memory, so that a task that is asked for again is not read from disk again."""
+"""Deltas in host memory, ready for the model, so that a task that is asked for again takes one pass over its values."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 
 from trace_dist.bank.bank import DeltaBank
-from trace_dist.bank.delta import Delta
+from trace_dist.bank.delta import made_ready
+from trace_dist.bank.swap import Swap
 from trace_dist.run_folder import DELTA
+from trace_dist.sharding.base import ShardedModel
 from trace_dist.utils.names import BASE
 
 
@@ -15,24 +17,31 @@ class DeltaCache:
 
     Args:
         bank: where they are read.
-        max_bytes: of all that are kept; one that is larger by itself is read each time.
+        model: which they are put into.
+        max_bytes: of all that are kept, indices included; one that is larger by itself is read each time.
     """
 
-    def __init__(self, bank: DeltaBank, max_bytes: float) -> None:
-        self._bank, self._max_bytes = bank, max_bytes
-        self._kept: OrderedDict[str, Delta] = OrderedDict()
+    def __init__(self, bank: DeltaBank, model: ShardedModel, max_bytes: float) -> None:
+        self._bank, self._model, self._max_bytes = bank, model, max_bytes
+        self._kept: OrderedDict[str, Swap] = OrderedDict()
+        self.num_bytes = 0
+        """Of those that are kept."""
 
-    def get(self, task: str) -> Delta | None:
-        """A task's delta; None for the base model. Raises ValueError as ``DeltaBank.delta`` does."""
+    def get(self, task: str) -> Swap | None:
+        """A task's delta; None for the base model. Raises ValueError as ``DeltaBank.delta`` and ``Swap`` do."""
         if task == BASE:
             return None
         digest = self._digest(task)
-        delta = self._kept.pop(digest, None) if digest else None
+        if digest is not None and digest in self._kept:
+            self._kept.move_to_end(digest)
+            return self._kept[digest]
+        delta = self._bank.delta(task)
         if delta is None:
-            delta = self._bank.delta(task)
-        if delta is not None and digest:
-            self._keep(digest, delta)
-        return delta
+            return None
+        swap = made_ready(self._model, delta)
+        if digest is not None and swap.nbytes <= self._max_bytes:
+            self._keep(digest, swap)
+        return swap
 
     def _digest(self, task: str) -> str | None:
         """Of the file, which a task that is renamed keeps and one that is learned anew does not; banks of version 1 have none."""
@@ -40,7 +49,9 @@ class DeltaCache:
         member = record.files.get(DELTA) if record is not None else None
         return member.sha256 if member is not None else None
 
-    def _keep(self, digest: str, delta: Delta) -> None:
-        self._kept[digest] = delta
-        while sum(kept.nbytes for kept in self._kept.values()) > self._max_bytes:
-            self._kept.popitem(last=False)
+    def _keep(self, digest: str, swap: Swap) -> None:
+        self._kept[digest] = swap
+        self.num_bytes += swap.nbytes
+        while self.num_bytes > self._max_bytes:
+            _, oldest = self._kept.popitem(last=False)
+            self.num_bytes -= oldest.nbytes

@@ -46,7 +46,7 @@ class Source(Section):
     batch_size: int = 16
     """Prompts that are answered at the same time, at most."""
     cache_gib: float = 4.0
-    """Host memory for deltas that were used, in GiB; the least recently used one goes first."""
+    """Host memory for deltas that were used, in GiB, values and where they lie; the least recently used one goes first."""
 
     def check(self) -> None:
         self.at_least(1, "batch_size", "candidates")

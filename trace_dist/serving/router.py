@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from trace_dist.bank.bank import DeltaBank
-from trace_dist.bank.delta import Delta, applied
+from trace_dist.bank.swap import Swap
 from trace_dist.data.encoding import context_length, encode_prompt, pad_id, stop_ids
 from trace_dist.data.examples import Prompt
 from trace_dist.evaluation.inputs import check_decoder
@@ -90,7 +90,7 @@ class Router:
         )
         # What the request says counts alone; `generate` would fill in a base's own temperature or penalties.
         model.module.generation_config = type(model.module.generation_config)()
-        self._deltas = DeltaCache(bank, source.cache_gib * 2**30)
+        self._deltas = DeltaCache(bank, model, source.cache_gib * 2**30)
         self._lock = threading.RLock()
         self._watched = Watched(bank)
         self._finder = self._found_by()
@@ -284,7 +284,7 @@ class Router:
         with self._lock, self._activated(task):
             yield
 
-    def _delta(self, task: str) -> Delta | None:
+    def _delta(self, task: str) -> Swap | None:
         """Raises UnknownTask where the bank no longer holds a task that it held when it was looked at."""
         if task not in self.tasks:
             raise self._unknown(task)
@@ -333,7 +333,8 @@ class Router:
         return Finder(self.bank, self.model, self.source, pad_id(self.tokenizer), self._activated)
 
     def _activated(self, task: str) -> AbstractContextManager[None]:
-        return applied(self.model, self._delta(task))
+        swap = self._delta(task)
+        return nullcontext() if swap is None else swap.applied()
 
     def holds_base(self) -> bool:
         """Whether the weights are those that were loaded, by their fingerprint."""

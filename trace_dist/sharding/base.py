@@ -163,6 +163,12 @@ class ShardedModel(ABC):
                 layer.overlay = Overlay(entries, self.views(name), full.view(-1), self.comm)
         return layer.overlay.values, layer.overlay.find(support)
 
+    def places(self, supports: Iterable[Support]) -> list[int] | None:
+        """Addresses of what ``storage`` gives: while they stay it gives the same. None with NF4 weights, where it may not."""
+        if self._quantized:
+            return None
+        return [self.local(support.name).data_ptr() for support in supports]
+
     def release(self) -> None:
         """Drop the overlays of NF4 weights that hold what the codes say, as after a delta was taken off. Collective."""
         for name, layer in self._quantized.items():

@@ -59,6 +59,12 @@ class ReplicatedModel(ShardedModel):
         view = self.views(name)[self.rank]
         return self._parameters[name].data.view(-1)[view.start : view.stop]
 
+    def places(self, supports: Iterable[Support]) -> list[int] | None:
+        # The start of this rank's interval does not change: no view has to be made.
+        return (
+            None if self._quantized else [self._parameters[support.name].data_ptr() for support in supports]
+        )
+
     def refresh(self, supports: Iterable[Support]) -> None:
         """Every rank receives what the others changed in their intervals."""
         if self.world == 1:

@@ -121,7 +121,8 @@ def build_supports(model: Partitioned, mask: Mask) -> list[Support]:
     Raises:
         ValueError: a parameter is missing or has another shape: the mask is of another model.
     """
-    known = set(model.names())
+    names = model.names()
+    known = set(names)
     for name in mask.units:
         if name not in known:
             raise ValueError(
@@ -132,7 +133,7 @@ def build_supports(model: Partitioned, mask: Mask) -> list[Support]:
                 f"mask: {name!r} has shape {tuple(mask.layouts[name].shape)} in the mask but {model.shape(name)} in the model; "
                 "give the mask that was made for this model, or project it"
             )
-    return [_support(model, mask, name) for name in model.names() if name in mask.units]
+    return [_support(model, mask, name) for name in names if name in mask.units]
 
 
 def _support(model: Partitioned, mask: Mask, name: str) -> Support:
@@ -143,8 +144,11 @@ def _support(model: Partitioned, mask: Mask, name: str) -> Support:
     units, block = layout.runs(selected)
     mine = views[model.rank]
     runs = Runs.clip(units, block, mine.start, mine.stop, layout.numel)
-    below = entries_below(units, block, [*(view.start for view in views), views[-1].stop])
     shared = len(views) > 1
+    splits = [runs.num_entries]
+    if shared:
+        below = entries_below(units, block, [*(view.start for view in views), views[-1].stop])
+        splits = [stop - start for start, stop in pairwise(below)]
     on_cpu = like.device.type == "cpu"
     part = _part(layout, selected, like.device).aligned(1 if on_cpu else ALIGNED_LINES)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -157,7 +161,7 @@ def _support(model: Partitioned, mask: Mask, name: str) -> Support:
         gaps=gaps.to(like.device) if shared else None,
         layout=layout,
         part=part.to(like.device),
-        splits=[stop - start for start, stop in pairwise(below)],
+        splits=splits,
         rank=model.rank,
         grad=torch.empty(0, dtype=dtype, device=like.device),
         starts=sent(chunk_starts(gaps.words), like.device) if decodes else None,

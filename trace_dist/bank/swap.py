@@ -1,0 +1,104 @@
+"""A task's values in a model's weights and out again, by exchanging both: two swaps restore every bit.
+
+[Note: swap] Where a delta's entries lie in a model is the same each time. A `Swap` finds it out once and keeps it beside
+the values, in host memory: 4 bytes for each masked unit (8 where a parameter holds 2^31 units), little for rows, twice a bf16
+value for single elements. On a CPU a swap is then one pass over the values and the cache lines of their entries
+(`trace_kernels.DeltaSwapBatch`), and what is kept are the task's values or, while the model holds those, its own.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from trace_kernels.delta_swap import DeltaSwapBatch
+
+from trace_dist.masks.mask import Mask
+from trace_dist.sharding.base import ShardedModel
+from trace_dist.sharding.masked_linear import Part
+from trace_dist.sharding.support import Support, build_supports
+from trace_dist.utils.devices import sent
+
+CPU = torch.device("cpu")
+
+
+class Swap:
+    """Values of a task, ready to be put into a model, as often as one likes. See [Note: swap].
+
+    Args:
+        model: the model.
+        mask: the entries.
+        values: parameter -> [entries] in the dtype of the model's parameter; they are copied.
+        task: the task's name.
+
+    Raises:
+        ValueError: the mask or the values are of another model or dtype.
+    """
+
+    def __init__(self, model: ShardedModel, mask: Mask, values: Mapping[str, Tensor], task: str) -> None:
+        self.task = task
+        self._model, self._inside = model, False
+        self._supports: list[Support] = []
+        self._values: list[Tensor] = []
+        for support in build_supports(model, mask):
+            whole = values[support.name]
+            check_dtype(task, whole.dtype, model.like(support.name).dtype)
+            mine = whole[support.offset : support.offset + support.runs.num_entries]
+            self._supports.append(replace(support, part=Part(), starts=None))  # those are for gradients
+            self._values.append(mine.to(CPU, copy=True))
+        if model.world == 1 and model.places(self._supports) is not None:
+            # An accelerator gets indices, like values, when they are needed.
+            self._supports = [replace(each, runs=each.runs.to(CPU)) for each in self._supports]
+        self._batch: DeltaSwapBatch | None = None
+        self._places: list[int] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values and of where they lie."""
+        kept = zip(self._supports, self._values, strict=True)
+        return sum(values.nbytes + sum(part.nbytes for part in support.indices()) for support, values in kept)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside the block the model holds the task's values; afterwards its own, bit for bit. Collective.
+
+        Not to be entered again inside its own block, in which the model stays on its device.
+        """
+        if self._inside:
+            raise AssertionError(f"task {self.task!r}: the model holds its values already")
+        others = self._exchange(self._values)
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._exchange(others)
+            self._inside = False
+            self._model.release()
+
+    def _exchange(self, values: list[Tensor]) -> list[Tensor]:
+        """Put values into the model; those that were there before."""
+        model, places = self._model, self._model.places(self._supports)
+        batch = self._batch
+        if batch is None or places != self._places:
+            operands = []
+            for support, mine in zip(self._supports, values, strict=True):
+                weight, runs = model.storage(support)
+                operands.append((weight, runs.to(weight.device), sent(mine, weight.device)))
+            batch, values = DeltaSwapBatch(operands), [each[2] for each in operands]
+            stays = places is not None and all(map(operator.is_, values, self._values))
+            self._batch, self._places = (batch, places) if stays else (None, None)
+        batch.run()
+        model.refresh(self._supports)
+        return values
+
+
+def check_dtype(task: str, found: torch.dtype, dtype: torch.dtype) -> None:
+    """Raise ValueError unless a task's values have the dtype that the model has."""
+    if found != dtype:
+        raise ValueError(
+            f"delta {task!r}: holds {found}, the model {dtype}; load the model in the same dtype"
+        )
