@@ -66,8 +66,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         offload: ``cpu`` keeps moments and master in host memory and updates there.
         scale: parameter -> [entries of the mask there] factors in [0, 1] on the learning rate, equal on every rank; 1 where a
             parameter is left out. They are no part of the state: give them again when training goes on.
-        check_first: know the gradient norm before any weight changes, also where gradients are not clipped. That reads the gradient
-            twice.
+        check_first: know the gradient norm before any weight changes, also where gradients are not clipped: they are read twice.
 
     Raises:
         ValueError: the mask does not fit the model, something else owns the model's gradients, an option is out of range, or
@@ -194,8 +193,8 @@ class MaskedAdamW(torch.optim.Optimizer):
 
         Raises:
             ValueError: another optimizer has taken over the model, or a backward pass ended in an error.
-            NotFinite: the gradient norm is infinite or NaN, on all ranks together; where it is checked first, nothing has changed,
-                and after ``zero_grad()`` training can go on.
+            NotFinite: the gradient norm is infinite or NaN, on all ranks together; where it is checked first, nothing has
+                changed, and after ``zero_grad()`` training can go on.
         """
         self._check_ready()
         result = None
