@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -24,7 +23,7 @@ from transformers import (
 )
 
 from trace_dist.config import Dtype, Quantize
-from trace_dist.models.architecture import cause, empty_model, read_config
+from trace_dist.models.architecture import cause, empty_model, factory_of, read_config
 from trace_dist.models.filling import Slot, fill, missing_parameters
 from trace_dist.models.naming import pieces_of
 from trace_dist.models.nf4 import quantize_nf4
@@ -53,7 +52,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 def load_model(
     path: str | Path, dtype: Dtype | torch.dtype = "float32", quantize: Quantize = "none"
 ) -> PreTrainedModel:
-    """Load a causal LM on the CPU, in evaluation mode.
+    """Load a causal LM, or a classifier of images, on the CPU, in evaluation mode.
 
     Args:
         path: folder with safetensors weights, or a hub id.
@@ -69,7 +68,8 @@ def load_model(
     with open_weights(path) as files:  # refuses what must not or cannot be read
         folder = files.folder
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        factory = factory_of(read_config(folder, f"model.path={str(path)!r}"))
+        loaded: Any = factory.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     # Hundreds of families load their weights, each in its own way.
