@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from modality.small import CLASSES, make_config
+from modality.small import CLASSES
 
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.config import RunConfig
 from trace_dist.continual.setting import Setting
 from trace_dist.evaluation import evaluate_task
 from trace_dist.masks import Mask
-from trace_dist.models.loading import load_model
 from trace_dist.modality.image import nll_sum, pooled
+from trace_dist.models.loading import load_model
 from trace_dist.stages.report import collect_results
 
 TASKS = [f"of_{'_'.join(answers)}" for answers in CLASSES]

@@ -19,9 +19,15 @@ from trace_dist.train.workbench import Tasks
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"metric": "exact_match"}, "tasks.of_4_2.metric='exact_match': scores tasks of data.modality text, "),
+        (
+            {"metric": "exact_match"},
+            "tasks.of_4_2.metric='exact_match': scores tasks of data.modality text, ",
+        ),
         ({"answers": ["4", "x"]}, "tasks.of_4_2.answers=['4', 'x']: no example has the answer 'x'; "),
-        ({"path": "images:nothing"}, "tasks.path='nothing': there is no such part; choose among digits, letters"),
+        (
+            {"path": "images:nothing"},
+            "tasks.path='nothing': there is no such part; choose among digits, letters",
+        ),
         ({"path": "example:copy.jsonl", "answers": None}, "tasks.of_4_2: prompt "),
     ],
 )
@@ -35,17 +41,25 @@ def test_a_task(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
 
 def test_a_base_of_another_modality(tmp_path: Path) -> None:
     cfg = make_config(tmp_path, ["retrieved"], data=DataConfig())
-    with pytest.raises(ValueError, match=r"^target\.vit: makes a classifier of images, but data\.modality is 'text'"):
+    with pytest.raises(
+        ValueError, match=r"^target\.vit: makes a classifier of images, but data\.modality is 'text'"
+    ):
         prepare_base(cfg, "target")
 
 
 def test_a_head_without_room(tmp_path: Path) -> None:
-    vit = VitConfig(steps=0, hidden_size=8, num_layers=1, num_heads=1, classes=["2", "4"], pretrain="images:digits")
+    vit = VitConfig(
+        steps=0, hidden_size=8, num_layers=1, num_heads=1, classes=["2", "4"], pretrain="images:digits"
+    )
     cfg = make_config(tmp_path, ["retrieved"], target=ModelConfig(str(tmp_path / "target"), vit=vit))
-    with pytest.raises(ValueError, match=r"^target\.vit\.classes=\['2', '4'\]: lacks the tasks' class '6'; add it"):
+    with pytest.raises(
+        ValueError, match=r"^target\.vit\.classes=\['2', '4'\]: lacks the tasks' class '6'; add it"
+    ):
         prepare_base(cfg, "target")
     prepare_base(replace(cfg, tasks=cfg.tasks[:1]), "target")
-    with pytest.raises(ValueError, match=r"^tasks\.of_7_6: the head of the target has no row for the class '6'; "):
+    with pytest.raises(
+        ValueError, match=r"^tasks\.of_7_6: the head of the target has no row for the class '6'; "
+    ):
         Tasks.load(cfg)
 
 
