@@ -22,8 +22,7 @@ from trace_dist.config import (
 
 CLASSES = (("4", "2"), ("7", "6"))
 VIT = VitConfig(
-    hidden_size=16, num_layers=2, num_heads=2, intermediate_size=24, pretrain="images:digits",
-    pretext="rotations", steps=12, lr=3e-3, batch_size=16,
+    hidden_size=16, num_layers=2, num_heads=2, intermediate_size=24, pretrain="images:digits", steps=200, lr=5e-3, batch_size=32,
 )  # fmt: skip
 
 

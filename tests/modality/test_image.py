@@ -38,9 +38,9 @@ def test_tasks_are_learned_and_not_forgotten(run: RunConfig) -> None:
     """No task is named: what an image is answered with lies behind retrieval."""
     found = result(run, "retrieved")
     R, retrieval = np.array(found["R"]), found["retrieval"]
-    assert R[1, 0] > 80
-    assert R[2].mean() > 75
-    assert retrieval["accuracy"] > 80
+    assert R[1, 0] > 95
+    assert R[2].mean() > 90
+    assert retrieval["accuracy"] > 90
     # what is forgotten was retrieved wrongly
     assert found["forgetting"] <= 100 - retrieval["accuracy"]
     assert found["pilot_average_accuracy"] == pytest.approx((R[1, 0] + R[2].mean()) / 2)
@@ -52,7 +52,8 @@ def test_a_mask_holds_the_rows_of_its_classes_whatever_was_selected(run: RunConf
         for kind in ("projected", "random"):
             dense = Mask.load(run.folder.mask(task, kind)).dense("classifier.weight")
             assert dense[[ROWS[answer] for answer in answers]].all()
-            assert not dense.all()
+            # of a random one the other rows have their share
+            assert kind == "projected" or not dense.all()
 
 
 def test_a_delta_answers_among_its_own_classes_alone(run: RunConfig, setting: Setting) -> None:
@@ -67,7 +68,7 @@ def test_a_delta_answers_among_its_own_classes_alone(run: RunConfig, setting: Se
         )
     assert set(closed.answers) <= set(CLASSES[0])
     assert closed.value == 0
-    assert mine.value > 80
+    assert mine.value > 95
     before = load_model(run.target.path)
     for name, value in model.module.named_parameters():
         assert torch.equal(value, before.get_parameter(name)), name
@@ -104,7 +105,7 @@ def test_adapters_have_heads_of_their_own(run: RunConfig) -> None:
 def test_the_report_shows_them(run: RunConfig) -> None:
     modes = collect_results(run)["modes"]
     assert modes["nearest_mean"]["label"] == "nearest class mean"
-    assert modes["retrieved"]["pilot_average_accuracy"] > 75
+    assert modes["retrieved"]["pilot_average_accuracy"] > 90
 
 
 def test_the_loss_is_the_mean_over_images(setting: Setting) -> None:
@@ -123,8 +124,8 @@ def test_the_loss_is_the_mean_over_images(setting: Setting) -> None:
 
 def test_what_lies_where_is_kept() -> None:
     states = torch.zeros(1, 17, 1)
-    states[0, 0], states[0, 1] = 5.0, 4.0  # the class token, and the patch at the top left
-    assert pooled(states).tolist() == [[5.0, 1.0, 0.0, 0.0, 0.0]]
+    states[0, 0], states[0, 4] = 5.0, 4.0  # the class token, and the patch at the top right
+    assert pooled(states).tolist() == [[5.0, 0.0, 1.0, 0.0, 0.0]]
     assert pooled(torch.ones(2, 7, 3)).shape == (2, 6)
 
 

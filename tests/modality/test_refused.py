@@ -74,7 +74,7 @@ def test_what_reads_texts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": 9}, "vit.image_size=9: must be a positive multiple of patch_size=2; "),
+        ({"image_size": 9}, "vit.image_size=9: must be a positive multiple of patch_size=4; "),
         ({"hidden_size": 30}, "vit.hidden_size=30: must be a positive multiple of num_heads=4; "),
         ({"steps": -1}, "vit.steps=-1: must not be negative; "),
     ],

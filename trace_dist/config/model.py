@@ -50,7 +50,7 @@ class VitConfig(Section):
 
     image_size: int = 8
     """Height and width in pixels; a multiple of patch_size. Other images are scaled to it."""
-    patch_size: int = 2
+    patch_size: int = 4
     """Height and width of the patches that are its tokens."""
     hidden_size: int = 64
     """Width; a multiple of num_heads."""
