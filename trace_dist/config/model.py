@@ -131,6 +131,6 @@ class ModelConfig(Section):
         return any(source is not None for source in (self.tiny, self.vit, self.gguf, self.prune))
 
     def check(self) -> None:
-        sources = [name for name in ("tiny", "vit", "gguf", "prune") if getattr(self, name) is not None]
-        rule = "at most one of tiny, vit, gguf, prune may be set"
+        sources = [name for name in ("tiny", "gguf", "prune", "vit") if getattr(self, name) is not None]
+        rule = "at most one of tiny, gguf, prune, vit may be set"
         check(len(sources) <= 1, "model", sources, rule, "remove the others")
