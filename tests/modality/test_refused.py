@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from modality.small import make_config
 
-from trace_dist.config import ContinualConfig, DataConfig, ModelConfig, VitConfig
+from trace_dist.config import ContinualConfig, DataConfig, ModelConfig, RunConfig, VitConfig
 from trace_dist.continual.driver import check_methods
+from trace_dist.models.loading import load_tokenizer
 from trace_dist.stages.base import prepare_base
 from trace_dist.train.workbench import Tasks
 
@@ -82,3 +83,14 @@ def test_what_reads_texts(tmp_path: Path) -> None:
 def test_sizes(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         VitConfig(**changes)
+
+
+def test_commands_that_read_texts(run: RunConfig) -> None:
+    with pytest.raises(
+        ValueError, match=r"target': reads no text, it is a classifier of images; set data.modality"
+    ):
+        load_tokenizer(run.target.path)
+    with pytest.raises(
+        ValueError, match=r"^tasks\.of_4_2\.metric='top1': scores tasks of data\.modality image, but "
+    ):
+        Tasks.load(replace(run, data=DataConfig()))

@@ -82,7 +82,7 @@ def load_reader(path: str | Path) -> ImageReader:
     """
     folder, what = resolve(path), f"model.path={str(path)!r}"
     try:
-        processor = AutoImageProcessor.from_pretrained(folder, use_fast=False)
+        processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     # Processor files are read by several libraries.
     except Exception as error:
         raise ValueError(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -41,9 +42,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     # Tokenizer files are read by several libraries.
     except Exception as error:
-        raise ValueError(
-            f"model.path={str(path)!r}: no readable tokenizer ({cause(error)}); save one there"
-        ) from error
+        what = f"model.path={str(path)!r}"
+        if factory_of(read_config(folder, what)) is not AutoModelForCausalLM:
+            raise ValueError(
+                f"{what}: reads no text, it is a classifier of images; set data.modality: image, or name a causal LM"
+            ) from error
+        raise ValueError(f"{what}: no readable tokenizer ({cause(error)}); save one there") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
