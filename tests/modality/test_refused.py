@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from modality.small import make_config
 
-from trace_dist.config import ContinualConfig, DataConfig, ModelConfig, RunConfig, VitConfig
+from trace_dist.config import ContinualConfig, DataConfig, ModelConfig, RunConfig, TinyConfig, VitConfig
 from trace_dist.continual.driver import check_methods
 from trace_dist.models.loading import load_tokenizer
 from trace_dist.stages.base import prepare_base
@@ -46,6 +46,16 @@ def test_a_base_of_another_modality(tmp_path: Path) -> None:
         ValueError, match=r"^target\.vit: makes a classifier of images, but data\.modality is 'text'"
     ):
         prepare_base(cfg, "target")
+
+
+def test_a_base_of_texts(tmp_path: Path) -> None:
+    cfg = make_config(
+        tmp_path, ["retrieved"], target=ModelConfig(str(tmp_path / "target"), tiny=TinyConfig())
+    )
+    with pytest.raises(
+        ValueError, match=r"target\.tiny: makes a model of texts, but data\.modality is image"
+    ):
+        Tasks.load(cfg)
 
 
 def test_a_head_without_room(tmp_path: Path) -> None:

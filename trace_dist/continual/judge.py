@@ -156,8 +156,8 @@ class Judge:
 
     def _score_some(self, module: nn.Module, task: Task, indices: list[int], route: str) -> Score:
         """Score of some test examples of a task, under the weights of the one that they retrieve."""
-        taught = {each.name: each.answers for each in self._all}
-        some = replace(task, test=task.test.select(indices), among=taught.get(route))
+        taught = next((each.answers for each in self._all if each.name == route), None)
+        some = replace(task, test=task.test.select(indices), among=taught)
         return evaluate_task(module, self.bench.tokenizer, some, self.cfg.eval, self.cfg.data)
 
     def route(self, model: Model, bank: Bank, task: Task) -> list[str]:

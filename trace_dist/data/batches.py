@@ -273,14 +273,11 @@ def _positions(lengths: Sequence[int], micro_batch_size: int) -> int:
 def _digest(dataset: datasets.Dataset) -> str:
     """Digest of all that is read and its labels, in order."""
     digest = hashlib.sha256()
-    for table in (
-        dataset.select_columns(sorted(set(dataset.column_names) - {"num_answer_tokens"}))
-        .with_format("arrow")
-        .iter(DIGESTED_ROWS)
-    ):
+    read = [name for name in ("input_ids", "image") if name in dataset.column_names]
+    for table in dataset.select_columns([*read, "labels"]).with_format("arrow").iter(DIGESTED_ROWS):
         for column in table.columns:
             rows = column.combine_chunks()
-            if not pa.types.is_list(rows.type):
+            if not pa.types.is_list(rows.type):  # images are URIs
                 digest.update(json.dumps(rows.to_pylist()).encode())
                 continue
             digest.update(rows.value_lengths().to_numpy().tobytes() + rows.flatten().to_numpy().tobytes())

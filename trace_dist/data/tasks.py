@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import datasets
@@ -31,7 +32,7 @@ class Task:
     among: list[str] | None = None
     """Answers among which one is chosen, where the weights that answer have learned these alone; None for all of them."""
 
-    @property
+    @cached_property
     def answers(self) -> list[str]:
         """What is answered in its training examples, each once, sorted."""
         return sorted(set(self.train["answer"][:]))

@@ -142,7 +142,9 @@ def check_size(
     data: DataConfig,
     evaluation: EvalConfig,
 ) -> None:
-    """Raise ValueError where a first picture cannot be read, or the head has no row for a class."""
+    """Raise ValueError where the model reads no pictures, a first one cannot be read, or the head has no row for a class."""
+    if not isinstance(reader, ImageReader | None):
+        raise ValueError(f"{role}.tiny: makes a model of texts, but data.modality is image; use {role}.vit")
     for part in task.parts:
         picture_of(part["prompt"][0])
     missing = set() if reader is None else {*task.answers, *task.test["answer"][:]} - set(reader.classes)
