@@ -100,7 +100,8 @@ def test_commands_that_read_texts(run: RunConfig) -> None:
         ValueError, match=r"target': reads no text, it is a classifier of images; set data.modality"
     ):
         load_tokenizer(run.target.path)
+    made = replace(run, target=replace(run.target, path=f"{run.target.path}-not-made"), data=DataConfig())
     with pytest.raises(
         ValueError, match=r"^tasks\.of_4_2\.metric='top1': scores tasks of data\.modality image, but "
     ):
-        Tasks.load(replace(run, data=DataConfig()))
+        Tasks.load(made)
