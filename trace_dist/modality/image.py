@@ -196,7 +196,8 @@ def pooled(states: Tensor) -> Tensor:
 
 def always(module: nn.Module, task: Task, mask: MaskConfig) -> Mapping[str, Tensor]:
     """The rows of the head that are the task's classes ([Note: heads of tasks])."""
-    classes = {str(name): int(row) for name, row in module.config.label2id.items()}  # type: ignore[union-attr]
+    config: Any = module.config
+    classes = {str(name): int(row) for name, row in config.label2id.items()}
     width = full_shape(getattr(module, HEAD).weight)[1]
     rows = torch.tensor(sorted(classes[answer] for answer in task.answers))
     return {f"{HEAD}.weight": (rows[:, None] * width + torch.arange(width)).flatten()}

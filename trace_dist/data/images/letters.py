@@ -61,7 +61,8 @@ def _letter(letter: str, fonts: list[Any], random: np.random.Generator) -> np.nd
     bent = large.transform(
         large.size, Image.Transform.AFFINE, (*rows[0], *rows[1]), Image.Resampling.BILINEAR
     )
-    left, top, right, bottom = bent.point(lambda value: 255 * (value >= _INKED)).getbbox() or bent.getbbox()
+    inked = bent.point(lambda value: 255 * (value >= _INKED))
+    left, top, right, bottom = inked.getbbox() or (0, 0, _DRAWN, _DRAWN)
     width = int(np.clip(_CELLS * (right - left) / (bottom - top) * np.exp(stretch), 6, _CELLS))
     scaled = bent.crop((left, top, right, bottom)).resize((width, _CELLS), Image.Resampling.BILINEAR)
     whole = Image.new("L", (_CELLS, _CELLS), 0)
