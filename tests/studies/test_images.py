@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from trace_dist.report.markdown import insert
 from trace_dist.studies.images import class_order, interval, protocol, read_run, summary, table
+from trace_dist.utils.files import read_json
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,3 +62,8 @@ def test_differences_are_paired_by_seed() -> None:
     assert lines[0] == "**B0-Inc2**, 3 seeds:"
     assert lines[4].startswith("| retrieved | 94.0 ± 9.9 | 93.0 ± 9.9 | 0.5 ± 0.0 | 97.0 ± 0.0 | - |")
     assert "| +10.0 [+7.5, +12.5] |" in lines[5]
+
+
+def test_the_page_shows_the_committed_result() -> None:
+    page = (ROOT / "docs/images.md").read_text(encoding="utf-8")
+    assert insert(page, "digits", table(read_json(ROOT / "docs/results/digits.json"))) == page
