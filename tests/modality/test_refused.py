@@ -14,6 +14,7 @@ from trace_dist.config import ContinualConfig, DataConfig, ModelConfig, RunConfi
 from trace_dist.continual.driver import check_methods
 from trace_dist.models.loading import load_tokenizer
 from trace_dist.stages.base import prepare_base
+from trace_dist.stages.preview import preview
 from trace_dist.train.workbench import Tasks
 
 
@@ -100,6 +101,10 @@ def test_commands_that_read_texts(run: RunConfig) -> None:
         ValueError, match=r"target': reads no text, it is a classifier of images; set data.modality"
     ):
         load_tokenizer(run.target.path)
+    with pytest.raises(
+        ValueError, match=r"^data\.modality='image': only runs on texts are looked at beforehand; "
+    ):
+        preview(run)
     made = replace(run, target=replace(run.target, path=f"{run.target.path}-not-made"), data=DataConfig())
     with pytest.raises(
         ValueError, match=r"^tasks\.of_4_2\.metric='top1': scores tasks of data\.modality image, but "
