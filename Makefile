@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: quickstart quickstart-smollm2 publish bench stream20 trace-small retrieval-study study study-toy gpu scale test fuzz faults soak hosts audit lint format docs wheel clean
+.PHONY: quickstart quickstart-smollm2 publish bench stream20 trace-small retrieval-study study study-toy study-images gpu scale test fuzz faults soak hosts audit lint format docs wheel clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/trace-dist run --config configs/quickstart.yaml
@@ -53,6 +53,10 @@ study: $(VENV)/.smollm2
 # The same on two tiny models, to see that all of it runs; a quarter of an hour.
 study-toy: $(VENV)/.quickstart
 	OMP_NUM_THREADS=1 $(BIN)/trace-dist study small-to-large --config configs/study-toy.yaml
+
+# Handwritten digits, two and five new classes at a time, three seeds; a study that was cut goes on.
+study-images: $(VENV)/.quickstart
+	OMP_NUM_THREADS=1 $(BIN)/python -m trace_dist.studies.images --config configs/digits.yaml --out docs/results/digits.json --page docs/images.md
 
 # Where there is a GPU: the kernels' tests on it, and what the benchmarks say of it. A quarter of an hour.
 STEP = $(BIN)/trace-dist bench step --ranks 1 --rounds 1 --sequence 2048

@@ -31,6 +31,7 @@ RANKS: dict[str, tuple[int, int]] = {
     "bank": (4, 0),
     "checkpoint": (4, 1),
     "train": (5, 0),
+    "modality": (5, 1),
     "profiling": (5, 1),
     "serving": (5, 2),
     "probe": (6, 0),

@@ -16,6 +16,7 @@ METHODS = _rows(
     "continual.methods", "continual.methods",
     "retrieved", "consolidated", "merged", "random", "full", "lora", "sum", "average", "ties", "dare",
     "lora_retrieved", "ewc", "ella", "ps", "osft", "olora", "slao", "shira_random", "joint", "separate", "trace",
+    "nearest_mean", "random_features",
 )  # fmt: skip
 SCORES = _rows(
     "probe.score", "probe.importance",
@@ -31,6 +32,7 @@ COMPOSITIONS = _rows("composition", "bank.composition", "sum", "average", "ties"
 METRICS = _rows(
     "tasks.metric", "evaluation.metrics",
     "exact_match", "choice", "numeric", "token_f1", "rouge_l", "chrf", "bleu", "edit_similarity", "sari", "bits_per_byte",
+    "top1",
 )  # fmt: skip
 EXPORTERS = _rows("format", "bank.export", "hf", "peft-shira", "vllm-patch")
 ARMS = _rows(
@@ -38,4 +40,6 @@ ARMS = _rows(
     "random", "probed", "l2", "snr", "specific", "narrowed", "fisher", "projected", "projected_magnitude", "budgets", "places",
     "identity", "align", "trace", "probed_like_trace", "lora", "full",
 )  # fmt: skip
+MODALITIES = _rows("data.modality", "modality", "text", "image")
+IMAGES = _rows("tasks.path", "data.images", "digits", "letters")
 SIGNATURES = _rows("bank.signature", "bank.signatures", "kmeans", "diagonal", "full", "dirichlet", "mean")

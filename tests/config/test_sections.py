@@ -171,7 +171,15 @@ def test_the_configs_that_come_along_are_valid_and_open_with_hardware_and_time(p
 
 
 def test_overrides_and_defaults() -> None:
-    arguments = ["train", "--config", str(CONFIGS[0]), "--mask.density", "0.01", "--train.betas", "[0.8,0.9]"]
+    arguments = [
+        "train",
+        "--config",
+        str(ROOT / "configs/quickstart.yaml"),
+        "--mask.density",
+        "0.01",
+        "--train.betas",
+        "[0.8,0.9]",
+    ]
     arguments += ["--train.max_grad_norm", "null", "--task_name", "spiral"]
     values = parse(arguments)["train"]
     cfg = run_config(values)

@@ -23,6 +23,8 @@ DENSE = (
     *("joint", "separate"),
 )
 """Methods that train no mask of ours, in one process."""
+FROZEN = ("nearest_mean", "random_features")
+"""Methods that train nothing, on all ranks."""
 
 OF_THEIR_OWN = '''
 """Answers with the base; it learns how many tasks there were."""
@@ -233,5 +235,5 @@ def test_every_method_of_the_package_says_what_it_is() -> None:
     for entry in check_methods(make_config(Path("unused"), list(METHODS))):
         assert entry.kind.label
         assert entry.kind.colour
-        assert entry.kind.masked == (entry.name not in DENSE)
-        assert entry.kind.on_ranks == entry.kind.masked
+        assert entry.kind.masked == (entry.name not in (*DENSE, *FROZEN))
+        assert entry.kind.on_ranks == (entry.name not in DENSE)

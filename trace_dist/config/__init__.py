@@ -12,7 +12,7 @@ from trace_dist.config.evaluation import EvalConfig
 from trace_dist.config.granularity import Granularity
 from trace_dist.config.launch import LaunchConfig
 from trace_dist.config.mask import MaskConfig
-from trace_dist.config.model import Dtype, ModelConfig, PruneConfig, Quantize, TinyConfig
+from trace_dist.config.model import Dtype, ModelConfig, PruneConfig, Quantize, TinyConfig, VitConfig
 from trace_dist.config.probe import ProbeConfig
 from trace_dist.config.projection import ProjectionConfig
 from trace_dist.config.race import RaceConfig
@@ -41,4 +41,5 @@ __all__ = [
     "TaskConfig",
     "TinyConfig",
     "TrainConfig",
+    "VitConfig",
 ]

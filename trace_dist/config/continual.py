@@ -23,8 +23,8 @@ class ContinualConfig(Section):
     task after task with replay), random (retrieved with random masks), and for comparison trace (retrieved with whole tensors, by
     TRACE's own recipe), full (full fine-tuning, task after task), lora (PEFT LoRA, task after task); merges of the deltas
     without training: sum, average, ties, dare; published methods: lora_retrieved, ewc, ella, ps, osft, olora, slao,
-    shira_random; bounds: joint (all tasks at once), separate (a model per task, which is given); or the path of a module of your
-    own."""
+    shira_random; without any training: nearest_mean, random_features; bounds: joint (all tasks at once), separate (a model per
+    task, which is given); or the path of a module of your own."""
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Options by method, as `{merged: {replay: 0.1, replay_memory: 0.01}, full: {lr: 1e-3}, lora: {lr: 3e-3, rank: 8}}`; the
     methods' files explain them, and those of a method that is not run are not used."""

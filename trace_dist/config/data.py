@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from trace_dist.config.checks import Section
+from trace_dist.config.checks import Section, check
+from trace_dist.parts import MODALITIES
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,9 @@ class DataConfig(Section):
 
     section: ClassVar[str] = "data"
 
+    modality: str = "text"
+    """What a prompt is: text, image (a picture, answered with its class by an image classifier), or the path of a module of your
+    own."""
     max_length: int = 512
     """Longest example in tokens, prompt and answer together; a longer prompt is an error, never cut silently."""
     truncate_prompt: bool = False
@@ -27,3 +31,6 @@ class DataConfig(Section):
     def check(self) -> None:
         self.at_least(2, "max_length")
         self.at_least(1, "num_proc")
+        MODALITIES.check(self.modality)
+        rule = "only texts can share a row"
+        check(self.modality == "text" or not self.packing, "data.packing", self.packing, rule, "leave it out")

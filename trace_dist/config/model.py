@@ -43,6 +43,49 @@ class TinyConfig(Section):
 
 
 @dataclass(frozen=True)
+class VitConfig(Section):
+    """A vision transformer small enough to be trained on the spot, on images that are none of the tasks' (no download)."""
+
+    section: ClassVar[str] = "vit"
+
+    image_size: int = 8
+    """Height and width in pixels; a multiple of patch_size. Other images are scaled to it."""
+    patch_size: int = 4
+    """Height and width of the patches that are its tokens."""
+    hidden_size: int = 64
+    """Width; a multiple of num_heads."""
+    num_layers: int = 3
+    """Number of layers."""
+    num_heads: int = 4
+    """Number of attention heads."""
+    intermediate_size: int = 128
+    """Width of the MLP."""
+    pretrain: str = "images:letters"
+    """Images of the pretraining, as the `path` of a task."""
+    pretext: Literal["classes", "rotations"] = "classes"
+    """What is learned of them: their classes, or by how many quarter turns each was turned, which needs no labels."""
+    steps: int = 900
+    """Optimizer steps of pretraining."""
+    lr: float = 1.5e-3
+    """Peak learning rate of pretraining."""
+    batch_size: int = 64
+    """Images per pretraining step."""
+    classes: list[str] | None = None
+    """Classes that the head has a row for, those of later tasks too; when not set, those of the run's tasks."""
+
+    def check(self) -> None:
+        self.at_least(
+            1, "patch_size", "hidden_size", "num_layers", "num_heads", "intermediate_size", "batch_size"
+        )
+        self.positive("lr")
+        for name, divisor in (("image_size", "patch_size"), ("hidden_size", "num_heads")):
+            value, by = getattr(self, name), getattr(self, divisor)
+            rule = f"must be a positive multiple of {divisor}={by}"
+            check(value > 0 and value % by == 0, f"vit.{name}", value, rule, "change one of the two")
+        check(self.steps >= 0, "vit.steps", self.steps, "must not be negative", "use 0 for an untrained base")
+
+
+@dataclass(frozen=True)
 class PruneConfig(Section):
     """A proxy made from the target: a copy of evenly spaced layers, and of each some channels, heads and neurons if asked for."""
 
@@ -79,12 +122,12 @@ class PruneConfig(Section):
 
 @dataclass(frozen=True)
 class ModelConfig(Section):
-    """Where a model comes from. At most one of tiny, gguf and prune; without any, `path` must exist or be a hub id."""
+    """Where a model comes from. At most one of tiny, vit, gguf and prune; without any, `path` must exist or be a hub id."""
 
     section: ClassVar[str] = "model"
 
     path: str
-    """Hugging Face id or folder with safetensors; with tiny, gguf or prune the folder they are written to."""
+    """Hugging Face id or folder with safetensors; with tiny, vit, gguf or prune the folder they are written to."""
     dtype: Dtype = "float32"
     """Data type of the weights while training."""
     quantize: Quantize = "none"
@@ -93,6 +136,8 @@ class ModelConfig(Section):
     """Run the Python code that the model's folder brings, if it does; only for models whose authors you trust."""
     tiny: TinyConfig | None = None
     """Train a tiny Llama on the spot when the folder does not exist."""
+    vit: VitConfig | None = None
+    """Train a tiny vision transformer on the spot when the folder does not exist (`data.modality: image`)."""
     gguf: str | None = None
     """GGUF file to convert when the folder does not exist, or `package:<module>` for one shipped in a package."""
     prune: PruneConfig | None = None
@@ -101,9 +146,9 @@ class ModelConfig(Section):
     @property
     def made(self) -> bool:
         """Whether the model is made on the spot where its folder does not exist."""
-        return any(source is not None for source in (self.tiny, self.gguf, self.prune))
+        return any(source is not None for source in (self.tiny, self.vit, self.gguf, self.prune))
 
     def check(self) -> None:
-        sources = [name for name in ("tiny", "gguf", "prune") if getattr(self, name) is not None]
-        rule = "at most one of tiny, gguf, prune may be set"
+        sources = [name for name in ("tiny", "gguf", "prune", "vit") if getattr(self, name) is not None]
+        rule = "at most one of tiny, gguf, prune, vit may be set"
         check(len(sources) <= 1, "model", sources, rule, "remove the others")

@@ -36,7 +36,8 @@ class TaskConfig(Section):
     """Name used in files and tables."""
     path: str | None = None
     """A file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a folder with train and test files, a folder as on the hub or of
-    datasets.save_to_disk, or the id of a dataset on the hub, such as openai/gsm8k."""
+    datasets.save_to_disk, a folder of images (one per class), the id of a dataset on the hub, such as openai/gsm8k, or images
+    that come with a package: images:digits, images:letters."""
     reasoning_gym: dict[str, Any] | None = None
     """`{dataset: spell_backward, min_word_len: 5, ...}`: a procedural reasoning-gym dataset and its options."""
     subset: str | None = None
@@ -68,9 +69,12 @@ class TaskConfig(Section):
     """Test examples used (fewer if the source has fewer)."""
     num_validation: int = 200
     """Validation examples used; held out, they are at most a fifth of the training examples."""
+    answers: list[str] | None = None
+    """Answers whose examples are used, such as the classes that a task of a class-incremental stream adds; all when not set."""
     metric: str = "exact_match"
     """exact_match, choice (the likeliest of all answers), numeric (the last number), token_f1, rouge_l, chrf, bleu,
-    edit_similarity, sari, bits_per_byte (of the answer, for general sets), or the path of a Python function
+    edit_similarity, sari, bits_per_byte (of the answer, for general sets), top1 (the class of an
+    image), or the path of a Python function
     `(said, references, prompt) -> score in [0, 1]`, such as my_pkg.my_metric."""
     metric_options: dict[str, Any] = field(default_factory=dict)
     """Options of the metric, such as `{tolerance: 0.01}` of numeric; the metrics' files explain them."""

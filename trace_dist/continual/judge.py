@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
@@ -13,14 +13,13 @@ from torch import nn
 from trace_dist.bank.adapted import retrieve_adapted
 from trace_dist.bank.bank import BASE, DeltaBank
 from trace_dist.bank.bound import error_bound
-from trace_dist.bank.representation import represent
 from trace_dist.bank.retrieval import Retriever
 from trace_dist.bank.signature import Signature, fit_signature
 from trace_dist.config import RunConfig
 from trace_dist.continual.clarity import margins, typicality
 from trace_dist.continual.examples import Answered, few
 from trace_dist.continual.scored import Scored
-from trace_dist.data.encoding import encode_prompt, pad_id
+from trace_dist.data.examples import references_of
 from trace_dist.data.tasks import Task
 from trace_dist.evaluation import Score, evaluate_task
 from trace_dist.sharding.base import ShardedModel
@@ -99,6 +98,17 @@ class Judge:
         """Scores of the model as it is."""
         return self._row({task.name: self.evaluate(module, task) for task in self._all})
 
+    def score_answers(self, module: nn.Module, answers: Callable[[Task], Sequence[str]]) -> Row:
+        """Scores of what a function answers to the test examples of each set; of running text, those of the model as it is."""
+        values = {}
+        for task in self._all:
+            if task.metric == "bits_per_byte":
+                values[task.name] = self.evaluate(module, task)
+                continue
+            right = [said in references_of(row) for said, row in zip(answers(task), task.test, strict=True)]
+            values[task.name] = 100 * sum(right) / len(right)
+        return self._row(values)
+
     def evaluate(self, module: nn.Module, task: Task) -> float:
         """Score of the model as it is on one test set."""
         module.eval()
@@ -132,7 +142,7 @@ class Judge:
                         indices = missing[task.name]
                         if indices:
                             scored.add(
-                                name, task.name, indices, self._score_some(model.module, task, indices)
+                                name, task.name, indices, self._score_some(model.module, task, indices, name)
                             )
         values = {}
         for task in texts:
@@ -144,8 +154,10 @@ class Judge:
             values[task.name] = 100 * sum(each) / len(each)
         return self._row(values)
 
-    def _score_some(self, module: nn.Module, task: Task, indices: list[int]) -> Score:
-        some = replace(task, test=task.test.select(indices))
+    def _score_some(self, module: nn.Module, task: Task, indices: list[int], route: str) -> Score:
+        """Score of some test examples of a task, under the weights of the one that they retrieve."""
+        taught = next((each.answers for each in self._all if each.name == route), None)
+        some = replace(task, test=task.test.select(indices), among=taught)
         return evaluate_task(module, self.bench.tokenizer, some, self.cfg.eval, self.cfg.data)
 
     def route(self, model: Model, bank: Bank, task: Task) -> list[str]:
@@ -229,19 +241,19 @@ class Judge:
 
     def represent(self, model: Model, prompts: Any, layer: int) -> torch.Tensor:
         """Representations of prompts under the model as it is: [N, hidden] fp32."""
-        model.eval()
-        return represent(
-            model.module,
-            self.encoded(prompts),
-            layer=layer,
-            batch_size=self.cfg.eval.batch_size,
-            pad_id=pad_id(self.bench.tokenizer),
-        )
+        return self.represent_layers(model, prompts, [layer])[:, 0]
 
-    def encoded(self, prompts: Any) -> list[list[int]]:
-        """Token ids of prompts, cut as the configuration says."""
-        limit = self.cfg.data.max_length if self.cfg.data.truncate_prompt else None
-        return encode_prompt(list(prompts), self.bench.tokenizer, limit)
+    def represent_layers(self, model: Model, prompts: Any, layers: Sequence[int]) -> torch.Tensor:
+        """Representations of prompts by several layers of the model as it is: [N, L, hidden] fp32."""
+        model.eval()
+        return self.bench.modality.represent(
+            model.module,
+            list(prompts),
+            self.bench.tokenizer,
+            self.cfg.data,
+            layers=layers,
+            batch_size=self.cfg.eval.batch_size,
+        )
 
     def signature(self, model: Model, streams: list[Stream], name: str, layer: int) -> Signature:
         """Fit the signature of a task (or of the general sets together) from training prompts under the model as it is."""

@@ -12,12 +12,10 @@ import torch
 
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.bound import cantelli_limits
-from trace_dist.bank.representation import represent_layers
 from trace_dist.bank.retrieval import Retriever
 from trace_dist.bank.signature import fit_signature
 from trace_dist.config.checks import AUTO
 from trace_dist.continual.judge import Judge
-from trace_dist.data.encoding import pad_id
 from trace_dist.run_folder import BankFolder
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.workbench import Stream
@@ -70,14 +68,7 @@ def _representations(
     judge: Judge, model: ShardedModel, stream: Stream, layers: Sequence[int]
 ) -> torch.Tensor:
     """[N, L, hidden] of a set's training prompts."""
-    model.eval()
-    return represent_layers(
-        model.module,
-        judge.encoded(stream.task.train["prompt"][:NUM_PROMPTS]),
-        layers=layers,
-        batch_size=judge.cfg.eval.batch_size,
-        pad_id=pad_id(judge.bench.tokenizer),
-    )
+    return judge.represent_layers(model, stream.task.train["prompt"][:NUM_PROMPTS], layers)
 
 
 def _losses(judge: Judge, sets: Sequence[Stream], x: Sequence[torch.Tensor]) -> tuple[float, float]:

@@ -71,6 +71,9 @@ def project_stream(
         "projected": projected_mask(model, cfg, bench, stream, model_id, refused["projected"]),
     }
 
+    always = bench.modality.always(model.module, stream.task, mask)
+    masks = {kind: made.with_elements(always) for kind, made in masks.items()}
+
     def write() -> None:
         for kind, made in masks.items():
             made.with_meta(task=task, model=model_id, **meta[kind]).save(cfg.folder.mask(task, kind))

@@ -14,7 +14,7 @@ from trace_dist.train.workbench import Stream
 
 def to_keep(setting: Setting, streams: Sequence[Stream]) -> PromptSets | None:
     """What the bank keeps of a task, or of the general sets; None where it shall keep nothing."""
-    count = setting.cfg.bank.keep_prompts
+    count = setting.cfg.bank.keep_prompts if setting.bench.modality.keeps_prompts else 0
     return {stream.task.name: prompts_of(setting, stream, count) for stream in streams} if count else None
 
 

@@ -15,14 +15,16 @@ What is shared out are examples, or rows of several examples (data/packing.py).
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
@@ -35,6 +37,8 @@ from trace_dist.utils.agreement import agree
 _SHUFFLE, _REPLAY = 0, 1
 DIGESTED_ROWS = 10_000
 """Examples that are read at a time to compare the ranks' data."""
+Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, torch.Tensor]]
+"""Encoded examples -> a micro-batch; a filler where there are none."""
 Slot = tuple[int, int]
 """Which dataset (0 is the main one, then the replay datasets) and which of its examples."""
 
@@ -46,11 +50,12 @@ class Step:
     ``micro_batches``: the same number on every rank; each ``{"input_ids", "attention_mask", "labels"}``,
     int64 [micro-batch, longest], on the CPU, padded on the right; of packed rows as ``collate_packed`` gives it. A rank
     short of examples gets filler micro-batches whose labels are all -100. ``num_answer_tokens``: tokens with a loss in
-    the *global* batch.
+    the *global* batch. ``nll_sum``: the loss of a micro-batch; None where it is that of text (train/loss.py).
     """
 
     micro_batches: list[dict[str, torch.Tensor]]
     num_answer_tokens: int
+    nll_sum: Callable[..., torch.Tensor] | None = None
 
 
 class Batches(Iterator[Step]):
@@ -62,6 +67,8 @@ class Batches(Iterator[Step]):
         micro_batch_size: examples per forward pass on one rank; rows of them where they are packed.
         seed: of order and replay.
         pad_id: id for padded positions.
+        collate: makes a micro-batch of encoded examples that are no text.
+        nll_sum: as of ``Step``.
         replay: encoded datasets with their weights among each other.
         replay_share: probability that a slot is drawn from ``replay`` instead.
         packing: whether examples shall share rows, where the model that reads them allows it (``pack``).
@@ -79,7 +86,9 @@ class Batches(Iterator[Step]):
         batch_size: int,
         micro_batch_size: int,
         seed: int,
-        pad_id: int,
+        pad_id: int = 0,
+        collate: Collate | None = None,
+        nll_sum: Callable[..., torch.Tensor] | None = None,
         replay: Sequence[tuple[datasets.Dataset, float]] = (),
         replay_share: float = 0.0,
         packing: bool = False,
@@ -103,6 +112,7 @@ class Batches(Iterator[Step]):
         self._micro_batch_size = micro_batch_size
         self._seed = seed
         self._pad_id = pad_id
+        self._collate_rows, self._nll_sum = collate, nll_sum
         self.wants_packing = packing
         """Whether packing was asked for, and nobody has decided on it."""
         self._layout: Layout | None = None  # not None iff examples share rows
@@ -123,7 +133,7 @@ class Batches(Iterator[Step]):
         size = self._micro_batch_size
         num_micro = math.ceil(len(shares[0]) / size)  # array_split gives the first rank the most
         micro_batches = [self._collate(share[i * size : (i + 1) * size]) for i in range(num_micro)]
-        return Step(micro_batches, num_tokens)
+        return Step(micro_batches, num_tokens, self._nll_sum)
 
     def pack(self, layout: Layout | None) -> None:
         """Let examples share rows from now on; None does not, and settles that they shall not."""
@@ -237,7 +247,8 @@ class Batches(Iterator[Step]):
         """A micro-batch of rows of examples."""
         if self._layout is not None:
             return collate_packed(rows, self._pad_id, self._layout)
-        return collate([example for row in rows for example in row], self._pad_id)
+        examples = [example for row in rows for example in row]
+        return collate(examples, self._pad_id) if self._collate_rows is None else self._collate_rows(examples)
 
     def _rows(self, slots: list[Slot]) -> list[dict[str, Any]]:
         return [self._datasets[source][row] for source, row in slots]
@@ -265,10 +276,14 @@ def _positions(lengths: Sequence[int], micro_batch_size: int) -> int:
 
 
 def _digest(dataset: datasets.Dataset) -> str:
-    """Digest of all tokens and labels, in order."""
+    """Digest of all that is read and its labels, in order."""
     digest = hashlib.sha256()
-    for table in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(DIGESTED_ROWS):
+    read = [name for name in ("input_ids", "image") if name in dataset.column_names]
+    for table in dataset.select_columns([*read, "labels"]).with_format("arrow").iter(DIGESTED_ROWS):
         for column in table.columns:
             rows = column.combine_chunks()
+            if not pa.types.is_list(rows.type):  # images are URIs
+                digest.update(json.dumps(rows.to_pylist()).encode())
+                continue
             digest.update(rows.value_lengths().to_numpy().tobytes() + rows.flatten().to_numpy().tobytes())
     return digest.hexdigest()[:16]

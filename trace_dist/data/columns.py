@@ -30,6 +30,7 @@ PARTNERS = {
     "question": ("answer",),
     "problem": ("solution",),
     "instruction": ("output",),
+    "image": ("label",),
 }
 """Known columns of a prompt, each with those that hold its answer."""
 ANSWERS = tuple(dict.fromkeys(answer for answers in PARTNERS.values() for answer in answers))

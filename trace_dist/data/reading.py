@@ -20,9 +20,12 @@ from trace_dist.config.examples import example_file
 from trace_dist.data.bars import bars_on_main
 from trace_dist.data.files import cells_header, read_json_lines, read_json_values, read_text
 from trace_dist.data.tables import Table
+from trace_dist.parts import IMAGES
 
 TRAIN, TEST, VALIDATION = "train", "test", "validation"
 Splits = dict[str, Table]
+PACKAGED = "images:"
+"""Begins the path of a set of images that comes with a package (``data.images``)."""
 _TRACE_FILES = {TRAIN: "train.json", TEST: "test.json", VALIDATION: "eval.json"}
 """The layout of the TRACE continual-learning benchmark (arXiv 2310.06762)."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -36,6 +39,8 @@ def read_splits(task: TaskConfig) -> tuple[Splits, bool]:
         ValueError: there is no such source, it cannot be read, or a field is set that has no meaning for it.
     """
     field = f"tasks.{task.name}.path={task.path!r}"
+    if str(task.path).startswith(PACKAGED):
+        return _packaged(task, str(task.path).removeprefix(PACKAGED)), True
     path = example_file(str(task.path), f"tasks.{task.name}.path")
     if not path.exists():
         return _from_hub(task, field), False
@@ -58,6 +63,14 @@ def _check_local(task: TaskConfig, keys: tuple[str, ...]) -> None:
                 f"tasks.{task.name}.{key}={getattr(task, key)!r}: has no meaning for {task.path!r}, which is on this machine; "
                 "leave it out"
             )
+
+
+def _packaged(task: TaskConfig, name: str) -> Splits:
+    _check_local(task, ("revision", "subset"))
+    return {
+        split: Table(f"{PACKAGED}{name}, split {split}", data)
+        for split, data in IMAGES.load(name).splits().items()
+    }
 
 
 def _from_hub(task: TaskConfig, field: str) -> Splits:

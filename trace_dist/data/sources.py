@@ -58,6 +58,8 @@ def load_examples(task: TaskConfig, seed: int, validate: bool = False) -> Splits
         train, test = generated(task, seed)
     else:
         train, test, own = _from_path(task, validate)
+    train, test = _answered(train, task), _answered(test, task)
+    own = None if own is None else _answered(own, task)
     for split, examples in (("train", train), ("test", test)):
         if not examples:
             raise ValueError(f"tasks.{task.name}: the {split} split is empty; give the source more examples")
@@ -82,6 +84,20 @@ def form_of(task: TaskConfig) -> Form:
 def _pick(examples: list[Example], num: int, seed: int) -> list[Example]:
     order = np.random.default_rng(seed).permutation(len(examples))[:num]
     return [examples[i] for i in order]
+
+
+def _answered(examples: list[Example], task: TaskConfig) -> list[Example]:
+    """Those whose answer is one of the task's."""
+    if task.answers is None:
+        return examples
+    wanted = set(task.answers)
+    unknown = wanted - {example["answer"] for example in examples}
+    if unknown and examples:
+        raise ValueError(
+            f"tasks.{task.name}.answers={task.answers!r}: no example has the answer {min(unknown)!r}; the answers are "
+            f"{sorted({example['answer'] for example in examples})[:20]}"
+        )
+    return [example for example in examples if example["answer"] in wanted]
 
 
 def _prompts(examples: Collection[Example]) -> set[str]:

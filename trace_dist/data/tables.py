@@ -8,6 +8,8 @@ from typing import Any
 
 import datasets
 
+from trace_dist.data.pictures import stored_uri
+
 _AT_A_TIME = 1000
 
 
@@ -49,7 +51,7 @@ class Table:
         return Table(self.where, self.data[start:stop])
 
     def rows(self, columns: Sequence[str]) -> Iterator[Mapping[str, Any]]:
-        """All rows with these columns; class labels as their names.
+        """All rows with these columns; class labels as their names, images as data URIs (``data.pictures``).
 
         Raises:
             ValueError: a text is not UTF-8.
@@ -61,11 +63,16 @@ class Table:
         labels = {
             name: kind.names for name, kind in kept.features.items() if isinstance(kind, datasets.ClassLabel)
         }
+        images = [name for name, kind in kept.features.items() if isinstance(kind, datasets.Image)]
         for start in range(0, len(kept), _AT_A_TIME):
             for row in self._batch(kept, range(start, min(start + _AT_A_TIME, len(kept)))):
-                yield row | {name: _label(row[name], names) for name, names in labels.items()}
+                named = {name: _label(row[name], names) for name, names in labels.items()}
+                yield row | named | {name: stored_uri(row[name]) for name in images}
 
     def _batch(self, data: datasets.Dataset, places: range) -> list[dict[str, Any]]:
+        for name, kind in data.features.items():
+            if isinstance(kind, datasets.Image):
+                data = data.cast_column(name, datasets.Image(decode=False))
         try:
             return data.select(places).to_list()
         except UnicodeDecodeError:

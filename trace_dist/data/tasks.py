@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import datasets
@@ -28,6 +29,13 @@ class Task:
     """Share of the test examples whose prompt is in the training set."""
     metric_options: dict[str, Any] = field(default_factory=dict)
     validation: datasets.Dataset | None = None  # not None iff the run validates
+    among: list[str] | None = None
+    """Answers among which one is chosen, where the weights that answer have learned these alone; None for all of them."""
+
+    @cached_property
+    def answers(self) -> list[str]:
+        """What is answered in its training examples, each once, sorted."""
+        return sorted(set(self.train["answer"][:]))
 
     @property
     def parts(self) -> list[datasets.Dataset]:

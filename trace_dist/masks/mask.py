@@ -116,6 +116,28 @@ class Mask:
         """The same mask with more metadata."""
         return Mask(self.units, self.layouts, self.granularity, {**self.meta, **meta})
 
+    def with_elements(self, elements: Mapping[str, Tensor]) -> Mask:
+        """The same mask and, beside it, the units in which some elements lie; parameter -> flat indices.
+
+        Raises:
+            ValueError: a parameter is not maskable.
+        """
+        if not elements:
+            return self
+        units = dict(self.units)
+        for name, indices in elements.items():
+            layout = self.layouts.get(name)
+            if layout is None:
+                raise ValueError(
+                    f"mask.maskable: {name} is always trained, and must be maskable; set it to linear or all, or let the "
+                    "expression find it"
+                )
+            found = layout.unit_of(indices)
+            if name in units:
+                found = torch.cat([found, units[name].long()])
+            units[name] = found.unique().to(layout.index_dtype)
+        return Mask(units, self.layouts, self.granularity, self.meta)
+
     def save(self, path: str | Path) -> None:
         """Write the mask file (format in docs/formats.md), whole or not at all.
 

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 
 from trace_dist.models.trust import is_trusted
+
+_FACTORIES = {"ForImageClassification": AutoModelForImageClassification}
+"""End of an architecture's name -> what makes its models; all others are causal LMs."""
 
 
 def read_config(source: str | Path, what: str) -> Any:
@@ -28,8 +31,14 @@ def read_config(source: str | Path, what: str) -> Any:
         raise ValueError(f"{what}: no readable config ({cause(error)}); restore its config.json") from error
 
 
+def factory_of(config: Any) -> Any:
+    """transformers' class that makes the model of a config: a causal LM, or what else its architecture says."""
+    names = getattr(config, "architectures", None) or [""]
+    return next((made for end, made in _FACTORIES.items() if names[0].endswith(end)), AutoModelForCausalLM)
+
+
 def empty_model(config: Any, dtype: torch.dtype, what: str) -> Any:
-    """The causal LM of a config, on the meta device.
+    """The model of a config, on the meta device.
 
     Args:
         config: from ``read_config``.
@@ -41,7 +50,7 @@ def empty_model(config: Any, dtype: torch.dtype, what: str) -> Any:
     """
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            return factory_of(config).from_config(
                 config, dtype=dtype, trust_remote_code=is_trusted(config.name_or_path)
             )
     # As above, of modules.

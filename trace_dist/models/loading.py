@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from trace_dist.config import Dtype, Quantize
-from trace_dist.models.architecture import cause, empty_model, read_config
+from trace_dist.models.architecture import cause, empty_model, factory_of, read_config
 from trace_dist.models.filling import Slot, fill, missing_parameters
 from trace_dist.models.naming import pieces_of
 from trace_dist.models.nf4 import quantize_nf4
@@ -43,9 +43,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=is_trusted(folder))
     # Tokenizer files are read by several libraries.
     except Exception as error:
-        raise ValueError(
-            f"model.path={str(path)!r}: no readable tokenizer ({cause(error)}); save one there"
-        ) from error
+        what = f"model.path={str(path)!r}"
+        if factory_of(read_config(folder, what)) is not AutoModelForCausalLM:
+            raise ValueError(
+                f"{what}: reads no text, it is a classifier of images; set data.modality: image, or name a causal LM"
+            ) from error
+        raise ValueError(f"{what}: no readable tokenizer ({cause(error)}); save one there") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -54,7 +57,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 def load_model(
     path: str | Path, dtype: Dtype | torch.dtype = "float32", quantize: Quantize = "none"
 ) -> PreTrainedModel:
-    """Load a causal LM on the CPU, in evaluation mode.
+    """Load a causal LM, or a classifier of images, on the CPU, in evaluation mode.
 
     Args:
         path: folder with safetensors weights, or a hub id.
@@ -70,7 +73,8 @@ def load_model(
     with open_weights(path) as files:  # refuses what must not or cannot be read
         folder = files.folder
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        factory = factory_of(read_config(folder, f"model.path={str(path)!r}"))
+        loaded: Any = factory.from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=True,

@@ -1,7 +1,8 @@
 """Stage ``base``: the base models of a run, found or made on the spot.
 
-A tiny Llama is pretrained on the general tasks; a GGUF file is converted; a proxy is cut out of the target, in depth or width,
-and healed on the general tasks. A base is made once: a folder that exists is used as it is.
+A tiny Llama is pretrained on the general tasks, a tiny vision transformer on other images (stages/vit.py); a GGUF file is
+converted; a proxy is cut out of the target, in depth or width, and healed on the general tasks. A base is made once: a folder
+that exists is used as it is.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from trace_dist.models.prune import prune
 from trace_dist.models.tiny import build_tiny
 from trace_dist.models.width import Widths
 from trace_dist.stages.stage import ALONE, Stage
+from trace_dist.stages.vit import make_vit
 from trace_dist.stages.words import fall
 from trace_dist.train.learner import DenseLearner
 from trace_dist.train.loop import train_steps
@@ -89,6 +91,8 @@ def prepare_base(cfg: RunConfig, role: Role) -> Path | str:
 def _make(model: ModelConfig, cfg: RunConfig, folder: Path, role: Role) -> None:
     if model.tiny is not None:
         _make_tiny(model.tiny, cfg, folder, role)
+    elif model.vit is not None:
+        make_vit(model.vit, cfg, folder, role)
     elif model.gguf is not None:
         # Its checks come before the conversion.
         Tasks.load(cfg)

@@ -19,6 +19,7 @@ from trace_dist.config.checks import AUTO
 from trace_dist.config.granularity import Granularities
 from trace_dist.continual.race import MOST_EXTENSIONS
 from trace_dist.data.examples import text_of
+from trace_dist.data.modality import TEXT
 from trace_dist.data.tasks import Task, load_task
 from trace_dist.models.loading import load_tokenizer
 from trace_dist.profiling.estimate import Estimate, Estimator
@@ -76,8 +77,12 @@ def preview(cfg: RunConfig) -> Preview:
     """Work out what a run of this configuration would do.
 
     Raises:
-        ValueError: a task's data are missing or malformed, or a model has no readable config.
+        ValueError: a task's data are missing or malformed, a model has no readable config, or the tasks are no texts.
     """
+    if cfg.data.modality != TEXT:
+        raise ValueError(
+            f"data.modality={cfg.data.modality!r}: only runs on texts are looked at beforehand; start it without --dry_run"
+        )
     tasks = [load_task(task, cfg.seed, validate=cfg.train.eval_every > 0) for task in cfg.tasks]
     target, proxy = _estimator(cfg.target), _estimator(cfg.probed)
     tokenizer = None if target is None else load_tokenizer(cfg.target.path)

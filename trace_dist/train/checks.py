@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import Any
 
 from trace_dist.bank.signature import MIN_PROMPTS
 from trace_dist.config import BankConfig, DataConfig, EvalConfig
 from trace_dist.config.checks import AUTO
-from trace_dist.data.encoding import encode
+from trace_dist.data.modality import TEXT, load_modality
 from trace_dist.data.tasks import Task
-from trace_dist.evaluation.lengths import tokens_needed
-from trace_dist.evaluation.metric import check_metric
+from trace_dist.evaluation.metric import check_metric, load_metric
 from trace_dist.run_folder import BankFolder
 
 
@@ -23,12 +21,13 @@ from trace_dist.run_folder import BankFolder
 class Reader:
     """A model that will read the tasks, as far as it is known before it is loaded.
 
-    ``role``: target or proxy. ``context``: positions; None without a limit. ``num_layers``: decoder layers; None where
-    unknown. ``scored``: whether it reads test examples as well.
+    ``role``: target or proxy. ``tokenizer``: what reads examples (``Modality.load_reader``); None where it is not made yet.
+    ``context``: positions; None without a limit. ``num_layers``: layers; None where unknown. ``scored``: whether it
+    reads test examples as well.
     """
 
     role: str
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     context: int | None
     num_layers: int | None
     scored: bool
@@ -56,7 +55,9 @@ def check_tasks(
     Raises:
         ValueError: the first fault found, with its task.
     """
+    modality = load_modality(data.modality)
     for task in (*tasks, *general):
+        _check_scored(task, data.modality)
         check_metric(task)
         _check_texts(task)
     _check_counts(tasks, general, bank)
@@ -65,7 +66,9 @@ def check_tasks(
         _check_layer(reader, bank)
         for task in (*tasks, *general):
             with _of(task):
-                _check_lengths(task, reader, data, evaluation)
+                modality.check_size(
+                    task, reader.tokenizer, reader.role, reader.context, reader.scored, data, evaluation
+                )
 
 
 @contextmanager
@@ -75,6 +78,16 @@ def _of(task: Task) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"tasks.{task.name}: {error}") from error
+
+
+def _check_scored(task: Task, modality: str) -> None:
+    """A metric reads the answers of one modality; of text where it says nothing."""
+    scores = getattr(load_metric(task).module, "modality", TEXT)
+    if scores != modality:
+        raise ValueError(
+            f"tasks.{task.name}.metric={task.metric!r}: scores tasks of data.modality {scores}, but this run's is {modality}; "
+            "use top1 for images, and any other metric for texts"
+        )
 
 
 def _check_texts(task: Task) -> None:
@@ -117,22 +130,3 @@ def _check_layer(reader: Reader, bank: BankConfig) -> None:
             f"bank.layer={bank.layer}: must lie in [{-last - 1}, {last}] for the {reader.role} (0 is the embedding); "
             "use -1 for the last"
         )
-
-
-def _check_lengths(task: Task, reader: Reader, data: DataConfig, evaluation: EvalConfig) -> None:
-    longest = max(map(len, encode(task.train, reader.tokenizer, data)["input_ids"][:]))
-    parts = [("training", longest)]
-    if reader.scored:
-        parts.append(("test", tokens_needed(reader.tokenizer, task, evaluation, data)))
-        if task.validation is not None:
-            looked_at = replace(task, test=task.validation)
-            parts.append(("validation", tokens_needed(reader.tokenizer, looked_at, evaluation, data)))
-            read = encode(task.validation, reader.tokenizer, data)["input_ids"][:]
-            parts.append(("validation", max(map(len, read))))
-    for part, needed in parts:
-        if reader.context is not None and needed > reader.context:
-            raise ValueError(
-                f"a {part} example needs {needed} tokens, prompt and answer together, but the {reader.role} has "
-                f"{reader.context} positions (max_position_embeddings); set data.max_length to at most "
-                f"{reader.context} with data.truncate_prompt=true, lower eval.max_new_tokens, or drop the example"
-            )

@@ -106,7 +106,7 @@ def accumulate(
     forward: Forward,
     backward: Backward,
     device: torch.device,
-    nll_sum: NllSum = forward_nll_sum,
+    nll_sum: NllSum | None = None,
 ) -> Tensor:
     """Forward and backward over a step's micro-batches on this rank.
 
@@ -115,11 +115,13 @@ def accumulate(
         forward: the model, a sharded model, or a learner's ``forward``.
         backward: takes each micro-batch's loss; what it adds up over ranks is the gradient of the global mean loss.
         device: where the model computes.
-        nll_sum: the loss of a micro-batch, as ``forward_nll_sum``; ``inputs`` holds whatever the batches do beside labels.
+        nll_sum: the loss of a micro-batch, as ``forward_nll_sum``; ``inputs`` holds whatever the batches do beside labels. The
+            step's own when None, which is ``forward_nll_sum`` where it names none.
 
     Returns:
         This rank's part of the mean loss per answer token of the global batch: scalar fp64, detached.
     """
+    nll_sum = nll_sum or step.nll_sum or forward_nll_sum
     total = torch.zeros((), dtype=torch.float64, device=device)
     for micro_batch in step.micro_batches:
         labels = micro_batch["labels"]  # read on the host, which waits for nothing

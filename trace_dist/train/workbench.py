@@ -6,18 +6,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
 from trace_dist.config import BankConfig, DataConfig, EvalConfig, ModelConfig, TaskConfig, TrainConfig
 from trace_dist.data.batches import Batches, Step
-from trace_dist.data.encoding import context_length, encode, pad_id
+from trace_dist.data.encoding import context_length
 from trace_dist.data.examples import text_of
+from trace_dist.data.modality import Modality, load_modality
 from trace_dist.data.tasks import Task, load_task
 from trace_dist.models.architecture import read_config
-from trace_dist.models.loading import load_tokenizer
 from trace_dist.models.tiny import MAX_POSITIONS
 from trace_dist.models.tokenizer import char_tokenizer
 from trace_dist.models.weight_files import resolve
@@ -102,13 +102,15 @@ class Tasks:
             if model is None:
                 continue
             if (Path(model.path) / "config.json").is_file() or not model.made:
-                tokenizer = load_tokenizer(model.path)
+                tokenizer = load_modality(cfg.data.modality).load_reader(model.path)
                 config = read_config(resolve(model.path), f"{role}.path={model.path!r}")
                 layers = getattr(config.get_text_config(), "num_hidden_layers", None)
                 yield Reader(role, tokenizer, context_length(config), layers, role == "target")
             elif model.tiny is not None:
                 layers = model.tiny.num_layers
                 yield Reader(role, self.characters(), MAX_POSITIONS, layers, role == "target")
+            elif model.vit is not None:
+                yield Reader(role, None, None, model.vit.num_layers, role == "target")
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,8 @@ class Workbench:
     """Everything about data that the stages of a run share."""
 
     cfg: Sections
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
+    """What reads examples: a tokenizer, or what another modality has in its place (``Modality.load_reader``)."""
     tasks: list[Stream]
     general: list[Stream]
 
@@ -133,16 +136,26 @@ class Workbench:
             ValueError: as ``Tasks.load``.
         """
         loaded = Tasks.load(cfg)
-        tokenizer = load_tokenizer(model_path)
+        modality = load_modality(cfg.data.modality)
+        tokenizer = modality.load_reader(model_path)
         if plain:
             tokenizer.chat_template = None
         steps = {task.name: task.steps or cfg.train.steps for task in (*cfg.tasks, *cfg.general)}
 
         def stream(task: Task) -> Stream:
-            validation = None if task.validation is None else encode(task.validation, tokenizer, cfg.data)
-            return Stream(task, encode(task.train, tokenizer, cfg.data), steps[task.name], validation)
+            validation = (
+                None if task.validation is None else modality.encode(task.validation, tokenizer, cfg.data)
+            )
+            return Stream(
+                task, modality.encode(task.train, tokenizer, cfg.data), steps[task.name], validation
+            )
 
         return cls(cfg, tokenizer, list(map(stream, loaded.tasks)), list(map(stream, loaded.general)))
+
+    @property
+    def modality(self) -> Modality:
+        """What an example is."""
+        return load_modality(self.cfg.data.modality)
 
     def before(self, stream: Stream) -> list[Stream]:
         """The tasks before one, or before the one that it is a part of."""
@@ -179,7 +192,7 @@ class Workbench:
             batch_size=batch_size,
             micro_batch_size=self.cfg.train.micro_batch_size,
             seed=self.cfg.seed if seed is None else seed,
-            pad_id=pad_id(self.tokenizer),
+            **self.modality.batching(self.tokenizer),
             replay=[
                 (_remembered(stream, replay_memory), weight)
                 for stream, weight in zip(replay, weights, strict=True)
@@ -197,7 +210,7 @@ class Workbench:
                 batch_size=len(union),
                 micro_batch_size=self.cfg.train.micro_batch_size,
                 seed=self.cfg.seed,
-                pad_id=pad_id(self.tokenizer),
+                **self.modality.batching(self.tokenizer),
             )
         )
 

@@ -22,11 +22,13 @@ import datasets
 from trace_dist.bank.bank import BASE
 from trace_dist.bank.delta import extract_delta
 from trace_dist.bank.prompts import Prompts, PromptSets
+from trace_dist.config import RunConfig
 from trace_dist.config.checks import Rate, Section, check
 from trace_dist.continual.learn import put_back
 from trace_dist.continual.methods.one_set import OneSet
 from trace_dist.continual.prompts import pairs_in, prompts_of
 from trace_dist.data.encoding import context_length, pad_id
+from trace_dist.data.modality import load_modality
 from trace_dist.evaluation.inputs import config_of
 from trace_dist.masks.mask import Mask
 from trace_dist.train.learner import Learner
@@ -84,6 +86,15 @@ class Consolidated(OneSet):
 
     label = "consolidated"
     colour = "green"
+
+    @classmethod
+    def check(cls, name: str, cfg: RunConfig) -> None:
+        super().check(name, cfg)
+        if not load_modality(cfg.data.modality).keeps_prompts:
+            raise ValueError(
+                f"continual.methods={name!r}: asks teachers for texts, and data.modality is {cfg.data.modality!r}; "
+                "remove the method"
+            )
 
     def folded(self, stream: Stream) -> list[str]:
         """The tasks that are known after a task: those that other runs have left in the bank, and this run's up to that one."""

@@ -30,9 +30,8 @@ class LoRA(Adapted):
         from peft import LoraConfig  # slow to import, and needed here alone
 
         self.rank = self.options.rank or rank_for(module, self.setting.cfg.mask)
-        return LoraConfig(
-            r=self.rank, lora_alpha=2 * self.rank, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
+        adapted = self.setting.bench.modality.lora(module)
+        return LoraConfig(r=self.rank, lora_alpha=2 * self.rank, **adapted)
 
     def prepare(self, module: Any) -> nn.Module:
         torch.manual_seed(self.setting.cfg.seed)  # the adapters' random halves

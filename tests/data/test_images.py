@@ -1,0 +1,77 @@
+"""Images as prompts: packaged sets, folders of images, and their bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from trace_dist.config import TaskConfig
+from trace_dist.data import load_examples, load_task
+from trace_dist.data.images import letters
+from trace_dist.data.pictures import picture_of, png_of, uri_of
+
+
+def test_digits_are_scikit_learns() -> None:
+    found = load_examples(TaskConfig("d", "images:digits", metric="top1", num_test=1000), seed=0)
+    expected = load_digits()
+    assert (len(found.train), len(found.test)) == (1198, 599)
+    pixels = {
+        np.round(image * 255 / 16).astype(np.uint8).tobytes(): str(digit)
+        for image, digit in zip(expected.images, expected.target, strict=True)
+    }
+    for example in (*found.train[:50], *found.test[:50]):
+        seen = np.asarray(picture_of(example["prompt"]))
+        assert (seen[..., 0] == seen[..., 2]).all()
+        assert pixels[seen[..., 0].tobytes()] == example["answer"]
+
+
+def test_a_task_takes_the_classes_it_is_given() -> None:
+    task = load_task(TaskConfig("d", "images:digits", answers=["7", "3"], metric="top1"), seed=0)
+    assert task.answers == sorted(set(task.test["answer"][:])) == ["3", "7"]
+    assert task.overlap_percent == 0
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+def test_a_folder_of_images(tmp_path_factory: pytest.TempPathFactory, kind: str) -> None:
+    """The layout of torchvision and of datasets: train/<class>/<file>."""
+    # `datasets` looks for the names of splits in the whole path
+    folder = tmp_path_factory.mktemp("pictures")
+    for split, count in (("train", 3), ("test", 1)):
+        for name, value in (("dark", 10), ("light", 240)):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                grey = np.full((6, 6), value + number + 5 * (split == "test"), np.uint8)
+                Image.fromarray(grey).save(folder / split / name / f"{number}.{kind}")
+    task = load_task(TaskConfig("f", str(folder), metric="top1"), seed=0)
+    assert (len(task.train), len(task.test), task.answers) == (6, 2, ["dark", "light"])
+    for row in task.train:
+        assert row["prompt"].startswith(f"data:image/{kind};base64,")
+        assert (np.asarray(picture_of(row["prompt"])).mean() > 128) == (row["answer"] == "light")
+
+
+def test_letters_are_drawn_alike_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(letters, "PER_LETTER", {"train": 2, "test": 1})
+    first, second = (letters.splits.__wrapped__() for _ in range(2))
+    assert first["train"].num_rows == 2 * 52
+    images = [np.asarray(row["image"]) for row in first["train"]]
+    assert all(np.array_equal(a, b["image"]) for a, b in zip(images, second["train"], strict=True))
+    assert {image.shape for image in images} == {(8, 8)}
+    assert all(15 < image.mean() < 240 for image in images)
+    assert not np.array_equal(images[0], images[1])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("copy: abc", "^prompt 'copy: abc': is no image; give a column of images"),
+        ("data:image/png;base64,%%%", "an image that cannot be read"),
+        (uri_of(b"\x89PNG no image"), "an image that cannot be read"),
+        (uri_of(png_of(np.zeros((8, 8), np.uint8))[:-30]), "an image that cannot be read"),
+    ],
+)
+def test_what_is_no_image_is_one_line(prompt: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        picture_of(prompt)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,61 @@
+"""Images as prompts: a data URI (RFC 2397) of the file as it is stored, ``data:image/png;base64,...``.
+
+A prompt that is an image is a text like any other to whatever splits, counts, compares and stores examples; only a modality
+(``data.modality``) looks inside.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_KINDS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp"}
+_SCHEME, _CODED = "data:image/", ";base64,"
+
+
+def stored_uri(value: Mapping[str, Any] | None) -> str | None:
+    """The URI of an image as ``datasets`` stores it, ``{"bytes", "path"}``; None where there is none."""
+    if value is None:
+        return None
+    raw = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+    return uri_of(raw)
+
+
+def uri_of(raw: bytes) -> str:
+    """The URI of the bytes of an image file."""
+    kind = next((kind for begin, kind in _KINDS.items() if raw.startswith(begin)), "x-unknown")
+    return f"{_SCHEME}{kind}{_CODED}{base64.b64encode(raw).decode('ascii')}"
+
+
+def png_of(image: Any) -> bytes:
+    """The bytes of an image, a PIL one or an array [height, width] or [height, width, 3] of uint8, as a PNG file."""
+    from PIL import Image  # needed for images alone
+
+    file = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, "PNG")
+    return file.getvalue()
+
+
+def picture_of(prompt: Any) -> Any:
+    """The image of a prompt: a PIL image in RGB.
+
+    Raises:
+        ValueError: the prompt is no data URI of an image, or the image cannot be read.
+    """
+    from PIL import Image  # needed for images alone
+
+    if not (isinstance(prompt, str) and prompt.startswith(_SCHEME) and _CODED in prompt):
+        raise ValueError(
+            f"prompt {str(prompt)[:40]!r}: is no image; give a column of images (tasks.prompt_field), or set data.modality: text"
+        )
+    try:
+        raw = base64.b64decode(prompt.partition(_CODED)[2], validate=True)
+        return Image.open(io.BytesIO(raw)).convert("RGB")
+    except (binascii.Error, OSError, SyntaxError) as error:
+        raise ValueError(
+            f"prompt {prompt[:40]!r}: an image that cannot be read ({error}); drop or mend it"
+        ) from error
