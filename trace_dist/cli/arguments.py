@@ -205,7 +205,6 @@ Options = dict[str, dict[str, Any]]
 """Argument -> options of ``add_argument``; a name without dashes stands alone on the command line."""
 OTHER_MASK = "runs/quickstart/masks/spiral.safetensors"
 _MASKS: Options = {"masks": {"nargs": "+", "help": "mask files, two or more"}}
-_TWO_MASKS: Options = {"left": {"help": "mask file"}, "right": {"help": "mask file"}}
 _OUT_MASK: Options = {"--out": {"required": True, "help": "mask file to write"}}
 MASK_ACTIONS: dict[str, tuple[Command, Options]] = {
     "show": (
@@ -227,7 +226,7 @@ MASK_ACTIONS: dict[str, tuple[Command, Options]] = {
     ),
     "diff": (
         Command("show by tensor what only one of two masks selects", f"mask diff {MASK} {OTHER_MASK}"),
-        _TWO_MASKS,
+        {"left": {"help": "mask file"}, "right": {"help": "mask file"}},
     ),
     "overlap": (
         Command(
@@ -256,13 +255,6 @@ MASK_ACTIONS: dict[str, tuple[Command, Options]] = {
             f"mask subtract {MASK} {OTHER_MASK} --out reverse-alone.safetensors",
         ),
         _MASKS | _OUT_MASK,
-    ),
-    "combine": (
-        Command(
-            "make the union, intersection or difference of two masks of one model",
-            f"mask combine union {MASK} {OTHER_MASK} --out both.safetensors",
-        ),
-        {"operation": {"choices": ["union", "intersection", "difference"]}} | _TWO_MASKS | _OUT_MASK,
     ),
 }
 _FOLDER: Options = {"folder": {"help": "folder of the bank"}}
