@@ -112,7 +112,11 @@ MEMORY_ACTIONS = {
         {
             "gpu_gib": (float, 24.0, "memory of one GPU, in GiB"),
             "gpus": (int, 1, "number of GPUs"),
-            "reserve_gib": (float, 1.0, "of that, for the CUDA context, communication and fragmentation"),
+            "reserve_gib": (
+                float,
+                1.0,
+                "GiB of that memory to leave free for the CUDA context, communication and fragmentation",
+            ),
             "out": OUT,
         },
     ),
@@ -129,6 +133,7 @@ NOT_ASKED = {
 }
 """Fields of a memory setup that an action has no use for."""
 
+SHAPE = "model whose sizes are taken; its weights are random. With tiny the command only shows that it works"
 BENCHMARKS = {
     "kernels": Command(
         "time every kernel on this machine's GPU, or CPU beside torch's fused AdamW",
@@ -151,7 +156,7 @@ BENCHMARKS = {
             "shape": (
                 str,
                 "SmolLM2-135M",
-                "of the model, whose weights are random; or tiny, to see that all runs",
+                SHAPE,
             ),
             "contestants": (
                 list[str] | None,
@@ -161,7 +166,11 @@ BENCHMARKS = {
             "density": (float, 0.05, "masked share of the linear layers"),
             "micro_batch": (int, 4, "examples per rank and step"),
             "sequence": (int, 128, "tokens per example"),
-            "attention": (str, "auto", "of all contestants: eager, sdpa (fused), or auto, what is faster"),
+            "attention": (
+                str,
+                "auto",
+                "attention of all contestants: eager, sdpa (fused), or auto, which takes the faster one",
+            ),
             "ranks": (int, 2, "ranks of each contestant, one thread each"),
             "rounds": (int, 3, "how often each contestant is started"),
             "steps": (int, 5, "steps timed per start"),
@@ -172,7 +181,11 @@ BENCHMARKS = {
         "time swaps of deltas beside checkpoints and LoRA adapters, mixed streams of tasks, and retrieval",
         "bench serve --shape tiny --rounds 1 --tokens 4",
         {
-            "shape": (str, "SmolLM2-135M", "of the model, whose weights are random; or tiny"),
+            "shape": (
+                str,
+                "SmolLM2-135M",
+                SHAPE,
+            ),
             "density": (float, 0.05, "masked share of the linear layers"),
             "sequence": (int, 128, "tokens per prompt"),
             "tokens": (int, 32, "tokens per answer"),
@@ -194,7 +207,8 @@ STUDIES = {
             "hours": (
                 float | None,
                 None,
-                "after which nothing is begun that would not end in time; 0 sums up; the same command goes on later",
+                "time limit. No training begins that would end after it. With 0 the command only sums up. "
+                "The same command continues later",
             )
         },
     ),
@@ -271,7 +285,7 @@ BANK_ACTIONS: dict[str, tuple[Command, Options]] = {
     "add": (
         Command(
             "add a task that lies in a folder, as tasks/<name> of another bank",
-            f"bank add {BANK} runs/other/bank/tasks/spell",
+            f"bank add {BANK} runs/other/bank/tasks/copy",
         ),
         _FOLDER | {"source": {"help": "folder with delta.safetensors and signature.safetensors"}},
     ),
@@ -402,7 +416,7 @@ FILE_COMMANDS = {
     ),
     "init": Command(
         "write a commented starter configuration from a model and data files, and say what it would do",
-        "init --model runs/quickstart/models/target --data tasks/copy.jsonl tasks/twist.jsonl --out mine.yaml",
+        "init --model runs/quickstart/models/target --data example:vowels.jsonl example:copy.jsonl --out mine.yaml",
     ),
     "mask": Command("look at mask files, compare and combine them", f"mask show {MASK}"),
     "bank": Command("look into a bank of deltas, keep it in order, and export from it", f"bank show {BANK}"),
