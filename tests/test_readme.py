@@ -147,7 +147,7 @@ def banks(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         bank = DeltaBank.create(Path("runs") / name / "bank", base, layer=1)
         bank.add(drawn(BASE, 0), None)
         for task in tasks:
-            bank.add(drawn(task, len(task)), small_delta(task, len(task)))
+            bank.add(drawn(task, len(task)), small_delta(task, len(task), model=base))
 
 
 @pytest.mark.usefixtures("banks")
@@ -165,10 +165,11 @@ def test_the_bank_page_is_true(tmp_path: Path) -> None:
             assert done.returncode == 0, done.stderr
         elif one.command == "learn" and "deepspeed" not in line:
             # What it would train is trained elsewhere; it is added here as it would be.
-            cfg = run_config(one[one.command])
+            cfg = run_config(one.learn)
+            learning = DeltaBank(cfg.bank_of().root)
             (task,) = (task.name for task in cfg.tasks)
-            if task not in DeltaBank(cfg.bank_of().root).tasks:
-                DeltaBank(cfg.bank_of().root).add(drawn(task, len(task)), small_delta(task, len(task)))
+            if task not in learning.tasks:
+                learning.add(drawn(task, len(task)), small_delta(task, len(task), model=learning.base))
         elif one.command == "bank" and one.bank.action != "export":
             # The export needs a delta of the model; it is among the commands of the README.
             bank_command(one.bank)

@@ -1,8 +1,8 @@
-"""``learn`` that is killed and started again: ``lives_of_learn.py FOLDER CONFIG TASK``, FOLDER/whole/bank being what it learns into.
+"""``learn`` that is killed and started again: ``lives_of_learn.py FOLDER CONFIG TASK``, into FOLDER/whole/bank and copies of it.
 
 A life may end at a moment, a regular expression for an event of ``moments.watch``: its process, and the stage that was at work,
-get a real SIGKILL. What is learned without one lies in FOLDER/whole and FOLDER/whole-ranks, else in FOLDER/killed and FOLDER/killed-ranks. The imports are done once: a life is a fork of the process that has done nothing
-else, and a stage is a fork of its life. Otherwise both are the program.
+get a real SIGKILL. The imports are done once: a life is a fork of the process that has done nothing else, and a stage is a fork
+of its life. Otherwise both are the program.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def lives(folder: Path, config: str, ranks: int, *moments: str | None) -> None:
 
 
 def main() -> None:
-    """All lives."""
+    """All lives: of ``whole`` and ``whole-ranks`` nobody is killed, of ``killed`` and ``killed-ranks`` all but the last."""
     folder, config, name = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     work = f"bank.work/{name}"
     running.subprocess = SimpleNamespace(  # type: ignore[assignment]
