@@ -51,15 +51,6 @@ DEEPSPEED_HOMES = {
 }
 
 
-def is_type_checking(node: ast.stmt) -> bool:
-    """Whether a statement is ``if TYPE_CHECKING:``."""
-    if not isinstance(node, ast.If):
-        return False
-    test = node.test
-    name = test.attr if isinstance(test, ast.Attribute) else getattr(test, "id", None)
-    return name == "TYPE_CHECKING"
-
-
 def source_of(node: ast.ImportFrom, package: str) -> str:
     """The module that ``from ... import`` names, in full."""
     up = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
@@ -67,12 +58,9 @@ def source_of(node: ast.ImportFrom, package: str) -> str:
 
 
 def imports(tree: ast.AST, package: str = "", lazy: bool = False) -> Iterator[tuple[str, int, bool]]:
-    """(module, line, inside a function) of every import that runs, wherever it stands in the file."""
+    """(module, line, inside a function) of every import, wherever it stands in the file, and for types alone too."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and is_type_checking(node):
-            for other in node.orelse:
-                yield from imports(ast.Module([other], []), package, lazy)
-        elif isinstance(node, ast.Import):
+        if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno, lazy) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = source_of(node, package)
@@ -89,9 +77,9 @@ def imports_of(path: Path) -> list[tuple[str, int, bool]]:
     return list(imports(ast.parse(path.read_text(encoding="utf-8")), package))
 
 
-def module_of(path: Path) -> str:
+def module_of(path: Path, root: Path = ROOT) -> str:
     """``trace_dist/masks/__init__.py`` -> ``trace_dist.masks``."""
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
 
 
 def imported_files(tree: ast.AST, package: str, files: Collection[str]) -> set[str]:
@@ -148,14 +136,22 @@ def test_imports_go_down() -> None:
     assert [line for path in sources() for line in upward(path)] == []
 
 
-def test_no_files_import_each_other_in_a_circle() -> None:
-    files = {module_of(path): path for path in sources()}
-    edges = {
+def edges_of(root: Path, paths: Collection[Path]) -> dict[str, set[str]]:
+    """File -> the others that it imports; both are named as seen from a folder."""
+    files = {module_of(path, root): path for path in paths}
+    return {
         module: imported_files(
-            ast.parse(path.read_text(encoding="utf-8")), ".".join(path.relative_to(ROOT).parent.parts), files
+            ast.parse(path.read_text(encoding="utf-8")), ".".join(path.relative_to(root).parent.parts), files
         )
         for module, path in files.items()
     }
+
+
+@pytest.mark.parametrize("package", [PACKAGE, KERNELS], ids=lambda package: package.name)
+def test_no_files_import_each_other_in_a_circle(package: Path) -> None:
+    paths = sources() if package == PACKAGE else sorted(package.rglob("*.py"))
+    edges = edges_of(package.parent, paths)
+    assert any(edges.values())
     assert circle(edges) == []
 
 
@@ -191,7 +187,11 @@ def test_the_page_shows_the_layers() -> None:
 
 def test_the_whole_configuration_goes_to_stages_alone() -> None:
     """Everything below takes its section, or plain arguments."""
-    above = {"config", "continual", "stages", "studies", "cli"}
+    page = (ROOT / "docs/how-it-works.md").read_text(encoding="utf-8")
+    (sentence,) = re.findall(r"Only (.*?) take the whole configuration", page)
+    named = set(re.findall(r"`(\w+)`", sentence))
+    assert named < RANKS.keys()
+    above = {"config"} | named
     found = {module_of(path) for path in sources() if "RunConfig" in path.read_text(encoding="utf-8")}
     assert {module for module in found if part_of(module) not in above} == set()
 
@@ -212,15 +212,11 @@ def test_nothing_imports_the_entry_points() -> None:
         ("if True:\n    from ..cli import main", "trace_dist.cli.main"),
         ("try:\n    from trace_dist.cli import main\nexcept ImportError:\n    pass", "trace_dist.cli"),
         ("class A:\n    def f(self):\n        import trace_dist.cli", "trace_dist.cli"),
+        ("if TYPE_CHECKING:\n    from trace_dist.cli.main import main", "trace_dist.cli.main"),
     ],
 )
 def test_the_scan_sees_imports_everywhere(source: str, module: str) -> None:
     assert module in [name for name, _, _ in imports(ast.parse(source), "trace_dist.masks")]
-
-
-def test_the_scan_ignores_imports_for_types_alone() -> None:
-    source = "if TYPE_CHECKING:\n    import trace_dist.cli\nelse:\n    import trace_dist.utils"
-    assert [name for name, _, _ in imports(ast.parse(source))] == ["trace_dist.utils"]
 
 
 def test_deepspeed_is_imported_in_one_adapter_and_lazily() -> None:

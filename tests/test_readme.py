@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -11,14 +12,18 @@ from pathlib import Path
 import pytest
 import yaml
 from bank.samples import drawn, small_delta
+from cli.program import run_here
 from launching import free_port, rank_environment
 
 from trace_dist import DeltaBank
 from trace_dist.bank.bank import BASE
+from trace_dist.cli.arguments import FILE_COMMANDS
 from trace_dist.cli.bank_commands import ACTIONS, bank_command
-from trace_dist.cli.parser import parse
+from trace_dist.cli.parser import parse, run_config
+from trace_dist.models.fingerprint import fingerprint
 from trace_dist.report import load_results
 from trace_dist.report.markdown import insert, markdown_table
+from trace_dist.stages.base import prepare_base
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -127,25 +132,47 @@ def words(line: str) -> list[str]:
 
 @pytest.fixture
 def banks(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The quickstart's bank after a task was learned, and another one of the same base; the page's configurations."""
-    (configuration,) = blocks("yaml", BANK_PAGE)
+    """The quickstart's models and its bank, another one of the same base, and the page's configurations."""
     monkeypatch.chdir(tmp_path)
-    Path("task.yaml").write_text(configuration)
-    for path in map(Path, ("mine.yaml", "runs/quickstart/config.yaml")):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text((checkout / "configs/quickstart.yaml").read_text())
-    for name, tasks in (("quickstart", ["reverse", "spiral", "rotate", "spell"]), ("other", ["copy"])):
-        bank = DeltaBank.create(Path("runs") / name / "bank", "aaaa", layer=1)
+    for name, configuration in zip(("task", "other"), blocks("yaml", BANK_PAGE), strict=True):
+        Path(f"{name}.yaml").write_text(configuration)
+    config = Path("runs/quickstart/config.yaml")
+    config.parent.mkdir(parents=True)
+    config.write_text((checkout / "configs/quickstart.yaml").read_text())
+    cfg = run_config(parse(["run", "--config", str(config)])["run"])
+    for role in ("target", "proxy"):
+        prepare_base(cfg, role)
+    base = fingerprint(cfg.target.path)
+    for name, tasks in (("quickstart", ["reverse", "spiral", "rotate"]), ("other", ["copy"])):
+        bank = DeltaBank.create(Path("runs") / name / "bank", base, layer=1)
         bank.add(drawn(BASE, 0), None)
         for task in tasks:
-            bank.add(drawn(task, len(task)), small_delta(task, len(task)))
+            bank.add(drawn(task, len(task)), small_delta(task, len(task), model=base))
 
 
 @pytest.mark.usefixtures("banks")
-def test_the_bank_page_is_true() -> None:
-    """Every command is one that the program takes; those that keep a bank in order are carried out, in the page's order."""
-    lines = commands(BANK_PAGE)
-    parsed = [parse(words(line)) for line in lines]
+def test_the_bank_page_is_true(tmp_path: Path) -> None:
+    """Every command is one that the program takes. What trains nothing is carried out, in the page's order.
+
+    That is `init`, whether a task can be learned, and what keeps a bank in order.
+    """
+    bank, parsed = Path("runs/quickstart/bank"), []
+    for line in commands(BANK_PAGE):
+        one = parse(words(line))
+        parsed.append(one)
+        if one.command == "init" or "--dry_run" in line:
+            done = run_here(*words(line), cache=tmp_path / "cache")
+            assert done.returncode == 0, done.stderr
+        elif one.command == "learn" and "deepspeed" not in line:
+            # What it would train is trained elsewhere; it is added here as it would be.
+            cfg = run_config(one.learn)
+            learning = DeltaBank(cfg.bank_of().root)
+            (task,) = (task.name for task in cfg.tasks)
+            if task not in learning.tasks:
+                learning.add(drawn(task, len(task)), small_delta(task, len(task), model=learning.base))
+        elif one.command == "bank" and one.bank.action != "export":
+            # The export needs a delta of the model; it is among the commands of the README.
+            bank_command(one.bank)
     assert {one.command for one in parsed} == {
         "init",
         "run",
@@ -157,12 +184,30 @@ def test_the_bank_page_is_true() -> None:
     }
     actions = [one.bank for one in parsed if one.command == "bank"]
     assert {one.action for one in actions} == set(ACTIONS)
-    for action in actions:
-        # The export needs a model; it is among the commands of the README.
-        if action.action != "export":
-            bank_command(action)
-    assert DeltaBank(Path("runs/quickstart/bank")).tasks == [BASE, "backwards", "spiral", "spell", "copy"]
-    assert DeltaBank(Path("runs/both")).tasks == [BASE, "backwards", "spiral", "spell", "copy"]
+    assert DeltaBank(bank).tasks == [BASE, "backwards", "spiral", "vowels", "copy"]
+    assert DeltaBank(Path("runs/both")).tasks == [BASE, "backwards", "spiral", "vowels", "copy"]
+
+
+def test_what_init_shows_is_what_its_help_shows() -> None:
+    """One example in both places, of data that come with the package."""
+    (line,) = (line for line in commands(BANK_PAGE) if " init " in line)
+    assert FILE_COMMANDS["init"].example == line.removeprefix("trace-dist ")
+
+
+def test_the_table_of_other_methods_is_that_of_the_results() -> None:
+    """And so are the numbers that the README takes from it."""
+    page = (ROOT / "docs/how-it-works.md").read_text()
+    results = json.loads((ROOT / "docs/results/quickstart_methods.json").read_text())
+    final = {name: [*mode["R"][-1], mode["average_accuracy"]] for name, mode in results["methods"].items()}
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert {name: numbers for name, *numbers in rows} == {
+        name: [f"{number:.1f}" for number in numbers] for name, numbers in final.items()
+    }
+    average = {name: numbers[-1] for name, numbers in final.items()}
+    assert f"retrieval ends at {average.pop('lora_retrieved'):.1f} %" in README
+    assert f"a bound, at\n{average.pop('joint'):.1f} %" in README
+    average.pop("separate")
+    assert f"end at {min(average.values()):.0f} to {max(average.values()):.0f} %" in README
 
 
 @pytest.mark.parametrize("page", [README, *(path.read_text() for path in (ROOT / "docs").glob("*.md"))])

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trace_dist.bank.representation import represent_layers
 from trace_dist.benchmarks.document import render
-from trace_dist.benchmarks.representations import Plan, Reader, shortened
+from trace_dist.benchmarks.representations import Reader, RetrievalSettings, shortened
 from trace_dist.benchmarks.retrieval import LIMITS, run_study
 from trace_dist.benchmarks.retrieval_page import RESULT, SECTIONS, draw
 from trace_dist.models import char_tokenizer
@@ -39,7 +39,7 @@ def tiny_llama(vocab_size: int) -> LlamaForCausalLM:
 
 
 @pytest.fixture
-def plan(tmp_path: Path) -> Plan:
+def plan(tmp_path: Path) -> RetrievalSettings:
     generator, tasks, prompts = random.Random(0), [], {}
     for name, letters in (("one", "abc"), ("two", "xyz"), ("twin", "xyz")):
         rows = [{"prompt": "".join(generator.choices(letters, k=8)), "answer": "a"} for _ in range(90)]
@@ -56,7 +56,7 @@ def plan(tmp_path: Path) -> Plan:
         "bank": {"layer": 0, "clusters": 2},
         "tasks": tasks,
     }
-    return replace(Plan.of(config), layers=(0, 2))
+    return replace(RetrievalSettings.of(config), layers=(0, 2))
 
 
 def test_what_lies_above_is_not_missed() -> None:
@@ -70,7 +70,9 @@ def test_what_lies_above_is_not_missed() -> None:
         shortened(tiny_llama(20), 3)
 
 
-def test_a_study_and_its_page(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_and_its_page(
+    plan: RetrievalSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "retrieval.json"
     result = run_study(plan, out, sizes=(1, 2))
     assert [kind["kind"] for kind in result["kinds"]] == list(SIGNATURES)

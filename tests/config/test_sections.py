@@ -205,7 +205,7 @@ def test_help_shows_the_docstrings_of_fields(capsys: pytest.CaptureFixture[str])
         (["train"], "required: train.target.path, train.tasks"),
         ([], "{run,learn,consolidate,base"),
         (["mask", "show"], "file"),
-        (["mask", "combine", "xor", "a", "b", "--out", "c"], "invalid choice: 'xor'"),
+        (["mask", "combine", "union", "a", "b", "--out", "c"], "invalid choice: 'combine'"),
     ],
 )
 def test_missing_arguments(arguments: list[str], fragment: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -172,6 +172,17 @@ def test_exclusive_deltas_lie_beside_each_other(exclusive: RunConfig) -> None:
         assert float(shared_entries([bank.mask(task) for task in TASKS])[0, 1]) == 0
 
 
+def test_every_commit_that_measured_a_method_is_reported(exclusive: RunConfig, tmp_path: Path) -> None:
+    later = replace(exclusive, run_dir=str(tmp_path / "later"))
+    shutil.copytree(exclusive.run_dir, later.run_dir)
+    for method, commit in {"retrieved": "aaaa", "merged": "bbbb", "random": "aaaa"}.items():
+        path = later.folder.methods / f"{method}.json"
+        written = json.loads(path.read_text()) | {"measured": {"commit": commit, "date": commit}}
+        path.write_text(json.dumps(written))
+    info = collect_results(later)["run_info"]
+    assert (info["commits"], info["date"]) == (["aaaa", "bbbb"], "aaaa")
+
+
 def test_the_overlap_is_reported(exclusive: RunConfig) -> None:
     """Per method, the bank's tasks, or the run's where there is no bank."""
     found = collect_results(exclusive)["overlap"]

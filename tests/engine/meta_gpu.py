@@ -232,9 +232,8 @@ def meta_zero3(world: int) -> Iterator[Any]:
     from deepspeed.runtime.zero import linear, partitioned_param_coordinator
 
     accelerator = type(get_accelerator())
-    plain_linear = SimpleNamespace(
-        apply=torch._C._nn.linear
-    )  # DeepSpeed's asks for autocast, which meta has none of
+    # DeepSpeed's asks for autocast, which meta has none of
+    plain_linear = SimpleNamespace(apply=torch._C._nn.linear)
     with (
         patch.object(accelerator, "device_name", lambda *_: "meta"),
         patch.object(accelerator, "current_device_name", lambda *_: "meta"),

@@ -203,10 +203,8 @@ def test_state_of_another_mask_or_partition_is_refused() -> None:
     with pytest.raises(ValueError, match="saved for another mask"):
         other.load_state_dict(state)
     one = MaskedAdamW(model, one.mask)
-    elsewhere = {
-        **state,
-        "owned": [(first + 1, number) for first, number in state["owned"]],
-    }  # as many entries, but others
+    # as many entries, but others
+    elsewhere = {**state, "owned": [(first + 1, number) for first, number in state["owned"]]}
     shorter = copy.deepcopy(state)
     shorter["state"][0]["exp_avg"] = shorter["state"][0]["exp_avg"][:-1]
     for wrong in (elsewhere, shorter):

@@ -81,9 +81,8 @@ def saved_bytes(module: Any, masked: float, granularity: str) -> int:
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.setdefault(
-            tensor.untyped_storage().data_ptr(), tensor
-        )  # alive, so that no address is used twice
+        # alive, so that no address is used twice
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
     ids = torch.randint(module.config.vocab_size, (BATCH, LENGTH))
@@ -115,9 +114,8 @@ def test_activations_of_a_4bit_model_are_what_autograd_saves() -> None:
     before = traced.moments[traced.moments.index(gate) - 1].peak
     assert gate.peak is not None
     assert before is not None
-    assert (
-        gate.peak["activations"] >= before["activations"] + weight.nbytes
-    )  # made anew, for this layer alone
+    # made anew, for this layer alone
+    assert gate.peak["activations"] >= before["activations"] + weight.nbytes
 
 
 def test_recomputation_and_few_columns_keep_less(llama: str) -> None:
@@ -186,10 +184,8 @@ def test_exchange_holds_what_waits_and_what_is_under_way() -> None:
     assert exchange.deliver("c") == (2 * half, 8 * half)  # rows: the masked part itself, converted to fp32
     assert exchange.held == 4 * half
     size = 8 * half
-    assert exchange.deliver("b") == (
-        18 * half,
-        size + 2 * size,
-    )  # and what is sent and received; indices are gone by then
+    # and what is sent and received; indices are gone by then
+    assert exchange.deliver("b") == (18 * half, size + 2 * size)
     assert exchange.held == 2 * size  # until the next bucket is full
     assert exchange.deliver("a")[1] == 4 * half + 2 * size
     assert exchange.held == 2 * 4 * half

@@ -98,6 +98,11 @@ def test_markdown_table_and_its_place() -> None:
     table = markdown_table(results)
     assert "| full fine-tuning | 50.0 | 50.0 |" in table
     assert "2026-01-02, commit abc, one core; 1 min 01 s in all." in table
+    results["modes"]["lora"] = {**results["modes"]["full"], "measured": {"commit": "abc"}}
+    results["modes"]["full"]["measured"] = {"commit": "def"}
+    results["modes"]["random"] = {**results["modes"]["full"]}
+    several = "commits def (full fine-tuning, random mask), abc (LoRA)"
+    assert f"2026-01-02, {several}, one core; 1 min 01 s in all." in markdown_table(results)
     document = "before\n<!-- x -->\nold\n<!-- /x -->\nafter"
     assert insert(document, "x", table) == f"before\n<!-- x -->\n\n{table}\n<!-- /x -->\nafter"
     with pytest.raises(ValueError, match="once each"):

@@ -84,9 +84,8 @@ def test_full_training_beside_it_is_dense_adamw(world) -> None:
         optimizer.zero_grad()
         expected.append(loss.item())
     assert world(2).section("loading")["full"] == pytest.approx(expected, rel=2e-6)
-    assert world(2).section("loading")["full density"] == pytest.approx(
-        expected, rel=2e-6
-    )  # and so is a full mask
+    # and so is a full mask
+    assert world(2).section("loading")["full density"] == pytest.approx(expected, rel=2e-6)
     numel = sum(parameter.numel() for parameter in model.parameters())
     for report in world(2).reports:
         for name, num_bytes in report["loading"]["full_states"].items():

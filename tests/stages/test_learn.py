@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.program import error_line, make_config, run, run_here, write_config, write_tasks
-from launching import free_port
+from cli.program import environment, error_line, make_config, run, run_here, write_config, write_tasks
+from launching import free_port, rank_environment
 
 from trace_dist.bank.bank import BASE, DeltaBank
 from trace_dist.masks.mask import Mask
@@ -102,6 +105,26 @@ def test_learned_under_a_launcher(
     assert done.returncode == 0, done.stderr[-3000:]
     assert DeltaBank(bank).tasks == [LATER]
     assert DeltaBank(bank).sketch(LATER) is not None
+
+
+def test_killed_between_and_inside_the_steps(first: Path, later: Callable[..., Path], tmp_path: Path) -> None:
+    """`kill -9` of all of it, or of one of two ranks, whose other one ends by itself: the bank is that of an uncut learning."""
+    config = later(train=make_config(first)["train"] | {"checkpoint_every": 2})
+    shutil.copytree(first / "run" / "bank", tmp_path / "whole" / "bank")
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("lives_of_learn.py"), tmp_path, config, LATER],
+        env=environment(first / "cache") | {"PYTHONPATH": rank_environment()["PYTHONPATH"]},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=first,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-6000:]
+    for ranks in ("", "-ranks"):
+        whole, killed = (tmp_path / f"{life}{ranks}" / "bank" for life in ("whole", "killed"))
+        assert DeltaBank(whole).tasks == [BASE, "copy", "twist", LATER]
+        assert learned(killed) == learned(whole)
+        assert (killed / "bank.json").read_bytes() == (whole / "bank.json").read_bytes()
 
 
 def test_learned_with_a_mask_of_ones_own(first: Path, later: Callable[..., Path], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from trace_dist.studies.plan import StageConfig, StudyConfig
 from trace_dist.studies.rates import fitted_product, is_bracketed, next_rate, on_grid
 from trace_dist.studies.records import Cell, Journal, Records
-from trace_dist.studies.schedule import Job, Make, Schedule, Score, Train, Traits
+from trace_dist.studies.schedule import Job, Make, Schedule, ScoreBase, Train, Traits
 
 TRAITS = {"random": Traits(True, True), "probed": Traits(True, True), "lora": Traits(False, False)}
 
@@ -27,7 +27,7 @@ def schedule(plan: StudyConfig, undecided: bool = True) -> Schedule:
 
 def do(job: Job, records: Records, bowl: float = 1e-2) -> None:
     """A training whose loss is least at one rate, masks whose gradients sum to 700."""
-    if isinstance(job, Score):
+    if isinstance(job, ScoreBase):
         records.add({"kind": "base", "task": job.task, "tokens": [1, 1]})
     elif isinstance(job, Make):
         sums = {f"{density:g}": 700.0 for density in (1e-3, 1e-2)}
@@ -69,7 +69,7 @@ def test_first_rates_come_from_the_rule_and_the_rule_from_the_first_tasks() -> N
     records, plan = Records(), schedule(study(rule=7.0))
     done = all_of(plan, records)
     trainings = [job for job in done if isinstance(job, Train)]
-    assert isinstance(done[0], Score)
+    assert isinstance(done[0], ScoreBase)
     assert isinstance(done[1], Make)
     # The rule: 7 over 700.
     assert trainings[0] == Train(Cell("random", "one", 1e-3), 0, 1e-2)

@@ -83,9 +83,8 @@ def test_logits_that_need_no_gradient_stay_as_they_are() -> None:
 
 def test_logits_that_autograd_still_needs_are_an_error_not_a_wrong_gradient() -> None:
     x = torch.randn(3, VOCABULARY, requires_grad=True)
-    loss = nll_sum_(
-        x.tanh(), torch.zeros(3, dtype=torch.int64)
-    )  # the derivative of tanh is made of its output
+    # the derivative of tanh is made of its output
+    loss = nll_sum_(x.tanh(), torch.zeros(3, dtype=torch.int64))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 

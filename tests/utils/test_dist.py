@@ -42,6 +42,29 @@ def test_a_group_of_one_can_be_made_and_left(monkeypatch: pytest.MonkeyPatch) ->
     assert not torch.distributed.is_initialized()
 
 
+def test_on_gpus_cpu_tensors_have_a_backend_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a group that a launcher asked for, and of one that DeepSpeed needs."""
+    made: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    # NCCL is not there, and nobody is to meet.
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: made.append(backend))
+    for launched in (True, False):
+        launch = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+        for name, value in (launch | {"MASTER_PORT": "1"}).items():
+            monkeypatch.setenv(name, value)
+            if not launched:
+                monkeypatch.delenv(name)
+        dist.ensure_group()
+    for backend in made:
+        by_device = torch.distributed.BackendConfig(
+            torch.distributed.Backend(backend)
+        ).get_device_backend_map()
+        assert by_device == {"cpu": "gloo", "cuda": "nccl"}
+    assert len(made) == 3  # a group that nobody made is asked for once more
+
+
 @pytest.mark.parametrize(
     ("default", "beside"), [("cpu:fake,cuda:fake", "cpu:fake,cuda:fake"), ("cuda:fake", "cpu:gloo,cuda:fake")]
 )

@@ -28,7 +28,7 @@ SPLITS = ("train", "test", "shifted")
 
 
 @dataclass(frozen=True)
-class Plan:
+class RetrievalSettings:
     """What a study reads: sections of a run's configuration, and what is measured beside."""
 
     folder: Path
@@ -55,7 +55,7 @@ class Plan:
             )
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Plan:
+    def of(cls, config: Mapping[str, Any]) -> RetrievalSettings:
         """From a run's configuration, as it is written."""
         return cls(
             folder=Path(config["run_dir"]),
@@ -102,7 +102,7 @@ def shortened(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
 class Reader:
     """The model, loaded when a task is not on disk yet."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: RetrievalSettings) -> None:
         self._plan = plan
         self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from trace_dist.bank.bound import error_bound
 from trace_dist.bank.retrieval import Retriever
 from trace_dist.bank.signature import Signature, fit_signature
-from trace_dist.benchmarks.representations import Plan, Reader, Represented
+from trace_dist.benchmarks.representations import Reader, Represented, RetrievalSettings
 from trace_dist.parts import SIGNATURES
 from trace_dist.utils.env import meta_info, run_info
 from trace_dist.utils.files import write_json
@@ -48,7 +48,7 @@ LIMITS = {
 """Name of a limit here -> in ``ErrorBound.to_json``."""
 
 
-def run_study(plan: Plan, out: Path, sizes: Sequence[int] = SIZES) -> dict[str, Any]:
+def run_study(plan: RetrievalSettings, out: Path, sizes: Sequence[int] = SIZES) -> dict[str, Any]:
     """Represent all tasks, compare the kinds of signature, write the result.
 
     Args:
@@ -76,12 +76,12 @@ def run_study(plan: Plan, out: Path, sizes: Sequence[int] = SIZES) -> dict[str, 
     return result
 
 
-def _settings(plan: Plan) -> dict[str, Any]:
+def _settings(plan: RetrievalSettings) -> dict[str, Any]:
     sections = {"target": asdict(plan.model), "data": asdict(plan.data), "bank": asdict(plan.bank)}
     return sections | {"layers": plan.layers, "shift": plan.shift, "seed": plan.seed}
 
 
-def _represent_ms(reader: Reader, plan: Plan) -> float:
+def _represent_ms(reader: Reader, plan: RetrievalSettings) -> float:
     """Processor time of one prompt's forward pass up to the highest layer; a prompt of 60 words."""
     prompt = [" ".join(["word"] * 60)]
     reader.represent(prompt)
@@ -98,7 +98,9 @@ def _median_ms(work: Callable[[], object], repeats: int) -> float:
     return 1e3 * float(np.median(times))
 
 
-def _fit(plan: Plan, tasks: Sequence[Represented], kind: str, place: int) -> tuple[list[Signature], float]:
+def _fit(
+    plan: RetrievalSettings, tasks: Sequence[Represented], kind: str, place: int
+) -> tuple[list[Signature], float]:
     """Signatures, and the processor seconds that one took on average."""
     begin = time.process_time()
     signatures = [
@@ -108,7 +110,7 @@ def _fit(plan: Plan, tasks: Sequence[Represented], kind: str, place: int) -> tup
     return signatures, (time.process_time() - begin) / len(tasks)
 
 
-def _layer(plan: Plan, tasks: Sequence[Represented], place: int) -> dict[str, Any]:
+def _layer(plan: RetrievalSettings, tasks: Sequence[Represented], place: int) -> dict[str, Any]:
     """Accuracy among all tasks by one hidden layer, with one cluster per task."""
     signatures = [fit_signature(task.train[:, place], 1, plan.seed, task.name) for task in tasks]
     counts = _errors(Retriever(signatures), [task.test[:, place] for task in tasks])
@@ -116,7 +118,7 @@ def _layer(plan: Plan, tasks: Sequence[Represented], place: int) -> dict[str, An
 
 
 def _kind(
-    plan: Plan, tasks: Sequence[Represented], kind: str, place: int, sizes: Sequence[int]
+    plan: RetrievalSettings, tasks: Sequence[Represented], kind: str, place: int, sizes: Sequence[int]
 ) -> dict[str, Any]:
     """All that is measured of one kind of signature."""
     signatures, fit_s = _fit(plan, tasks, kind, place)
@@ -197,7 +199,7 @@ def _confused(
 
 
 def _rejection(
-    plan: Plan, signatures: Sequence[Signature], tasks: Sequence[Represented], place: int
+    plan: RetrievalSettings, signatures: Sequence[Signature], tasks: Sequence[Represented], place: int
 ) -> dict[str, Any]:
     """How many prompts of known tasks are rejected, and of tasks that the bank does not hold: the last quarter is left out."""
     rate, num_known = plan.bank.reject or REJECT, len(tasks) - max(1, len(tasks) // 4)
@@ -224,7 +226,9 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    result = run_study(Plan.of(yaml.safe_load(arguments.config.read_text(encoding="utf-8"))), arguments.out)
+    result = run_study(
+        RetrievalSettings.of(yaml.safe_load(arguments.config.read_text(encoding="utf-8"))), arguments.out
+    )
     for kind in result["kinds"]:
         last = kind["sizes"][-1]
         print(

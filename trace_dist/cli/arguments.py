@@ -113,7 +113,11 @@ MEMORY_ACTIONS = {
         {
             "gpu_gib": (float, 24.0, "memory of one GPU, in GiB"),
             "gpus": (int, 1, "number of GPUs"),
-            "reserve_gib": (float, 1.0, "of that, for the CUDA context, communication and fragmentation"),
+            "reserve_gib": (
+                float,
+                1.0,
+                "GiB of that memory to leave free for the CUDA context, communication and fragmentation",
+            ),
             "gpu": _text(
                 "GPU as of `simulate`, to predict steps too, of full fine-tuning and LoRA as well; minutes"
             ),
@@ -134,6 +138,7 @@ NOT_ASKED = {
 }
 """Fields of a memory setup that an action has no use for."""
 
+SHAPE = "model whose sizes are taken; its weights are random. With tiny the command only shows that it works"
 BENCHMARKS = {
     "kernels": Command(
         "time every kernel on this machine's GPU, or CPU beside torch's fused AdamW",
@@ -156,7 +161,7 @@ BENCHMARKS = {
             "shape": (
                 str,
                 "SmolLM2-135M",
-                "of the model, whose weights are random; or tiny, to see that all runs",
+                SHAPE,
             ),
             "contestants": (
                 list[str] | None,
@@ -166,7 +171,11 @@ BENCHMARKS = {
             "density": (float, 0.05, "masked share of the linear layers"),
             "micro_batch": (int, 4, "examples per rank and step"),
             "sequence": (int, 128, "tokens per example"),
-            "attention": (str, "auto", "of all contestants: eager, sdpa (fused), or auto, what is faster"),
+            "attention": (
+                str,
+                "auto",
+                "attention of all contestants: eager, sdpa (fused), or auto, which takes the faster one",
+            ),
             "ranks": (int, 2, "ranks of each contestant, one thread each"),
             "rounds": (int, 3, "how often each contestant is started"),
             "steps": (int, 5, "steps timed per start"),
@@ -177,7 +186,11 @@ BENCHMARKS = {
         "time swaps of deltas beside checkpoints and LoRA adapters, mixed streams of tasks, and retrieval",
         "bench serve --shape tiny --rounds 1 --tokens 4",
         {
-            "shape": (str, "SmolLM2-135M", "of the model, whose weights are random; or tiny"),
+            "shape": (
+                str,
+                "SmolLM2-135M",
+                SHAPE,
+            ),
             "density": (float, 0.05, "masked share of the linear layers"),
             "sequence": (int, 128, "tokens per prompt"),
             "tokens": (int, 16, "tokens per answer"),
@@ -211,7 +224,8 @@ STUDIES = {
             "hours": (
                 float | None,
                 None,
-                "after which nothing is begun that would not end in time; 0 sums up; the same command goes on later",
+                "time limit. No training begins that would end after it. With 0 the command only sums up. "
+                "The same command continues later",
             )
         },
     ),
@@ -222,7 +236,6 @@ Options = dict[str, dict[str, Any]]
 """Argument -> options of ``add_argument``; a name without dashes stands alone on the command line."""
 OTHER_MASK = "runs/quickstart/masks/spiral.safetensors"
 _MASKS: Options = {"masks": {"nargs": "+", "help": "mask files, two or more"}}
-_TWO_MASKS: Options = {"left": {"help": "mask file"}, "right": {"help": "mask file"}}
 _OUT_MASK: Options = {"--out": {"required": True, "help": "mask file to write"}}
 MASK_ACTIONS: dict[str, tuple[Command, Options]] = {
     "show": (
@@ -244,7 +257,7 @@ MASK_ACTIONS: dict[str, tuple[Command, Options]] = {
     ),
     "diff": (
         Command("show by tensor what only one of two masks selects", f"mask diff {MASK} {OTHER_MASK}"),
-        _TWO_MASKS,
+        {"left": {"help": "mask file"}, "right": {"help": "mask file"}},
     ),
     "overlap": (
         Command(
@@ -274,13 +287,6 @@ MASK_ACTIONS: dict[str, tuple[Command, Options]] = {
         ),
         _MASKS | _OUT_MASK,
     ),
-    "combine": (
-        Command(
-            "make the union, intersection or difference of two masks of one model",
-            f"mask combine union {MASK} {OTHER_MASK} --out both.safetensors",
-        ),
-        {"operation": {"choices": ["union", "intersection", "difference"]}} | _TWO_MASKS | _OUT_MASK,
-    ),
 }
 _FOLDER: Options = {"folder": {"help": "folder of the bank"}}
 _TASK: Options = {"task": {"help": "name of the task"}}
@@ -296,7 +302,7 @@ BANK_ACTIONS: dict[str, tuple[Command, Options]] = {
     "add": (
         Command(
             "add a task that lies in a folder, as tasks/<name> of another bank",
-            f"bank add {BANK} runs/other/bank/tasks/spell",
+            f"bank add {BANK} runs/other/bank/tasks/copy",
         ),
         _FOLDER | {"source": {"help": "folder with delta.safetensors and signature.safetensors"}},
     ),
@@ -432,7 +438,7 @@ FILE_COMMANDS = {
     ),
     "init": Command(
         "write a commented starter configuration from a model and data files, and say what it would do",
-        "init --model runs/quickstart/models/target --data tasks/copy.jsonl tasks/twist.jsonl --out mine.yaml",
+        "init --model runs/quickstart/models/target --data example:vowels.jsonl example:copy.jsonl --out mine.yaml",
     ),
     "mask": Command("look at mask files, compare and combine them", f"mask show {MASK}"),
     "bank": Command("look into a bank of deltas, keep it in order, and export from it", f"bank show {BANK}"),

@@ -133,15 +133,8 @@ def _load(files: list[str]) -> list[Mask]:
 
 
 def _operate(operation: SetOperation, arguments: Any) -> None:
-    _write(operation, arguments.masks, arguments.out)
-
-
-def _combine(arguments: Any) -> None:
-    _write(arguments.operation, [arguments.left, arguments.right], arguments.out)
-
-
-def _write(operation: SetOperation, files: list[str], out: str) -> None:
     """Combine masks from left to right, and write the result."""
+    files, out = arguments.masks, arguments.out
     if Path(out).resolve() in [Path(file).resolve() for file in files]:
         raise ValueError(f"out={out!r}: is one of the masks that are combined; name another file")
     masks = _load(files)
@@ -160,5 +153,4 @@ ACTIONS: dict[str, Callable[[Any], None]] = {
     "union": partial(_operate, "union"),
     "intersect": partial(_operate, "intersection"),
     "subtract": partial(_operate, "difference"),
-    "combine": _combine,
 }

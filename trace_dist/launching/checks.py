@@ -85,7 +85,7 @@ def check_hosts(
 
 def _ask(host: Host, request: Answer, environment: Mapping[str, str]) -> Answer | str:
     """What a host says; or why it says nothing."""
-    command = [sys.executable, "-m", "trace_dist.launching.probe"]
+    command = [sys.executable, "-m", "trace_dist.launching.host_facts"]
     asked = dict(request)
     if host.is_here:
         asked["place"] = None

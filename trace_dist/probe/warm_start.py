@@ -59,11 +59,8 @@ def warm_start(
         learning = Learning(before_loss, answer_loss(learner, heldout.step), heldout.chance, heldout.examples)
     gradient, fisher = mean_gradients(learner, tuned, iter(measured or batches), probe.fisher_batches)
     evidence = {
-        name: Evidence(
-            *(
-                each[name].float().cpu() for each in (before, update, gradient, fisher)
-            )  # in the order of its fields
-        )
+        # in the order of its fields
+        name: Evidence(*(each[name].float().cpu() for each in (before, update, gradient, fisher)))
         for name in tuned
     }
     with torch.no_grad():

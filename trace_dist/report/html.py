@@ -256,7 +256,7 @@ def _facts(view: RunView) -> list[tuple[str, str]]:
     run_info, meta_info = view.part("run_info"), view.part("meta_info")
     pairs = [
         ("date", str(run_info.get("date") or "")[:16].replace("T", " ")),
-        ("commit", run_info.get("commit")),
+        ("commit", ", ".join(view.commits)),
         ("hardware", meta_info.get("hardware")),
         ("launcher", run_info.get("launcher")),
         ("backend", run_info.get("backend")),

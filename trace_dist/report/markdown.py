@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_dist.report.narrative import chosen_rates
-from trace_dist.report.results import load_results, mapping, number, parse_results
+from trace_dist.report.results import RunView, load_results, number, parse_results
 from trace_dist.report.tables import COLUMNS, MISSING, duration, method_cells
 from trace_dist.utils.files import write_text
 
@@ -31,12 +31,16 @@ def markdown_table(results: Mapping[str, Any]) -> str:
     heads = [f"{COLUMNS[i].head}, {COLUMNS[i].unit}" for i in shown]
     lines = ["| method | " + " | ".join(heads) + " |", "|---" + "|---:" * len(heads) + "|"]
     lines += ["| " + " | ".join([label, *(row[i] for i in shown)]) + " |" for label, row in cells]
-    return "\n".join(lines) + "\n\n" + " ".join([*chosen_rates(view), _provenance(results)]) + "\n"
+    return "\n".join(lines) + "\n\n" + " ".join([*chosen_rates(view), _provenance(view)]) + "\n"
 
 
-def _provenance(results: Mapping[str, Any]) -> str:
-    run, meta = mapping(results.get("run_info")), mapping(results.get("meta_info"))
-    facts = [str(run.get("date", ""))[:10], f"commit {run.get('commit')}", str(meta.get("hardware", ""))]
+def _provenance(view: RunView) -> str:
+    run, meta = view.part("run_info"), view.part("meta_info")
+    commits = [
+        commit + (f" ({', '.join(labels)})" if labels else "") for commit, labels in view.commits.items()
+    ]
+    told = f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}" if commits else ""
+    facts = [str(run.get("date", ""))[:10], told, str(meta.get("hardware", ""))]
     seconds = number(run.get("seconds"))
     took = "" if math.isnan(seconds) else f"; {duration(seconds)} in all"
     return f"{', '.join(fact for fact in facts if fact)}{took}."

@@ -93,6 +93,19 @@ class RunView:
     def method(self, name: str) -> MethodView | None:
         return next((method for method in self.methods if method.name == name), None)
 
+    @property
+    def commits(self) -> dict[str, list[str]]:
+        """Commit -> labels of the methods that it measured; no labels where one commit measured the whole run."""
+        found: dict[str, list[str]] = {}
+        for method in self.methods:
+            measured = mapping(mapping(mapping(self.raw.get("modes")).get(method.name)).get("measured"))
+            if measured.get("commit"):
+                found.setdefault(str(measured["commit"]), []).append(method.label)
+        whole = self.part("run_info").get("commit")
+        if not found and whole:  # files of an earlier version name it once
+            found[str(whole)] = []
+        return found if len(found) > 1 else {commit: [] for commit in found}
+
     def part(self, name: str) -> Mapping[str, Any]:
         """The optional object `name` of the results, empty if absent or of another type."""
         value = self.raw.get(name)

@@ -66,9 +66,11 @@ def collect_results(cfg: RunConfig) -> dict[str, Any]:
         name: _overlap(cfg, name) for name, method in methods.items() if method.get("masked")
     }
     timings = read_timings(folder.stages) if folder.stages.is_file() else {}
-    # When and from which commit the methods ran, not this report.
+    measured = [method["measured"] for method in methods.values()]
     results["run_info"] = {
-        **first["measured"],
+        # When the methods ran and from which commits, not this report; `measured` of a method names its own.
+        "date": min((each["date"] for each in measured if each.get("date")), default=None),
+        "commits": list(dict.fromkeys(each["commit"] for each in measured if each.get("commit"))),
         "seconds": timings.get("wall_seconds"),
         "stages": timings.get("stages", {}),
         "launcher": cfg.launch.launcher,

@@ -11,7 +11,7 @@ from trace_dist.studies.records import Cell, Records
 
 
 @dataclass(frozen=True)
-class Score:
+class ScoreBase:
     """Score the base on a task."""
 
     task: str
@@ -35,7 +35,7 @@ class Train:
     lr: float
 
 
-Job = Score | Make | Train
+Job = ScoreBase | Make | Train
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Schedule:
         """The next piece of a cell, None where it is complete."""
         study, made = self.study, (cell.arm, cell.task, seed) in records.masks
         if cell.task not in records.bases:
-            return Score(cell.task)
+            return ScoreBase(cell.task)
         if seed > 0:
             best = records.best(cell)
             # A rate is tuned on the first seed.

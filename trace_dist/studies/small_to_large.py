@@ -25,7 +25,7 @@ from trace_dist.studies.plan import StudyConfig
 from trace_dist.studies.probes import Probes
 from trace_dist.studies.rates import density_key
 from trace_dist.studies.records import Journal, Records
-from trace_dist.studies.schedule import Job, Make, Schedule, Score, Train, Traits
+from trace_dist.studies.schedule import Job, Make, Schedule, ScoreBase, Train, Traits
 from trace_dist.studies.settings import SECTIONS, abouts
 from trace_dist.studies.summary import is_undecided, summarise
 from trace_dist.utils.env import meta_info, run_info
@@ -154,14 +154,14 @@ class Worker:
     def do(self, job: Job) -> None:
         """Do a piece of work and write its record."""
         begin = time.perf_counter()
-        record = {Score: self._score, Make: self._make, Train: self._train}[type(job)](job)  # type: ignore[operator]
+        record = {ScoreBase: self._score, Make: self._make, Train: self._train}[type(job)](job)  # type: ignore[operator]
         seconds = time.perf_counter() - begin
         record = {"date": run_info()["date"], **record, "seconds": seconds}
         self._journal.append(record)
         self._records.add(record)
         self._longest[type(job)] = max(seconds, self._longest.get(type(job), 0.0))
 
-    def _score(self, job: Score) -> dict[str, Any]:
+    def _score(self, job: ScoreBase) -> dict[str, Any]:
         lab = self.lab
         found, text = lab.test(lab.base(), job.task), lab.text(lab.base())
         validation = lab.validate(lab.base(), job.task).loss

@@ -1,6 +1,6 @@
 """What a host says of itself before a job starts there.
 
-    python -m trace_dist.launching.probe < REQUEST_AS_JSON
+    python -m trace_dist.launching.host_facts < REQUEST_AS_JSON
 
 Prints a port on which it listens, and, when somebody has knocked there or a while has passed, one JSON object. Loads no torch.
 """
