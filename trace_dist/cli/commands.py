@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from trace_dist.config import RunConfig
 from trace_dist.stages.start import start, take_folder
 from trace_dist.utils import dist
+from trace_dist.utils.tables import print_table
 
 
 def run_command(cfg: RunConfig, dry_run: bool) -> None:
@@ -62,7 +62,7 @@ def say_preview(cfg: RunConfig) -> None:
     from trace_dist.stages.preview import describe, preview
 
     table, lines = describe(cfg, preview(cfg))
-    Console(width=max(100, Console().width)).print(table)
+    print_table(table, least_width=100)
     print("\n".join(lines))
 
 
@@ -126,7 +126,7 @@ def print_scores(scores: Mapping[str, float]) -> None:
         table = Table("set", "score")
         for name, value in scores.items():
             table.add_row(name, f"{value:.2f}")
-        Console(markup=False).print(table)
+        print_table(table, markup=False)
 
 
 def report_command(cfg: RunConfig, picture: str | None = None) -> None:
@@ -135,7 +135,7 @@ def report_command(cfg: RunConfig, picture: str | None = None) -> None:
 
     take_folder(cfg)
     results = run_report(cfg, picture)
-    Console(width=max(100, Console().width)).print(summary_table(results))
+    print_table(summary_table(results), least_width=100)
     print(f"report: {cfg.folder.report}")
     if picture is not None:
         print(f"picture: {picture}")
