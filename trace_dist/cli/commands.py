@@ -5,12 +5,14 @@ A command checks its configuration before the slow imports of its stage, since i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
 from trace_dist.config import RunConfig
+from trace_dist.stages.stage import Stage
 from trace_dist.stages.start import start, take_folder
 from trace_dist.utils import dist
 from trace_dist.utils.tables import print_table
@@ -24,9 +26,13 @@ def run_command(cfg: RunConfig, dry_run: bool) -> None:
     start(cfg, "run")
     from trace_dist.stages.ask import ask_bank, asks
     from trace_dist.stages.generate import print_answers
+    from trace_dist.bank.bank import DeltaBank
+    from trace_dist.continual.earlier import check_room_beside
     from trace_dist.stages.pipeline import run_pipeline, stage_groups
     from trace_dist.stages.words import next_steps
 
+    if cfg.bank_of().index.is_file():
+        check_room_beside(cfg, DeltaBank(cfg.bank_of().root))
     run_pipeline(cfg, stage_groups(cfg))
     report_command(cfg)
     if asks(cfg):
@@ -36,11 +42,12 @@ def run_command(cfg: RunConfig, dry_run: bool) -> None:
 
 
 def learn_command(cfg: RunConfig, mask_file: str | None, dry_run: bool) -> None:
-    from trace_dist.stages.learn import as_learned, run_learn
+    from trace_dist.stages.learn import as_learned, run_learn, stages_of
 
     cfg = as_learned(cfg)
     if dry_run:
-        say_preview(cfg)
+        first, masked = stages_of(cfg, mask_file)
+        say_preview(cfg, [first, [masked]], mask_file is not None)
         say_hosts_of_stages(cfg)
         return
     start(cfg, "learn", mask_file=mask_file)
@@ -57,11 +64,21 @@ def consolidate_command(cfg: RunConfig) -> None:
         print(next_step(cfg))
 
 
-def say_preview(cfg: RunConfig) -> None:
-    """Print what a run would do; nothing is written."""
+def say_preview(
+    cfg: RunConfig, groups: Sequence[Sequence[Stage]] | None = None, mask_given: bool = False
+) -> None:
+    """Print what a run would do; nothing is written.
+
+    Args:
+        cfg: the run.
+        groups: its stages; those of ``run`` when None.
+        mask_given: whether the tasks' masks need not be made.
+    """
     from trace_dist.stages.preview import describe, preview
 
-    table, lines = describe(cfg, preview(cfg))
+    # As each stage will, this process has loaded the libraries by now.
+    start_seconds = time.process_time()
+    table, lines = describe(cfg, preview(cfg, groups, mask_given), start_seconds)
     print_table(table, least_width=100)
     print("\n".join(lines))
 

@@ -27,6 +27,13 @@ def needs_proxy(projection: ProjectionConfig) -> bool:
     return getattr(PLACEMENTS.load(projection.placement), "needs_proxy", True)
 
 
+def num_batches(projection: ProjectionConfig, probe: ProbeConfig) -> int:
+    """Batches of a task that a placement trains the target on or lets it read, for forecasts; 0 where it looks at weights alone."""
+    placement = PLACEMENTS.load(projection.placement)
+    options = PLACEMENTS.options(projection.placement, projection.options)
+    return int(placement.num_batches(options, probe)) if hasattr(placement, "num_batches") else 0
+
+
 def project_task(
     model: ShardedModel,
     proxy_mask: Mask | None,
