@@ -102,14 +102,18 @@ def test_a_task_that_was_renamed_here_is_the_same_task(
 def test_what_cannot_be_added(folder: Path) -> None:
     deep = DeltaBank.create(folder / "deep", "aaaa", layer=2)
     deep.add(drawn("four", 4), small_delta("four", 4))
-    with pytest.raises(ValueError, match=r"by layer 2, .* by layer 1; learn the task again with bank\.layer=1"):
+    with pytest.raises(
+        ValueError, match=r"by layer 2, .* by layer 1; learn the task again with bank\.layer=1"
+    ):
         command("add", folder / "bank", folder / "deep" / "tasks" / "four")
     with pytest.raises(ValueError, match="is the base model of"):
         command("add", folder / "bank", folder / "other" / "tasks" / BASE)
     assert DeltaBank(folder / "bank").generation == 3
 
 
-@pytest.mark.parametrize("words", [["bank", "show", "bank"], ["bank", "verify", "bank"], ["mask", "stats", "mask"]])
+@pytest.mark.parametrize(
+    "words", [["bank", "show", "bank"], ["bank", "verify", "bank"], ["mask", "stats", "mask"]]
+)
 def test_whoever_reads_only_the_beginning_is_one_exit_code(
     words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

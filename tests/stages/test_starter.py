@@ -189,7 +189,8 @@ def test_every_stage_and_method_of_a_run_is_in_the_preview(folder: Path) -> None
     cfg = replace(cfg, continual=replace(cfg.continual, methods=methods), train=replace(cfg.train, lr="auto"))
     found = preview(cfg)
     every_group_has_a_row(cfg, found)
-    steps, flops = ({piece.name: value(piece) for piece in found.work} for value in (lambda piece: piece.steps, lambda piece: piece.flops))  # fmt: skip
+    steps = {piece.name: piece.steps for piece in found.work}
+    flops = {piece.name: piece.flops for piece in found.work}
     own = [task.steps for task in cfg.tasks]
     assert None not in own
     for method in methods:
@@ -208,7 +209,8 @@ def test_every_stage_and_method_of_a_run_is_in_the_preview(folder: Path) -> None
     assert steps["measure memory"] > 0
     # full, lora, joint, lora_retrieved and separate are dense training in one process; the others are on both ranks
     needs = {need.what: need for need in found.memory}
-    assert {name for name, need in needs.items() if need.num_ranks == 2} == {"retrieved", "consolidated", "random", "trace"}  # fmt: skip
+    on_ranks = {name for name, need in needs.items() if need.num_ranks == 2}
+    assert on_ranks == {"retrieved", "consolidated", "random", "trace"}
     full, lora = needs["full"].estimate, needs["lora"].estimate
     assert found.num_parameters is not None
     assert sum(full.states.values()) == pytest.approx(16 * found.num_parameters, rel=0.01)

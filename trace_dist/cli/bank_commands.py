@@ -71,7 +71,9 @@ def _rename(bank: DeltaBank, arguments: Any) -> None:
 def _merge(bank: DeltaBank, arguments: Any) -> None:
     from trace_dist.bank.merge import merge
 
-    _say(merge(bank, DeltaBank(arguments.other), arguments.out), f"merged {bank.folder} and {arguments.other}")
+    _say(
+        merge(bank, DeltaBank(arguments.other), arguments.out), f"merged {bank.folder} and {arguments.other}"
+    )
 
 
 def _say(bank: DeltaBank, done: str) -> None:

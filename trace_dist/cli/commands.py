@@ -24,10 +24,10 @@ def run_command(cfg: RunConfig, dry_run: bool) -> None:
         say_hosts_of_stages(cfg)
         return
     start(cfg, "run")
-    from trace_dist.stages.ask import ask_bank, asks
-    from trace_dist.stages.generate import print_answers
     from trace_dist.bank.bank import DeltaBank
     from trace_dist.continual.earlier import check_room_beside
+    from trace_dist.stages.ask import ask_bank, asks
+    from trace_dist.stages.generate import print_answers
     from trace_dist.stages.pipeline import run_pipeline, stage_groups
     from trace_dist.stages.words import next_steps
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -84,15 +85,15 @@ def check_room(
         lower = f"lower mask.density to {_rounded_down(room / total / num_tasks)} at most, " if room else ""
         others = "" if num_tasks == 1 else f" and each of {num_tasks - 1} after it"
         raise ValueError(
-            f"mask.isolation={isolation!r}: task {task!r}{others} needs {wanted:,} {what}, and of {total:,} earlier tasks have left "
-            f"{room:,}; {lower}widen mask.maskable, or set mask.isolation: soft"
+            f"mask.isolation={isolation!r}: task {task!r}{others} needs {wanted:,} {what}, and of {total:,} earlier tasks "
+            f"have left {room:,}; {lower}widen mask.maskable, or set mask.isolation: soft"
         )
 
 
 def _rounded_down(share: float) -> str:
     """With three digits, never more than it is."""
-    text = f"{share:.3g}"
-    return text if float(text) <= share else f"{share * 0.995:.3g}"
+    step = 10.0 ** (math.floor(math.log10(share)) - 2)
+    return f"{math.floor(share / step) * step:.3g}"
 
 
 def check_room_beside(cfg: RunConfig, bank: DeltaBank) -> None:

@@ -28,7 +28,7 @@ def needs_proxy(projection: ProjectionConfig) -> bool:
 
 
 def num_batches(projection: ProjectionConfig, probe: ProbeConfig) -> int:
-    """Batches of a task that a placement trains the target on or lets it read, for forecasts; 0 where it looks at weights alone."""
+    """Batches of a task that the target is trained on or reads, for forecasts; 0 where a placement looks at weights alone."""
     placement = PLACEMENTS.load(projection.placement)
     options = PLACEMENTS.options(projection.placement, projection.options)
     return int(placement.num_batches(options, probe)) if hasattr(placement, "num_batches") else 0

@@ -104,7 +104,8 @@ def _probe(stage: Stage, seen: Outlook) -> Iterator[Work]:
     if cfg.proxy is not None and not base.describe(cfg, "proxy").done:
         tiny, prune = cfg.proxy.tiny, cfg.proxy.prune
         if prune is not None:
-            name, steps = "cut out and heal the proxy", prune.heal_steps
+            steps = prune.heal_steps
+            name = "cut out and heal the proxy" if steps else "cut out the proxy"
             yield _pretrained(stage, seen, name, steps, cfg.train.batch_size, seen.proxy)
         elif tiny is not None:
             yield _pretrained(stage, seen, "pretrain the proxy", tiny.steps, tiny.batch_size, None)
@@ -162,7 +163,9 @@ def _method(stage: Stage, seen: Outlook, entry: Entry) -> Iterator[Work]:
     if kind.races(entry.options, cfg):
         yield _race(stage, seen, entry)
     if kind.teaches:
-        asked = {task.name: min(len(task.train), cfg.bank.keep_prompts or len(task.train)) for task in seen.tasks}
+        asked = {
+            task.name: min(len(task.train), cfg.bank.keep_prompts or len(task.train)) for task in seen.tasks
+        }
         tokens = sum(2 * seen.tokens[task] * count for task, count in asked.items())
         detail = f"{sum(asked.values()):,} prompts, by each task's delta"
         yield work("answers to learn from", detail, 0, lambda p: forward_flops(p, tokens))
@@ -170,9 +173,12 @@ def _method(stage: Stage, seen: Outlook, entry: Entry) -> Iterator[Work]:
         steps = kind.num_steps(entry.options, cfg, seen.steps()[:number])
         mean, examples = seen.tokens[task.name], steps * cfg.train.batch_size
         epochs = examples / len(task.train)
+        detail = f"{epochs:.1f} epochs of {len(task.train):,} examples, {mean:.0f} tokens each"
+        if number > 1 and steps != seen.steps()[number - 1]:
+            detail = f"{examples:,} examples of all tasks so far"
         yield work(
             f"learn {task.name}",
-            f"{epochs:.1f} epochs of {len(task.train):,} examples, {mean:.0f} tokens each",
+            detail,
             steps,
             lambda p, tokens=mean * examples: kind.flops(cfg, p, tokens),  # type: ignore[misc]
         )
@@ -194,7 +200,8 @@ def _race(stage: Stage, seen: Outlook, entry: Entry) -> Work:
     raced = seen.tasks[: race.tasks]
     steps = [min(race.steps, each) for each in seen.steps()[: race.tasks]]
     trained = sum(
-        seen.tokens[task.name] * cfg.train.batch_size * count for task, count in zip(raced, steps, strict=True)
+        seen.tokens[task.name] * cfg.train.batch_size * count
+        for task, count in zip(raced, steps, strict=True)
     )
     held = sum(
         seen.tokens[task.name]
@@ -211,9 +218,7 @@ def _race(stage: Stage, seen: Outlook, entry: Entry) -> Work:
         f"{entry.name}: race on {' and '.join(task.name for task in raced)}",
         f"{count} learning rates, and at most {MOST_EXTENSIONS} beyond them",
         count * sum(steps),
-        _known(
-            seen.target, lambda p: count * (entry.kind.flops(cfg, p, trained) + forward_flops(p, held))
-        ),
+        _known(seen.target, lambda p: count * (entry.kind.flops(cfg, p, trained) + forward_flops(p, held))),
         stage.launched,
     )
 

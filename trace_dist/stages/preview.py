@@ -267,7 +267,8 @@ def _memory_lines(found: Preview) -> Iterator[str]:
         most = max(needs, key=lambda need: need.estimate.peak)
         states, host = sum(most.estimate.states.values()), sum(most.estimate.host.values())
         yield (
-            f"{what.format(ranks=most.num_ranks)}: {mib(most.estimate.peak)} at the peak ({most.what}), {mib(states)} between steps"
+            f"{what.format(ranks=most.num_ranks)}: {mib(most.estimate.peak)} at the peak ({most.what}), "
+            + f"{mib(states)} between steps"
             + (f", {mib(host)} in host memory" if host else "")
             + "".join(f"; {need.what} {mib(need.estimate.peak)}" for need in needs if need is not most)
         )

@@ -73,7 +73,7 @@ class Method(ABC):
 
     @classmethod
     def flops(cls, cfg: RunConfig, num_parameters: int, num_tokens: float) -> float:
-        """Operations of training on so many tokens (``profiling.speed``), for forecasts; those of a mask unless a method says more.
+        """Operations of training on so many tokens (``profiling.speed``), for forecasts; here those of a mask.
 
         Args:
             cfg: the run.
