@@ -7,29 +7,22 @@ Reads the data and the models' configs, never weights. Each stage that the run w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from trace_dist.config import ModelConfig, RunConfig
-from trace_dist.continual.driver import check_methods
-from trace_dist.continual.methods.dense import dense_setup
+from trace_dist.config import RunConfig
 from trace_dist.data.examples import text_of
 from trace_dist.data.tasks import Task, load_task
-from trace_dist.models.depth import shortened
 from trace_dist.models.loading import load_tokenizer
-from trace_dist.models.prune import kept_layers
-from trace_dist.profiling.estimate import Estimate, Estimator, load_config
-from trace_dist.profiling.memory_setup import MemorySetup
+from trace_dist.profiling.estimate import Estimator
 from trace_dist.profiling.speed import UTILISATION, matmul_rate
 from trace_dist.report.memory_tables import mib
-from trace_dist.stages import continual
 from trace_dist.stages.effort import Outlook, Work, pieces
+from trace_dist.stages.needs import Need, Needs, estimator_of, estimator_of_proxy, of_probe
 from trace_dist.stages.pipeline import stage_groups
-from trace_dist.stages.probe import needs_probe
 from trace_dist.stages.stage import Stage
 from trace_dist.utils import dist
 
@@ -37,21 +30,6 @@ CHARACTERS_PER_TOKEN = 4
 """Of English text, where no tokenizer is there yet."""
 SAMPLE = 500
 """Training examples whose lengths are looked at."""
-
-
-@dataclass(frozen=True)
-class Need:
-    """The memory of one kind of work.
-
-    Attributes:
-        what: a method, or the probe.
-        num_ranks: processes that need it at the same time.
-        estimate: of the first of them.
-    """
-
-    what: str
-    num_ranks: int
-    estimate: Estimate
 
 
 @dataclass(frozen=True)
@@ -99,20 +77,21 @@ def preview(
     stages = list({stage.name: stage for group in groups for stage in group}.values())
     tasks = [load_task(task, cfg.seed, validate=cfg.train.eval_every > 0) for task in cfg.tasks]
     general = [load_task(task, cfg.seed) for task in cfg.general]
-    target, proxy = _estimator(cfg.target), _proxy_estimator(cfg)
+    target = estimator_of(cfg.target)
+    proxy = estimator_of_proxy(cfg, target)
     tokenizer = None if target is None else load_tokenizer(cfg.target.path)
     lengths = {task.name: _tokens(task, tokenizer, cfg.data.max_length) for task in (*tasks, *general)}
     tokens = {name: mean for name, (mean, _) in lengths.items()}
     outlook = Outlook(cfg, tasks, general, tokens, _size(target), _size(proxy), mask_given)
     work = [piece for stage in stages for piece in pieces(stage, outlook)]
-    masked = None
-    memory = list[Need]()
-    setup = _setup(cfg, max(lengths[task.name][1] for task in tasks))
+    masked, memory = None, list[Need]()
+    longest = max(lengths[task.name][1] for task in tasks)
     if target is not None:
-        masked = target(setup)
-        memory += _of_methods(cfg, setup, target)
-    if proxy is not None and needs_probe(cfg) and not mask_given:
-        memory.append(Need("probe", 1, proxy(dense_setup(_alone(cfg, setup, cfg.probe.batch_size)))))
+        needs = Needs(cfg, longest, target)
+        masked = needs.masked()
+        memory += [*needs.of_methods(), *needs.of_stages(stages)]
+    if proxy is not None and any(stage.arguments[0] == "probe" for stage in stages):
+        memory.append(of_probe(cfg, longest, proxy))
     entries = None if masked is None else masked.num_entries
     bytes_per_entry = 3 if cfg.target.dtype == "bfloat16" else 5
     left = [stage for stage in stages if not stage.done]
@@ -137,71 +116,12 @@ def _seconds(cfg: RunConfig, work: list[Work]) -> float:
     return sum((piece.flops or 0.0) / (rate * (ranks if piece.launched else 1)) for piece in work)
 
 
-def _estimator(model: ModelConfig) -> Estimator | None:
-    """None where the model is made by the first run (tiny, GGUF, pruned) and is not there yet."""
-    if model.made and not (Path(model.path) / "config.json").is_file():
-        return None
-    return Estimator(model.path, model.dtype)
-
-
-def _proxy_estimator(cfg: RunConfig) -> Estimator | None:
-    """Of the model that is probed, in fp32; one that will be cut out of a target that is there has a shape already."""
-    model, prune = replace(cfg.probed, dtype="float32"), cfg.probed.prune
-    found = _estimator(model)
-    if found is not None or prune is None or _estimator(cfg.target) is None:
-        return found
-    config = load_config(cfg.target.path)
-    kept = kept_layers(config.get_text_config().num_hidden_layers, prune.keep_layers)
-    return Estimator(model.path, model.dtype, config=shortened(config, kept))
-
-
 def _size(estimator: Estimator | None) -> int | None:
     """Parameters outside the embeddings, which multiply nothing."""
     if estimator is None:
         return None
     embedding = estimator.module.get_input_embeddings()
     return sum(estimator.numel.values()) - sum(p.numel() for p in embedding.parameters())
-
-
-def _of_methods(cfg: RunConfig, setup: MemorySetup, target: Estimator) -> Iterator[Need]:
-    """What each method that trains needs."""
-    estimators = {(cfg.target.dtype, "none"): target}
-    for entry in check_methods(cfg):
-        if entry.kind.trains:
-            ranks = continual.runs_on_ranks(cfg, entry.name)
-            own = entry.kind.memory(cfg, setup if ranks else _alone(cfg, setup, cfg.train.batch_size))
-            kind = own.dtype, own.quantize
-            if kind not in estimators:
-                estimators[kind] = Estimator(own.model, *kind)
-            yield Need(entry.name, own.world_size, estimators[kind](own))
-
-
-def _alone(cfg: RunConfig, setup: MemorySetup, batch_size: int) -> MemorySetup:
-    """The same in one process."""
-    size = min(cfg.train.micro_batch_size, batch_size)
-    return replace(setup, backend="single", world_size=1, micro_batch_size=size)
-
-
-def _setup(cfg: RunConfig, longest: int) -> MemorySetup:
-    on_cuda = dist.local_device().type == "cuda"
-    return MemorySetup(
-        model=cfg.target.path,
-        density=cfg.mask.density,
-        granularity=cfg.mask.granularity,
-        block=cfg.mask.block,
-        maskable=cfg.mask.maskable,
-        dtype=cfg.target.dtype,
-        quantize=cfg.target.quantize,
-        state_dtype=cfg.train.state_dtype,
-        master=cfg.train.master,
-        offload=cfg.train.offload,
-        device="cuda" if on_cuda else "cpu",
-        backend=cfg.backend,
-        world_size=cfg.launch.num_ranks,
-        micro_batch_size=min(cfg.train.micro_batch_size, -(-cfg.train.batch_size // cfg.launch.num_ranks)),
-        sequence_length=max(2, min(longest, cfg.data.max_length)),
-        activation_checkpointing=cfg.train.activation_checkpointing,
-    )
 
 
 def _tokens(task: Task, tokenizer: PreTrainedTokenizerBase | None, limit: int) -> tuple[float, int]:
