@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from trace_dist.config import LaunchConfig
-from trace_dist.launching import free_port, launch_command, launch_environment
+from trace_dist.launching import alone_environment, free_port, launch_command, launch_environment
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 SCRIPT = """
@@ -38,11 +38,20 @@ def test_a_module_runs_once_on_every_rank(launcher: str, tmp_path: Path) -> None
     assert found == {str(rank): f"{num_ranks} 1" for rank in range(num_ranks)}
 
 
-def test_processes_share_the_cores() -> None:
+def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = os.cpu_count() or 1
     assert launch_environment(1)["OMP_NUM_THREADS"] == str(cores)
     assert launch_environment(10 * cores)["OMP_NUM_THREADS"] == "1"
     assert launch_environment(num_threads=3)["OMP_NUM_THREADS"] == "3"
+
+
+def test_threads_that_the_user_chose_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert launch_environment(1)["OMP_NUM_THREADS"] == launch_environment(2)["OMP_NUM_THREADS"] == "7"
+    assert launch_environment(2, num_threads=1)["OMP_NUM_THREADS"] == "1"
+    # A launcher has given its ranks theirs; what one of them starts has the machine to itself.
+    assert alone_environment()["OMP_NUM_THREADS"] == str(os.cpu_count() or 1)
 
 
 def run_script(name: str, folder: Path, *arguments: str, **environment: str) -> str:

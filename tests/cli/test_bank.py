@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import sys
 from pathlib import Path
 
 import pytest
-from bank.samples import drawn, small_delta
+from bank.samples import drawn, same_delta, small_delta
 
 from trace_dist import DeltaBank
 from trace_dist.bank.bank import BASE
 from trace_dist.cli.bank_commands import ACTIONS, bank_command
+from trace_dist.cli.main import main
 from trace_dist.cli.parser import parse
 
 
@@ -42,6 +47,85 @@ def test_a_bank_is_kept_in_order(folder: Path, capsys: pytest.CaptureFixture[str
     capsys.readouterr()
     command("verify", bank)
     assert "3 signatures and their deltas are as they were written" in capsys.readouterr().out
+
+
+def test_each_change_is_said_in_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bank, other = folder / "bank", folder / "other"
+    for words, said in (
+        (("rename", bank, "one", "first"), "renamed one to first: the bank {} holds 2 tasks"),
+        (("remove", bank, "two"), "removed two: the bank {} holds 1 task"),
+        (("add", bank, other / "tasks" / "three"), "added three: the bank {} holds 2 tasks"),
+        (("add", bank, other / "tasks" / "three"), "three was there already, the very same: the bank {} holds 2 tasks"),
+    ):  # fmt: skip
+        command(*words)
+        assert capsys.readouterr().out == said.format(bank) + "\n"
+    command("merge", bank, other, "--out", folder / "all")
+    assert capsys.readouterr().out == f"merged {bank} and {other}: the bank {folder / 'all'} holds 2 tasks\n"
+
+
+def test_a_task_is_added_under_the_name_and_with_the_facts_that_its_bank_knows(folder: Path) -> None:
+    """Its files have the name that it was learned under."""
+    bank, other = DeltaBank(folder / "bank"), DeltaBank(folder / "other")
+    facts = {"lr": 1e-3, "steps": 7, "examples": "digest"}
+    other.add(drawn("one", 5), small_delta("one", 5), facts=facts)
+    source = other.path("one").parent
+    with pytest.raises(ValueError, match=r"task='one': in the bank .* \(bank add --name\)"):
+        command("add", bank.folder, source)
+    other.rename("one", "uno")
+    command("add", bank.folder, source)
+    command("add", bank.folder, source, "--name", "eins")
+    bank.reload()
+    assert bank.tasks == [BASE, "one", "two", "uno", "eins"]
+    for name in ("uno", "eins"):
+        assert bank.facts(name)["training"] == facts
+        assert same_delta(bank.delta(name), other.delta("uno"))
+        assert bank.delta(name).task == bank.signature(name).task == name  # type: ignore[union-attr]
+    # A folder that belongs to no bank: the names are those in its files.
+    shutil.copytree(source, folder / "alone")
+    command("add", bank.folder, folder / "alone", "--name", "solo")
+    bank.reload()
+    assert bank.tasks[-1] == "solo"
+    assert "training" not in bank.facts("solo")
+
+
+def test_a_task_that_was_renamed_here_is_the_same_task(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bank, source = folder / "bank", folder / "other" / "tasks" / "three"
+    command("add", bank, source)
+    command("rename", bank, "three", "drei")
+    command("add", bank, source, "--name", "drei")
+    assert "drei was there already" in capsys.readouterr().out
+    assert DeltaBank(bank).generation == 5
+
+
+def test_what_cannot_be_added(folder: Path) -> None:
+    deep = DeltaBank.create(folder / "deep", "aaaa", layer=2)
+    deep.add(drawn("four", 4), small_delta("four", 4))
+    with pytest.raises(
+        ValueError, match=r"by layer 2, .* by layer 1; learn the task again with bank\.layer=1"
+    ):
+        command("add", folder / "bank", folder / "deep" / "tasks" / "four")
+    with pytest.raises(ValueError, match="is the base model of"):
+        command("add", folder / "bank", folder / "other" / "tasks" / BASE)
+    assert DeltaBank(folder / "bank").generation == 3
+
+
+@pytest.mark.parametrize(
+    "words", [["bank", "show", "bank"], ["bank", "verify", "bank"], ["mask", "stats", "mask"]]
+)
+def test_whoever_reads_only_the_beginning_is_one_exit_code(
+    words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As `| head` does; here nobody reads at all."""
+    small_delta("one", 1).mask.save(folder / "mask")
+    monkeypatch.chdir(folder)
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(words) == 128 + signal.SIGPIPE
+    assert capfd.readouterr().err == ""
 
 
 def test_verify_lists_every_problem(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

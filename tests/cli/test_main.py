@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +51,8 @@ def test_help_says_what_for_and_gives_an_example(
 ) -> None:
     text, command = helped(capsys, *words), COMMANDS[words]
     assert command.purpose[1:] in " ".join(text.split())
+    # No name of an object of Python's.
+    assert not re.search(r"<(function|class|locals)|0x[0-9a-f]{6}|lambda", text)
     assert text.rstrip().endswith(f"example:\n  trace-dist {command.example}")
     assert command.example.split()[: len(words)] == list(words) or words[0] in (
         "memory",
@@ -126,3 +130,4 @@ def test_whoever_reads_only_the_beginning_breaks_no_pipe(words: tuple[str, ...],
     process.stderr.close()
     process.wait(timeout=100)
     assert said == ""
+    assert process.returncode == 128 + signal.SIGPIPE

@@ -75,7 +75,7 @@ def test_validation_examples_are_part_of_what_a_run_is_made_with(validating: Run
 
 def test_a_dry_run_counts_the_looks(validating: RunConfig) -> None:
     found = {work.name: work.detail for work in preview(validating).work}
-    assert found["validate one"].startswith("5 looks at ")
+    assert found["retrieved: validate one"].startswith("5 looks at ")
 
 
 def test_what_reads_no_labels_says_that_it_does_not_look(

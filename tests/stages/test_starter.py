@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,14 @@ from cli.program import make_config, write_config, write_tasks
 from trace_dist.cli.main import main
 from trace_dist.cli.parser import parse, run_config
 from trace_dist.config import RunConfig, TinyConfig
+from trace_dist.config.continual import USUAL
 from trace_dist.data import load_examples
+from trace_dist.models.prune import depth_prune
 from trace_dist.models.tiny import build_tiny
 from trace_dist.models.tokenizer import char_tokenizer
-from trace_dist.stages.preview import preview
+from trace_dist.report.memory_tables import mib
+from trace_dist.stages.pipeline import stage_groups
+from trace_dist.stages.preview import Preview, describe, preview
 from trace_dist.stages.starter import Starter, starter_config
 
 
@@ -142,10 +147,106 @@ def test_the_preview_counts_what_a_mask_trains(folder: Path) -> None:
     linear = 6 * (4 * 32 * 32 + 3 * 32 * 48)
     assert found.num_entries == pytest.approx(0.05 * linear, rel=0.1)
     steps = {piece.name: piece.steps for piece in found.work}
-    assert steps["learn copy"] == cfg.tasks[0].steps
+    assert steps["retrieved: learn copy"] == cfg.tasks[0].steps
     assert steps["probe twist"] == cfg.probe.steps
     flops = {piece.name: piece.flops for piece in found.work}
-    assert flops["learn copy"] > flops["score copy"] > 0
+    assert flops["retrieved: learn copy"] > flops["retrieved: score"] > 0
+    assert all(flops[f"project {name}"] > 0 for name in ("copy", "twist"))
+
+
+def every_group_has_a_row(cfg: RunConfig, found: Preview) -> None:
+    named = {piece.stage for piece in found.work}
+    assert all(stage.name in named for group in stage_groups(cfg) for stage in group)
+
+
+def test_init_learns_by_one_method_and_names_the_others(folder: Path) -> None:
+    text = starter_config(start(folder, "copy"))
+    cfg = read(text, folder)
+    assert cfg.continual.methods == ["retrieved"]
+    assert all(name in text for name in USUAL)
+    found = preview(cfg)
+    every_group_has_a_row(cfg, found)
+    # the probe, and learning with projection before it
+    assert found.num_starts == 2
+
+
+def test_the_proxy_that_will_be_cut_out_has_a_size(folder: Path) -> None:
+    cfg = read(starter_config(start(folder, "copy")), folder)
+    found = preview(cfg)
+    assert found.unknown == []
+    (probe,) = (piece for piece in found.work if piece.name == "probe copy")
+    assert cfg.proxy is not None
+    depth_prune(Path(cfg.target.path), 2, Path(cfg.proxy.path))
+    (cut,) = (piece for piece in preview(cfg).work if piece.name == "probe copy")
+    assert probe.flops == cut.flops
+    assert probe.flops
+
+
+def test_every_stage_and_method_of_a_run_is_in_the_preview(folder: Path) -> None:
+    text = starter_config(start(folder, "copy", "twist", ranks=2))
+    cfg = read(text, folder)
+    methods = [*USUAL, "joint", "ties", "trace", "lora_retrieved", "separate"]
+    cfg = replace(cfg, continual=replace(cfg.continual, methods=methods), train=replace(cfg.train, lr="auto"))
+    found = preview(cfg)
+    every_group_has_a_row(cfg, found)
+    steps = {piece.name: piece.steps for piece in found.work}
+    flops = {piece.name: piece.flops for piece in found.work}
+    own = [task.steps for task in cfg.tasks]
+    assert None not in own
+    for method in methods:
+        trained = steps.get(f"{method}: learn twist")
+        both = method in ("joint", "consolidated")
+        assert trained == (None if method == "ties" else sum(own) if both else own[1])  # type: ignore[arg-type]
+        assert f"{method}: score" in steps
+        race = f"{method}: race on copy and twist"
+        assert (race in steps) == (method != "ties")
+        assert steps.get(race, 240) == 3 * 2 * 40
+    one = replace(cfg, race=replace(cfg.race, tasks=1))
+    raced = {piece.name: piece for piece in preview(one).work}
+    assert raced["full: race on copy"].steps == 120
+    assert raced["full: race on copy"].flops < flops["full: race on copy and twist"]
+    assert flops["full: learn copy"] > flops["random: learn copy"] > 0
+    assert steps["measure memory"] > 0
+    # full, lora, joint, lora_retrieved and separate are dense training in one process; the others are on both ranks
+    assert found.num_parameters is not None
+    needs = {need.what: need for need in found.memory}
+    on_ranks = {name for name, need in needs.items() if need.num_ranks == 2}
+    assert on_ranks == {"retrieved", "consolidated", "random", "trace", "measuring full training"}
+    measured = sum(needs["measuring full training"].estimate.states.values())
+    # 16 bytes per parameter over two ranks, or 18: the estimate counts every gradient in fp32
+    assert 8 * found.num_parameters <= measured <= 9.1 * found.num_parameters
+    full, lora = needs["full"].estimate, needs["lora"].estimate
+    assert sum(full.states.values()) == pytest.approx(16 * found.num_parameters, rel=0.01)
+    assert 4 * found.num_parameters < sum(lora.states.values()) < sum(full.states.values())
+    _, lines = describe(cfg, found)
+    (alone,) = (line for line in lines if line.startswith("memory in one process"))
+    assert f"{mib(full.peak)} at the peak (full)" in alone
+    assert any(line.startswith("memory on each of 2 ranks") for line in lines)
+
+
+def test_what_is_not_known_is_said_and_not_counted(folder: Path) -> None:
+    """A tiny proxy has no size before its tokenizer is made."""
+    cfg = read(starter_config(start(folder, "copy")), folder)
+    assert cfg.proxy is not None
+    tiny = replace(cfg.proxy, prune=None, tiny=TinyConfig(16, 2, 2, 24))
+    cfg = replace(cfg, proxy=tiny, general=cfg.tasks and [replace(cfg.tasks[0], name="other")])
+    found = preview(cfg)
+    every_group_has_a_row(cfg, found)
+    assert found.unknown == ["pretrain the proxy", "probe copy"]
+    _, lines = describe(cfg, found, start_seconds=7.0)
+    assert "not in it, since a model is not made yet: pretrain the proxy, probe copy" in lines
+    assert any(f"{2 * 7} s to start 2 processes" in line for line in lines)
+
+
+def test_finished_stages_are_there(folder: Path) -> None:
+    cfg = read(starter_config(start(folder, "copy")), folder)
+    (probe,) = (stage for group in stage_groups(cfg) for stage in group if stage.name == "probe")
+    for path in probe.outputs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    found = preview(cfg)
+    assert [piece.detail for piece in found.work if piece.stage == "probe"] == ["is there"]
+    assert found.num_starts == 1
 
 
 def found_vocabulary(folder: Path) -> int:

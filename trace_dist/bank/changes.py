@@ -129,7 +129,7 @@ def add(writer: Writer, task: Task) -> None:
         raise ValueError(
             f"task={name!r}: in the bank {writer.files.root} already, with another "
             f"{' and another '.join(file.split('.')[0] for file in differing)}; "
-            "rename or remove the older one, or give the new one another name"
+            "rename or remove the older one, or give the new one another name (bank add --name)"
         )
 
 

@@ -304,7 +304,11 @@ BANK_ACTIONS: dict[str, tuple[Command, Options]] = {
             "add a task that lies in a folder, as tasks/<name> of another bank",
             f"bank add {BANK} runs/other/bank/tasks/copy",
         ),
-        _FOLDER | {"source": {"help": "folder with delta.safetensors and signature.safetensors"}},
+        _FOLDER
+        | {
+            "source": {"help": "folder with delta.safetensors and signature.safetensors"},
+            "--name": {"default": None, "help": "its name in this bank; the one that it has when not given"},
+        },
     ),
     "remove": (
         Command("take a task out of a bank and delete its files", f"bank remove {BANK} reverse"),

@@ -6,16 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from trace_dist.bank.bank import DeltaBank
-from trace_dist.bank.delta import Delta
-from trace_dist.bank.prompts import load_prompts
-from trace_dist.bank.signature import Signature
-from trace_dist.bank.sketch import Sketch
+from trace_dist.bank.bank import BASE, DeltaBank
 from trace_dist.models.trust import trust
-from trace_dist.run_folder import ADAPTED, DELTA, PROMPTS, SIGNATURE, SKETCH
+from trace_dist.utils.tables import print_table
 
 
 def bank_command(values: Any) -> None:
@@ -38,7 +33,7 @@ def _show(bank: DeltaBank, arguments: Any) -> None:
             delta += [f"{facts.get('density', math.nan):.5f}"]
             delta += [facts.get("granularity", "-"), facts.get("dtype", "-")]
         table.add_row(name, str(facts.get("clusters", "-")), *delta)
-    Console(markup=False).print(table)
+    print_table(table, markup=False)
     print(f"generation {bank.generation}, layer {bank.layer}, base model {bank.base}")
 
 
@@ -56,26 +51,36 @@ def _verify(bank: DeltaBank, arguments: Any) -> None:
 
 
 def _add(bank: DeltaBank, arguments: Any) -> None:
-    source = Path(arguments.source)
-    sketch = Sketch.load(source / SKETCH) if (source / SKETCH).is_file() else None
-    prompts = load_prompts(source / PROMPTS) if (source / PROMPTS).is_file() else None
-    adapted = Signature.load(source / ADAPTED) if (source / ADAPTED).is_file() else None
-    signature, delta = Signature.load(source / SIGNATURE), Delta.load(source / DELTA)
-    bank.add(signature, delta, sketch, prompts=prompts, adapted=adapted)
+    from trace_dist.bank.folder import read_task
+
+    task, before = read_task(Path(arguments.source), bank, arguments.name), bank.generation
+    bank.add(task.signature, task.delta, task.sketch, task.facts, task.prompts, task.adapted)
+    name = task.signature.task
+    _say(bank, f"added {name}" if bank.generation > before else f"{name} was there already, the very same")
 
 
 def _remove(bank: DeltaBank, arguments: Any) -> None:
     bank.remove(arguments.task)
+    _say(bank, f"removed {arguments.task}")
 
 
 def _rename(bank: DeltaBank, arguments: Any) -> None:
     bank.rename(arguments.task, arguments.name)
+    _say(bank, f"renamed {arguments.task} to {arguments.name}")
 
 
 def _merge(bank: DeltaBank, arguments: Any) -> None:
     from trace_dist.bank.merge import merge
 
-    merge(bank, DeltaBank(arguments.other), arguments.out)
+    _say(
+        merge(bank, DeltaBank(arguments.other), arguments.out), f"merged {bank.folder} and {arguments.other}"
+    )
+
+
+def _say(bank: DeltaBank, done: str) -> None:
+    """Print what was done, and how many tasks a bank holds now."""
+    count = sum(name != BASE for name in bank.tasks)
+    print(f"{done}: the bank {bank.folder} holds {count} task{'' if count == 1 else 's'}")
 
 
 def _export(bank: DeltaBank, arguments: Any) -> None:

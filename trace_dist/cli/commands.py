@@ -5,15 +5,17 @@ A command checks its configuration before the slow imports of its stage, since i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from trace_dist.config import RunConfig
+from trace_dist.stages.stage import Stage
 from trace_dist.stages.start import start, take_folder
 from trace_dist.utils import dist
+from trace_dist.utils.tables import print_table
 
 
 def run_command(cfg: RunConfig, dry_run: bool) -> None:
@@ -22,11 +24,15 @@ def run_command(cfg: RunConfig, dry_run: bool) -> None:
         say_hosts_of_stages(cfg)
         return
     start(cfg, "run")
+    from trace_dist.bank.bank import DeltaBank
+    from trace_dist.continual.earlier import check_room_beside
     from trace_dist.stages.ask import ask_bank, asks
     from trace_dist.stages.generate import print_answers
     from trace_dist.stages.pipeline import run_pipeline, stage_groups
     from trace_dist.stages.words import next_steps
 
+    if cfg.bank_of().index.is_file():
+        check_room_beside(cfg, DeltaBank(cfg.bank_of().root))
     run_pipeline(cfg, stage_groups(cfg))
     report_command(cfg)
     if asks(cfg):
@@ -36,11 +42,12 @@ def run_command(cfg: RunConfig, dry_run: bool) -> None:
 
 
 def learn_command(cfg: RunConfig, mask_file: str | None, dry_run: bool) -> None:
-    from trace_dist.stages.learn import as_learned, run_learn
+    from trace_dist.stages.learn import as_learned, run_learn, stages_of
 
     cfg = as_learned(cfg)
     if dry_run:
-        say_preview(cfg)
+        first, masked = stages_of(cfg, mask_file)
+        say_preview(cfg, [first, [masked]], mask_file is not None)
         say_hosts_of_stages(cfg)
         return
     start(cfg, "learn", mask_file=mask_file)
@@ -57,12 +64,22 @@ def consolidate_command(cfg: RunConfig) -> None:
         print(next_step(cfg))
 
 
-def say_preview(cfg: RunConfig) -> None:
-    """Print what a run would do; nothing is written."""
+def say_preview(
+    cfg: RunConfig, groups: Sequence[Sequence[Stage]] | None = None, mask_given: bool = False
+) -> None:
+    """Print what a run would do; nothing is written.
+
+    Args:
+        cfg: the run.
+        groups: its stages; those of ``run`` when None.
+        mask_given: whether the tasks' masks need not be made.
+    """
     from trace_dist.stages.preview import describe, preview
 
-    table, lines = describe(cfg, preview(cfg))
-    Console(width=max(100, Console().width)).print(table)
+    # As each stage will, this process has loaded the libraries by now.
+    start_seconds = time.process_time()
+    table, lines = describe(cfg, preview(cfg, groups, mask_given), start_seconds)
+    print_table(table, least_width=100)
     print("\n".join(lines))
 
 
@@ -126,7 +143,7 @@ def print_scores(scores: Mapping[str, float]) -> None:
         table = Table("set", "score")
         for name, value in scores.items():
             table.add_row(name, f"{value:.2f}")
-        Console(markup=False).print(table)
+        print_table(table, markup=False)
 
 
 def report_command(cfg: RunConfig, picture: str | None = None) -> None:
@@ -135,7 +152,7 @@ def report_command(cfg: RunConfig, picture: str | None = None) -> None:
 
     take_folder(cfg)
     results = run_report(cfg, picture)
-    Console(width=max(100, Console().width)).print(summary_table(results))
+    print_table(summary_table(results), least_width=100)
     print(f"report: {cfg.folder.report}")
     if picture is not None:
         print(f"picture: {picture}")

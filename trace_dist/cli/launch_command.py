@@ -40,17 +40,11 @@ def launch_command(dry_run: bool, words: Sequence[str]) -> int:
         )
     parsed = parse(words)
     cfg = run_config(parsed[words[0]])
-    os.environ.update(launch_environment(1 if cfg.launch.hostfile else cfg.launch.num_ranks, threads()))
+    os.environ.update(launch_environment(1 if cfg.launch.hostfile else cfg.launch.num_ranks))
     if not dry_run:
         return supervise(cfg.launch, "trace_dist", words)
     say_hosts(cfg, words)
     return 0
-
-
-def threads() -> int | None:
-    """The number of threads that the user chose; None where none was chosen."""
-    chosen = os.environ.get("OMP_NUM_THREADS", "")
-    return int(chosen) if chosen.isdecimal() else None
 
 
 def say_hosts(cfg: RunConfig, words: Sequence[str]) -> None:

@@ -9,13 +9,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from trace_dist.masks.mask import Mask, check_combinable, combine
 from trace_dist.masks.ops import overlap
 from trace_dist.masks.select import SetOperation, combined_units
 from trace_dist.masks.stats import Count, summed, tensor_counts
+from trace_dist.utils.tables import print_table
 
 
 def mask_command(values: Any) -> None:
@@ -33,7 +33,7 @@ def _show(arguments: Any) -> None:
     table = Table("tensor", "units", "density")
     for name in mask.layouts:
         table.add_row(name, str(len(mask.units.get(name, ()))), f"{mask.tensor_density(name):.4f}")
-    Console(markup=False).print(table)
+    print_table(table, markup=False)
     _say(mask)
 
 
@@ -74,7 +74,7 @@ def _print_counts(what: str, counts: Mapping[Any, Count], total: int) -> None:
         table.add_row(
             str(key), f"{count.touched}/{count.tensors}", str(count.units), str(count.entries), *shares
         )
-    Console(markup=False).print(table)
+    print_table(table, markup=False)
 
 
 def _diff(arguments: Any) -> None:
@@ -92,7 +92,7 @@ def _diff(arguments: Any) -> None:
         if any(numbers[:2]):
             table.add_row(name, *map(str, numbers))
     if table.row_count:
-        Console(markup=False).print(table)
+        print_table(table, markup=False)
     totals = {what: sum(part.values()) for what, part in parts.items()}
     same = "" if table.row_count else "; they select the same"
     print(", ".join(f"{total} entries in {what}" for what, total in totals.items()) + same)
@@ -111,7 +111,7 @@ def _overlap(arguments: Any) -> None:
     table = Table("% of the row's entries", *names)
     for name, row in zip(names, mask_overlap(masks).tolist(), strict=True):
         table.add_row(name, *(f"{100 * share:.2f}" for share in row))
-    Console(markup=False).print(table)
+    print_table(table, markup=False)
     for (first, one), (second, other) in combinations(zip(names, masks, strict=True), 2):
         print(f"{first} and {second}: {overlap(one, other):.5f} of the entries of either are in both")
 

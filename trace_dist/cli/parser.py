@@ -6,7 +6,7 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import yaml
 from jsonargparse import (
@@ -214,6 +214,9 @@ def _fill_launch(parser: Parser, _: Command) -> None:
 def _add_options(parser: Parser, arguments: known.Options) -> None:
     for argument, options in arguments.items():
         typed: dict[str, Any] = {"type": str} | options
+        if choices := typed.pop("choices", None):
+            # With `choices` beside `type`, help would show the name of a function.
+            typed["type"] = Literal[tuple(choices)]
         parser.add_argument(argument, **typed)
 
 

@@ -106,6 +106,11 @@ class MaskConfig(Section):
         return self.density
 
     @property
+    def in_lines(self) -> bool:
+        """Whether all units are whole rows or columns, whose gradients are smaller products."""
+        return Granularities.parse(self.granularity).all <= {"row", "column", "neuron"}
+
+    @property
     def spread(self) -> Spread:
         """How the density is spread over tensors."""
         if self.scope == "tensor":

@@ -46,24 +46,28 @@ def launch_environment(num_processes: int = 1, num_threads: int | None = None) -
 
     Args:
         num_processes: how many run at the same time; they share the cores.
-        num_threads: of each; its share of the cores when None.
+        num_threads: of each; when None, what ``OMP_NUM_THREADS`` says here, or else its share of the cores.
     """
     import torch
 
     environment = dict(os.environ)
     share = max(1, (os.cpu_count() or 1) // num_processes)
-    environment["OMP_NUM_THREADS"] = str(share if num_threads is None else num_threads)
+    if num_threads is not None:
+        environment["OMP_NUM_THREADS"] = str(num_threads)
+    elif not environment.get("OMP_NUM_THREADS"):
+        environment["OMP_NUM_THREADS"] = str(share)
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
     return environment
 
 
 def alone_environment() -> dict[str, str]:
-    """The environment of a process of its own, started by a rank: no launcher is to be seen in it."""
+    """The environment of a process of its own, started by a rank while all ranks wait: no launcher is to be seen in it, nor the
+    number of threads that it gave its ranks."""
     hidden = ("TORCHELASTIC_", "SLURM_STEP")
     return {
         name: value
-        for name, value in launch_environment().items()
+        for name, value in launch_environment(num_threads=os.cpu_count() or 1).items()
         if name not in RANKS and not name.startswith(hidden)
     }
 

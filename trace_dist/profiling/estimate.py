@@ -95,13 +95,22 @@ def load_config(model: str) -> Any:
 class Estimator:
     """Estimates for one model; what several of them share is found once.
 
+    Args:
+        model: a config.json, a folder that holds one, or a hub id.
+        dtype: of the weights.
+        quantize: as ``MemorySetup.quantize``.
+        config: its transformers config, where it is not read from ``model``.
+
     Raises:
         ValueError: the model has no readable config.
     """
 
-    def __init__(self, model: str, dtype: str, quantize: Quantize = "none") -> None:
+    def __init__(
+        self, model: str, dtype: str, quantize: Quantize = "none", config: Any | None = None
+    ) -> None:
         self.model = model
-        self.module = empty_model(load_config(model), getattr(torch, dtype), f"model={model!r}")
+        config = load_config(model) if config is None else config
+        self.module = empty_model(config, getattr(torch, dtype), f"model={model!r}")
         if quantize == "nf4":
             quantize_nf4(self.module)
         self.weights = dict(named_weights(self.module))

@@ -37,6 +37,13 @@ def needs_module(projection: ProjectionConfig) -> bool:
     return getattr(PLACEMENTS.load(projection.placement), "needs_module", False)
 
 
+def num_batches(projection: ProjectionConfig, probe: ProbeConfig) -> int:
+    """Batches of a task that the target is trained on or reads, for forecasts; 0 where a placement looks at weights alone."""
+    placement = PLACEMENTS.load(projection.placement)
+    options = PLACEMENTS.options(projection.placement, projection.options)
+    return int(placement.num_batches(options, probe)) if hasattr(placement, "num_batches") else 0
+
+
 def project_task(
     model: ShardedModel,
     proxy_mask: Mask | None,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from trace_dist.utils import tables
 
 MIB = 2**20
 
@@ -68,7 +69,7 @@ def plan_table(options: Sequence[Any], gpus: int, gpu_gib: float) -> Table:
 
 def print_table(table: Table) -> None:
     """Print a table, not narrower than its columns need where the output is no terminal."""
-    Console(width=max(110, Console().width)).print(table)
+    tables.print_table(table, least_width=110)
 
 
 def mib(size: int | None) -> str:

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +16,7 @@ from trace_dist.serving.options import Sampling, Source
 from trace_dist.serving.prompts import Question, check_prompt, read_questions
 from trace_dist.utils.files import write_text
 from trace_dist.utils.log import outcome
+from trace_dist.utils.tables import print_table
 
 Answered = list[tuple[Question, Any]]
 """Questions and their answers (``serving.router.Answer``)."""
@@ -90,7 +90,7 @@ def print_answers(answered: Answered) -> None:
             bound,
             Text(_printable(given.text), overflow="fold"),
         )
-    Console(width=max(100, Console().width)).print(table)
+    print_table(table, least_width=100)
 
 
 def _shown(prompt: Prompt) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.config import RunConfig
+from trace_dist.continual.earlier import check_room_beside
 from trace_dist.continual.result import read_result
 from trace_dist.masks.mask import Mask
 from trace_dist.models.fingerprint import check_same, fingerprint
@@ -58,10 +59,10 @@ def run_learn(cfg: RunConfig, mask_file: str | None = None) -> None:
         ValueError: the bank holds a task of one of the names, or is of another base; or the mask does not fit.
         ProcessFailed: a step failed; its own error is printed above.
     """
-    _check_new(cfg)
+    _check_new(cfg, mask_file is not None)
     if mask_file is not None:
         _take_mask(cfg, Path(mask_file))
-    first, masked = _stages(cfg, mask_file is None and probe.needs_probe(cfg))
+    first, masked = stages_of(cfg, mask_file)
     if dist.world_size() > 1:
         for stage in first:
             _in_one_process(stage, cfg)
@@ -71,14 +72,15 @@ def run_learn(cfg: RunConfig, mask_file: str | None = None) -> None:
     _say(cfg)
 
 
-def _stages(cfg: RunConfig, probed: bool) -> tuple[list[Stage], Stage]:
+def stages_of(cfg: RunConfig, mask_file: str | None = None) -> tuple[list[Stage], Stage]:
     """What one process does first, and the learning."""
+    probed = mask_file is None and probe.needs_probe(cfg)
     first = [base.describe(cfg, "target"), *([probe.describe(cfg)] if probed else [])]
     arguments = ["continual", "--continual.methods", f"[{METHOD}]"]
     return first, Stage("learn", arguments, [cfg.folder.method(METHOD)], launched=True)
 
 
-def _check_new(cfg: RunConfig) -> None:
+def _check_new(cfg: RunConfig, mask_given: bool) -> None:
     """Raise ValueError where the bank cannot take the tasks; before any long work. Collective."""
     folder = cfg.bank_of()
     logger.info("learn: %s into the bank %s", ", ".join(task.name for task in cfg.tasks), folder.root)
@@ -98,6 +100,8 @@ def _check_new(cfg: RunConfig) -> None:
             )
     # Once, not on each rank.
     on_main(lambda: check_base(cfg, bank))
+    if not mask_given:
+        on_main(lambda: check_room_beside(cfg, bank))
 
 
 def check_base(cfg: RunConfig, bank: DeltaBank) -> None:

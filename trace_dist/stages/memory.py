@@ -32,6 +32,11 @@ MEASURED_LR = 1e-4
 """Of the steps that are taken to be measured; states have the same size at any rate."""
 
 
+MEASURED_STEPS = 3
+"""Passes of each kind of training: two whole steps, and one after which states are counted."""
+EXAMPLES_PER_RANK = 8
+
+
 def describe(cfg: RunConfig) -> Stage:
     """Measure both kinds of training on the first task's mask."""
     inputs = {cfg.folder.mask(cfg.tasks[0].name): "project"}
@@ -50,7 +55,7 @@ def run_memory(cfg: RunConfig) -> dict[str, Any]:
     path = prepare_base(cfg, "target")
     bench = Workbench.load(cfg, path)
     mask = Mask.load(cfg.folder.mask(cfg.tasks[0].name))
-    batch_size = min(cfg.train.batch_size, 8 * dist.world_size())
+    batch_size = min(cfg.train.batch_size, EXAMPLES_PER_RANK * dist.world_size())
     stream = bench.batches(bench.tasks[:1], batch_size)
     masked, num_parameters, coded = _masked(str(path), cfg, mask, next(stream))
     gc.collect()
@@ -85,7 +90,7 @@ def _masked(path: str, cfg: RunConfig, mask: Mask, step: Step) -> tuple[dict[str
     """Bytes per parameter by category, the number of parameters, and how many of them are 4-bit codes."""
     model = Zero3Model.from_pretrained(path, torch.bfloat16, cfg.target.quantize)
     learner = MaskedLearner(model, mask, replace(cfg.train, lr=MEASURED_LR, max_grad_norm=1.0))
-    for _ in range(2):
+    for _ in range(MEASURED_STEPS - 1):
         learner.accumulate(step)
         learner.step()
     learner.accumulate(step)
@@ -99,7 +104,7 @@ def _masked(path: str, cfg: RunConfig, mask: Mask, step: Step) -> tuple[dict[str
 
 def _full(path: str, lr: float, step: Step, num_parameters: int) -> dict[str, float]:
     trainer = FullAdamW(path, torch.bfloat16, lr=lr)
-    for _ in range(2):
+    for _ in range(MEASURED_STEPS - 1):
         accumulate(step, trainer.module, trainer.backward, dist.local_device())
         trainer.step()
     accumulate(step, trainer.module, trainer.backward, dist.local_device())

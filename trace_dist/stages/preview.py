@@ -1,32 +1,30 @@
 """What a run would do, without doing it: what is trained, on what, how long and in how much memory.
 
-Reads the data and the models' configs, never weights. Time is an estimate (``profiling.speed``) of probing, learning and scoring
-by the method ``retrieved``; memory is that of ``memory estimate``.
+Reads the data and the models' configs, never weights. Each stage that the run would start has its pieces of work
+(``stages.effort``); memory is that of ``memory estimate``, of the method that needs most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from trace_dist.config import ModelConfig, RunConfig
-from trace_dist.config.checks import AUTO
-from trace_dist.config.granularity import Granularities
-from trace_dist.continual.race import MOST_EXTENSIONS
+from trace_dist.config import RunConfig
 from trace_dist.data.examples import text_of
 from trace_dist.data.modality import TEXT
 from trace_dist.data.tasks import Task, load_task
 from trace_dist.models.loading import load_tokenizer
-from trace_dist.profiling.estimate import Estimate, Estimator
-from trace_dist.profiling.memory_setup import MemorySetup
-from trace_dist.profiling.speed import UTILISATION, dense_flops, forward_flops, masked_flops, matmul_rate
+from trace_dist.profiling.estimate import Estimator
+from trace_dist.profiling.speed import UTILISATION, matmul_rate
 from trace_dist.report.memory_tables import mib
-from trace_dist.stages.probe import needs_probe
+from trace_dist.stages.effort import Outlook, Work, pieces
+from trace_dist.stages.needs import Need, Needs, estimator_of, estimator_of_proxy, of_probe
+from trace_dist.stages.pipeline import stage_groups
+from trace_dist.stages.stage import Stage
 from trace_dist.utils import dist
 
 CHARACTERS_PER_TOKEN = 4
@@ -36,110 +34,100 @@ SAMPLE = 500
 
 
 @dataclass(frozen=True)
-class Work:
-    """One piece of work of a run.
-
-    Attributes:
-        name: stage and task.
-        detail: in words.
-        steps: optimizer steps.
-        flops: floating-point operations.
-    """
-
-    name: str
-    detail: str
-    steps: int
-    flops: float
-
-
-@dataclass(frozen=True)
 class Preview:
     """What a run would do.
 
     Attributes:
-        work: its pieces, in order.
+        work: its pieces, in order; one at least of each stage.
         num_parameters: of the target; None while the target is not made.
         num_entries: masked entries; None while the target is not made.
-        memory: on each rank; None while the target is not made.
-        seconds: about how long the work takes on this machine.
+        memory: of every method and of the probe, as far as their models are known.
+        seconds: about how long this machine computes for the work whose operations are known.
+        num_starts: processes that start one after another; each loads the libraries, the data and a model.
         delta_bytes: of one task's delta on disk, about.
     """
 
     work: list[Work]
     num_parameters: int | None
     num_entries: int | None
-    memory: Estimate | None
+    memory: list[Need]
     seconds: float
+    num_starts: int
     delta_bytes: int | None
 
+    @property
+    def unknown(self) -> list[str]:
+        """Work whose operations are not known yet, so that ``seconds`` lacks it."""
+        return [piece.name for piece in self.work if piece.flops is None]
 
-def preview(cfg: RunConfig) -> Preview:
+
+def preview(
+    cfg: RunConfig, groups: Sequence[Sequence[Stage]] | None = None, mask_given: bool = False
+) -> Preview:
     """Work out what a run of this configuration would do.
 
+    Args:
+        cfg: the run.
+        groups: its stages; those of ``run`` when None.
+        mask_given: whether the tasks' masks need not be made.
+
     Raises:
-        ValueError: a task's data are missing or malformed, a model has no readable config, or the tasks are no texts.
+        ValueError: a task's data are missing or malformed, a model has no readable config, a method does not fit the run,
+            or the tasks are no texts.
     """
     if cfg.data.modality != TEXT:
         raise ValueError(
             f"data.modality={cfg.data.modality!r}: only runs on texts are looked at beforehand; start it without --dry_run"
         )
+    groups = stage_groups(cfg) if groups is None else groups
+    stages = list({stage.name: stage for group in groups for stage in group}.values())
     tasks = [load_task(task, cfg.seed, validate=cfg.train.eval_every > 0) for task in cfg.tasks]
-    target, proxy = _estimator(cfg.target), _estimator(cfg.probed)
+    general = [load_task(task, cfg.seed) for task in cfg.general]
+    target = estimator_of(cfg.target)
+    proxy = estimator_of_proxy(cfg, target)
     tokenizer = None if target is None else load_tokenizer(cfg.target.path)
-    lengths = [_tokens(task, tokenizer, cfg.data.max_length) for task in tasks]
-    memory = None if target is None else target(_setup(cfg, max(longest for _, longest in lengths)))
-    size = None if target is None else _size(target)
-    means = [mean for mean, _ in lengths]
-    work = list(_work(cfg, tasks, means, size or 0, _size(proxy) if proxy is not None else 0))
-    device = dist.local_device()
-    rate = matmul_rate(getattr(torch, cfg.target.dtype), device) * UTILISATION
-    if device.type == "cuda":
-        rate *= cfg.launch.num_ranks
-    entries = None if memory is None else memory.num_entries
+    lengths = {task.name: _tokens(task, tokenizer, cfg.data.max_length) for task in (*tasks, *general)}
+    tokens = {name: mean for name, (mean, _) in lengths.items()}
+    outlook = Outlook(cfg, tasks, general, tokens, _size(target), _size(proxy), mask_given)
+    work = [piece for stage in stages for piece in pieces(stage, outlook)]
+    masked, memory = None, list[Need]()
+    longest = max(lengths[task.name][1] for task in tasks)
+    if target is not None:
+        needs = Needs(cfg, longest, target)
+        masked = needs.masked()
+        memory += [*needs.of_methods(), *needs.of_stages(stages)]
+    if proxy is not None and any(stage.arguments[0] == "probe" for stage in stages):
+        memory.append(of_probe(cfg, longest, proxy))
+    entries = None if masked is None else masked.num_entries
     bytes_per_entry = 3 if cfg.target.dtype == "bfloat16" else 5
+    left = [stage for stage in stages if not stage.done]
     return Preview(
         work=work,
-        num_parameters=None if memory is None else memory.num_parameters,
+        num_parameters=None if masked is None else masked.num_parameters,
         num_entries=entries,
         memory=memory,
-        seconds=sum(piece.flops for piece in work) / rate,
+        seconds=_seconds(cfg, work),
+        # A launcher is a process too, which its ranks wait for.
+        num_starts=sum(1 + (stage.launched and cfg.launch.launcher != "none") for stage in left),
         delta_bytes=None if entries is None else entries * bytes_per_entry,
     )
 
 
-def _estimator(model: ModelConfig) -> Estimator | None:
-    """None where the model is made by the first run (tiny, GGUF, pruned) and is not there yet."""
-    if model.made and not (Path(model.path) / "config.json").is_file():
-        return None
-    return Estimator(model.path, model.dtype)
+def _seconds(cfg: RunConfig, work: list[Work]) -> float:
+    """How long this device takes for the operations that are known."""
+    device = dist.local_device()
+    rate = matmul_rate(getattr(torch, cfg.target.dtype), device) * UTILISATION
+    # The ranks of a CPU share its cores.
+    ranks = cfg.launch.num_ranks if device.type == "cuda" else 1
+    return sum((piece.flops or 0.0) / (rate * (ranks if piece.launched else 1)) for piece in work)
 
 
-def _size(estimator: Estimator) -> int:
+def _size(estimator: Estimator | None) -> int | None:
     """Parameters outside the embeddings, which multiply nothing."""
+    if estimator is None:
+        return None
     embedding = estimator.module.get_input_embeddings()
     return sum(estimator.numel.values()) - sum(p.numel() for p in embedding.parameters())
-
-
-def _setup(cfg: RunConfig, longest: int) -> MemorySetup:
-    on_cuda = dist.local_device().type == "cuda"
-    return MemorySetup(
-        model=cfg.target.path,
-        density=cfg.largest.mask.share,
-        granularity=cfg.mask.granularity,
-        block=cfg.mask.block,
-        maskable=cfg.mask.maskable,
-        dtype=cfg.target.dtype,
-        quantize=cfg.target.quantize,
-        state_dtype=cfg.train.state_dtype,
-        master=cfg.train.master,
-        offload=cfg.train.offload,
-        device="cuda" if on_cuda else "cpu",
-        backend=cfg.backend,
-        world_size=cfg.launch.num_ranks,
-        micro_batch_size=min(cfg.train.micro_batch_size, -(-cfg.train.batch_size // cfg.launch.num_ranks)),
-        sequence_length=max(2, min(longest, cfg.data.max_length)),
-        activation_checkpointing=cfg.train.activation_checkpointing,
-    )
 
 
 def _tokens(task: Task, tokenizer: PreTrainedTokenizerBase | None, limit: int) -> tuple[float, int]:
@@ -153,85 +141,63 @@ def _tokens(task: Task, tokenizer: PreTrainedTokenizerBase | None, limit: int) -
     return min(limit, sum(lengths) / len(lengths)), min(limit, round(max(lengths)))
 
 
-def _work(cfg: RunConfig, tasks: list[Task], means: list[float], target: int, proxy: int) -> Iterator[Work]:
-    probe, train = cfg.probe, cfg.train
-    rows = Granularities.parse(cfg.mask.granularity).all <= {"row", "column", "neuron"}
-    if train.lr == AUTO:
-        steps = len(cfg.race.grid) * min(cfg.race.steps, cfg.tasks[0].steps or train.steps)
-        yield Work(
-            f"race {tasks[0].name}",
-            f"{len(cfg.race.grid)} learning rates, and at most {MOST_EXTENSIONS} beyond them",
-            steps,
-            masked_flops(target, means[0] * train.batch_size * steps, cfg.largest.mask.share, rows),
-        )
-    if cfg.mask.density == AUTO:
-        raced = means[: cfg.race.tasks]
-        trainings = len(cfg.race.densities) * len(cfg.race.grid)
-        steps = trainings * sum(min(cfg.race.steps, t.steps or train.steps) for t in cfg.tasks[: len(raced)])
-        tokens = sum(raced) / len(raced) * train.batch_size * steps
-        yield Work(
-            "race for a density",
-            f"{len(cfg.race.densities)} densities with rates of their own, on {len(raced)} task(s)",
-            steps,
-            masked_flops(target, tokens, cfg.largest.mask.share, rows),
-        )
-    for task, options, mean in zip(tasks, cfg.tasks, means, strict=True):
-        if needs_probe(cfg):
-            warm, read = probe.num_steps(len(task.train)), probe.fisher_batch_size or probe.batch_size
-            yield Work(
-                f"probe {task.name}",
-                f"{len(task.train):,} training examples",
-                warm,
-                dense_flops(proxy, mean * (warm * probe.batch_size + probe.fisher_batches * read)),
-            )
-        steps = options.steps or train.steps
-        epochs = steps * train.batch_size / len(task.train)
-        yield Work(
-            f"learn {task.name}",
-            f"{epochs:.1f} epochs of {len(task.train):,} examples, {mean:.0f} tokens each",
-            steps,
-            masked_flops(target, mean * train.batch_size * steps, cfg.largest.mask.share, rows),
-        )
-        if task.validation is not None:
-            looks = -(-steps // train.eval_every)
-            passes = 1 if train.eval_by == "loss" else 3
-            yield Work(
-                f"validate {task.name}",
-                f"{looks} looks at {len(task.validation):,} examples, at most",
-                0,
-                forward_flops(target, passes * mean * len(task.validation) * looks),
-            )
-        yield Work(
-            f"score {task.name}",
-            f"{len(task.test):,} test examples",
-            0,
-            forward_flops(target, 2 * mean * len(task.test)),
-        )
+def describe(cfg: RunConfig, found: Preview, start_seconds: float = 0.0) -> tuple[Table, list[str]]:
+    """A preview as people read it: a table of the work, and lines about all of it.
 
-
-def describe(cfg: RunConfig, found: Preview) -> tuple[Table, list[str]]:
-    """A preview as people read it: a table of the work, and lines about all of it."""
-    table = Table("work", "what", "steps", "10^12 operations", title=f"what {cfg.run_dir} would do")
-    for column in table.columns[2:]:
+    Args:
+        cfg: the run.
+        found: its preview.
+        start_seconds: how long a process takes to start on this machine.
+    """
+    table = Table("stage", "work", "what", "steps", "10^12 operations", title=f"what {cfg.run_dir} would do")
+    for column in table.columns[3:]:
         column.justify = "right"
+    before = None
     for piece in found.work:
-        operations = f"{piece.flops / 1e12:,.2g}" if found.num_parameters is not None else "?"
-        table.add_row(piece.name, piece.detail, str(piece.steps or ""), operations)
-    if found.memory is None:
-        made = "the target is made by the first run (`trace-dist base`); its size, memory and time are known then"
-        return table, [made]
-    memory, where = (
-        found.memory,
-        f"on each of {cfg.launch.num_ranks} ranks" if cfg.launch.num_ranks > 1 else "on one rank",
-    )
-    lines = [
-        f"trained: {found.num_entries:,} of {found.num_parameters:,} parameters; a task's delta takes about "
-        f"{mib(found.delta_bytes)} on disk",
-        f"memory {where}: {mib(memory.peak)} at the peak, {mib(sum(memory.states.values()))} between steps"
-        + (f", {mib(sum(memory.host.values()))} in host memory" if any(memory.host.values()) else ""),
-        f"time: about {_duration(found.seconds)} at {UTILISATION:.0%} of the rate at which this machine multiplies matrices",
-    ]
+        operations = "?" if piece.flops is None else f"{piece.flops / 1e12:,.2g}"
+        stage = piece.stage if piece.stage != before else ""
+        table.add_row(stage, piece.name, piece.detail, str(piece.steps or ""), operations)
+        before = piece.stage
+    lines = []
+    if found.num_entries is None:
+        lines.append(
+            "the target is made by the first run (`trace-dist base`); its size, memory and time are known then"
+        )
+    else:
+        lines.append(
+            f"trained: {found.num_entries:,} of {found.num_parameters:,} parameters; a task's delta takes about "
+            f"{mib(found.delta_bytes)} on disk"
+        )
+    lines += _memory_lines(found)
+    if found.num_entries is not None:
+        starting = found.num_starts * start_seconds
+        lines.append(
+            f"time: about {_duration(found.seconds + starting)}: {_duration(found.seconds)} of computing at {UTILISATION:.0%} of "
+            f"the rate at which this machine multiplies matrices, which small models do not reach, and {_duration(starting)} to "
+            f"start {found.num_starts} processes one after another"
+        )
+        if found.unknown:
+            lines.append(f"not in it, since a model is not made yet: {', '.join(found.unknown)}")
     return table, lines
+
+
+def _memory_lines(found: Preview) -> Iterator[str]:
+    """The most that is needed on ranks, and in one process."""
+    kinds: Mapping[str, list[Need]] = {
+        "memory on each of {ranks} ranks": [need for need in found.memory if need.num_ranks > 1],
+        "memory in one process": [need for need in found.memory if need.num_ranks == 1],
+    }
+    for what, needs in kinds.items():
+        if not needs:
+            continue
+        most = max(needs, key=lambda need: need.estimate.peak)
+        states, host = sum(most.estimate.states.values()), sum(most.estimate.host.values())
+        yield (
+            f"{what.format(ranks=most.num_ranks)}: {mib(most.estimate.peak)} at the peak ({most.what}), "
+            + f"{mib(states)} between steps"
+            + (f", {mib(host)} in host memory" if host else "")
+            + "".join(f"; {need.what} {mib(need.estimate.peak)}" for need in needs if need is not most)
+        )
 
 
 def _duration(seconds: float) -> str:

@@ -76,6 +76,9 @@ def starter_config(starter: Starter) -> str:
                  {"data": {"max_length": _max_length(starter.model, [task for _, task in found])}}),
         _section("The share of the linear layers' weights that is trained; rows are fastest, elements the finest.",
                  {"mask": {"density": 0.05, "granularity": "row"}}),
+        _section("A delta per task, in a bank. To compare it with one set of weights, random masks, full fine-tuning and LoRA: "
+                 "[retrieved, consolidated, random, full, lora].",
+                 {"continual": {"methods": ["retrieved"]}}),
         _section("AdamW on those entries.",
                  {"train": {"batch_size": BATCH_SIZE, "micro_batch_size": 4, "lr": 1e-3}}),
         _section("The probe: a short warm start of the proxy.", {"probe": {"batch_size": BATCH_SIZE, "lr": 1e-4}}),

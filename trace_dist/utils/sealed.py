@@ -101,13 +101,14 @@ def check_version(version: Any, path: Path, newest: int, oldest: int | None = No
 
 
 def same_content(one: Path, other: Path, kind: str) -> bool:
-    """Whether two files hold the same tensors and header, whichever release wrote their checksums.
+    """Whether two files hold the same tensors and header, whichever release wrote their checksums and however they call the task:
+    its name is what the index of a bank says.
 
     Raises:
         ValueError: one of them is missing, corrupt, or of another kind.
     """
     (tensors, header), (other_tensors, other_header) = load_sealed(one, kind), load_sealed(other, kind)
-    shared = (header.keys() & other_header.keys()) - {OWN}
+    shared = (header.keys() & other_header.keys()) - {OWN, "task"}
     return tensors_checksum(tensors) == tensors_checksum(other_tensors) and all(
         header[name] == other_header[name] for name in shared
     )

@@ -57,6 +57,9 @@ class Isolation:
     reads_changes: ClassVar[bool] = False
     """Whether ``scale`` looks at the changes of earlier tasks, which a method without a bank then keeps."""
 
+    disjoint: ClassVar[bool] = False
+    """Whether no two tasks of a stream share an entry."""
+
     def __init__(self, options: Any) -> None:
         self.options = options
 

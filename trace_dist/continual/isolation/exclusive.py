@@ -22,6 +22,7 @@ class Exclusive(Isolation):
     """Disjoint masks."""
 
     label = "exclusive entries"
+    disjoint = True
 
     def check(self, mask: MaskConfig, num_tasks: int) -> None:
         rule = f"{num_tasks} tasks of mask.density={mask.share} have no room beside each other"

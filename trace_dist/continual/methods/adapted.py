@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from trace_dist.config import MaskConfig
+from trace_dist.config import MaskConfig, RunConfig
 from trace_dist.continual.methods.dense import Dense
 from trace_dist.masks.ops import layouts_for
 from trace_dist.models.adapters import lora_rank
+from trace_dist.profiling.memory_setup import MemorySetup
+from trace_dist.profiling.speed import masked_flops
 
 ADAPTER = "default"
 """PEFT's name of the adapter that is trained."""
@@ -18,6 +21,18 @@ ADAPTER = "default"
 
 class Adapted(Dense):
     """Dense training of what PEFT adds to the base."""
+
+    @classmethod
+    def flops(cls, cfg: RunConfig, num_parameters: int, num_tokens: float) -> float:
+        # The base has no weight gradients; those of adapters that train as many parameters as a mask are its rows'.
+        return masked_flops(num_parameters, num_tokens, cfg.largest.mask.share, rows=True)
+
+    @classmethod
+    def memory(cls, cfg: RunConfig, setup: MemorySetup) -> MemorySetup:
+        # The base in fp32, and states of as many parameters.
+        return replace(
+            setup, granularity="row", dtype="float32", quantize="none", state_dtype="float32", offload="none"
+        )  # fmt: skip
 
     @abstractmethod
     def config(self, module: Any) -> Any:

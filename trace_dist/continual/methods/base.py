@@ -8,6 +8,7 @@ the tasks in order, and after each task keeps its scores, its facts and its stat
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +19,8 @@ from trace_dist.config.checks import AUTO
 from trace_dist.continual.judge import Row
 from trace_dist.continual.race import Race
 from trace_dist.continual.setting import Setting
+from trace_dist.profiling.memory_setup import MemorySetup
+from trace_dist.profiling.speed import masked_flops
 from trace_dist.train.learner import Learner
 from trace_dist.train.loop import TrainResult
 from trace_dist.train.workbench import Stream
@@ -50,6 +53,8 @@ class Method(ABC):
     """Whether it reads what the probe has left, beside the run's masks."""
     trains: ClassVar[bool] = True
     """Whether it trains at all; otherwise it has no learning rate."""
+    teaches: ClassVar[bool] = False
+    """Whether it first asks the bank for what it trains on, instead of labels."""
     race: Race | None = None
     """What chose its learning rate; the driver sets it before the first task where the rate is ``auto``."""
 
@@ -65,6 +70,44 @@ class Method(ABC):
         """Whether its learning rate is chosen by a race."""
         own = getattr(options, "lr", None)
         return cls.trains and (cfg.train.lr if own is None else own) == AUTO
+
+    @classmethod
+    def flops(cls, cfg: RunConfig, num_parameters: int, num_tokens: float) -> float:
+        """Operations of training on so many tokens (``profiling.speed``), for forecasts; here those of a mask.
+
+        Args:
+            cfg: the run.
+            num_parameters: of the target, outside its embeddings.
+            num_tokens: of all examples of all steps.
+        """
+        mask = cfg.largest.mask
+        return masked_flops(num_parameters, num_tokens, mask.share, mask.in_lines)
+
+    @classmethod
+    def num_steps(cls, options: Any, cfg: RunConfig, steps: Sequence[int]) -> int:
+        """Optimizer steps with which the last of some tasks is learned, for forecasts.
+
+        Args:
+            options: of the method.
+            cfg: the run.
+            steps: of each task of the stream so far, as the configuration has them.
+        """
+        return steps[-1] if cls.trains else 0
+
+    @classmethod
+    def num_scorings(cls, num_tasks: int) -> int:
+        """How often each test set is answered in a run of so many tasks, for forecasts."""
+        return num_tasks + 1
+
+    @classmethod
+    def memory(cls, cfg: RunConfig, setup: MemorySetup) -> MemorySetup:
+        """The training whose memory is the method's, for forecasts.
+
+        Args:
+            cfg: the run.
+            setup: training of one of the run's masks, on the ranks that the method has.
+        """
+        return setup
 
     @property
     def own_lr(self) -> float | None:

@@ -10,7 +10,7 @@ What was said is kept as long as the process lives; a run that was cut asks agai
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
@@ -31,6 +31,7 @@ from trace_dist.data.encoding import context_length, pad_id
 from trace_dist.data.modality import load_modality
 from trace_dist.evaluation.inputs import config_of
 from trace_dist.masks.mask import Mask
+from trace_dist.profiling.memory_setup import MemorySetup
 from trace_dist.train.learner import Learner
 from trace_dist.train.loop import TrainResult
 from trace_dist.train.soft import SoftBatches, SoftLearner
@@ -86,6 +87,17 @@ class Consolidated(OneSet):
 
     label = "consolidated"
     colour = "green"
+    teaches = True
+
+    @classmethod
+    def num_steps(cls, options: Any, cfg: RunConfig, steps: Sequence[int]) -> int:
+        share = options.general if cfg.general else 0.0
+        return int(options.steps or round(sum(steps) / (1 - share)))
+
+    @classmethod
+    def memory(cls, cfg: RunConfig, setup: MemorySetup) -> MemorySetup:
+        # The union of the tasks' masks, which have nothing in common at worst.
+        return replace(setup, density=min(1.0, len(cfg.tasks) * setup.density))
 
     @classmethod
     def check(cls, name: str, cfg: RunConfig) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from trace_dist.continual.setting import Setting
 from trace_dist.data.batches import Batches
 from trace_dist.data.tasks import Task
 from trace_dist.models.loading import load_model
+from trace_dist.profiling.memory_setup import MemorySetup
+from trace_dist.profiling.speed import dense_flops
 from trace_dist.train.learner import DenseLearner, Learner
 from trace_dist.train.loop import TrainResult
 from trace_dist.train.loss import autocast
@@ -35,6 +38,14 @@ from trace_dist.utils.rng import random_numbers_kept
 
 MEMORY = "memory/"
 """Before the names of what is kept beside the weights, in files."""
+
+
+def dense_setup(setup: MemorySetup) -> MemorySetup:
+    """Training of every weight in fp32: weights, gradients and both moments, 16 bytes per parameter, and what a step takes."""
+    return replace(
+        setup, density=1.0, granularity="tensor", maskable="all", dtype="float32", quantize="none",
+        state_dtype="float32", offload="none",
+    )  # fmt: skip
 
 
 class Dense(Method):
@@ -57,6 +68,14 @@ class Dense(Method):
                 f"continual.methods={name!r}: trains dense weights, but target.quantize is {cfg.target.quantize}; "
                 "remove the method"
             )
+
+    @classmethod
+    def flops(cls, cfg: RunConfig, num_parameters: int, num_tokens: float) -> float:
+        return dense_flops(num_parameters, num_tokens)
+
+    @classmethod
+    def memory(cls, cfg: RunConfig, setup: MemorySetup) -> MemorySetup:
+        return dense_setup(setup)
 
     @abstractmethod
     def prepare(self, module: Any) -> nn.Module:

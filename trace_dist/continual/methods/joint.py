@@ -7,9 +7,11 @@ steps, so it sees as many of its examples as with a training of its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from trace_dist.config import RunConfig
 from trace_dist.continual.methods.full import Full
 from trace_dist.continual.methods.options import Rated
 from trace_dist.data.batches import Batches
@@ -29,6 +31,10 @@ class Joint(Full):
     label = "joint training (bound)"
     colour = "amber"
     continues = False
+
+    @classmethod
+    def num_steps(cls, options: Any, cfg: RunConfig, steps: Sequence[int]) -> int:
+        return sum(steps)
 
     def steps(self, stream: Stream) -> int:
         return sum(each.steps for each in self.setting.bench.upto(stream))

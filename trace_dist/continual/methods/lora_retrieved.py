@@ -98,6 +98,11 @@ class LoRARetrieved(LoRA):
         self._judge = Judge(setting.cfg, setting.bench)
         self._scored = Scored()
 
+    @classmethod
+    def num_scorings(cls, num_tasks: int) -> int:
+        # By the base, and by the task's own weights: what was answered is kept.
+        return 2
+
     @cached_property
     def bank(self) -> Adapters:
         """The adapters so far, with a signature of the general sets."""

@@ -57,6 +57,11 @@ class Retrieved(Method):
         self._scored = Scored()
         self._sizes: dict[str, dict[str, Any]] = {}  # of each task learned: delta_bytes, entries, density
 
+    @classmethod
+    def num_scorings(cls, num_tasks: int) -> int:
+        # By the base, and by the task's own weights: what was answered is kept.
+        return 2
+
     @cached_property
     def bank(self) -> DeltaBank:
         """The bank, with a signature of the general sets where it is new."""

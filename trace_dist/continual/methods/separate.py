@@ -43,6 +43,11 @@ class Separate(Full):
         self._base: Row | None = None  # scores of the base; None until they are taken
         self._scores: dict[str, float] = {}  # of each task learned, by its own model
 
+    @classmethod
+    def num_scorings(cls, num_tasks: int) -> int:
+        # By the base, and by the task's own weights: what was answered is kept.
+        return 2
+
     def learn(self, stream: Stream) -> TrainResult:
         result = super().learn(stream)
         with autocast(self.setting.cfg.target.dtype):

@@ -65,6 +65,11 @@ def check_mask(options: Options, mask: MaskConfig) -> None:
     check(pool >= mask.share, f"{options.where}.pool_density", pool, rule, cure)
 
 
+def num_batches(options: Options, probe: ProbeConfig) -> int:
+    """Batches of the task that the target is trained on or reads."""
+    return options.steps + probe.fisher_batches * (1 if options.pool == "magnitude" else 2)
+
+
 def scores(site: Site, options: Options) -> Scores:
     """Scores of every unit of the target. Collective."""
     return narrow_scores(

@@ -11,10 +11,10 @@ from typing import Literal
 
 from trace_dist.masks.ops import Scores, compete
 from trace_dist.projection.placements import narrow, refine
-from trace_dist.projection.placements.narrow import check_mask
+from trace_dist.projection.placements.narrow import check_mask, num_batches
 from trace_dist.projection.site import Site
 
-__all__ = ["Options", "check_mask", "label", "needs_proxy", "scores"]
+__all__ = ["Options", "check_mask", "label", "needs_proxy", "num_batches", "scores"]
 
 label = "trace of some masked steps on a pool, all tensors together"
 needs_proxy = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trace_dist.config import ProbeConfig
 from trace_dist.data.batches import Batches
 from trace_dist.masks.mask import Mask
 from trace_dist.masks.ops import Scores
@@ -22,6 +23,11 @@ label = "root of the target's mean squared gradient"
 def scores(site: Site, options: None) -> Scores:
     """Scores of every unit of the target. Collective."""
     return fisher_scores(site.model, site.layouts, site.batches(), site.probe.fisher_batches)
+
+
+def num_batches(options: None, probe: ProbeConfig) -> int:
+    """Batches of the task that the target reads."""
+    return probe.fisher_batches
 
 
 def full_mask(layouts: dict[str, UnitLayout]) -> Mask:

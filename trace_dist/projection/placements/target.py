@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from trace_dist.masks.ops import Scores
 from trace_dist.projection.placements import refine
+from trace_dist.projection.placements.refine import num_batches
 from trace_dist.projection.site import Site
+
+__all__ = ["label", "needs_proxy", "num_batches", "scores"]
 
 label = "root of the target's mean squared gradient, all tensors together"
 needs_proxy = False

@@ -1,0 +1,255 @@
+"""What a stage would do, piece by piece, before it is started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from trace_dist.config import RunConfig
+from trace_dist.config.checks import AUTO
+from trace_dist.continual.driver import Entry, check_methods
+from trace_dist.continual.race import MOST_EXTENSIONS
+from trace_dist.data.tasks import Task
+from trace_dist.data.validation import MOST_HELDOUT
+from trace_dist.probe.importance.contrast import contrasts
+from trace_dist.profiling.speed import dense_flops, forward_flops, masked_flops
+from trace_dist.projection.project import needs_proxy, num_batches
+from trace_dist.stages import base, continual
+from trace_dist.stages.memory import EXAMPLES_PER_RANK, MEASURED_STEPS
+from trace_dist.stages.stage import Stage
+
+Size = int | None
+"""Parameters of a model outside its embeddings; None where it is not known yet."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One piece of work of a run.
+
+    Attributes:
+        stage: name of the stage that does it.
+        name: what it is.
+        detail: in words.
+        steps: optimizer steps.
+        flops: floating-point operations; None where they are not known yet.
+        launched: whether all ranks share it.
+    """
+
+    stage: str
+    name: str
+    detail: str
+    steps: int
+    flops: float | None
+    launched: bool = False
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is known before a run.
+
+    Attributes:
+        cfg: the run.
+        tasks: its tasks.
+        general: its general sets.
+        tokens: task or general set -> tokens of a training example, on average.
+        target: size of the target.
+        proxy: size of the model that is probed.
+        mask_given: whether the tasks' masks need not be made.
+    """
+
+    cfg: RunConfig
+    tasks: list[Task]
+    general: list[Task]
+    tokens: Mapping[str, float]
+    target: Size
+    proxy: Size
+    mask_given: bool = False
+
+    def steps(self) -> list[int]:
+        """Optimizer steps of each task."""
+        return [task.steps or self.cfg.train.steps for task in self.cfg.tasks]
+
+    def mean_general(self) -> float:
+        """Tokens of a general example, on average."""
+        return sum(self.tokens[task.name] for task in self.general) / max(1, len(self.general))
+
+
+def pieces(stage: Stage, seen: Outlook) -> Iterator[Work]:
+    """What a stage would do; at least one piece."""
+    if stage.done:
+        yield Work(stage.name, "-", "is there", 0, 0.0)
+        return
+    yield from WORK[stage.arguments[0]](stage, seen)
+
+
+def _known(size: Size, flops: Callable[[int], float]) -> float | None:
+    return None if size is None else flops(size)
+
+
+def _base(stage: Stage, seen: Outlook) -> Iterator[Work]:
+    model = seen.cfg.target if "target" in stage.arguments else seen.cfg.probed
+    if model.tiny is None:
+        yield Work(stage.name, "convert", str(model.gguf), 0, 0.0)
+        return
+    yield _pretrained(stage, seen, "pretrain", model.tiny.steps, model.tiny.batch_size, None)
+
+
+def _pretrained(stage: Stage, seen: Outlook, name: str, steps: int, batch_size: int, size: Size) -> Work:
+    tokens = steps * batch_size * seen.mean_general()
+    flops = _known(size, lambda p: dense_flops(p, tokens))
+    return Work(stage.name, name, f"on {len(seen.general)} general sets", steps, flops if steps else 0.0)
+
+
+def _probe(stage: Stage, seen: Outlook) -> Iterator[Work]:
+    cfg, probe = seen.cfg, seen.cfg.probe
+    if cfg.proxy is not None and not base.describe(cfg, "proxy").done:
+        tiny, prune = cfg.proxy.tiny, cfg.proxy.prune
+        if prune is not None:
+            steps = prune.heal_steps
+            name = "cut out and heal the proxy" if steps else "cut out the proxy"
+            yield _pretrained(stage, seen, name, steps, cfg.train.batch_size, seen.proxy)
+        elif tiny is not None:
+            yield _pretrained(stage, seen, "pretrain the proxy", tiny.steps, tiny.batch_size, None)
+    for task in [*seen.tasks, *(seen.general if contrasts(probe.score) else [])]:
+        warm, read = probe.num_steps(len(task.train)), probe.fisher_batch_size or probe.batch_size
+        tokens = seen.tokens[task.name] * (warm * probe.batch_size + probe.fisher_batches * read)
+        flops = _known(seen.proxy, lambda p, tokens=tokens: dense_flops(p, tokens))  # type: ignore[misc]
+        yield Work(stage.name, f"probe {task.name}", f"{len(task.train):,} training examples", warm, flops)
+
+
+def _project(stage: Stage, seen: Outlook) -> Iterator[Work]:
+    cfg = seen.cfg
+    chosen_before = needs_proxy(cfg.projection) and (cfg.proxy is None or cfg.mask.granularity == "tensor")
+    count = 0 if chosen_before else num_batches(cfg.projection, cfg.probe)
+    for task in seen.tasks:
+        tokens = count * cfg.probe.batch_size * seen.tokens[task.name]
+        detail = f"{cfg.projection.placement}: {count} batches of {cfg.probe.batch_size} examples"
+        flops = _known(seen.target, lambda p, tokens=tokens: dense_flops(p, tokens))  # type: ignore[misc]
+        if count == 0:
+            detail, flops = "weights alone are looked at", 0.0
+        yield Work(stage.name, f"project {task.name}", detail, 0, flops, stage.launched)
+
+
+def _memory(stage: Stage, seen: Outlook) -> Iterator[Work]:
+    cfg, task = seen.cfg, seen.tasks[0]
+    examples = min(cfg.train.batch_size, EXAMPLES_PER_RANK * cfg.launch.num_ranks)
+    tokens = MEASURED_STEPS * examples * seen.tokens[task.name]
+    mask = cfg.largest.mask
+    flops = _known(
+        seen.target, lambda p: masked_flops(p, tokens, mask.share, mask.in_lines) + dense_flops(p, tokens)
+    )
+    detail = "masked and full training, a few steps each"
+    yield Work(stage.name, "measure memory", detail, 2 * MEASURED_STEPS, flops, stage.launched)
+
+
+def _continual(stage: Stage, seen: Outlook) -> Iterator[Work]:
+    cfg = seen.cfg
+    names = stage.arguments[2].strip("[]").split(",")
+    if stage.launched and continual.projects(names) and not seen.mask_given:
+        yield from _project(stage, seen)
+    if cfg.mask.density == AUTO:
+        yield _density_race(stage, seen)
+    for entry in check_methods(cfg):
+        if entry.name in names:
+            if cfg.folder.method(entry.name).is_file():
+                yield Work(stage.name, f"{entry.name}: -", "is there", 0, 0.0)
+            else:
+                yield from _method(stage, seen, entry)
+
+
+def _method(stage: Stage, seen: Outlook, entry: Entry) -> Iterator[Work]:
+    cfg, kind, name = seen.cfg, entry.kind, entry.name
+
+    def work(what: str, detail: str, steps: int, flops: Callable[[int], float]) -> Work:
+        return Work(stage.name, f"{name}: {what}", detail, steps, _known(seen.target, flops), stage.launched)
+
+    if kind.races(entry.options, cfg):
+        yield _race(stage, seen, entry)
+    if kind.teaches:
+        asked = {
+            task.name: min(len(task.train), cfg.bank.keep_prompts or len(task.train)) for task in seen.tasks
+        }
+        tokens = sum(2 * seen.tokens[task] * count for task, count in asked.items())
+        detail = f"{sum(asked.values()):,} prompts, by each task's delta"
+        yield work("answers to learn from", detail, 0, lambda p: forward_flops(p, tokens))
+    for number, task in enumerate(seen.tasks if kind.trains else [], start=1):
+        steps = kind.num_steps(entry.options, cfg, seen.steps()[:number])
+        mean, examples = seen.tokens[task.name], steps * cfg.train.batch_size
+        epochs = examples / len(task.train)
+        detail = f"{epochs:.1f} epochs of {len(task.train):,} examples, {mean:.0f} tokens each"
+        if number > 1 and steps != seen.steps()[number - 1]:
+            detail = f"{examples:,} examples of all tasks so far"
+        yield work(
+            f"learn {task.name}",
+            detail,
+            steps,
+            lambda p, tokens=mean * examples: kind.flops(cfg, p, tokens),  # type: ignore[misc]
+        )
+        if task.validation is not None and not kind.teaches:
+            looks = -(-steps // cfg.train.eval_every)
+            tokens = (1 if cfg.train.eval_by == "loss" else 3) * mean * len(task.validation) * looks
+            detail = f"{looks} looks at {len(task.validation):,} examples, at most"
+            yield work(f"validate {task.name}", detail, 0, lambda p, tokens=tokens: forward_flops(p, tokens))  # type: ignore[misc]
+    times = kind.num_scorings(len(seen.tasks))
+    tests = [*seen.tasks, *seen.general]
+    # Answers are generated after a pass over the prompt.
+    tokens = sum(2 * times * seen.tokens[task.name] * len(task.test) for task in tests)
+    detail = f"{sum(len(task.test) for task in tests):,} test examples, {times} times"
+    yield work("score", detail, 0, lambda p: forward_flops(p, tokens))
+
+
+def _race(stage: Stage, seen: Outlook, entry: Entry) -> Work:
+    cfg, race = seen.cfg, seen.cfg.race
+    raced = seen.tasks[: race.tasks]
+    steps = [min(race.steps, each) for each in seen.steps()[: race.tasks]]
+    trained = sum(
+        seen.tokens[task.name] * cfg.train.batch_size * count
+        for task, count in zip(raced, steps, strict=True)
+    )
+    held = sum(
+        seen.tokens[task.name]
+        * (
+            min(race.heldout, MOST_HELDOUT * len(task.train))
+            if task.validation is None
+            else len(task.validation)
+        )
+        for task in raced
+    )
+    count = len(race.grid)
+    return Work(
+        stage.name,
+        f"{entry.name}: race on {' and '.join(task.name for task in raced)}",
+        f"{count} learning rates, and at most {MOST_EXTENSIONS} beyond them",
+        count * sum(steps),
+        _known(seen.target, lambda p: count * (entry.kind.flops(cfg, p, trained) + forward_flops(p, held))),
+        stage.launched,
+    )
+
+
+def _density_race(stage: Stage, seen: Outlook) -> Work:
+    cfg, race, mask = seen.cfg, seen.cfg.race, seen.cfg.largest.mask
+    trainings = len(race.densities) * len(race.grid)
+    raced = list(zip(seen.tasks, seen.steps(), strict=True))[: race.tasks]
+    steps = [min(race.steps, count) for _, count in raced]
+    tokens = trainings * sum(
+        seen.tokens[task.name] * cfg.train.batch_size * count
+        for (task, _), count in zip(raced, steps, strict=True)
+    )
+    return Work(
+        stage.name,
+        "race for a density",
+        f"{len(race.densities)} densities with {len(race.grid)} learning rates each, on {len(raced)} task(s)",
+        trainings * sum(steps),
+        _known(seen.target, lambda p: masked_flops(p, tokens, mask.share, mask.in_lines)),
+        stage.launched,
+    )
+
+
+WORK: dict[str, Callable[[Stage, Outlook], Iterator[Work]]] = {
+    "base": _base,
+    "probe": _probe,
+    "project": _project,
+    "memory": _memory,
+    "continual": _continual,
+}
+"""Command of a stage -> its pieces."""
