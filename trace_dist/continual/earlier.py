@@ -11,6 +11,7 @@ import torch
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.delta import extract_delta
 from trace_dist.config import RunConfig
+from trace_dist.config.checks import AUTO
 from trace_dist.config.mask import ShareOf
 from trace_dist.continual.isolation.base import Change, load_isolation
 from trace_dist.masks.layouts import layouts_for
@@ -114,7 +115,9 @@ def check_room_beside(cfg: RunConfig, bank: DeltaBank) -> None:
     isolation = load_isolation(of)
     refused = isolation.refused(layouts, (bank.mask(name) for name in earlier))
     count = len(names) if isolation.disjoint else 1
-    check_room(layouts, of.density, refused, names[0], of.isolation, of.share_of, count)
+    # A race may choose the smallest one.
+    density = min(cfg.race.densities) if of.density == AUTO else of.share
+    check_room(layouts, density, refused, names[0], of.isolation, of.share_of, count)
 
 
 def check_apart(mask: Mask, refused: Units, what: str, isolation: str) -> None:
