@@ -64,9 +64,8 @@ def test_a_simulated_rank_sends_and_keeps_what_a_real_one_does(
 @pytest.mark.parametrize("name", ["row", "full"])
 def test_repeated_blocks_are_the_whole_model(simulated: dict[str, Any], name: str) -> None:
     whole, repeated = simulated["whole"][name], simulated["repeated"][name]
-    differing = set(_differing(whole, repeated)) - {
-        "/peak_bytes"
-    }  # of so small a model the last block's is no peak
+    # Of so small a model the last block's bytes are no peak.
+    differing = set(_differing(whole, repeated)) - {"/peak_bytes"}
     # Which units are drawn is chance, and how many of them the first rank owns: of a mask alone.
     assert not differing or name == "row"
     assert repeated["launches"] == whole["launches"]

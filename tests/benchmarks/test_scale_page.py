@@ -23,9 +23,8 @@ def test_another_result_is_another_page(tmp_path: Path) -> None:
     study = json.loads((results / "scale.json").read_text())
     study["run_info"]["commit"] = "0123456789ab"
     (results / "scale.json").write_text(json.dumps(study))
-    assert (
-        render(PAGE, results, SECTIONS).count("0123456789ab") == len(SECTIONS) - 1
-    )  # constants have files of their own
+    # Constants have files of their own.
+    assert render(PAGE, results, SECTIONS).count("0123456789ab") == len(SECTIONS) - 1
 
 
 def test_what_is_predicted_says_so() -> None:
