@@ -75,7 +75,7 @@ class Needs:
             if entry.kind.trains:
                 ranks = continual.runs_on_ranks(self.cfg, entry.name)
                 setup = self.setup if ranks else alone(self.cfg, self.setup, self.cfg.train.batch_size)
-                own = entry.kind.memory(self.cfg, setup)
+                own = entry.kind.memory_setup(self.cfg, setup)
                 yield Need(entry.name, own.world_size, self._estimate(own))
 
     def of_stages(self, stages: Sequence[Stage]) -> Iterator[Need]:

@@ -28,7 +28,7 @@ class Adapted(Dense):
         return masked_flops(num_parameters, num_tokens, cfg.mask.density, rows=True)
 
     @classmethod
-    def memory(cls, cfg: RunConfig, setup: MemorySetup) -> MemorySetup:
+    def memory_setup(cls, cfg: RunConfig, setup: MemorySetup) -> MemorySetup:
         # The base in fp32, and states of as many parameters.
         return replace(
             setup, granularity="row", dtype="float32", quantize="none", state_dtype="float32", offload="none"

@@ -100,7 +100,7 @@ class Method(ABC):
         return num_tasks + 1
 
     @classmethod
-    def memory(cls, cfg: RunConfig, setup: MemorySetup) -> MemorySetup:
+    def memory_setup(cls, cfg: RunConfig, setup: MemorySetup) -> MemorySetup:
         """The training whose memory is the method's, for forecasts.
 
         Args:

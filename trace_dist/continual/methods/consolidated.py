@@ -94,7 +94,7 @@ class Consolidated(OneSet):
         return int(options.steps or round(sum(steps) / (1 - share)))
 
     @classmethod
-    def memory(cls, cfg: RunConfig, setup: MemorySetup) -> MemorySetup:
+    def memory_setup(cls, cfg: RunConfig, setup: MemorySetup) -> MemorySetup:
         # The union of the tasks' masks, which have nothing in common at worst.
         return replace(setup, density=min(1.0, len(cfg.tasks) * setup.density))
 

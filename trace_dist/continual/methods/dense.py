@@ -74,7 +74,7 @@ class Dense(Method):
         return dense_flops(num_parameters, num_tokens)
 
     @classmethod
-    def memory(cls, cfg: RunConfig, setup: MemorySetup) -> MemorySetup:
+    def memory_setup(cls, cfg: RunConfig, setup: MemorySetup) -> MemorySetup:
         return dense_setup(setup)
 
     @abstractmethod
