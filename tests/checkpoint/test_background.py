@@ -199,7 +199,7 @@ def test_an_error_ends_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
             gate.set()
             wait([writer._work])
 
-    monkeypatch.setattr(MetricLog, "write", lambda self, step, values: after(step, values))
+    monkeypatch.setattr(MetricLog, "write", lambda self, step, values, *_: after(step, values))
     gate = held(writer) if ending == "the next step" else Event()
     log = MetricLog(RunFolder.of(tmp_path), "t")
     # A file where the older folder of the step goes: it cannot be replaced.
@@ -225,7 +225,7 @@ def test_what_is_being_written_is_kept_when_training_diverges(
             next(learner.module.parameters()).data.fill_(float("nan"))
             gate.set()
 
-    monkeypatch.setattr(MetricLog, "write", lambda self, step, values: after(step))
+    monkeypatch.setattr(MetricLog, "write", lambda self, step, *_: after(step))
     log = MetricLog(RunFolder.of(tmp_path), "t")
     with pytest.raises(NotFinite), checkpoints:
         train_steps(learner, batches, cfg, STEPS, log=log, keeper=checkpoints)

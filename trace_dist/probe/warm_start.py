@@ -50,6 +50,8 @@ def warm_start(
         parameter.requires_grad_(False)
     tuned = {name: parameters[name] for name in names}
     before = {name: parameter.detach().clone() for name, parameter in tuned.items()}
+    # A warm start is short: one bad step says that its rate is too high.
+    train = train.strict()
     learner = DenseLearner(module, tuned.values(), train, probe.lr, dtype)
     before_loss = None if heldout is None else answer_loss(learner, heldout.step)
     result = train_steps(learner, batches, train, probe.steps, description=description, rate="probe.lr")

@@ -20,6 +20,7 @@ from trace_dist.config import RunConfig
 from trace_dist.config.checks import AUTO
 from trace_dist.continual.driver import method_class
 from trace_dist.continual.race import split
+from trace_dist.data.modality import TEXT
 from trace_dist.data.validation import MOST_HELDOUT
 from trace_dist.masks.ops import layouts_for, mask_from_scores
 from trace_dist.masks.storage import save_saliency
@@ -91,7 +92,9 @@ class Proxy:
             logger.info("probe %s: kept the trace %s", task, path)
             return found
         steps = cfg.probe.num_steps(len(stream.encoded))
-        stream, heldout = self._apart(stream, steps) if steps else (stream, None)
+        # Chance is known of texts alone.
+        measured = steps > 0 and cfg.data.modality == TEXT
+        stream, heldout = self._apart(stream, steps) if measured else (stream, None)
         probe, own = cfg.probe, None
         if probe.fisher_batch_size is not None:
             own = self.bench.batches([stream], probe.fisher_batch_size)

@@ -143,7 +143,7 @@ class MaskedLearner(Learner):
             master=cfg.master,
             offload=cfg.offload,
             scale=scale,
-            check_first=cfg.max_bad_steps > 0,
+            check_first=True,
         )
 
     def backward(self, loss: Tensor) -> None:

@@ -137,7 +137,7 @@ def narrow_scores(
     optimizer = learner.optimizer
     start = [optimizer.values(support).clone() for support in optimizer.supports]
     label, rate = f"narrow {task}".rstrip(), f"{options.where}.lr"
-    train_steps(learner, batches, train, options.steps, description=label, rate=rate)
+    train_steps(learner, batches, train.strict(), options.steps, description=label, rate=rate)
     gradients = compact_gradients(learner, batches, probe.fisher_batches)
     parts, energies = parts_of(probe.score), {}
     for support, before, (mean, squares) in zip(optimizer.supports, start, gradients, strict=True):
