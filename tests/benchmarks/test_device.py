@@ -42,6 +42,7 @@ def test_every_phase_of_a_step_is_waited_for(monkeypatch: pytest.MonkeyPatch, wa
         backward=lambda loss: waits.append("backward"),
         step=lambda: waits.append("step"),
         num_trained=1,
+        states=dict,
     )
     with fake_gpu(monkeypatch):
         monkeypatch.setattr("trace_dist.utils.dist.max_over_ranks", lambda value: value)

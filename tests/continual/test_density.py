@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from trace_dist.continual.setting import Setting
 from trace_dist.masks import Mask
 from trace_dist.report.narrative import chosen_density
 from trace_dist.report.results import parse_results
-from trace_dist.stages import preview
+from trace_dist.stages.preview import preview
 from trace_dist.stages.project import run_project
 from trace_dist.stages.report import collect_results
 
@@ -146,9 +147,9 @@ def test_what_cannot_race_is_refused(
         replace(cfg, **{section: replace(getattr(cfg, section), **changes)})
 
 
-def test_a_preview_counts_the_trainings(whole: RunConfig) -> None:
-    tasks = [stream.task for stream in Setting.load(whole).bench.tasks]
-    work = {each.name: each for each in preview._work(racing(whole), tasks, [9.0, 9.0], 1000, 100)}
+def test_a_preview_counts_the_trainings(whole: RunConfig, tmp_path: Path) -> None:
+    cfg = replace(racing(whole), run_dir=str(tmp_path))
+    work = {each.name: each for each in preview(cfg).work}
     # Two densities, two rates, one task, six steps.
     assert work["race for a density"].steps == 24
 

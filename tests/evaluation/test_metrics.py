@@ -18,7 +18,7 @@ from trace_dist.evaluation.metric import check_metric, load_metric
 from trace_dist.evaluation.metrics.numeric import last_number
 from trace_dist.parts import METRICS
 
-GENERATED = [name for name in METRICS if name not in ("choice", "bits_per_byte")]
+GENERATED = [name for name in METRICS if name not in ("choice", "bits_per_byte", "top1")]
 
 
 def make_task(metric: str, *rows: dict[str, Any], options: dict[str, Any] | None = None) -> Task:

@@ -71,7 +71,9 @@ class CompactReducer:
         self._values: dict[int, Tensor] = {}  # id(support) -> [whole entries], not yet exchanged
         self._next = 0
         self._in_flight: deque[_Exchange] = deque()
-        self._sums: Tensor | None = None  # [world] of what each rank has sent here since the last reset
+        self._sums: list[
+            Tensor
+        ] = []  # [world] of what each rank has sent here, by exchange, since the last reset
         self.has_unreduced = False
         """Whether gradients came, or were being exchanged, since the last ``finish`` that came to its end."""
 
@@ -118,7 +120,7 @@ class CompactReducer:
         while self._in_flight:
             self._in_flight.popleft().work.wait()
         self._values.clear()
-        self._sums = None
+        self._sums.clear()
         self._next = 0
         self.has_unreduced = False
 
@@ -127,7 +129,7 @@ class CompactReducer:
 
         A rank's sum tells it, which is formed beside the addition; nobody looks at it before something is wrong.
         """
-        return [] if self._sums is None else (~self._sums.isfinite()).nonzero().flatten().tolist()
+        return (~sum(self._sums).isfinite()).nonzero().flatten().tolist() if self._sums else []
 
     def _is_ready(self, bucket: list[Support]) -> bool:
         return all(id(support) in self._values for support in bucket)
@@ -155,8 +157,7 @@ class CompactReducer:
         while self._in_flight and (wait or self._in_flight[0].work.is_completed()):
             exchange = self._in_flight.popleft()
             exchange.work.wait()
-            sums = exchange.received.sum(1)
-            self._sums = sums if self._sums is None else self._sums + sums
+            self._sums.append(exchange.received.sum(1))
             total = exchange.received[0]
             for contribution in exchange.received[1:]:
                 total += contribution

@@ -147,9 +147,10 @@ def _continual(stage: Stage, seen: Outlook) -> Iterator[Work]:
     names = stage.arguments[2].strip("[]").split(",")
     if stage.launched and continual.projects(names) and not seen.mask_given:
         yield from _project(stage, seen)
-    if cfg.mask.density == AUTO:
+    entries = check_methods(cfg)
+    if cfg.mask.density == AUTO and entries[0].name in names:
         yield _density_race(stage, seen)
-    for entry in check_methods(cfg):
+    for entry in entries:
         if entry.name in names:
             if cfg.folder.method(entry.name).is_file():
                 yield Work(stage.name, f"{entry.name}: -", "is there", 0, 0.0)
