@@ -129,7 +129,9 @@ class CompactReducer:
 
         A rank's sum tells it, which is formed beside the addition; nobody looks at it before something is wrong.
         """
-        return (~sum(self._sums).isfinite()).nonzero().flatten().tolist() if self._sums else []
+        if not self._sums:
+            return []
+        return (~torch.stack(self._sums).sum(0).isfinite()).nonzero().flatten().tolist()
 
     def _is_ready(self, bucket: list[Support]) -> bool:
         return all(id(support) in self._values for support in bucket)
