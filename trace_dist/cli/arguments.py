@@ -201,7 +201,7 @@ BENCHMARKS = {
     "memory": Command(
         "compare predicted with measured memory on three models and one and two ranks",
         "bench memory --out memory.json",
-        {"out": OUT},
+        {"rounds": (int, 3, "measurements of each; the median counts"), "out": OUT},
     ),
     "checkpoint": Command(
         "time how long training stands still for a checkpoint that it waits for, and for one written beside it",

@@ -69,7 +69,7 @@ def _checkpoint(arguments: Any, out: Path | None) -> dict[str, Any]:
 def _memory(arguments: Any, out: Path | None) -> dict[str, Any]:
     from trace_dist.benchmarks.prediction import compare_memory
 
-    return compare_memory()
+    return compare_memory(arguments.rounds)
 
 
 def _serve(arguments: Any, out: Path | None) -> dict[str, Any]:
