@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,12 @@ def continue_alone(relay: Path) -> None:
     from trace_dist import shard
 
     run(shard(PLAIN.model(), "single"), PLAIN, relay, last=7)
+
+
+@pytest.fixture(autouse=True)
+def records_propagate() -> None:
+    """A command that ran in an earlier test has set up logging of its own, past pytest's handlers."""
+    logging.getLogger("trace_dist").propagate = True
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from pathlib import Path
 
@@ -66,7 +65,6 @@ def test_threshold_is_the_rank_among_heldout_prompts(caplog: pytest.LogCaptureFi
     assert len(densities) == 40
     for rate, rank in ((0.05, 2), (0.1, 4), (0.5, 20)):
         assert threshold(signature, rate) == densities[rank - 1]
-    logging.getLogger("trace_dist").propagate = True
     assert threshold(signature, 0.02) == -math.inf
     assert "reject=0.02: needs 49 held-out prompts of a task, and t kept 40" in caplog.text
     assert not Rejection(signature, 0.02).rejects(torch.full((1, 6), 1e6)).any()

@@ -237,7 +237,6 @@ def test_several_forms_are_refused_until_one_is_chosen(tmp_path: Path) -> None:
 def test_what_is_read_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _say.cache_clear()
     caplog.set_level(logging.INFO, logger="trace_dist")
-    logging.getLogger("trace_dist").propagate = True
     rows = [{"question": "q", "answer": "a", "id": 1}] * 2
     examples(tmp_path, *rows)
     examples(tmp_path, *rows)

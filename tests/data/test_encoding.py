@@ -78,7 +78,6 @@ def test_truncation_cuts_the_prompt_on_the_left_and_never_the_answer(
     chat: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, logger="trace_dist")
-    logging.getLogger("trace_dist").propagate = True
     encoded = encode(
         rows(("ab", "c"), ("abcdefgh", "ij")), chat, DataConfig(max_length=8, truncate_prompt=True)
     )

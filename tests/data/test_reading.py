@@ -264,7 +264,6 @@ def test_a_name_with_brackets_is_no_pattern(tmp_path: Path) -> None:
 
 def test_a_validation_split_that_is_tested_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="trace_dist")
-    logging.getLogger("trace_dist").propagate = True
     write(tmp_path / "d/train.parquet", ROWS[:30])
     write(tmp_path / "d/validation.parquet", ROWS[30:])
     prompts(task(tmp_path / "d", name="said"))

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -84,7 +83,6 @@ def test_neighbouring_seeds_would_overlap_so_splits_use_unrelated_ones() -> None
 
 
 def test_task_with_too_few_prompts_keeps_and_reports_the_overlap(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("trace_dist").propagate = True
     loaded = load_task(task(reasoning_gym=SUM, num_train=2000, num_test=200), seed=0)
     assert len(loaded.train) == 2000
     assert loaded.overlap_percent > 90

@@ -147,7 +147,6 @@ def test_a_model_that_lets_examples_see_each_other_is_found_out(
     dtype: torch.dtype, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It takes position ids, but its last layer reads the token before: packing is off, said, and the training goes on."""
-    logging.getLogger("trace_dist").propagate = True
     model = family("llama", dtype=dtype)
     model.model.layers[-1].mlp = Mixing(model.model.layers[-1].mlp, 1.0)
     learner = DenseLearner(model, model.parameters(), CONFIG)
@@ -193,7 +192,6 @@ def test_a_masked_training_has_the_losses_of_one_without_packing() -> None:
 
 def test_nothing_is_packed_where_examples_are_of_one_length(caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger("trace_dist").setLevel(logging.INFO)
-    logging.getLogger("trace_dist").propagate = True
     model = family("llama", dtype=torch.float32)
     learner = DenseLearner(model, model.parameters(), CONFIG)
     same = datasets.Dataset.from_list(

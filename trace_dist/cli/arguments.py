@@ -138,7 +138,11 @@ NOT_ASKED = {
 }
 """Fields of a memory setup that an action has no use for."""
 
-SHAPE = "model whose sizes are taken; its weights are random. With tiny the command only shows that it works"
+SHAPE: Argument = (
+    str,
+    "SmolLM2-135M",
+    "model whose sizes are taken; its weights are random. With tiny the command only shows that it works",
+)
 BENCHMARKS = {
     "kernels": Command(
         "time every kernel on this machine's GPU, or CPU beside torch's fused AdamW",
@@ -158,11 +162,7 @@ BENCHMARKS = {
         "time whole training steps under ZeRO-3 beside full fine-tuning, LoRA and SHiRA; count what they send",
         "bench step --shape tiny --rounds 1 --steps 2",
         {
-            "shape": (
-                str,
-                "SmolLM2-135M",
-                SHAPE,
-            ),
+            "shape": SHAPE,
             "contestants": (
                 list[str] | None,
                 None,
@@ -186,11 +186,7 @@ BENCHMARKS = {
         "time swaps of deltas beside checkpoints and LoRA adapters, mixed streams of tasks, and retrieval",
         "bench serve --shape tiny --rounds 1 --tokens 4",
         {
-            "shape": (
-                str,
-                "SmolLM2-135M",
-                SHAPE,
-            ),
+            "shape": SHAPE,
             "density": (float, 0.05, "masked share of the linear layers"),
             "sequence": (int, 128, "tokens per prompt"),
             "tokens": (int, 16, "tokens per answer"),
@@ -207,7 +203,7 @@ BENCHMARKS = {
         "time how long training stands still for a checkpoint that it waits for, and for one written beside it",
         "bench checkpoint --shape tiny --rounds 1 --steps 1",
         {
-            "shape": (str, "SmolLM2-135M", "of the model, whose weights are random; or tiny"),
+            "shape": SHAPE,
             "density": (float, 0.05, "masked share of the linear layers"),
             "ranks": (int, 2, "ranks of masked training, one thread each; full fine-tuning has one"),
             "rounds": (int, 3, "how often each is measured; the median counts"),

@@ -180,8 +180,8 @@ def represent(
         # clones: a row that is pickled for the other ranks would take the whole batch with it
         return [row.clone() for row in torch.stack([pooled(states[layer]) for layer in layers], dim=1).cpu()]
 
-    with evaluating(model):
-        return torch.stack(map_over_ranks([1] * len(prompts), batch_size, run))
+    with evaluating(model) as alone:
+        return torch.stack(map_over_ranks([1] * len(prompts), batch_size, run, alone))
 
 
 def pooled(states: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from trace_dist.masks.unit_sums import add_at
 from trace_dist.masks.units import UnitLayout
 from trace_dist.models.axes import axes_of
 from trace_dist.models.origin import Origin
@@ -139,7 +140,6 @@ def unit_means(values: Tensor, layout: UnitLayout) -> Tensor:
     if layout.unit == 1:
         return values.reshape(-1).float()
     units = layout.unit_of(torch.arange(layout.numel))
-    sums = torch.zeros(layout.num_units, dtype=torch.float64).index_add_(
-        0, units, values.reshape(-1).double()
-    )
+    sums = torch.zeros(layout.num_units, dtype=torch.float64)
+    add_at(sums, units, values.reshape(-1).double())
     return (sums / layout.sizes(torch.arange(layout.num_units))).float()

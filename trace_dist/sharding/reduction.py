@@ -71,9 +71,8 @@ class CompactReducer:
         self._values: dict[int, Tensor] = {}  # id(support) -> [whole entries], not yet exchanged
         self._next = 0
         self._in_flight: deque[_Exchange] = deque()
-        self._sums: list[
-            Tensor
-        ] = []  # [world] of what each rank has sent here, by exchange, since the last reset
+        self._sums: list[Tensor] = []
+        """Of what each rank has sent here, [world] by exchange, since the last ``discard``."""
         self.has_unreduced = False
         """Whether gradients came, or were being exchanged, since the last ``finish`` that came to its end."""
 

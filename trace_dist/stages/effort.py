@@ -69,6 +69,15 @@ class Outlook:
         """Optimizer steps of each task."""
         return [task.steps or self.cfg.train.steps for task in self.cfg.tasks]
 
+    def raced(self) -> tuple[int, float]:
+        """Optimizer steps, and tokens, with which one rate of a race trains."""
+        race, size = self.cfg.race, self.cfg.train.batch_size
+        steps = [min(race.steps, count) for count in self.steps()[: race.tasks]]
+        tokens = (
+            self.tokens[task.name] * size * count for task, count in zip(self.tasks, steps, strict=False)
+        )
+        return sum(steps), sum(tokens)
+
     def mean_general(self) -> float:
         """Tokens of a general example, on average."""
         return sum(self.tokens[task.name] for task in self.general) / max(1, len(self.general))
@@ -201,12 +210,7 @@ def _method(stage: Stage, seen: Outlook, entry: Entry) -> Iterator[Work]:
 
 def _race(stage: Stage, seen: Outlook, entry: Entry) -> Work:
     cfg, race = seen.cfg, seen.cfg.race
-    raced = seen.tasks[: race.tasks]
-    steps = [min(race.steps, each) for each in seen.steps()[: race.tasks]]
-    trained = sum(
-        seen.tokens[task.name] * cfg.train.batch_size * count
-        for task, count in zip(raced, steps, strict=True)
-    )
+    raced, (steps, trained) = seen.tasks[: race.tasks], seen.raced()
     held = sum(
         seen.tokens[task.name]
         * (
@@ -221,27 +225,23 @@ def _race(stage: Stage, seen: Outlook, entry: Entry) -> Work:
         stage.name,
         f"{entry.name}: race on {' and '.join(task.name for task in raced)}",
         f"{count} learning rates, and at most {MOST_EXTENSIONS} beyond them",
-        count * sum(steps),
+        count * steps,
         _known(seen.target, lambda p: count * (entry.kind.flops(cfg, p, trained) + forward_flops(p, held))),
         stage.launched,
     )
 
 
 def _density_race(stage: Stage, seen: Outlook) -> Work:
-    cfg, race, mask = seen.cfg, seen.cfg.race, seen.cfg.largest.mask
+    race, mask = seen.cfg.race, seen.cfg.largest.mask
     trainings = len(race.densities) * len(race.grid)
-    raced = list(zip(seen.tasks, seen.steps(), strict=True))[: race.tasks]
-    steps = [min(race.steps, count) for _, count in raced]
-    tokens = trainings * sum(
-        seen.tokens[task.name] * cfg.train.batch_size * count
-        for (task, _), count in zip(raced, steps, strict=True)
-    )
+    steps, tokens = seen.raced()
     return Work(
         stage.name,
         "race for a density",
-        f"{len(race.densities)} densities with {len(race.grid)} learning rates each, on {len(raced)} task(s)",
-        trainings * sum(steps),
-        _known(seen.target, lambda p: masked_flops(p, tokens, mask.share, mask.in_lines)),
+        f"{len(race.densities)} densities with {len(race.grid)} learning rates each, on "
+        f"{len(seen.tasks[: race.tasks])} task(s)",
+        trainings * steps,
+        _known(seen.target, lambda p: masked_flops(p, trainings * tokens, mask.share, mask.in_lines)),
         stage.launched,
     )
 

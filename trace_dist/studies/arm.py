@@ -174,8 +174,12 @@ class Placed(Masked):
     def proxy_masks(self, case: Case) -> dict[float, Mask]:
         """The proxy's masks at each density, by the score of the section ``probe``."""
         small, kind = self.lab.small, self.lab.cfg.mask.granularity
-        scores = unit_importance(self.probes.proxy(case), small.layouts, self.lab.cfg.probe.score)
+        scores = self.proxy_scores(case)
         return nested_masks(small.layouts, kind, self.lab.study.densities, lambda name, _: scores[name])
+
+    def proxy_scores(self, case: Case) -> dict[str, Tensor]:
+        """Parameter of the proxy -> importance of its units, by the score of the section ``probe``."""
+        return unit_importance(self.probes.proxy(case), self.lab.small.layouts, self.lab.cfg.probe.score)
 
     def _options(self, part: Any) -> dict[str, Any]:
         """Of the configuration's options those that the placement has."""

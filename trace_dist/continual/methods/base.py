@@ -53,6 +53,8 @@ class Method(ABC):
     """Whether it reads what the probe has left, beside the run's masks."""
     trains: ClassVar[bool] = True
     """Whether it trains at all; otherwise it has no learning rate."""
+    keeps_answers: ClassVar[bool] = False
+    """Whether what was answered stays: each test set is answered by the base and by its task's own weights, and not again."""
     teaches: ClassVar[bool] = False
     """Whether it first asks the bank for what it trains on, instead of labels."""
     race: Race | None = None
@@ -97,7 +99,7 @@ class Method(ABC):
     @classmethod
     def num_scorings(cls, num_tasks: int) -> int:
         """How often each test set is answered in a run of so many tasks, for forecasts."""
-        return num_tasks + 1
+        return 2 if cls.keeps_answers else num_tasks + 1
 
     @classmethod
     def memory_setup(cls, cfg: RunConfig, setup: MemorySetup) -> MemorySetup:

@@ -82,6 +82,7 @@ class LoRARetrieved(LoRA):
     """Adapters per task, retrieved at test time."""
 
     label = "LoRA per task, retrieved"
+    keeps_answers = True
     continues = False
 
     @classmethod
@@ -97,11 +98,6 @@ class LoRARetrieved(LoRA):
         # of its own: representations are those of this model
         self._judge = Judge(setting.cfg, setting.bench)
         self._scored = Scored()
-
-    @classmethod
-    def num_scorings(cls, num_tasks: int) -> int:
-        # By the base, and by the task's own weights: what was answered is kept.
-        return 2
 
     @cached_property
     def bank(self) -> Adapters:

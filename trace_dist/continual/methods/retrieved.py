@@ -47,6 +47,7 @@ class Retrieved(Method):
 
     label = "retrieved"
     colour = "blue"
+    keeps_answers = True
     masked = True
     on_ranks = True
     masks: ClassVar[str] = "projected"
@@ -56,11 +57,6 @@ class Retrieved(Method):
         super().__init__(name, setting, options)
         self._scored = Scored()
         self._sizes: dict[str, dict[str, Any]] = {}  # of each task learned: delta_bytes, entries, density
-
-    @classmethod
-    def num_scorings(cls, num_tasks: int) -> int:
-        # By the base, and by the task's own weights: what was answered is kept.
-        return 2
 
     @cached_property
     def bank(self) -> DeltaBank:

@@ -36,17 +36,13 @@ class Separate(Full):
 
     label = "a model per task (bound)"
     colour = "amber"
+    keeps_answers = True
     continues = False
 
     def __init__(self, name: str, setting: Setting, options: Options) -> None:
         super().__init__(name, setting, options)
         self._base: Row | None = None  # scores of the base; None until they are taken
         self._scores: dict[str, float] = {}  # of each task learned, by its own model
-
-    @classmethod
-    def num_scorings(cls, num_tasks: int) -> int:
-        # By the base, and by the task's own weights: what was answered is kept.
-        return 2
 
     def learn(self, stream: Stream) -> TrainResult:
         result = super().learn(stream)

@@ -37,8 +37,8 @@ def evaluate(
         best = model(pixel_values=pixels).logits[:, open_to].argmax(dim=1)
         return [names[open_to[place]] for place in best.tolist()]
 
-    with evaluating(model):
-        taken = map_over_ranks([1] * len(rows), cfg.batch_size, run)
+    with evaluating(model) as alone:
+        taken = map_over_ranks([1] * len(rows), cfg.batch_size, run, alone)
     return mean_score(
         [float(said in references_of(row)) for said, row in zip(taken, rows, strict=True)], taken
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from trace_dist.probe.importance import unit_importance
 from trace_dist.projection.site import Shown, Site
 from trace_dist.studies.arm import Placed
 from trace_dist.studies.lab import Case
@@ -20,9 +19,8 @@ class Align(Placed):
 
     def _site(self, case: Case, budgets: dict[str, float]) -> Site:
         lab, site = self.lab, super()._site(case, budgets)
-        scores = unit_importance(self.probes.proxy(case), lab.small.layouts, lab.cfg.probe.score)
         same = lab.small.bench.tokenizer.get_vocab() == lab.setting.bench.tokenizer.get_vocab()
-        shown = Shown(scores, lab.small.layouts, None, lab.small.module if same else None)
+        shown = Shown(self.proxy_scores(case), lab.small.layouts, None, lab.small.module if same else None)
         return replace(site, shown=shown)
 
 

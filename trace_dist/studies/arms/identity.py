@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from trace_dist.continual.proxy import proxy_origin
-from trace_dist.probe.importance import unit_importance
 from trace_dist.projection.site import Shown, Site
 from trace_dist.studies.arm import Placed
 from trace_dist.studies.lab import Case
@@ -21,9 +20,8 @@ class Identity(Placed):
 
     def _site(self, case: Case, budgets: dict[str, float]) -> Site:
         lab, site = self.lab, super()._site(case, budgets)
-        scores = unit_importance(self.probes.proxy(case), lab.small.layouts, lab.cfg.probe.score)
         origin = proxy_origin(lab.cfg, lab.model, lab.setting.fingerprint)
-        return replace(site, shown=Shown(scores, lab.small.layouts, origin))
+        return replace(site, shown=Shown(self.proxy_scores(case), lab.small.layouts, origin))
 
 
 ARM = Identity
