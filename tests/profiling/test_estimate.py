@@ -22,6 +22,7 @@ from trace_dist.profiling.memory_setup import MemorySetup
 from trace_dist.profiling.selection import Selection, decoded_bytes
 from trace_dist.profiling.states import tensor_bytes
 from trace_dist.sharding.reduction import BUCKET_BYTES
+from trace_dist.train import cross_entropy
 from trace_dist.train.loss import forward_nll_sum
 
 BATCH, LENGTH = 3, 11
@@ -116,6 +117,18 @@ def test_activations_of_a_4bit_model_are_what_autograd_saves() -> None:
     assert before is not None
     # made anew, for this layer alone
     assert gate.peak["activations"] >= before["activations"] + weight.nbytes
+
+
+def test_the_loss_upcasts_as_many_logits_as_on_the_device(
+    llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU upcasts a few rows of logits at a time, a GPU all of these."""
+    vocabulary, upcast, rows = config_of("llama").vocab_size, 4, BATCH * (LENGTH - 1)
+    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", upcast * vocabulary)
+    setup = MemorySetup(llama, micro_batch_size=BATCH, sequence_length=LENGTH, backend="single")
+    on_gpu, on_cpu = (estimate(replace(setup, device=name)).transient["logits"] for name in ("cuda", "cpu"))
+    assert on_gpu - on_cpu == pytest.approx(4 * (rows - upcast) * vocabulary, rel=0.1)
+    assert "meta" not in cross_entropy.CHUNK_ELEMENTS
 
 
 def test_recomputation_and_few_columns_keep_less(llama: str) -> None:

@@ -29,7 +29,7 @@ from trace_dist.models.forward import names_argument
 from trace_dist.models.nf4 import NF4Linear, named_weights
 from trace_dist.profiling.stand_ins import grouped_product, replace_attention
 from trace_dist.sharding.masked_linear import Part, patch_linear
-from trace_dist.train.cross_entropy import nll_sum_
+from trace_dist.train.cross_entropy import chunks_on_meta, nll_sum_
 from trace_dist.train.loss import answer_nll_sum_
 from trace_dist.utils.meta_values import MetaValues
 
@@ -124,6 +124,7 @@ def trace_step(
     micro_batch_size: int,
     sequence_length: int,
     activation_checkpointing: bool = False,
+    device: str = "cpu",
 ) -> StepTrace:
     """Run one micro-batch forward and backward on the meta device.
 
@@ -133,12 +134,13 @@ def trace_step(
         micro_batch_size: examples.
         sequence_length: tokens per example.
         activation_checkpointing: recompute decoder layers in backward, as ``train.activation_checkpointing`` does.
+        device: type of the device whose step it is; the loss upcasts more logits at a time on a GPU.
     """
     module.train()
     _checkpoint(module, activation_checkpointing)
     known = [*module.parameters(), *module.buffers()]
     live = _LiveStorages(iter(known))
-    with warnings.catch_warnings(), _prepared(module, masked, live), live:
+    with warnings.catch_warnings(), _prepared(module, masked, live), live, chunks_on_meta(device):
         warnings.simplefilter("ignore")
         loss = _loss(module, micro_batch_size, sequence_length, live)
         saved = sum(live.alive.values())

@@ -135,7 +135,13 @@ class Estimator:
         columns = tuple(
             (name, chosen.units if layouts[name].stride > 1 else None) for name, chosen in selected.items()
         )
-        step = _Step(columns, setup.micro_batch_size, setup.sequence_length, setup.activation_checkpointing)
+        step = _Step(
+            columns,
+            setup.micro_batch_size,
+            setup.sequence_length,
+            setup.activation_checkpointing,
+            setup.device,
+        )
         gathered = self.gathered(step, setup.backend, setup.world_size, setup.device == "cpu")
         sizes = tuple(
             (
@@ -166,9 +172,9 @@ class Estimator:
         return layouts_for(self.module, granularity, block, maskable)
 
     def _trace(self, step: _Step) -> StepTrace:
-        columns, batch, length, checkpointing = step
+        columns, batch, length, checkpointing, device = step
         try:
-            return trace_step(self.module, dict(columns), batch, length, checkpointing)
+            return trace_step(self.module, dict(columns), batch, length, checkpointing, device)
         # A family's code, which may need values, another length, other inputs than tokens or another dtype.
         except Exception as error:
             raise ValueError(
@@ -262,6 +268,7 @@ class _Step(NamedTuple):
     micro_batch_size: int
     sequence_length: int
     activation_checkpointing: bool
+    device: str
 
 
 def _candidates(moment: Moment, gathered: int, exchange: Exchange) -> list[dict[str, int]]:

@@ -8,6 +8,8 @@ arXiv 2410.10989, section 3.2), and backward has nothing left to do.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +27,18 @@ DEFAULT_CHUNK_ELEMENTS = 2**25
 def rows_at_a_time(logits: Tensor) -> int:
     """How many rows of logits [n, vocabulary] are upcast at a time."""
     return max(1, CHUNK_ELEMENTS.get(logits.device.type, DEFAULT_CHUNK_ELEMENTS) // logits.shape[1])
+
+
+@contextmanager
+def chunks_on_meta(device: str) -> Iterator[None]:
+    """Let tensors of the meta device be upcast by as many rows as those of a type of device, such as ``cpu``."""
+    before = dict(CHUNK_ELEMENTS)
+    CHUNK_ELEMENTS["meta"] = CHUNK_ELEMENTS.get(device, DEFAULT_CHUNK_ELEMENTS)
+    try:
+        yield
+    finally:
+        CHUNK_ELEMENTS.clear()
+        CHUNK_ELEMENTS.update(before)
 
 
 class GradientInPlace(torch.autograd.Function):

@@ -26,7 +26,7 @@ from trace_dist.profiling.simulation.recorder import Recorder
 from trace_dist.profiling.simulation.streams import Streams
 from trace_dist.profiling.stand_ins import replace_attention
 from trace_dist.sharding import zero3
-from trace_dist.train import cross_entropy
+from trace_dist.train.cross_entropy import chunks_on_meta
 from trace_dist.utils import dist
 
 META = torch.device("meta")
@@ -182,9 +182,7 @@ def simulated_rank(world: int, synchronous: bool = False) -> Iterator[Recorder]:
             stack, import_module("torch.optim.adam"), {"_device_dtype_check_for_fused": lambda *_: None}
         )
         _replaced(stack, zero3, {"gathers_by_messages": lambda: synchronous})
-        if synchronous:
-            cpu = cross_entropy.CHUNK_ELEMENTS["cpu"]
-            stack.enter_context(patch.dict(cross_entropy.CHUNK_ELEMENTS, {"meta": cpu}))
+        stack.enter_context(chunks_on_meta("cpu" if synchronous else "cuda"))
         stack.callback(replace_attention(recorder.attention))
         with recorder:
             yield recorder
