@@ -84,8 +84,9 @@ class Ended:
     going_at: float | None = None
 
     def errors(self) -> list[str]:
-        """The lines that explain a failure."""
-        return [line for line in self.said.splitlines() if re.match(r"error( \[rank \d+\])?: ", line)]
+        """What explains a failure, each once: a forked rank has no launcher that ends it before it says the same as rank 0."""
+        found = (re.match(r"error(?: \[rank \d+\])?: (.*)", line) for line in self.said.splitlines())
+        return list(dict.fromkeys(match[1] for match in found if match))
 
 
 def prepare(folder: Path, steps: int, every: int = 3) -> None:
