@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: quickstart quickstart-smollm2 publish bench stream20 trace-small retrieval-study study study-toy study-images gpu scale test fuzz faults soak hosts audit lint format docs wheel clean
+.PHONY: quickstart quickstart-smollm2 publish bench stream20 trace-small retrieval-study study study-toy study-one-model study-one-model-toy study-images gpu scale test fuzz faults soak hosts audit lint format docs wheel clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/trace-dist run --config configs/quickstart.yaml
@@ -53,6 +53,14 @@ study: $(VENV)/.smollm2
 # The same on two tiny models, to see that all of it runs; a quarter of an hour.
 study-toy: $(VENV)/.quickstart
 	OMP_NUM_THREADS=1 $(BIN)/trace-dist study small-to-large --config configs/study-toy.yaml
+
+# What does one set of weights keep of several tasks? Days of one core; a study that was cut goes on.
+study-one-model: $(VENV)/.smollm2
+	OMP_NUM_THREADS=1 $(BIN)/trace-dist study one-model --config configs/study-one-model.yaml
+
+study-one-model-toy: $(VENV)/.quickstart
+	OMP_NUM_THREADS=1 $(BIN)/trace-dist study one-model --config configs/study-one-model-toy.yaml
+	$(BIN)/python -m trace_dist.studies.page docs/results docs/studies.md docs/studies.png
 
 # Handwritten digits, two and five new classes at a time, three seeds; a study that was cut goes on.
 study-images: $(VENV)/.quickstart

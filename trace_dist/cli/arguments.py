@@ -212,18 +212,21 @@ BENCHMARKS = {
         },
     ),
 }
+HOURS: Argument = (
+    float | None,
+    None,
+    "time limit. No training begins that would end after it. With 0 the command only sums up. The same command continues later",
+)
 STUDIES = {
     "small-to-large": Command(
         "compare random, probed and projected masks, LoRA and full training, each at a learning rate of its own",
         "study small-to-large --config configs/study-small-to-large.yaml --hours 2",
-        {
-            "hours": (
-                float | None,
-                None,
-                "time limit. No training begins that would end after it. With 0 the command only sums up. "
-                "The same command continues later",
-            )
-        },
+        {"hours": HOURS},
+    ),
+    "one-model": Command(
+        "compare ways to make one set of weights of several tasks, over orders of the tasks and seeds",
+        "study one-model --config configs/study-one-model.yaml --hours 2",
+        {"hours": HOURS},
     ),
 }
 MASK = "runs/quickstart/masks/reverse.safetensors"

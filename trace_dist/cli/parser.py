@@ -29,6 +29,7 @@ from trace_dist.config.renamed import explain
 from trace_dist.profiling.memory_setup import MemorySetup
 from trace_dist.profiling.simulation.setup import SimulationSetup
 from trace_dist.serving.options import Listening, Sampling, Source
+from trace_dist.studies.one_model_plan import OneModelConfig
 from trace_dist.studies.plan import StudyConfig
 from trace_dist.utils.yaml import check_yaml
 
@@ -248,7 +249,7 @@ def _fill_study(parser: Parser, _: Command) -> None:
     for name, command in known.STUDIES.items():
         child = _subcommand(parser, sub, name, command)
         _fill_run(child, command)
-        child.add_class_arguments(StudyConfig, "study", fail_untyped=True)
+        child.add_class_arguments(STUDY_SECTIONS[name], "study", fail_untyped=True)
 
 
 def _fill_from_bank(own: type | None, arguments: known.Options, rest: str = "") -> Fill:
@@ -263,6 +264,8 @@ def _fill_from_bank(own: type | None, arguments: known.Options, rest: str = "") 
     return fill
 
 
+STUDY_SECTIONS: dict[str, type] = {"small-to-large": StudyConfig, "one-model": OneModelConfig}
+"""What stands in the section ``study`` of each study's configuration."""
 FILL: dict[str, Fill] = {
     "generate": _fill_from_bank(Sampling, known.ASKED),
     "serve": _fill_from_bank(Listening, {}),

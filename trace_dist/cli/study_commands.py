@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from trace_dist.cli.parser import run_config
 from trace_dist.stages.start import check_parts
-from trace_dist.studies.small_to_large import run_study, with_local_tasks
+from trace_dist.studies import one_model, small_to_large
+from trace_dist.studies.local_tasks import with_local_tasks
 from trace_dist.utils import dist
 
-STUDIES = {"small-to-large": run_study}
+STUDIES: dict[str, Callable[..., dict[str, Any]]] = {
+    "small-to-large": small_to_large.run_study,
+    "one-model": one_model.run_study,
+}
 
 
 def study_command(values: Any) -> None:
@@ -26,5 +31,5 @@ def study_command(values: Any) -> None:
     if cfg.backend != "single":
         raise ValueError(f"backend={cfg.backend!r}: a study trains in one process; set backend: single")
     dist.init_distributed()
-    check_parts(with_local_tasks(cfg, arguments.study))
+    check_parts(with_local_tasks(cfg, arguments.study.local_tasks))
     STUDIES[name](cfg, arguments.study, hours)

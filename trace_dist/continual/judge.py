@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
@@ -49,11 +49,19 @@ class Bank(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """Scores at one stage: percent per task and per general set; bits per byte where a general set is text."""
+    """Scores at one stage.
+
+    Attributes:
+        tasks: percent per task.
+        general: percent per general set that is answered.
+        bits_per_byte: per general set that is text.
+        per_example: task -> score of each test example, in [0, 1]; empty where it was not kept.
+    """
 
     tasks: list[float]
     general: list[float]
     bits_per_byte: list[float]
+    per_example: dict[str, list[float]] = field(default_factory=dict, compare=False)
 
 
 @dataclass
@@ -73,6 +81,10 @@ class Judge:
         return [stream.task for stream in self.bench.tasks] + self._general
 
     @property
+    def _task_names(self) -> list[str]:
+        return [stream.task.name for stream in self.bench.tasks]
+
+    @property
     def general_names(self) -> list[str]:
         """General sets that are scored in percent."""
         return [task.name for task in self._general if task.metric != "bits_per_byte"]
@@ -82,37 +94,45 @@ class Judge:
         """General sets that are scored in bits per byte."""
         return [task.name for task in self._general if task.metric == "bits_per_byte"]
 
-    def _row(self, values: dict[str, float]) -> Row:
-        return Row(
-            [values[stream.task.name] for stream in self.bench.tasks],
-            [values[name] for name in self.general_names],
-            [values[name] for name in self.text_names],
+    def _row(self, values: Mapping[str, float | Sequence[float]]) -> Row:
+        """A row out of the scores of each answered set's examples, in [0, 1], and the bits per byte of each text."""
+        each = {name: list(found) for name, found in values.items() if isinstance(found, Sequence)}
+        shown = {**values, **{name: 100 * sum(found) / len(found) for name, found in each.items()}}
+        tasks, general, texts = (
+            [cast(float, shown[name]) for name in names]
+            for names in (self._task_names, self.general_names, self.text_names)
         )
+        return Row(tasks, general, texts, {name: each[name] for name in self._task_names if name in each})
 
     def named(self, row: Row) -> dict[str, float]:
-        """A row's scores by task and general set; what ``_row`` was given."""
-        names = [stream.task.name for stream in self.bench.tasks] + self.general_names + self.text_names
+        """A row's scores by task and general set."""
+        names = self._task_names + self.general_names + self.text_names
         return dict(zip(names, [*row.tasks, *row.general, *row.bits_per_byte], strict=True))
 
     def score(self, module: nn.Module) -> Row:
         """Scores of the model as it is."""
-        return self._row({task.name: self.evaluate(module, task) for task in self._all})
+        return self._row({task.name: self._scores(module, task) for task in self._all})
 
     def score_answers(self, module: nn.Module, answers: Callable[[Task], Sequence[str]]) -> Row:
         """Scores of what a function answers to the test examples of each set; of running text, those of the model as it is."""
-        values = {}
+        values: dict[str, float | list[float]] = {}
         for task in self._all:
             if task.metric == "bits_per_byte":
-                values[task.name] = self.evaluate(module, task)
+                values[task.name] = self.evaluate(module, task).value
                 continue
-            right = [said in references_of(row) for said, row in zip(answers(task), task.test, strict=True)]
-            values[task.name] = 100 * sum(right) / len(right)
+            pairs = zip(answers(task), task.test, strict=True)
+            values[task.name] = [float(said in references_of(row)) for said, row in pairs]
         return self._row(values)
 
-    def evaluate(self, module: nn.Module, task: Task) -> float:
+    def _scores(self, module: nn.Module, task: Task) -> float | list[float]:
+        """Of each example of an answered set; bits per byte of a text."""
+        found = self.evaluate(module, task)
+        return found.value if task.metric == "bits_per_byte" else found.per_example
+
+    def evaluate(self, module: nn.Module, task: Task) -> Score:
         """Score of the model as it is on one test set."""
         module.eval()
-        return evaluate_task(module, self.bench.tokenizer, task, self.cfg.eval, self.cfg.data).value
+        return evaluate_task(module, self.bench.tokenizer, task, self.cfg.eval, self.cfg.data)
 
     def score_retrieved(self, model: Model, bank: Bank, scored: Scored | None = None) -> Row:
         """Scores when every input is answered with the delta that its representation retrieves.
@@ -144,14 +164,13 @@ class Judge:
                             scored.add(
                                 name, task.name, indices, self._score_some(model.module, task, indices, name)
                             )
-        values = {}
+        values: dict[str, float | list[float]] = {}
         for task in texts:
             if task.name not in scored.texts:
-                scored.texts[task.name] = self.evaluate(model.module, task)
+                scored.texts[task.name] = self.evaluate(model.module, task).value
             values[task.name] = scored.texts[task.name]
         for task in asked:
-            each = [scored.of(route, task.name)[i] for i, route in enumerate(routes[task.name])]
-            values[task.name] = 100 * sum(each) / len(each)
+            values[task.name] = [scored.of(route, task.name)[i] for i, route in enumerate(routes[task.name])]
         return self._row(values)
 
     def _score_some(self, module: nn.Module, task: Task, indices: list[int], route: str) -> Score:

@@ -139,7 +139,8 @@ def train_stream(
     Collective. Arguments as ``learn_task``; ``batches`` are the task's, ``scale`` factors on the learning rate (MaskedAdamW).
     """
     cfg = setting.cfg.train
-    validation = setting.validation([stream], lambda task: setting.judge.evaluate(setting.model.module, task))
+    module = setting.model.module
+    validation = setting.validation([stream], lambda task: setting.judge.evaluate(module, task).value)
     with setting.training(name, stream.task.name) as options:
         result, _ = train_mask(
             setting.model,

@@ -107,13 +107,15 @@ class Progress:
             state: writes the method's state into an empty folder.
         """
         record = self.record
+        # Examples are compared where all tasks are learned.
+        before = [replace(each, per_example={}) for each in record.rows]
         final = self.folder / f"state-{len(record.tasks) + 1:05d}"
         partial = final.with_name(f".{final.name}.partial")
         on_main(lambda: _make_empty(partial))
         state(partial)
         dist.barrier()
         files = on_main(lambda: _announce(partial, final))
-        tasks, rows, rates = [*record.tasks, task], [*record.rows, row], {**record.rates, task: rate}
+        tasks, rows, rates = [*record.tasks, task], [*before, row], {**record.rates, task: rate}
         self._write(Record(tasks, rows, rates, facts, final.name, files))
         if dist.is_main():
             for old in self.folder.glob("state-*"):

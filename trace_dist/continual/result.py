@@ -51,6 +51,7 @@ def result_of(method: Method, progress: Progress) -> dict[str, Any]:
             [row.tasks for row in record.rows],
             [row.general for row in record.rows] if judge.general_names else None,
         ),
+        "per_example": record.rows[-1].per_example,
         "general_names": judge.general_names,
         "bits_per_byte": {
             name: [row.bits_per_byte[i] for row in record.rows] for i, name in enumerate(judge.text_names)

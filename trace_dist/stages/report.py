@@ -84,7 +84,12 @@ def _methods(folder: Path) -> dict[str, Any]:
     """Method -> result, the project's own methods first."""
     found = sorted(path.stem for path in folder.glob("*.json"))
     names = [*(name for name in METHODS if name in found), *(name for name in found if name not in METHODS)]
-    return {name: read_result(folder / f"{name}.json") for name in names}
+    results = {name: read_result(folder / f"{name}.json") for name in names}
+    # Thousands of numbers, which no page shows.
+    return {
+        name: {key: value for key, value in result.items() if key != "per_example"}
+        for name, result in results.items()
+    }
 
 
 def _overlap(cfg: RunConfig, method: str) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from statistics import mean, median
 from trace_dist.benchmarks.document import Result, Sections, grid, render, with_origin
 from trace_dist.studies.cells import by_kind, place
 from trace_dist.studies.claims import claims, nats, percent
+from trace_dist.studies.one_model_page import RESULT as ONE_MODEL
+from trace_dist.studies.one_model_page import one_model_table
 from trace_dist.studies.picture import draw
 from trace_dist.utils.files import read_json, write_text
 
@@ -188,6 +190,7 @@ SECTIONS: Sections = {
     "text": ((RESULT,), text_table),
     "rates": ((RESULT,), rates_table),
     "costs": ((RESULT,), costs_table),
+    "one-model": ((ONE_MODEL,), one_model_table),
 }
 """Section of docs/studies.md -> its result files and its table."""
 

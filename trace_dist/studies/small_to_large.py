@@ -8,25 +8,23 @@ stands first in the configuration, so that a study that was cut says something.
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from trace_dist.config import RunConfig
 from trace_dist.parts import ARMS
 from trace_dist.studies.arm import Arm, Masked, load_arm
 from trace_dist.studies.lab import Case, Lab
+from trace_dist.studies.local_tasks import with_local_tasks
 from trace_dist.studies.plan import StudyConfig
 from trace_dist.studies.probes import Probes
 from trace_dist.studies.rates import density_key
 from trace_dist.studies.records import Journal, Records
 from trace_dist.studies.schedule import Job, Make, Schedule, ScoreBase, Train, Traits
 from trace_dist.studies.settings import SECTIONS, abouts
+from trace_dist.studies.stopping import Stopped, stopping
 from trace_dist.studies.summary import is_undecided, summarise
 from trace_dist.utils.env import meta_info, run_info
 from trace_dist.utils.files import write_json
@@ -35,19 +33,6 @@ from trace_dist.utils.locks import hold_until_exit
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
-
-
-class Stopped(Exception):
-    """The study was asked to end."""
-
-
-def with_local_tasks(cfg: RunConfig, study: StudyConfig) -> RunConfig:
-    """The run with the tasks of data that nothing installs, where they are there."""
-    there = [task for task in study.local_tasks if Path(str(task.path)).expanduser().exists()]
-    missing = [task.name for task in study.local_tasks if task not in there]
-    if missing:
-        logger.info("study.local_tasks: not there, and left out: %s", ", ".join(missing))
-    return replace(cfg, tasks=[*cfg.tasks, *there])
 
 
 def run_study(cfg: RunConfig, study: StudyConfig, hours: float | None = None) -> dict[str, Any]:
@@ -62,7 +47,7 @@ def run_study(cfg: RunConfig, study: StudyConfig, hours: float | None = None) ->
         The summary, as it was written.
     """
     begin = time.monotonic()
-    cfg = with_local_tasks(cfg, study)
+    cfg = with_local_tasks(cfg, study.local_tasks)
     hold_until_exit(cfg.folder.lock, f"run_dir={cfg.run_dir!r}")
     journal = Journal(cfg.folder.root / "records.jsonl", abouts(cfg, study))
     records = journal.read()
@@ -107,21 +92,6 @@ def _settings(cfg: RunConfig, study: StudyConfig) -> dict[str, Any]:
     found = asdict(cfg)
     kept = {name: found[name] for name in (*SECTIONS, "continual")}
     return {**kept, "study": asdict(study), "densities": study.densities}
-
-
-@contextmanager
-def stopping() -> Iterator[None]:
-    """SIGTERM and SIGINT end the work as ``Stopped``: what it was at is lost, and what was done is summed up."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Worker:

@@ -64,34 +64,37 @@ class Estimate:
         return {"value": self.value, "low": self.low, "high": self.high}
 
 
-def drawn(arms: Sequence[Answers], seed: int) -> list[Array]:
+def drawn(arms: Sequence[Answers], seed: int, paired: bool = False) -> list[Array]:
     """Losses of some arms on one task, of the same draws of examples: [draws] each.
 
     Args:
         arms: on the same examples.
         seed: of the draws; tasks get different ones.
+        paired: draw the same seeds for all arms, where their n-th seeds belong together.
     """
     generator = np.random.default_rng(seed)
     tokens = arms[0].tokens
     count = len(tokens)
     examples = generator.multinomial(count, np.full(count, 1 / count), size=DRAWS).astype(np.float64)
-    found = []
+    found, weights = [], None
     for arm in arms:
         if len(arm.tokens) != count:
             raise AssertionError(f"arms answer {len(arm.tokens)} and {count} examples")
         seeds = len(arm.nats)
-        weights = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=DRAWS) / seeds
+        if weights is None or not paired:
+            weights = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=DRAWS) / seeds
         found.append(((weights @ arm.nats) * examples).sum(1) / (examples @ tokens))
     return found
 
 
-def difference(pairs: Sequence[tuple[Answers, Answers]]) -> Estimate:
+def difference(pairs: Sequence[tuple[Answers, Answers]], paired: bool = False) -> Estimate:
     """Mean over tasks of the first arm's loss minus the second's.
 
     Args:
         pairs: per task, the answers of both.
+        paired: as ``drawn``.
     """
-    draws = [drawn(pair, number) for number, pair in enumerate(pairs)]
+    draws = [drawn(pair, number, paired) for number, pair in enumerate(pairs)]
     value = float(np.mean([first.loss - second.loss for first, second in pairs]))
     return Estimate.of(value, np.mean([first - second for first, second in draws], axis=0))
 

@@ -183,7 +183,7 @@ class Dense(Method):
 
     def _score(self, task: Task) -> float:
         with autocast(self.setting.cfg.target.dtype):
-            return self.setting.judge.evaluate(self.module, task)
+            return self.setting.judge.evaluate(self.module, task).value
 
     def batches(self, stream: Stream) -> Batches:
         """What a task, or a part of it, is trained on."""

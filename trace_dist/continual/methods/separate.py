@@ -43,11 +43,14 @@ class Separate(Full):
         super().__init__(name, setting, options)
         self._base: Row | None = None  # scores of the base; None until they are taken
         self._scores: dict[str, float] = {}  # of each task learned, by its own model
+        self._per_example: dict[str, list[float]] = {}  # of its test examples
 
     def learn(self, stream: Stream) -> TrainResult:
         result = super().learn(stream)
         with autocast(self.setting.cfg.target.dtype):
-            self._scores[stream.task.name] = self.setting.judge.evaluate(self.module, stream.task)
+            score = self.setting.judge.evaluate(self.module, stream.task)
+        self._scores[stream.task.name] = score.value
+        self._per_example[stream.task.name] = score.per_example
         return result
 
     @property
@@ -62,7 +65,7 @@ class Separate(Full):
     def score(self) -> Row:
         names = [stream.task.name for stream in self.setting.bench.tasks]
         tasks = [self._scores.get(name, score) for name, score in zip(names, self.base.tasks, strict=True)]
-        return replace(self.base, tasks=tasks)
+        return replace(self.base, tasks=tasks, per_example={**self.base.per_example, **self._per_example})
 
     def kept(self) -> dict[str, Tensor]:
         # the next task begins from the base
@@ -72,11 +75,13 @@ class Separate(Full):
         self.drop()
 
     def state(self, folder: Path) -> None:
-        write_json(folder / "scores.json", {"base": asdict(self.base), "tasks": self._scores})
+        kept = {"base": asdict(self.base), "tasks": self._scores, "per_example": self._per_example}
+        write_json(folder / "scores.json", kept)
 
     def load_state(self, folder: Path) -> None:
         found: dict[str, Any] = read_json(folder / "scores.json")
         self._base, self._scores = Row(**found["base"]), found["tasks"]
+        self._per_example = found.get("per_example", {})
 
 
 METHOD = Separate
