@@ -40,6 +40,7 @@ _CURE = (
 _DAY = datetime(2024, 7, 26)
 """Today, for templates that write the date: the day that Llama's own fall back to. With the true one, a run that goes on
 tomorrow would train on other tokens, and prompts would be answered that were never trained."""
+_TODAY = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _OPENING = r"(<\|?|\[|◁)([\w:.-]*(?:think|thought|reason)[\w:.-]*)(\|?>|\]|▷)"
 _OPEN = re.compile(_OPENING, re.IGNORECASE)
 _OPEN_AT_START = re.compile(r"\s*" + _OPENING, re.IGNORECASE)
@@ -206,9 +207,9 @@ def _answered(turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[st
 def _render(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool) -> str:
     try:
         template = tokenizer.get_chat_template()
-        told: dict[str, Any] = {name: False for name in _SWITCHES if re.search(rf"\b{name}\b", template)}
-        if "strftime_now" in template:
-            told["strftime_now"] = _DAY.strftime
+        switches: dict[str, Any] = {name: False for name in _SWITCHES if re.search(rf"\b{name}\b", template)}
+        dated = _TODAY.sub(lambda call: repr(_DAY.strftime(call[2])), template)
+        told = switches if dated == template else {**switches, "chat_template": dated}
         return str(
             tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=add_generation_prompt, **told
