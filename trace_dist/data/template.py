@@ -107,7 +107,12 @@ def _frame(turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> Frame:
         asked, lead = before, ""
     asked = _closed(asked, turns, tokenizer)
     tail = "" if end is None else end if between.strip() else between + end
-    return Frame(asked, lead, tail, tuple(_earlier(turns, asked, lead, end, tokenizer)))
+    earlier = tuple(_earlier(turns, asked, lead, end, tokenizer))
+    if _MARK in before:
+        raise ValueError(
+            f"{_name(tokenizer)}: it writes an answer twice, so that it cannot be trained; {_CURE}"
+        )
+    return Frame(asked, lead, tail, earlier)
 
 
 def _closed(asked: str, turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -197,10 +202,6 @@ def _answered(turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[st
     """What a template writes before and after an answer; nothing where it does not write the answer at all."""
     whole = [*turns, {"role": "assistant", "content": _MARK}]
     before, found, after = _render(whole, tokenizer, add_generation_prompt=False).rpartition(_MARK)
-    if _MARK in before:
-        raise ValueError(
-            f"{_name(tokenizer)}: it writes an answer twice, so that it cannot be trained; {_CURE}"
-        )
     return (before, after) if found else ("", "")
 
 
