@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -101,7 +102,8 @@ def _launch_seconds(device: torch.device) -> float:
         vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        model = LlamaForCausalLM(config).to(device).eval()
+        model: Any = LlamaForCausalLM(config).eval()
+        model.to(device)
         ids = torch.zeros(1, 4, dtype=torch.int64, device=device)
         ones = torch.ones_like(ids)
         seconds = _seconds_of(lambda: model(input_ids=ids, attention_mask=ones), device, BRIEFLY)

@@ -28,8 +28,8 @@ def _look_at_keys(event: yaml.Event, keys: list[_Keys | None]) -> None:
     if inner is not None:
         if inner.is_next and isinstance(event, yaml.ScalarEvent):
             if event.value in inner.seen:
-                line = event.start_mark.line + 1
-                raise yaml.YAMLError(f"line {line}: the key {event.value[:80]!r} is there twice; keep one")
+                line = "" if event.start_mark is None else f"line {event.start_mark.line + 1}: "
+                raise yaml.YAMLError(f"{line}the key {event.value[:80]!r} is there twice; keep one")
             inner.seen.add(event.value)
         inner.is_next = not inner.is_next
     if isinstance(event, yaml.CollectionStartEvent):
