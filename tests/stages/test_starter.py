@@ -260,7 +260,7 @@ def test_the_preview_counts_the_passes_of_a_real_run(folder: Path, monkeypatch: 
 
 def test_a_small_model_is_not_as_fast_as_its_products(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine of these rates its time is that of operators which do next to nothing."""
-    machine = Machine(matmul=1e11, launch=1e-5, written=1e10)
+    machine = Machine(matmul=1e11, launch=1e-5)
     monkeypatch.setattr(Machine, "measured", lambda *_: machine)
     found = preview(read(starter_config(start(folder, "copy")), folder))
     products = sum(piece.flops or 0.0 for piece in found.work) / (UTILISATION * machine.matmul)

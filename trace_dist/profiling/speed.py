@@ -2,8 +2,8 @@
 
 Operations per token, with P parameters outside the embeddings (Kaplan et al. 2020, section 2.1): 2P forward, 2P for
 the gradients of activations, and 2P for those of the weights. A row mask pays the last for its rows alone; a
-scattered mask pays it whole, layer by layer. Beside them stand the operators that a pass launches and the bytes that they write
-(``profiling.passes``); in small models these are most of the time. All three rates are measured when they are asked for.
+scattered mask pays it whole, layer by layer. Beside them stand the operators that a pass launches
+(``profiling.passes``); in small models these are most of the time. Both rates are measured when they are asked for.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trace_dist.profiling.passes import PassCost, forward_cost
+from trace_dist.profiling.passes import num_operators
 
 SIZE = 1024
 """Rows and columns of the matrices that are multiplied."""
@@ -28,7 +28,6 @@ BACKWARD_PASSES = 2
 """A training pass goes forward once and back twice as long: for activations and for weights."""
 STEP_PASSES = 1
 """What a step takes beside its passes, as forward passes: the optimizer, clipping, and on ranks the exchange."""
-ELEMENTS = 2**20
 UTILISATION = 0.4
 """Share of that rate that a training step is taken to reach: the rest goes to attention, norms, the optimizer and gathering."""
 
@@ -55,33 +54,26 @@ class Machine:
     Attributes:
         matmul: operations per second of matrix products.
         launch: seconds that an operator takes which has next to nothing to do.
-        written: bytes per second that operators write which do not multiply matrices.
     """
 
     matmul: float
     launch: float
-    written: float
 
     @classmethod
     def measured(cls, dtype: torch.dtype, device: torch.device) -> Machine:
         """This device, in about half a second."""
-        return cls(matmul_rate(dtype, device), _launch_seconds(device), _written_rate(dtype, device))
+        return cls(matmul_rate(dtype, device), _launch_seconds(device))
 
-    def seconds(
-        self, flops: float, passes: float, num_parameters: int, cost: PassCost, sharers: int = 1
-    ) -> float:
+    def seconds(self, flops: float, passes: float, operators: int, sharers: int = 1) -> float:
         """How long some work takes.
 
         Args:
             flops: its operations.
             passes: forward passes that a rank makes one after another, or what takes as long.
-            num_parameters: of the model, outside its embeddings.
-            cost: of one of its forward passes.
+            operators: that a forward pass launches.
             sharers: ranks with a device each, which share the operations.
         """
-        tokens = flops / forward_flops(max(1, num_parameters), 1.0)
-        shared = flops / (UTILISATION * self.matmul) + tokens * cost.bytes_per_token / self.written
-        return shared / sharers + passes * cost.operators * self.launch
+        return flops / (UTILISATION * self.matmul * sharers) + passes * operators * self.launch
 
 
 def step_passes(steps: int, batch_size: int, micro_batch_size: int, num_ranks: int = 1) -> float:
@@ -107,14 +99,7 @@ def _launch_seconds(device: torch.device) -> float:
         ids = torch.zeros(1, 4, dtype=torch.int64, device=device)
         ones = torch.ones_like(ids)
         seconds = _seconds_of(lambda: model(input_ids=ids, attention_mask=ones), device, BRIEFLY)
-    return seconds / forward_cost(model.to("meta")).operators
-
-
-def _written_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Bytes per second of an operator that computes each element by itself."""
-    values = torch.ones(ELEMENTS, dtype=dtype, device=device)
-    seconds = _seconds_of(lambda: torch.nn.functional.silu(values), device, BRIEFLY)
-    return values.numel() * values.element_size() / seconds
+    return seconds / num_operators(model.to("meta"))
 
 
 def _seconds_of(work: Callable[[], object], device: torch.device, seconds: float) -> float:

@@ -21,7 +21,7 @@ from trace_dist.evaluation.lengths import longest_answer
 from trace_dist.evaluation.metric import load_metric
 from trace_dist.models.loading import load_tokenizer
 from trace_dist.profiling.estimate import Estimator
-from trace_dist.profiling.passes import forward_cost
+from trace_dist.profiling.passes import num_operators
 from trace_dist.profiling.speed import UTILISATION, Machine
 from trace_dist.report.memory_tables import mib
 from trace_dist.stages.effort import Outlook, Work, pieces
@@ -121,9 +121,9 @@ def _seconds(cfg: RunConfig, work: list[Work], target: Estimator | None, proxy: 
     """How long this device takes for the work whose operations are known: products, and what small models take beside them."""
     device = dist.local_device()
     models = {
-        of_proxy: (size, forward_cost(model.module))
+        of_proxy: num_operators(model.module)
         for of_proxy, model in ((False, target), (True, proxy))
-        if model is not None and (size := _size(model)) is not None
+        if model is not None
     }
     if not models:
         return 0.0
@@ -131,7 +131,7 @@ def _seconds(cfg: RunConfig, work: list[Work], target: Estimator | None, proxy: 
     # The ranks of a CPU share its cores.
     ranks = cfg.launch.num_ranks if device.type == "cuda" else 1
     return sum(
-        machine.seconds(piece.flops, piece.passes, *models[piece.of_proxy], ranks if piece.launched else 1)
+        machine.seconds(piece.flops, piece.passes, models[piece.of_proxy], ranks if piece.launched else 1)
         for piece in work
         if piece.flops
     )
@@ -200,7 +200,7 @@ def describe(cfg: RunConfig, found: Preview, start_seconds: float = 0.0) -> tupl
         starting = found.num_starts * start_seconds
         lines.append(
             f"time: about {_duration(found.seconds + starting)} on this machine: {_duration(found.seconds)} of computing, by "
-            f"what matrix products ({UTILISATION:.0%} of their full rate), small operators and memory took just now, and "
+            f"what matrix products ({UTILISATION:.0%} of their full rate) and small operators took just now, and "
             f"{_duration(starting)} to start {found.num_starts} processes one after another"
         )
         if found.unknown:
