@@ -49,6 +49,14 @@ def test_bank_refusals(tmp_path: Path) -> None:
         bank.add(signature("one", 1), foreign)
     with pytest.raises(ValueError, match="comes with the signature of 'two'"):
         bank.add(signature("two", 1), delta)
+    for value in (float("nan"), float("-inf")):
+        name, values = next(iter(delta.values.items()))
+        broken = replace(delta, values={**delta.values, name: torch.full_like(values, value)})
+        with pytest.raises(ValueError, match=rf"delta 'one': holds infinite or NaN values .*{name}.*lower"):
+            bank.add(signature("one", 1), broken)
+        with pytest.raises(ValueError, match="infinite or NaN"):
+            broken.save(tmp_path / "broken.safetensors")
+    assert not (tmp_path / "broken.safetensors").exists()
     assert bank.tasks == []
     bank.add(signature("one", 1), delta)
     with pytest.raises(ValueError, match="one"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import shutil
@@ -222,6 +223,14 @@ def test_an_unknown_id_and_a_path_that_is_not_there(tmp_path: Path, monkeypatch:
         ("d.txt", b"caf\xe9 x\n", r"d\.txt:1: byte 0xe9 is not UTF-8"),
         ("d.parquet", "nothing", r"tasks\.t\.path=.*d\.parquet': cannot be read \(.*write the file again"),
         ("d.xlsx", "nothing", r"tasks\.t\.path=.*the files end in \.xlsx; give files of one kind out of \.jsonl"),
+        ("d.jsonl", b'{"prompt": "a"}\n{"prompt": "\0"}\n' + b" " * 99, r"d\.jsonl:2: a zero byte"),
+        ("d.jsonl", "{}".encode("utf-16-le"), r"d\.jsonl:1: this is UTF-16"),
+        ("d.jsonl", gzip.compress(b"{}"), r"d\.jsonl:1: this is compressed \(gzip\).*unpack"),
+        ("d.csv", b"PK\x03\x04..", r"d\.csv:1: this is compressed \(zip\)"),
+        ("d.jsonl", "", r"tasks\.t\.path=.*d\.jsonl': the train split is empty"),
+        ("d.jsonl", '{"prompt": "a", "answer": "b", "prompt": "c"}\n', r"d\.jsonl:1: .*the key 'prompt' is there twice"),
+        ("d.jsonl", '{"prompt": "a", "answer": NaN}\n', r"d\.jsonl: example 0, column 'answer': nan is a missing value"),
+        ("d.jsonl", '{"prompt": 1e999, "answer": "b"}\n', r"d\.jsonl: example 0, column 'prompt': inf is"),
         ("d.json", '{"prompt": "a"}', "holds a dict, not a list"),
         ("d.json", '{"prompt": "a"}\n{"prompt"}', r"d\.json:2: not valid JSON|d\.json: not valid JSON"),
     ],

@@ -96,3 +96,34 @@ def test_a_template_that_fails_is_one_line_that_names_it(template: Any, message:
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="chat template of the tokenizer"):
         encode_prompt(["hi"], tokenizer)
+
+
+def test_a_block_that_the_template_begins_is_closed_after_its_words() -> None:
+    """Also where the user speaks of such blocks; what the user writes opens none."""
+    ending = "{{ '<|start|>assistant\n<think>\nLet me see.' }}"
+    tokenizer = bpe_tokenizer(
+        KINDS["opens_block"].template.split("{{ '<|start|>assistant\n<think>\n' }}")[0]
+        + ending
+        + "{% endif %}"
+    )
+    for asked in ("hi", "what is <think> for"):
+        prompt = tokenizer.decode(encode_prompt([asked], tokenizer)[0])
+        assert prompt.endswith("<|start|>assistant\n<think>\nLet me see.\n</think>\n\n")
+    plain = bpe_tokenizer(KINDS["no_thinking"].template)
+    assert tokenizer.decode(encode_prompt(["<think> a"], plain)[0]).endswith(
+        "<think> a<|end|>\n<|start|>assistant\n"
+    )
+
+
+def test_today_is_always_the_same_day() -> None:
+    """A run that goes on tomorrow trains on the tokens of today."""
+    tokenizer = bpe_tokenizer("{{ strftime_now('%d %b %Y') }} " + KINDS["no_thinking"].template)
+    assert tokenizer.decode(encode_prompt(["hi"], tokenizer)[0]).startswith("26 Jul 2024 <|start|>user")
+
+
+def test_a_template_that_writes_an_answer_twice_is_refused() -> None:
+    twice = KINDS["no_thinking"].template.replace(
+        "{{ m['content'] }}", "{{ m['content'] }}{{ m['content'] }}"
+    )
+    with pytest.raises(ValueError, match="writes an answer twice"):
+        encode_prompt(["hi"], bpe_tokenizer(twice))

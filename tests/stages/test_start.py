@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from transformers import LlamaConfig
 
 from trace_dist.cli.parser import parse, run_config
-from trace_dist.config import ContinualConfig, LaunchConfig, ModelConfig, RunConfig, TaskConfig
+from trace_dist.config import ContinualConfig, LaunchConfig, MaskConfig, ModelConfig, RunConfig, TaskConfig
 from trace_dist.stages.start import start
 from trace_dist.utils.locks import release
 
@@ -159,3 +162,30 @@ def test_a_command_in_another_folder(whole: RunConfig, monkeypatch: pytest.Monke
         replace(whole, run_dir="run", tasks=[replace(whole.tasks[0], path="run/t.jsonl"), *whole.tasks[1:]]),
         "base",
     )
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ({"density": 1e-6}, r"^mask\.density=1e-06: less than half of the smallest unit \(1 of .* raise it above"),
+        ({"density": 1e-3, "granularity": "row"}, r"smallest unit \(16 of 3,584 elements\) of the target, .*finer"),
+        ({"maskable": "c_attn"}, r"^target\.path='.*': mask\.maskable='c_attn': matches no parameter"),
+        ({"granularity": "row,q=head", "density": 0.9}, None),
+        ({"density": 1e-3, "granularity": "tensor", "share_of": "tensors"}, r"smallest unit \(1 of 14 tensors\)"),
+    ],
+)  # fmt: skip
+def test_a_mask_that_cannot_be_is_refused_first(
+    mask: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
+    """By the shapes of the target, which its config alone says."""
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    LlamaConfig(**sizes, num_hidden_layers=2).save_pretrained(tmp_path / "model")
+    cfg = RunConfig(
+        run_dir=str(tmp_path / "run"),
+        target=ModelConfig(str(tmp_path / "model")),
+        tasks=[TaskConfig(name="t", path="t.jsonl")],
+        mask=MaskConfig(**mask),
+    )
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        start(cfg, "run")
+    start(cfg, "report")  # which makes no masks

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli.program import make_config, write_config, write_tasks
+from transformers import LlamaModel
 
 from trace_dist.cli.main import main
 from trace_dist.cli.parser import parse, run_config
@@ -17,6 +19,7 @@ from trace_dist.data import load_examples
 from trace_dist.models.prune import depth_prune
 from trace_dist.models.tiny import build_tiny
 from trace_dist.models.tokenizer import char_tokenizer
+from trace_dist.profiling.speed import UTILISATION, Machine
 from trace_dist.report.memory_tables import mib
 from trace_dist.stages.pipeline import stage_groups
 from trace_dist.stages.preview import Preview, describe, preview
@@ -222,6 +225,49 @@ def test_every_stage_and_method_of_a_run_is_in_the_preview(folder: Path) -> None
     (alone,) = (line for line in lines if line.startswith("memory in one process"))
     assert f"{mib(full.peak)} at the peak (full)" in alone
     assert any(line.startswith("memory on each of 2 ranks") for line in lines)
+
+
+def test_the_preview_counts_the_passes_of_a_real_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time is told from passes and what one of them takes; here the passes of a run, against those that it makes."""
+    cfg = read(starter_config(start(folder, "copy")), folder)
+    cfg = replace(
+        cfg,
+        tasks=[replace(cfg.tasks[0], steps=3)],
+        train=replace(cfg.train, warmup_steps=0),
+        probe=replace(cfg.probe, steps=2, fisher_batches=1),
+        projection=replace(cfg.projection, options={"steps": 2}),
+    )
+    path = write_config(folder, json.loads(json.dumps(asdict(cfg))))
+    found, made = preview(cfg), 0
+    forward = LlamaModel.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal made
+        made += 1
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", counted)
+    for command in ("probe", "continual"):
+        made = 0
+        assert main([command, "--config", str(path)]) == 0
+        told = [piece for piece in found.work if (piece.stage == "probe") == (command == "probe")]
+        assert made > 0
+        # A training pass counts three times, since it goes back too, and a step once more.
+        passes = sum(piece.passes for piece in told)
+        assert made <= passes <= 5 * made, (command, made, passes)
+    assert found.seconds > 0
+
+
+def test_a_small_model_is_not_as_fast_as_its_products(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine of these rates its time is that of operators which do next to nothing."""
+    machine = Machine(matmul=1e11, launch=1e-5)
+    monkeypatch.setattr(Machine, "measured", lambda *_: machine)
+    found = preview(read(starter_config(start(folder, "copy")), folder))
+    products = sum(piece.flops or 0.0 for piece in found.work) / (UTILISATION * machine.matmul)
+    passes = sum(piece.passes for piece in found.work)
+    # A pass of its smaller model, of two layers, launches more than a hundred operators.
+    assert found.seconds > passes * 100 * machine.launch + products
+    assert found.seconds > 10 * products
 
 
 def test_what_is_not_known_is_said_and_not_counted(folder: Path) -> None:

@@ -8,7 +8,21 @@ import pytest
 
 from trace_dist.utils.launch import adopt_launch, job_size, launched_rank
 
-FAMILIES = ("OMPI_", "MV2_", "PMI", "MPI_", "PALS_", "SLURM_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_")
+FAMILIES = (
+    "OMPI_",
+    "MV2_",
+    "PMI",
+    "MPI_",
+    "PALS_",
+    "SLURM_",
+    "JSM_",
+    "FLUX_",
+    "TORCHELASTIC_",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "MASTER_",
+)
 Environment = dict[str, object]
 
 
@@ -43,7 +57,13 @@ def hydra(rank: int, size: int) -> Environment:
     return {"PMI_RANK": rank, "PMI_SIZE": size, "MPI_LOCALRANKID": rank, "MPI_LOCALNRANKS": size}
 
 
+def jsrun(rank: int, size: int) -> Environment:
+    names = {"RANK": rank, "SIZE": size, "LOCAL_RANK": rank, "LOCAL_SIZE": size}
+    return {f"JSM_NAMESPACE_{name}": value for name, value in names.items()} | {"PMIX_RANK": rank}
+
+
 PLACE: Environment = {"MASTER_ADDR": "node-1", "MASTER_PORT": 1234}
+AGENT: Environment = {"TORCHELASTIC_RUN_ID": "a", **PLACE}
 
 
 @pytest.mark.parametrize(
@@ -56,10 +76,14 @@ PLACE: Environment = {"MASTER_ADDR": "node-1", "MASTER_PORT": 1234}
         (srun(1, 2, 1), 1, 2, 1, "127.0.0.1"),
         (srun(9, 16, 2) | PLACE, 9, 16, 1, "node-1"),
         (srun(1, 2, 2) | launcher("OMPI", 5, 8, 4) | PLACE, 5, 8, 1, "node-1"),
+        (jsrun(1, 2), 1, 2, 1, "127.0.0.1"),
+        ({"FLUX_TASK_RANK": 1, "FLUX_JOB_SIZE": 2, "FLUX_TASK_LOCAL_ID": 1, "FLUX_JOB_NNODES": 1}, 1, 2, 1, "127.0.0.1"),
+        (launcher("OMPI", 1, 2, 1) | AGENT | {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0}, 0, 2, 0, "node-1"),
         ({"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1} | PLACE, 3, 4, 1, "node-1"),
         (srun(1, 2, 2) | {"RANK": 8, "WORLD_SIZE": 16, "LOCAL_RANK": 0} | PLACE, 8, 16, 0, "node-1"),
     ],
-    ids=["openmpi", "openmpi-nodes", "mvapich", "pmi", "srun", "srun-nodes", "in-step", "torch", "srun-torch"],
+    ids=["openmpi", "openmpi-nodes", "mvapich", "pmi", "srun", "srun-nodes", "in-step", "jsrun", "flux", "agents", "torch",
+         "srun-torch"],
 )  # fmt: skip
 def test_a_launcher_is_read(
     variables: Environment, rank: int, size: int, local_rank: int, address: str, monkeypatch
@@ -122,6 +146,12 @@ def test_tasks_of_a_job_are_known_to_its_shell_alone(monkeypatch) -> None:
             launcher("OMPI", 1, 2, 2) | {"RANK": 0, "WORLD_SIZE": 1},
             r"^OMPI_COMM_WORLD_SIZE=2: mpirun started 2 processes, but WORLD_SIZE=1 .*; unset RANK",
         ),
+        (
+            launcher("OMPI", 1, 2, 2) | {"RANK": 0, "WORLD_SIZE": 2} | PLACE,
+            r"^RANK=0: mpirun says OMPI_COMM_WORLD_RANK=1; .*unset RANK",
+        ),
+        ({"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": "x"} | PLACE, r"^LOCAL_RANK='x': must be a number"),
+        ({"FLUX_TASK_RANK": 1, "FLUX_JOB_SIZE": 2}, r"^FLUX_TASK_RANK=1: flux run started .* FLUX_TASK_LOCAL_ID is not set"),
         (
             srun(1, 2, 1) | {"RANK": 0, "WORLD_SIZE": 1},
             r"^SLURM_STEP_NUM_TASKS=2: srun started 2 processes, but WORLD_SIZE=1",

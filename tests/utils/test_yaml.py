@@ -48,3 +48,16 @@ def test_an_alias_within_its_own_anchor() -> None:
 def test_a_broken_document() -> None:
     with pytest.raises(yaml.YAMLError):
         check_yaml("{{{")
+
+
+@pytest.mark.parametrize(
+    "text", ["a: 1\nb: 2\na: 3", "a: {b: 1, b: 2}", "- a: 1\n  a: 2", "a: {x: [1, {y: 2}], z: 3}\na: 1"]
+)
+def test_a_key_that_is_there_twice(text: str) -> None:
+    """YAML's readers take the last one, without a word."""
+    with pytest.raises(yaml.YAMLError, match=r"line \d: the key '[ab]' is there twice"):
+        check_yaml(text)
+
+
+def test_one_key_in_several_mappings() -> None:
+    assert len(load_yaml("a: {b: 1}\nc: {b: a}\nd: [{b: 1}, {b: 1}]\ne: [b, b]\nb: a")) == 5

@@ -113,6 +113,7 @@ def add(writer: Writer, task: Task) -> None:
     name = task.signature.task
     if task.delta is not None:
         check_base(task.delta.mask, writer.index.base, f"delta {name!r}")
+        task.delta.check_finite()
     facts = describe(task.delta, task.signature, task.facts)
     writer.upgrade()
     _check_fits(writer, task.signature)

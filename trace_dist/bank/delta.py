@@ -27,6 +27,7 @@ from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.support import build_supports
 from trace_dist.utils import dist
 from trace_dist.utils.files import corrupt, load_tensors, reading
+from trace_dist.utils.finite import all_finite
 from trace_dist.utils.sealed import check_header, load_sealed, save_sealed
 
 VERSION = 1
@@ -67,12 +68,22 @@ class Delta:
         """Bytes of indices and values on disk, without the header."""
         return self.mask.units.nbytes + sum(values.nbytes for values in self.values.values())
 
+    def check_finite(self) -> None:
+        """Raise ValueError where a value is infinite or NaN: no answer would come of it."""
+        broken = [name for name, values in self.values.items() if not all_finite([values])]
+        if broken:
+            raise ValueError(
+                f"delta {self.task!r}: holds infinite or NaN values ({len(broken)} of {len(self.values)} parameters, such as "
+                f"{broken[0]}); train the task again with a lower learning rate"
+            )
+
     def save(self, path: Path) -> None:
         """Write the delta file (format in docs/formats.md), whole or not at all.
 
         Raises:
-            ValueError: it cannot be written (no space, no permission); what was there stays.
+            ValueError: a value is infinite or NaN, or it cannot be written (no space, no permission); what was there stays.
         """
+        self.check_finite()
         tensors = {f"{name}{GAPS}": gaps.words for name, gaps in self.mask.units.gaps.items()}
         tensors |= {f"{name}/values": values for name, values in self.values.items()}
         header = {

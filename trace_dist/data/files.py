@@ -9,20 +9,40 @@ import sys
 from pathlib import Path
 from typing import Any
 
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PK\x03\x04": "zip",
+}
+"""What compressed files begin with."""
+_LOOKED_AT, _MOST_ZEROS = 4096, 0.1
+"""Bytes that are looked at, and the share of zeros above which they are text in units of two or four bytes."""
+
 
 def read_text(path: Path) -> str:
     """A text file, without a byte-order mark.
 
     Raises:
-        ValueError: it cannot be read, or is not UTF-8; names the line.
+        ValueError: it cannot be read, is compressed, or is not UTF-8; names the line.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); fix its permissions") from None
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content:
+    packed = next((kind for begin, kind in _COMPRESSED.items() if content.startswith(begin)), None)
+    if packed is not None:
+        raise ValueError(f"{path}:1: this is compressed ({packed}), not text; unpack the file")
+    begin = content[:_LOOKED_AT]
+    if begin.startswith((b"\xff\xfe", b"\xfe\xff")) or begin.count(0) > _MOST_ZEROS * len(begin):
         raise ValueError(
             f"{path}:1: this is UTF-16 or UTF-32, not UTF-8; save the file as UTF-8 (for example with iconv)"
+        )
+    if b"\0" in content:
+        line = content.count(b"\n", 0, content.index(0)) + 1
+        raise ValueError(
+            f"{path}:{line}: a zero byte, which no text holds; perhaps the file was cut or is damaged: write it again"
         )
     try:
         return content.decode("utf-8-sig")
@@ -114,9 +134,19 @@ def _lines(whole: str, path: Path) -> list[tuple[int, Any]]:
 
 def _parse(text: str, where: str, cure: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         raise ValueError(f"{where}: brackets are nested too deep; {cure}") from None
     # Not its subclass alone: a number of thousands of digits is a plain ValueError.
     except ValueError as error:
         raise ValueError(f"{where}: not valid JSON ({error}); {cure}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Of a key that is there twice, JSON does not say which value counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen = set[str]()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:80]!r} is there twice")
+    return found

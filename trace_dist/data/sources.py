@@ -62,7 +62,8 @@ def load_examples(task: TaskConfig, seed: int, validate: bool = False) -> Splits
     own = None if own is None else _answered(own, task)
     for split, examples in (("train", train), ("test", test)):
         if not examples:
-            raise ValueError(f"tasks.{task.name}: the {split} split is empty; give the source more examples")
+            where = f"tasks.{task.name}" + (f".path={task.path!r}" if task.path is not None else "")
+            raise ValueError(f"{where}: the {split} split is empty; give the source more examples")
     test = _pick(test, task.num_test, derived_seed(seed, "pick test"))
     train = _without(train, test, task.name)
     validation: list[Example] = []

@@ -8,7 +8,8 @@ the answer is what is generated and scored:
 - The prompt is the generation prompt. Where the template writes more than that before an answer (an empty
   thinking block, a channel), the prompt takes it in; white space alone stays with the answer.
 - Thinking is switched off where the template has a switch. A thinking block that is still open at the end of the
-  prompt is closed, empty.
+  prompt is closed: empty, or after the words with which the template begins it.
+- A template that writes today's date is told one day, always the same.
 - The answer ends with the first token of the template's vocabulary that follows it; any other text there is left out.
 
 The turns of a conversation are rendered together. The answers of its earlier turns are found in that text, as the template
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -35,8 +37,12 @@ _CURE = (
     "give the tokenizer a chat_template that takes these turns, "
     "or remove the template to train on plain prompts"
 )
+_DAY = datetime(2024, 7, 26)
+"""Today, for templates that write the date: the day that Llama's own fall back to. With the true one, a run that goes on
+tomorrow would train on other tokens, and prompts would be answered that were never trained."""
+_TODAY = re.compile(r"""\bstrftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _OPENING = r"(<\|?|\[|◁)([\w:.-]*(?:think|thought|reason)[\w:.-]*)(\|?>|\]|▷)"
-_OPEN_AT_END = re.compile(_OPENING + r"\s*$", re.IGNORECASE)
+_OPEN = re.compile(_OPENING, re.IGNORECASE)
 _OPEN_AT_START = re.compile(r"\s*" + _OPENING, re.IGNORECASE)
 
 
@@ -99,11 +105,31 @@ def _frame(turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> Frame:
     lead = before[len(asked) :] if before.startswith(asked) else ""
     if lead.strip():
         asked, lead = before, ""
-    opening = _OPEN_AT_END.search(asked)
-    if opening is not None:
-        asked += ("\n" if asked.endswith("\n") else "\n\n") + _closing(opening) + "\n\n"
+    asked = _closed(asked, turns, tokenizer)
     tail = "" if end is None else end if between.strip() else between + end
-    return Frame(asked, lead, tail, tuple(_earlier(turns, asked, lead, end, tokenizer)))
+    earlier = tuple(_earlier(turns, asked, lead, end, tokenizer))
+    if _MARK in before:
+        raise ValueError(
+            f"{_name(tokenizer)}: it writes an answer twice, so that it cannot be trained; {_CURE}"
+        )
+    return Frame(asked, lead, tail, earlier)
+
+
+def _closed(asked: str, turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> str:
+    """A prompt without an open thinking block: one that the template opens, and may begin, after the last turn is closed."""
+    if not _OPEN.search(asked):
+        return asked
+    marked = [*turns[:-1], {**turns[-1], "content": _MARK}]
+    written = _generation_prompt(marked, tokenizer).rpartition(_MARK)[2]
+    tail = written if asked.endswith(written) else asked
+    opening = next(reversed([*_OPEN.finditer(tail)]), None)
+    if opening is None or _closing(opening) in tail[opening.end() :]:
+        return asked
+    if tail is asked and tail[opening.end() :].strip():
+        return asked
+    begun = bool(tail[opening.end() :].strip())
+    gap = "\n" if asked.endswith("\n") or begun else "\n\n"
+    return asked + gap + _closing(opening) + "\n\n"
 
 
 def _earlier(
@@ -183,9 +209,11 @@ def _render(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, *, add_genera
     try:
         template = tokenizer.get_chat_template()
         switches: dict[str, Any] = {name: False for name in _SWITCHES if re.search(rf"\b{name}\b", template)}
+        dated = _TODAY.sub(lambda call: repr(_DAY.strftime(call[2])), template)
+        told = switches if dated == template else {**switches, "chat_template": dated}
         return str(
             tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=add_generation_prompt, **switches
+                turns, tokenize=False, add_generation_prompt=add_generation_prompt, **told
             )
         )
     # A template is a program of its own: jinja's errors, and any that Python raises in its expressions.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,15 @@ def text(value: Any, where: str) -> str:
         where: begins an error.
 
     Raises:
-        ValueError: it is neither, or holds half of a character.
+        ValueError: it is neither, is infinite or NaN, or holds half of a character.
     """
     if isinstance(value, str):
         return check_characters(value, where)
     if isinstance(value, (int, float, np.number)):
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{where}: {value} is a missing value or no number; write a text or drop the example"
+            )
         return str(value)
     raise ValueError(
         f"{where}: {value!r} is neither a string nor a number; convert it to text or drop the example"

@@ -1,20 +1,33 @@
-"""How long a training takes, before it starts: floating-point operations over what this device reaches.
+"""How long a training takes, before it starts: floating-point operations over what this device reaches, and what it takes beside.
 
 Operations per token, with P parameters outside the embeddings (Kaplan et al. 2020, section 2.1): 2P forward, 2P for
 the gradients of activations, and 2P for those of the weights. A row mask pays the last for its rows alone; a
-scattered mask pays it whole, layer by layer.
+scattered mask pays it whole, layer by layer. Beside them stand the operators that a pass launches
+(``profiling.passes``); in small models these are most of the time. Both rates are measured when they are asked for.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from trace_dist.profiling.passes import num_operators
 
 SIZE = 1024
 """Rows and columns of the matrices that are multiplied."""
 SECONDS = 0.3
 """How long the device is measured."""
+BRIEFLY = 0.1
+"""How long it is measured for what is small."""
+BACKWARD_PASSES = 2
+"""A training pass goes forward once and back twice as long: for activations and for weights."""
+STEP_PASSES = 1
+"""What a step takes beside its passes, as forward passes: the optimizer, clipping, and on ranks the exchange."""
 UTILISATION = 0.4
 """Share of that rate that a training step is taken to reach: the rest goes to attention, norms, the optimizer and gathering."""
 
@@ -34,22 +47,72 @@ def masked_flops(num_parameters: int, num_tokens: float, density: float, rows: b
     return (4.0 + 2.0 * (density if rows else 1.0)) * num_parameters * num_tokens
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What a device reaches.
+
+    Attributes:
+        matmul: operations per second of matrix products.
+        launch: seconds that an operator takes which has next to nothing to do.
+    """
+
+    matmul: float
+    launch: float
+
+    @classmethod
+    def measured(cls, dtype: torch.dtype, device: torch.device) -> Machine:
+        """This device, in about half a second."""
+        return cls(matmul_rate(dtype, device), _launch_seconds(device))
+
+    def seconds(self, flops: float, passes: float, operators: int, sharers: int = 1) -> float:
+        """How long some work takes.
+
+        Args:
+            flops: its operations.
+            passes: forward passes that a rank makes one after another, or what takes as long.
+            operators: that a forward pass launches.
+            sharers: ranks with a device each, which share the operations.
+        """
+        return flops / (UTILISATION * self.matmul * sharers) + passes * operators * self.launch
+
+
+def step_passes(steps: int, batch_size: int, micro_batch_size: int, num_ranks: int = 1) -> float:
+    """Forward passes as long as some optimizer steps of a rank."""
+    each = -(-batch_size // num_ranks)
+    return steps * (-(-each // max(1, min(micro_batch_size, each))) * (1 + BACKWARD_PASSES) + STEP_PASSES)
+
+
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Operations per second of a matrix product on this device, measured for a moment."""
     left = torch.randn(SIZE, SIZE, dtype=torch.float32, device=device).to(dtype)
-    count, begin = 0, 0.0
-    # The first products warm up the library and are not counted.
-    for number in range(10_000):
-        if number == 2:
-            _wait(device)
-            begin = time.perf_counter()
-        left @ left
-        if number >= 2:
-            _wait(device)
-            count += 1
-            if time.perf_counter() - begin > SECONDS:
-                break
-    return 2.0 * SIZE**3 * count / (time.perf_counter() - begin)
+    return 2.0 * SIZE**3 / _seconds_of(lambda: left @ left, device, SECONDS)
+
+
+def _launch_seconds(device: torch.device) -> float:
+    """Of an operator in a transformer so small that nothing else counts; Python's part is in it."""
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model: Any = LlamaForCausalLM(config).eval()
+        model.to(device)
+        ids = torch.zeros(1, 4, dtype=torch.int64, device=device)
+        ones = torch.ones_like(ids)
+        seconds = _seconds_of(lambda: model(input_ids=ids, attention_mask=ones), device, BRIEFLY)
+    return seconds / num_operators(model.to("meta"))
+
+
+def _seconds_of(work: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """How long some work takes, on average; the first times warm up the library and are not counted."""
+    for _ in range(2):
+        work()
+    _wait(device)
+    count, begin = 0, time.perf_counter()
+    while (took := time.perf_counter() - begin) < seconds or not count:
+        work()
+        _wait(device)
+        count += 1
+    return took / count
 
 
 def _wait(device: torch.device) -> None:

@@ -12,7 +12,7 @@ from trace_dist.continual.race import MOST_EXTENSIONS
 from trace_dist.data.tasks import Task
 from trace_dist.data.validation import MOST_HELDOUT
 from trace_dist.probe.importance.contrast import contrasts
-from trace_dist.profiling.speed import dense_flops, forward_flops, masked_flops
+from trace_dist.profiling.speed import BACKWARD_PASSES, dense_flops, forward_flops, masked_flops, step_passes
 from trace_dist.projection.project import needs_proxy, num_batches
 from trace_dist.stages import base, continual
 from trace_dist.stages.memory import EXAMPLES_PER_RANK, MEASURED_STEPS
@@ -33,6 +33,8 @@ class Work:
         steps: optimizer steps.
         flops: floating-point operations; None where they are not known yet.
         launched: whether all ranks share it.
+        passes: forward passes that a rank makes one after another, or what takes as long (``profiling.speed``).
+        of_proxy: whether the model is the one that is probed.
     """
 
     stage: str
@@ -41,6 +43,8 @@ class Work:
     steps: int
     flops: float | None
     launched: bool = False
+    passes: float = 0.0
+    of_proxy: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,14 @@ class Outlook:
         target: size of the target.
         proxy: size of the model that is probed.
         mask_given: whether the tasks' masks need not be made.
+        answers: task or general set -> tokens that are generated of an answer: the longest reference, with its end.
     """
 
     cfg: RunConfig
     tasks: list[Task]
     general: list[Task]
     tokens: Mapping[str, float]
+    answers: Mapping[str, int]
     target: Size
     proxy: Size
     mask_given: bool = False
@@ -77,6 +83,20 @@ class Outlook:
             self.tokens[task.name] * size * count for task, count in zip(self.tasks, steps, strict=False)
         )
         return sum(steps), sum(tokens)
+
+    def ranks(self, launched: bool) -> int:
+        """Ranks that share a piece of work."""
+        return self.cfg.launch.num_ranks if launched else 1
+
+    def step_passes(self, steps: int, launched: bool = False, batch_size: int | None = None) -> float:
+        """Forward passes as long as some optimizer steps, of the training's batches unless told otherwise."""
+        train = self.cfg.train
+        size = train.batch_size if batch_size is None else batch_size
+        return step_passes(steps, size, train.micro_batch_size, self.ranks(launched))
+
+    def read_passes(self, count: int, launched: bool = False) -> float:
+        """Forward passes over so many examples."""
+        return -(-count // (self.cfg.eval.batch_size * self.ranks(launched)))
 
     def mean_general(self) -> float:
         """Tokens of a general example, on average."""
@@ -106,7 +126,9 @@ def _base(stage: Stage, seen: Outlook) -> Iterator[Work]:
 def _pretrained(stage: Stage, seen: Outlook, name: str, steps: int, batch_size: int, size: Size) -> Work:
     tokens = steps * batch_size * seen.mean_general()
     flops = _known(size, lambda p: dense_flops(p, tokens))
-    return Work(stage.name, name, f"on {len(seen.general)} general sets", steps, flops if steps else 0.0)
+    detail, passes = f"on {len(seen.general)} general sets", seen.step_passes(steps, batch_size=batch_size)
+    of_proxy = "target" not in stage.arguments
+    return Work(stage.name, name, detail, steps, flops if steps else 0.0, passes=passes, of_proxy=of_proxy)
 
 
 def _probe(stage: Stage, seen: Outlook) -> Iterator[Work]:
@@ -123,7 +145,10 @@ def _probe(stage: Stage, seen: Outlook) -> Iterator[Work]:
         warm, read = probe.num_steps(len(task.train)), probe.fisher_batch_size or probe.batch_size
         tokens = seen.tokens[task.name] * (warm * probe.batch_size + probe.fisher_batches * read)
         flops = _known(seen.proxy, lambda p, tokens=tokens: dense_flops(p, tokens))  # type: ignore[misc]
-        yield Work(stage.name, f"probe {task.name}", f"{len(task.train):,} training examples", warm, flops)
+        passes = seen.step_passes(warm, batch_size=probe.batch_size)
+        passes += seen.step_passes(probe.fisher_batches, batch_size=read)
+        detail = f"{len(task.train):,} training examples"
+        yield Work(stage.name, f"probe {task.name}", detail, warm, flops, passes=passes, of_proxy=True)
 
 
 def _project(stage: Stage, seen: Outlook) -> Iterator[Work]:
@@ -136,7 +161,8 @@ def _project(stage: Stage, seen: Outlook) -> Iterator[Work]:
         flops = _known(seen.target, lambda p, tokens=tokens: dense_flops(p, tokens))  # type: ignore[misc]
         if count == 0:
             detail, flops = "weights alone are looked at", 0.0
-        yield Work(stage.name, f"project {task.name}", detail, 0, flops, stage.launched)
+        passes = seen.step_passes(count, stage.launched, cfg.probe.batch_size)
+        yield Work(stage.name, f"project {task.name}", detail, 0, flops, stage.launched, passes)
 
 
 def _memory(stage: Stage, seen: Outlook) -> Iterator[Work]:
@@ -148,7 +174,8 @@ def _memory(stage: Stage, seen: Outlook) -> Iterator[Work]:
         seen.target, lambda p: masked_flops(p, tokens, mask.share, mask.in_lines) + dense_flops(p, tokens)
     )
     detail = "masked and full training, a few steps each"
-    yield Work(stage.name, "measure memory", detail, 2 * MEASURED_STEPS, flops, stage.launched)
+    passes = seen.step_passes(2 * MEASURED_STEPS, stage.launched, examples)
+    yield Work(stage.name, "measure memory", detail, 2 * MEASURED_STEPS, flops, stage.launched, passes)
 
 
 def _continual(stage: Stage, seen: Outlook) -> Iterator[Work]:
@@ -170,8 +197,9 @@ def _continual(stage: Stage, seen: Outlook) -> Iterator[Work]:
 def _method(stage: Stage, seen: Outlook, entry: Entry) -> Iterator[Work]:
     cfg, kind, name = seen.cfg, entry.kind, entry.name
 
-    def work(what: str, detail: str, steps: int, flops: Callable[[int], float]) -> Work:
-        return Work(stage.name, f"{name}: {what}", detail, steps, _known(seen.target, flops), stage.launched)
+    def work(what: str, detail: str, steps: int, flops: Callable[[int], float], passes: float) -> Work:
+        known = _known(seen.target, flops)
+        return Work(stage.name, f"{name}: {what}", detail, steps, known, stage.launched, passes)
 
     if kind.races(entry.options, cfg):
         yield _race(stage, seen, entry)
@@ -181,7 +209,10 @@ def _method(stage: Stage, seen: Outlook, entry: Entry) -> Iterator[Work]:
         }
         tokens = sum(2 * seen.tokens[task] * count for task, count in asked.items())
         detail = f"{sum(asked.values()):,} prompts, by each task's delta"
-        yield work("answers to learn from", detail, 0, lambda p: forward_flops(p, tokens))
+        passes = sum(
+            seen.read_passes(count, stage.launched) * seen.answers[task] for task, count in asked.items()
+        )
+        yield work("answers to learn from", detail, 0, lambda p: forward_flops(p, tokens), passes)
     for number, task in enumerate(seen.tasks if kind.trains else [], start=1):
         steps = kind.num_steps(entry.options, cfg, seen.steps()[:number])
         mean, examples = seen.tokens[task.name], steps * cfg.train.batch_size
@@ -194,18 +225,33 @@ def _method(stage: Stage, seen: Outlook, entry: Entry) -> Iterator[Work]:
             detail,
             steps,
             lambda p, tokens=mean * examples: kind.flops(cfg, p, tokens),  # type: ignore[misc]
+            seen.step_passes(steps, stage.launched),
         )
         if task.validation is not None and not kind.teaches:
             looks = -(-steps // cfg.train.eval_every)
             tokens = (1 if cfg.train.eval_by == "loss" else 3) * mean * len(task.validation) * looks
             detail = f"{looks} looks at {len(task.validation):,} examples, at most"
-            yield work(f"validate {task.name}", detail, 0, lambda p, tokens=tokens: forward_flops(p, tokens))  # type: ignore[misc]
+            passes = looks * step_passes(
+                1, len(task.validation), cfg.train.micro_batch_size, seen.ranks(stage.launched)
+            )
+            passes /= 1 + BACKWARD_PASSES
+            if cfg.train.eval_by != "loss":
+                passes += (
+                    looks * seen.read_passes(len(task.validation), stage.launched) * seen.answers[task.name]
+                )
+            forward = lambda p, tokens=tokens: forward_flops(p, tokens)  # noqa: E731
+            yield work(f"validate {task.name}", detail, 0, forward, passes)
     times = kind.num_scorings(len(seen.tasks))
     tests = [*seen.tasks, *seen.general]
     # Answers are generated after a pass over the prompt.
     tokens = sum(2 * times * seen.tokens[task.name] * len(task.test) for task in tests)
     detail = f"{sum(len(task.test) for task in tests):,} test examples, {times} times"
-    yield work("score", detail, 0, lambda p: forward_flops(p, tokens))
+    # Each answer is decoded token by token; its prompt is read once more to be retrieved by, as are those of signatures.
+    read = sum(seen.read_passes(cfg.bank.num_prompts, stage.launched) for _ in seen.tasks)
+    decoded = sum(
+        seen.read_passes(len(task.test), stage.launched) * (1 + seen.answers[task.name]) for task in tests
+    )
+    yield work("score", detail, 0, lambda p: forward_flops(p, tokens), times * decoded + read)
 
 
 def _race(stage: Stage, seen: Outlook, entry: Entry) -> Work:
@@ -228,6 +274,7 @@ def _race(stage: Stage, seen: Outlook, entry: Entry) -> Work:
         count * steps,
         _known(seen.target, lambda p: count * (entry.kind.flops(cfg, p, trained) + forward_flops(p, held))),
         stage.launched,
+        count * seen.step_passes(steps, stage.launched),
     )
 
 
@@ -243,6 +290,7 @@ def _density_race(stage: Stage, seen: Outlook) -> Work:
         trainings * steps,
         _known(seen.target, lambda p: masked_flops(p, trainings * tokens, mask.share, mask.in_lines)),
         stage.launched,
+        trainings * seen.step_passes(steps, stage.launched),
     )
 
 

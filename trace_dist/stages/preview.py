@@ -17,9 +17,12 @@ from trace_dist.config import RunConfig
 from trace_dist.data.examples import text_of
 from trace_dist.data.modality import TEXT
 from trace_dist.data.tasks import Task, load_task
+from trace_dist.evaluation.lengths import longest_answer
+from trace_dist.evaluation.metric import load_metric
 from trace_dist.models.loading import load_tokenizer
 from trace_dist.profiling.estimate import Estimator
-from trace_dist.profiling.speed import UTILISATION, matmul_rate
+from trace_dist.profiling.passes import num_operators
+from trace_dist.profiling.speed import UTILISATION, Machine
 from trace_dist.report.memory_tables import mib
 from trace_dist.stages.effort import Outlook, Work, pieces
 from trace_dist.stages.needs import Need, Needs, estimator_of, estimator_of_proxy, of_probe
@@ -88,7 +91,8 @@ def preview(
     tokenizer = None if target is None else load_tokenizer(cfg.target.path)
     lengths = {task.name: _tokens(task, tokenizer, cfg.data.max_length) for task in (*tasks, *general)}
     tokens = {name: mean for name, (mean, _) in lengths.items()}
-    outlook = Outlook(cfg, tasks, general, tokens, _size(target), _size(proxy), mask_given)
+    answers = {task.name: _answer_tokens(task, tokenizer, cfg) for task in (*tasks, *general)}
+    outlook = Outlook(cfg, tasks, general, tokens, answers, _size(target), _size(proxy), mask_given)
     work = [piece for stage in stages for piece in pieces(stage, outlook)]
     masked, memory = None, list[Need]()
     longest = max(lengths[task.name][1] for task in tasks)
@@ -106,20 +110,31 @@ def preview(
         num_parameters=None if masked is None else masked.num_parameters,
         num_entries=entries,
         memory=memory,
-        seconds=_seconds(cfg, work),
+        seconds=_seconds(cfg, work, target, proxy),
         # A launcher is a process too, which its ranks wait for.
         num_starts=sum(1 + (stage.launched and cfg.launch.launcher != "none") for stage in left),
         delta_bytes=None if entries is None else entries * bytes_per_entry,
     )
 
 
-def _seconds(cfg: RunConfig, work: list[Work]) -> float:
-    """How long this device takes for the operations that are known."""
+def _seconds(cfg: RunConfig, work: list[Work], target: Estimator | None, proxy: Estimator | None) -> float:
+    """How long this device takes for the work whose operations are known: products, and what small models take beside them."""
     device = dist.local_device()
-    rate = matmul_rate(getattr(torch, cfg.target.dtype), device) * UTILISATION
+    models = {
+        of_proxy: num_operators(model.module)
+        for of_proxy, model in ((False, target), (True, proxy))
+        if model is not None
+    }
+    if not models:
+        return 0.0
+    machine = Machine.measured(getattr(torch, cfg.target.dtype), device)
     # The ranks of a CPU share its cores.
     ranks = cfg.launch.num_ranks if device.type == "cuda" else 1
-    return sum((piece.flops or 0.0) / (rate * (ranks if piece.launched else 1)) for piece in work)
+    return sum(
+        machine.seconds(piece.flops, piece.passes, models[piece.of_proxy], ranks if piece.launched else 1)
+        for piece in work
+        if piece.flops
+    )
 
 
 def _size(estimator: Estimator | None) -> int | None:
@@ -139,6 +154,18 @@ def _tokens(task: Task, tokenizer: PreTrainedTokenizerBase | None, limit: int) -
     else:
         lengths = [float(len(ids) + 1) for ids in tokenizer(texts)["input_ids"]]
     return min(limit, sum(lengths) / len(lengths)), min(limit, round(max(lengths)))
+
+
+def _answer_tokens(task: Task, tokenizer: PreTrainedTokenizerBase | None, cfg: RunConfig) -> int:
+    """Tokens that are generated for an answer at most; one where nothing is generated."""
+    if load_metric(task).compare is None:
+        return 1
+    if cfg.eval.max_new_tokens is not None:
+        return cfg.eval.max_new_tokens
+    some = task.test.select(range(min(SAMPLE, len(task.test))))
+    if tokenizer is None:
+        return 1 + max(len(answer) for answer in some["answer"]) // CHARACTERS_PER_TOKEN
+    return longest_answer(tokenizer, some.to_list()) + 1
 
 
 def describe(cfg: RunConfig, found: Preview, start_seconds: float = 0.0) -> tuple[Table, list[str]]:
@@ -172,9 +199,9 @@ def describe(cfg: RunConfig, found: Preview, start_seconds: float = 0.0) -> tupl
     if found.num_entries is not None:
         starting = found.num_starts * start_seconds
         lines.append(
-            f"time: about {_duration(found.seconds + starting)}: {_duration(found.seconds)} of computing at {UTILISATION:.0%} of "
-            f"the rate at which this machine multiplies matrices, which small models do not reach, and {_duration(starting)} to "
-            f"start {found.num_starts} processes one after another"
+            f"time: about {_duration(found.seconds + starting)} on this machine: {_duration(found.seconds)} of computing, by "
+            f"what matrix products ({UTILISATION:.0%} of their full rate) and small operators took just now, and "
+            f"{_duration(starting)} to start {found.num_starts} processes one after another"
         )
         if found.unknown:
             lines.append(f"not in it, since a model is not made yet: {', '.join(found.unknown)}")

@@ -36,6 +36,8 @@ STARTS_STAGES = ("run", "learn", "consolidate")
 """Commands that start others, unless a launcher started them."""
 ON_ALL_RANKS = ("project", "train", "continual", "eval", "memory measure")
 """Commands that work on as many ranks as the configuration asks for."""
+MAKES_MASKS = ("run", "learn", "probe")
+"""Commands with which the making of masks begins."""
 
 
 def start(cfg: RunConfig, command: str, **own: str | None) -> None:
@@ -66,6 +68,8 @@ def start(cfg: RunConfig, command: str, **own: str | None) -> None:
     check_shared(cfg.folder.lock, f"run_dir={cfg.run_dir!r}")
     # After that, since it imports the parts, which takes seconds, and a folder that is taken is refused at once.
     check_parts(cfg)
+    if command in MAKES_MASKS and own.get("mask_file") is None:
+        on_main(lambda: _check_masks(cfg))
     on_main(lambda: _keep_config(cfg, whole_run=command in STARTS_STAGES))
 
 
@@ -90,6 +94,13 @@ def check_parts(cfg: RunConfig) -> None:
     check_methods(cfg)
     check_schedule(cfg.train)
     check_trackers(cfg.train.trackers)
+
+
+def _check_masks(cfg: RunConfig) -> None:
+    with importing():
+        from trace_dist.stages.shapes import check_masks
+
+    check_masks(cfg)
 
 
 def _check_score(cfg: RunConfig) -> None:

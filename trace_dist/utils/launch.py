@@ -62,6 +62,14 @@ LAUNCHERS = (
     Launcher("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", ("SLURM_STEP_NUM_NODES", "1")),
     Launcher("mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", ("MPI_LOCALNRANKS", "PMI_SIZE")),
     Launcher(
+        "jsrun",
+        "JSM_NAMESPACE_RANK",
+        "JSM_NAMESPACE_SIZE",
+        "JSM_NAMESPACE_LOCAL_RANK",
+        ("JSM_NAMESPACE_LOCAL_SIZE", "JSM_NAMESPACE_SIZE"),
+    ),
+    Launcher("flux run", "FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID", ("FLUX_JOB_NNODES", "1")),
+    Launcher(
         "a PMIx launcher", "PMIX_RANK", "PMIX_SIZE", "PMIX_LOCAL_RANK", ("PMIX_LOCAL_SIZE", "PMIX_SIZE")
     ),
     Launcher("PALS", "PALS_RANKID", "PALS_SIZE", "PALS_LOCAL_RANKID", ("PALS_LOCAL_SIZE", "PALS_SIZE")),
@@ -140,11 +148,20 @@ def _torch_size(launcher: Launcher | None) -> int:
         raise ValueError(
             f"WORLD_SIZE={size}: MASTER_ADDR is not set; set it to the host name of rank 0's machine, and MASTER_PORT"
         )
+    if "LOCAL_RANK" in os.environ:
+        _number("LOCAL_RANK")
     asked = _number(launcher.size) if launcher is not None and launcher.size in os.environ else 1
     if size < asked and launcher is not None:
         raise ValueError(
             f"{launcher.size}={asked}: {launcher.name} started {asked} processes, but WORLD_SIZE={size} makes each of them a "
             f"job of its own; unset RANK and WORLD_SIZE to join them, or {launcher.rank} to keep them apart"
+        )
+    # torchrun gives ranks of its own to what mpirun has started on each machine.
+    alone = launcher is None or asked == 1 or "TORCHELASTIC_RUN_ID" in os.environ
+    if launcher is not None and not alone and size == asked and _number(launcher.rank) != rank:
+        raise ValueError(
+            f"RANK={rank}: {launcher.name} says {launcher.rank}={os.environ[launcher.rank]}; perhaps RANK was set in the shell "
+            "for all processes: unset RANK, LOCAL_RANK and WORLD_SIZE"
         )
     return size
 

@@ -12,16 +12,43 @@ MOST_NODES = 100_000
 """Values that a document may have, with every alias written out."""
 
 
+class _Keys:
+    """The keys of a mapping so far, and whether the next node is one."""
+
+    def __init__(self) -> None:
+        self.seen, self.is_next = set[str](), True
+
+
+def _look_at_keys(event: yaml.Event, keys: list[_Keys | None]) -> None:
+    """Raise ``yaml.YAMLError`` where an event is a key that its mapping has already; ``keys`` of all open collections."""
+    if isinstance(event, yaml.CollectionEndEvent):
+        keys.pop()
+        return
+    inner = keys[-1] if keys else None
+    if inner is not None:
+        if inner.is_next and isinstance(event, yaml.ScalarEvent):
+            if event.value in inner.seen:
+                line = "" if event.start_mark is None else f"line {event.start_mark.line + 1}: "
+                raise yaml.YAMLError(f"{line}the key {event.value[:80]!r} is there twice; keep one")
+            inner.seen.add(event.value)
+        inner.is_next = not inner.is_next
+    if isinstance(event, yaml.CollectionStartEvent):
+        keys.append(_Keys() if isinstance(event, yaml.MappingStartEvent) else None)
+
+
 def check_yaml(text: str) -> None:
-    """Refuse a document that is nested too deeply or grows beyond measure through its aliases.
+    """Refuse a document that is nested too deeply, grows beyond measure through its aliases, or names a key twice.
 
     Raises:
         yaml.YAMLError: it is one of these, or no YAML.
     """
     sizes: dict[str | None, int] = {}
     open_nodes: list[tuple[str | None, int]] = []
+    keys: list[_Keys | None] = []
     total = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, (yaml.NodeEvent, yaml.CollectionEndEvent)):
+            _look_at_keys(event, keys)
         if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
             open_nodes.append((event.anchor, total))
             total += 1
