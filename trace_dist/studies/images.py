@@ -42,10 +42,14 @@ NUMBERS = ("pilot_average_accuracy", "average_accuracy", "forgetting")
 
 def read_run(path: Path) -> RunConfig:
     """A run's configuration."""
+    return parse_run(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def parse_run(value: dict[str, Any]) -> RunConfig:
+    """A run's configuration, as YAML has it."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(RunConfig, nested_key=None)
-    values = parser.parse_object(yaml.safe_load(path.read_text(encoding="utf-8")))
-    return RunConfig(**vars(parser.instantiate_classes(values)))
+    return RunConfig(**vars(parser.instantiate_classes(parser.parse_object(value))))
 
 
 def class_order(num_classes: int) -> list[int]:
