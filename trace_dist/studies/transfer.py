@@ -2,8 +2,9 @@
 
     python -m trace_dist.studies.transfer --config configs/transfer.yaml --out docs/results/transfer.json
 
-[Note: arms] Each seed draws its bases, masks and examples, and learns the ``earlier`` tasks into a bank. Every other task is
-then learned beside a copy of that bank by three arms, with the same mask, order of examples and peak learning rate:
+[Note: arms] The base is trained once. Each seed draws masks and examples, and learns the ``earlier`` tasks into a bank. Every
+other task is then learned beside a copy of that bank by three arms, with the same mask, order of examples and peak learning
+rate. Masks are random and share no entry, so that nothing depends on a probe:
 
     base       from the base
     composed   ``bank.composition: combination``, as many steps
@@ -32,16 +33,17 @@ from typing import Any
 import torch
 import yaml
 
-from trace_dist.bank.bank import DeltaBank
+from trace_dist.bank.bank import BASE, DeltaBank
 from trace_dist.bank.delta import applied
 from trace_dist.config import RunConfig
 from trace_dist.config.checks import check
 from trace_dist.continual.learn import learn_task
 from trace_dist.continual.setting import Setting
 from trace_dist.evaluation.passes import evaluating
+from trace_dist.masks.mask import Mask
+from trace_dist.masks.ops import layouts_for, random_mask, tensor_seed
 from trace_dist.parts import STARTS
 from trace_dist.stages.base import prepare_base
-from trace_dist.stages.probe import run_probe
 from trace_dist.studies.images import parse_run
 from trace_dist.studies.transfer_summary import summary
 from trace_dist.train.loss import accumulate
@@ -82,14 +84,8 @@ class Plan:
         return cls(cfg, **named)
 
     def of_seed(self, seed: int) -> RunConfig:
-        """The run of a seed, with bases of its own."""
-        root = Path(self.cfg.run_dir) / f"seed{seed}"
-        models = {
-            role: replace(model, path=str(root / "models" / role))
-            for role, model in (("target", self.cfg.target), ("proxy", self.cfg.proxy))
-            if model is not None
-        }
-        return replace(self.cfg, run_dir=str(root), seed=seed, **models)
+        """The run of a seed; its base is that of all seeds."""
+        return replace(self.cfg, run_dir=str(Path(self.cfg.run_dir) / f"seed{seed}"), seed=seed)
 
     def learned(self) -> Iterator[tuple[str, str]]:
         """Each new task, with its group."""
@@ -106,18 +102,23 @@ def with_tasks(cfg: RunConfig, names: tuple[str, ...], bank: Path, composition: 
 
 def earlier_bank(plan: Plan, cfg: RunConfig) -> Path:
     """The bank of the earlier tasks, learned as far as that was not done before."""
-    for role in ("target", "proxy"):
-        prepare_base(cfg, role)  # type: ignore[arg-type]
-    if not cfg.folder.specificity.is_file():
-        run_probe(cfg)
     folder = cfg.folder.root / "bank_earlier"
     own = with_tasks(cfg, plan.earlier, folder)
     setting = Setting.load(own)
     bank = DeltaBank.create(folder, setting.fingerprint, int(cfg.bank.layer))
     for stream in setting.bench.tasks:
         if stream.task.name not in bank.tasks:
-            learn_task(setting, bank, stream, setting.mask_for(stream), name=METHOD)
+            learn_task(setting, bank, stream, drawn_mask(setting, bank, stream.task.name), name=METHOD)
     return folder
+
+
+def drawn_mask(setting: Setting, bank: DeltaBank, task: str) -> Mask:
+    """Random entries that no task of the bank has; the same for each arm."""
+    cfg, earlier = setting.cfg.mask, [name for name in bank.tasks if name not in (BASE, task)]
+    layouts = layouts_for(setting.model, cfg.granularity, cfg.block, cfg.maskable)
+    refused = setting.isolation.refused(layouts, map(bank.mask, earlier))
+    mask = random_mask(layouts, cfg.granularity, cfg.share, tensor_seed(setting.cfg.seed, task), refused)
+    return mask.with_meta(task=task, model=setting.fingerprint, isolation=cfg.isolation, earlier=earlier)
 
 
 def run_arm(setting: Setting, stream: Stream, arm: str, earlier: Path) -> dict[str, Any]:
@@ -134,7 +135,9 @@ def run_arm(setting: Setting, stream: Stream, arm: str, earlier: Path) -> dict[s
         steps > 0, "run.train.steps", stream.steps, f"half of them must hold the {fit} of the fit", "raise it"
     )
     bank = DeltaBank(bank_path)
-    result = learn_task(setting, bank, replace(stream, steps=steps), setting.mask_for(stream), name=arm)
+    result = learn_task(
+        setting, bank, replace(stream, steps=steps), drawn_mask(setting, bank, task), name=arm
+    )
     with applied(setting.model, bank.delta(task)):
         loss = test_loss(setting, stream)
     facts = bank.facts(task)["training"].get("composition", {})
@@ -165,6 +168,7 @@ def run_study(plan: Plan, seeds: list[int], out: Path) -> dict[str, Any]:
     """All trainings that have no record, the result written after each."""
     records: list[dict[str, Any]] = read_json(out)["records"] if out.is_file() else []
     done = {(record["seed"], record["task"], record["arm"]) for record in records}
+    prepare_base(plan.cfg, "target")
     for seed in seeds:
         cfg = plan.of_seed(seed)
         wanted = [each for each in plan.learned() if any((seed, each[0], arm) not in done for arm in ARMS)]
@@ -183,7 +187,7 @@ def run_study(plan: Plan, seeds: list[int], out: Path) -> dict[str, Any]:
 
 
 def _result(plan: Plan, records: list[dict[str, Any]]) -> dict[str, Any]:
-    about = {"earlier": plan.earlier, "lr": plan.cfg.train.rate, "density": plan.cfg.mask.density}
+    about = {"earlier": list(plan.earlier), "lr": plan.cfg.train.rate, "density": plan.cfg.mask.density}
     return {
         "run_info": run_info(),
         "meta_info": meta_info(),
