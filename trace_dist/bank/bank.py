@@ -107,6 +107,12 @@ class DeltaBank:
         return self._index
 
     @property
+    def is_adapted(self) -> bool:
+        """Whether there are tasks, and all have signatures under their own weights."""
+        records = [record for record in self._index.records if record.name != BASE]
+        return bool(records) and all(ADAPTED in record.files for record in records)
+
+    @property
     def tasks(self) -> list[str]:
         """Names of the signatures in order, ``base`` among them if it has one."""
         return self._index.names

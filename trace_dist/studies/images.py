@@ -7,9 +7,8 @@
 protocol; the others regroup its classes, with as many steps per class. A seed draws the base, the masks and the order of the
 examples; the order of the classes stays.
 
-A run is resumed where it was cut. One that the result holds is not done again; delete the
-file to begin anew. Differences are paired by seed; their intervals are
-those of Student's t.
+A run is resumed where it was cut. One that the result holds is not done again; delete the file to begin anew. Differences are
+paired by seed; their intervals are those of Student's t.
 """
 
 from __future__ import annotations
