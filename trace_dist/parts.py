@@ -41,5 +41,5 @@ ARMS = _rows(
     "identity", "align", "trace", "probed_like_trace", "lora", "full",
 )  # fmt: skip
 MODALITIES = _rows("data.modality", "modality", "text", "image")
-IMAGES = _rows("tasks.path", "data.images", "digits", "letters")
+IMAGES = _rows("tasks.path", "data.images", "digits", "letters", "mnist")
 SIGNATURES = _rows("bank.signature", "bank.signatures", "kmeans", "diagonal", "full", "dirichlet", "mean")
