@@ -97,7 +97,9 @@ class Plan:
 def with_tasks(cfg: RunConfig, names: tuple[str, ...], bank: Path, composition: str = "none") -> RunConfig:
     """A run of some of the tasks, into a bank of its own."""
     tasks = [task for task in cfg.tasks if task.name in names]
-    return replace(cfg, tasks=tasks, bank=replace(cfg.bank, path=str(bank), composition=composition))
+    options = cfg.bank.composition_options if composition != "none" else {}
+    own = replace(cfg.bank, path=str(bank), composition=composition, composition_options=options)
+    return replace(cfg, tasks=tasks, bank=own)
 
 
 def earlier_bank(plan: Plan, cfg: RunConfig) -> Path:
@@ -176,7 +178,7 @@ def run_study(plan: Plan, seeds: list[int], out: Path) -> dict[str, Any]:
             continue
         earlier = earlier_bank(plan, cfg)
         for task, group in wanted:
-            setting = Setting.load(with_tasks(cfg, (task,), earlier))
+            setting = Setting.load(replace(cfg, tasks=[each for each in cfg.tasks if each.name == task]))
             (stream,) = setting.bench.tasks
             for arm in ARMS:
                 if (seed, task, arm) not in done:
