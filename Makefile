@@ -43,6 +43,7 @@ trace-small: $(VENV)/.quickstart
 # Which task is a prompt of, among seventy; nothing is trained. A study that was cut continues.
 retrieval-study: $(VENV)/.smollm2
 	$(BIN)/python -m trace_dist.benchmarks.retrieval --config configs/retrieval.yaml --out docs/results/retrieval.json
+	$(BIN)/python -m trace_dist.benchmarks.routes --out docs/results/routes.json
 	$(BIN)/python -m trace_dist.benchmarks.retrieval_page docs/results docs/retrieval.md docs/retrieval.png
 
 # When is a probed mask worth its probe? Half a day of one core or more; a study that was cut goes on.

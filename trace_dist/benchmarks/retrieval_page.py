@@ -18,7 +18,7 @@ from trace_dist.report.plots import label_ends
 from trace_dist.report.theme import LIGHT, new_figure, theme
 from trace_dist.utils.files import read_json
 
-RESULT = "retrieval.json"
+RESULT, ROUTES = "retrieval.json", "routes.json"
 SHOWN_LIMITS = {
     "clopper_pearson": "Clopper-Pearson",
     "gaussian": "Gaussian, held-out",
@@ -136,6 +136,16 @@ def rejection_table(result: Result) -> str:
     return with_origin(result, grid(["rejected, %", "known", "in other words", "unknown"], rows))
 
 
+def routes_table(result: Result) -> str:
+    """Time until a prompt has its task, by the number of tasks, beside that with one task."""
+    rows = [
+        [str(row["tasks"])]
+        + [f"{row[f'{kind}_ms']:.0f} ({row[f'{kind}_ratio']:.2f}x)" for kind in ("base", "adapted")]
+        for row in result["rows"]
+    ]
+    return with_origin(result, grid(["tasks in the bank", "`base`, ms", "`adapted`, ms"], rows))
+
+
 SECTIONS: Sections = {
     "kinds": ((RESULT,), kinds_table),
     "costs": ((RESULT,), costs_table),
@@ -145,6 +155,7 @@ SECTIONS: Sections = {
     "twins": ((RESULT,), twins_table),
     "layers": ((RESULT,), layers_table),
     "rejection": ((RESULT,), rejection_table),
+    "routes": ((ROUTES,), routes_table),
 }
 """Section of docs/retrieval.md -> its result files and its table."""
 
