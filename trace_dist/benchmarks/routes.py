@@ -33,12 +33,12 @@ from trace_dist.sharding.build import shard
 from trace_dist.utils.env import meta_info, run_info
 from trace_dist.utils.files import write_json
 
-SIZES = (1, 5, 20, 50)
+SIZES = (1, 50)
 KINDS = ("base", "adapted")
 GRANULARITY = "row"
 
 
-def measure(race: Race, sizes: Sequence[int] = SIZES, rounds: int = 5) -> dict[str, Any]:
+def measure(race: Race, sizes: Sequence[int] = SIZES, rounds: int = 3) -> dict[str, Any]:
     """Milliseconds of processor time until a prompt has its task.
 
     Args:
@@ -47,11 +47,11 @@ def measure(race: Race, sizes: Sequence[int] = SIZES, rounds: int = 5) -> dict[s
         rounds: of each measurement; the first one, which reads deltas and signatures, comes on top.
     """
     model = shard(race.model())
-    prompt = list(range(5, 5 + race.sequence))
+    prompt, base = list(range(5, 5 + race.sequence)), fingerprint(model.module)
     with tempfile.TemporaryDirectory() as folder:
         routers = {
             (kind, size): _router(model, bank, kind)
-            for size, bank in ((size, _bank(model, race, Path(folder) / str(size), size)) for size in sizes)
+            for size, bank in ((size, _bank(model, race, base, Path(folder) / str(size), size)) for size in sizes)
             for kind in KINDS
         }
         times: dict[tuple[str, int], list[float]] = {key: [] for key in routers}
@@ -74,9 +74,9 @@ def measure(race: Race, sizes: Sequence[int] = SIZES, rounds: int = 5) -> dict[s
     }
 
 
-def _bank(model: ShardedModel, race: Race, folder: Path, size: int) -> DeltaBank:
+def _bank(model: ShardedModel, race: Race, base: str, folder: Path, size: int) -> DeltaBank:
     """Random tasks, each with a signature under its own weights."""
-    bank = DeltaBank.create(folder, fingerprint(model.module), layer=-1)
+    bank = DeltaBank.create(folder, base, layer=-1)
     for number in range(size):
         signature = _signature(number, model.config.hidden_size)
         bank.add(signature, random_delta(model, GRANULARITY, race.density, number), adapted=signature)
