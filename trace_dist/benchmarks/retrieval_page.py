@@ -23,8 +23,8 @@ SHOWN_LIMITS = {
     "clopper_pearson": "Clopper-Pearson",
     "gaussian": "Gaussian, held-out",
     "cantelli": "Cantelli, held-out",
-    "separation": "estimate: Gaussian, fitted",
-    "separation_any": "estimate: Cantelli, fitted",
+    "separation": "Gaussian (estimate)",
+    "separation_any": "Cantelli (estimate)",
 }
 ESTIMATES = ("separation", "separation_any")
 """No limits: they take fitted parameters for the true ones."""
