@@ -51,7 +51,9 @@ def measure(race: Race, sizes: Sequence[int] = SIZES, rounds: int = 3) -> dict[s
     with tempfile.TemporaryDirectory() as folder:
         routers = {
             (kind, size): _router(model, bank, kind)
-            for size, bank in ((size, _bank(model, race, base, Path(folder) / str(size), size)) for size in sizes)
+            for size, bank in (
+                (size, _bank(model, race, base, Path(folder) / str(size), size)) for size in sizes
+            )
             for kind in KINDS
         }
         times: dict[tuple[str, int], list[float]] = {key: [] for key in routers}

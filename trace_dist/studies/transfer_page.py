@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from trace_dist.benchmarks.document import Result, Sections, grid, render, with_origin
 from trace_dist.report.theme import LIGHT, new_figure, theme
+from trace_dist.studies.transfer_summary import summary
 from trace_dist.utils.files import read_json
 
 RESULT = "transfer.json"
@@ -25,7 +27,7 @@ _PANEL_PX, _HEIGHT_PX, _DPI = 400, 400, 108
 def summary_table(result: Result) -> str:
     """Of each new task, and of each group."""
     rows = []
-    for group, found in result["summary"].items():
+    for group, found in summary(result["records"]).items():
         for name, each in [*found["tasks"].items(), (f"**{group}, all**", found["all"])]:
             rows.append([
                 name,
@@ -33,13 +35,14 @@ def summary_table(result: Result) -> str:
                 f"{each['composed_steps'][0]:.0f}",
                 _spread(each["share"], 2),
                 f"{each['reached']} of {each['trainings']}",
+                *(f"{each[arm + '_loss'][0]:.3f}" for arm in ("base", "composed", "half")),
                 _spread(each["composed_above"], 1),
-                _spread(each["half_above"], 1),
                 f"{each['used']} of {each['trainings']}",
             ])  # fmt: skip
     heads = [
         "new task", "steps from the base", "steps with composition", "share of the steps", "loss reached",
-        "test loss above the base's, %", "in half of the steps, %", "earlier deltas taken",
+        "test loss from the base", "with composition", "in half of the steps",
+        "composition above base, %", "earlier deltas taken",
     ]  # fmt: skip
     return with_origin(result, grid(heads, rows))
 
@@ -60,6 +63,7 @@ def draw(result: Result, out: Path) -> None:
     with theme():
         figure = new_figure(_PANEL_PX * len(tasks), _HEIGHT_PX)
         panels = np.atleast_1d(figure.subplots(1, len(tasks)))
+        panels[0].set_ylabel("validation loss, nats per token")
         for ax, (task, group) in zip(panels, tasks, strict=True):
             _panel(
                 ax, [record for record in result["records"] if record["task"] == task], f"{task} ({group})"
@@ -81,8 +85,9 @@ def _panel(ax: Axes, records: Sequence[Mapping[str, Any]], title: str) -> None:
     if ends:
         ax.axhline(float(np.mean(ends)), color=LIGHT["muted"], linewidth=1.2, linestyle=(0, (4, 3)))
     ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("steps, fit included")
-    ax.set_ylabel("validation loss, nats per token")
     ax.grid(axis="y")
     ax.set_axisbelow(True)
     ax.legend(frameon=False)

@@ -25,8 +25,8 @@ def compared(base: Record, composed: Record, half: Record) -> dict[str, Any]:
 
     Returns:
         Steps of ``base`` and ``composed`` to the loss with which ``base`` ends, the fit's among them; ``reached``, whether
-        ``composed`` comes there, and its ``share`` of the steps of ``base`` (of all its steps where it does not); how far its
-        test loss, and that of ``half``, lies above the base's, in percent; whether earlier deltas were taken.
+        ``composed`` comes there, and its ``share`` of the steps of ``base`` (of all its steps where it does not); the test losses
+        of the three, and how far the latter two lie above the first, in percent; whether earlier deltas were taken.
     """
     target = base["looks"][-1][1]
     alone = steps_to(base["looks"], target)
@@ -41,11 +41,16 @@ def compared(base: Record, composed: Record, half: Record) -> dict[str, Any]:
         "share": steps / alone,
         "composed_above": 100 * (composed["test_loss"] / base["test_loss"] - 1),
         "half_above": 100 * (half["test_loss"] / base["test_loss"] - 1),
+        "base_loss": base["test_loss"],
+        "composed_loss": composed["test_loss"],
+        "half_loss": half["test_loss"],
         "used": bool(composed["composition"].get("used")),
     }
 
 
-NUMBERS = ("share", "composed_above", "half_above", "base_steps", "composed_steps")
+NUMBERS = (
+    "share", "composed_above", "half_above", "base_steps", "composed_steps", "base_loss", "composed_loss", "half_loss",
+)  # fmt: skip
 
 
 def summary(records: Sequence[Record]) -> dict[str, Any]:
