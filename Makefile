@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: quickstart quickstart-smollm2 publish bench stream20 trace-small retrieval-study study study-toy study-one-model study-one-model-toy study-images gpu scale test fuzz faults soak hosts audit lint format docs wheel clean
+.PHONY: quickstart quickstart-smollm2 publish bench stream20 trace-small retrieval-study study study-toy study-one-model study-one-model-toy study-images study-transfer gpu scale test fuzz faults soak hosts audit lint format docs wheel clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/trace-dist run --config configs/quickstart.yaml
@@ -43,6 +43,7 @@ trace-small: $(VENV)/.quickstart
 # Which task is a prompt of, among seventy; nothing is trained. A study that was cut continues.
 retrieval-study: $(VENV)/.smollm2
 	$(BIN)/python -m trace_dist.benchmarks.retrieval --config configs/retrieval.yaml --out docs/results/retrieval.json
+	$(BIN)/python -m trace_dist.benchmarks.routes --out docs/results/routes.json
 	$(BIN)/python -m trace_dist.benchmarks.retrieval_page docs/results docs/retrieval.md docs/retrieval.png
 
 # When is a probed mask worth its probe? Half a day of one core or more; a study that was cut goes on.
@@ -65,6 +66,11 @@ study-one-model-toy: $(VENV)/.quickstart
 # Handwritten digits, two and five new classes at a time, three seeds; a study that was cut goes on.
 study-images: $(VENV)/.quickstart
 	OMP_NUM_THREADS=1 $(BIN)/python -m trace_dist.studies.images --config configs/digits.yaml --out docs/results/digits.json --page docs/images.md
+
+# What earlier tasks are worth to a new one, three seeds; a study that was cut goes on.
+study-transfer: $(VENV)/.quickstart
+	OMP_NUM_THREADS=1 $(BIN)/python -m trace_dist.studies.transfer --config configs/transfer.yaml --out docs/results/transfer.json
+	$(BIN)/python -m trace_dist.studies.transfer_page docs/results docs/transfer.md docs/transfer.png
 
 # Where there is a GPU: the kernels' tests on it, and what the benchmarks say of it. A quarter of an hour.
 STEP = $(BIN)/trace-dist bench step --ranks 1 --rounds 1 --sequence 2048

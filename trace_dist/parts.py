@@ -28,7 +28,7 @@ PLACEMENTS = _rows(
 )  # fmt: skip
 ISOLATIONS = _rows("mask.isolation", "continual.isolation", "shared", "exclusive", "soft")
 STARTS = _rows("bank.composition", "continual.starts", "none", "combination")
-COMPOSITIONS = _rows("composition", "bank.composition", "sum", "average", "ties", "dare")
+COMPOSITIONS = _rows("composition", "bank.composition", "sum", "average", "ties", "dare", "magnitude_max")
 METRICS = _rows(
     "tasks.metric", "evaluation.metrics",
     "exact_match", "choice", "numeric", "token_f1", "rouge_l", "chrf", "bleu", "edit_similarity", "sari", "bits_per_byte",
@@ -41,5 +41,5 @@ ARMS = _rows(
     "identity", "align", "trace", "probed_like_trace", "lora", "full",
 )  # fmt: skip
 MODALITIES = _rows("data.modality", "modality", "text", "image")
-IMAGES = _rows("tasks.path", "data.images", "digits", "letters")
+IMAGES = _rows("tasks.path", "data.images", "digits", "letters", "mnist")
 SIGNATURES = _rows("bank.signature", "bank.signatures", "kmeans", "diagonal", "full", "dirichlet", "mean")

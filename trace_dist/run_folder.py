@@ -150,6 +150,7 @@ class RunFolder:
 DELTA, SIGNATURE, SKETCH, ADAPTED, PROMPTS = (
     f"{kind}.safetensors" for kind in ("delta", "signature", "sketch", "adapted", "prompts")
 )
+RECIPE = "recipe.json"
 """Files of one task in a bank."""
 
 

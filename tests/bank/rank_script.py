@@ -21,9 +21,11 @@ from bank.samples import (
 
 from trace_dist import DeltaBank
 from trace_dist.bank.adapted import retrieve_adapted
+from trace_dist.bank.blend import blended
 from trace_dist.run_folder import BankFolder
 from trace_dist.sharding import ShardedModel
 from trace_dist.utils import dist
+from trace_dist.utils.sealed import tensors_checksum
 
 
 def outcome(work: Callable[[], Any]) -> str:
@@ -62,6 +64,8 @@ def main(folder: Path, out: Path) -> None:
     own = adapted_bank(folder.with_name("adapted"), model, 2)
     base = represent_rows(model, prompts)(range(10))
     found["adapted"] = retrieve_adapted(own, model, base, represent_rows(model, prompts), candidates=2)
+    blend = blended(own, model, base)
+    found["blend"] = None if blend is None else tensors_checksum(blend.values)
     bank.remove("real")
     found["removed"] = [bank.tasks, DeltaBank(folder).generation]
     (out / f"rank{dist.rank()}.json").write_text(json.dumps(found))

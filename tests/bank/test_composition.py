@@ -105,6 +105,16 @@ def test_ties_is_the_papers_algorithm(keep: float, weight: float) -> None:
     assert 0 < int((got != 0).sum()) <= len(got)
 
 
+def test_the_largest_change_of_each_entry() -> None:
+    model, deltas = base_model(), three()
+    base = model.full_state_dict()
+    changes = [dense_change(delta, base) for delta in deltas]
+    for name, found in dense_change(compose(deltas, model, "all", "magnitude_max"), base).items():
+        each = torch.stack([change[name] for change in changes])
+        expected = torch.where(each.amax(0) >= -each.amin(0), each.amax(0), each.amin(0))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
 def test_dare_drops_and_rescales() -> None:
     model, deltas = base_model(), three()[:1]
     base = model.full_state_dict()
@@ -129,7 +139,7 @@ def test_dare_depends_on_its_seed_alone() -> None:
     assert all(torch.equal(nothing_dropped.values[name], value) for name, value in total.values.items())
 
 
-@pytest.mark.parametrize("kind", ["sum", "ties", "dare"])
+@pytest.mark.parametrize("kind", ["sum", "ties", "dare", "magnitude_max"])
 def test_a_delta_alone_stays_what_it_is(kind: str) -> None:
     model = base_model("bfloat16")
     (delta, *_) = three("bfloat16")
@@ -143,7 +153,7 @@ def test_a_delta_alone_stays_what_it_is(kind: str) -> None:
         ("ties", {"keep": 0.0}, r"composition.options.keep=0.0: must lie in \(0, 1\]"),
         ("dare", {"drop": 1.0}, r"composition.options.drop=1.0: must lie in \[0, 1\)"),
         ("sum", {"weight": 1.0}, "it has no options"),
-        ("linear", None, "choose among sum, average, ties, dare"),
+        ("linear", None, "choose among sum, average, ties, dare, magnitude_max"),
     ],
 )
 def test_options_of_a_composition(kind: str, options: dict[str, float] | None, message: str) -> None:

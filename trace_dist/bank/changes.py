@@ -11,11 +11,12 @@ from trace_dist.bank.delta import Delta, check_base
 from trace_dist.bank.facts import describe, kind_of
 from trace_dist.bank.index import Index, Record
 from trace_dist.bank.prompts import PromptSets, save_prompts
+from trace_dist.bank.recipe import Recipe
 from trace_dist.bank.signature import Signature, check_comparable
 from trace_dist.bank.sketch import Sketch
 from trace_dist.bank.writer import Writer, locked, read_index
 from trace_dist.models.fingerprint import fuller, same_model
-from trace_dist.run_folder import ADAPTED, DELTA, PROMPTS, SIGNATURE, SKETCH, BankFolder
+from trace_dist.run_folder import ADAPTED, DELTA, PROMPTS, RECIPE, SIGNATURE, SKETCH, BankFolder
 from trace_dist.utils.names import BASE, check_task_name
 from trace_dist.utils.sealed import same_content
 
@@ -34,6 +35,8 @@ class Task:
     facts: Mapping[str, Any] | None = None
     prompts: PromptSets | None = None
     adapted: Signature | None = None
+    recipe: Recipe | None = None
+    """What it began with; not None iff ``delta`` is its own part alone."""
 
     def __post_init__(self) -> None:
         name = self.signature.task
@@ -60,6 +63,8 @@ class Task:
             save_prompts(folder / PROMPTS, self.prompts)
         if self.adapted is not None:
             self.adapted.save(folder / ADAPTED)
+        if self.recipe is not None:
+            self.recipe.save(folder / RECIPE)
 
 
 def found(index: Index, files: BankFolder, task: str) -> Record:
@@ -69,6 +74,22 @@ def found(index: Index, files: BankFolder, task: str) -> Record:
         held = ", ".join(index.names) or "nothing yet"
         raise ValueError(f"task={task!r}: not in the bank {files.root}; it holds {held}")
     return record
+
+
+def held(index: Index, files: BankFolder, task: str, recipe: Recipe) -> list[str]:
+    """The tasks that a recipe names, as they are called now.
+
+    Raises:
+        ValueError: the bank does not hold one of them.
+    """
+    records = [index.holder(part.key) for part in recipe.parts]
+    lacking = records.count(None)
+    if lacking:
+        raise ValueError(
+            f"task={task!r}: is a recipe over {len(records)} earlier tasks, and the bank {files.root} does not hold {lacking} of "
+            "them as they were; add those first, under their own names"
+        )
+    return [record.name for record in records if record is not None]
 
 
 def open_or_start(files: BankFolder, base: str, layer: int) -> None:
@@ -114,6 +135,8 @@ def add(writer: Writer, task: Task) -> None:
     if task.delta is not None:
         check_base(task.delta.mask, writer.index.base, f"delta {name!r}")
         task.delta.check_finite()
+    if task.recipe is not None:
+        held(writer.index, writer.files, name, task.recipe)
     facts = describe(task.delta, task.signature, task.facts)
     writer.upgrade()
     _check_fits(writer, task.signature)
@@ -143,6 +166,8 @@ def _same(writer: Writer, present: Record, new: Record, file: str) -> bool:
     """Whether a file that was staged is the one that the bank holds."""
     if present.files.get(file) == new.files[file]:
         return True
+    if file == RECIPE:
+        return False
     paths = (writer.files.task(present.folder) / file, writer.temporary(new) / file)
     return file in present.files and same_content(*paths, file.split(".")[0])
 
@@ -160,8 +185,23 @@ def _check_fits(writer: Writer, signature: Signature) -> None:
 
 
 def remove(writer: Writer, name: str) -> None:
-    """Take a task out. Raises ValueError where there is no such task."""
+    """Take a task out.
+
+    Raises:
+        ValueError: there is no such task, or the recipe of another one needs it.
+    """
     gone = found(writer.index, writer.files, name)
+    needing = [
+        record.name
+        for record in writer.index.records
+        if RECIPE in record.files
+        and gone.key in [part.key for part in Recipe.load(writer.files.task(record.folder) / RECIPE).parts]
+    ]
+    if needing:
+        raise ValueError(
+            f"task={name!r}: {', '.join(needing)} {'is kept' if len(needing) == 1 else 'are kept'} as a recipe that needs it; "
+            f"remove {'that one' if len(needing) == 1 else 'those'} first, or learn them with bank.keep: whole"
+        )
     records = tuple(record for record in writer.index.records if record is not gone)
     writer.commit(replace(writer.index, records=records))
 

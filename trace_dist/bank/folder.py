@@ -12,9 +12,10 @@ from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.changes import Task
 from trace_dist.bank.delta import Delta
 from trace_dist.bank.prompts import load_prompts
+from trace_dist.bank.recipe import Recipe
 from trace_dist.bank.signature import Signature
 from trace_dist.bank.sketch import Sketch
-from trace_dist.run_folder import ADAPTED, DELTA, PROMPTS, SIGNATURE, SKETCH, BankFolder
+from trace_dist.run_folder import ADAPTED, DELTA, PROMPTS, RECIPE, SIGNATURE, SKETCH, BankFolder
 from trace_dist.utils.names import BASE
 
 
@@ -48,6 +49,7 @@ def read_task(source: Path, bank: DeltaBank, name: str | None = None) -> Task:
         Sketch.load(source / SKETCH) if (source / SKETCH).is_file() else None,
         prompts=load_prompts(source / PROMPTS) if (source / PROMPTS).is_file() else None,
         adapted=Signature.load(source / ADAPTED) if (source / ADAPTED).is_file() else None,
+        recipe=Recipe.load(source / RECIPE) if (source / RECIPE).is_file() else None,
     )
 
 
@@ -57,7 +59,7 @@ def _of_bank(bank: DeltaBank, task: str, name: str | None) -> Task:
         raise ValueError(
             f"task={task!r}: is the base model of {bank.folder} and no task; name the folder of a task"
         )
-    new, delta = name or task, bank.delta(task)
+    new, delta = name or task, bank.own_delta(task)
     record = bank.index.get(task)
     adapted = bank.adapted(task) if record is not None and ADAPTED in record.files else None
     return Task(
@@ -67,4 +69,5 @@ def _of_bank(bank: DeltaBank, task: str, name: str | None) -> Task:
         bank.facts(task).get("training"),
         bank.prompts(task),
         adapted,
+        bank.recipe(task),
     )

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from trace_dist.run_folder import ADAPTED, DELTA, PROMPTS, SIGNATURE, SKETCH
+from trace_dist.run_folder import ADAPTED, DELTA, PROMPTS, RECIPE, SIGNATURE, SKETCH
 from trace_dist.utils.files import read_json, sha256, write_json
 from trace_dist.utils.names import BASE, check_task_name
 from trace_dist.utils.sealed import check_version, json_checksum
@@ -58,6 +58,12 @@ class Record:
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Small JSON values: clusters, dim, digest of the mask, entries, density, granularity, dtype, training (``bank.facts``)."""
 
+    @property
+    def key(self) -> tuple[str | None, str | None]:
+        """Checksums of its delta and of its recipe, by which recipes name it; None where it has none."""
+        delta, recipe = self.files.get(DELTA), self.files.get(RECIPE)
+        return delta.sha256 if delta else None, recipe.sha256 if recipe else None
+
 
 @dataclass(frozen=True)
 class Index:
@@ -73,6 +79,10 @@ class Index:
     """How often the bank was changed."""
     version: int = VERSION
     """Of the format: 1 until the first change by this release."""
+
+    def holder(self, key: tuple[str, str | None]) -> Record | None:
+        """The record whose delta and recipe have these checksums (``recipe.Part.key``), if there is one."""
+        return next((record for record in self.records if record.key == key), None)
 
     @property
     def names(self) -> list[str]:
@@ -179,7 +189,7 @@ class _Reader:
         if not FOLDER.fullmatch(folder):
             raise self.damaged(f"folder {folder!r:.200} is not the name of a folder")
         wanted = {SIGNATURE} if name == BASE else {SIGNATURE, DELTA}
-        if not wanted <= files.keys() <= {SIGNATURE, DELTA, SKETCH, ADAPTED, PROMPTS}:
+        if not wanted <= files.keys() <= {SIGNATURE, DELTA, SKETCH, ADAPTED, PROMPTS, RECIPE}:
             raise self.damaged(f"task {name!r} has the files {sorted(files)!r:.200}")
         facts = self.field(value, "facts", dict)
         for key, kind in FACTS.items():

@@ -73,7 +73,10 @@ def _same(left: DeltaBank, right: DeltaBank, name: str) -> bool:
     """Whether two banks hold the very same task."""
     if not left.signature(name).same(right.signature(name)):
         return False
-    return name == BASE or Member.of(left.path(name)) == Member.of(right.path(name))
+    if name == BASE:
+        return True
+    same = Member.of(left.path(name)) == Member.of(right.path(name))
+    return same and left.recipe(name) == right.recipe(name)
 
 
 def _copied(writer: Writer, bank: DeltaBank, record: Record, folder: str) -> Record:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
+from operator import or_
+
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.delta import check_base
 from trace_dist.bank.index import Member, Record
+from trace_dist.masks.mask import Mask
 from trace_dist.run_folder import ADAPTED
 
 
@@ -52,13 +57,22 @@ def _inconsistent(bank: DeltaBank, record: Record, dims: dict[int, str]) -> list
         bank.prompts(name)
         if ADAPTED in record.files:
             bank.adapted(name)
-        delta = bank.delta(name)
+        delta = bank.own_delta(name)
         if delta is None:
             return []
         check_base(delta.mask, bank.base, str(bank.path(name)))
+        begun = list(map(bank.mask, bank.needs(name)))
     except ValueError as error:
         return [str(error)]
+    if begun and _meet(delta.mask, begun):
+        return [f"{bank.path(name)}: shares entries with the tasks of its recipe; learn the task again"]
     found, known = delta.mask.num_entries, record.facts.get("entries")
     if record.folder and found != known:
         return [f"{bank.path(name)}: holds {found} entries, the index says {known}; add the task again"]
     return []
+
+
+def _meet(mask: Mask, others: Sequence[Mask]) -> bool:
+    """Whether a mask shares entries with one of others."""
+    taken = reduce(or_, others)
+    return (mask | taken).num_entries < mask.num_entries + taken.num_entries

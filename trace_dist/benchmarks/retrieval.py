@@ -42,8 +42,8 @@ LIMITS = {
     "clopper_pearson": "error_bound",
     "gaussian": "gaussian_error_bound",
     "cantelli": "cantelli_error_bound",
-    "separation": "separation_error_bound",
-    "separation_any": "separation_any_error_bound",
+    "separation": "separation_estimate",
+    "separation_any": "separation_any_estimate",
 }
 """Name of a limit here -> in ``ErrorBound.to_json``."""
 

@@ -18,14 +18,16 @@ from trace_dist.report.plots import label_ends
 from trace_dist.report.theme import LIGHT, new_figure, theme
 from trace_dist.utils.files import read_json
 
-RESULT = "retrieval.json"
+RESULT, ROUTES = "retrieval.json", "routes.json"
 SHOWN_LIMITS = {
     "clopper_pearson": "Clopper-Pearson",
     "gaussian": "Gaussian, held-out",
     "cantelli": "Cantelli, held-out",
-    "separation": "Gaussian, fitted",
-    "separation_any": "Cantelli, fitted",
+    "separation": "Gaussian (estimate)",
+    "separation_any": "Cantelli (estimate)",
 }
+ESTIMATES = ("separation", "separation_any")
+"""No limits: they take fitted parameters for the true ones."""
 COLOURS = ("blue", "vermillion", "green", "amber", "pink")
 End = tuple[str, float, str]
 """Label of a curve, its last value, and its colour."""
@@ -62,10 +64,16 @@ def bounds_table(result: Result) -> str:
     for size in result["kinds"][0]["sizes"]:
         cells = [f"{size['error']:.2f}", f"{100 - size['shifted']['accuracy']:.2f}"]
         for name in SHOWN_LIMITS:
-            cells.append(f"{size['limits'][name]:.2f}" + ("" if size["held"][name] else " (broken)"))
+            cells.append(_cell(size, name))
         rows.append([str(size["tasks"]), *cells, *_normality(size["normality"])])
     heads = ["tasks", "error, %", "in other words", *SHOWN_LIMITS.values(), "Mardia's p", "kurtosis"]
     return with_origin(result, grid(heads, rows))
+
+
+def _cell(size: Result, name: str) -> str:
+    """A limit, and whether the error of fresh prompts lies above it."""
+    above = "too low" if name in ESTIMATES else "broken"
+    return f"{size['limits'][name]:.2f}" + ("" if size["held"][name] else f" ({above})")
 
 
 def _normality(found: Result | None) -> list[str]:
@@ -93,10 +101,9 @@ def held_table(result: Result) -> str:
     rows = []
     for kind in result["kinds"]:
         size = kind["sizes"][-1]
-        limits = [(size["limits"][name], size["held"][name]) for name in SHOWN_LIMITS]
         cells = [
-            "–" if limit == 100 else f"{limit:.2f}" + ("" if held else " (broken)")  # noqa: RUF001
-            for limit, held in limits
+            "–" if size["limits"][name] == 100 else _cell(size, name)  # noqa: RUF001
+            for name in SHOWN_LIMITS
         ]
         rows.append([kind["kind"], f"{size['error']:.2f}", *cells])
     return with_origin(result, grid(["", "error, %", *SHOWN_LIMITS.values()], rows))
@@ -129,6 +136,16 @@ def rejection_table(result: Result) -> str:
     return with_origin(result, grid(["rejected, %", "known", "in other words", "unknown"], rows))
 
 
+def routes_table(result: Result) -> str:
+    """Time until a prompt has its task, by the number of tasks, beside that with one task."""
+    rows = [
+        [str(row["tasks"])]
+        + [f"{row[f'{kind}_ms']:.0f} ({row[f'{kind}_ratio']:.2f}x)" for kind in ("base", "adapted")]
+        for row in result["rows"]
+    ]
+    return with_origin(result, grid(["tasks in the bank", "`base`, ms", "`adapted`, ms"], rows))
+
+
 SECTIONS: Sections = {
     "kinds": ((RESULT,), kinds_table),
     "costs": ((RESULT,), costs_table),
@@ -138,6 +155,7 @@ SECTIONS: Sections = {
     "twins": ((RESULT,), twins_table),
     "layers": ((RESULT,), layers_table),
     "rejection": ((RESULT,), rejection_table),
+    "routes": ((ROUTES,), routes_table),
 }
 """Section of docs/retrieval.md -> its result files and its table."""
 

@@ -352,7 +352,7 @@ BANK_ACTIONS: dict[str, tuple[Command, Options]] = {
             },
             "--composition": {
                 "default": None,
-                "help": "sum, which is usual, average, ties, dare, or the path of a module of your own",
+                "help": "sum, which is usual, average, ties, dare, magnitude_max, or the path of a module of your own",
             },
             "--out": {"required": True, "help": "folder to write"},
             "--dtype": {

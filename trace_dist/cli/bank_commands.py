@@ -24,7 +24,10 @@ def bank_command(values: Any) -> None:
 
 
 def _show(bank: DeltaBank, arguments: Any) -> None:
-    table = Table("task", "clusters", "delta", "entries", "density", "granularity", "dtype")
+    columns = ["task", "clusters", "delta", "entries", "density", "granularity", "dtype"]
+    needs = {name: ", ".join(bank.needs(name)) for name in bank.tasks}
+    # Of the own part of a task that is kept as a recipe.
+    table = Table(*columns, *(["recipe over"] if any(needs.values()) else []))
     for name in bank.tasks:
         facts, size = bank.facts(name), bank.delta_bytes(name)
         delta = ["-"] * 5
@@ -32,7 +35,8 @@ def _show(bank: DeltaBank, arguments: Any) -> None:
             delta = [f"{size / 2**20:.2f} MiB", str(facts.get("entries", "-"))]
             delta += [f"{facts.get('density', math.nan):.5f}"]
             delta += [facts.get("granularity", "-"), facts.get("dtype", "-")]
-        table.add_row(name, str(facts.get("clusters", "-")), *delta)
+        over = [needs[name] or "-"] if any(needs.values()) else []
+        table.add_row(name, str(facts.get("clusters", "-")), *delta, *over)
     print_table(table, markup=False)
     print(f"generation {bank.generation}, layer {bank.layer}, base model {bank.base}")
 
@@ -54,7 +58,7 @@ def _add(bank: DeltaBank, arguments: Any) -> None:
     from trace_dist.bank.folder import read_task
 
     task, before = read_task(Path(arguments.source), bank, arguments.name), bank.generation
-    bank.add(task.signature, task.delta, task.sketch, task.facts, task.prompts, task.adapted)
+    bank.add(task.signature, task.delta, task.sketch, task.facts, task.prompts, task.adapted, task.recipe)
     name = task.signature.task
     _say(bank, f"added {name}" if bank.generation > before else f"{name} was there already, the very same")
 

@@ -47,11 +47,16 @@ class BankConfig(Section):
     composition_options: dict[str, Any] = field(default_factory=dict)
     """Options of the composition; of combination: candidates (3), steps (20), lr (0.1), l1 (0.1), l2 (0.01),
     least_gain (0.02)."""
+    keep: Literal["whole", "recipe"] = "whole"
+    """What the bank keeps of a task that begins with earlier deltas: `whole`, all of its values, which need no other task; or
+    `recipe`, its own part and some hundred bytes that say which deltas it began with. Those can be renamed, but not removed."""
 
     def check(self) -> None:
         self.at_least(1, "clusters", "num_prompts", "candidates")
         self.at_least(0, "keep_prompts")
         SIGNATURES.check(self.signature)
         STARTS.check(self.composition)
+        composed, cure = self.composition != "none", "set bank.composition: combination, or leave it out"
+        check(composed or self.keep == "whole", "bank.keep", self.keep, "every task begins at the base", cure)
         inside = self.reject is None or 0 < self.reject < 1
         check(inside, "bank.reject", self.reject, "must lie in (0, 1)", "use for example 0.05")

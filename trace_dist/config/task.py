@@ -37,7 +37,7 @@ class TaskConfig(Section):
     path: str | None = None
     """A file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a folder with train and test files, a folder as on the hub or of
     datasets.save_to_disk, a folder of images (one per class), the id of a dataset on the hub, such as openai/gsm8k, or images
-    that come with a package: images:digits, images:letters."""
+    that come with a package: images:digits, images:letters, images:mnist."""
     reasoning_gym: dict[str, Any] | None = None
     """`{dataset: spell_backward, min_word_len: 5, ...}`: a procedural reasoning-gym dataset and its options."""
     subset: str | None = None

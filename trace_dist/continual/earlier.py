@@ -24,7 +24,6 @@ from trace_dist.models.fingerprint import check_same
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.utils import dist
 from trace_dist.utils.names import BASE
-from trace_dist.utils.together import on_all
 
 
 def bank_before(cfg: RunConfig, method: str, fingerprint: str) -> tuple[DeltaBank | None, list[str]]:
@@ -59,7 +58,7 @@ def changes_in(bank: DeltaBank, model: ShardedModel, names: Iterable[str], task:
                 f"mask.isolation: the mask of {task!r} was made beside {name!r}, which the bank {bank.folder} no longer "
                 "holds; put it back, or delete the mask's file to make it anew"
             )
-        after = on_all(lambda name=name: bank.delta(name))  # type: ignore[misc]
+        after = bank.delta_on(name, model)
         if after is None:
             raise AssertionError(f"{name}: the base model is no earlier task")
         yield Change.between(extract_delta(model, after.mask, name), after)

@@ -213,13 +213,14 @@ class Judge:
     def retrieval(self, model: Model, bank: Bank, scored: Scored) -> dict[str, Any]:
         """Where the tasks' test prompts go, how clearly, and what was answered; the bound on the error. JSON-ready.
 
-        ``margins`` and ``rejection`` are those of the base's representations, and are left out where others decide.
+        The bound, ``margins`` and ``rejection`` are those of the base's representations, and are left out where others decide.
         """
         columns, tasks = bank.tasks, [stream.task for stream in self.bench.tasks]
         routes = {task.name: self.route(model, bank, task) for task in tasks}
         right = sum(found.count(task) for task, found in routes.items())
+        limits = {} if self._tries_weights(bank) else error_bound(bank.retriever).to_json()
         return {
-            **error_bound(bank.retriever).to_json(),
+            **limits,
             "accuracy": 100 * right / sum(map(len, routes.values())),
             "tasks": list(routes),
             "columns": columns,

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from trace_dist.bank.bank import BASE, DeltaBank
 from trace_dist.bank.delta import Snapshot, applied, extract_delta
+from trace_dist.bank.recipe import Recipe
 from trace_dist.bank.sketch import Sketch
 from trace_dist.continual.earlier import changes_in
 from trace_dist.continual.progress import examples_digest, keep_trained, kept_trained
 from trace_dist.continual.prompts import to_keep
 from trace_dist.continual.setting import Setting
-from trace_dist.continual.starts.base import load_start
+from trace_dist.continual.starts.base import Begun, load_start
 from trace_dist.data.batches import Batches
 from trace_dist.masks.mask import Mask
 from trace_dist.sharding.base import ShardedModel
@@ -59,6 +60,7 @@ def learn_task(
     others = [other for other in bank.tasks if other not in (BASE, task)]
     begun = load_start(setting.cfg.bank).begin(setting, bank, stream, mask, signature, name)
     own = mask if begun.delta is None else apart(mask, begun.delta.mask, task)
+    recipe = _recipe(setting, begun, task)
     changes = changes_in(bank, setting.model, mask.meta.get("earlier", others), task)
     scale = setting.isolation.scale(own, changes)
     batches = setting.bench.batches([stream], setting.cfg.train.batch_size)
@@ -66,8 +68,8 @@ def learn_task(
     with applied(setting.model, begun.delta):
         before = Snapshot(setting.model, own)
         result = train_stream(setting, stream, own, batches, name=name, lr=lr, scale=scale)
-        changed = own if begun.delta is None else (own | begun.delta.mask).with_meta(**mask.meta)
-        delta = extract_delta(setting.model, changed, task)
+        whole = own if begun.delta is None else (own | begun.delta.mask).with_meta(**mask.meta)
+        delta = extract_delta(setting.model, whole if recipe is None else own, task)
         if setting.cfg.bank.representation == "adapted":
             adapted = setting.judge.signature(setting.model, [stream], task, bank.layer)
         before.restore()
@@ -89,8 +91,25 @@ def learn_task(
     path = setting.folder.sketch(task)
     sketch = on_all(lambda: Sketch.load(path) if path.is_file() else None)
     prompts = to_keep(setting, [stream])
-    bank.add(signature, delta, sketch=sketch, facts=facts, prompts=prompts, adapted=adapted)
+    bank.add(signature, delta, sketch=sketch, facts=facts, prompts=prompts, adapted=adapted, recipe=recipe)
     return result
+
+
+def _recipe(setting: Setting, begun: Begun, task: str) -> Recipe | None:
+    """The recipe that a task is kept as; None where it is kept whole.
+
+    Raises:
+        ValueError: it shall be kept as one, but what it begins with is made of something else than the bank's deltas.
+    """
+    cfg = setting.cfg.bank
+    if cfg.keep == "whole" or begun.delta is None:
+        return None
+    if begun.recipe is None:
+        raise ValueError(
+            f"bank.keep='recipe': task {task!r} begins with what {cfg.composition!r} has made, which gives no recipe; set "
+            "bank.keep: whole"
+        )
+    return begun.recipe
 
 
 def _check_same(bank: DeltaBank, stream: Stream, mask: Mask) -> None:

@@ -64,7 +64,7 @@ def _outcome(view: RunView) -> list[str]:
         out.append(f"At the end the {hero.label} method scores {percent(after)} over all tasks{lost}.")
     accuracy, bound = (number(view.part("retrieval").get(key)) for key in ("accuracy", "error_bound"))
     if not math.isnan(accuracy):
-        limit = "" if math.isnan(bound) else f"; the error bound is {percent(bound)}"
+        limit = "" if math.isnan(bound) else f"; at most {percent(bound)} go to another one (95 % limit)"
         out.append(f"The nearest cluster finds the right task for {percent(accuracy)} of the prompts{limit}.")
     return out
 

@@ -198,7 +198,13 @@ def headline(view: RunView) -> list[Tile]:
         (hero.stat("forgetting"), 1, "points", "forgetting", beside.get("forgetting", "")),
         (100 * hero.stat("density"), 1, "%", "entries trained", f"{count(hero.stat('trainable'))} per task"),
         (view.bytes_per_param(hero.name), 2, "B/param", "model states", beside.get("states", "")),
-        (number(retrieval.get("accuracy")), 1, "%", "tasks retrieved", f"error bound {percent(bound)}"),
+        (
+            number(retrieval.get("accuracy")),
+            1,
+            "%",
+            "tasks retrieved",
+            f"another task at most {percent(bound)}",
+        ),
     ]
     return [
         Tile(fixed(value, digits), unit, label, "" if MISSING in note else note)

@@ -7,7 +7,6 @@ from collections import OrderedDict
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.delta import made_ready
 from trace_dist.bank.swap import Swap
-from trace_dist.run_folder import DELTA
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.utils.names import BASE
 
@@ -28,14 +27,18 @@ class DeltaCache:
         """Of those that are kept."""
 
     def get(self, task: str) -> Swap | None:
-        """A task's delta; None for the base model. Raises ValueError as ``DeltaBank.delta`` and ``Swap`` do."""
+        """A task's delta; None for the base model. The model must hold the base.
+
+        Raises:
+            ValueError: as ``DeltaBank.delta_on`` and ``Swap`` do.
+        """
         if task == BASE:
             return None
         digest = self._digest(task)
         if digest is not None and digest in self._kept:
             self._kept.move_to_end(digest)
             return self._kept[digest]
-        delta = self._bank.delta(task)
+        delta = self._bank.delta_on(task, self._model)
         if delta is None:
             return None
         swap = made_ready(self._model, delta)
@@ -44,10 +47,12 @@ class DeltaCache:
         return swap
 
     def _digest(self, task: str) -> str | None:
-        """Of the file, which a task that is renamed keeps and one that is learned anew does not; banks of version 1 have none."""
+        """Of the file, and of its recipe where it has one. A task that is renamed keeps it, one that is learned anew does not.
+
+        Banks of version 1 have none."""
         record = self._bank.index.get(task)
-        member = record.files.get(DELTA) if record is not None else None
-        return member.sha256 if member is not None else None
+        delta, recipe = record.key if record is not None else (None, None)
+        return delta if recipe is None else f"{delta}+{recipe}"
 
     def _keep(self, digest: str, swap: Swap) -> None:
         self._kept[digest] = swap

@@ -53,7 +53,9 @@ class Finder:
     ) -> None:
         self._bank, self._model, self._source, self._pad_id = bank, model, source, pad_id
         self._activated = activated
-        self._bounds = Bounds(bank.retriever) if bank.tasks and source.representation == "base" else None
+        asked = source.representation
+        self._by_weights = bank.is_adapted if asked == "auto" else asked == "adapted"
+        self._bounds = Bounds(bank.retriever) if bank.tasks and not self._by_weights else None
         self._adapted: Adapted | None = None
 
     def bound(self, task: str) -> float | None:
@@ -102,7 +104,7 @@ class Finder:
 
     def _scores(self, ids: Sequence[Sequence[int]], x: Tensor) -> Tensor:
         """[N, T] float64; -inf where a task was not compared."""
-        if self._source.representation == "base":
+        if not self._by_weights:
             return self._bank.retriever.scores(x)
         if self._adapted is None:
             self._adapted = Adapted(self._bank, self._model, self._source.candidates, self._activated)

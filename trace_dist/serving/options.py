@@ -36,8 +36,9 @@ class Source(Section):
     """`nf4`, where the tasks were trained on a 4-bit base."""
     trust_remote_code: bool = False
     """Run the Python code that the base's folder brings, if it does; only for models whose authors you trust."""
-    representation: Literal["base", "adapted"] = "base"
-    """`adapted` lets each task's own weights judge a prompt, where all tasks were learned with `bank.representation: adapted`."""
+    representation: Literal["auto", "base", "adapted"] = "auto"
+    """`adapted` lets each task's own weights judge a prompt, where all tasks were learned with `bank.representation: adapted`;
+    `base` looks at the base's representation alone. `auto` is as the tasks were learned: adapted where all of them were so."""
     candidates: int = 3
     """Tasks whose weights a prompt is tried with, for representation adapted."""
     reject: float | None = None

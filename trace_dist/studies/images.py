@@ -7,8 +7,8 @@
 protocol; the others regroup its classes, with as many steps per class. A seed draws the base, the masks and the order of the
 examples; the order of the classes stays.
 
-A run is resumed where it was cut, and one with a result is not done again. Differences are paired by seed; their intervals are
-those of Student's t.
+A run is resumed where it was cut. One that the result holds is not done again; delete the file to begin anew. Differences are
+paired by seed; their intervals are those of Student's t.
 """
 
 from __future__ import annotations
@@ -42,10 +42,14 @@ NUMBERS = ("pilot_average_accuracy", "average_accuracy", "forgetting")
 
 def read_run(path: Path) -> RunConfig:
     """A run's configuration."""
+    return parse_run(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def parse_run(value: dict[str, Any]) -> RunConfig:
+    """A run's configuration, as YAML has it."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(RunConfig, nested_key=None)
-    values = parser.parse_object(yaml.safe_load(path.read_text(encoding="utf-8")))
-    return RunConfig(**vars(parser.instantiate_classes(values)))
+    return RunConfig(**vars(parser.instantiate_classes(parser.parse_object(value))))
 
 
 def class_order(num_classes: int) -> list[int]:
@@ -123,12 +127,15 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def run_study(cfg: RunConfig, increments: Sequence[int], seeds: Sequence[int], out: Path) -> dict[str, Any]:
-    """All runs that are not there, the result written after each."""
-    runs: list[dict[str, Any]] = []
+    """All runs that the result does not hold yet; it is written after each."""
+    runs: list[dict[str, Any]] = read_json(out)["runs"] if out.is_file() else []
+    done = {(run["protocol"], run["seed"]) for run in runs}
     for seed in seeds:
         for increment in increments:
-            run = protocol(cfg, increment, seed)
-            runs.append({"protocol": f"B0-Inc{increment}", "seed": seed, "methods": run_one(run)})
+            about = {"protocol": f"B0-Inc{increment}", "seed": seed}
+            if (about["protocol"], seed) in done:
+                continue
+            runs.append(about | {"methods": run_one(protocol(cfg, increment, seed)), "measured": run_info()})
             result = {"run_info": run_info(), "meta_info": meta_info(), "class_seed": CLASS_SEED}
             result |= {"tasks": [task.answers for task in cfg.tasks], "runs": runs, "summary": summary(runs)}
             write_json(out, result)
@@ -154,7 +161,10 @@ def table(result: dict[str, Any]) -> str:
             lines.append(f"| {each['label']} | {' | '.join([*cells, retrieval, above])} |")
         lines.append("")
     run, meta = result["run_info"], result["meta_info"]
-    return "\n".join(lines) + f"\n{str(run['date'])[:10]}, commit {run['commit']}, {meta['hardware']}.\n"
+    # Each run has its own, but for those of earlier releases.
+    commits = dict.fromkeys(str(each.get("measured", run)["commit"]) for each in result["runs"])
+    told = f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+    return "\n".join(lines) + f"\n{str(run['date'])[:10]}, {told}, {meta['hardware']}.\n"
 
 
 def _spread(values: Sequence[float]) -> str:

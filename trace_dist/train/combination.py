@@ -21,19 +21,12 @@ from torch import Tensor, nn
 from trace_kernels.compact import compact_gather, compact_scatter
 
 from trace_dist.bank.delta import Delta, check_dtype
-from trace_dist.models.roles import Role, role_of
+from trace_dist.bank.recipe import GROUPS, change_of, group_of, mixed
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.support import Support, build_supports
 from trace_dist.train.learner import Learner
 from trace_dist.utils import dist
 from trace_dist.utils.finite import check_finite
-
-GROUPS = ("attention", "mlp", "other")
-"""Weights that share a scalar."""
-_GROUP_OF: dict[Role, str] = {
-    **dict.fromkeys(("q", "k", "v", "qkv", "o"), "attention"),
-    **dict.fromkeys(("gate", "up", "gate_up", "down"), "mlp"),
-}
 
 
 class _Change(NamedTuple):
@@ -82,7 +75,7 @@ class CombinationLearner(Learner):
 
     def _changes_of(self, support: Support, base: Tensor) -> list[_Change]:
         name, found = support.name, list[_Change]()
-        column = GROUPS.index(_GROUP_OF.get(role_of(name), "other"))
+        column = GROUPS.index(group_of(name))
         first = support.offset
         entries = self.mask.elements(name)[first : first + support.runs.num_entries]
         for row, delta in enumerate(self.deltas):
@@ -95,8 +88,7 @@ class CombinationLearner(Learner):
             mine = places < len(entries)
             mine &= entries[places.clamp(max=max(len(entries) - 1, 0))] == theirs if len(entries) else mine
             places = places[mine].to(base.device)
-            wide = torch.promote_types(base.dtype, torch.float32)
-            values = delta.values[name][mine].to(base.device, wide) - base[places].to(wide)
+            values = change_of(delta.values[name][mine], base[places])
             found.append(_Change(places, values, row, column))
         return found
 
@@ -137,12 +129,10 @@ class CombinationLearner(Learner):
     @torch.no_grad()
     def write(self) -> None:
         """Let the model hold W(a). Collective."""
+        shares = self.scalars.tolist()
         for support, base, changes in zip(self._supports, self._base, self._changes, strict=True):
-            wide = base.to(torch.promote_types(base.dtype, torch.float32))
-            new = wide.clone()
-            for places, values, row, column in changes:
-                new[places] += self.scalars[row, column] * values
-            self._put(support, new.to(base.dtype))
+            mine = ((places, values, shares[row][column]) for places, values, row, column in changes)
+            self._put(support, mixed(base, mine))
         self.model.refresh(self._supports)
 
     def restore(self) -> None:

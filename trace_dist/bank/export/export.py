@@ -16,6 +16,7 @@ from trace_dist.bank.delta import Delta, check_base
 from trace_dist.config.model import Dtype
 from trace_dist.models.fingerprint import check_same, fingerprint
 from trace_dist.parts import EXPORTERS
+from trace_dist.sharding.build import load_sharded
 
 
 def export(
@@ -53,7 +54,7 @@ def export(
         bank.path(task)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out={str(out)!r}: is a file; give a folder")
-    deltas = [delta for task in tasks if (delta := bank.delta(task)) is not None]
+    deltas = _deltas(bank, tasks, base)
     for path in files:
         deltas.append(Delta.load(Path(path)))
         check_base(deltas[-1].mask, bank.base, str(path))
@@ -63,6 +64,16 @@ def export(
     check_same(bank.base, fingerprint(base), f"bank {bank.folder}")
     extra = {} if chosen is None else {"options": chosen}
     exporter.write(deltas, out, base, found, **extra)
+
+
+def _deltas(bank: DeltaBank, tasks: Sequence[str], base: str) -> list[Delta]:
+    """The tasks' deltas, whole; the base's weights are read where one is kept as a recipe."""
+    if not any(bank.recipe(task) for task in tasks):
+        return [delta for task in tasks if (delta := bank.delta(task)) is not None]
+    check_same(bank.base, fingerprint(base), f"bank {bank.folder}")
+    own = [delta for task in tasks if (delta := bank.own_delta(task)) is not None]
+    model = load_sharded(base, _dtype(own, "auto"), "single")
+    return [delta for task in tasks if (delta := bank.delta_on(task, model)) is not None]
 
 
 def _dtype(deltas: Sequence[Delta], asked: str) -> str:

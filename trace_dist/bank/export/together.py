@@ -20,7 +20,7 @@ class Composed(Section):
     section: ClassVar[str] = "format.options"
 
     composition: str = "sum"
-    """How several deltas become one: sum, average, ties, dare, or the path of a module of your own."""
+    """How several deltas become one: sum, average, ties, dare, magnitude_max, or the path of a module of your own."""
 
     def check(self) -> None:
         COMPOSITIONS.check(self.composition)

@@ -9,7 +9,6 @@ from trace_dist.bank.composition import compose
 from trace_dist.continual.methods.one_set import OneSet
 from trace_dist.train.loop import TrainResult
 from trace_dist.train.workbench import Stream
-from trace_dist.utils.together import on_all
 
 
 class Composed(OneSet):
@@ -22,7 +21,8 @@ class Composed(OneSet):
 
     def learn(self, stream: Stream) -> TrainResult:
         bank, names = self.bank, [each.task.name for each in self.setting.bench.upto(stream)]
-        deltas = on_all(lambda: [delta for name in names if (delta := bank.delta(name)) is not None])
+        model = self.setting.model
+        deltas = [delta for name in names if (delta := bank.delta_on(name, model)) is not None]
         options = None if self.options is None else asdict(self.options)
-        self.delta = compose(deltas, self.setting.model, self.name, self.kind, options)
+        self.delta = compose(deltas, model, self.name, self.kind, options)
         return TrainResult()

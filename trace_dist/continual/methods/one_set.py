@@ -17,7 +17,6 @@ from trace_dist.continual.judge import Row
 from trace_dist.continual.methods.base import Method
 from trace_dist.continual.setting import Setting
 from trace_dist.models.fingerprint import check_same
-from trace_dist.run_folder import DELTA
 from trace_dist.utils import dist
 from trace_dist.utils.together import on_main
 
@@ -68,7 +67,11 @@ class OneSet(Method):
         """Checksums of the deltas of some tasks, for ``made_of``."""
         records = map(self.bank.index.get, names)
         return {
-            "bank": {record.name: record.files[DELTA].sha256 for record in records if record and record.files}
+            "bank": {
+                record.name: "+".join(filter(None, record.key))
+                for record in records
+                if record and record.files
+            }
         }
 
     def score(self) -> Row:

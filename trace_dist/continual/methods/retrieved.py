@@ -80,7 +80,7 @@ class Retrieved(Method):
     def learn(self, stream: Stream) -> TrainResult:
         mask = self.mask(stream)
         result = learn_task(self.setting, self.bank, stream, mask, name=self.name, lr=self.own_lr)
-        delta = self.bank.delta(stream.task.name)
+        delta = self.bank.own_delta(stream.task.name)
         if delta is None:
             raise AssertionError(f"{stream.task.name}: was learned, but the bank holds no delta of it")
         self._sizes[stream.task.name] = {

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.delta import Delta
+from trace_dist.bank.recipe import Recipe
 from trace_dist.bank.signature import Signature
 from trace_dist.config import BankConfig
 from trace_dist.continual.setting import Setting
@@ -26,10 +27,12 @@ class Begun:
     Attributes:
         delta: on the base; None where that is the base itself.
         facts: how it came about, JSON-ready; the bank keeps them with the task.
+        recipe: how ``delta`` is made of the bank's, for ``bank.keep: recipe``; None where it is made of something else.
     """
 
     delta: Delta | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    recipe: Recipe | None = None
 
 
 class Start:

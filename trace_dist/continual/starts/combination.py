@@ -18,19 +18,21 @@ from torch import Tensor
 
 from trace_dist.bank.bank import BASE, DeltaBank
 from trace_dist.bank.delta import Delta, extract_delta
+from trace_dist.bank.recipe import GROUPS, Part, Recipe
 from trace_dist.bank.signature import Signature
 from trace_dist.config.checks import Section
 from trace_dist.continual.race import split
 from trace_dist.continual.setting import Setting
 from trace_dist.continual.starts.base import Begun, Start
 from trace_dist.masks.mask import Mask
-from trace_dist.train.combination import GROUPS, CombinationLearner
+from trace_dist.sharding.base import ShardedModel
+from trace_dist.train.combination import CombinationLearner
 from trace_dist.train.task import train_learner
 from trace_dist.train.validation import answer_loss
 from trace_dist.train.workbench import Stream
 from trace_dist.utils.log import get_logger
 from trace_dist.utils.rng import random_numbers_kept
-from trace_dist.utils.together import on_all, on_main
+from trace_dist.utils.together import on_main
 
 logger = get_logger(__name__)
 
@@ -68,14 +70,16 @@ class Combination(Start):
     def begin(
         self, setting: Setting, bank: DeltaBank, stream: Stream, mask: Mask, signature: Signature, name: str
     ) -> Begun:
-        deltas = self._candidates(bank, stream.task.name, mask, signature)
+        deltas = self._candidates(setting.model, bank, stream.task.name, mask, signature)
         if not deltas:
             return Begun()
         with random_numbers_kept():
             setting.seed(stream.task.name)
-            return self._fitted(setting, stream, deltas, name)
+            return self._fitted(setting, bank, stream, deltas, name)
 
-    def _candidates(self, bank: DeltaBank, task: str, mask: Mask, signature: Signature) -> list[Delta]:
+    def _candidates(
+        self, model: ShardedModel, bank: DeltaBank, task: str, mask: Mask, signature: Signature
+    ) -> list[Delta]:
         """Deltas of the tasks whose prompts are most like the new one's, with the units of its mask. Collective."""
         names = [other for other in bank.tasks if other not in (BASE, task)]
         if not names:
@@ -83,7 +87,7 @@ class Combination(Start):
         places = [bank.tasks.index(name) for name in names]
         alike = on_main(lambda: bank.retriever.scores(signature.heldout).mean(dim=0)[places])
         order = alike.argsort(descending=True, stable=True)[: self.options.candidates].tolist()
-        found = [on_all(lambda index=index: bank.delta(names[index])) for index in order]  # type: ignore[misc]
+        found = [bank.delta_on(names[index], model) for index in order]
         deltas = [delta for delta in found if delta is not None]
         alike_units = [delta for delta in deltas if _same_units(delta.mask, mask)]
         if len(alike_units) < len(deltas):
@@ -94,7 +98,9 @@ class Combination(Start):
             )
         return alike_units
 
-    def _fitted(self, setting: Setting, stream: Stream, deltas: Sequence[Delta], name: str) -> Begun:
+    def _fitted(
+        self, setting: Setting, bank: DeltaBank, stream: Stream, deltas: Sequence[Delta], name: str
+    ) -> Begun:
         options, cfg = self.options, setting.cfg
         part, heldout = split(stream, cfg.race, cfg.seed)
         step = next(setting.bench.batches([heldout], len(heldout.encoded)))
@@ -129,7 +135,20 @@ class Combination(Start):
             learner.restore()
         shown = ", ".join(f"{deltas[row].task} {_shown(scalars[row])}" for row in used)
         logger.info("%s: begins with %s (loss %.4f, base %.4f)", stream.task.name, shown, after, before)
-        return Begun(begun, {**facts, "used": True})
+        recipe = _recipe(bank, [deltas[row] for row in used], scalars[used])
+        return Begun(begun, {**facts, "used": True}, recipe)
+
+
+def _recipe(bank: DeltaBank, deltas: Sequence[Delta], scalars: Tensor) -> Recipe | None:
+    """The combination by the checksums of what it is made of; None in a bank of version 1, whose index has none."""
+    parts = []
+    for delta, row in zip(deltas, scalars, strict=True):
+        record = bank.index.get(delta.task)
+        found, recipe = record.key if record is not None else (None, None)
+        if found is None:
+            return None
+        parts.append(Part(found, dict(zip(GROUPS, row.tolist(), strict=True)), recipe))
+    return Recipe(tuple(parts))
 
 
 def _same_units(mask: Mask, other: Mask) -> bool:
