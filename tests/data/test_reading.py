@@ -66,6 +66,9 @@ def test_json_lines_in_a_file_that_is_called_json(tmp_path: Path) -> None:
     write(tmp_path / "lines.jsonl").rename(tmp_path / "d.json")
     trained, tested = prompts(task(tmp_path / "d.json"))
     assert trained | tested == some(0, 40)
+    for name in ("d.JSONL", "d.ndjson"):
+        write(tmp_path / "lines.jsonl").rename(tmp_path / name)
+        assert prompts(task(tmp_path / name)) == (trained, tested)
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,13 @@ def text(value: Any, where: str) -> str:
         where: begins an error.
 
     Raises:
-        ValueError: it is neither, or holds half of a character.
+        ValueError: it is neither, holds half of a character, or is NaN.
     """
     if isinstance(value, str):
         return check_characters(value, where)
+    # As pandas writes a number that is missing.
+    if isinstance(value, (float, np.floating)) and value != value:
+        raise ValueError(f"{where}: NaN, where a value is missing; fill it in or drop the example")
     if isinstance(value, (int, float, np.number)):
         return str(value)
     raise ValueError(
