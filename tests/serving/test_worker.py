@@ -155,8 +155,9 @@ def test_who_hangs_up_is_not_answered(bench: Bench) -> None:
     tally = Tally()
     app = Gate(make_app(bench.router, bench.worker, Listening(), tally), None, 1 << 20, tally)
     path, sent = "/v1/completions", list[Any]()
-    scope = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b""}
-    body = json.dumps({"model": "copy", "prompt": ["copy ab", "copy cd"]}).encode()
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
+    body = json.dumps({"model": "copy", "prompt": ["copy ab", "copy cd"], "max_tokens": CAP}).encode()
     received = iter([{"type": "http.request", "body": body}, {"type": "http.disconnect"}])
 
     async def receive() -> Any:
@@ -166,7 +167,7 @@ def test_who_hangs_up_is_not_answered(bench: Bench) -> None:
         sent.append(message)
 
     asyncio.run(app(scope, receive, send))
-    assert sent[0]["status"] == 499
+    assert sent[0]["status"] == 499, sent
     assert bench.worker.num_open == 2
     bench.worker.start()
     bench.worker.close()

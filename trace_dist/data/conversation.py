@@ -1,9 +1,9 @@
 """Conversations as people store them, as turns and a last answer.
 
 Two styles are read: OpenAI's ``[{"role", "content"}, ...]``, whose content is a text or a list of text parts, and ShareGPT's
-``[{"from", "value"}, ...]``. A conversation in a cell of a CSV file is such a list as JSON. A parquet file may hold it by columns,
-``{"role": [...], "content": [...]}``, as earlier releases of ``datasets`` wrote it. Turns before the first question, other than
-the system's, and after the last answer teach nothing and are left out.
+``[{"from", "value"}, ...]``. A conversation in a cell of a CSV file is such a list as JSON. A parquet file may hold it by
+columns, ``{"role": [...], "content": [...]}``, as earlier releases of ``datasets`` wrote it. Turns before the first question,
+other than the system's, and after the last answer teach nothing and are left out.
 """
 
 from __future__ import annotations
