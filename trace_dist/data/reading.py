@@ -136,7 +136,10 @@ def _from_disk(path: Path, field: str) -> tuple[Splits, bool]:
 def _from_folder(path: Path, task: TaskConfig, field: str) -> Splits:
     """A folder as datasets on the hub have it; files of other kinds than ours are left to ``datasets``."""
     kinds = f"files that end in {', '.join(_READERS)}"
-    cure = f"give a folder with {kinds}, or one written by datasets' save_to_disk"
+    cure = (
+        f"give a folder with {kinds}, or one written by datasets' save_to_disk; of several configurations name one by "
+        f"tasks.{task.name}.subset"
+    )
     with _one_line(f"{field}: holds no data that can be read", cure):
         builder = datasets.load_dataset_builder(str(path), task.subset)
         files = {
