@@ -17,8 +17,8 @@ namespace {
 
 constexpr int64_t TILE = 256;   // entries: small enough that memory never idles while a tile is computed,
 constexpr int64_t SMALL = 128;  // and of short units, whose lines come late, where half of it is faster
-constexpr int64_t SWAPPED = 4096;  // entries of a tile that is swapped: nothing of it waits in L1
 constexpr int64_t AHEAD = 512;  // entries between the fetch of a cache line and its use
+constexpr int64_t SWAP_AHEAD = 4096;  // the same of a swap, which does nothing but wait for memory
 constexpr int64_t LONG = 64;    // entries from which a unit is computed or rounded where it lies
 constexpr int64_t CACHE_LINE = 64;
 
@@ -111,6 +111,8 @@ namespace {
 // Where a compact position lies: in which unit, and how far into it.
 struct Place {
     int64_t index, lane;
+
+    Place() : index(0), lane(0) {}
 
     Place(const Runs& runs, int64_t position)
         : index((position + runs.skip) / runs.block), lane((position + runs.skip) % runs.block) {}
@@ -320,11 +322,82 @@ void swap_words(const Swap& swap, int64_t begin, int64_t end) {
     });
 }
 
-void swap_tile(const Swap& swap, int64_t begin, int64_t end) {
+// Apart, where single elements are walked as fast as in the other ops.
+__attribute__((noinline)) void swap_short(const Swap& swap, int64_t begin, int64_t end) {
     if (swap.bytes == 2) swap_words<uint16_t>(swap, begin, end);
     if (swap.bytes == 4) swap_words<uint32_t>(swap, begin, end);
     if (swap.bytes == 8) swap_words<uint64_t>(swap, begin, end);
 }
+
+void exchange_bytes(char* __restrict one, char* __restrict other, int64_t n) {
+    int64_t i = 0;
+    for (; i + CACHE_LINE <= n; i += CACHE_LINE) {
+        char line[CACHE_LINE];
+        std::memcpy(line, one + i, CACHE_LINE);
+        std::memcpy(one + i, other + i, CACHE_LINE);
+        std::memcpy(other + i, line, CACHE_LINE);
+    }
+    std::swap_ranges(one + i, one + n, other + i);
+}
+
+// A position among the entries of all swaps, one after the other.
+class Position {
+public:
+    Position(const Swap* swaps, int64_t num_swaps, int64_t entry) : swap_(swaps), end_(swaps + num_swaps), here_{} {
+        skip();
+        for (; swap_ != end_ && entry >= swap_->runs.num_entries; skip()) entry -= swap_->runs.num_entries, ++swap_;
+        if (swap_ != end_) here_ = Place(swap_->runs, entry), entry_ = entry;
+    }
+
+    // Entries from here on that lie side by side; of short units, all that are left of the swap.
+    int64_t length() const {
+        if (swap_ == end_) return 0;
+        const int64_t left = swap_->runs.num_entries - entry_;
+        return is_short() ? left : std::min(left, swap_->runs.block - here_.lane);
+    }
+
+    // Inlined: gcc takes a function that does nothing but fetch for one that does nothing.
+    __attribute__((always_inline)) void fetch_lines(int64_t n) const {
+        if (!is_short()) fetch<2>(weight(), n * swap_->bytes);
+    }
+
+    void exchange(int64_t n) const {
+        if (is_short()) return swap_short(*swap_, entry_, entry_ + n);
+        exchange_bytes(weight(), static_cast<char*>(swap_->values) + entry_ * swap_->bytes, n * swap_->bytes);
+    }
+
+    void advance(int64_t n) {
+        entry_ += n;
+        if (entry_ == swap_->runs.num_entries) {
+            ++swap_;
+            skip();
+            entry_ = 0;
+            if (swap_ != end_) here_ = Place(swap_->runs, 0);
+        } else if (is_short()) {
+            here_ = Place(swap_->runs, entry_);
+        } else {
+            here_.advance(swap_->runs, n);
+        }
+    }
+
+private:
+    bool is_short() const { return swap_->runs.block < LONG; }
+
+    void skip() {
+        while (swap_ != end_ && swap_->runs.num_entries == 0) ++swap_;
+    }
+
+    char* weight() const {
+        const Runs& runs = swap_->runs;
+        const int64_t local = runs.unit_bytes == 4 ? here_.local(runs, static_cast<const int32_t*>(runs.units))
+                                                   : here_.local(runs, static_cast<const int64_t*>(runs.units));
+        return static_cast<char*>(swap_->weight) + local * swap_->bytes;
+    }
+
+    const Swap *swap_, *end_;
+    Place here_;
+    int64_t entry_ = 0;
+};
 
 }  // namespace
 
@@ -380,16 +453,29 @@ double compact_sumsq(const void* values, int64_t dtype, int64_t num_entries, int
     return total(sums);
 }
 
-// The tiles of all parameters are dealt out together, so that threads start once.
+// The entries of all parameters are dealt out together, so that threads start once. While one unit is exchanged, the cache
+// lines of a later one come, from the next parameter too.
 void delta_swap(const Swap* swaps, int64_t num_swaps, int64_t num_threads) {
-    std::vector<int64_t> first_tiles(num_swaps + 1);
-    for (int64_t i = 0; i < num_swaps; ++i) {
-        first_tiles[i + 1] = first_tiles[i] + (swaps[i].runs.num_entries + SWAPPED - 1) / SWAPPED;
+    int64_t num_entries = 0;
+    for (int64_t i = 0; i < num_swaps; ++i) num_entries += swaps[i].runs.num_entries;
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+    for (int64_t thread = 0; thread < num_threads; ++thread) {
+        const int64_t begin = num_entries * thread / num_threads, end = num_entries * (thread + 1) / num_threads;
+        const int64_t lead = std::min(SWAP_AHEAD, end - begin);
+        Position here(swaps, num_swaps, begin), ahead(swaps, num_swaps, begin + lead);
+        int64_t fetched = begin + lead;
+        for (int64_t done = begin; done < end;) {
+            const int64_t n = std::min(here.length(), end - done);
+            while (fetched < std::min(end, done + n + lead)) {
+                const int64_t k = std::min(ahead.length(), std::min(end, done + n + lead) - fetched);
+                ahead.fetch_lines(k);
+                ahead.advance(k);
+                fetched += k;
+            }
+            here.exchange(n);
+            here.advance(n);
+            done += n;
+        }
     }
-    for_tiles<1>(first_tiles[num_swaps], num_threads, [&](int64_t tile, int64_t, int64_t) {
-        const int64_t owner = std::upper_bound(first_tiles.begin(), first_tiles.end(), tile) - first_tiles.begin() - 1;
-        const int64_t begin = (tile - first_tiles[owner]) * SWAPPED;
-        swap_tile(swaps[owner], begin, std::min(swaps[owner].runs.num_entries, begin + SWAPPED));
-    });
 }
 }

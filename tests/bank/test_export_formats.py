@@ -165,8 +165,7 @@ class Served:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         for name, value in weights:
             home, row = self.places[name]
-            place = self.held[home][row : row + len(value)]
-            place.copy_(torch.where(value.isnan(), place, value))
+            self.held[home][row : row + len(value)].copy_(value)
 
 
 def patches(folder: Path, file: str) -> Iterator[dict[str, Any]]:
@@ -183,14 +182,36 @@ def patches(folder: Path, file: str) -> Iterator[dict[str, Any]]:
 
 
 def load_patches(model: Any, given: Iterable[dict[str, Any]]) -> None:
-    """As vLLM's ``load_checkpoint_weight_patches`` says it does: NaN is what stays."""
+    """As vLLM's ``load_checkpoint_weight_patches`` does it: what it refuses fails here, and loaders copy all that is not NaN.
+
+    Read in vLLM's ``checkpoint_weight_patch.py`` and ``sparse_nccl_engine.py`` of November 2026.
+    """
+    staged = []
     for patch in given:
-        indices, values = patch["indices"], patch["values"]
+        name, shape, dtype, values, indices = (
+            patch[key] for key in ("name", "shape", "dtype", "values", "indices")
+        )
+        assert name
+        assert dtype.is_floating_point
+        assert values.ndim == indices.ndim == 1
+        assert len(values) == len(indices) > 0
+        assert indices.dtype == torch.int32, "what its trainer's side takes"
+        assert int(indices.min()) >= 0
+        assert int(indices.max()) < math.prod(shape)
         assert not values.isnan().any()
         assert len(indices.unique()) == len(indices)
-        staged = torch.full((math.prod(patch["shape"]),), math.nan, dtype=patch["dtype"])
-        staged[indices.long()] = values
-        model.load_weights([(patch["name"], staged.view(patch["shape"]))])
+        flat = torch.full((math.prod(shape),), math.nan, dtype=dtype)
+        flat.index_copy_(0, indices.long(), values.to(dtype))
+        staged.append((name, flat.view(shape)))
+    copy = torch.Tensor.copy_
+
+    def copy_numbers(place: Tensor, value: Tensor, non_blocking: bool = False) -> Tensor:
+        assert place.shape == value.shape
+        return copy(place, torch.where(value.isnan(), place, value.to(place.dtype)))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.Tensor, "copy_", copy_numbers)
+        model.load_weights(staged)
 
 
 def state_of(base: str) -> dict[str, Tensor]:

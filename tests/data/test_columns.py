@@ -257,6 +257,23 @@ def test_a_column_that_a_later_example_lacks_is_named_with_it(tmp_path: Path) ->
         examples(tmp_path, *rows)
 
 
+def test_answers_that_are_missing_are_not_learned_unsaid(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A CSV file has empty cells for them; pandas writes NaN, and withheld test answers are all empty."""
+    (tmp_path / "d.csv").write_text(
+        "prompt,answer\n" + "".join(f"q{i},{'a' * (i % 4 > 0)}\n" for i in range(40))
+    )
+    (tmp_path / "d.test.csv").write_text("prompt,answer\nt,a\n")
+    load_examples(task(tmp_path / "d.csv"), seed=0)
+    assert f"tasks.t: 10 of 40 answers of {tmp_path}/d.csv are empty" in caplog.text
+    (tmp_path / "d.test.csv").write_text("prompt,answer\nt,\nu,\n")
+    with pytest.raises(ValueError, match=r"d\.test\.csv: all 2 answers are empty; name another column"):
+        load_examples(task(tmp_path / "d.csv"), seed=0)
+    with pytest.raises(ValueError, match="example 1, column 'answer': NaN, where a value is missing"):
+        examples(tmp_path, {"prompt": "p", "answer": 1.5}, {"prompt": "q", "answer": float("nan")})
+
+
 def test_running_text_begins_with_its_prompt(tmp_path: Path) -> None:
     text = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
     (tmp_path / "d.txt").write_text("a b\n\nword\n你好世界\n", encoding="utf-8-sig")

@@ -144,7 +144,10 @@ def test_what_is_cut_on_the_left_takes_its_labels_along(chat: PreTrainedTokenize
 
 def read(tmp_path: Path, *conversations: Any, **options: Any) -> list[dict[str, Any]]:
     for name in ("d.jsonl", "d.test.jsonl"):
-        rows = [each if isinstance(each, dict) else {"messages": each} for each in conversations]
+        rows = [
+            each if isinstance(each, dict) and "role" not in each else {"messages": each}
+            for each in conversations
+        ]
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return load_examples(TaskConfig(name="t", path=str(tmp_path / "d.jsonl"), **options), seed=0).test
 
@@ -167,6 +170,9 @@ def test_system_turns_stay_and_turns_that_teach_nothing_go(tmp_path: Path) -> No
     both = [turn | {"role": None, "content": None} for turn in sharegpt]
     assert read(tmp_path, {"conversations": both}) == expected
     assert read(tmp_path, {"talk": sharegpt}, messages_field="talk") == expected
+    assert read(tmp_path, [{"role": "developer", "content": "s"}, user, answer]) == expected
+    columns = {key: [turn[key] for turn in (system, user, answer)] for key in ("role", "content")}
+    assert read(tmp_path, {"messages": columns}) == expected
     llama = {"instruction": "u", "output": "a", "system": "s", "history": []}
     assert read(tmp_path, llama) == expected
     llama |= {"history": [["q", "r"]]}
@@ -179,6 +185,12 @@ def test_system_turns_stay_and_turns_that_teach_nothing_go(tmp_path: Path) -> No
     [
         ([], r"'\[\]' is no list of turns"),
         ("hello", "is no JSON list of turns"),
+        ({"role": ["user"], "content": ["x", "y"]}, "is no list of turns"),
+        ({"role": "user", "content": "x"}, "is no list of turns"),
+        (
+            [{"from": "human", "value": "x"}, {"from": "observation", "value": "y"}],
+            "turn 1: from='observation' is",
+        ),
         (["hello"], "is no list of turns"),
         ([{"role": "user"}], r"turn 0: has \['role'\]; a turn has role and content"),
         ([{"role": "tool", "content": "x"}], "turn 0: role='tool' is not one of"),

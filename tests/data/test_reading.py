@@ -63,10 +63,32 @@ def test_a_file_alone_is_split_by_hash_alike(suffix: str, tmp_path: Path) -> Non
     assert prompts(task(tmp_path / f"d{suffix}")) == (some(5, 40), some(0, 5))
 
 
+def test_tables_as_other_programs_write_them(tmp_path: Path) -> None:
+    """pandas writes an index without a name; spreadsheets separate by semicolons where a comma is in numbers."""
+    table, lines = tmp_path / "d.csv", [f"{row['prompt']},{row['answer']}" for row in ROWS]
+    table.write_text(
+        "".join(f"{place - 1},{line}\n" for place, line in enumerate(["prompt,answer", *lines]))[2:]
+    )
+    assert prompts(task(table)) == prompts(task(write(tmp_path / "lines.jsonl")))
+    for text, words in (
+        (
+            "prompt;answer\nq;a\n",
+            "d.csv:1: the header is the one cell 'prompt;answer'; separate cells by ',', not ';'",
+        ),
+        ("prompt,answer\n\n", "d.csv:1: there is no row below the header"),
+    ):
+        table.write_text(text)
+        with pytest.raises(ValueError, match=words):
+            load_examples(task(table), seed=0)
+
+
 def test_json_lines_in_a_file_that_is_called_json(tmp_path: Path) -> None:
     write(tmp_path / "lines.jsonl").rename(tmp_path / "d.json")
     trained, tested = prompts(task(tmp_path / "d.json"))
     assert trained | tested == some(0, 40)
+    for name in ("d.JSONL", "d.ndjson"):
+        write(tmp_path / "lines.jsonl").rename(tmp_path / name)
+        assert prompts(task(tmp_path / name)) == (trained, tested)
 
 
 @pytest.mark.parametrize(

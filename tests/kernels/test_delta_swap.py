@@ -60,6 +60,27 @@ def test_many_parameters_are_swapped_at_once(impl: Impl, device: str) -> None:
             assert torch.equal(values.view(word), others.view(word))
 
 
+def test_long_and_short_units_lie_beside_each_other(impl: Impl, device: str) -> None:
+    """Each parameter's units are of another length, cut at both ends, and there are fewer of some than are fetched ahead."""
+    operands, wanted = [], []
+    for number, block in enumerate((576, 1, 1536, 64, 3, 100, 5000) * 2):
+        numel = 40 * block
+        units = torch.arange(number % 3, 40, 3, dtype=torch.int32)
+        runs = Runs.clip(units, block, block // 3, numel - block // 2, numel)
+        dtype = list(WORDS)[number % len(WORDS)]
+        weight, values = random_bits(runs.numel, dtype, device), random_bits(runs.num_entries, dtype, device)
+        operands.append((weight, runs.to(device), values))
+        wanted.append((weight.clone(), values.clone()))
+    batch = DeltaSwapBatch(operands)
+    for _ in range(2):
+        batch.run()
+        for (weight, runs, values), (other, others) in zip(operands, wanted, strict=True):
+            word = WORDS[weight.dtype]
+            delta_swap_ref(other.view(word), runs, others.view(word))
+            assert torch.equal(weight.view(word), other.view(word))
+            assert torch.equal(values.view(word), others.view(word))
+
+
 def test_a_batch_refuses_what_a_swap_refuses() -> None:
     runs = Runs.clip(torch.arange(4), 2, 0, 8, 8)
     with pytest.raises(ValueError, match="weight: shape"):

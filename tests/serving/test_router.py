@@ -19,6 +19,7 @@ from trace_dist.bank.bound import error_bound
 from trace_dist.bank.delta import applied
 from trace_dist.evaluation import greedy_decode
 from trace_dist.models.fingerprint import fingerprint
+from trace_dist.run_folder import SIGNATURE
 from trace_dist.serving.cache import DeltaCache
 from trace_dist.serving.options import Sampling
 
@@ -202,6 +203,26 @@ def test_a_task_that_is_added_is_seen(small: Small, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be read"):
         router.refresh()
     assert router.ask(later, sampling=SHORT)[0].task == "later"
+
+
+def test_a_task_that_is_damaged_leaves_the_others_as_they_are(small: Small, tmp_path: Path) -> None:
+    folder = shutil.copytree(small.bank, tmp_path / "bank")
+    router, writer = Router.open(folder, small.base), DeltaBank(folder)
+    asked = prompts("copy", 2, seed=1)
+    before = router.ask(asked, sampling=SHORT)
+    writer.add(*small.parts("later"))
+    record = writer.index.get("later")
+    assert record is not None
+    file = writer.files.task(record.folder) / SIGNATURE
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="signature"):
+        router.refresh()
+    assert "later" not in router.tasks
+    assert not router.refresh()
+    assert router.ask(asked, sampling=SHORT) == before
+    writer.remove("later")
+    assert router.refresh()
+    assert router.ask(asked, sampling=SHORT) == before
 
 
 def test_deltas_are_kept_in_memory_as_far_as_there_is_room(router: Router) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,6 +14,8 @@ from bank.samples import same_bits
 from serving.small import CAP, TASKS, Small, prompts
 
 from trace_dist import Router
+from trace_dist.serving.api import make_app
+from trace_dist.serving.gate import Gate
 from trace_dist.serving.options import Listening, Sampling
 from trace_dist.serving.row import Row
 from trace_dist.serving.tally import Tally
@@ -144,6 +148,30 @@ def test_too_many_are_refused_and_the_unwanted_are_passed_by(
     assert begun.is_set()
     bench.worker.close()
     assert bench.worker.num_open == 0
+
+
+def test_who_hangs_up_is_not_answered(bench: Bench) -> None:
+    """Neither in a stream, which ends of itself, nor before: the prompt still waits, and nothing is written."""
+    tally = Tally()
+    app = Gate(make_app(bench.router, bench.worker, Listening(), tally), None, 1 << 20, tally)
+    path, sent = "/v1/completions", list[Any]()
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
+    body = json.dumps({"model": "copy", "prompt": ["copy ab", "copy cd"], "max_tokens": CAP}).encode()
+    received = iter([{"type": "http.request", "body": body}, {"type": "http.disconnect"}])
+
+    async def receive() -> Any:
+        return next(received)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 499, sent
+    assert bench.worker.num_open == 2
+    bench.worker.start()
+    bench.worker.close()
+    assert bench.batches == []
 
 
 def test_a_batch_waits_a_moment_for_others(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,9 +117,9 @@ class DeltaBank:
         """Names of the signatures in order, ``base`` among them if it has one."""
         return self._index.names
 
-    def reload(self) -> None:
-        """See the bank as it is now. Collective."""
-        self._index = on_main(lambda: read_index(self.files))
+    def reload(self, index: Index | None = None) -> None:
+        """See the bank as it is now, or again as it was when ``index`` was read. Collective."""
+        self._index = on_main(lambda: read_index(self.files)) if index is None else index
 
     def path(self, task: str) -> Path:
         """Where a task's delta lies. Raises ValueError where there is no such task."""

@@ -37,7 +37,7 @@ ANSWERS = tuple(dict.fromkeys(answer for answers in PARTNERS.values() for answer
 CONVERSATIONS = ("messages", "conversations")
 KEYS = ("answer", "answerKey")
 """Columns of the right choice."""
-CONTEXTS = ("context", "passage", "document", "article", "paragraph")
+CONTEXTS = ("context", "passage", "document", "article", "paragraph", "options")
 """Columns without which a question may make no sense."""
 WORDS_ASKED = 8
 """Words at the beginning of a running text that are its prompt."""

@@ -1,7 +1,8 @@
 """Conversations as people store them, as turns and a last answer.
 
 Two styles are read: OpenAI's ``[{"role", "content"}, ...]``, whose content is a text or a list of text parts, and ShareGPT's
-``[{"from", "value"}, ...]``. A conversation in a cell of a CSV file is such a list as JSON. Turns before the first question,
+``[{"from", "value"}, ...]``. A conversation in a cell of a CSV file is such a list as JSON. A parquet file may hold it by
+columns, ``{"role": [...], "content": [...]}``, as earlier releases of ``datasets`` wrote it. Turns before the first question,
 other than the system's, and after the last answer teach nothing and are left out.
 """
 
@@ -22,6 +23,7 @@ STYLES = (("role", "content"), ("from", "value"))
 """Keys of a turn: who speaks, and what."""
 ROLES = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "human": "user",
     "assistant": "assistant",
@@ -71,11 +73,22 @@ def turns_from(value: Any, where: str) -> list[Turn]:
             value = json.loads(value)
         except (ValueError, RecursionError):
             raise ValueError(f"{where}: {value[:80]!r} is no JSON list of turns; write one") from None
+    value = _by_turns(value)
     if not is_turns(value):
         raise ValueError(
             f'{where}: {str(value)[:80]!r} is no list of turns; write [{{"role": ..., "content": ...}}, ...]'
         )
     return [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(value)]
+
+
+def _by_turns(value: Any) -> Any:
+    """Turns that are stored by columns as a list of turns; anything else as it is."""
+    columns = value.values() if isinstance(value, Mapping) else ()
+    if not columns or not all(isinstance(column, list) for column in columns):
+        return value
+    if len({len(column) for column in columns}) > 1:
+        return value
+    return [dict(zip(value, turn, strict=True)) for turn in zip(*columns, strict=True)]
 
 
 def _turn(raw: Mapping[str, Any], where: str) -> Turn:

@@ -19,6 +19,8 @@ _COMPRESSED = {
 """What compressed files begin with."""
 _LOOKED_AT, _MOST_ZEROS = 4096, 0.1
 """Bytes that are looked at, and the share of zeros above which they are text in units of two or four bytes."""
+SEPARATORS = (";", "\t", ",", "|")
+"""Of cells, in files of people."""
 
 
 def read_text(path: Path) -> str:
@@ -103,21 +105,33 @@ def read_json_values(path: Path) -> list[Any]:
 def cells_header(path: Path, separator: str) -> list[str]:
     """The header of a file of separated cells, all of whose rows are as long as it is.
 
+    A column without a name, such as the index that pandas writes, has the name that pandas gives it, ``Unnamed: 0``.
+
     Raises:
-        ValueError: as ``read_text``; there is no header, it names a column twice, or a row is longer or shorter.
+        ValueError: as ``read_text``; there is no header or no row, a column is named twice, cells are separated otherwise, or a
+            row is longer or shorter.
     """
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=separator)
     rows = ((reader.line_num, row) for row in reader if row)
     _, header = next(rows, (0, []))
+    header = [name or f"Unnamed: {place}" for place, name in enumerate(header)]
+    other = next((each for each in SEPARATORS if len(header) == 1 and each in header[0]), None)
+    if other is not None:
+        raise ValueError(
+            f"{path}:1: the header is the one cell {header[0]!r}; separate cells by {separator!r}, not {other!r}"
+        )
     if not header or len(set(header)) < len(header):
         raise ValueError(f"{path}:1: the header is {header}; name each column once")
+    line = 0
     for line, row in rows:
         if len(row) != len(header):
             raise ValueError(
                 f"{path}:{line}: the row has {len(row)} cells, the header {len(header)}; put texts with {separator!r} "
                 "into quotes"
             )
+    if not line:
+        raise ValueError(f"{path}:1: there is no row below the header; add examples")
     return header
 
 

@@ -75,7 +75,7 @@ def _packaged(task: TaskConfig, name: str) -> Splits:
 
 def _from_hub(task: TaskConfig, field: str) -> Splits:
     name = str(task.path)
-    if Path(name).suffix in _READERS or not _HUB_ID.fullmatch(name):
+    if _kind(Path(name)) in _READERS or not _HUB_ID.fullmatch(name):
         raise ValueError(f"{field}: no such file or folder; fix the path")
     cure = (
         f"check the path, or the id, tasks.{task.name}.subset and revision on the hub, and the network "
@@ -95,7 +95,7 @@ def _from_file(path: Path, field: str) -> Splits:
 
 def _from_files(files: Mapping[str, list[Path]], field: str) -> Splits:
     """Each split from its files, all of one kind."""
-    kinds = sorted({file.suffix for each in files.values() for file in each})
+    kinds = sorted({_kind(file) for each in files.values() for file in each})
     if len(kinds) != 1 or kinds[0] not in _READERS:
         raise ValueError(
             f"{field}: the files end in {', '.join(kinds)}; give files of one kind out of {', '.join(_READERS)}"
@@ -107,6 +107,10 @@ def _from_files(files: Mapping[str, list[Path]], field: str) -> Splits:
         )
         for split, each in files.items()
     }
+
+
+def _kind(file: Path) -> str:
+    return file.suffix.lower()
 
 
 def _from_trace_folder(path: Path, task: TaskConfig, field: str) -> Splits:
@@ -132,13 +136,16 @@ def _from_disk(path: Path, field: str) -> tuple[Splits, bool]:
 def _from_folder(path: Path, task: TaskConfig, field: str) -> Splits:
     """A folder as datasets on the hub have it; files of other kinds than ours are left to ``datasets``."""
     kinds = f"files that end in {', '.join(_READERS)}"
-    cure = f"give a folder with {kinds}, or one written by datasets' save_to_disk"
+    cure = (
+        f"give a folder with {kinds}, or one written by datasets' save_to_disk; of several configurations name one by "
+        f"tasks.{task.name}.subset"
+    )
     with _one_line(f"{field}: holds no data that can be read", cure):
         builder = datasets.load_dataset_builder(str(path), task.subset)
         files = {
             str(split): [Path(file) for file in each] for split, each in builder.config.data_files.items()
         }
-    if all(file.suffix in _READERS for each in files.values() for file in each):
+    if all(_kind(file) in _READERS for each in files.values() for file in each):
         return _from_files(files, field)
     with _one_line(f"{field}: cannot be read", cure):
         with bars_on_main():
@@ -189,6 +196,7 @@ def _loaded(kind: str, files: list[Path], field: str, **options: Any) -> dataset
 
 _READERS: dict[str, Callable[[list[Path], str], datasets.Dataset | list[Any]]] = {
     ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
     ".json": _json,
     ".csv": _csv,
     ".tsv": _tsv,

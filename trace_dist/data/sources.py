@@ -194,7 +194,28 @@ def _examples(table: Table, task: TaskConfig) -> list[Example]:
         example = form.read(row, f"{table.where}: example {i}")
         if example is not None:
             examples.append(example)
+    _check_answered(examples, table.where, task.name)
     return examples
+
+
+def _check_answered(examples: list[Example], where: str, name: str) -> None:
+    """Raise ValueError where every answer is empty, as in a test split whose answers are withheld; say where some are."""
+    num_empty = sum(not example["answer"].strip() for example in examples)
+    if examples and num_empty == len(examples):
+        raise ValueError(
+            f"{where}: all {num_empty} answers are empty; name another column by tasks.{name}.answer_field, or another split"
+        )
+    if num_empty:
+        _say_empty(name, where, num_empty, len(examples))
+
+
+@once
+def _say_empty(name: str, where: str, num_empty: int, num: int) -> None:
+    logger.warning(
+        "tasks.%s: %d of %d answers of %s are empty, and the model learns to say nothing there; "
+        "drop these examples where answers are missing",
+        name, num_empty, num, where,
+    )  # fmt: skip
 
 
 def _split_by_hash(examples: list[Example], where: str) -> tuple[list[Example], list[Example]]:

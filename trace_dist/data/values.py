@@ -22,11 +22,12 @@ def text(value: Any, where: str) -> str:
     """
     if isinstance(value, str):
         return check_characters(value, where)
+    # As pandas writes a number that is missing.
+    if isinstance(value, (float, np.floating)) and value != value:
+        raise ValueError(f"{where}: NaN, where a value is missing; fill it in or drop the example")
     if isinstance(value, (int, float, np.number)):
         if not math.isfinite(value):
-            raise ValueError(
-                f"{where}: {value} is a missing value or no number; write a text or drop the example"
-            )
+            raise ValueError(f"{where}: {value} is no number; write a text or drop the example")
         return str(value)
     raise ValueError(
         f"{where}: {value!r} is neither a string nor a number; convert it to text or drop the example"

@@ -28,6 +28,8 @@ from trace_dist.utils.names import BASE
 logger = get_logger(__name__)
 Events = asyncio.Queue[tuple[int, str] | None]
 """Number of an answer and the next piece of it; None behind the last one."""
+HUNG_UP = 499
+"""Status, for ``/metrics`` alone, of a request whose client went before it was answered; nginx counts so."""
 
 
 class Api:
@@ -84,8 +86,8 @@ class Api:
         }
         return JSONResponse(found, 200 if broken is None else 503)
 
-    async def answer(self, asked: Asked, prompts: Sequence[Any], chat: bool) -> Response:
-        """A request for answers."""
+    async def answer(self, asked: Asked, prompts: Sequence[Any], chat: bool, request: Request) -> Response:
+        """A request for answers; who hangs up is not answered further."""
         self._check_model(asked.model)
         events: Events = asyncio.Queue()
         jobs = await self._jobs(asked, prompts, events if asked.stream else None)
@@ -98,7 +100,7 @@ class Api:
             pieces = _Pieces(shape, jobs, events, asked.stream_options.include_usage)
             return StreamingResponse(await pieces.begun(), media_type="text/event-stream")
         try:
-            return JSONResponse(shape.whole(await _answers(jobs)))
+            return JSONResponse(shape.whole(await _unless_gone(_answers(jobs), request)))
         except Exception as error:
             raise _as_api_error(error) from None
         finally:
@@ -162,9 +164,7 @@ class _Pieces:
         self._found.add_done_callback(self._ended)
 
     def _ended(self, found: asyncio.Future[list[list[Answer]]]) -> None:
-        if not found.cancelled():
-            # Asked for even where nobody reads on; asyncio would complain of it.
-            found.exception()
+        _asked_for(found)
         self._events.put_nowait(None)
 
     async def begun(self) -> AsyncIterator[bytes]:
@@ -217,6 +217,26 @@ def _answers(jobs: Sequence[Job]) -> asyncio.Future[list[list[Answer]]]:
     return asyncio.gather(*(asyncio.wrap_future(job.done) for job in jobs))
 
 
+async def _unless_gone(found: asyncio.Future[list[list[Answer]]], request: Request) -> list[list[Answer]]:
+    """The answers. Raises ApiError where the client hangs up before."""
+    found.add_done_callback(_asked_for)
+    # Behind the body, which has been read, nothing else comes.
+    gone = asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait((found, gone), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        gone.cancel()
+    if not found.done():
+        raise failed("the client hung up", HUNG_UP)
+    return found.result()
+
+
+def _asked_for(found: asyncio.Future[list[list[Answer]]]) -> None:
+    """Whether something failed, asked for even where nobody reads on; asyncio would complain of it."""
+    if not found.cancelled():
+        found.exception()
+
+
 def _event(value: Any) -> bytes:
     return f"data: {json.dumps(value)}\n\n".encode()
 
@@ -252,12 +272,12 @@ def make_app(router: Router, worker: Worker, limits: Listening, tally: Tally) ->
         return await api.health(weights)
 
     @app.post("/v1/chat/completions")
-    async def chat(asked: ChatRequest) -> Response:
-        return await api.answer(asked, asked.prompts(), chat=True)
+    async def chat(asked: ChatRequest, request: Request) -> Response:
+        return await api.answer(asked, asked.prompts(), True, request)
 
     @app.post("/v1/completions")
-    async def complete(asked: CompletionRequest) -> Response:
-        return await api.answer(asked, asked.prompts(), chat=False)
+    async def complete(asked: CompletionRequest, request: Request) -> Response:
+        return await api.answer(asked, asked.prompts(), False, request)
 
     _answer_errors(app)
     return app

@@ -47,7 +47,9 @@ def _turn(turn: Any, where: str) -> dict[str, str]:
         if not isinstance(turn[key], str):
             raise ValueError(f"{where}: {key}={turn[key]!r:.80}: must be a text; write one")
         check_characters(turn[key], f"{where}: {key}")
-    return {"role": turn["role"], "content": turn["content"]}
+    # OpenAI's newer name; data are read so too.
+    role = "system" if turn["role"] == "developer" else turn["role"]
+    return {"role": role, "content": turn["content"]}
 
 
 def read_questions(path: Path, task: str | None = None) -> list[Question]:

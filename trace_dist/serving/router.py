@@ -318,12 +318,18 @@ class Router:
         """See what was added to the bank, or taken out of it, since; whether that is anything.
 
         Raises:
-            ValueError: the index is damaged; what was seen before is still there.
+            ValueError: the index, or what is new, is damaged; what was seen before is still there, until the index is replaced
+                again.
         """
         with self._lock:
+            before = self.bank.index
             if not self._watched.refresh():
                 return False
-            self._finder = self._found_by()
+            try:
+                self._finder = self._found_by()
+            except ValueError:
+                self.bank.reload(before)
+                raise
         logger.info(
             "bank %s: generation %d, %d tasks", self.bank.folder, self.bank.generation, len(self.tasks)
         )

@@ -160,9 +160,9 @@ class Worker:
     def _find_tasks(self, jobs: list[Job]) -> None:
         try:
             self._router.refresh()
-        except ValueError as error:
-            # What was there before is still there.
-            logger.warning("%s", error)
+        # What was there before is still there, and this thread must not end.
+        except Exception as error:
+            logger.warning("the bank cannot be looked at anew: %s", error)
         # One by one where the name is given, so that a wrong name is the trouble of its own job alone.
         for some in (
             *([job] for job in jobs if job.task is not None),
