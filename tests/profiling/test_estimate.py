@@ -192,7 +192,7 @@ def test_where_a_kernel_decodes_indices_nothing_else_holds_them(llama: str) -> N
 
 def test_exchange_holds_what_waits_and_what_is_under_way() -> None:
     half = BUCKET_BYTES // 8
-    sizes = [("a", 9 * half, half, 0), ("b", 9 * half, half, 5 * half), ("c", half, half, 0)]
+    sizes = [("a", 9 * half, half, 0, 0), ("b", 9 * half, half, 5 * half, 0), ("c", half, half, 0, 0)]
     exchange = Exchange(sizes, 2, world_size=2)
     assert exchange.deliver("c") == (2 * half, 8 * half)  # rows: the masked part itself, converted to fp32
     assert exchange.held == 4 * half
@@ -202,8 +202,10 @@ def test_exchange_holds_what_waits_and_what_is_under_way() -> None:
     assert exchange.held == 2 * size  # until the next bucket is full
     assert exchange.deliver("a")[1] == 4 * half + 2 * size
     assert exchange.held == 2 * 4 * half
-    alone = Exchange([("a", 9 * half, half, 0)], 2, world_size=1)
+    alone = Exchange([("a", 9 * half, half, 0, 0)], 2, world_size=1)
     assert alone.deliver("a") == (18 * half, 0)
+    gathering = Exchange([("a", 9 * half, half, 0, 7)], 2, world_size=2)
+    assert gathering.deliver("a")[1] == exchange.deliver("a")[1] - 2 * 4 * half + 7
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ class Swap:
         self._model, self._inside = model, False
         self._supports: list[Support] = []
         self._values: list[Tensor] = []
-        for support in build_supports(model, mask):
+        for support in build_supports(model, mask, list(filter(model.indices_may_leave, mask.units))):
             whole = values[support.name]
             check_dtype(task, whole.dtype, model.like(support.name).dtype)
             mine = whole[support.offset : support.offset + support.runs.num_entries]

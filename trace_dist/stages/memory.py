@@ -18,6 +18,7 @@ from trace_dist.masks.mask import Mask
 from trace_dist.models.nf4 import BYTES_PER_ELEMENT, NF4Linear, named_weights
 from trace_dist.profiling.states import bytes_per_param
 from trace_dist.sharding.dense import FullAdamW
+from trace_dist.sharding.index_shares import worth_sharing
 from trace_dist.sharding.zero3 import Zero3Model
 from trace_dist.stages.base import prepare_base
 from trace_dist.stages.stage import Stage
@@ -62,7 +63,9 @@ def run_memory(cfg: RunConfig) -> dict[str, Any]:
     full = _full(str(path), MEASURED_LR, next(stream), num_parameters)
     share = mask.num_entries / num_parameters
     owned = sum(mask.layouts[name].runs(units)[0].nbytes for name, units in mask.units.items())
-    on_every_rank = mask.units.nbytes * dist.world_size() * (dist.world_size() > 1)
+    # [Note: one order] in sharding/index_shares.py.
+    num_copies = 1 if worth_sharing(mask.units.nbytes, dist.local_device().type) else dist.world_size()
+    on_every_rank = mask.units.nbytes * num_copies * (dist.world_size() > 1)
     index_bytes = (owned + on_every_rank) / num_parameters
     base = 2 + coded / num_parameters * (BYTES_PER_ELEMENT - 2)
     # [Note: overlay] in sharding/overlay.py.

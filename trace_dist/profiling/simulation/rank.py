@@ -61,9 +61,8 @@ def _told(recorder: Recorder, function: Callable[..., Any]) -> Callable[..., Any
     """A collective that is recorded, with the process group that it runs in."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        beside = dist._beside is not None and kwargs.get("group") is dist._beside[1]
         first = len(recorder.events)
-        with recorder.on_lane("exchange" if beside else "gather"):
+        with recorder.on_lane(dist.lane_of(kwargs.get("group"))):
             work = function(*args, **kwargs)
         numbers = [e.number for e in recorder.events[first:] if e.kind == "collective" and e.lane != HOSTS]
         if not numbers:
