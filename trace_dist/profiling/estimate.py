@@ -242,7 +242,8 @@ class Estimator:
             place["master"] += 4 * entries * (setup.master and self.itemsize < 4)
             place["exp_avg"] += moment_bytes(entries, setup.state_dtype)
             place["exp_avg_sq"] += moment_bytes(entries, setup.state_dtype)
-            place["staging"] += (self.itemsize + 4) * entries * offloads
+            if offloads:
+                place["staging"] += sum(_pinned(size * entries, setup.device) for size in (self.itemsize, 4))
             if setup.keep_best:
                 kept = device if setup.device == "cpu" else host
                 whole = 4 if setup.master or self.itemsize == 4 else self.itemsize
@@ -307,6 +308,12 @@ class _Step(NamedTuple):
     sequence_length: int
     activation_checkpointing: bool
     device: str
+
+
+def _pinned(num_bytes: int, device: str) -> int:
+    """Bytes that a buffer takes through which an accelerator and the host exchange: torch's allocator of pinned memory rounds up
+    to a power of two (``c10/core/CachingHostAllocator.h``)."""
+    return num_bytes if device == "cpu" or num_bytes == 0 else 1 << (num_bytes - 1).bit_length()
 
 
 def _candidates(moment: Moment, gathered: int, exchange: Exchange) -> list[dict[str, int]]:

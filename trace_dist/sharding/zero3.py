@@ -32,12 +32,13 @@ import torch
 from torch import Tensor, nn
 
 from trace_dist.config import Quantize
-from trace_dist.models.blocks import largest, whole_blocks
+from trace_dist.models.blocks import decoder_blocks, largest, whole_blocks
 from trace_dist.models.loading import check_zero_config, load_model_zero3
 from trace_dist.models.wrapping import unwrap
 from trace_dist.sharding import gloo
 from trace_dist.sharding.holding import HoldingModel
 from trace_dist.sharding.support import Support
+from trace_dist.sharding.throttle import Throttle
 from trace_dist.sharding.views import PartitionView, flat_views
 from trace_dist.utils import dist
 from trace_dist.utils.log import get_logger
@@ -224,6 +225,10 @@ class Zero3Model(HoldingModel):
         super().__init__(engine.module)
         self._deepspeed, self._engine = load_deepspeed(), engine
         self._order_gathers()
+        if self.world > 1 and self._gathering is not None:
+            # [Note: blocks ahead] in sharding/throttle.py; one rank gathers nothing.
+            event = self._deepspeed.accelerator.get_accelerator().Event
+            Throttle(decoder_blocks(engine.module).values(), event)
 
     @classmethod
     def from_pretrained(cls, path: str, dtype: torch.dtype, quantize: Quantize = "none") -> Zero3Model:
@@ -270,9 +275,13 @@ class Zero3Model(HoldingModel):
 
     def _order_gathers(self) -> None:
         """Let DeepSpeed's gathers begin after what this stream has written into the shards ([Note: gather stream])."""
-        gathering = self._engine.optimizer._DeepSpeedZeRoOffload__allgather_stream
-        if gathering is not None:  # as on a CPU
-            gathering.wait_stream(self._deepspeed.accelerator.get_accelerator().current_stream())
+        if self._gathering is not None:
+            self._gathering.wait_stream(self._deepspeed.accelerator.get_accelerator().current_stream())
+
+    @property
+    def _gathering(self) -> Any:
+        """The stream on which DeepSpeed gathers; None where there is one stream, as on a CPU."""
+        return self._engine.optimizer._DeepSpeedZeRoOffload__allgather_stream
 
     @contextmanager
     def gathered(self, parameters: list[Any]) -> Iterator[list[Tensor]]:
