@@ -90,6 +90,7 @@ def counted(kind: str, shard: Shard) -> dict[str, Any]:
     with count, applied(model, delta):
         pass
     found["swap"] = sum(count.waits.values())
+    found["swap launches"] = count.launched("trace_kernels.delta_swap")
     return found
 
 

@@ -45,6 +45,8 @@ def test_attaching_a_mask_and_swapping_a_delta_wait_for_nothing(found: dict[str,
     counts = found["zero3"][kind]
     assert counts["attach"] == 0
     assert counts["swap"] == 0
+    # In and out again: one launch for each kind of tile, whatever the number of parameters.
+    assert 2 <= counts["swap launches"] <= 4 < 2 * counts["parameters"]
     assert counts["resume"] <= counts["parameters"]  # its values come from files
 
 
