@@ -60,11 +60,12 @@ class Swap:
             self._supports = [replace(each, runs=each.runs.to(CPU)) for each in self._supports]
         self._parcel: Parcel | None = None
         if model.device.type != "cpu":
-            self._parcel = Parcel([*self._values, *(each.runs.units for each in self._supports)])
+            units = [s.runs.units for s in self._supports if s.runs.units.device == CPU]
+            self._parcel = Parcel([*self._values, *units])
             self._values = self._parcel.tensors[: len(self._values)]
-            units = self._parcel.tensors[len(self._values) :]
-            pairs = zip(self._supports, units, strict=True)
-            self._supports = [replace(s, runs=replace(s.runs, units=there)) for s, there in pairs]
+            if units:
+                pairs = zip(self._supports, self._parcel.tensors[len(self._values) :], strict=True)
+                self._supports = [replace(s, runs=s.runs.with_units(packed)) for s, packed in pairs]
         self._batch: DeltaSwapBatch | None = None
         self._places: list[int] | None = None
 
@@ -113,7 +114,8 @@ class Swap:
         if self._parcel is not None and ours and all(map(operator.is_, values, self._values)):
             there = self._parcel.on(self._model.device)
             values, units = there[: len(values)], there[len(values) :]
-            places = [(w, replace(runs, units=u)) for (w, runs), u in zip(places, units, strict=True)]
+            if units:
+                places = [(w, runs.with_units(u)) for (w, runs), u in zip(places, units, strict=True)]
         return [
             (weight, runs.to(weight.device), sent(mine, weight.device))
             for (weight, runs), mine in zip(places, values, strict=True)
