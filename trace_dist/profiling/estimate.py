@@ -44,6 +44,7 @@ from trace_dist.profiling.selection import (
 from trace_dist.sharding.compaction import linear_modules
 from trace_dist.sharding.index_shares import share_bytes, worth_sharing
 from trace_dist.sharding.views import chunk_views
+from trace_dist.sharding.zero3 import gathers_one_by_one
 
 STATES = ("weights", "master", "exp_avg", "exp_avg_sq", "gradients", "indices", "staging")
 TRANSIENT = ("gathered", "weight_gradient", "reduction", "activations", "logits")

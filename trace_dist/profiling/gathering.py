@@ -8,8 +8,8 @@ module it frees those that do not come again within ``stage3_max_reuse_distance`
 is whole on every rank between forward and backward. How far away that is, DeepSpeed counts by the parameters of the
 modules in between. Where it frees a decoder block, those are with the modules' children, and the whole model comes again
 as soon as backward begins (sharding/zero3.py, [Note: whole blocks]); where it frees another module, they are without, and
-blocks count nothing. A single rank gathers nothing: its shard is the parameter. On a CPU (``sequential``) every parameter
-is gathered by itself, without a flat buffer (``stage3_allgather_sequential``).
+blocks count nothing. A single rank gathers nothing: its shard is the parameter. On a CPU and among few ranks (``sequential``)
+every parameter is gathered by itself, without a flat buffer (``stage3_allgather_sequential``).
 
 FSDP2 gathers block by block: the root's group (embedding, last norm, head) stays from forward to backward; beside it lie the
 block in use and the flat buffer of the next one.

@@ -51,6 +51,9 @@ PERSISTENCE_THRESHOLD = 10_000
 GATHERED_TOGETHER = 16
 """Parameters that are gathered at once where all are: on a GPU they pass through one buffer."""
 
+NODE_RANKS = 8
+"""Among so many a collective takes some 30 us (profiling/simulation), of which a block needs one for each weight."""
+
 SHARED_MEMORY_OPERATOR = "deepspeed_shm_comm"
 """What DeepSpeed builds on CPUs for the all-reduce of inference with tensor parallelism."""
 
@@ -82,6 +85,14 @@ def load_deepspeed() -> Any:
     if gathers_by_messages():
         deepspeed.comm.comm.cdb.all_gather_function = gloo.all_gather
     return deepspeed
+
+
+def gathers_one_by_one(world: int, by_messages: bool) -> bool:
+    """Whether each weight is gathered by itself, straight to its place, and not through a flat buffer that is copied.
+
+    On a CPU a message costs less than two more copies of every weight; so does a collective among few ranks.
+    """
+    return by_messages or world <= NODE_RANKS
 
 
 def max_reuse_distance(whole: bool) -> int:
@@ -117,8 +128,7 @@ def zero3_config(
         "zero_optimization": {
             "stage": 3,
             "stage3_param_persistence_threshold": persistence_threshold,
-            # Straight into each weight: on a CPU a message costs less than two more copies of every bucket.
-            "stage3_allgather_sequential": by_messages,
+            "stage3_allgather_sequential": gathers_one_by_one(dist.world_size(), by_messages),
             # On a CPU nothing that is gathered ahead arrives while something is computed.
             "stage3_prefetch_bucket_size": prefetch_bucket(0 if by_messages else largest(blocks)),
             "stage3_max_reuse_distance": max_reuse_distance(bool(classes)),
