@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,11 @@ from transformers import LlamaConfig
 
 from trace_dist.benchmarks.contestants import SHAPES, Race
 from trace_dist.benchmarks.simulate import Key, simulate
-from trace_dist.config import Granularity
+from trace_dist.config import Granularity, Quantize
 from trace_dist.masks.mask import Mask
 from trace_dist.optim.masked_adamw import MaskedAdamW
 from trace_dist.profiling.memory_setup import MemorySetup
-from trace_dist.profiling.plan import plan
+from trace_dist.profiling.plan import Option, plan
 from trace_dist.profiling.simulation.events import Program
 from trace_dist.profiling.simulation.gpus import gpu_names
 from trace_dist.profiling.simulation.rank import simulated_rank
@@ -40,6 +41,8 @@ BATCH, LENGTH = 4, 2048
 """8,192 tokens per GPU and step."""
 RANKS: dict[int, tuple[str, ...]] = {64: ("row", "full"), 1024: ("row", "full", "element", "LoRA")}
 """Ranks, eight on each node, beside those of one node -> what is simulated there."""
+QUANTIZED: tuple[Quantize, ...] = ("none", "nf4")
+"""Of a 70B model's weights, in the order in which plans are looked for."""
 PLANNED: tuple[Granularity, ...] = ("row", "block")
 """Masks of a 70B model that are planned."""
 LLAMA_70B: dict[str, Any] = {
@@ -113,13 +116,15 @@ class Study:
         )
 
     def _plan(self, kind: Granularity) -> Found:
-        """The first plan of 5 % or more that fits a 70B model into eight GPUs of 24 GB, and its estimated memory."""
+        """The first plan of 5 % that fits a 70B model into eight GPUs of 24 GB, in bf16 or else with NF4 weights; its estimate."""
         base = MemorySetup(
             self._config("Llama-3-70B"), granularity=kind, block=64, world_size=8, sequence_length=LENGTH
         )
-        option = next(each for each in plan(base, gpu_gib=23.5) if each.setup.density == base.density)
+        options = [option for quantize in QUANTIZED for option in _plans(replace(base, quantize=quantize))]
+        option = next(each for each in options if each.setup.density == base.density)
         way = option.setup
         names = (
+            "quantize",
             "density",
             "state_dtype",
             "master",
@@ -152,6 +157,15 @@ class Study:
             "attach_s": attached - drawn,
             "resume_s": resumed - attached,
         }
+
+
+def _plans(base: MemorySetup) -> list[Option]:
+    """What fits; none where nothing does."""
+    try:
+        return plan(base, gpu_gib=23.5)
+    except ValueError as error:
+        logger.info("%s", error)
+        return []
 
 
 class _Big(Race):
