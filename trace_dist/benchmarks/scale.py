@@ -116,7 +116,7 @@ class Study:
         )
 
     def _plan(self, kind: Granularity) -> Found:
-        """The first plan of 5 % that fits a 70B model into eight GPUs of 24 GB, in bf16 or else with NF4 weights; its estimate."""
+        """The first plan of 5 % that fits a 70B model into eight GPUs of 24 GB, in bf16 or else NF4; its estimate."""
         base = MemorySetup(
             self._config("Llama-3-70B"), granularity=kind, block=64, world_size=8, sequence_length=LENGTH
         )

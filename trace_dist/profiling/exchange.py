@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trace_dist.sharding.reduction import cut_buckets
+from trace_dist.sharding.reduction import bucket_bytes_for, cut_buckets
 
 
 class Exchange:
@@ -32,7 +32,8 @@ class Exchange:
         self._under_way = 0
         names = list(self.compact)
         self._buckets = [
-            [names[place] for place in bucket] for bucket in cut_buckets(list(self.compact.values()))
+            [names[place] for place in bucket]
+            for bucket in cut_buckets(list(self.compact.values()), bucket_bytes_for(world_size))
         ]
         self._delivered: set[str] = set()
 

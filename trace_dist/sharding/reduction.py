@@ -31,6 +31,8 @@ from trace_dist.sharding.comm import Comm
 from trace_dist.sharding.support import Accumulate, Support
 
 BUCKET_BYTES = 32 * 2**20
+MESSAGE_BYTES = 128 * 2**10
+"""What a bucket has at least for each rank, or the time of many small messages would count."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class CompactReducer:
         accumulate: receives each support's reduced gradient at this rank's entries.
         comm: the ranks.
         device: where the gradients lie.
-        bucket_bytes: fp32 bytes of one rank's contribution to one exchange.
+        bucket_bytes: fp32 bytes of one rank's contribution to one exchange; ``bucket_bytes_for`` the ranks where it is None.
     """
 
     def __init__(
@@ -60,13 +62,14 @@ class CompactReducer:
         accumulate: Accumulate,
         comm: Comm,
         device: torch.device,
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int | None = None,
     ) -> None:
         comm.open()
         self._accumulate, self._comm, self._device = accumulate, comm, device
         self.local_only = comm.world == 1
         sizes = [support.num_entries * support.grad.element_size() for support in supports]
-        self._buckets = [[supports[i] for i in bucket] for bucket in cut_buckets(sizes, bucket_bytes)]
+        size = bucket_bytes_for(comm.world) if bucket_bytes is None else bucket_bytes
+        self._buckets = [[supports[i] for i in bucket] for bucket in cut_buckets(sizes, size)]
         self._bucket_of = {id(support): i for i, bucket in enumerate(self._buckets) for support in bucket}
         self._values: dict[int, Tensor] = {}  # id(support) -> [whole entries], not yet exchanged
         self._next = 0
@@ -168,7 +171,12 @@ class CompactReducer:
                 self._accumulate(support, part)
 
 
-def cut_buckets(sizes: Sequence[int], bucket_bytes: int = BUCKET_BYTES) -> list[list[int]]:
+def bucket_bytes_for(world: int) -> int:
+    """Bytes of one rank's contribution to one exchange between so many ranks."""
+    return max(BUCKET_BYTES, world * MESSAGE_BYTES)
+
+
+def cut_buckets(sizes: Sequence[int], bucket_bytes: int) -> list[list[int]]:
     """Places in ``sizes`` (bytes per parameter, in the model's order) by bucket, from the last, where backward begins."""
     buckets: list[list[int]] = []
     filled = bucket_bytes
