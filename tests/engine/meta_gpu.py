@@ -219,6 +219,7 @@ def meta_zero3(world: int) -> Iterator[Any]:
         patch.object(gloo, "all_gather", td.all_gather_into_tensor),
         patch.object(dist, "world_size", lambda: 1),  # nobody is there to agree with
     ):
+        stack.callback(dist.close)
         deepspeed_on_meta(stack)
 
         def shard(module: nn.Module) -> ShardedModel:

@@ -50,6 +50,13 @@ def test_attaching_a_mask_and_swapping_a_delta_wait_for_nothing(found: dict[str,
     assert counts["resume"] <= counts["parameters"]  # its values come from files
 
 
+@pytest.mark.parametrize("kind", ["element", "row"])
+def test_more_ranks_ask_for_no_more(found: dict[str, Any], kind: str) -> None:
+    few, many = found["zero3"][kind], found["many"][kind]
+    for phase in ("attach", "micro-batch", "step", "resume", "swap"):
+        assert many[phase] == few[phase], phase
+
+
 def test_a_model_that_every_rank_holds_waits_no_more(found: dict[str, Any]) -> None:
     assert found["replicated"]["micro-batch"]["ours"] == found["replicated"]["attach"] == 0
     assert found["replicated"]["step"]["waits"] <= 2

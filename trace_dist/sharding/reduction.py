@@ -2,7 +2,7 @@
 
 Each rank holds its own gradient at all masked entries of a parameter. The entries are sorted, so they are the concatenation of
 the ranks' supports: one all-to-all with uneven splits sends every entry to its owner, which adds the contributions in
-fp32 in rank order (deterministic). Parameters are exchanged in buckets during the backward pass: an exchange is started when its
+fp32 in a fixed order (deterministic). Parameters are exchanged in buckets during the backward pass: an exchange is started when its
 bucket is full, travels while backward goes on computing, and is added up when a later bucket is full and it has arrived.
 
 Collectives must be called equally often, in one order, on every rank. So buckets are fixed when the mask is attached, are
@@ -162,13 +162,24 @@ class CompactReducer:
             exchange = self._in_flight.popleft()
             exchange.work.wait()
             self._sums.append(exchange.received.sum(1))
-            total = exchange.received[0]
-            for contribution in exchange.received[1:]:
-                total += contribution
+            total = _sum(exchange.received)
             for support, part in zip(
                 exchange.bucket, total.split([s.runs.num_entries for s in exchange.bucket]), strict=True
             ):
                 self._accumulate(support, part)
+
+
+def _sum(received: Tensor) -> Tensor:
+    """Of all ranks' contributions, [world, n]: always in one order, on a CPU that of the ranks. [n].
+
+    An accelerator does it in one launch, however many ranks there are; one addition after the other would take as many as these.
+    """
+    if received.device.type != "cpu":
+        return received.sum(0)
+    total = received[0]
+    for contribution in received[1:]:
+        total += contribution
+    return total
 
 
 def bucket_bytes_for(world: int) -> int:
