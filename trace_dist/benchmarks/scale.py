@@ -140,17 +140,17 @@ class Study:
         }
 
     def _attach(self, kind: str) -> Found:
-        """Seconds in which one of 1,024 ranks attaches a mask of a 70B model and takes its values and states back."""
+        """CPU seconds in which one of 1,024 ranks attaches a mask of a 70B model and takes its values and states back."""
         race = _Big("tiny", attention="sdpa")
         with simulated_rank(1024):
             model = Zero3Model(race.model())
-            begin = time.perf_counter()
+            begin = time.process_time()
             mask = Mask.random(model, 0.05, kind, seed=0, block=64)
-            drawn = time.perf_counter()
+            drawn = time.process_time()
             optimizer = MaskedAdamW(model, mask, lr=1e-4)
-            attached = time.perf_counter()
+            attached = time.process_time()
             optimizer.load_state_dict(optimizer.state_dict())
-            resumed = time.perf_counter()
+            resumed = time.process_time()
         return {
             "entries": mask.num_entries,
             "draw_s": drawn - begin,

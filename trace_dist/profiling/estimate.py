@@ -44,7 +44,6 @@ from trace_dist.profiling.selection import (
 from trace_dist.sharding.compaction import linear_modules
 from trace_dist.sharding.index_shares import share_bytes, worth_sharing
 from trace_dist.sharding.views import chunk_views
-from trace_dist.sharding.zero3 import gathers_one_by_one
 
 STATES = ("weights", "master", "exp_avg", "exp_avg_sq", "gradients", "indices", "staging")
 TRANSIENT = ("gathered", "weight_gradient", "reduction", "activations", "logits")
@@ -189,12 +188,12 @@ class Estimator:
                 f"one is run ({cause(error)}); change what it names, or measure a training step"
             ) from error
 
-    def _gathered(self, step: _Step, backend: Backend, world_size: int, sequential: bool) -> tuple[int, ...]:
+    def _gathered(self, step: _Step, backend: Backend, world_size: int, by_messages: bool) -> tuple[int, ...]:
         moments = self.trace(step).moments
         if backend == "single":
             return (0,) * len(moments)
         if backend == "zero3":
-            elements = zero3_gathered(moments, self.numel, world_size, sequential)
+            elements = zero3_gathered(moments, self.numel, world_size, by_messages)
         else:
             elements = fsdp2_gathered(moments, self.numel, self._blocks)
         return tuple(self.itemsize * count for count in elements)

@@ -1,9 +1,9 @@
 """Compact gradient reduction: only masked entries travel between ranks.
 
 Each rank holds its own gradient at all masked entries of a parameter. The entries are sorted, so they are the concatenation of
-the ranks' supports: one all-to-all with uneven splits sends every entry to its owner, which adds the contributions in
-fp32 in a fixed order (deterministic). Parameters are exchanged in buckets during the backward pass: an exchange is started when its
-bucket is full, travels while backward goes on computing, and is added up when a later bucket is full and it has arrived.
+the ranks' supports: one all-to-all with uneven splits sends every entry to its owner, which adds the contributions in fp32,
+always in one order. Parameters are exchanged in buckets during the backward pass: an exchange is started when its bucket is
+full, travels while backward goes on computing, and is added up when a later bucket is full and it has arrived.
 
 Collectives must be called equally often, in one order, on every rank. So buckets are fixed when the mask is attached, are
 flushed in that order, each exactly once per backward; a gradient that arrives after its bucket was flushed (a module that
