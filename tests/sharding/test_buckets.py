@@ -11,5 +11,5 @@ def test_buckets_are_filled_from_the_last_parameter() -> None:
 
 
 def test_many_ranks_get_no_tiny_messages() -> None:
-    assert bucket_bytes_for(1) == bucket_bytes_for(256) == BUCKET_BYTES
-    assert bucket_bytes_for(1024) == 1024 * MESSAGE_BYTES
+    assert bucket_bytes_for(1) == bucket_bytes_for(1024) == BUCKET_BYTES
+    assert bucket_bytes_for(4096) == 4096 * MESSAGE_BYTES > BUCKET_BYTES

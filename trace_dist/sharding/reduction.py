@@ -31,7 +31,7 @@ from trace_dist.sharding.comm import Comm
 from trace_dist.sharding.support import Accumulate, Support
 
 BUCKET_BYTES = 32 * 2**20
-MESSAGE_BYTES = 128 * 2**10
+MESSAGE_BYTES = 32 * 2**10
 """What a bucket has at least for each rank, or the time of many small messages would count."""
 
 
