@@ -6,7 +6,7 @@ import pytest
 import torch
 from engine.rank_shared import SHARED
 
-from trace_dist.sharding.index_shares import ALIGNED, COMMUNICATOR_BYTES, worth_sharing
+from trace_dist.sharding.index_shares import ALIGNED, BLOCK_BYTES, worth_sharing
 
 
 @pytest.mark.launcher
@@ -54,6 +54,6 @@ def test_a_rank_without_a_gradient_gathers_in_the_same_order(world, backend: str
 
 
 def test_only_much_is_shared_out_and_not_on_a_cpu() -> None:
-    assert worth_sharing(COMMUNICATOR_BYTES, "cuda")
-    assert not worth_sharing(COMMUNICATOR_BYTES - 1, "cuda")
+    assert worth_sharing(BLOCK_BYTES, "cuda")
+    assert not worth_sharing(BLOCK_BYTES - 1, "cuda")
     assert not worth_sharing(2**40, "cpu")

@@ -20,7 +20,9 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     blocks: dict[str, nn.Module] = {}
     for path, child in model.named_modules():
         parents = (path[:end] for end, letter in enumerate(path) if letter == ".")
-        if type(child).__name__.removeprefix("FSDP") in classes and not any(parent in blocks for parent in parents):
+        if type(child).__name__.removeprefix("FSDP") in classes and not any(
+            parent in blocks for parent in parents
+        ):
             blocks[path] = child
     return blocks
 

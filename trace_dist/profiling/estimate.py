@@ -267,7 +267,7 @@ class Estimator:
             ):
                 blocks.setdefault(block, []).append(name)
         shared = {block: sum(sizes[name] for name in names) for block, names in blocks.items()}
-        if not worth_sharing(sum(shared.values()), setup.device):
+        if not worth_sharing(max(shared.values(), default=0), setup.device):
             return _Indices(sum(sizes.values()), {})
         kept = sum(sizes.values()) - sum(shared.values())
         kept += sum(share_bytes(size, setup.world_size) for size in shared.values())

@@ -232,9 +232,9 @@ def _away(model: Attachable, mask: Mask, linears: Mapping[str, Any]) -> set[str]
         return set()
     leaving = [name for name in mask.units if model.indices_may_leave(name)]
     reduced = {name for name in leaving if model.reduces_hooked_gradients and name not in linears}
-    in_blocks = {name for block in blocks_of(model.module, leaving) for name in block} - reduced
-    size = sum(mask.units.gaps[name].words.nbytes for name in in_blocks)
-    return reduced | (in_blocks if worth_sharing(size, model.device.type) else set())
+    blocks = [set(block) - reduced for block in blocks_of(model.module, leaving)]
+    largest = max((sum(mask.units.gaps[name].words.nbytes for name in block) for block in blocks), default=0)
+    return reduced.union(*blocks) if worth_sharing(largest, model.device.type) else reduced
 
 
 def _settle_checkpoints(module: nn.Module, _: Any) -> None:

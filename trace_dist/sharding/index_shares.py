@@ -31,15 +31,16 @@ from trace_dist.sharding.comm import Comm
 from trace_dist.sharding.support import Support
 from trace_dist.utils.devices import sent
 
-COMMUNICATOR_BYTES = 2**28
-"""About what one more group costs on an accelerator; less is not shared out."""
+BLOCK_BYTES = 2**22
+"""Of a block's indices; where none has so many they are not shared out. A model of 5e9 parameters reaches it at 5 %, and so many
+indices in all, a quarter of a GiB and more, as one more group takes on an accelerator."""
 ALIGNED = 16
 """Bytes at which each tensor begins in what is gathered."""
 
 
-def worth_sharing(num_bytes: int, device_type: str) -> bool:
-    """Whether indices of so many bytes are shared out. On a CPU they are those of the mask itself, which is there anyway."""
-    return device_type != "cpu" and num_bytes >= COMMUNICATOR_BYTES
+def worth_sharing(block_bytes: int, device_type: str) -> bool:
+    """Whether indices are shared out of which some block has so many. On a CPU they are the mask's own, which is there anyway."""
+    return device_type != "cpu" and block_bytes >= BLOCK_BYTES
 
 
 def share_bytes(num_bytes: int, world: int) -> int:
