@@ -11,8 +11,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from dataclasses import asdict, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from transformers import LlamaConfig
 
 from trace_dist.benchmarks.contestants import SHAPES, Race
 from trace_dist.benchmarks.simulate import Key, simulate
-from trace_dist.config import Granularity, Quantize
+from trace_dist.config import Granularity
 from trace_dist.masks.mask import Mask
 from trace_dist.optim.masked_adamw import MaskedAdamW
+from trace_dist.profiling.estimate import Estimator
 from trace_dist.profiling.memory_setup import MemorySetup
-from trace_dist.profiling.plan import Option, plan
 from trace_dist.profiling.simulation.events import Program
 from trace_dist.profiling.simulation.gpus import gpu_names
 from trace_dist.profiling.simulation.rank import simulated_rank
@@ -41,8 +41,14 @@ BATCH, LENGTH = 4, 2048
 """8,192 tokens per GPU and step."""
 RANKS: dict[int, tuple[str, ...]] = {64: ("row", "full"), 1024: ("row", "full", "element", "LoRA")}
 """Ranks, eight on each node, beside those of one node -> what is simulated there."""
-QUANTIZED: tuple[Quantize, ...] = ("none", "nf4")
-"""Of a 70B model's weights, in the order in which plans are looked for."""
+GPU_GIB, GIB = 23.5, 2**30
+PLAN: dict[str, Any] = {
+    "quantize": "nf4",
+    "density": 0.05,
+    "offload": "cpu",
+    "activation_checkpointing": True,
+}
+"""Of ``trace-dist memory plan``, for GPUs of 24 GB. bf16 weights do not fit there."""
 PLANNED: tuple[Granularity, ...] = ("row", "block")
 """Masks of a 70B model that are planned."""
 LLAMA_70B: dict[str, Any] = {
@@ -116,28 +122,29 @@ class Study:
         )
 
     def _plan(self, kind: Granularity) -> Found:
-        """The first plan of 5 % that fits a 70B model into eight GPUs of 24 GB, in bf16 or else NF4; its estimate."""
-        base = MemorySetup(
-            self._config("Llama-3-70B"), granularity=kind, block=64, world_size=8, sequence_length=LENGTH
-        )
-        options = [option for quantize in QUANTIZED for option in _plans(replace(base, quantize=quantize))]
-        option = next(each for each in options if each.setup.density == base.density)
-        way = option.setup
-        names = (
-            "quantize",
-            "density",
-            "state_dtype",
-            "master",
-            "offload",
-            "activation_checkpointing",
-            "micro_batch_size",
-        )
+        """The estimated memory of a 70B model on eight GPUs of 24 GB, by ``PLAN``, with the largest micro-batch that fits."""
+        for size in (8, 4, 2, 1):
+            way = replace(self._planned, granularity=kind, micro_batch_size=size)
+            needed = self._estimator(way)
+            gib = needed.peak / GIB + 1  # for CUDA's context and buffers
+            if gib <= GPU_GIB or size == 1:
+                break
         return {
-            "plan": {name: getattr(way, name) for name in names},
-            "gib": option.gib,
-            "headroom_gib": option.headroom_gib,
-            "host_gib": option.host_gib,
+            "plan": asdict(way),
+            "gib": gib,
+            "headroom_gib": GPU_GIB - gib,
+            "host_gib": sum(needed.host.values()) / GIB,
         }
+
+    @cached_property
+    def _planned(self) -> MemorySetup:
+        return MemorySetup(
+            self._config("Llama-3-70B"), block=64, world_size=8, sequence_length=LENGTH, **PLAN
+        )
+
+    @cached_property
+    def _estimator(self) -> Estimator:
+        return Estimator(self._planned.model, self._planned.dtype, self._planned.quantize)
 
     def _attach(self, kind: str) -> Found:
         """CPU seconds in which one of 1,024 ranks attaches a mask of a 70B model and takes its values and states back."""
@@ -157,15 +164,6 @@ class Study:
             "attach_s": attached - drawn,
             "resume_s": resumed - attached,
         }
-
-
-def _plans(base: MemorySetup) -> list[Option]:
-    """What fits; none where nothing does."""
-    try:
-        return plan(base, gpu_gib=23.5)
-    except ValueError as error:
-        logger.info("%s", error)
-        return []
 
 
 class _Big(Race):
