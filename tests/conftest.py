@@ -54,6 +54,7 @@ SECTIONS: dict[int, tuple[Launcher, list[str]]] = {
                 "attaching",
                 "reduction",
                 "withheld",
+                "shared",
                 "toy",
                 "depth",
                 "gathering",
@@ -79,7 +80,7 @@ SECTIONS: dict[int, tuple[Launcher, list[str]]] = {
     3: (
         "torchrun",
         [
-            *("parity", "fsdp2", "prepared", "attaching", "reduction", "toy"),
+            *("parity", "fsdp2", "prepared", "attaching", "reduction", "shared", "toy"),
             *("gathering_over_gloo", "wire", "nf4", "take_over"),
         ],
     ),

@@ -1,17 +1,13 @@
 """`masked_adamw` of many parameters in one launch.
 
 On a GPU a launch costs the host ten times what a small parameter's step costs the device: a model of 200 masked matrices would
-be bound by 200 launches. Here parameters of one kind (dtypes, block, tile, step) share one.
-
-[Note: table] A launch reads a table of int64, one row per parameter: addresses of its operands, what describes its support, where
-its programs begin, and the seed of its rounding. A second one says for every program whose it is. Both are made once: operands
-must stay where they are, which `AdamWBatch.holds` tells.
+be bound by 200 launches. Here parameters of one kind (dtypes, block, tile, step) share one, through tables ([Note: table] in
+table.py). Operands must stay where they are, which `AdamWBatch.holds` tells.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,32 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import launch, locate_program, plan
+from .dispatch import launch, locate_program
 from .hyper import AdamWHyper
 from .masked_adamw import Operands, Rounding, check_state, update_tile
 from .rounding import seed_keys_kernel
+from .table import TYPES, pointer, tables, tile_of
 
 _POINTERS = ("weight", "master", "grad", "exp_avg", "exp_avg_sq")
 _FIELDS = len(_POINTERS) + 7
 """Columns of the table: the operands, unit ids, their number, entries, base, skip, first program, seed."""
-_VECTOR = 16
-"""Bytes of a load at full width."""
-_TYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.int32: tl.int32,
-    torch.int64: tl.int64,
-}
-
-
-@triton.jit
-def _pointer(row, COLUMN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The address in a column of the table."""
-    pointer = tl.load(row + COLUMN).to(tl.pointer_type(TYPE))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
 
 
 @triton.jit(do_not_specialize=["step"])
@@ -76,7 +55,7 @@ def _adamw_batch_kernel(  # type: ignore[no-untyped-def]
 ):
     pid = tl.program_id(0).to(tl.int64)
     row = table_ptr + tl.load(owner_ptr + pid).to(tl.int64) * FIELDS
-    units_ptr = _pointer(row, 5, UNIT, False)
+    units_ptr = pointer(row, 5, UNIT, False)
     num_units, num_entries = tl.load(row + 6), tl.load(row + 7)
     base, skip = tl.load(row + 8), tl.load(row + 9)
     if ALIGNED:
@@ -88,9 +67,9 @@ def _adamw_batch_kernel(  # type: ignore[no-untyped-def]
     if SCALE_IS_POINTER:
         grad_scale = tl.load(grad_scale).to(tl.float32)
     key_1, key_2 = seed_keys_kernel(tl.load(row + 11) + step)
-    weight_ptr, grad_ptr = _pointer(row, 0, WEIGHT, ALIGNED), _pointer(row, 2, GRAD, ALIGNED)
-    exp_avg_ptr, exp_avg_sq_ptr = _pointer(row, 3, EXP_AVG, ALIGNED), _pointer(row, 4, EXP_AVG_SQ, ALIGNED)
-    master_ptr = _pointer(row, 1, tl.float32, ALIGNED) if HAS_MASTER else None
+    weight_ptr, grad_ptr = pointer(row, 0, WEIGHT, ALIGNED), pointer(row, 2, GRAD, ALIGNED)
+    exp_avg_ptr, exp_avg_sq_ptr = pointer(row, 3, EXP_AVG, ALIGNED), pointer(row, 4, EXP_AVG_SQ, ALIGNED)
+    master_ptr = pointer(row, 1, tl.float32, ALIGNED) if HAS_MASTER else None
     update_tile(
         weight_ptr,
         master_ptr,
@@ -161,25 +140,25 @@ class AdamWBatch:
 
 
 class _Launch:
-    """The parameters of one kind ([Note: table])."""
+    """The parameters of one kind."""
 
     def __init__(self, kind: tuple[Any, ...], members: Sequence[tuple[Operands, int]]) -> None:
         *dtypes, self._has_master, self._block, tile, self._stochastic = kind
         self._types = dict(
             zip(
                 ("WEIGHT", "GRAD", "EXP_AVG", "EXP_AVG_SQ", "UNIT"),
-                map(_TYPES.__getitem__, dtypes),
+                map(TYPES.__getitem__, dtypes),
                 strict=True,
             )
         )
         self._tile = dict(tile)
-        counts = [plan(state.runs).num_programs for state, _ in members]
-        firsts = [0, *accumulate(counts)]
-        rows = [_row(state, first, seed) for (state, seed), first in zip(members, firsts, strict=False)]
         self._device = members[0][0].weight.device
-        self._table = torch.tensor(rows, dtype=torch.int64).to(self._device, non_blocking=True)
-        owners = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(torch.tensor(counts))
-        self._owners = owners.to(self._device, non_blocking=True)
+        self._tables = tables(
+            [_addresses(state) for state, _ in members],
+            [state.runs for state, _ in members],
+            [[(seed + 2**63) % 2**64 - 2**63] for _, seed in members],
+            self._device,
+        )
         self._members = [state for state, _ in members]  # keeps what the table points to
 
     def run(self, hyper: AdamWHyper, step: int, grad_scale: float | Tensor) -> None:
@@ -187,9 +166,9 @@ class _Launch:
         scalars = (hyper.decay, 1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2, hyper.eps)
         launch(
             _adamw_batch_kernel,
-            len(self._owners),
+            len(self._tables.owners),
             self._device,
-            *(self._table, self._owners, hyper.step_size(step), hyper.correction2_sqrt(step)),
+            *(*self._tables, hyper.step_size(step), hyper.correction2_sqrt(step)),
             *(grad_scale, *map(float, scalars), step, self._block),
             FIELDS=_FIELDS,
             HAS_MASTER=self._has_master,
@@ -203,18 +182,10 @@ class _Launch:
 def _kind(state: Operands, rounding: Rounding) -> tuple[Any, ...]:
     """What parameters must share to share a launch."""
     tensors = (state.weight, state.grad, state.exp_avg, state.exp_avg_sq, state.runs.units)
-    tile = dict(plan(state.runs).constexprs)
-    floats = [*tensors[:-1], *([] if state.master is None else [state.master])]
-    tile["ALIGNED"] &= not any(tensor.data_ptr() % _VECTOR for tensor in floats)
+    tile = tile_of(state.runs, [*tensors[:-1], *([] if state.master is None else [state.master])])
     stochastic = rounding == "stochastic" and state.weight.dtype == torch.bfloat16
     dtypes = (tensor.dtype for tensor in tensors)
-    return (*dtypes, state.master is not None, state.runs.block, tuple(tile.items()), stochastic)
-
-
-def _row(state: Operands, first: int, seed: int) -> list[int]:
-    runs = state.runs
-    support = [runs.num_units, runs.num_entries, runs.base, runs.skip]
-    return [*_addresses(state), *support, first, (seed + 2**63) % 2**64 - 2**63]
+    return (*dtypes, state.master is not None, state.runs.block, tile, stochastic)
 
 
 def _places(operands: Sequence[Operands]) -> list[list[int]]:

@@ -24,16 +24,18 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import __path__ as nvidia_path
 from triton.compiler import ASTSource
 
-from .adamw_batch import _FIELDS, _TYPES, _adamw_batch_kernel
+from .adamw_batch import _FIELDS, _adamw_batch_kernel
 from .bitmask import _pack_kernel, _unpack_kernel
 from .blockwise import BLOCK_SIZE
 from .compact import _compact_gather_kernel, _compact_scatter_kernel
-from .delta_swap import _delta_swap_kernel
+from .delta_swap import _FIELDS as _SWAP_FIELDS
+from .delta_swap import _delta_swap_batch_kernel, _delta_swap_kernel
 from .dispatch import NUM_THREADS, TILE
 from .gap_gather import WORDS, _gap_gather_kernel
 from .masked_adamw import _masked_adamw_kernel
 from .masked_adamw_8bit import TILE as TILE_8BIT
 from .masked_adamw_8bit import _masked_adamw_8bit_kernel
+from .table import TYPES
 from .unit_reduce import SPLIT, _unit_dot_kernel
 
 TARGETS = {
@@ -170,6 +172,10 @@ def _support_variants(dtype: str, suffix: str, tile: dict[str, Any]) -> Iterator
     yield _variant(f"scatter.{suffix}", _compact_scatter_kernel, scatter, tile)
     swap = {"weight_ptr": f"*{word}", "values_ptr": f"*{word}"} | _RUN_ARGS
     yield _variant(f"swap.{suffix}", _delta_swap_kernel, swap, tile)
+    swap = {"table_ptr": "*i64", "owner_ptr": "*i32", "block": "i32"}
+    types = {"WORD": TYPES[{"bf16": torch.int16, "fp32": torch.int32}[dtype]], "UNIT": TYPES[torch.int32]}
+    types |= {"FIELDS": _SWAP_FIELDS}
+    yield _variant(f"swap_batch.{suffix}", _delta_swap_batch_kernel, swap, types | tile)
 
     compacts = ("master_ptr", "grad_ptr", "exp_avg_ptr", "exp_avg_sq_ptr")
     adamw = {"weight_ptr": f"*{dtype}", "last_age": "i32"} | dict.fromkeys(compacts, "*fp32") | _STEP_ARGS
@@ -201,8 +207,8 @@ def _batch_variant(dtype: str, suffix: str, tile: dict[str, Any]) -> Variant:
     signature = {"table_ptr": "*i64", "owner_ptr": "*i32", "step": "i32", "block": "i32"} | _STEP_ARGS
     signature = {name: kind for name, kind in signature.items() if not name.startswith("key")}
     weight = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    types = {"WEIGHT": _TYPES[weight], "UNIT": _TYPES[torch.int32], "FIELDS": _FIELDS}
-    types |= dict.fromkeys(("GRAD", "EXP_AVG", "EXP_AVG_SQ"), _TYPES[torch.float32])
+    types = {"WEIGHT": TYPES[weight], "UNIT": TYPES[torch.int32], "FIELDS": _FIELDS}
+    types |= dict.fromkeys(("GRAD", "EXP_AVG", "EXP_AVG_SQ"), TYPES[torch.float32])
     flags = {"HAS_MASTER": True, "SCALE_IS_POINTER": False, "STOCHASTIC": False}
     return _variant(f"adamw_batch.{suffix}", _adamw_batch_kernel, signature, types | flags | tile)
 

@@ -184,13 +184,13 @@ class Runs:
         if self.units.device == torch.device(device):
             return self
         # Only from an accelerator has the copy come to an end before it is read.
-        return self._with(self.units.to(device, non_blocking=self.units.device.type == "cpu"))
+        return self.with_units(self.units.to(device, non_blocking=self.units.device.type == "cpu"))
 
     def copied(self) -> Runs:
         """The same runs, whose ``units`` share no memory with what they were cut out of."""
-        return self._with(self.units.clone())
+        return self.with_units(self.units.clone())
 
-    def _with(self, units: Tensor) -> Runs:
+    def with_units(self, units: Tensor) -> Runs:
         """The same runs from a copy of their units, unchecked."""
         runs = object.__new__(type(self))
         for name in self.__dataclass_fields__:

@@ -11,7 +11,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,16 +22,14 @@ from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
-from trace_kernels import dispatch
 
-from trace_dist.optim import batches
+from trace_dist.profiling.simulation.rank import META, deepspeed_on_meta, own_kernels
 from trace_dist.sharding import gloo, zero3
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.comm import Comm
 from trace_dist.sharding.prepared import PreparedModel
 from trace_dist.utils import dist
 
-META = torch.device("meta")
 OURS = ("trace_dist", "trace_kernels")
 aten = torch.ops.aten
 DATA_DEPENDENT = {
@@ -45,8 +42,6 @@ DATA_DEPENDENT = {
     aten.bincount.default,
 }
 COPIES = {aten._to_copy.default, aten.copy_.default}
-LAUNCHING = ("adamw_batch", "compact", "delta_swap", "gap_gather", "masked_adamw")
-"""Modules of kernels that training and deltas launch."""
 FREE = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default}
 """Operations without a kernel, beside views."""
 
@@ -192,21 +187,12 @@ class Absent(Comm):
         return [value] * self._world
 
 
-def use_triton(impl: str, *tensors: Tensor) -> bool:
-    """The choice of a GPU."""
-    return impl == "auto" and tensors[0].is_meta
-
-
 @contextmanager
 def meta_gpu() -> Iterator[None]:
     """Inside the block this rank's device is ``meta``, and our kernels are launched there: a ``Count`` counts them."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(dist, "local_device", lambda: META))
-        for module in (dispatch, batches, import_module("trace_kernels.gap_gather")):
-            stack.enter_context(patch.object(module, "use_triton", use_triton))
-        for name in LAUNCHING:
-            module = import_module(f"trace_kernels.{name}")  # the package gives a function of that name
-            stack.enter_context(patch.object(module, "launch", launch))
+        own_kernels(stack, launch)
         yield
 
 
@@ -227,21 +213,14 @@ def meta_zero3(world: int) -> Iterator[Any]:
     """
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world)}
     td.init_process_group("cpu:fake,meta:fake", rank=0, world_size=world, store=FakeStore())
-    zero3.load_deepspeed()
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.runtime.zero import linear, partitioned_param_coordinator
-
-    accelerator = type(get_accelerator())
-    # DeepSpeed's asks for autocast, which meta has none of
-    plain_linear = SimpleNamespace(apply=torch._C._nn.linear)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with (
-        patch.object(accelerator, "device_name", lambda *_: "meta"),
-        patch.object(accelerator, "current_device_name", lambda *_: "meta"),
-        patch.object(partitioned_param_coordinator, "assert_ints_same_as_other_ranks", lambda _: None),
-        patch.object(linear, "LinearFunctionForZeroStage3", plain_linear),
+        ExitStack() as stack,
         patch.object(gloo, "all_gather", td.all_gather_into_tensor),
         patch.object(dist, "world_size", lambda: 1),  # nobody is there to agree with
     ):
+        stack.callback(dist.close)
+        deepspeed_on_meta(stack)
 
         def shard(module: nn.Module) -> ShardedModel:
             model = zero3.Zero3Model(module, 500)

@@ -27,7 +27,7 @@ from trace_dist.sharding.single import ReplicatedModel
 from trace_dist.train.learner import MaskedLearner
 from trace_dist.train.loop import _reduce
 
-WORLD = 8
+WORLD, MANY = 8, 64
 CASE = replace(CASES["element"], dtype="bfloat16")
 MASKS = {
     "element": ("element", 1),
@@ -90,6 +90,7 @@ def counted(kind: str, shard: Shard) -> dict[str, Any]:
     with count, applied(model, delta):
         pass
     found["swap"] = sum(count.waits.values())
+    found["swap launches"] = count.launched("trace_kernels.delta_swap")
     return found
 
 
@@ -120,7 +121,9 @@ def main(out: Path) -> None:
         with meta_zero3(WORLD) as shard:
             found = {kind: counted(kind, shard) for kind in MASKS}
             left = left_whole(shard)
-    report = {"zero3": found, "replicated": replicated, "left whole": left}
+        with meta_zero3(MANY) as shard:
+            many = {kind: counted(kind, shard) for kind in ("element", "row")}
+    report = {"zero3": found, "many": many, "replicated": replicated, "left whole": left}
     (out / "found.json").write_text(json.dumps(report))
 
 

@@ -20,7 +20,8 @@ from trace_dist.sharding.reduction import CompactReducer
 from trace_dist.utils import dist
 
 WIDTH = 8
-GROUPS = ("default", "exchange")
+NAMES = {"gather": "default"}
+GROUPS = ("default", "exchange", "indices")
 
 
 class Part(nn.Module):
@@ -64,9 +65,8 @@ class CollectiveLog(TorchDispatchMode):
         if func.namespace == "c10d":
             flat = tree_flatten((args, kwargs))[0]
             group = next(td.ProcessGroup.unbox(each) for each in flat if isinstance(each, torch.ScriptObject))
-            names = {td.group.WORLD.group_name: "default", dist.exchange_group().group_name: "exchange"}
             given = [each.numel() for each in flat if isinstance(each, Tensor)][-1]  # the same on every rank
-            self.log.append((names[group.group_name], func._opname, given))
+            self.log.append((NAMES.get(dist.lane_of(group), dist.lane_of(group)), func._opname, given))
         return func(*args, **(kwargs or {}))
 
 
@@ -97,9 +97,13 @@ def withheld(out: Path) -> dict[str, Any]:
     """By backend: the log of every group, and the weights."""
     found = {}
     for backend in ("zero3", "fsdp2"):
-        log, weights = trained(backend, range(dist.rank(), dist.rank() + 1))
-        found[backend] = {
-            "log": {group: [each[1:] for each in log if each[0] == group] for group in GROUPS},
-            "weights": weights,
-        }
+        found[backend] = logged(*trained(backend, range(dist.rank(), dist.rank() + 1)))
     return found
+
+
+def logged(log: list[tuple[str, str, int]], weights: dict[str, list[float]]) -> dict[str, Any]:
+    """What ``trained`` found, by group."""
+    return {
+        "log": {group: [each[1:] for each in log if each[0] == group] for group in GROUPS},
+        "weights": weights,
+    }

@@ -38,6 +38,7 @@ from engine.rank_held import holding
 from engine.rank_nf4 import nf4
 from engine.rank_prepared import prepared
 from engine.rank_reduction import reduction
+from engine.rank_shared import shared
 from engine.rank_spoilt import spoilt
 from engine.rank_unreached import unreached
 from engine.rank_wire import wire
@@ -237,6 +238,7 @@ SECTIONS: dict[str, Callable[[Path], Found]] = {
     "attaching": attaching,
     "reduction": reduction,
     "withheld": withheld,
+    "shared": shared,
     "toy": toy,
     "depth": depth,
     "gathering": gathering,

@@ -50,7 +50,7 @@ def test_many_parameters_are_swapped_at_once(impl: Impl, device: str) -> None:
         weight, values = random_bits(runs.numel, dtype, device), random_bits(runs.num_entries, dtype, device)
         operands.append((weight, runs.to(device), values))
         wanted.append((weight.clone(), values.clone()))
-    batch = DeltaSwapBatch(operands)
+    batch = DeltaSwapBatch(operands, impl)
     for _ in range(3):
         batch.run()
         for (weight, runs, values), (other, others) in zip(operands, wanted, strict=True):

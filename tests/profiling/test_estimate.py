@@ -165,6 +165,20 @@ def test_offloaded_states_leave_the_device_only_where_there_is_one(llama: str) -
     gpu, cpu = estimate(setup), estimate(replace(setup, device="cpu"))
     assert gpu.states["exp_avg"] == 0 < gpu.host["exp_avg"] == cpu.states["exp_avg"]
     assert sum(cpu.host.values()) == 0
+    # Pinned: each parameter's two buffers are rounded up to a power of two.
+    assert cpu.states["staging"] < gpu.host["staging"] < 2 * cpu.states["staging"]
+
+
+def test_shared_indices_shrink_with_the_ranks(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    estimator = Estimator(llama, "bfloat16")
+    few, many = (estimator(MemorySetup(llama, world_size=ranks)) for ranks in (8, 64))
+    monkeypatch.setattr("trace_dist.profiling.estimate.worth_sharing", lambda *_: True)
+    shared, further = (estimator(MemorySetup(llama, world_size=ranks)) for ranks in (8, 64))
+    assert many.states["indices"] > few.states["indices"] / 2 > further.states["indices"]
+    whole = few.states["indices"] - estimator(MemorySetup(llama, device="cpu")).states["indices"] / 8
+    assert few.states["indices"] - shared.states["indices"] == pytest.approx(whole * 7 / 8, rel=0.05)
+    # What is gathered of them lies there while gradients are delivered.
+    assert shared.transient["reduction"] > few.transient["reduction"]
 
 
 def test_the_best_values_are_kept_in_host_memory(llama: str) -> None:
@@ -192,7 +206,7 @@ def test_where_a_kernel_decodes_indices_nothing_else_holds_them(llama: str) -> N
 
 def test_exchange_holds_what_waits_and_what_is_under_way() -> None:
     half = BUCKET_BYTES // 8
-    sizes = [("a", 9 * half, half, 0), ("b", 9 * half, half, 5 * half), ("c", half, half, 0)]
+    sizes = [("a", 9 * half, half, 0, 0), ("b", 9 * half, half, 5 * half, 0), ("c", half, half, 0, 0)]
     exchange = Exchange(sizes, 2, world_size=2)
     assert exchange.deliver("c") == (2 * half, 8 * half)  # rows: the masked part itself, converted to fp32
     assert exchange.held == 4 * half
@@ -202,8 +216,10 @@ def test_exchange_holds_what_waits_and_what_is_under_way() -> None:
     assert exchange.held == 2 * size  # until the next bucket is full
     assert exchange.deliver("a")[1] == 4 * half + 2 * size
     assert exchange.held == 2 * 4 * half
-    alone = Exchange([("a", 9 * half, half, 0)], 2, world_size=1)
+    alone = Exchange([("a", 9 * half, half, 0, 0)], 2, world_size=1)
     assert alone.deliver("a") == (18 * half, 0)
+    gathering = Exchange([("a", 9 * half, half, 0, 7)], 2, world_size=2)
+    assert gathering.deliver("a")[1] == 3 * 4 * half + 7
 
 
 @pytest.mark.parametrize(

@@ -38,18 +38,18 @@ def test_one_rank_gathers_nothing() -> None:
 
 
 def test_a_small_model_is_whole_and_its_flat_buffer_lives_until_the_last_layer() -> None:
-    gathered = zero3_gathered(chain(), NUMEL, 2, limits=limits())
+    gathered = zero3_gathered(chain(), NUMEL, 16, limits=limits())
     #                     root  a         b         c         d         backward: d, c, b, a and after each
     assert gathered == [400, 800, 800, 800, 800, 800, 800, 800, 400, 400, 300, 300, 200, 200, 100, 100, 0]
 
 
 def test_without_prefetch_and_reuse_one_layer_is_there_at_a_time() -> None:
-    gathered = zero3_gathered(chain(), NUMEL, 2, limits=limits(prefetch_bucket=0, max_reuse_distance=0))
+    gathered = zero3_gathered(chain(), NUMEL, 16, limits=limits(prefetch_bucket=0, max_reuse_distance=0))
     assert gathered == [0, *[100, 0] * 8]
 
 
 def test_only_what_comes_again_soon_is_kept() -> None:
-    gathered = zero3_gathered(chain(), NUMEL, 2, limits=limits(prefetch_bucket=0, max_reuse_distance=300))
+    gathered = zero3_gathered(chain(), NUMEL, 16, limits=limits(prefetch_bucket=0, max_reuse_distance=300))
     # c comes again after d, d: 200 elements; b after c, d, d, c: 400.
     assert gathered == [0, 100, 0, 100, 0, 100, 100, 200, 200, 200, 100, 100, 0, 100, 0, 100, 0]
 
@@ -57,15 +57,15 @@ def test_only_what_comes_again_soon_is_kept() -> None:
 def test_prefetching_stops_at_the_live_limit() -> None:
     wide = limits(prefetch_bucket=100, max_reuse_distance=0)
     # In backward d, what forward saw coming is kept: d itself, c, and b, which is fetched ahead now.
-    assert max(zero3_gathered(chain(), NUMEL, 2, limits=wide)) == 300
+    assert max(zero3_gathered(chain(), NUMEL, 16, limits=wide)) == 300
     narrow = limits(prefetch_bucket=100, max_reuse_distance=0, max_live=100)
-    assert max(zero3_gathered(chain(), NUMEL, 2, limits=narrow)) == 100
+    assert max(zero3_gathered(chain(), NUMEL, 16, limits=narrow)) == 100
 
 
 def test_blocks_come_again_when_the_backward_pass_of_the_model_begins() -> None:
     moments = [replace(moment, whole=bool(moment.fetches or moment.releases)) for moment in chain()]
     moments.insert(9, Moment("backward of the model", fetches=(), whole=True))
-    gathered = zero3_gathered(moments, NUMEL, 2, limits=limits(prefetch_bucket=0, max_reuse_distance=300))
+    gathered = zero3_gathered(moments, NUMEL, 16, limits=limits(prefetch_bucket=0, max_reuse_distance=300))
     # From the end of forward a is 300 elements away and is freed, b is 200 away and stays.
     forward, backward = gathered[:9], gathered[9:]
     assert forward == [0, 100, 0, 100, 100, 200, 200, 300, 300]
@@ -78,7 +78,7 @@ def test_what_is_used_on_both_sides_of_the_blocks_stays() -> None:
     block = [Moment("a block", fetches=("b",), whole=True), Moment("after", releases=("b",), whole=True)]
     turn = Moment("backward of the model", fetches=(), whole=True)
     moments = [*embed, *block, *embed, turn, *embed, *block]
-    gathered = zero3_gathered(moments, NUMEL, 2, limits=limits(prefetch_bucket=0, max_reuse_distance=1))
+    gathered = zero3_gathered(moments, NUMEL, 16, limits=limits(prefetch_bucket=0, max_reuse_distance=1))
     assert gathered == [100, 100, 200, 100, 100, 100, 100, 100, 0, 100, 0]
 
 
@@ -95,8 +95,8 @@ def test_on_a_gpu_a_whole_block_is_gathered_ahead() -> None:
         )
         for moment in chain()
     ]
-    assert zero3_gathered(moments, numel, 2)[0] == 80_000_000
-    assert zero3_gathered(moments, numel, 2, sequential=True)[0] == 60_000_000
+    assert zero3_gathered(moments, numel, 16)[0] == 80_000_000
+    assert zero3_gathered(moments, numel, 2, by_messages=True)[0] == 60_000_000
 
 
 def test_deepspeed_is_told_to_gather_a_whole_block_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,12 +113,24 @@ def test_deepspeed_is_told_to_gather_a_whole_block_ahead(monkeypatch: pytest.Mon
     assert ahead(small) == ahead() == 50_000_000
 
 
+@pytest.mark.parametrize(("ranks", "one_by_one"), [(8, True), (9, False)])
+def test_deepspeed_is_told_to_gather_straight_to_its_place_among_few_ranks(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, one_by_one: bool
+) -> None:
+    monkeypatch.setattr(zero3.dist, "world_size", lambda: ranks)
+    assert zero3_config(torch.bfloat16)["zero_optimization"]["stage3_allgather_sequential"]
+    monkeypatch.setattr(zero3, "gathers_by_messages", lambda: False)
+    config = zero3_config(torch.bfloat16)["zero_optimization"]
+    assert config["stage3_allgather_sequential"] is one_by_one
+
+
 def test_small_parameters_stay() -> None:
-    assert set(zero3_gathered(chain(), NUMEL, 2, limits=limits(persistence_threshold=100))) == {400}
+    assert set(zero3_gathered(chain(), NUMEL, 16, limits=limits(persistence_threshold=100))) == {400}
 
 
 def test_what_is_gathered_one_by_one_needs_no_flat_buffer() -> None:
     gathered = zero3_gathered(chain(), NUMEL, 2, True, limits())
+    assert gathered == zero3_gathered(chain(), NUMEL, 8, limits=limits())  # nor among the ranks of one node
     assert gathered == [*[400] * 10, 300, 300, 200, 200, 100, 100, 0]
 
 

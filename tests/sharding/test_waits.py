@@ -45,7 +45,16 @@ def test_attaching_a_mask_and_swapping_a_delta_wait_for_nothing(found: dict[str,
     counts = found["zero3"][kind]
     assert counts["attach"] == 0
     assert counts["swap"] == 0
+    # In and out again: one launch for each kind of tile, whatever the number of parameters.
+    assert 2 <= counts["swap launches"] <= 4 < 2 * counts["parameters"]
     assert counts["resume"] <= counts["parameters"]  # its values come from files
+
+
+@pytest.mark.parametrize("kind", ["element", "row"])
+def test_more_ranks_ask_for_no_more(found: dict[str, Any], kind: str) -> None:
+    few, many = found["zero3"][kind], found["many"][kind]
+    for phase in ("attach", "micro-batch", "step", "resume", "swap"):
+        assert many[phase] == few[phase], phase
 
 
 def test_a_model_that_every_rank_holds_waits_no_more(found: dict[str, Any]) -> None:

@@ -3,19 +3,22 @@
 [Note: swap] Where a delta's entries lie in a model is the same each time. A `Swap` finds it out once and keeps it beside
 the values, in host memory: 4 bytes for each masked unit (8 where a parameter holds 2^31 units), little for rows, twice a bf16
 value for single elements. On a CPU a swap is then one pass over the values and the cache lines of their entries
-(`trace_kernels.DeltaSwapBatch`), and what is kept are the task's values or, while the model holds those, its own.
+(`trace_kernels.DeltaSwapBatch`), and what is kept are the task's values or, while the model holds those, its own. To an
+accelerator everything goes in one copy, and a few launches swap all parameters; the model's own values stay there until they are
+put back.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from trace_kernels.delta_swap import DeltaSwapBatch
+from trace_kernels.runs import Runs
 
 from trace_dist.masks.mask import Mask
 from trace_dist.sharding.base import ShardedModel
@@ -24,6 +27,8 @@ from trace_dist.sharding.support import Support, build_supports
 from trace_dist.utils.devices import sent
 
 CPU = torch.device("cpu")
+ALIGNED = 16
+"""Bytes at which each tensor of a parcel begins: a load at full width."""
 
 
 class Swap:
@@ -44,7 +49,7 @@ class Swap:
         self._model, self._inside = model, False
         self._supports: list[Support] = []
         self._values: list[Tensor] = []
-        for support in build_supports(model, mask):
+        for support in build_supports(model, mask, list(filter(model.indices_may_leave, mask.units))):
             whole = values[support.name]
             check_dtype(task, whole.dtype, model.like(support.name).dtype)
             mine = whole[support.offset : support.offset + support.runs.num_entries]
@@ -53,6 +58,14 @@ class Swap:
         if model.world == 1 and model.places(self._supports) is not None:
             # An accelerator gets indices, like values, when they are needed.
             self._supports = [replace(each, runs=each.runs.to(CPU)) for each in self._supports]
+        self._parcel: Parcel | None = None
+        if model.device.type != "cpu":
+            units = [s.runs.units for s in self._supports if s.runs.units.device == CPU]
+            self._parcel = Parcel([*self._values, *units])
+            self._values = self._parcel.tensors[: len(self._values)]
+            if units:
+                pairs = zip(self._supports, self._parcel.tensors[len(self._values) :], strict=True)
+                self._supports = [replace(s, runs=s.runs.with_units(packed)) for s, packed in pairs]
         self._batch: DeltaSwapBatch | None = None
         self._places: list[int] | None = None
 
@@ -83,17 +96,60 @@ class Swap:
         """Put values into the model; those that were there before."""
         model, places = self._model, self._model.places(self._supports)
         batch = self._batch
-        if batch is None or places != self._places:
-            operands = []
-            for support, mine in zip(self._supports, values, strict=True):
-                weight, runs = model.storage(support)
-                operands.append((weight, runs.to(weight.device), sent(mine, weight.device)))
+        if batch is None or places is None or places != self._places:
+            operands = self._operands(values)
             batch, values = DeltaSwapBatch(operands), [each[2] for each in operands]
-            stays = places is not None and all(map(operator.is_, values, self._values))
-            self._batch, self._places = (batch, places) if stays else (None, None)
+            self._batch, self._places = batch, places
         batch.run()
+        if self._inside and not all(map(operator.is_, values, self._values)):
+            self._batch = self._places = None  # what it holds on an accelerator goes
         model.refresh(self._supports)
         return values
+
+    def _operands(self, values: list[Tensor]) -> list[tuple[Tensor, Runs, Tensor]]:
+        """Weight, entries and values of each parameter, where the weight is."""
+        places = [self._model.storage(support) for support in self._supports]
+        # Another overlay of a 4-bit weight has other places.
+        ours = all(runs is s.runs for (_, runs), s in zip(places, self._supports, strict=True))
+        if self._parcel is not None and ours and all(map(operator.is_, values, self._values)):
+            there = self._parcel.on(self._model.device)
+            values, units = there[: len(values)], there[len(values) :]
+            if units:
+                places = [(w, runs.with_units(u)) for (w, runs), u in zip(places, units, strict=True)]
+        return [
+            (weight, runs.to(weight.device), sent(mine, weight.device))
+            for (weight, runs), mine in zip(places, values, strict=True)
+        ]
+
+
+class Parcel:
+    """Tensors that cross to an accelerator in one copy.
+
+    Args:
+        tensors: contiguous, of any dtypes; they are copied to the CPU.
+
+    Attributes:
+        tensors: the same, on the CPU.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._like = [(tensor.dtype, tensor.nbytes) for tensor in tensors]
+        size = sum(-(-num_bytes // ALIGNED) * ALIGNED for _, num_bytes in self._like)
+        self._bytes = torch.empty(size, dtype=torch.uint8)
+        self.tensors = self._cut(self._bytes)
+        for mine, tensor in zip(self.tensors, tensors, strict=True):
+            mine.copy_(tensor)
+
+    def on(self, device: torch.device) -> list[Tensor]:
+        """The same on another device."""
+        return self._cut(sent(self._bytes, device))
+
+    def _cut(self, flat: Tensor) -> list[Tensor]:
+        begin, found = 0, []
+        for dtype, num_bytes in self._like:
+            found.append(flat[begin : begin + num_bytes].view(dtype))
+            begin += -(-num_bytes // ALIGNED) * ALIGNED
+        return found
 
 
 def check_dtype(task: str, found: torch.dtype, dtype: torch.dtype) -> None:

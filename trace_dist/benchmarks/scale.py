@@ -11,7 +11,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
+from dataclasses import asdict, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from trace_dist.benchmarks.simulate import Key, simulate
 from trace_dist.config import Granularity
 from trace_dist.masks.mask import Mask
 from trace_dist.optim.masked_adamw import MaskedAdamW
+from trace_dist.profiling.estimate import Estimator
 from trace_dist.profiling.memory_setup import MemorySetup
-from trace_dist.profiling.plan import plan
 from trace_dist.profiling.simulation.events import Program
 from trace_dist.profiling.simulation.gpus import gpu_names
 from trace_dist.profiling.simulation.rank import simulated_rank
@@ -40,6 +41,14 @@ BATCH, LENGTH = 4, 2048
 """8,192 tokens per GPU and step."""
 RANKS: dict[int, tuple[str, ...]] = {64: ("row", "full"), 1024: ("row", "full", "element", "LoRA")}
 """Ranks, eight on each node, beside those of one node -> what is simulated there."""
+GPU_GIB, GIB = 23.5, 2**30
+PLAN: dict[str, Any] = {
+    "quantize": "nf4",
+    "density": 0.05,
+    "offload": "cpu",
+    "activation_checkpointing": True,
+}
+"""Of ``trace-dist memory plan``, for GPUs of 24 GB. bf16 weights do not fit there."""
 PLANNED: tuple[Granularity, ...] = ("row", "block")
 """Masks of a 70B model that are planned."""
 LLAMA_70B: dict[str, Any] = {
@@ -113,39 +122,42 @@ class Study:
         )
 
     def _plan(self, kind: Granularity) -> Found:
-        """The first plan of 5 % or more that fits a 70B model into eight GPUs of 24 GB, and its estimated memory."""
-        base = MemorySetup(
-            self._config("Llama-3-70B"), granularity=kind, block=64, world_size=8, sequence_length=LENGTH
-        )
-        option = next(each for each in plan(base, gpu_gib=23.5) if each.setup.density == base.density)
-        way = option.setup
-        names = (
-            "density",
-            "state_dtype",
-            "master",
-            "offload",
-            "activation_checkpointing",
-            "micro_batch_size",
-        )
+        """The estimated memory of a 70B model on eight GPUs of 24 GB, by ``PLAN``, with the largest micro-batch that fits."""
+        for size in (8, 4, 2, 1):
+            way = replace(self._planned, granularity=kind, micro_batch_size=size)
+            needed = self._estimator(way)
+            gib = needed.peak / GIB + 1  # for CUDA's context and buffers
+            if gib <= GPU_GIB or size == 1:
+                break
         return {
-            "plan": {name: getattr(way, name) for name in names},
-            "gib": option.gib,
-            "headroom_gib": option.headroom_gib,
-            "host_gib": option.host_gib,
+            "plan": asdict(way),
+            "gib": gib,
+            "headroom_gib": GPU_GIB - gib,
+            "host_gib": sum(needed.host.values()) / GIB,
         }
 
+    @cached_property
+    def _planned(self) -> MemorySetup:
+        return MemorySetup(
+            self._config("Llama-3-70B"), block=64, world_size=8, sequence_length=LENGTH, **PLAN
+        )
+
+    @cached_property
+    def _estimator(self) -> Estimator:
+        return Estimator(self._planned.model, self._planned.dtype, self._planned.quantize)
+
     def _attach(self, kind: str) -> Found:
-        """Seconds in which one of 1,024 ranks attaches a mask of a 70B model and takes its values and states back."""
+        """CPU seconds in which one of 1,024 ranks attaches a mask of a 70B model and takes its values and states back."""
         race = _Big("tiny", attention="sdpa")
         with simulated_rank(1024):
             model = Zero3Model(race.model())
-            begin = time.perf_counter()
+            begin = time.process_time()
             mask = Mask.random(model, 0.05, kind, seed=0, block=64)
-            drawn = time.perf_counter()
+            drawn = time.process_time()
             optimizer = MaskedAdamW(model, mask, lr=1e-4)
-            attached = time.perf_counter()
+            attached = time.process_time()
             optimizer.load_state_dict(optimizer.state_dict())
-            resumed = time.perf_counter()
+            resumed = time.process_time()
         return {
             "entries": mask.num_entries,
             "draw_s": drawn - begin,

@@ -152,6 +152,7 @@ def large_table(parts: Found) -> str:
         rows.append(
             [
                 f"{kind}, {way['density']:.0%}",
+                *("NF4" if way["quantize"] == "nf4" else "bf16",),
                 *(way["state_dtype"], "fp32" if way["master"] else "none", way["offload"]),
                 "yes" if way["activation_checkpointing"] else "no",
                 *(str(way["micro_batch_size"]), f"{found['gib']:.1f}", f"{found['host_gib']:.1f}"),
@@ -159,7 +160,16 @@ def large_table(parts: Found) -> str:
         )
     if not rows:
         return MISSING
-    head = ["moments", "master", "offload", "recomputes", "micro-batch", "GiB per GPU", "host GiB per rank"]
+    head = [
+        "weights",
+        "moments",
+        "master",
+        "offload",
+        "recomputes",
+        "micro-batch",
+        "GiB per GPU",
+        "host GiB per rank",
+    ]
     return grid(["", *head], rows)
 
 

@@ -14,13 +14,15 @@ WHOLE_BLOCK_ELEMENTS = 2**28
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Path -> block, by the classes that transformers says must not be split over devices; empty where it names none.
 
-    Some name a block's parts too (Mamba its mixer): the outermost counts.
+    Some name a block's parts too (Mamba its mixer): the outermost counts. ``fully_shard`` puts "FSDP" before a class's name.
     """
     classes = set(getattr(model, "_no_split_modules", None) or ())
     blocks: dict[str, nn.Module] = {}
     for path, child in model.named_modules():
         parents = (path[:end] for end, letter in enumerate(path) if letter == ".")
-        if type(child).__name__ in classes and not any(parent in blocks for parent in parents):
+        if type(child).__name__.removeprefix("FSDP") in classes and not any(
+            parent in blocks for parent in parents
+        ):
             blocks[path] = child
     return blocks
 

@@ -128,7 +128,8 @@ class MaskedAdamW(torch.optim.Optimizer):
             **kept,
             "gradients": [support.grad for support in self.supports],
             "indices": [tensor for support in self.supports for tensor in support.indices()]
-            + [overlay.gaps.words for overlay in self.model.overlays()],
+            + [overlay.gaps.words for overlay in self.model.overlays()]
+            + self.model.index_shares(),
             "staging": [tensor for entries in staged for tensor in (entries.values, entries.grad)],
         }
 

@@ -33,13 +33,16 @@ from trace_dist.profiling.gathering import fsdp2_gathered, zero3_gathered
 from trace_dist.profiling.memory_setup import MemorySetup
 from trace_dist.profiling.selection import (
     Selection,
+    all_index_bytes,
     decoded_bytes,
     formed_elements,
-    index_bytes,
     moment_bytes,
     overlay_index_bytes,
+    own_index_bytes,
     selections,
 )
+from trace_dist.sharding.compaction import linear_modules
+from trace_dist.sharding.index_shares import share_bytes, worth_sharing
 from trace_dist.sharding.views import chunk_views
 
 STATES = ("weights", "master", "exp_avg", "exp_avg_sq", "gradients", "indices", "staging")
@@ -131,7 +134,9 @@ class Estimator:
         selected = selections(layouts, setup.density)
         if not selected:
             raise ValueError(f"density={setup.density}: not one unit is selected; raise it")
+        indices = self._indices(setup, layouts, selected)
         states, host = self._states(setup, layouts, selected)
+        states["indices"] += indices.kept
         columns = tuple(
             (name, chosen.units if layouts[name].stride > 1 else None) for name, chosen in selected.items()
         )
@@ -149,6 +154,7 @@ class Estimator:
                 formed_elements(layouts[name], chosen),
                 chosen.entries,
                 decoded_bytes(layouts[name], chosen, setup),
+                indices.gathered.get(name, 0),
             )
             for name, chosen in selected.items()
         )
@@ -182,12 +188,12 @@ class Estimator:
                 f"one is run ({cause(error)}); change what it names, or measure a training step"
             ) from error
 
-    def _gathered(self, step: _Step, backend: Backend, world_size: int, sequential: bool) -> tuple[int, ...]:
+    def _gathered(self, step: _Step, backend: Backend, world_size: int, by_messages: bool) -> tuple[int, ...]:
         moments = self.trace(step).moments
         if backend == "single":
             return (0,) * len(moments)
         if backend == "zero3":
-            elements = zero3_gathered(moments, self.numel, world_size, sequential)
+            elements = zero3_gathered(moments, self.numel, world_size, by_messages)
         else:
             elements = fsdp2_gathered(moments, self.numel, self._blocks)
         return tuple(self.itemsize * count for count in elements)
@@ -232,22 +238,48 @@ class Estimator:
                 device["weights"] += self.itemsize * entries
                 device["indices"] += overlay_index_bytes(layouts[name], selection)
             device["gradients"] += 4 * entries
-            device["indices"] += index_bytes(layouts[name], selection, entries, setup)
+            device["indices"] += own_index_bytes(layouts[name], selection, entries)
             place["master"] += 4 * entries * (setup.master and self.itemsize < 4)
             place["exp_avg"] += moment_bytes(entries, setup.state_dtype)
             place["exp_avg_sq"] += moment_bytes(entries, setup.state_dtype)
-            place["staging"] += (self.itemsize + 4) * entries * offloads
+            if offloads:
+                place["staging"] += sum(_pinned(size * entries, setup.device) for size in (self.itemsize, 4))
             if setup.keep_best:
                 kept = device if setup.device == "cpu" else host
                 whole = 4 if setup.master or self.itemsize == 4 else self.itemsize
                 kept["best"] = kept.get("best", 0) + whole * entries
         return device, host
 
+    def _indices(
+        self, setup: MemorySetup, layouts: Mapping[str, UnitLayout], selected: Mapping[str, Selection]
+    ) -> _Indices:
+        """Of all ranks' entries (``sharding.index_shares``)."""
+        sizes = {name: all_index_bytes(layouts[name], chosen, setup) for name, chosen in selected.items()}
+        if setup.backend == "fsdp2":  # it reduces the others itself
+            sizes = {name: size for name, size in sizes.items() if name in linear_modules(self.module)}
+        blocks: dict[int, list[str]] = {}
+        for name in sizes:
+            block = self._blocks.get(name)
+            if (
+                setup.backend != "single"
+                and block is not None
+                and not isinstance(self.weights[name], NF4Linear)
+            ):
+                blocks.setdefault(block, []).append(name)
+        shared = {block: sum(sizes[name] for name in names) for block, names in blocks.items()}
+        if not worth_sharing(max(shared.values(), default=0), setup.device):
+            return _Indices(sum(sizes.values()), {})
+        kept = sum(sizes.values()) - sum(shared.values())
+        kept += sum(share_bytes(size, setup.world_size) for size in shared.values())
+        # A block's, and those of the one that backward comes to next.
+        there = {block: size + shared.get(block - 1, 0) for block, size in shared.items()}
+        return _Indices(kept, {name: there[block] for block, names in blocks.items() for name in names})
+
     def _fullest(
         self,
         trace: StepTrace,
         gathered: tuple[int, ...],
-        sizes: tuple[tuple[str, int, int, int], ...],
+        sizes: tuple[tuple[str, int, int, int, int], ...],
         world_size: int,
     ) -> tuple[dict[str, int], str, dict[str, int]]:
         """(most of each transient category, the fullest moment, its categories)."""
@@ -261,6 +293,13 @@ class Estimator:
         return most, where, best
 
 
+class _Indices(NamedTuple):
+    """Bytes of indices of all ranks' entries: what a rank keeps, and parameter -> what is gathered when its gradient comes."""
+
+    kept: int
+    gathered: dict[str, int]
+
+
 class _Step(NamedTuple):
     """What activations depend on; masked columns per parameter, since of the input only those are kept."""
 
@@ -269,6 +308,12 @@ class _Step(NamedTuple):
     sequence_length: int
     activation_checkpointing: bool
     device: str
+
+
+def _pinned(num_bytes: int, device: str) -> int:
+    """Bytes that a buffer takes through which an accelerator and the host exchange: torch's allocator of pinned memory rounds up
+    to a power of two (``c10/core/CachingHostAllocator.h``)."""
+    return num_bytes if device == "cpu" or num_bytes == 0 else 1 << (num_bytes - 1).bit_length()
 
 
 def _candidates(moment: Moment, gathered: int, exchange: Exchange) -> list[dict[str, int]]:
@@ -285,7 +330,7 @@ def _candidates(moment: Moment, gathered: int, exchange: Exchange) -> list[dict[
             }
         )
     usual = {str(kind): size for kind, size in (moment.peak or {}).items()}
-    base = {"gathered": gathered, "weight_gradient": 0, "reduction": exchange.held}
+    base = {"gathered": gathered, "weight_gradient": 0, "reduction": exchange.held + exchange.indices}
     return [*found, {**base, "activations": 0, "logits": 0, **usual}]
 
 

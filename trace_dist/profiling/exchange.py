@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trace_dist.sharding.reduction import cut_buckets
+from trace_dist.sharding.reduction import bucket_bytes_for, cut_buckets
 
 
 class Exchange:
@@ -12,22 +12,28 @@ class Exchange:
 
     Args:
         sizes: (parameter, elements of its gradient that are formed, masked entries, bytes of the mask's indices that are decoded
-            to pick the entries out), in the order of the model.
+            to pick the entries out, bytes of indices that are gathered meanwhile), in the order of the model.
         itemsize: bytes of a gradient's element.
         world_size: ranks.
     """
 
-    def __init__(self, sizes: Sequence[tuple[str, int, int, int]], itemsize: int, world_size: int) -> None:
+    def __init__(
+        self, sizes: Sequence[tuple[str, int, int, int, int]], itemsize: int, world_size: int
+    ) -> None:
         self.itemsize, self.world_size = itemsize, world_size
-        self.formed = {name: formed for name, formed, _, _ in sizes}
-        self.compact = {name: 4 * entries for name, _, entries, _ in sizes}
-        self.decoded = {name: num_bytes for name, _, _, num_bytes in sizes}
+        self.formed = {name: formed for name, formed, *_ in sizes}
+        self.compact = {name: 4 * entries for name, _, entries, *_ in sizes}
+        self.decoded = {name: num_bytes for name, *_, num_bytes, _ in sizes}
+        self._gathered = {name: num_bytes for name, *_, num_bytes in sizes}
+        self.indices = 0
+        """Bytes of gathered indices."""
         self.held = 0
         """Bytes of compact gradients that wait, and of the buffers of the exchange under way."""
         self._under_way = 0
         names = list(self.compact)
         self._buckets = [
-            [names[place] for place in bucket] for bucket in cut_buckets(list(self.compact.values()))
+            [names[place] for place in bucket]
+            for bucket in cut_buckets(list(self.compact.values()), bucket_bytes_for(world_size))
         ]
         self._delivered: set[str] = set()
 
@@ -44,6 +50,7 @@ class Exchange:
         if self.world_size == 1:
             return formed, (compact + converted) * whole_units
         self._delivered.add(name)
+        self.indices = self._gathered[name]
         self.held += compact
         most = self.held + converted + self.decoded[name]
         while self._buckets and self._delivered.issuperset(self._buckets[0]):
@@ -52,4 +59,4 @@ class Exchange:
             self._under_way = 2 * size  # sent, received
             most = max(most, self.held + self._under_way)
             self.held += self._under_way - size
-        return formed, most
+        return formed, most + self.indices

@@ -8,8 +8,8 @@ module it frees those that do not come again within ``stage3_max_reuse_distance`
 is whole on every rank between forward and backward. How far away that is, DeepSpeed counts by the parameters of the
 modules in between. Where it frees a decoder block, those are with the modules' children, and the whole model comes again
 as soon as backward begins (sharding/zero3.py, [Note: whole blocks]); where it frees another module, they are without, and
-blocks count nothing. A single rank gathers nothing: its shard is the parameter. On a CPU (``sequential``) every parameter
-is gathered by itself, without a flat buffer (``stage3_allgather_sequential``).
+blocks count nothing. A single rank gathers nothing: its shard is the parameter. On a CPU and among few ranks (``sequential``)
+every parameter is gathered by itself, without a flat buffer (``stage3_allgather_sequential``).
 
 FSDP2 gathers block by block: the root's group (embedding, last norm, head) stays from forward to backward; beside it lie the
 block in use and the flat buffer of the next one.
@@ -25,7 +25,12 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from trace_dist.profiling.activations import Moment
-from trace_dist.sharding.zero3 import PERSISTENCE_THRESHOLD, max_reuse_distance, prefetch_bucket
+from trace_dist.sharding.zero3 import (
+    PERSISTENCE_THRESHOLD,
+    gathers_one_by_one,
+    max_reuse_distance,
+    prefetch_bucket,
+)
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,7 @@ def zero3_gathered(
     moments: Sequence[Moment],
     numel: Mapping[str, int],
     world_size: int,
-    sequential: bool = False,
+    by_messages: bool = False,
     limits: Zero3Limits | None = None,
 ) -> list[int]:
     """Elements gathered on a rank at each moment of a step, persistent parameters included.
@@ -162,7 +167,7 @@ def zero3_gathered(
         moments: of one step.
         numel: elements of every parameter.
         world_size: ranks.
-        sequential: whether every parameter is gathered by itself.
+        by_messages: whether the ranks are CPUs.
         limits: DeepSpeed's options; those of masked training when None.
     """
     if world_size == 1:
@@ -171,10 +176,10 @@ def zero3_gathered(
         blocks = [sum(map(numel.__getitem__, m.fetches)) for m in moments if m.whole and m.fetches]
         limits = Zero3Limits(
             max_reuse_distance=max_reuse_distance(bool(blocks)),
-            prefetch_bucket=prefetch_bucket(0 if sequential else max(blocks, default=0)),
+            prefetch_bucket=prefetch_bucket(0 if by_messages else max(blocks, default=0)),
         )
     order = [moment for moment in moments if moment.fetches is not None]
-    state = _Zero3(numel, order, limits, sequential)
+    state = _Zero3(numel, order, limits, gathers_one_by_one(world_size, by_messages))
     kept = sum(size for size in numel.values() if size <= limits.persistence_threshold)
     gathered = []
     for moment in moments:

@@ -75,19 +75,21 @@ def _runs(layout: UnitLayout, selection: Selection) -> _Runs:
     return _Runs(selection.units, layout.num_units, layout.index_dtype.itemsize)
 
 
-def index_bytes(layout: UnitLayout, selection: Selection, entries: int, setup: MemorySetup) -> int:
-    """Bytes of one parameter's indices on a rank that owns ``entries`` of the selected ones.
-
-    Where these are, and, between several ranks, where all are: encoded ([Note: gaps] in masks/gaps.py), with two numbers for each
-    chunk of words where a kernel decodes them.
-    """
+def own_index_bytes(layout: UnitLayout, selection: Selection, entries: int) -> int:
+    """Bytes that say where the ``entries`` of one parameter are that a rank owns."""
     runs = _runs(layout, selection)
-    owned = ceil(runs.num_runs * entries / max(selection.entries, 1)) * runs.itemsize
+    return ceil(runs.num_runs * entries / max(selection.entries, 1)) * runs.itemsize
+
+
+def all_index_bytes(layout: UnitLayout, selection: Selection, setup: MemorySetup) -> int:
+    """Bytes that say, between several ranks, where all entries of one parameter are.
+
+    They are encoded ([Note: gaps] in masks/gaps.py), with two numbers for each chunk of words where a kernel decodes them.
+    """
     if setup.world_size == 1:
-        return owned
-    shared = expected_bytes(selection.units, layout.num_units)
-    starts = 16 * ceil(shared / TILE) if kernel_decodes(layout, setup) else 0
-    return owned + shared + starts
+        return 0
+    words = expected_bytes(selection.units, layout.num_units)
+    return words + (16 * ceil(words / TILE) if kernel_decodes(layout, setup) else 0)
 
 
 def overlay_index_bytes(layout: UnitLayout, selection: Selection) -> int:

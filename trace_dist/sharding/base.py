@@ -75,6 +75,10 @@ class ShardedModel(ABC):
     def gathered(self, parameters: list[Any]) -> AbstractContextManager[list[Tensor]]:
         """Parameters as a whole, on every rank, inside the block. Collective."""
 
+    def indices_may_leave(self, name: str) -> bool:
+        """Whether nothing but a backward pass needs to know where the masked entries of other ranks are in a weight."""
+        return False
+
     def after_backward(self) -> None:  # noqa: B027 - backends without leftovers need nothing here
         """Called at the end of each backward pass. Collective."""
 
@@ -213,6 +217,10 @@ class ShardedModel(ABC):
         if self._compactor is not None:
             self._compactor.close()
             self._compactor = None
+
+    def index_shares(self) -> list[Tensor]:
+        """This rank's part of the attached mask's indices, where they are shared out."""
+        return [] if self._compactor is None else self._compactor.indices.tensors()
 
     def is_attached(self, supports: list[Support]) -> bool:
         """Whether these supports, from ``attach``, still receive gradients."""

@@ -4,7 +4,8 @@ Replace ``ShardedModel.comm`` before a mask is attached to count them, to let th
 
 [Note: two groups] All gathers of weights, the sharding library's and ours, run in the job's default group. What travels while a
 backward pass runs, and what is agreed at its end, has a group of its own. A rank that lacks a gradient exchanges its bucket later
-than the others, between other gathers: in one group the ranks would then meet in different collectives, and hang.
+than the others, between other gathers: in one group the ranks would then meet in different collectives, and hang. The gathers of
+indices that are shared out ([Note: one order] in sharding/index_shares.py) have another one for the same reason.
 """
 
 from __future__ import annotations
@@ -36,6 +37,18 @@ class Comm:
         """Make the group of ``all_to_all`` and ``any`` ([Note: two groups]), where there is none yet."""
         if self.world > 1:
             dist.exchange_group()
+
+    def open_indices(self) -> None:
+        """Make the group of ``gather_indices``, where there is none yet."""
+        dist.indices_group()
+
+    def gather_indices(self, whole: Tensor, mine: Tensor) -> Any:
+        """Begin to gather every rank's part, [n] uint8, into ``whole``, [ranks x n].
+
+        Returns:
+            Something whose ``wait()`` ends when everything has arrived.
+        """
+        return td.all_gather_into_tensor(whole, mine, group=dist.indices_group(), async_op=True)
 
     def all_to_all(
         self, received: Tensor, sent: Tensor, receive_sizes: list[int], send_sizes: list[int]

@@ -9,7 +9,7 @@ entries of the parameter to the reducer, which exchanges them between ranks (``r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import MethodType
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from trace_dist.masks.mask import Mask
 from trace_dist.models.nf4 import NF4Linear
 from trace_dist.models.wrapping import plain_name
 from trace_dist.sharding.comm import Comm
+from trace_dist.sharding.index_shares import IndexShares, blocks_of, worth_sharing
 from trace_dist.sharding.masked_linear import MaskedLinear, RunningPass, patch_linear
 from trace_dist.sharding.reduction import CompactReducer
 from trace_dist.sharding.support import Accumulate, Partitioned, Support, add_to_grad, build_supports
@@ -42,6 +43,9 @@ class Attachable(Partitioned, Protocol):
     def device(self) -> torch.device:
         """Where the model computes."""
 
+    def indices_may_leave(self, name: str) -> bool:
+        """Whether nothing but a backward pass needs to know where the masked entries of other ranks are in a weight."""
+
     def after_backward(self) -> None:
         """Called at the end of each backward pass."""
 
@@ -55,16 +59,19 @@ class Compactor:
             raise ValueError(
                 f"mask: the ranks hold different masks ({digests}); load one mask file on every rank"
             )
-        self.supports = build_supports(model, mask)
+        linears = linear_modules(model.module)
+        away = _away(model, mask, linears)
+        self.supports = build_supports(model, mask, away)
         if accumulate is None:
             for support in self.supports:
                 support.grad = support.grad.new_zeros(support.runs.num_entries)
         self._accumulate = accumulate or add_to_grad
         self._model = model
-        linears = _linear_modules(model.module)
         # What the sharding library reduces itself must not be waited for: no bucket behind it would ever leave.
         exchanged = [s for s in self.supports if s.name in linears or not model.reduces_hooked_gradients]
         self._reducer = CompactReducer(exchanged, self._accumulate, model.comm, model.device)
+        leaving = [support for support in exchanged if support.away]
+        self.indices = IndexShares(model.module, leaving, mask.units.gaps, model.comm, model.device)
         self._scale = self._mean = 1.0 / model.comm.world
         self._ended, self._spent, self._has_graph = True, False, True
         self._backward_pass = -1  # autograd's number of the pass whose end is awaited
@@ -95,7 +102,7 @@ class Compactor:
                 self._reducer.add(support, flat.to(support.grad.dtype) * self._scale)
             elif self._reducer.local_only and self._accumulate is add_to_grad:
                 compact_gather(flat, support.runs, support.grad, scale=self._scale, accumulate=True)
-            else:
+            elif not self.indices.keep(support, flat, self._scale):
                 self._reducer.add(support, support.pick(flat, self._scale))
 
         return deliver
@@ -129,6 +136,10 @@ class Compactor:
 
     def zero_grad(self) -> None:
         """Reset the gradients; what a pass that was cut short left behind goes too."""
+        self._begin_anew()
+        self.indices.reset()
+
+    def _begin_anew(self) -> None:
         self._spent = False
         for support in self.supports:
             support.reached = False
@@ -156,7 +167,7 @@ class Compactor:
     def _begin(self, support: Support) -> None:
         """A gradient has come: have the exchange finished when this backward pass, whoever runs it, is through."""
         if self._spent:
-            self.zero_grad()
+            self._begin_anew()
         support.reached = True
         current = torch._C._current_graph_task_id()
         if current != self._backward_pass:
@@ -168,12 +179,19 @@ class Compactor:
         self._anchor.grad = None
         # No gradient came here that would have begun anew; some may come from other ranks now.
         if self._spent:
-            self.zero_grad()
+            self._begin_anew()
         flags = [support.reached for support in self.supports]
-        *agreed, has_graph = self._reducer.finish([*flags, self._has_graph])
+        wanted = self.indices.begin_rest()
+        agreed = self._reducer.finish([*flags, self._has_graph, *wanted])
+        reached, has_graph, again = agreed[: len(flags)], agreed[len(flags)], agreed[len(flags) + 1 :]
+        if any(again):
+            for support, dense, scale in self.indices.late(again):
+                self._reducer.add(support, support.pick(dense, scale))
+            self._reducer.finish([])
+        self.indices.reset()
         self._has_graph = True
-        for support, reached in zip(self.supports, agreed, strict=True):
-            support.reached = reached
+        for support, flag in zip(self.supports, reached, strict=True):
+            support.reached = flag
         self._model.after_backward()
         if not has_graph:
             raise ValueError(
@@ -205,6 +223,18 @@ class Compactor:
         for undo in self._undo:
             undo()
         self._undo.clear()
+        self.indices.close()
+
+
+def _away(model: Attachable, mask: Mask, linears: Mapping[str, Any]) -> set[str]:
+    """Parameters whose indices no rank keeps whole: shared out, or not needed, since the library reduces the gradient itself."""
+    if model.comm.world == 1:
+        return set()
+    leaving = [name for name in mask.units if model.indices_may_leave(name)]
+    reduced = {name for name in leaving if model.reduces_hooked_gradients and name not in linears}
+    blocks = [set(block) - reduced for block in blocks_of(model.module, leaving)]
+    largest = max((sum(mask.units.gaps[name].words.nbytes for name in block) for block in blocks), default=0)
+    return reduced.union(*blocks) if worth_sharing(largest, model.device.type) else reduced
 
 
 def _settle_checkpoints(module: nn.Module, _: Any) -> None:
@@ -250,7 +280,7 @@ def _join_zero_grad(module: nn.Module, reset: Callable[[], None]) -> Callable[[]
     return undo
 
 
-def _linear_modules(module: nn.Module) -> dict[str, nn.Linear | NF4Linear]:
+def linear_modules(module: nn.Module) -> dict[str, nn.Linear | NF4Linear]:
     """Parameter name -> the linear layer whose weight it is. Tied weights are left to hooks: two modules own them."""
     owners: dict[int, int] = {}
     for child in module.modules():

@@ -25,6 +25,10 @@ class HoldingModel(ShardedModel):
         self._is_held = False
         offer(self.module, self.hold)
 
+    def indices_may_leave(self, name: str) -> bool:
+        # An overlay is written into a weight at each use.
+        return name not in self._quantized
+
     @contextmanager
     def hold(self) -> Iterator[bool]:
         """Gather all weights for as long as the block lasts, where they fit (``utils.held``). Collective.

@@ -1,9 +1,9 @@
 """Compact gradient reduction: only masked entries travel between ranks.
 
 Each rank holds its own gradient at all masked entries of a parameter. The entries are sorted, so they are the concatenation of
-the ranks' supports: one all-to-all with uneven splits sends every entry to its owner, which adds the contributions in
-fp32 in rank order (deterministic). Parameters are exchanged in buckets during the backward pass: an exchange is started when its
-bucket is full, travels while backward goes on computing, and is added up when a later bucket is full and it has arrived.
+the ranks' supports: one all-to-all with uneven splits sends every entry to its owner, which adds the contributions in fp32,
+always in one order. Parameters are exchanged in buckets during the backward pass: an exchange is started when its bucket is
+full, travels while backward goes on computing, and is added up when a later bucket is full and it has arrived.
 
 Collectives must be called equally often, in one order, on every rank. So buckets are fixed when the mask is attached, are
 flushed in that order, each exactly once per backward; a gradient that arrives after its bucket was flushed (a module that
@@ -31,6 +31,8 @@ from trace_dist.sharding.comm import Comm
 from trace_dist.sharding.support import Accumulate, Support
 
 BUCKET_BYTES = 32 * 2**20
+MESSAGE_BYTES = 32 * 2**10
+"""What a bucket has at least for each rank, or the time of many small messages would count."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class CompactReducer:
         accumulate: receives each support's reduced gradient at this rank's entries.
         comm: the ranks.
         device: where the gradients lie.
-        bucket_bytes: fp32 bytes of one rank's contribution to one exchange.
+        bucket_bytes: fp32 bytes of one rank's contribution to one exchange; ``bucket_bytes_for`` the ranks where it is None.
     """
 
     def __init__(
@@ -60,13 +62,14 @@ class CompactReducer:
         accumulate: Accumulate,
         comm: Comm,
         device: torch.device,
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int | None = None,
     ) -> None:
         comm.open()
         self._accumulate, self._comm, self._device = accumulate, comm, device
         self.local_only = comm.world == 1
         sizes = [support.num_entries * support.grad.element_size() for support in supports]
-        self._buckets = [[supports[i] for i in bucket] for bucket in cut_buckets(sizes, bucket_bytes)]
+        size = bucket_bytes_for(comm.world) if bucket_bytes is None else bucket_bytes
+        self._buckets = [[supports[i] for i in bucket] for bucket in cut_buckets(sizes, size)]
         self._bucket_of = {id(support): i for i, bucket in enumerate(self._buckets) for support in bucket}
         self._values: dict[int, Tensor] = {}  # id(support) -> [whole entries], not yet exchanged
         self._next = 0
@@ -159,16 +162,32 @@ class CompactReducer:
             exchange = self._in_flight.popleft()
             exchange.work.wait()
             self._sums.append(exchange.received.sum(1))
-            total = exchange.received[0]
-            for contribution in exchange.received[1:]:
-                total += contribution
+            total = _sum(exchange.received)
             for support, part in zip(
                 exchange.bucket, total.split([s.runs.num_entries for s in exchange.bucket]), strict=True
             ):
                 self._accumulate(support, part)
 
 
-def cut_buckets(sizes: Sequence[int], bucket_bytes: int = BUCKET_BYTES) -> list[list[int]]:
+def _sum(received: Tensor) -> Tensor:
+    """Of all ranks' contributions, [world, n]: always in one order, on a CPU that of the ranks. [n].
+
+    An accelerator does it in one launch, however many ranks there are; one addition after the other would take as many as these.
+    """
+    if received.device.type != "cpu":
+        return received.sum(0)
+    total = received[0]
+    for contribution in received[1:]:
+        total += contribution
+    return total
+
+
+def bucket_bytes_for(world: int) -> int:
+    """Bytes of one rank's contribution to one exchange between so many ranks."""
+    return max(BUCKET_BYTES, world * MESSAGE_BYTES)
+
+
+def cut_buckets(sizes: Sequence[int], bucket_bytes: int) -> list[list[int]]:
     """Places in ``sizes`` (bytes per parameter, in the model's order) by bucket, from the last, where backward begins."""
     buckets: list[list[int]] = []
     filled = bucket_bytes

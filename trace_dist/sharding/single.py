@@ -19,6 +19,7 @@ from trace_kernels.compact import compact_gather, compact_scatter
 
 from trace_dist.config import Quantize
 from trace_dist.sharding.base import ShardedModel
+from trace_dist.sharding.reduction import bucket_bytes_for, cut_buckets
 from trace_dist.sharding.support import Support
 from trace_dist.sharding.views import PartitionView
 from trace_dist.utils import dist
@@ -69,10 +70,29 @@ class ReplicatedModel(ShardedModel):
         """Every rank receives what the others changed in their intervals."""
         if self.world == 1:
             return
+        kinds: dict[torch.dtype, list[Support]] = {}
         for support in self.dense(supports):
-            flat = self._parameters[support.name].data.view(-1)
-            mine = compact_gather(self.local(support.name), support.runs).to(flat.dtype)
-            compact_scatter(flat, support.whole(), self.comm.all_gather(mine, support.splits))
+            kinds.setdefault(self._parameters[support.name].dtype, []).append(support)
+        for dtype, alike in kinds.items():
+            sizes = [support.num_entries * dtype.itemsize for support in alike]
+            for bucket in cut_buckets(sizes, bucket_bytes_for(self.world)):
+                self._share([alike[place] for place in bucket])
+
+    def _share(self, supports: list[Support]) -> None:
+        """One collective for some parameters of one dtype."""
+        weights = [self._parameters[support.name].data.view(-1) for support in supports]
+        mine = [
+            compact_gather(self.local(support.name), support.runs).to(weight.dtype)
+            for support, weight in zip(supports, weights, strict=True)
+        ]
+        splits = [[support.splits[rank] for support in supports] for rank in range(self.world)]
+        everyone = self.comm.all_gather(torch.cat(mine), list(map(sum, splits)))
+        parts = [
+            part.split(sizes)
+            for part, sizes in zip(everyone.split(list(map(sum, splits))), splits, strict=True)
+        ]
+        for place, (support, weight) in enumerate(zip(supports, weights, strict=True)):
+            compact_scatter(weight, support.whole(), torch.cat([part[place] for part in parts]))
 
     @contextmanager
     def gathered(self, parameters: list[Any]) -> Iterator[list[Tensor]]:

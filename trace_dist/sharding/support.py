@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -60,6 +60,8 @@ class Support:
         starts: of the gaps of single elements, where a kernel decodes them (``trace_kernels.gap_gather``): on accelerators.
         reached: whether some rank's loss has depended on the parameter since the gradients were reset, as it is known on every
             rank after a backward pass. One that was not reached is not updated, as torch's optimizers skip ``grad is None``.
+        away: whether the gaps are shared out over the ranks, and here for moments only (``sharding.index_shares``).
+        decodes: whether a kernel decodes the gaps.
     """
 
     name: str
@@ -73,6 +75,8 @@ class Support:
     grad: Tensor
     starts: Tensor | None = None
     reached: bool = False
+    away: bool = False
+    decodes: bool = False
 
     @property
     def num_entries(self) -> int:
@@ -86,6 +90,8 @@ class Support:
         take four bytes per entry of the model on every rank: with many ranks, more than the states.
         """
         if self.gaps is None:
+            if self.away:
+                raise AssertionError(f"{self.name}: where other ranks' entries are has not been gathered")
             return self.runs
         return Runs.whole(*self.layout.runs(self.gaps.decode(), self.num_entries), self.layout.numel)
 
@@ -97,8 +103,8 @@ class Support:
 
     def indices(self) -> list[Tensor]:
         """What this rank keeps to know where the entries are."""
-        shared = [] if self.gaps is None else [self.gaps.words]
-        return [self.runs.units, *shared, *([] if self.starts is None else [self.starts])]
+        shared = [] if self.gaps is None or self.away else [self.gaps.words]
+        return [self.runs.units, *shared, *([] if self.starts is None or self.away else [self.starts])]
 
     @property
     def offset(self) -> int:
@@ -115,8 +121,13 @@ def add_to_grad(support: Support, values: Tensor) -> None:
     support.grad.add_(values)
 
 
-def build_supports(model: Partitioned, mask: Mask) -> list[Support]:
+def build_supports(model: Partitioned, mask: Mask, away: Container[str] = ()) -> list[Support]:
     """The supports of a mask on this rank, in the model's parameter order; their gradient buffers are still empty.
+
+    Args:
+        model: the model.
+        mask: the mask.
+        away: parameters whose gaps are not kept, where several ranks share them.
 
     Raises:
         ValueError: a parameter is missing or has another shape: the mask is of another model.
@@ -133,10 +144,10 @@ def build_supports(model: Partitioned, mask: Mask) -> list[Support]:
                 f"mask: {name!r} has shape {tuple(mask.layouts[name].shape)} in the mask but {model.shape(name)} in the model; "
                 "give the mask that was made for this model, or project it"
             )
-    return [_support(model, mask, name) for name in names if name in mask.units]
+    return [_support(model, mask, name, name in away) for name in names if name in mask.units]
 
 
-def _support(model: Partitioned, mask: Mask, name: str) -> Support:
+def _support(model: Partitioned, mask: Mask, name: str, away: bool) -> Support:
     """Everything is counted on the CPU, where masks lie: an accelerator would be waited for at each number."""
     layout, gaps = mask.layouts[name], mask.units.gaps[name]
     like, views = model.like(name), model.views(name)
@@ -158,13 +169,15 @@ def _support(model: Partitioned, mask: Mask, name: str) -> Support:
         name=name,
         shape=layout.shape,
         runs=(runs.copied() if shared else runs).to(like.device),  # a copy: the rest goes
-        gaps=gaps.to(like.device) if shared else None,
+        gaps=gaps.to(like.device) if shared and not away else None,
         layout=layout,
         part=part.to(like.device),
         splits=splits,
         rank=model.rank,
         grad=torch.empty(0, dtype=dtype, device=like.device),
-        starts=sent(chunk_starts(gaps.words), like.device) if decodes else None,
+        starts=sent(chunk_starts(gaps.words), like.device) if decodes and not away else None,
+        away=shared and away,
+        decodes=decodes,
     )
 
 

@@ -32,12 +32,13 @@ import torch
 from torch import Tensor, nn
 
 from trace_dist.config import Quantize
-from trace_dist.models.blocks import largest, whole_blocks
+from trace_dist.models.blocks import decoder_blocks, largest, whole_blocks
 from trace_dist.models.loading import check_zero_config, load_model_zero3
 from trace_dist.models.wrapping import unwrap
 from trace_dist.sharding import gloo
 from trace_dist.sharding.holding import HoldingModel
 from trace_dist.sharding.support import Support
+from trace_dist.sharding.throttle import Throttle
 from trace_dist.sharding.views import PartitionView, flat_views
 from trace_dist.utils import dist
 from trace_dist.utils.log import get_logger
@@ -49,6 +50,9 @@ PERSISTENCE_THRESHOLD = 10_000
 
 GATHERED_TOGETHER = 16
 """Parameters that are gathered at once where all are: on a GPU they pass through one buffer."""
+
+NODE_RANKS = 8
+"""Among so many a collective takes some 30 us (profiling/simulation), of which a block needs one for each weight."""
 
 SHARED_MEMORY_OPERATOR = "deepspeed_shm_comm"
 """What DeepSpeed builds on CPUs for the all-reduce of inference with tensor parallelism."""
@@ -81,6 +85,14 @@ def load_deepspeed() -> Any:
     if gathers_by_messages():
         deepspeed.comm.comm.cdb.all_gather_function = gloo.all_gather
     return deepspeed
+
+
+def gathers_one_by_one(world: int, by_messages: bool) -> bool:
+    """Whether each weight is gathered by itself, straight to its place, and not through a flat buffer that is copied.
+
+    On a CPU a message costs less than two more copies of every weight; so does a collective among few ranks.
+    """
+    return by_messages or world <= NODE_RANKS
 
 
 def max_reuse_distance(whole: bool) -> int:
@@ -116,8 +128,7 @@ def zero3_config(
         "zero_optimization": {
             "stage": 3,
             "stage3_param_persistence_threshold": persistence_threshold,
-            # Straight into each weight: on a CPU a message costs less than two more copies of every bucket.
-            "stage3_allgather_sequential": by_messages,
+            "stage3_allgather_sequential": gathers_one_by_one(dist.world_size(), by_messages),
             # On a CPU nothing that is gathered ahead arrives while something is computed.
             "stage3_prefetch_bucket_size": prefetch_bucket(0 if by_messages else largest(blocks)),
             "stage3_max_reuse_distance": max_reuse_distance(bool(classes)),
@@ -224,6 +235,10 @@ class Zero3Model(HoldingModel):
         super().__init__(engine.module)
         self._deepspeed, self._engine = load_deepspeed(), engine
         self._order_gathers()
+        if self.world > 1 and self._gathering is not None:
+            # [Note: blocks ahead] in sharding/throttle.py; one rank gathers nothing.
+            event = self._deepspeed.accelerator.get_accelerator().Event
+            Throttle(decoder_blocks(engine.module).values(), event)
 
     @classmethod
     def from_pretrained(cls, path: str, dtype: torch.dtype, quantize: Quantize = "none") -> Zero3Model:
@@ -270,9 +285,13 @@ class Zero3Model(HoldingModel):
 
     def _order_gathers(self) -> None:
         """Let DeepSpeed's gathers begin after what this stream has written into the shards ([Note: gather stream])."""
-        gathering = self._engine.optimizer._DeepSpeedZeRoOffload__allgather_stream
-        if gathering is not None:  # as on a CPU
-            gathering.wait_stream(self._deepspeed.accelerator.get_accelerator().current_stream())
+        if self._gathering is not None:
+            self._gathering.wait_stream(self._deepspeed.accelerator.get_accelerator().current_stream())
+
+    @property
+    def _gathering(self) -> Any:
+        """The stream on which DeepSpeed gathers; None where there is one stream, as on a CPU."""
+        return self._engine.optimizer._DeepSpeedZeRoOffload__allgather_stream
 
     @contextmanager
     def gathered(self, parameters: list[Any]) -> Iterator[list[Tensor]]:

@@ -57,12 +57,12 @@ def run_memory(cfg: RunConfig) -> dict[str, Any]:
     mask = Mask.load(cfg.folder.mask(cfg.tasks[0].name))
     batch_size = min(cfg.train.batch_size, EXAMPLES_PER_RANK * dist.world_size())
     stream = bench.batches(bench.tasks[:1], batch_size)
-    masked, num_parameters, coded = _masked(str(path), cfg, mask, next(stream))
+    masked, num_parameters, coded, num_copies = _masked(str(path), cfg, mask, next(stream))
     gc.collect()
     full = _full(str(path), MEASURED_LR, next(stream), num_parameters)
     share = mask.num_entries / num_parameters
     owned = sum(mask.layouts[name].runs(units)[0].nbytes for name, units in mask.units.items())
-    on_every_rank = mask.units.nbytes * dist.world_size() * (dist.world_size() > 1)
+    on_every_rank = mask.units.nbytes * num_copies * (dist.world_size() > 1)
     index_bytes = (owned + on_every_rank) / num_parameters
     base = 2 + coded / num_parameters * (BYTES_PER_ELEMENT - 2)
     # [Note: overlay] in sharding/overlay.py.
@@ -86,8 +86,9 @@ def run_memory(cfg: RunConfig) -> dict[str, Any]:
     return result
 
 
-def _masked(path: str, cfg: RunConfig, mask: Mask, step: Step) -> tuple[dict[str, float], int, int]:
-    """Bytes per parameter by category, the number of parameters, and how many of them are 4-bit codes."""
+def _masked(path: str, cfg: RunConfig, mask: Mask, step: Step) -> tuple[dict[str, float], int, int, int]:
+    """Bytes per parameter by category, the number of parameters, how many of them are 4-bit codes, and how often the ranks keep
+    the mask's indices."""
     model = Zero3Model.from_pretrained(path, torch.bfloat16, cfg.target.quantize)
     learner = MaskedLearner(model, mask, replace(cfg.train, lr=MEASURED_LR, max_grad_norm=1.0))
     for _ in range(MEASURED_STEPS - 1):
@@ -98,8 +99,9 @@ def _masked(path: str, cfg: RunConfig, mask: Mask, step: Step) -> tuple[dict[str
     coded = sum(numel[name] for name, weight in named_weights(model.module) if isinstance(weight, NF4Linear))
     num_parameters = sum(numel.values())
     counted = bytes_per_param(learner.optimizer.model_states(), num_parameters)
+    num_copies = 1 if model.index_shares() else dist.world_size()
     model.close()
-    return counted, num_parameters, coded
+    return counted, num_parameters, coded, num_copies
 
 
 def _full(path: str, lr: float, step: Step, num_parameters: int) -> dict[str, float]:

@@ -25,8 +25,8 @@ from trace_dist.utils.launch import adopt_launch
 from trace_dist.utils.wire import Place, connect, listen
 
 DRAIN_SECONDS = 0.1
-_beside: tuple[Any, Any] | None = None
-"""A default group, and the ``exchange_group`` beside it."""
+_beside: tuple[Any, dict[str, Any]] | None = None
+"""A default group, and the groups beside it by their purpose."""
 VERDICT_SECONDS = 3.0
 """How long a rank whose collective has failed waits to hear of a rank that was lost."""
 _BEATING: Heartbeat | None = None
@@ -160,16 +160,33 @@ def exchange_group() -> dist.ProcessGroup:
     What it carries may come in another order, seen from rank to rank, than what the default group carries. The first call is
     collective.
     """
+    return _group_beside("exchange")
+
+
+def indices_group() -> dist.ProcessGroup:
+    """As ``exchange_group``, for gathers of indices, whose order is another one again."""
+    return _group_beside("indices")
+
+
+def lane_of(group: Any) -> str:
+    """What a group is for: ``exchange``, ``indices``, or, of any other, ``gather``."""
+    groups = {} if _beside is None else _beside[1]
+    return next((purpose for purpose, beside in groups.items() if beside is group), "gather")
+
+
+def _group_beside(purpose: str) -> dist.ProcessGroup:
     global _beside
     default = dist.group.WORLD
     if _beside is None or _beside[0] is not default:
+        _beside = (default, {})
+    groups = _beside[1]
+    if purpose not in groups:
         backend = dist.get_backend_config()
         backend = backend if "cpu:" in backend else f"cpu:gloo,{backend}"
-        _beside = (
-            default,
-            dist.new_group(backend=backend, timeout=_timeout(_minutes or Waiting.timeout_minutes)),
+        groups[purpose] = dist.new_group(
+            backend=backend, timeout=_timeout(_minutes or Waiting.timeout_minutes)
         )
-    return _beside[1]
+    return groups[purpose]
 
 
 def barrier() -> None:

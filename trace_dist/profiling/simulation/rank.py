@@ -25,13 +25,16 @@ from trace_dist.profiling.simulation.kernels import adamw_bytes, launched_bytes
 from trace_dist.profiling.simulation.recorder import Recorder
 from trace_dist.profiling.simulation.streams import Streams
 from trace_dist.profiling.stand_ins import replace_attention
-from trace_dist.sharding import zero3
+from trace_dist.sharding import compaction, zero3
 from trace_dist.train.cross_entropy import chunks_on_meta
 from trace_dist.utils import dist
 
 META = torch.device("meta")
-_LAUNCHING = ("compact", "delta_swap", "gap_gather", "masked_adamw", "masked_adamw_8bit", "unit_reduce")
-"""Modules of ``trace_kernels`` that launch one kernel at a time."""
+_LAUNCHING = (
+    *("adamw_batch", "compact", "delta_swap", "gap_gather"),
+    *("masked_adamw", "masked_adamw_8bit", "unit_reduce"),
+)
+"""Modules of ``trace_kernels`` that launch kernels."""
 _CHOOSING = ("trace_kernels.dispatch", "trace_kernels.gap_gather", "trace_dist.optim.batches")
 """Modules that ask whether Triton serves a tensor."""
 _COLLECTIVES = (
@@ -61,9 +64,8 @@ def _told(recorder: Recorder, function: Callable[..., Any]) -> Callable[..., Any
     """A collective that is recorded, with the process group that it runs in."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        beside = dist._beside is not None and kwargs.get("group") is dist._beside[1]
         first = len(recorder.events)
-        with recorder.on_lane("exchange" if beside else "gather"):
+        with recorder.on_lane(dist.lane_of(kwargs.get("group"))):
             work = function(*args, **kwargs)
         numbers = [e.number for e in recorder.events[first:] if e.kind == "collective" and e.lane != HOSTS]
         if not numbers:
@@ -82,14 +84,8 @@ def _replaced(stack: ExitStack, owner: Any, replacements: Mapping[str, Any]) -> 
         stack.enter_context(patch.object(owner, name, replacement))
 
 
-def _own_kernels(stack: ExitStack, recorder: Recorder) -> None:
-    """Our kernels are launched, and do nothing."""
-
-    def launch(kernel: Any, _: int, __: torch.device, /, *args: Any, **___: Any) -> None:
-        recorder.kernel(launched_bytes(kernel, args), "pick")
-
-    def run(self: Any, *_: Any) -> None:
-        recorder.kernel(adamw_bytes(self._members))
+def own_kernels(stack: ExitStack, launch: Callable[..., None]) -> None:
+    """Until the stack closes our kernels are launched for tensors on ``meta``, by ``launch``."""
 
     def use_triton(impl: str, *tensors: Tensor) -> bool:
         return impl == "auto" and tensors[0].is_meta
@@ -98,6 +94,19 @@ def _own_kernels(stack: ExitStack, recorder: Recorder) -> None:
         _replaced(stack, import_module(name), {"use_triton": use_triton})
     for name in _LAUNCHING:  # the package gives functions of some of these names
         _replaced(stack, import_module(f"trace_kernels.{name}"), {"launch": launch})
+
+
+def _recorded_kernels(stack: ExitStack, recorder: Recorder) -> None:
+    """Our kernels are launched, and do nothing."""
+
+    def launch(kernel: Any, _: int, __: torch.device, /, *args: Any, **___: Any) -> None:
+        recorder.kernel(launched_bytes(kernel, args), "pick")
+
+    def run(self: Any, *_: Any) -> None:
+        recorder.kernel(adamw_bytes(self._members))
+
+    own_kernels(stack, launch)
+    # The table of such a launch has addresses, and tells nothing of the tensors.
     _replaced(stack, import_module("trace_kernels.adamw_batch")._Launch, {"run": run})
 
 
@@ -108,8 +117,8 @@ def _hosts(stack: ExitStack, world: int) -> None:
     _replaced(stack, MaskedAdamW, {"_serve": lambda _: None})  # to ranks that are not there
 
 
-def _deepspeed(stack: ExitStack, recorder: Recorder, synchronous: bool) -> None:
-    """DeepSpeed takes ``meta`` for its accelerator, which has streams unless it is synchronous."""
+def deepspeed_on_meta(stack: ExitStack) -> None:
+    """Until the stack closes DeepSpeed takes ``meta`` for its accelerator, and asks other ranks nothing."""
     import deepspeed.comm.comm as comm
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.zero import linear, partitioned_param_coordinator
@@ -123,6 +132,18 @@ def _deepspeed(stack: ExitStack, recorder: Recorder, synchronous: bool) -> None:
         kind,
         {"device_name": lambda *_: "meta", "current_device_name": lambda *_: "meta"},
     )
+    # The order of modules is compared over ranks; products ask the device for autocast, which meta has none of.
+    _replaced(stack, partitioned_param_coordinator, {"assert_ints_same_as_other_ranks": lambda _: None})
+    cpu = SimpleNamespace(device_name=lambda: "cpu")
+    _replaced(stack, linear, {"get_accelerator": lambda: cpu})
+
+
+def _recorded_deepspeed(stack: ExitStack, recorder: Recorder, synchronous: bool) -> None:
+    """DeepSpeed tells when it fetches modules, and has streams unless its accelerator is synchronous."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero import partitioned_param_coordinator
+
+    deepspeed_on_meta(stack)
     if not synchronous:
         streams = Streams(recorder)
         made = {"Stream": property(lambda _: streams.make), "Event": property(lambda _: streams.event)}
@@ -133,11 +154,7 @@ def _deepspeed(stack: ExitStack, recorder: Recorder, synchronous: bool) -> None:
             "synchronize": lambda _, *__: streams.synchronize(),
             "is_synchronized_device": lambda _: False,
         }
-        _replaced(stack, kind, made | used)
-    # The order of modules is compared over ranks; products ask the device for autocast, which meta has none of.
-    _replaced(stack, partitioned_param_coordinator, {"assert_ints_same_as_other_ranks": lambda _: None})
-    cpu = SimpleNamespace(device_name=lambda: "cpu")
-    _replaced(stack, linear, {"get_accelerator": lambda: cpu})
+        _replaced(stack, type(get_accelerator()), made | used)
     coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
     for name in ("fetch_sub_module", "release_sub_module"):
         _replaced(stack, coordinator, {name: _hooked(recorder, getattr(coordinator, name))})
@@ -175,13 +192,15 @@ def simulated_rank(world: int, synchronous: bool = False) -> Iterator[Recorder]:
         stack.callback(dist.close)
         _replaced(stack, td, {name: _told(recorder, getattr(td, name)) for name in _COLLECTIVES})
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        _deepspeed(stack, recorder, synchronous)
-        _own_kernels(stack, recorder)
+        _recorded_deepspeed(stack, recorder, synchronous)
+        _recorded_kernels(stack, recorder)
         _replaced(stack, Tensor, {"record_stream": lambda *_: None})
         _replaced(
             stack, import_module("torch.optim.adam"), {"_device_dtype_check_for_fused": lambda *_: None}
         )
         _replaced(stack, zero3, {"gathers_by_messages": lambda: synchronous})
+        if synchronous:
+            _replaced(stack, compaction, {"worth_sharing": lambda *_: False})
         stack.enter_context(chunks_on_meta("cpu" if synchronous else "cuda"))
         stack.callback(replace_attention(recorder.attention))
         with recorder:

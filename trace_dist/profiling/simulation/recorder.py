@@ -30,6 +30,7 @@ _FREE = (
     aten.empty_like.default,
     aten.new_empty.default,
     aten.empty_strided.default,
+    aten._unsafe_view.default,  # of a product's result: nothing is copied, though it is not called a view
 )
 _INDEXING = (aten.index.Tensor, aten.index_put_.default)
 """Of a size that depends on values where an index is boolean."""

@@ -32,6 +32,7 @@ MESSAGE_US = 50.0
 WAITS = {
     "gather": "waiting for gathers",
     "exchange": "waiting for exchanges",
+    "indices": "waiting for indices",
     "reduce": "waiting for reductions",
 }
 """Lane, or kind of collective -> where the time goes that a stream waits for it."""
