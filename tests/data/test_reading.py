@@ -251,7 +251,7 @@ def test_an_unknown_id_and_a_path_that_is_not_there(tmp_path: Path, monkeypatch:
         ("d.csv", b"PK\x03\x04..", r"d\.csv:1: this is compressed \(zip\)"),
         ("d.jsonl", "", r"tasks\.t\.path=.*d\.jsonl': the train split is empty"),
         ("d.jsonl", '{"prompt": "a", "answer": "b", "prompt": "c"}\n', r"d\.jsonl:1: .*the key 'prompt' is there twice"),
-        ("d.jsonl", '{"prompt": "a", "answer": NaN}\n', r"d\.jsonl: example 0, column 'answer': nan is a missing value"),
+        ("d.jsonl", '{"prompt": "a", "answer": NaN}\n', r"d\.jsonl: example 0, column 'answer': NaN, where a value is missing"),
         ("d.jsonl", '{"prompt": 1e999, "answer": "b"}\n', r"d\.jsonl: example 0, column 'prompt': inf is"),
         ("d.json", '{"prompt": "a"}', "holds a dict, not a list"),
         ("d.json", '{"prompt": "a"}\n{"prompt"}', r"d\.json:2: not valid JSON|d\.json: not valid JSON"),
