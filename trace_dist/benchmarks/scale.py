@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ PLAN: dict[str, Any] = {
     "activation_checkpointing": True,
 }
 """Of ``trace-dist memory plan``, for GPUs of 24 GB. bf16 weights do not fit there."""
+SHOWN = ("state_dtype", "master", "micro_batch_size", *PLAN)
 PLANNED: tuple[Granularity, ...] = ("row", "block")
 """Masks of a 70B model that are planned."""
 LLAMA_70B: dict[str, Any] = {
@@ -130,7 +131,7 @@ class Study:
             if gib <= GPU_GIB or size == 1:
                 break
         return {
-            "plan": asdict(way),
+            "plan": {name: getattr(way, name) for name in SHOWN},
             "gib": gib,
             "headroom_gib": GPU_GIB - gib,
             "host_gib": sum(needed.host.values()) / GIB,
