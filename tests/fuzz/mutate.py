@@ -145,7 +145,10 @@ def _dumped(value: Any) -> bytes:
 def _lines(content: bytes, chosen: Random, sign: Sign | None) -> bytes:
     lines = content.splitlines()
     place = chosen.randrange(len(lines))
-    lines[place] = _dumped(swapped(json.loads(lines[place]), chosen))
+    value = swapped(json.loads(lines[place]), chosen)
+    if sign is not None and isinstance(value, dict) and chosen.random() < 0.8:
+        value = sign(value)
+    lines[place] = _dumped(value)
     return b"\n".join(lines)
 
 

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import io
 import json
 from collections.abc import Callable
 from contextlib import redirect_stderr
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from shutil import rmtree
-from tempfile import TemporaryDirectory, mkdtemp
-from typing import Any
 from unittest.mock import patch
 
-import datasets
-import gguf
 import torch
 import yaml
 from bank.samples import drawn, small_delta, write_old_bank
 from cli.program import make_config
 from engine.cases import CASES
-from fastapi.testclient import TestClient
-from fuzz.mutate import Kind, Sign
+from fuzz import jobs, models, people, requests
+from fuzz.reader import Arguments, Reader, manifest_signed, record_signed, silently, tensors_signed
 from report.samples import make_results
 from rich.console import Console
-from serving import small
 from torch import nn
 
 from trace_dist import Delta, DeltaBank, Mask, MaskedAdamW, shard
@@ -52,7 +45,6 @@ from trace_dist.data.sources import load_examples
 from trace_dist.masks import UnitLayout
 from trace_dist.masks.storage import load_saliency, save_saliency
 from trace_dist.models.fingerprint import fingerprint
-from trace_dist.models.gguf import convert_gguf
 from trace_dist.models.origin import Origin
 from trace_dist.probe.learning import Learning
 from trace_dist.probe.task import Probed, Tensors
@@ -62,16 +54,10 @@ from trace_dist.report.narrative import narrate
 from trace_dist.report.results import parse_results
 from trace_dist.report.tables import headline
 from trace_dist.run_folder import BankFolder
-from trace_dist.serving.api import make_app
-from trace_dist.serving.gate import Gate
-from trace_dist.serving.options import Listening, Source
-from trace_dist.serving.router import Router
-from trace_dist.serving.tally import Tally
-from trace_dist.serving.worker import Worker
 from trace_dist.stages.stage import read_timings
 from trace_dist.train.loop import TrainResult
 from trace_dist.utils.files import write_json
-from trace_dist.utils.sealed import json_checksum, write_record
+from trace_dist.utils.sealed import write_record
 
 LAYOUTS = {
     "whole": UnitLayout((6, 8), 4),
@@ -79,68 +65,6 @@ LAYOUTS = {
     "columns": UnitLayout((6, 8), 6, 8),
 }
 SCORES = {name: torch.rand(layout.num_units) for name, layout in LAYOUTS.items()}
-
-
-@dataclass(frozen=True)
-class Reader:
-    """One reader.
-
-    Attributes:
-        name: for counts.
-        kind: of the file.
-        make: writes a whole file (and what belongs to it) into an empty folder, and says which one is damaged.
-        read: reads it and uses what it read.
-        sign: gives changed content the checksums that fit.
-    """
-
-    name: str
-    kind: Kind
-    make: Callable[[Path], Path]
-    read: Callable[[Path], object]
-    sign: Sign | None = None
-
-
-def record_signed(value: dict[str, Any]) -> dict[str, Any]:
-    """A sealed JSON object."""
-    rest = {key: part for key, part in value.items() if key != "checksum"}
-    return {**rest, "checksum": json_checksum(rest)}
-
-
-def manifest_signed(value: dict[str, Any]) -> dict[str, Any]:
-    """A manifest of a checkpoint."""
-    rest = {key: part for key, part in value.items() if key != "sha256"}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
-    return {**rest, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def tensors_signed(parts: tuple[dict[str, Any], dict[str, Any], bytes]) -> dict[str, Any]:
-    """The header of a sealed tensor file, from it, the file's outer header, and the data."""
-    inner, outer, data = parts
-    digest = hashlib.sha256()
-    try:
-        for name in sorted(name for name in outer if name != "__metadata__"):
-            begin, end = outer[name]["data_offsets"]
-            dtype = {"F32": "float32", "I64": "int64", "I32": "int32", "U8": "uint8", "I16": "int16"}
-            digest.update(f"{name} torch.{dtype.get(outer[name]['dtype'])} ".encode() + data[begin:end])
-    except (KeyError, TypeError, ValueError):
-        return inner
-    inner = {key: value for key, value in inner.items() if key != "header_checksum"}
-    inner |= {"checksum": digest.hexdigest()} if "checksum" in inner else {}
-    return {**inner, "header_checksum": json_checksum(inner)}
-
-
-def silently(work: Callable[[], object]) -> None:
-    """Whatever is printed goes nowhere."""
-    from contextlib import redirect_stdout
-
-    with redirect_stdout(io.StringIO()):
-        work()
-
-
-class Arguments(dict[str, Any]):
-    """Parsed arguments."""
-
-    __getattr__ = dict.__getitem__
 
 
 # ---- configuration, data
@@ -194,28 +118,6 @@ def make_list(folder: Path) -> Path:
 
 def read_list(path: Path) -> None:
     read_jsonl(path.parent)
-
-
-def make_csv(folder: Path) -> Path:
-    lines = ["prompt,answer,more", *(f'"say {i}, please",{i},{i % 3}' for i in range(40))]
-    (folder / "task.csv").write_text("\n".join(lines) + "\n")
-    return folder / "task.csv"
-
-
-def make_text(folder: Path) -> Path:
-    (folder / "task.txt").write_text("".join(f"line{i} of the text has number {i}\n" for i in range(40)))
-    return folder / "task.txt"
-
-
-def make_parquet(folder: Path) -> Path:
-    datasets.Dataset.from_list(ROWS).to_parquet(folder / "task.parquet")
-    return folder / "task.parquet"
-
-
-def read_by_datasets(path: Path) -> None:
-    """What ``datasets`` keeps of each file goes again."""
-    with TemporaryDirectory() as cache, patch.object(datasets.config, "HF_DATASETS_CACHE", Path(cache)):
-        read_jsonl(path)
 
 
 # ---- masks and what the probe leaves
@@ -448,111 +350,11 @@ def read_model(path: Path) -> None:
     fingerprint(path.parent)
 
 
-def make_gguf(folder: Path) -> Path:
-    """A Llama of one layer, with a tokenizer of characters."""
-    path, width, words = (
-        folder / "model.gguf",
-        32,
-        ["<unk>", "<s>", "</s>", *map(chr, range(97, 123)), "ab", "cd"],
-    )
-    with redirect_stderr(io.StringIO()):
-        writer = gguf.GGUFWriter(path, "llama")
-        writer.add_context_length(64), writer.add_embedding_length(width), writer.add_block_count(1)
-        writer.add_feed_forward_length(width), writer.add_head_count(2), writer.add_head_count_kv(1)
-        (
-            writer.add_layer_norm_rms_eps(1e-5),
-            writer.add_rope_dimension_count(16),
-            writer.add_rope_freq_base(1e4),
-        )
-        writer.add_vocab_size(len(words)), writer.add_tokenizer_model("gpt2"), writer.add_token_list(words)
-        writer.add_token_types([3, 3, 3, *[1] * (len(words) - 3)]), writer.add_token_merges(["a b", "c d"])
-        writer.add_bos_token_id(1), writer.add_eos_token_id(2), writer.add_unk_token_id(0)
-        shapes = {"token_embd": (len(words), width), "output": (len(words), width), "output_norm": (width,)}
-        for part in ("attn_q", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
-            shapes[f"blk.0.{part}"] = (width, width)
-        shapes |= {f"blk.0.{part}": (width // 2, width) for part in ("attn_k", "attn_v")}
-        shapes |= {f"blk.0.{part}": (width,) for part in ("attn_norm", "ffn_norm")}
-        for name, shape in shapes.items():
-            writer.add_tensor(f"{name}.weight", torch.rand(shape).numpy())
-        writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file()
-        writer.close()
-    return path
-
-
-def read_gguf(path: Path) -> None:
-    out = path.with_name("converted")
-    try:
-        silently(lambda: convert_gguf(str(path), out))
-    finally:
-        rmtree(out, ignore_errors=True)
-
-
-# ---- requests
-
-
-@cache
-def served() -> TestClient:
-    """A bank behind its server, without the socket."""
-    folder = Path(mkdtemp())
-    atexit.register(rmtree, folder)
-    made = small.make(folder)
-    source, limits = Source(str(made.bank), str(made.base)), Listening(max_tokens=2, max_n=2)
-    router, tally = Router.of(source), Tally()
-    worker = Worker(router, limits, tally)
-    worker.start()
-    app = Gate(make_app(router, worker, limits, tally), None, limits.max_body_kib * 1024, tally)
-    client = TestClient(app, raise_server_exceptions=False)
-    # One loop for all requests, as a server has it.
-    client.__enter__()
-    atexit.register(worker.close)
-    atexit.register(client.__exit__)
-    return client
-
-
-def make_request(chat: bool) -> Callable[[Path], Path]:
-    def make(folder: Path) -> Path:
-        asked: dict[str, Any] = {
-            "model": "copy",
-            "max_tokens": 2,
-            "temperature": 0.5,
-            "top_p": 0.9,
-            "top_k": 5,
-            "n": 1,
-            "seed": 3,
-        }
-        asked |= {"stop": ["x"], "stream": False, "user": "u", "logprobs": False}
-        if chat:
-            asked["messages"] = [{"role": "user", "content": "copy abc"}]
-        else:
-            asked |= {"prompt": ["copy abc", "fed"], "stream_options": {"include_usage": True}}
-        write_json(folder / "asked.json", asked)
-        return folder / "asked.json"
-
-    return make
-
-
-def read_request(path: str) -> Callable[[Path], None]:
-    """A refusal has OpenAI's shape, one line, and a status that says whose fault it is."""
-
-    def read(file: Path) -> None:
-        answer = served().post(path, content=file.read_bytes(), headers={"Content-Type": "application/json"})
-        assert answer.status_code in (200, 400, 404, 413, 422), f"{answer.status_code} {answer.text[:200]}"
-        if answer.status_code != 200:
-            message = answer.json()["error"]["message"]
-            assert "\n" not in message, message
-            raise ValueError(message)
-
-    return read
-
-
 RANK = "rank-00000.safetensors"
 READERS = (
     Reader("configuration", "yaml", make_yaml, read_yaml),
     Reader("data, JSON lines", "lines", make_jsonl, read_jsonl),
     Reader("data, JSON list", "json", make_list, read_list),
-    Reader("data, CSV", "text", make_csv, read_by_datasets),
-    Reader("data, text", "text", make_text, read_by_datasets),
-    Reader("data, Parquet", "binary", make_parquet, read_by_datasets),
     Reader("mask", "tensors", make_mask, read_mask, tensors_signed),
     Reader("saliency map", "tensors", make_saliency, load_saliency, tensors_signed),
     Reader("trace of a probe", "tensors", make_trace, read_trace, tensors_signed),
@@ -583,7 +385,8 @@ READERS = (
     Reader("index of a model", "json", make_model("model.safetensors.index.json"), read_model),
     Reader("config of a model", "json", make_model("config.json"), read_model),
     Reader("weights of a model", "tensors", make_model("*.safetensors"), read_model),
-    Reader("GGUF", "binary", make_gguf, read_gguf),
-    Reader("request of a completion", "json", make_request(chat=False), read_request("/v1/completions")),
-    Reader("request of a chat", "json", make_request(chat=True), read_request("/v1/chat/completions")),
+    *people.READERS,
+    *jobs.READERS,
+    *models.READERS,
+    *requests.READERS,
 )  # fmt: skip

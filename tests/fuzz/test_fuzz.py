@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from fuzz.cases import fuzz
-from fuzz.readers import READERS, Reader
+from fuzz.reader import Reader
+from fuzz.readers import READERS
 
 CASES = 20
 

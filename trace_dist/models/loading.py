@@ -164,12 +164,23 @@ def _load_in_shards(
             quantize_nf4(model)
         give_storage(model)
         fill(model, files, pieces, slot)
-    return _ready(model, folder)
+    return with_generation(model, folder)
 
 
-def _ready(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+def with_generation(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model, in evaluation mode, with the settings of generation that lie beside it.
+
+    Raises:
+        ValueError: they make no sense.
+    """
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        # It checks what its fields say of each other.
+        except Exception as error:
+            raise ValueError(
+                f"{folder / 'generation_config.json'}: cannot be read ({cause(error)}); mend it, or delete it for the defaults"
+            ) from error
     return model.eval()
 
 

@@ -17,7 +17,8 @@ from trace_dist.parts import METHODS
 from trace_dist.report import render_png, write_report
 from trace_dist.stages.stage import read_timings
 from trace_dist.utils.env import meta_info
-from trace_dist.utils.files import read_json, write_json
+from trace_dist.utils.files import read_json, reading, write_json
+from trace_dist.utils.sealed import read_record
 
 ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "embed", "head", "norm", "bias", "other")
 
@@ -56,8 +57,9 @@ def collect_results(cfg: RunConfig) -> dict[str, Any]:
     parts = {"specificity": folder.specificity, "memory": folder.memory, "baselines": folder.tasks}
     results |= {key: read_json(path) for key, path in parts.items() if path.is_file()}
     if folder.density.is_file():
-        found = read_json(folder.density)
-        results["density"] = {key: found[key] for key in ("density", "margin", "tried")}
+        found = read_record(folder.density, "delete it to let the densities race again", bare=True)
+        with reading(folder.density, "density"):
+            results["density"] = {key: found[key] for key in ("density", "margin", "tried")}
     results["masks"] = {
         "proxy": _densities((name, folder.proxy_mask(name)) for name in names),
         "target": _densities((name, folder.mask(name)) for name in names),
