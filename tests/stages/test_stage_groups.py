@@ -72,7 +72,8 @@ def test_a_stage_that_runs_alone_forgets_the_hosts_of_the_others(tmp_path: Path)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(asdict(cfg)))))
     stage = stage_groups(cfg)[0][0]
     assert stage.name.startswith("base")
-    given = run_config(parse([*stage.arguments, "--config", str(tmp_path / "run.yaml")])["base"])
+    command, *rest = stage.arguments
+    given = run_config(parse([command, "--config", str(tmp_path / "run.yaml"), *rest])[command])
     assert given.launch == replace(launch, launcher="none", num_ranks=1, hostfile=None)
 
 

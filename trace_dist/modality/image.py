@@ -92,6 +92,8 @@ def load_reader(path: str | Path) -> ImageReader:
     config = read_config(folder, what)
     try:
         classes = {str(name): int(row) for name, row in (config.label2id or {}).items()}
+        if not classes or sorted(classes.values()) != list(range(len(classes))):
+            raise ValueError("a row of the head for each class, from 0 on")
     except MALFORMED as error:
         raise ValueError(
             f"{what}: label2id in its config names no classes ({cause(error)}); mend it"

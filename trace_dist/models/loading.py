@@ -41,6 +41,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     folder = resolve(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=is_trusted(folder))
+        # some of its settings are looked at only now
+        tokenizer("a")
     # Tokenizer files are read by several libraries.
     except Exception as error:
         what = f"model.path={str(path)!r}"
