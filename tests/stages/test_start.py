@@ -77,7 +77,6 @@ def test_how_a_run_is_carried_out_may_differ(cfg: RunConfig) -> None:
             "cannot be read .*; restore it or delete the run folder",
         ),
         (lambda kept: f"{kept}\n1: 2\nx: 3\n", "corrupt configuration file"),
-        (lambda kept: kept.replace("name: ", "name: [1] # ", 1), "corrupt configuration file"),
     ],
 )
 def test_a_damaged_configuration_is_one_line(

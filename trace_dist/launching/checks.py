@@ -150,7 +150,7 @@ def _ask(host: Host, request: Answer, environment: Mapping[str, str]) -> Answer 
 
 
 def _knock(address: str, port: int) -> bool:
-    with suppress(OSError):
+    with suppress(OSError, OverflowError):
         socket.create_connection((address, port), timeout=5).close()
         return True
     return False

@@ -196,8 +196,9 @@ def keep_config(cfg: RunConfig, whole_run: bool) -> None:
     if not path.is_file():
         write_text(path, yaml.safe_dump(present, sort_keys=False))
         return
-    kept = completed(_read_yaml(path), cfg)
+    kept = _read_yaml(path)
     with reading(path, "configuration"):
+        kept = completed(kept, cfg)
         here = at_home(kept, present, Path(kept["run_dir"]), Path(cfg.run_dir))
         differing = differing_fields(here, present)
     refused = forbidden(cfg, differing)
