@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -55,7 +56,7 @@ def collect_results(cfg: RunConfig) -> dict[str, Any]:
         if key in methods.get("retrieved", {}):
             results[key] = methods["retrieved"][key]
     parts = {"specificity": folder.specificity, "memory": folder.memory, "baselines": folder.tasks}
-    results |= {key: read_json(path) for key, path in parts.items() if path.is_file()}
+    results |= {key: _part(path) for key, path in parts.items() if path.is_file()}
     if folder.density.is_file():
         found = read_record(folder.density, "delete it to let the densities race again", bare=True)
         with reading(folder.density, "density"):
@@ -80,6 +81,18 @@ def collect_results(cfg: RunConfig) -> dict[str, Any]:
         "backend": cfg.backend,
     }
     return results | {"meta_info": meta_info(), "config": asdict(cfg)}
+
+
+def _part(path: Path) -> Any:
+    """What a stage has left for the report.
+
+    Raises:
+        ValueError: it is damaged, or holds a number that no JSON holds.
+    """
+    value = read_json(path)
+    with reading(path, "results"):
+        json.dumps(value, allow_nan=False)
+    return value
 
 
 def _methods(folder: Path) -> dict[str, Any]:
