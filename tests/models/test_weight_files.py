@@ -105,6 +105,17 @@ def test_a_folder_without_tokenizer_is_an_error(saved):
         load_tokenizer(saved("llama"))
 
 
+def test_layers_without_end_are_refused_before_they_are_built(saved):
+    folder = saved("llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2**31}))
+    for read in (load_model, lambda path: load_model(path, quantize="nf4")):
+        with pytest.raises(
+            ValueError, match=r"no readable config \(ValueError: num_hidden_layers=2147483648 is more than"
+        ):
+            read(folder)
+
+
 def test_settings_that_make_no_sense_are_one_line(saved):
     """They are looked at when a text is first read, and when weights are loaded in shards."""
     folder = saved("llama")
