@@ -125,5 +125,5 @@ READERS = (
     Reader("variables of a launcher", "json", make_variables, read_variables),
     Reader("configuration of a run folder", "yaml", make_kept, read_kept),
     Reader("result of a method, for the report", "json", make_gathered, read_gathered),
-    Reader("records of a study", "lines", make_journal, read_journal, record_signed),
+    Reader("records of a study", "lines", make_journal, read_journal, record_signed, leaves_out=True),
 )

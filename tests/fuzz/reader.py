@@ -26,6 +26,7 @@ class Reader:
         make: writes a whole file (and what belongs to it) into an empty folder, and says which one is damaged.
         read: reads it and uses what it read.
         sign: gives changed content the checksums that fit.
+        leaves_out: whether a damaged part is left out with a warning, so that few files are refused as a whole.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Reader:
     make: Callable[[Path], Path]
     read: Callable[[Path], object]
     sign: Sign | None = None
+    leaves_out: bool = False
 
 
 def record_signed(value: dict[str, Any]) -> dict[str, Any]:

@@ -15,4 +15,4 @@ def test_damage_is_refused_in_one_line_or_harmless(reader: Reader) -> None:
     found = fuzz(reader, 0, CASES)
     assert found["failures"] == []
     assert found.get("read", 0) + found.get("refused", 0) == CASES
-    assert found["refused"] > 0
+    assert reader.leaves_out or found["refused"] > 0

@@ -169,22 +169,25 @@ class Journal:
         if not self.path.is_file():
             return
         for number, line in enumerate(self.path.read_bytes().split(b"\n"), 1):
-            try:
-                record = json.loads(line) if line.strip() else {}
-            # what was cut, or is no text, or is nested too deeply
-            except (ValueError, RecursionError):
-                record = None
-            if _is_whole(record):
+            if not line.strip():
+                continue
+            record = _whole(line)
+            if record is not None:
                 yield record
-            elif record != {}:
+            else:
                 logger.warning(
                     "%s:%d: is no record (it was cut or changed); it is left out", self.path, number
                 )
 
 
-def _is_whole(record: Any) -> bool:
-    """Whether a line is a record as it was written; takes its checksum out."""
+def _whole(line: bytes) -> dict[str, Any] | None:
+    """The record of a line, without its checksum; None where it is not as it was written."""
+    try:
+        record = json.loads(line)
+    # what was cut, or is no text, or is nested too deeply
+    except (ValueError, RecursionError):
+        return None
     if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("about", "task")):
-        return False
+        return None
     digest = record.pop("checksum", None)
-    return digest in (None, json_checksum(record))
+    return record if digest in (None, json_checksum(record)) else None
