@@ -48,4 +48,4 @@ def test_the_fuzzing_that_is_reported_was_of_these_readers() -> None:
     waiting = [name for name in names if cases(readers.get(name, {})) < 10_000]
     assert ("Not all of theirs have had" in PAGE) == bool(waiting)
     if waiting:
-        assert f"Not all of theirs have had so far: {', '.join(waiting)}." in PAGE
+        assert f"Not all of theirs have had so far: {'; '.join(waiting)}." in PAGE
