@@ -92,9 +92,9 @@ scale: $(VENV)/.dev
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-# Ten thousand damaged copies for every reader of files.
+# Ten thousand damaged copies for every reader of files; with MISSING=1 for those that have not had them.
 fuzz: $(VENV)/.dev
-	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m fuzz.run --cases 10000 --out docs/results/fuzz.json
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m fuzz.run --cases 10000 $(if $(MISSING),--missing) --out docs/results/fuzz.json
 
 # The whole pipeline on three hosts, which are namespaces of this machine: root on Debian. Ten minutes.
 hosts: $(VENV)/.dev

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from trace_dist.config import LaunchConfig
-from trace_dist.launching import launch_command, shown_launch
+from trace_dist.launching import checks, launch_command, shown_launch
 from trace_dist.launching.commands import first_node, starts
 from trace_dist.launching.environment import forwarded
 from trace_dist.launching.hosts import Host, hosts_of, read_hostfile
@@ -37,6 +37,7 @@ def hostfile(tmp_path: Path) -> Callable[[str], str]:
         ("node-1 slots=0", "line 1 is 'node-1 slots=0'"),
         ("-oProxyCommand=x slots=1", "line 1 is '-oProxyCommand=x slots=1'"),
         ("a slots=1\na slots=2", "a is there twice"),
+        (f"a slots={'9' * 5000}", "line 1 is 'a slots=9"),
     ],
 )
 def test_hostfiles_that_make_no_sense(text: str, complaint: str, hostfile: Callable[[str], str]) -> None:
@@ -134,6 +135,8 @@ def test_slurm(tmp_path: Path) -> None:
     (start,) = starts(launch, "trace_dist", ["train"], {**inside, "SLURM_CPUS_PER_TASK": "8"}, tmp_path)
     assert "--cpus-per-task=8" in start.command
     assert first_node({}) == HERE
+    with pytest.raises(ValueError, match=r"^SLURM_JOB_NODELIST='node-\[3-4\]': .* put scontrol on the PATH"):
+        first_node({"SLURM_JOB_NODELIST": "node-[3-4]"})
     with pytest.raises(ValueError, match=r"^launch\.hostfile='h': launcher slurm reads none"):
         LaunchConfig("slurm", 2, "h")
 
@@ -178,3 +181,30 @@ def test_an_interface_that_is_not_clear_is_asked_for(monkeypatch: pytest.MonkeyP
     launched(monkeypatch, {"10.0.0.1": "ib0", "192.168.0.1": "eth0"}, local="2")
     network.choose_interface()  # all ranks are here
     assert network.GLOO not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("says", "problem"),
+    [
+        ("echo welcome to this cluster", "far: says 'welcome to this cluster' where it should answer"),
+        ("echo 70000; echo []", "far: says '70000"),
+        ("echo; echo lost >&2; exit 3", "far: cannot start anything there (lost)"),
+        ("exit 255", "far: cannot start anything there (no word); `ssh far true` must work"),
+        ("exec sleep 1000", "far: has not answered within 0.1 s; log in with `ssh far`"),
+    ],
+)
+def test_a_host_that_does_not_answer_as_it_should(
+    says: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is it waited for where it says nothing at all."""
+    (tmp_path / "ssh").write_text(f"#!/bin/sh\n{says}\n")
+    (tmp_path / "ssh").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    monkeypatch.setenv("PATH", path)
+    monkeypatch.setattr(Host, "is_here", False)
+    if "sleep" in says:
+        monkeypatch.setattr(checks, "ANSWER_SECONDS", 0.1)
+    found = checks.check_hosts([Host("far", 1)], str(tmp_path), [], dict(os.environ))
+    assert found.lines == []
+    (said,) = found.problems
+    assert said.startswith(problem)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from fuzz.readers import READERS
+from fuzz.run import cases
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
@@ -40,8 +41,11 @@ def test_every_promise_has_a_test_that_is_there(promise: str, tests: str) -> Non
 
 def test_the_fuzzing_that_is_reported_was_of_these_readers() -> None:
     found = json.loads((ROOT / "docs" / "results" / "fuzz.json").read_text())
-    assert list(found["readers"]) == [reader.name for reader in READERS]
-    assert f"each of {len(READERS)} readers" in PAGE
-    for name, counts in found["readers"].items():
-        assert counts.get("read", 0) + counts["refused"] >= 10_000, name
-        assert counts["failures"] == [], name
+    names, readers = [reader.name for reader in READERS], found["readers"]
+    assert list(readers) == [name for name in names if name in readers]
+    assert f"each of {len(names)} readers" in PAGE
+    assert [name for name, counts in readers.items() if counts["failures"]] == []
+    waiting = [name for name in names if cases(readers.get(name, {})) < 10_000]
+    assert ("Not all of theirs have had" in PAGE) == bool(waiting)
+    if waiting:
+        assert f"Not all of theirs have had so far: {'; '.join(waiting)}." in PAGE

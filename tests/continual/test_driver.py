@@ -92,7 +92,14 @@ def test_a_method_with_a_result_is_kept(whole: RunConfig) -> None:
     assert RunFolder.of(whole.run_dir).method("retrieved").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("text", ["", '{"R": [[', "[]", "{}", '{"R": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", '{"R": [[', "[]", "{}", '{"R": 3}'),
+        '{"R": [], "general_names": [], "just_trained": [], "measured": {"date": 3}}',
+        '{"R": [NaN], "general_names": [], "just_trained": [], "measured": {}}',
+    ],
+)
 def test_a_damaged_result_is_refused_where_it_would_be_kept(
     whole: RunConfig, text: str, tmp_path: Path
 ) -> None:

@@ -230,3 +230,8 @@ def test_a_system_turn_that_a_template_refuses_is_one_line() -> None:
     )
     with pytest.raises(ValueError, match=r"cannot be rendered for system and user turns.*no system"):
         encode_prompt([[{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]], tokenizer)
+    odd = char_tokenizer(
+        "{% if messages[0].role != 'user' %}{{ raise_exception('who?') }}{% endif %}{{ messages[-1].content }}"
+    )
+    with pytest.raises(ValueError, match=r"cannot be rendered for a b turns \(TemplateError: who\?\)"):
+        encode_prompt([[{"role": "a\nb", "content": "u"}]], odd)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -113,3 +115,21 @@ def test_what_is_no_image_is_one_line(prompt: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         picture_of(prompt)
     assert "\n" not in str(caught.value)
+
+
+def test_an_image_that_cannot_be_had_is_one_line() -> None:
+    """One that ends early, one whose header alone says that it has more pixels than memory, and one of no known kind."""
+    whole = png_of(np.zeros((4, 4, 3), np.uint8))
+    # width and height, and the checksum of the chunk that holds them
+    header = whole[12:16] + struct.pack(">II", 9000, 9000) + whole[24:29]
+    bomb = whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:]
+    for raw, reason in (
+        (whole[:40], ""),
+        (bomb, "9000 x 9000 pixels are more than"),
+        (b"x", "cannot identify"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"an image that cannot be read \(.*{reason}.*\); drop or mend it"
+        ) as caught:
+            picture_of(uri_of(raw))
+        assert "\n" not in str(caught.value)

@@ -60,14 +60,17 @@ def test_reasoning_gym_is_asked_once(monkeypatch: pytest.MonkeyPatch, own_cache:
         load_examples(cfg, seed=4)
 
 
-@pytest.mark.parametrize("damage", ["", "[]", '{"examples": ', '{"other": 1}'])
+@pytest.mark.parametrize(
+    "damage", ["", "[]", '{"examples": ', '{"other": 1}', '{"examples": [1]}', "changed"]
+)
 def test_a_damaged_cache_is_generated_again(damage: str, own_cache: Path) -> None:
     cfg = task(reasoning_gym=SPELL)
     first = load_examples(cfg, seed=3)
     kept = list(own_cache.rglob("*.json"))
     assert len(kept) == 2
     for path in kept:
-        path.write_text(damage)
+        text = path.read_text()
+        path.write_text(text.replace("a", "b", 1) if damage == "changed" else damage)
     assert load_examples(cfg, seed=3) == first
 
 

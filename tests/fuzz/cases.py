@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from fuzz.mutate import mutated
-from fuzz.readers import Reader
+from fuzz.reader import Reader
 
 SECONDS = 5.0
 """What one file of a few KiB may take of a core."""

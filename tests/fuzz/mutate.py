@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-Kind = Literal["json", "lines", "tensors", "yaml"]
+Kind = Literal["binary", "json", "lines", "tensors", "text", "yaml"]
 Sign = Callable[[Any], Any]
 """Gives a changed JSON value the checksums that fit, so that what is behind them is reached."""
 
@@ -62,7 +62,15 @@ def mutated(content: bytes, kind: Kind, chosen: Random, sign: Sign | None = None
     """
     if chosen.random() < 0.3:
         return _bytes(content, chosen)
-    return {"json": _json, "lines": _lines, "tensors": _tensors, "yaml": _yaml}[kind](content, chosen, sign)
+    ways = {
+        "binary": _binary,
+        "json": _json,
+        "lines": _lines,
+        "tensors": _tensors,
+        "text": _text,
+        "yaml": _yaml,
+    }
+    return ways[kind](content, chosen, sign)
 
 
 def _bytes(content: bytes, chosen: Random) -> bytes:
@@ -88,6 +96,41 @@ def _flipped(content: bytes, chosen: Random) -> bytes:
     return bytes(changed)
 
 
+NUMBERS = (0, 1, 2, 12, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1)
+
+
+def _binary(content: bytes, chosen: Random, sign: Sign | None) -> bytes:
+    """A number that lies, of 4 or 8 bytes, near the beginning or the end, where such files have what they say of themselves."""
+    size = chosen.choice((4, 8))
+    reach = min(len(content), chosen.choice((64, 2048, 2**20)))
+    place = chosen.randrange(max(reach - size, 0) + 1)
+    if chosen.random() < 0.3:
+        place = max(len(content) - size - place, 0)
+    number = chosen.choice(NUMBERS) % 2 ** (8 * size)
+    return content[:place] + number.to_bytes(size, "little") + content[place + size :]
+
+
+def _text(content: bytes, chosen: Random, sign: Sign | None) -> bytes:
+    """Lines and cells that are gone, doubled, exchanged or of another kind."""
+    lines = content.split(b"\n")
+    place, other = chosen.randrange(len(lines)), chosen.randrange(len(lines))
+    cells = lines[place].split(b",")
+    cell = chosen.randrange(len(cells))
+    word = str(chosen.choice(WRONG[:30])).encode("utf-8", "surrogatepass")
+    ways: tuple[Callable[[], object], ...] = (
+        lambda: lines.pop(place),
+        lambda: lines.insert(other, lines[place]),
+        lambda: lines.__setitem__(slice(None), lines[::-1]),
+        lambda: cells.__setitem__(cell, word),
+        lambda: cells.pop(cell),
+        lambda: cells.insert(cell, chosen.choice((word, b'"', b"\r", b"\0", b'""'))),
+    )
+    chosen.choice(ways)()
+    if place < len(lines):
+        lines[place] = b",".join(cells)
+    return b"\n".join(lines)
+
+
 def _json(content: bytes, chosen: Random, sign: Sign | None) -> bytes:
     value = swapped(json.loads(content), chosen)
     if sign is not None and isinstance(value, dict) and chosen.random() < 0.8:
@@ -102,7 +145,10 @@ def _dumped(value: Any) -> bytes:
 def _lines(content: bytes, chosen: Random, sign: Sign | None) -> bytes:
     lines = content.splitlines()
     place = chosen.randrange(len(lines))
-    lines[place] = _dumped(swapped(json.loads(lines[place]), chosen))
+    value = swapped(json.loads(lines[place]), chosen)
+    if sign is not None and isinstance(value, dict) and chosen.random() < 0.8:
+        value = sign(value)
+    lines[place] = _dumped(value)
     return b"\n".join(lines)
 
 

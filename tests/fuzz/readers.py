@@ -7,10 +7,9 @@ import io
 import json
 from collections.abc import Callable
 from contextlib import redirect_stderr
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -18,7 +17,8 @@ import yaml
 from bank.samples import drawn, small_delta, write_old_bank
 from cli.program import make_config
 from engine.cases import CASES
-from fuzz.mutate import Kind, Sign
+from fuzz import jobs, models, people, requests
+from fuzz.reader import Arguments, Reader, manifest_signed, record_signed, silently, tensors_signed
 from report.samples import make_results
 from rich.console import Console
 from torch import nn
@@ -57,7 +57,7 @@ from trace_dist.run_folder import BankFolder
 from trace_dist.stages.stage import read_timings
 from trace_dist.train.loop import TrainResult
 from trace_dist.utils.files import write_json
-from trace_dist.utils.sealed import json_checksum, write_record
+from trace_dist.utils.sealed import write_record
 
 LAYOUTS = {
     "whole": UnitLayout((6, 8), 4),
@@ -65,68 +65,6 @@ LAYOUTS = {
     "columns": UnitLayout((6, 8), 6, 8),
 }
 SCORES = {name: torch.rand(layout.num_units) for name, layout in LAYOUTS.items()}
-
-
-@dataclass(frozen=True)
-class Reader:
-    """One reader.
-
-    Attributes:
-        name: for counts.
-        kind: of the file.
-        make: writes a whole file (and what belongs to it) into an empty folder, and says which one is damaged.
-        read: reads it and uses what it read.
-        sign: gives changed content the checksums that fit.
-    """
-
-    name: str
-    kind: Kind
-    make: Callable[[Path], Path]
-    read: Callable[[Path], object]
-    sign: Sign | None = None
-
-
-def record_signed(value: dict[str, Any]) -> dict[str, Any]:
-    """A sealed JSON object."""
-    rest = {key: part for key, part in value.items() if key != "checksum"}
-    return {**rest, "checksum": json_checksum(rest)}
-
-
-def manifest_signed(value: dict[str, Any]) -> dict[str, Any]:
-    """A manifest of a checkpoint."""
-    rest = {key: part for key, part in value.items() if key != "sha256"}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
-    return {**rest, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def tensors_signed(parts: tuple[dict[str, Any], dict[str, Any], bytes]) -> dict[str, Any]:
-    """The header of a sealed tensor file, from it, the file's outer header, and the data."""
-    inner, outer, data = parts
-    digest = hashlib.sha256()
-    try:
-        for name in sorted(name for name in outer if name != "__metadata__"):
-            begin, end = outer[name]["data_offsets"]
-            dtype = {"F32": "float32", "I64": "int64", "I32": "int32", "U8": "uint8", "I16": "int16"}
-            digest.update(f"{name} torch.{dtype.get(outer[name]['dtype'])} ".encode() + data[begin:end])
-    except (KeyError, TypeError, ValueError):
-        return inner
-    inner = {key: value for key, value in inner.items() if key != "header_checksum"}
-    inner |= {"checksum": digest.hexdigest()} if "checksum" in inner else {}
-    return {**inner, "header_checksum": json_checksum(inner)}
-
-
-def silently(work: Callable[[], object]) -> None:
-    """Whatever is printed goes nowhere."""
-    from contextlib import redirect_stdout
-
-    with redirect_stdout(io.StringIO()):
-        work()
-
-
-class Arguments(dict[str, Any]):
-    """Parsed arguments."""
-
-    __getattr__ = dict.__getitem__
 
 
 # ---- configuration, data
@@ -447,4 +385,8 @@ READERS = (
     Reader("index of a model", "json", make_model("model.safetensors.index.json"), read_model),
     Reader("config of a model", "json", make_model("config.json"), read_model),
     Reader("weights of a model", "tensors", make_model("*.safetensors"), read_model),
+    *people.READERS,
+    *jobs.READERS,
+    *models.READERS,
+    *requests.READERS,
 )  # fmt: skip

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from fuzz.cases import fuzz
-from fuzz.readers import READERS, Reader
+from fuzz.reader import Reader
+from fuzz.readers import READERS
 
 CASES = 20
 
@@ -14,4 +15,4 @@ def test_damage_is_refused_in_one_line_or_harmless(reader: Reader) -> None:
     found = fuzz(reader, 0, CASES)
     assert found["failures"] == []
     assert found.get("read", 0) + found.get("refused", 0) == CASES
-    assert found["refused"] > 0
+    assert reader.leaves_out or found["refused"] > 0

@@ -67,9 +67,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(root: Path, command: list[str], **changes: str) -> subprocess.CompletedProcess[str]:
+def run(root: Path, command: list[str], timeout: float = TIMEOUT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, cwd=root, env=environment(**changes), capture_output=True, text=True, timeout=TIMEOUT
+        command, cwd=root, env=environment(), capture_output=True, text=True, timeout=timeout
     )
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import struct
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fuzz.models import make_gguf
 
 from trace_dist.models.gguf import convert_gguf, find_gguf
 from trace_dist.models.loading import load_model, load_tokenizer
@@ -80,3 +82,36 @@ def test_a_corrupt_file_is_an_error_and_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="cannot be read as GGUF"):
         convert_gguf(str(tmp_path / "bad.gguf"), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["bad.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("place", "code", "number", "reason"),
+    [
+        (8, "<Q", 2**40, "it says that it has 1099511627776 tensors"),
+        (16, "<Q", 2**40, "it says that it has 1099511627776 facts"),
+        (
+            b"llama.block_count",
+            "<I",
+            2**31,
+            "llama.block_count is 2147483648, and none of its 12 tensors is so large",
+        ),
+        (b"llama.embedding_length", "<I", 2**20, "llama.embedding_length is 1048576"),
+        (b"tokenizer.ggml.token_type", "<Q", 2**40, "it says that it has 1099511627776 (texts|numbers)"),
+    ],
+)
+def test_counts_that_lie_are_refused_before_anything_is_made_of_them(
+    place: int | bytes, code: str, number: int, reason: str, tmp_path: Path
+) -> None:
+    """A count of what is not there made the libraries loop, or build as many layers."""
+    path = make_gguf(tmp_path)
+    content = bytearray(path.read_bytes())
+    if isinstance(place, bytes):
+        # a name, the type of the value, and the value; of a list, the type of its entries too
+        place = content.index(place) + len(place) + (8 if place.startswith(b"tokenizer") else 4)
+    struct.pack_into(code, content, place, number)
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=rf"cannot be read as GGUF \(ValueError: .*{reason}.*\); fetch it again"
+    ):
+        convert_gguf(str(path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from trace_dist.models.fingerprint import fingerprint
 from trace_dist.models.loading import load_model, load_tokenizer
+from trace_dist.models.tokenizer import char_tokenizer
 from trace_dist.models.weight_files import INDEX, WEIGHTS, open_weights, resolve
 
 SHAPES = [(), (1,), (7,), (5, 3), (1, 9), (3, 4, 5), (2, 3, 1, 4)]
@@ -102,6 +103,35 @@ def test_a_parameter_that_is_not_stored_is_an_error(make_model, tmp_path):
 def test_a_folder_without_tokenizer_is_an_error(saved):
     with pytest.raises(ValueError, match="no readable tokenizer"):
         load_tokenizer(saved("llama"))
+
+
+def test_layers_without_end_are_refused_before_they_are_built(saved):
+    folder = saved("llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2**31}))
+    for read in (load_model, lambda path: load_model(path, quantize="nf4")):
+        with pytest.raises(
+            ValueError, match=r"no readable config \(ValueError: num_hidden_layers=2147483648 is more than"
+        ):
+            read(folder)
+
+
+def test_settings_that_make_no_sense_are_one_line(saved):
+    """They are looked at when a text is first read, and when weights are loaded in shards."""
+    folder = saved("llama")
+    char_tokenizer({"t": ["say ab"]}, ["ab"]).save_pretrained(folder)
+    load_tokenizer(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": "x"}))
+    with pytest.raises(
+        ValueError, match=r"^model\.path=.*: no readable tokenizer \(TypeError: .*\); save one there"
+    ):
+        load_tokenizer(folder)
+    (folder / "generation_config.json").write_text('{"do_sample": [')
+    with pytest.raises(
+        ValueError, match=r"generation_config\.json: cannot be read .*; mend it, or delete it"
+    ):
+        load_model(folder, quantize="nf4")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

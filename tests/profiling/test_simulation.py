@@ -121,6 +121,9 @@ def test_a_gpu_of_ones_own(tmp_path: Path) -> None:
     assert own.host_us == load_gpu("h100").host_us
 
 
+BOMB = "k0: &k0 [a, b]\n" + "".join(f"k{i}: &k{i} [{', '.join([f'*k{i - 1}'] * 9)}]\n" for i in range(1, 30))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -129,7 +132,10 @@ def test_a_gpu_of_ones_own(tmp_path: Path) -> None:
         ("name: mine\nmemory_gib: fast\n", "memory_gib='fast': must be a positive number"),
         ("name: mine\nmatmul_share: 2\n", "matmul_share=2: is a share"),
         ("- 3", "must be keys and values"),
-        ("a: b: c", "no YAML"),
+        ("a: b: c", "cannot be read as YAML"),
+        ("name: 2026-99-99", "cannot be read as YAML"),
+        (f"name: mine\nmemory_gib: 1{400 * '0'}\n", "memory_gib=10.*: must be a positive number"),
+        (BOMB, "once its aliases are written out"),
     ],
 )
 def test_a_file_that_makes_no_sense(text: str, message: str, tmp_path: Path) -> None:

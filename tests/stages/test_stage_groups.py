@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import yaml
 
+from trace_dist.cli.parser import parse, run_config
 from trace_dist.config import (
     ContinualConfig,
     LaunchConfig,
@@ -60,6 +63,18 @@ def test_methods_on_ranks_share_a_launch_and_the_others_run_alone(tmp_path: Path
     assert states.launched
     assert not any(stage.launched for stage in alone)
     assert all(stage.arguments[-len(ALONE) :] == ALONE for stage in alone)
+
+
+def test_a_stage_that_runs_alone_forgets_the_hosts_of_the_others(tmp_path: Path) -> None:
+    """Its command line is one that the command takes."""
+    launch = LaunchConfig("torchrun", num_ranks=2, hostfile=str(tmp_path / "hosts"))
+    cfg = make(tmp_path, launch=launch)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(asdict(cfg)))))
+    stage = stage_groups(cfg)[0][0]
+    assert stage.name.startswith("base")
+    command, *rest = stage.arguments
+    given = run_config(parse([command, "--config", str(tmp_path / "run.yaml"), *rest])[command])
+    assert given.launch == replace(launch, launcher="none", num_ranks=1, hostfile=None)
 
 
 def test_without_methods_on_ranks_masks_are_projected_by_a_stage_of_its_own(tmp_path: Path) -> None:

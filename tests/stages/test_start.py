@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -70,13 +71,26 @@ def test_how_a_run_is_carried_out_may_differ(cfg: RunConfig) -> None:
     assert stored(cfg)["backend"] == "zero3"
 
 
-def test_a_damaged_configuration_is_one_line(cfg: RunConfig) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda kept: "{{{", "cannot be read .*; restore it or delete the run folder"),
+        (
+            lambda kept: f"{kept}\nwhen: 2026-99-99\n",
+            "cannot be read .*; restore it or delete the run folder",
+        ),
+        (lambda kept: f"{kept}\n1: 2\nx: 3\n", "corrupt configuration file"),
+    ],
+)
+def test_a_damaged_configuration_is_one_line(
+    change: Callable[[str], str], message: str, cfg: RunConfig
+) -> None:
     start(cfg, "base")
-    (Path(cfg.run_dir) / "config.yaml").write_text("{{{")
-    with pytest.raises(
-        ValueError, match=r"config\.yaml: cannot be read .*; restore it or delete the run folder"
-    ):
+    path = Path(cfg.run_dir) / "config.yaml"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ValueError, match=rf"config\.yaml: {message}") as caught:
         start(cfg, "base")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture

@@ -107,6 +107,27 @@ def test_a_study_that_was_cut_goes_on(tmp_path: Path) -> None:
     assert isinstance(first[-1], Train)
 
 
+def test_a_record_that_was_changed_is_left_out_and_its_work_done_again(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "records.jsonl", {"one": "a", "two": "b"})
+    for task in ("one", "two"):
+        journal.append({"kind": "base", "task": task, "tokens": [1]})
+    first, second = journal.path.read_bytes().splitlines(keepends=True)
+    for line in (
+        second.replace(b"[1]", b"[7]"),
+        b"\xff" + second,
+        b"[" * 5000,
+        second.replace(b'"two"', b"[2]"),
+    ):
+        journal.path.write_bytes(first + line)
+        assert list(journal.read().bases) == ["one"]
+    # As an earlier release wrote them; one that lacks something is named with its file.
+    journal.path.write_text('{"about": "b", "task": "two", "kind": "base", "tokens": [2]}\n')
+    assert list(journal.read().bases) == ["two"]
+    journal.path.write_text('{"about": "b", "task": "two", "kind": "trial"}\n')
+    with pytest.raises(ValueError, match=r"records\.jsonl: corrupt study file"):
+        journal.read()
+
+
 def test_wrong_values_are_named() -> None:
     with pytest.raises(ValueError, match=r"study.stages.arms='guess'"):
         StageConfig(["guess"], [0.1])

@@ -142,6 +142,10 @@ def test_tasks_of_a_job_are_known_to_its_shell_alone(monkeypatch) -> None:
         ({"RANK": 2, "WORLD_SIZE": 2}, r"^RANK=2: must be below WORLD_SIZE=2"),
         ({"RANK": 0, "WORLD_SIZE": 2}, r"^WORLD_SIZE=2: MASTER_ADDR is not set; set it"),
         ({"RANK": "x", "WORLD_SIZE": 2}, r"^RANK='x': must be a number"),
+        ({"RANK": 0, "WORLD_SIZE": "9" * 5000}, r"^WORLD_SIZE='9{60,80}: must be a number"),
+        ({"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": "x"}, r"^LOCAL_RANK='x': must be a number"),
+        ({"RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": "ssh"}, r"^MASTER_PORT='ssh': must be a number"),
+        (srun(1, 2, 1) | {"SLURM_LOCALID": "one"}, r"^SLURM_LOCALID='one': must be a number"),
         (
             launcher("OMPI", 1, 2, 2) | {"RANK": 0, "WORLD_SIZE": 1},
             r"^OMPI_COMM_WORLD_SIZE=2: mpirun started 2 processes, but WORLD_SIZE=1 .*; unset RANK",

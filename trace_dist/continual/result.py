@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,12 +26,24 @@ def read_result(path: Path) -> dict[str, Any]:
         ValueError: missing or damaged.
     """
     result = read_json(path)
+    if problem := _problem(result):
+        raise ValueError(f"{path}: damaged ({problem}); delete it and start `trace-dist continual` again")
+    return result  # type: ignore[no-any-return]
+
+
+def _problem(result: Any) -> str | None:
+    """What no result is like."""
     for part, kind in PARTS.items():
         if not isinstance(result, dict) or not isinstance(result.get(part), kind):
-            raise ValueError(
-                f"{path}: damaged ({part} is missing or no {kind.__name__}); delete it and start `trace-dist continual` again"
-            )
-    return result  # type: ignore[no-any-return]
+            return f"{part} is missing or no {kind.__name__}"
+    for part in ("date", "commit"):
+        if not isinstance(result["measured"].get(part), str | None):
+            return f"measured.{part} is no text"
+    try:
+        json.dumps(result, allow_nan=False)
+    except ValueError:
+        return "a number is infinite or NaN"
+    return None
 
 
 def result_of(method: Method, progress: Progress) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from trace_dist.config import TaskConfig
 from trace_dist.data.cache import cached
 from trace_dist.data.examples import Example
-from trace_dist.utils.files import read_json, write_json
+from trace_dist.utils.sealed import read_record, write_record
 
 
 def derived_seed(seed: int, purpose: str) -> int:
@@ -50,11 +50,11 @@ def _split(field: str, dataset: str, options: dict[str, Any], size: int, seed: i
         package = "none"
     parts = json.dumps([package, dataset, options, size, seed], sort_keys=True, default=str)
     path = cached(hashlib.sha256(parts.encode()).hexdigest()[:32], ".json")
-    with suppress(ValueError, LookupError, TypeError):  # not there, or damaged
-        kept: list[Example] = read_json(path)["examples"]
+    with suppress(ValueError, LookupError):  # not there, or damaged
+        kept: list[Example] = read_record(path, "delete it")["examples"]
         return kept
     examples = _generate(field, dataset, options, size, seed)
-    write_json(path, {"made from": parts, "examples": examples})
+    write_record(path, {"made from": parts, "examples": examples})
     return examples
 
 

@@ -7,7 +7,6 @@ A prompt that is an image is a text like any other to whatever splits, counts, c
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 
 _KINDS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp"}
 _SCHEME, _CODED = "data:image/", ";base64,"
+MOST_PIXELS = 2**26
+"""Of one image: a file of some KiB can say that it has any number of them, and every one takes three bytes."""
 
 
 def stored_uri(value: Mapping[str, Any] | None) -> str | None:
@@ -44,7 +45,7 @@ def picture_of(prompt: Any) -> Any:
     """The image of a prompt: a PIL image in RGB.
 
     Raises:
-        ValueError: the prompt is no data URI of an image, or the image cannot be read.
+        ValueError: the prompt is no data URI of an image, or the image cannot be read or has more than ``MOST_PIXELS``.
     """
     from PIL import Image  # needed for images alone
 
@@ -53,9 +54,13 @@ def picture_of(prompt: Any) -> Any:
             f"prompt {str(prompt)[:40]!r}: is no image; give a column of images (tasks.prompt_field), or set data.modality: text"
         )
     try:
-        raw = base64.b64decode(prompt.partition(_CODED)[2], validate=True)
-        return Image.open(io.BytesIO(raw)).convert("RGB")
-    except (binascii.Error, OSError, SyntaxError) as error:
+        image = Image.open(io.BytesIO(base64.b64decode(prompt.partition(_CODED)[2], validate=True)))
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS}")
+        return image.convert("RGB")
+    # Every format is read by code of its own, which raises what the bytes make it raise.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(
-            f"prompt {prompt[:40]!r}: an image that cannot be read ({error}); drop or mend it"
+            f"prompt {prompt[:40]!r}: an image that cannot be read ({reason}); drop or mend it"
         ) from error

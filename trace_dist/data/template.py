@@ -221,9 +221,9 @@ def _render(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, *, add_genera
         line = getattr(error, "lineno", None)
         where = f"line {line}: " if line else ""
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        roles = " and ".join(dict.fromkeys(turn["role"] for turn in turns))
+        roles = " and ".join(dict.fromkeys(" ".join(str(turn["role"]).split()) for turn in turns))
         raise ValueError(
-            f"{_name(tokenizer)}: it cannot be rendered for {roles} turns ({where}{reason}); {_CURE}"
+            f"{_name(tokenizer)}: it cannot be rendered for {roles:.200} turns ({where}{reason}); {_CURE}"
         ) from error
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -18,11 +20,13 @@ from typing import Any
 
 from trace_dist.launching.commands import ssh
 from trace_dist.launching.environment import forwarded
+from trace_dist.launching.host_facts import KEYS
 from trace_dist.launching.hosts import Host
 from trace_dist.utils.network import GLOO
 
 LEAST_GIB = 1.0
 ANSWER_SECONDS = 60
+_PORT = re.compile("[0-9]{1,5}")
 Answer = dict[str, Any]
 
 
@@ -103,17 +107,27 @@ def _ask(host: Host, request: Answer, environment: Mapping[str, str]) -> Answer 
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    with suppress(BrokenPipeError):
-        process.stdin.write(json.dumps(asked))
-        process.stdin.close()
-    port = process.stdout.readline()
-    knocked = port.strip().isdecimal() and _knock("127.0.0.1" if host.is_here else host.name, int(port))
-    process.stdin = None
-    try:
-        said, complaint = process.communicate(timeout=ANSWER_SECONDS)
-    except subprocess.TimeoutExpired:
+    late: list[bool] = []
+
+    def give_up() -> None:
+        late.append(True)
         process.kill()
-        process.communicate()
+
+    # Also where it says nothing at all: a line is waited for as long as it takes.
+    timer = threading.Timer(ANSWER_SECONDS, give_up)
+    timer.start()
+    try:
+        with suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(asked))
+            process.stdin.close()
+        port = process.stdout.readline().strip()
+        at = "127.0.0.1" if host.is_here else host.name
+        knocked = bool(_PORT.fullmatch(port)) and _knock(at, int(port))
+        process.stdin = None
+        said, complaint = process.communicate()
+    finally:
+        timer.cancel()
+    if late:
         return (
             f"has not answered within {ANSWER_SECONDS} s; log in with `ssh {host.name}` to see what it does"
         )
@@ -123,11 +137,20 @@ def _ask(host: Host, request: Answer, environment: Mapping[str, str]) -> Answer 
         if process.returncode == 255:
             how = f"`ssh {host.name} true` must work without a question"
         return f"cannot start anything there ({last}); {how}"
-    return {**json.loads(said), "knocked": knocked}
+    try:
+        answer = json.loads(said)
+    except (ValueError, RecursionError):
+        answer = None
+    if not isinstance(answer, dict) or not answer.keys() >= KEYS:
+        return (
+            f"says {(port + said)[:80]!r} where it should answer; let its shell print nothing when it is no terminal "
+            f"(`ssh {host.name} true` must be silent), and have the same checkout there"
+        )
+    return {**answer, "knocked": knocked}
 
 
 def _knock(address: str, port: int) -> bool:
-    with suppress(OSError):
+    with suppress(OSError, OverflowError):
         socket.create_connection((address, port), timeout=5).close()
         return True
     return False

@@ -237,10 +237,20 @@ def first_node(environment: Mapping[str, str]) -> str:
     """The host of a Slurm job's first rank."""
     nodes = environment.get("SLURM_JOB_NODELIST", "")
     if "[" in nodes:
-        shown = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
-        )
-        nodes = shown.stdout.split()[0]
+        try:
+            shown = subprocess.run(
+                ["scontrol", "show", "hostnames", nodes],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=60,
+            )
+            nodes = shown.stdout.split()[0]
+        except (OSError, subprocess.SubprocessError, IndexError) as error:
+            raise ValueError(
+                f"SLURM_JOB_NODELIST={nodes!r:.80}: `scontrol show hostnames` does not say what its first host is "
+                f"({error}); put scontrol on the PATH"
+            ) from None
     return nodes.partition(",")[0] or socket.gethostname()
 
 

@@ -79,7 +79,7 @@ def followed(pid: int) -> dict[str, str]:
 
 def run_process() -> tuple[int, str] | None:
     """The process that this one follows, and its host; None where there is none."""
-    if RUN_PID not in os.environ:
+    if not os.environ.get(RUN_PID, "").isdecimal():
         return None
     return int(os.environ[RUN_PID]), os.environ.get(RUN_HOST, socket.gethostname())
 

@@ -29,6 +29,13 @@ WHOLE_BYTES = 2**26
 """Larger files are compared by their size, their first and their last bytes."""
 END_BYTES = 2**20
 GPUS = "/proc/driver/nvidia/gpus/*"
+KEYS = frozenset(
+    {
+        *("hostname", "addresses", "interfaces", "named_interfaces", "reaches", "python", "packages", "code"),
+        *("free_gib", "shared", "gpus", "ninja", "files", "heard"),
+    }
+)
+"""What an answer has."""
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from trace_dist.config import LaunchConfig
 from trace_dist.utils import network
 
-_LINE = re.compile(r"^(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)\s+slots=(?P<slots>[1-9]\d*)$")
+_LINE = re.compile(r"^(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)\s+slots=(?P<slots>[1-9][0-9]{0,5})$")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ def read_hostfile(path: str | Path) -> list[Host]:
     field = f"launch.hostfile={str(path)!r}"
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    # ValueError: it is no text, or the path cannot be one.
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{field}: cannot be read ({error}); name a file with a line `NAME slots=RANKS` per host"
         ) from None

@@ -34,6 +34,7 @@ from trace_dist.models.roles import full_shape
 from trace_dist.models.vit import HEAD
 from trace_dist.models.weight_files import resolve
 from trace_dist.utils.devices import sent
+from trace_dist.utils.files import MALFORMED
 
 keeps_prompts = False
 QUARTERS = 2
@@ -88,7 +89,15 @@ def load_reader(path: str | Path) -> ImageReader:
         raise ValueError(
             f"{what}: no readable image processor ({cause(error)}); save one there, or set data.modality: text"
         ) from error
-    classes = {str(name): int(row) for name, row in (read_config(folder, what).label2id or {}).items()}
+    config = read_config(folder, what)
+    try:
+        classes = {str(name): int(row) for name, row in (config.label2id or {}).items()}
+        if not classes or sorted(classes.values()) != list(range(len(classes))):
+            raise ValueError("a row of the head for each class, from 0 on")
+    except MALFORMED as error:
+        raise ValueError(
+            f"{what}: label2id in its config names no classes ({cause(error)}); mend it"
+        ) from None
     return ImageReader(processor, classes)
 
 

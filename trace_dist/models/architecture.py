@@ -12,6 +12,8 @@ from trace_dist.models.trust import is_trusted
 
 _FACTORIES = {"ForImageClassification": AutoModelForImageClassification}
 """End of an architecture's name -> what makes its models; all others are causal LMs."""
+MOST_LAYERS = 2000
+"""Of a model: a damaged config can say any number, and each becomes modules before a weight is looked for."""
 
 
 def read_config(source: str | Path, what: str) -> Any:
@@ -25,7 +27,12 @@ def read_config(source: str | Path, what: str) -> Any:
         ValueError: there is none, or it is not valid.
     """
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=is_trusted(source))
+        config = AutoConfig.from_pretrained(source, trust_remote_code=is_trusted(source))
+        for part in (config, config.get_text_config()):
+            layers = getattr(part, "num_hidden_layers", None)
+            if isinstance(layers, int) and layers > MOST_LAYERS:
+                raise ValueError(f"num_hidden_layers={layers} is more than {MOST_LAYERS}")
+        return config
     # Hundreds of families check their configs, each in its own way.
     except Exception as error:
         raise ValueError(f"{what}: no readable config ({cause(error)}); restore its config.json") from error

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from trace_dist.models.architecture import cause
+from trace_dist.models.gguf_layout import check_gguf
 from trace_dist.utils.files import atomic_folder
 
 _PACKAGE = "package:"
@@ -66,6 +67,7 @@ def convert_gguf(source: str, out: Path) -> None:
         raise ValueError(f"model.gguf={source!r}: reading it needs the gguf package; `pip install gguf`")
     with atomic_folder(out) as folder:
         try:
+            check_gguf(file)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             model: Any = AutoModelForCausalLM.from_pretrained(
                 file.parent,

@@ -41,6 +41,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     folder = resolve(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=is_trusted(folder))
+        # some of its settings are looked at only now
+        tokenizer("a")
     # Tokenizer files are read by several libraries.
     except Exception as error:
         what = f"model.path={str(path)!r}"
@@ -164,12 +166,23 @@ def _load_in_shards(
             quantize_nf4(model)
         give_storage(model)
         fill(model, files, pieces, slot)
-    return _ready(model, folder)
+    return with_generation(model, folder)
 
 
-def _ready(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+def with_generation(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model, in evaluation mode, with the settings of generation that lie beside it.
+
+    Raises:
+        ValueError: they make no sense.
+    """
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        # It checks what its fields say of each other.
+        except Exception as error:
+            raise ValueError(
+                f"{folder / 'generation_config.json'}: cannot be read ({cause(error)}); mend it, or delete it for the defaults"
+            ) from error
     return model.eval()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,8 @@ from trace_dist.parts import METHODS
 from trace_dist.report import render_png, write_report
 from trace_dist.stages.stage import read_timings
 from trace_dist.utils.env import meta_info
-from trace_dist.utils.files import read_json, write_json
+from trace_dist.utils.files import read_json, reading, write_json
+from trace_dist.utils.sealed import read_record
 
 ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "embed", "head", "norm", "bias", "other")
 
@@ -54,10 +56,11 @@ def collect_results(cfg: RunConfig) -> dict[str, Any]:
         if key in methods.get("retrieved", {}):
             results[key] = methods["retrieved"][key]
     parts = {"specificity": folder.specificity, "memory": folder.memory, "baselines": folder.tasks}
-    results |= {key: read_json(path) for key, path in parts.items() if path.is_file()}
+    results |= {key: _part(path) for key, path in parts.items() if path.is_file()}
     if folder.density.is_file():
-        found = read_json(folder.density)
-        results["density"] = {key: found[key] for key in ("density", "margin", "tried")}
+        found = read_record(folder.density, "delete it to let the densities race again", bare=True)
+        with reading(folder.density, "density"):
+            results["density"] = {key: found[key] for key in ("density", "margin", "tried")}
     results["masks"] = {
         "proxy": _densities((name, folder.proxy_mask(name)) for name in names),
         "target": _densities((name, folder.mask(name)) for name in names),
@@ -78,6 +81,18 @@ def collect_results(cfg: RunConfig) -> dict[str, Any]:
         "backend": cfg.backend,
     }
     return results | {"meta_info": meta_info(), "config": asdict(cfg)}
+
+
+def _part(path: Path) -> Any:
+    """What a stage has left for the report.
+
+    Raises:
+        ValueError: it is damaged, or holds a number that no JSON holds.
+    """
+    value = read_json(path)
+    with reading(path, "results"):
+        json.dumps(value, allow_nan=False)
+    return value
 
 
 def _methods(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,10 @@ from typing import Any
 
 from trace_dist.utils.files import read_json, reading
 
-ALONE = ["--backend", "single", "--launch.launcher", "none", "--launch.num_ranks", "1"]
+ALONE = [
+    *("--backend", "single", "--launch.launcher", "none", "--launch.num_ranks", "1"),
+    *("--launch.hostfile", "null"),
+]
 """Arguments of a command that runs in one process, whatever the configuration says of the others."""
 
 

@@ -20,7 +20,7 @@ from trace_dist.stages.changes import at_home, completed, differing_fields, forb
 from trace_dist.utils import activity, dist
 from trace_dist.utils.agreement import agree
 from trace_dist.utils.env import code_version
-from trace_dist.utils.files import write_text
+from trace_dist.utils.files import reading, write_text
 from trace_dist.utils.heartbeat import Patience
 from trace_dist.utils.imports import importing
 from trace_dist.utils.launch import adopt_launch, job_size
@@ -70,7 +70,7 @@ def start(cfg: RunConfig, command: str, **own: str | None) -> None:
     check_parts(cfg)
     if command in MAKES_MASKS and own.get("mask_file") is None:
         on_main(lambda: _check_masks(cfg))
-    on_main(lambda: _keep_config(cfg, whole_run=command in STARTS_STAGES))
+    on_main(lambda: keep_config(cfg, whole_run=command in STARTS_STAGES))
 
 
 def check_parts(cfg: RunConfig) -> None:
@@ -196,7 +196,7 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, object]]:
         yield prefix, value
 
 
-def _keep_config(cfg: RunConfig, whole_run: bool) -> None:
+def keep_config(cfg: RunConfig, whole_run: bool) -> None:
     """Write ``config.yaml``; a stage leaves one alone that differs in how the run is carried out alone.
 
     Raises:
@@ -207,9 +207,11 @@ def _keep_config(cfg: RunConfig, whole_run: bool) -> None:
     if not path.is_file():
         write_text(path, yaml.safe_dump(present, sort_keys=False))
         return
-    kept = completed(_read_yaml(path), cfg)
-    here = at_home(kept, present, Path(kept["run_dir"]), Path(cfg.run_dir))
-    differing = differing_fields(here, present)
+    kept = _read_yaml(path)
+    with reading(path, "configuration"):
+        kept = completed(kept, cfg)
+        here = at_home(kept, present, Path(kept["run_dir"]), Path(cfg.run_dir))
+        differing = differing_fields(here, present)
     refused = forbidden(cfg, differing)
     if refused:
         results = sorted({result for found in refused.values() for result in found})
@@ -235,7 +237,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         kept = load_yaml(path.read_text(encoding="utf-8"))
         if not isinstance(kept, dict) or not isinstance(kept.get("run_dir"), str):
             raise yaml.YAMLError("it names no run_dir")
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: cannot be read ({reason}); restore it or delete the run folder") from None
     return kept

@@ -1,6 +1,7 @@
 """What a study has done: one JSON record a line, appended when a piece of work has ended.
 
-A process that is killed loses the piece that it was at. A last line that was cut is left out. Records of other settings (another
+A process that is killed loses the piece that it was at. A line that was cut, or changed since (``checksum``, which earlier
+releases did not write), is left out, and its work is done again. Records of other settings (another
 model, other data, other steps) lie beside those of the present ones and are not read.
 """
 
@@ -14,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trace_dist.utils.files import writing
+from trace_dist.utils.files import reading, writing
 from trace_dist.utils.log import get_logger
+from trace_dist.utils.sealed import json_checksum
 
 logger = get_logger(__name__)
 
@@ -78,7 +80,8 @@ class Records:
         if kind == "base":
             self.bases[record["task"]] = dict(record)
         elif kind == "mask":
-            self.masks[record["arm"], record["task"], record["seed"]] = dict(record)
+            made = {**record, "seconds": float(record["seconds"])}
+            self.masks[record["arm"], record["task"], int(record["seed"])] = made
         else:
             trial = _trial(record)
             self.trials.setdefault(trial.cell, {}).setdefault(trial.seed, []).append(trial)
@@ -107,18 +110,19 @@ class Records:
 
 def _trial(record: Mapping[str, Any]) -> Trial:
     validation, right = record["validation"], record["right"]
+    losses, text, density = record["losses"], record["text"], record["density"]
     return Trial(
-        Cell(record["arm"], record["task"], record["density"]),
-        record["seed"],
-        record["lr"],
-        math.inf if validation is None else validation,
-        record["losses"],
+        Cell(str(record["arm"]), record["task"], None if density is None else float(density)),
+        int(record["seed"]),
+        float(record["lr"]),
+        math.inf if validation is None else float(validation),
+        None if losses is None else [float(each) for each in losses],
         None if right is None else [bool(each) for each in right],
-        record["text"],
-        record["entries"],
-        record["train_flops"],
-        record["train_s"],
-        record["seconds"],
+        None if text is None else float(text),
+        int(record["entries"]),
+        float(record["train_flops"]),
+        float(record["train_s"]),
+        float(record["seconds"]),
     )
 
 
@@ -137,8 +141,9 @@ class Journal:
         """All records of the present settings."""
         found, others = Records(), 0
         for record in self._lines():
-            if record.get("about") == self.about.get(record["task"]):
-                found.add(record)
+            if record["about"] == self.about.get(record["task"]):
+                with reading(self.path, "study"):
+                    found.add(record)
             else:
                 others += 1
         if others:
@@ -147,7 +152,8 @@ class Journal:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write a record: in one piece, and it stays."""
-        line = json.dumps({"about": self.about[record["task"]], **record}, allow_nan=False) + "\n"
+        plain = json.loads(json.dumps({"about": self.about[record["task"]], **record}, allow_nan=False))
+        line = json.dumps({**plain, "checksum": json_checksum(plain)}) + "\n"
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             whole = not self.path.is_file() or self.path.read_bytes()[-1:] in (b"", b"\n")
@@ -162,11 +168,26 @@ class Journal:
     def _lines(self) -> Iterator[dict[str, Any]]:
         if not self.path.is_file():
             return
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                record = json.loads(line) if line.strip() else None
-            except ValueError:
-                logger.warning("%s:%d: is no record (it was cut); it is left out", self.path, number)
+        for number, line in enumerate(self.path.read_bytes().split(b"\n"), 1):
+            if not line.strip():
                 continue
-            if isinstance(record, dict) and "task" in record:
+            record = _whole(line)
+            if record is not None:
                 yield record
+            else:
+                logger.warning(
+                    "%s:%d: is no record (it was cut or changed); it is left out", self.path, number
+                )
+
+
+def _whole(line: bytes) -> dict[str, Any] | None:
+    """The record of a line, without its checksum; None where it is not as it was written."""
+    try:
+        record = json.loads(line)
+    # what was cut, or is no text, or is nested too deeply
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("about", "task")):
+        return None
+    digest = record.pop("checksum", None)
+    return record if digest in (None, json_checksum(record)) else None

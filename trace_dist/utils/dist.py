@@ -149,8 +149,10 @@ def _backend() -> str:
 def _timeout(default: int) -> timedelta:
     """How long a collective waits for a rank."""
     minutes = os.environ.get("DEEPSPEED_TIMEOUT", str(default))
-    if not minutes.isdecimal() or int(minutes) < 1:
-        raise ValueError(f"DEEPSPEED_TIMEOUT={minutes!r}: must be a number of minutes; use for example 60")
+    if not minutes.isdecimal() or len(minutes) > 6 or int(minutes) < 1:
+        raise ValueError(
+            f"DEEPSPEED_TIMEOUT={minutes!r:.40}: must be a number of minutes; use for example 60"
+        )
     return timedelta(minutes=int(minutes))
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 DEFAULT_PORT = "29500"
 """torch's own, where nobody names another."""
+LONGEST_NUMBER = 9
+"""Digits of a number of ranks or a port."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def launched_rank() -> int:
     """This process's rank for messages, whatever started it; 0 where nothing says one."""
     names = ["RANK", *(launcher.rank for launcher in LAUNCHERS if launcher.started_us)]
     value = next((os.environ[name] for name in names if name in os.environ), "0")
-    return int(value) if value.isdecimal() else 0
+    return int(value) if value.isdecimal() and len(value) <= LONGEST_NUMBER else 0
 
 
 def is_launched() -> bool:
@@ -104,6 +106,9 @@ def adopt_launch() -> int:
         ValueError: what is said is not enough, or contradicts itself.
     """
     launcher = next((each for each in LAUNCHERS if each.started_us), None)
+    names = ("LOCAL_RANK", "MASTER_PORT", *([] if launcher is None else [launcher.local_rank]))
+    for name in (name for name in names if name in os.environ):
+        _number(name)
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         return _torch_size(launcher)
     if launcher is None:
@@ -176,9 +181,9 @@ def _require(launcher: Launcher, name: str) -> None:
 
 def _number(name: str) -> int:
     value = os.environ[name]
-    if not value.isdecimal():
+    if not (value.isdecimal() and len(value) <= LONGEST_NUMBER):
         raise ValueError(
-            f"{name}={value!r}: must be a number; start with a launcher that sets it, or unset it"
+            f"{name}={value!r:.80}: must be a number; start with a launcher that sets it, or unset it"
         )
     return int(value)
 

@@ -24,8 +24,9 @@ def spans_hosts() -> bool:
     # torchrun and accelerate, DeepSpeed.
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         if os.environ.get(name, "").isdecimal():
-            return int(os.environ[name]) < size
-    return int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) > 1
+            return int(os.environ[name][:9]) < size
+    nodes = os.environ.get("SLURM_STEP_NUM_NODES", "1")
+    return nodes.isdecimal() and int(nodes[:9]) > 1
 
 
 def choose_interface() -> None:

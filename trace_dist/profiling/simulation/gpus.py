@@ -14,7 +14,10 @@ from typing import Any
 
 import yaml
 
+from trace_dist.utils.yaml import load_yaml
+
 FOLDER = Path(__file__).with_name("gpus")
+MOST = 1e300
 _OWN = ("memory_gib", "matmul_tflops", "vector_tflops", "memory_gbps", "node_gbps")
 """What every file gives: no other GPU's number would do."""
 
@@ -94,9 +97,11 @@ def _read(name: str) -> dict[str, Any]:
         cure = f"use one of {', '.join(gpu_names())}, or a YAML file of your own"
         raise ValueError(f"gpu={name!r}: {'no such file' if own else 'unknown'}; {cure}")
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"gpu={name!r}: no YAML ({' '.join(str(error).split())})") from error
+        found = load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"gpu={name!r}: cannot be read as YAML ({' '.join(str(error).split())}); mend it"
+        ) from error
     if not isinstance(found, dict):
         raise ValueError(f"gpu={name!r}: must be keys and values; see {FOLDER / 'h100.yaml'}")
     known = {field.name for field in fields(Gpu)} - {"synchronous"}
@@ -115,8 +120,9 @@ def _read(name: str) -> dict[str, Any]:
 def _sourced(name: str, key: str, given: Any) -> dict[str, Any]:
     """A number with its source; an own file may give the number alone."""
     value = given.get("value") if isinstance(given, dict) else given
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise ValueError(f"gpu={name!r}: {key}={value!r}: must be a positive number; give one")
+    # beyond MOST an int is no float any more
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MOST:
+        raise ValueError(f"gpu={name!r}: {key}={value!r:.80}: must be a positive number; give one")
     if key.endswith("_share") and value > 1:
         raise ValueError(f"gpu={name!r}: {key}={value!r}: is a share; give at most 1")
     return {
