@@ -59,7 +59,7 @@ def test_one_file_makes_a_modality(run: RunConfig, mirrored: str) -> None:
     assert torch.equal(seen[0], seen[1].flip(-1))
     setting = Setting.load(cfg)
     task = setting.bench.tasks[0].task
-    assert 0 <= setting.judge.evaluate(setting.model.module, task) <= 100
+    assert 0 <= setting.judge.evaluate(setting.model.module, task).value <= 100
     assert setting.judge.representations(setting.model, task, 1).shape == (60, 80)
 
 

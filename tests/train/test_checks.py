@@ -65,7 +65,7 @@ def refused(cfg: RunConfig, message: str) -> None:
 
 
 def test_a_run_that_is_possible_is_not_refused(tmp_path: Path, write: Write) -> None:
-    tasks = [write("a", rows(8), rows(2, 50)), write("b", rows(8), rows(2, 50, answer=""))]
+    tasks = [write("a", rows(8), rows(2, 50)), write("b", rows(8), [*rows(1, 50), *rows(1, 60, answer="")])]
     general = [write(name, rows(4), rows(2, 50)) for name in ("g", "h")]
     loaded = Tasks.load(run(tmp_path, *tasks, general=general))
     assert [task.name for task in (*loaded.tasks, *loaded.general)] == ["a", "b", "g", "h"]
