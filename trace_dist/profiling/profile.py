@@ -3,8 +3,12 @@
     trace-dist memory profile --model config.json --backend zero3
     deepspeed --num_gpus 2 --module trace_dist memory profile --model config.json --backend zero3
 
-Nothing is downloaded but a config. Every rank builds the whole model in host memory once, before it is sharded. A training of the
-model's first layer alone runs before, so that what libraries load and keep from their first use is in the baseline.
+Nothing is downloaded but a config. Every rank builds the whole model in host memory once, before it is sharded.
+
+[Note: warm-up] Another training runs before, so that what libraries load and keep from their first use is in the baseline. On a GPU it
+is that of the model's first layer alone. On a CPU resident memory counts Python's objects too, which hooks make by the thousand
+for each layer: there the whole model is trained first, and its storages are emptied by hand, since DeepSpeed holds on to a closed
+model for a while.
 """
 
 from __future__ import annotations
@@ -69,11 +73,12 @@ def run_profile(setup: MemorySetup, steps: int = 4) -> dict[str, Any]:
     estimate = Estimator(setup.model, setup.dtype, setup.quantize)(setup)
     settle_allocator()
     before = _baseline()
-    # Held: DeepSpeed holds on to a closed model for a while, and what it lets go later would be missing in the second one's peak.
-    _, held = _train(_one_layer(load_config(setup.model)), setup, 3, before)
+    config = load_config(setup.model)
+    _, left = _train(config if setup.device == "cpu" else _one_layer(config), setup, 3, before)
+    for tensor in left:
+        tensor.untyped_storage().resize_(0)
     baseline = _baseline()
     measured, _ = _train(load_config(setup.model), setup, steps, baseline)
-    del held
     ranks = dist.gather_objects((measured.states, measured.timeline.peak))
     states, peaks = [sum(found.values()) for found, _ in ranks], [peak for _, peak in ranks]
     return {
@@ -109,7 +114,7 @@ def _baseline() -> int:
 
 
 def _train(config: Any, setup: MemorySetup, steps: int, baseline: int) -> tuple[Measured, list[Tensor]]:
-    """What was seen, and this rank's weights."""
+    """What was seen, and the tensors of this rank's states."""
     torch.manual_seed(0)  # every rank builds the same model
     module = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, setup.dtype))
     if setup.quantize == "nf4":
@@ -148,7 +153,8 @@ def _train(config: Any, setup: MemorySetup, steps: int, baseline: int) -> tuple[
     if not setup.activation_checkpointing:
         between = {"activations": saved.nbytes, **between}
     model.backward(loss)
-    weights = [model.local(name) for name in model.names()]
+    tensors = [tensor for each in optimizer.model_states().values() for tensor in each]
+    tensors += [model.local(name) for name in model.names()]
     close = getattr(model, "close", model.detach)
     close()
-    return Measured(states, between, watch.timeline), weights
+    return Measured(states, between, watch.timeline), tensors
