@@ -5,10 +5,10 @@
 
 Nothing is downloaded but a config. Every rank builds the whole model in host memory once, before it is sharded.
 
-[Note: warm-up] Another training runs before, so that what libraries load and keep from their first use is in the baseline. On a GPU it
-is that of the model's first layer alone. On a CPU resident memory counts Python's objects too, which hooks make by the thousand
-for each layer: there the whole model is trained first, and its storages are emptied by hand, since DeepSpeed holds on to a closed
-model for a while.
+[Note: warm-up] Another training runs before, so that what libraries load and keep from their first use is in the baseline. On a
+GPU it is that of the model's first layer alone. On a CPU resident memory counts Python's objects too, of which hooks make
+thousands for each layer: there the whole model is trained first, and its tensors are emptied by hand, since DeepSpeed holds on
+to a closed model for a while.
 """
 
 from __future__ import annotations
