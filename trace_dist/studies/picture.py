@@ -41,8 +41,9 @@ def draw(result: Result, out: Path) -> None:
         where = f"mean of {len(tasks)} task(s): {', '.join(tasks)}"
         quality.set_title("answer loss, nats per token", loc="left", fontsize=10)
         forgetting.set_title("rise of general text's loss, nats per token", loc="left", fontsize=10)
-        quality.set_xlabel(f"trained entries; {where}")
+        quality.set_xlabel("trained entries")
         forgetting.set_xlabel("answer loss, nats per token")
+        figure.supxlabel(where, x=0.01, ha="left", fontsize=8)
         figure.savefig(out, dpi=150)
 
 
