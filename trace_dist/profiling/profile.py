@@ -5,10 +5,10 @@
 
 Nothing is downloaded but a config. Every rank builds the whole model in host memory once, before it is sharded.
 
-[Note: warm-up] Another training runs before, so that what libraries load and keep from their first use is in the baseline. On a
-GPU it is that of the model's first layer alone. On a CPU resident memory counts Python's objects too, of which hooks make
-thousands for each layer: there the whole model is trained first, and its tensors are emptied by hand, since DeepSpeed holds on
-to a closed model for a while.
+[Note: warm-up] A training of the model's first layer alone runs before, so that what libraries load and keep from their first use
+is in the baseline. Its tensors are held: DeepSpeed holds on to a closed model for a while, and what it let go later would be
+missing in the peak. Resident memory of a CPU counts Python's objects too, of which hooks make thousands for each layer. So on one
+CPU rank the whole model is trained first, and its tensors are emptied by hand. On several ranks that does not reach all of them.
 """
 
 from __future__ import annotations
@@ -74,11 +74,13 @@ def run_profile(setup: MemorySetup, steps: int = 4) -> dict[str, Any]:
     settle_allocator()
     before = _baseline()
     config = load_config(setup.model)
-    _, left = _train(config if setup.device == "cpu" else _one_layer(config), setup, 3, before)
-    for tensor in left:
+    whole = setup.device == "cpu" and setup.world_size == 1
+    _, left = _train(config if whole else _one_layer(config), setup, 3, before)
+    for tensor in left if whole else ():
         tensor.untyped_storage().resize_(0)
     baseline = _baseline()
     measured, _ = _train(load_config(setup.model), setup, steps, baseline)
+    del left
     ranks = dist.gather_objects((measured.states, measured.timeline.peak))
     states, peaks = [sum(found.values()) for found, _ in ranks], [peak for _, peak in ranks]
     return {
