@@ -39,6 +39,17 @@ def test_refuses_values_of_another_dtype() -> None:
         delta_swap(torch.zeros(8, dtype=torch.bfloat16), runs, torch.zeros(8))
 
 
+def check_swapped(
+    operands: list[tuple[torch.Tensor, Runs, torch.Tensor]], wanted: list[tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    """After a batch has swapped once more, weights and values are those of single swaps, bit for bit."""
+    for (weight, runs, values), (other, others) in zip(operands, wanted, strict=True):
+        word = WORDS[weight.dtype]
+        delta_swap_ref(other.view(word), runs, others.view(word))
+        assert torch.equal(weight.view(word), other.view(word))
+        assert torch.equal(values.view(word), others.view(word))
+
+
 def test_many_parameters_are_swapped_at_once(impl: Impl, device: str) -> None:
     """Of several dtypes and masks, an empty one among them; more entries than one tile has."""
     cases = [((4000, 3), "some"), ((5, 7), "some"), ((3, 9000), "some"), ((2, 2), "empty"), ((6, 1), "some")]
@@ -53,11 +64,7 @@ def test_many_parameters_are_swapped_at_once(impl: Impl, device: str) -> None:
     batch = DeltaSwapBatch(operands, impl)
     for _ in range(3):
         batch.run()
-        for (weight, runs, values), (other, others) in zip(operands, wanted, strict=True):
-            word = WORDS[weight.dtype]
-            delta_swap_ref(other.view(word), runs, others.view(word))
-            assert torch.equal(weight.view(word), other.view(word))
-            assert torch.equal(values.view(word), others.view(word))
+        check_swapped(operands, wanted)
 
 
 def test_long_and_short_units_lie_beside_each_other(impl: Impl, device: str) -> None:
@@ -74,11 +81,7 @@ def test_long_and_short_units_lie_beside_each_other(impl: Impl, device: str) -> 
     batch = DeltaSwapBatch(operands)
     for _ in range(2):
         batch.run()
-        for (weight, runs, values), (other, others) in zip(operands, wanted, strict=True):
-            word = WORDS[weight.dtype]
-            delta_swap_ref(other.view(word), runs, others.view(word))
-            assert torch.equal(weight.view(word), other.view(word))
-            assert torch.equal(values.view(word), others.view(word))
+        check_swapped(operands, wanted)
 
 
 def test_a_batch_refuses_what_a_swap_refuses() -> None:

@@ -30,7 +30,7 @@ from trace_dist.stages.base import run_base
 from trace_dist.stages.probe import needs_probe, run_probe
 from trace_dist.studies.local_tasks import with_local_tasks
 from trace_dist.studies.one_model_plan import OneModelConfig, check_study, orders
-from trace_dist.studies.settings import SECTIONS
+from trace_dist.studies.settings import shown
 from trace_dist.studies.statistics import Answers, Estimate, difference
 from trace_dist.studies.stopping import Stopped, stopping
 from trace_dist.utils.env import meta_info, run_info
@@ -124,11 +124,10 @@ def write_summary(cfg: RunConfig, study: OneModelConfig) -> dict[str, Any]:
     """Write what the results say by now."""
     runs = read_runs(cfg, study)
     missing = sum(len(cfg.continual.methods) - len(found) for found in runs.values())
-    settings = {name: asdict(cfg)[name] for name in (*SECTIONS, "continual", "race", "bank")}
     result = {
         "run_info": run_info(),
         "meta_info": meta_info(),
-        "settings": {**settings, "study": asdict(study)},
+        "settings": {**shown(cfg, "race", "bank"), "study": asdict(study)},
         "complete": missing == 0,
         "missing": missing,
         **summarise(runs, [task.name for task in cfg.tasks], study),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from typing import Any
 
 from trace_dist.config import RunConfig
@@ -37,6 +37,12 @@ def abouts(cfg: RunConfig, study: StudyConfig) -> dict[str, str]:
         text = json.dumps({**values, "task": own}, sort_keys=True)
         found[task.name] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return found
+
+
+def shown(cfg: RunConfig, *more: str) -> dict[str, Any]:
+    """The sections that trials depend on, and some more, for a study's result; JSON-ready."""
+    found = asdict(cfg)
+    return {name: found[name] for name in (*SECTIONS, "continual", *more)}
 
 
 def chosen(value: Any) -> Any:

@@ -23,7 +23,7 @@ from trace_dist.studies.probes import Probes
 from trace_dist.studies.rates import density_key
 from trace_dist.studies.records import Journal, Records
 from trace_dist.studies.schedule import Job, Make, Schedule, ScoreBase, Train, Traits
-from trace_dist.studies.settings import SECTIONS, abouts
+from trace_dist.studies.settings import abouts, shown
 from trace_dist.studies.stopping import Stopped, stopping
 from trace_dist.studies.summary import is_undecided, summarise
 from trace_dist.utils.env import meta_info, run_info
@@ -89,9 +89,7 @@ def write_summary(cfg: RunConfig, study: StudyConfig, records: Records, schedule
 
 
 def _settings(cfg: RunConfig, study: StudyConfig) -> dict[str, Any]:
-    found = asdict(cfg)
-    kept = {name: found[name] for name in (*SECTIONS, "continual")}
-    return {**kept, "study": asdict(study), "densities": study.densities}
+    return {**shown(cfg), "study": asdict(study), "densities": study.densities}
 
 
 class Worker:
