@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from trace_dist.benchmarks.document import Result, Sections, grid, render, with_origin
 from trace_dist.report.plots import label_ends
 from trace_dist.report.theme import LIGHT, new_figure, theme
-from trace_dist.utils.files import read_json
+from trace_dist.utils.files import read_json, write_text
 
 RESULT, ROUTES = "retrieval.json", "routes.json"
 SHOWN_LIMITS = {
@@ -251,5 +251,5 @@ def _line(ax: Axes, y: list[float], label: str, colour: str, style: str = "-") -
 
 if __name__ == "__main__":
     results, page = Path(sys.argv[1]), Path(sys.argv[2])
-    page.write_text(render(page.read_text(encoding="utf-8"), results, SECTIONS), encoding="utf-8")
+    write_text(page, render(page.read_text(encoding="utf-8"), results, SECTIONS))
     draw(read_json(results / RESULT), Path(sys.argv[3]))
