@@ -48,7 +48,7 @@ def listed(cell: str) -> Any:
         pass
     try:
         return ast.literal_eval(cell.strip())
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         raise ValueError("neither JSON nor a list as Python writes it") from None
 
 
