@@ -36,7 +36,7 @@ stream20: $(VENV)/.quickstart
 	$(BIN)/python -m trace_dist.benchmarks.stream --config configs/stream20.yaml --out docs/results/stream20.json
 
 # The eight tasks of the TRACE benchmark in little, each with its own metric; some minutes.
-trace-small: $(VENV)/.quickstart
+trace-small: $(VENV)/.metrics
 	$(BIN)/python -m trace_dist.benchmarks.trace_layout runs/trace-small/data
 	$(BIN)/trace-dist run --config configs/trace-small.yaml
 
@@ -145,6 +145,10 @@ $(BIN)/python:
 
 $(VENV)/.quickstart: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[eval]"
+	touch $@
+
+$(VENV)/.metrics: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet -e ".[eval,metrics]"
 	touch $@
 
 $(VENV)/.audit: $(BIN)/python pyproject.toml

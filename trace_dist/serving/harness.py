@@ -64,7 +64,9 @@ class BankLM(HFLM):
     ) -> None:
         number = int(batch_size) if str(batch_size).isdecimal() else 16
         own = {key: options.pop(key) for key in OWN if key in options}
-        self.router = Router.open(bank, base, batch_size=number, **own)
+        source = Source(str(bank), str(base), batch_size=number, **own)
+        source.check_alone("lm-eval")
+        self.router = Router.of(source)
         self.task = str(task)
         check_task(self.task, self.router.tasks)
         found = self.router.model.device

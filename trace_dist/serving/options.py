@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from trace_dist.config.checks import Section, check
 from trace_dist.config.model import Dtype, Quantize
+from trace_dist.config.run import Backend
 
 AUTO = "auto"
 """Stands for a task where each prompt's is retrieved."""
@@ -34,6 +35,9 @@ class Source(Section):
     """Data type of the weights; auto is that of the bank's deltas."""
     quantize: Quantize = "none"
     """`nf4`, where the tasks were trained on a 4-bit base."""
+    backend: Backend = "single"
+    """`single` holds the base whole in one process; `zero3` and `fsdp2` spread it over the ranks of a launched job, which answer
+    together."""
     trust_remote_code: bool = False
     """Run the Python code that the base's folder brings, if it does; only for models whose authors you trust."""
     representation: Literal["auto", "base", "adapted"] = "auto"
@@ -56,6 +60,13 @@ class Source(Section):
         check(
             self.reject is None or 0 < self.reject < 1, "reject", self.reject, "must lie in (0, 1)", cure
         )  # fmt: skip
+
+    def check_alone(self, command: str) -> None:
+        """Raise ValueError where a command that runs in one process is asked for a base that is spread over several."""
+        rule = f"{command} runs in one process, with backend=single"
+        check(
+            self.backend == "single", "backend", self.backend, rule, "leave it out; `generate` runs on ranks"
+        )
 
 
 @dataclass(frozen=True)

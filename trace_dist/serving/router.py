@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +36,7 @@ from trace_dist.serving.watch import Watched
 from trace_dist.serving.writing import write
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.build import load_sharded
+from trace_dist.utils import dist
 from trace_dist.utils.log import get_logger
 from trace_dist.utils.names import BASE
 
@@ -71,9 +72,11 @@ class Answer:
 class Router:
     """Answers prompts from a bank. One thread at a time; others wait.
 
+    Where the base is spread over ranks all of them make the same calls, with the same prompts, and get the same answers.
+
     Args:
         bank: the bank; what is added to it later is seen from ``refresh`` on.
-        model: its base, which the router has for itself, on one device.
+        model: its base, which the router has for itself, on one device or spread over the ranks of this job.
         tokenizer: the base's.
         source: how it was opened.
     """
@@ -92,6 +95,7 @@ class Router:
         model.module.generation_config = type(model.module.generation_config)()
         self._deltas = DeltaCache(bank, model, source.cache_gib * 2**30)
         self._lock = threading.RLock()
+        self._held: str | None = None
         self._watched = Watched(bank)
         self._finder = self._found_by()
         self.fingerprint = fingerprint(model.module)
@@ -104,7 +108,7 @@ class Router:
         Args:
             bank: folder of the bank.
             base: the bank's base model: folder or hub id.
-            options: the other fields of ``serving.options.Source``: dtype, quantize, representation, candidates, reject,
+            options: the other fields of ``serving.options.Source``: dtype, quantize, backend, representation, candidates, reject,
                 batch_size, cache_gib, trust_remote_code.
 
         Raises:
@@ -115,14 +119,15 @@ class Router:
     @classmethod
     def of(cls, source: Source) -> Router:
         """``open``, with the options as one value."""
+        dist.init_distributed()
         bank = DeltaBank(source.bank)
         if source.trust_remote_code:
             trust(source.base)
-        check_same(bank.base, fingerprint(source.base), f"bank {source.bank}")
+        check_same(bank.base, fingerprint(source.base, together=True), f"bank {source.bank}")
         if source.representation == "adapted":
             bank.check_adapted()
         dtype = _dtype_of(bank) if source.dtype == "auto" else source.dtype
-        model = load_sharded(source.base, dtype, "single", source.quantize)
+        model = load_sharded(source.base, dtype, source.backend, source.quantize)
         return cls(bank, model, load_tokenizer(source.base), source)
 
     @property
@@ -247,6 +252,7 @@ class Router:
 
     def _retrieved(self, ids: list[list[int]]) -> list[Route]:
         with self._lock:
+            self._check_base("prompts")
             return self._finder.routes(ids)
 
     def row(
@@ -280,6 +286,7 @@ class Router:
 
         Raises:
             UnknownTask: the bank does not hold it.
+            ValueError: another block holds a task's weights already.
         """
         with self._lock, self._activated(task):
             yield
@@ -338,9 +345,23 @@ class Router:
     def _found_by(self) -> Finder:
         return Finder(self.bank, self.model, self.source, pad_id(self.tokenizer), self._activated)
 
-    def _activated(self, task: str) -> AbstractContextManager[None]:
-        swap = self._delta(task)
-        return nullcontext() if swap is None else swap.applied()
+    @contextmanager
+    def _activated(self, task: str) -> Iterator[None]:
+        self._check_base(f"task={task!r:.200}")
+        before, swap = self._held, self._delta(task)
+        self._held = task
+        try:
+            with nullcontext() if swap is None else swap.applied():
+                yield
+        finally:
+            self._held = before
+
+    def _check_base(self, what: str) -> None:
+        """Raise ValueError inside a block that holds a task's weights."""
+        if self._held not in (None, BASE):
+            raise ValueError(
+                f"{what}: the model holds task {self._held!r} here; ask outside of the block that holds it"
+            )
 
     def holds_base(self) -> bool:
         """Whether the weights are those that were loaded, by their fingerprint."""

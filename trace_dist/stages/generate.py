@@ -14,6 +14,7 @@ from rich.text import Text
 from trace_dist.data.examples import Prompt
 from trace_dist.serving.options import Sampling, Source
 from trace_dist.serving.prompts import Question, check_prompt, read_questions
+from trace_dist.utils import dist
 from trace_dist.utils.files import write_text
 from trace_dist.utils.log import outcome
 from trace_dist.utils.tables import print_table
@@ -31,7 +32,7 @@ def run_generate(
     task: str | None = None,
     out: Path | None = None,
 ) -> Answered:
-    """Answer prompts.
+    """Answer prompts. Collective where the base is spread over ranks; rank 0 writes.
 
     Args:
         source: bank and base.
@@ -51,7 +52,7 @@ def run_generate(
     if out is not None and out.is_dir():
         raise ValueError(f"output={str(out)!r}: is a folder; name a file")
     found = answer(source, sampling, asked)
-    if out is not None:
+    if out is not None and dist.is_main():
         write_text(out, "".join(json.dumps(_line(*each), ensure_ascii=False) + "\n" for each in found))
         outcome(f"{len(found)} answers in {out}")
     return found

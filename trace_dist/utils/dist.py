@@ -213,6 +213,13 @@ def max_over_ranks(value: float) -> float:
     return float(tensor)
 
 
+def from_main(value: torch.Tensor) -> torch.Tensor:
+    """Rank 0's values of a contiguous tensor, in place, on every rank."""
+    if world_size() > 1:
+        dist.broadcast(value, src=0)
+    return value
+
+
 def all_gather_uneven(mine: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     """Concatenation over ranks of 1-D tensors, on every rank.
 
