@@ -14,11 +14,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from trace_dist.bank.bank import DeltaBank
+from trace_dist.bank.blend import weighed
+from trace_dist.bank.delta import applied
 from trace_dist.bank.swap import Swap
 from trace_dist.data.encoding import context_length, encode_prompt, pad_id, stop_ids
 from trace_dist.data.examples import Prompt
@@ -27,7 +29,7 @@ from trace_dist.models.fingerprint import check_same, fingerprint
 from trace_dist.models.loading import load_tokenizer
 from trace_dist.models.trust import trust
 from trace_dist.serving.cache import DeltaCache
-from trace_dist.serving.finding import Finder, Route
+from trace_dist.serving.finding import Finder, Route, Shares
 from trace_dist.serving.options import Sampling, Source
 from trace_dist.serving.prompts import check_prompt
 from trace_dist.serving.row import Finish, Row
@@ -66,6 +68,8 @@ class Answer:
     """``stop``: the model ended it, or a stop text; ``length``: it was cut; ``cancelled``: nobody wanted the rest."""
     num_prompt_tokens: int
     num_tokens: int
+    blend: dict[str, float] = field(default_factory=dict)
+    """Tasks whose deltas answered together, with their weights; empty where ``task`` answered alone."""
 
 
 class Router:
@@ -104,7 +108,7 @@ class Router:
         Args:
             bank: folder of the bank.
             base: the bank's base model: folder or hub id.
-            options: the other fields of ``serving.options.Source``: dtype, quantize, representation, candidates, reject,
+            options: the other fields of ``serving.options.Source``: dtype, quantize, representation, candidates, reject, blend,
                 batch_size, cache_gib, trust_remote_code.
 
         Raises:
@@ -171,10 +175,12 @@ class Router:
         ]
         with self._lock:
             routes = self.routes(ids, names)
-            for task in dict.fromkeys(route.task for route in routes):
-                mine = [row for row, route in zip(rows, routes, strict=True) if route.task == task]
+            for held in dict.fromkeys((route.task, route.shares) for route in routes):
+                mine = [
+                    row for row, route in zip(rows, routes, strict=True) if (route.task, route.shares) == held
+                ]
                 for first in range(0, len(mine), self.source.batch_size):
-                    self.write(task, mine[first : first + self.source.batch_size], sampling)
+                    self.write(held[0], mine[first : first + self.source.batch_size], sampling, held[1])
             return [self.answer(row, route) for row, route in zip(rows, routes, strict=True)]
 
     def stream(self, prompt: Prompt, task: str | None = None, sampling: Sampling | None = None) -> Stream:
@@ -199,7 +205,7 @@ class Router:
         return Stream(
             row,
             pieces,
-            partial(self.write, route.task, [row], sampling),
+            partial(self.write, route.task, [row], sampling, route.shares),
             partial(self.answer, row, route),
         )
 
@@ -260,28 +266,30 @@ class Router:
         limit = self.limit(len(ids), sampling.max_new_tokens, where)
         return Row(ids, limit, sampling.stop, self._ends, self._decode, on_text)
 
-    def write(self, task: str, rows: Sequence[Row], sampling: Sampling) -> None:
-        """Write answers with a task's delta, in one batch.
+    def write(self, task: str, rows: Sequence[Row], sampling: Sampling, shares: Shares = ()) -> None:
+        """Write answers with a task's delta, or a blend of several, in one batch.
 
         Args:
             task: name of a task, or ``base``.
             rows: at most as many as fit the device's memory.
             sampling: what the rows have in common (``Sampling.way`` and the seed).
+            shares: of their ``Route``.
         """
-        with self.holding(task):
+        with self.holding(task, shares):
             write(self.model.module, rows, sampling, self._ends, pad_id(self.tokenizer))
 
     @contextmanager
-    def holding(self, task: str) -> Iterator[None]:
+    def holding(self, task: str, shares: Shares = ()) -> Iterator[None]:
         """Inside the block the model holds a task's weights, for this thread alone; afterwards its own, bit for bit.
 
         Args:
             task: name of a task, or ``base``.
+            shares: of a ``Route``; where there are some, the weights are the blend of those tasks.
 
         Raises:
             UnknownTask: the bank does not hold it.
         """
-        with self._lock, self._activated(task):
+        with self._lock, self._activated(task, shares):
             yield
 
     def _delta(self, task: str) -> Swap | None:
@@ -312,6 +320,7 @@ class Router:
             row.finish,
             len(row.prompt),
             len(row.tokens),
+            dict(route.shares),
         )
 
     def refresh(self) -> bool:
@@ -338,7 +347,10 @@ class Router:
     def _found_by(self) -> Finder:
         return Finder(self.bank, self.model, self.source, pad_id(self.tokenizer), self._activated)
 
-    def _activated(self, task: str) -> AbstractContextManager[None]:
+    def _activated(self, task: str, shares: Shares = ()) -> AbstractContextManager[None]:
+        if shares:
+            blend = weighed(self.bank, self.model, dict(shares), self.source.blend)
+            return applied(self.model, blend)
         swap = self._delta(task)
         return nullcontext() if swap is None else swap.applied()
 
