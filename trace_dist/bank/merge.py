@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from trace_dist.bank.bank import DeltaBank
@@ -37,22 +38,25 @@ def merge(left: DeltaBank, right: DeltaBank, out: Path | str) -> DeltaBank:
         out.rmdir()
     with atomic_folder(out) as temporary:
         base = fuller(left.base, right.base)
-        writer = Writer(BankFolder(temporary), Index(base, left.layer))
+        empty = Index(base, left.layer, pooling=left.pooling)
+        writer = Writer(BankFolder(temporary), empty)
         records: list[Record] = []
         for bank, wanted in ((left, left.index.records), (right, added)):
             for record in wanted:
-                folder = Index(base, left.layer, tuple(records)).folder_for(record.name)
+                folder = replace(empty, records=tuple(records)).folder_for(record.name)
                 records.append(_copied(writer, bank, record, folder))
-        writer.commit(Index(base, left.layer, tuple(records)))
+        writer.commit(replace(empty, records=tuple(records)))
     return DeltaBank(out)
 
 
 def _check(left: DeltaBank, right: DeltaBank) -> tuple[Record, ...]:
     """What the right bank adds. Raises ValueError where the two do not go together."""
-    if not same_model(left.base, right.base) or left.layer != right.layer:
+    views = [(bank.layer, bank.pooling) for bank in (left, right)]
+    if not same_model(left.base, right.base) or views[0] != views[1]:
         raise ValueError(
-            f"bank {right.folder}: of the base model {right.base[:12]} and layer {right.layer}, but {left.folder} is of "
-            f"{left.base[:12]} and layer {left.layer}; merge banks of one base model"
+            f"bank {right.folder}: of the base model {right.base[:12]} and layer {right.layer}, {right.pooling}, but "
+            f"{left.folder} is of {left.base[:12]} and layer {left.layer}, {left.pooling}; merge banks of one base model that "
+            "represent prompts alike"
         )
     for record in left.index.records[:1]:
         for other in right.index.records[:1]:

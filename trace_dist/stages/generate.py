@@ -73,6 +73,8 @@ def answer(source: Source, sampling: Sampling, asked: Sequence[Question]) -> Ans
 def _line(question: Question, given: Any) -> dict[str, Any]:
     key = "prompt" if isinstance(question.prompt, str) else "messages"
     found = asdict(given)
+    if not found["blend"]:
+        del found["blend"]
     return {key: question.prompt, "answer": found.pop("text"), **found}
 
 
@@ -83,6 +85,8 @@ def print_answers(answered: Answered) -> None:
         margin = "-" if given.margin is None else f"{given.margin:.1f}"
         bound = "-" if given.error_bound is None else f"{100 * given.error_bound:.1f}"
         task = f"{given.task} (rejected)" if given.rejected else given.task
+        if given.blend:
+            task = ", ".join(f"{name} {100 * share:.0f} %" for name, share in given.blend.items())
         # As text: what a model writes is no markup.
         table.add_row(
             Text(_shown(question.prompt)),
