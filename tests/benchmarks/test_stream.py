@@ -10,9 +10,10 @@ import pytest
 from cli.program import environment, make_config, write_config, write_tasks
 
 from trace_dist.bank.bank import BASE, DeltaBank
-from trace_dist.benchmarks import stream
+from trace_dist.benchmarks import later, stream
 
-RESULT = Path(__file__).parents[2] / "docs" / "results" / "stream20.json"
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+RESULT, LATER = RESULTS / "stream20.json", RESULTS / "learn_later.json"
 
 
 def test_tasks_are_learned_by_commands_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,6 +47,32 @@ def test_tasks_are_learned_by_commands_of_their_own(tmp_path: Path, monkeypatch:
     assert DeltaBank(tmp_path / "run" / "bank").tasks == [BASE, "copy", "twist"]
     assert result["again"]["name"] == "copy_again"
     assert DeltaBank(tmp_path / "run" / "bank_again").tasks == [BASE, "copy", "twist", "copy_again"]
+    # The next day another task comes.
+    models = {role: {"path": config[role]["path"]} for role in ("target", "proxy")}
+    parts = {name: config[name] for name in ("probe", "projection", "train")}
+    new = [{"name": "new", "path": str(tmp_path / "twist.jsonl")}]
+    task = write_config(tmp_path, models | parts | {"tasks": new}, "later.yaml")
+    found = later.learn_later(path, task, tmp_path / "later.json")
+    assert found == json.loads((tmp_path / "later.json").read_text())
+    assert (found["new"], found["files_that_changed"]) == (["new"], [])
+    assert found["files_of_earlier_tasks"] == len(list((tmp_path / "run" / "bank" / "tasks").rglob("*.*")))
+    assert found["scores_after"].keys() == found["answered_by"].keys() == {"copy", "twist", "new", "plain"}
+    assert found["scores_before"].keys() == {"copy", "twist", "plain"}
+    assert DeltaBank(tmp_path / "run" / "later" / "bank").tasks == [BASE, "copy", "twist", "new"]
+    assert DeltaBank(tmp_path / "run" / "bank").tasks == [BASE, "copy", "twist"]
+
+
+def test_the_published_fourth_task_is_learned_and_changed_nothing() -> None:
+    result = json.loads(LATER.read_text())
+    assert result["files_that_changed"] == []
+    assert result["files_of_earlier_tasks"] > 0
+    (new,) = result["new"]
+    assert result["scores_before"].items() <= result["scores_after"].items()
+    tasks = [*result["scores_before"].keys() & {"reverse", "spiral", "rotate"}, new]
+    assert len(tasks) == 4
+    for task in tasks:
+        assert result["answered_by"][task][task] >= 0.98 * sum(result["answered_by"][task].values()), task
+        assert result["scores_after"][task] >= 98, task
 
 
 def test_nothing_was_forgotten_and_nothing_grew_in_the_published_stream() -> None:
