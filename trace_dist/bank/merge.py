@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.facts import kind_of
 from trace_dist.bank.index import Index, Member, Record
 from trace_dist.bank.signature import check_comparable
-from trace_dist.bank.writer import Writer, copy, hand_over
+from trace_dist.bank.writer import Writer, copy, hand_over, read_index
 from trace_dist.models.fingerprint import fuller, same_model
 from trace_dist.run_folder import BankFolder
 from trace_dist.utils.files import atomic_folder, corrupt
@@ -28,7 +30,7 @@ def merge(left: DeltaBank, right: DeltaBank, out: Path | str) -> DeltaBank:
 
     Raises:
         ValueError: the banks are of different base models, layers or likelihoods, a name stands for two tasks, a file is
-            damaged, or the folder holds something.
+            damaged, the folder holds something, or a bank is changed meanwhile and a task is no longer there.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -36,7 +38,7 @@ def merge(left: DeltaBank, right: DeltaBank, out: Path | str) -> DeltaBank:
     added = _check(left, right)
     if out.exists():
         out.rmdir()
-    with atomic_folder(out) as temporary:
+    with atomic_folder(out) as temporary, _unchanged(left, right):
         base = fuller(left.base, right.base)
         empty = Index(base, left.layer, pooling=left.pooling)
         writer = Writer(BankFolder(temporary), empty)
@@ -47,6 +49,22 @@ def merge(left: DeltaBank, right: DeltaBank, out: Path | str) -> DeltaBank:
                 records.append(_copied(writer, bank, record, folder))
         writer.commit(replace(empty, records=tuple(records)))
     return DeltaBank(out)
+
+
+@contextmanager
+def _unchanged(*banks: DeltaBank) -> Iterator[None]:
+    """Say of what is missed in the block that a bank was changed meanwhile, where one was. What is read takes no lock."""
+    try:
+        yield
+    except ValueError:
+        for bank in banks:
+            now = read_index(bank.files).generation
+            if now != bank.generation:
+                raise ValueError(
+                    f"{bank.folder}: the bank was changed since it was opened (generation {bank.generation}, now {now}), and not "
+                    "all of it is there as it was; merge again"
+                ) from None
+        raise
 
 
 def _check(left: DeltaBank, right: DeltaBank) -> tuple[Record, ...]:

@@ -9,6 +9,8 @@ Recurrent layers (Mamba, RWKV, short convolutions) carry padding on the left int
 that state in its own way. Nothing to the right of a token reaches it in any causal model: where a model does not
 keep keys and values alone, prompts are padded on the right, and every step reads the whole text again. A model that
 padding on the right changes all the same decodes one prompt at a time.
+A model whose own positions begin behind the id of padding (RoBERTa) is padded on the right too: given positions begin at 0,
+and are not those of training. Its ``generate`` gives it these.
 """
 
 from __future__ import annotations
