@@ -43,6 +43,7 @@ later: $(VENV)/.quickstart
 trace-small: $(VENV)/.metrics
 	$(BIN)/python -m trace_dist.benchmarks.trace_layout runs/trace-small/data
 	$(BIN)/trace-dist run --config configs/trace-small.yaml
+	$(BIN)/python -m trace_dist.benchmarks.trace_page runs/trace-small/results.json docs/results docs/data.md
 
 # Which task is a prompt of, among seventy; nothing is trained. A study that was cut continues.
 retrieval-study: $(VENV)/.smollm2
