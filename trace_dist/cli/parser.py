@@ -96,12 +96,11 @@ def build_parser(words: Sequence[str] | None = None) -> Parser:
         words: the command line; the arguments of commands that it does not name are left out, so that the parser is
             made at once. None makes all.
     """
-    examples = "\n".join(
-        f"  {PROGRAM} {known.RUN_COMMANDS.get(name, known.FILE_COMMANDS.get(name)).example}" for name in FIRST
-    )
+    shown = known.RUN_COMMANDS | known.FILE_COMMANDS
+    examples = "\n".join(f"  {PROGRAM} {shown[name].example}" for name in FIRST)
     parser = Parser(prog=PROGRAM, description=PURPOSE, epilog=f"examples:\n{examples}", version=_version())
     commands = _add_subcommands(parser, "command")
-    for name, command in (known.RUN_COMMANDS | known.FILE_COMMANDS).items():
+    for name, command in shown.items():
         child = _subcommand(parser, commands, name, command)
         if words is None or name in words:
             FILL.get(name, _fill_run)(child, command)
