@@ -52,6 +52,7 @@ def test_on_gpus_cpu_tensors_have_a_backend_too(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     # NCCL is not there, and nobody is to meet.
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: made.append(backend))
+    monkeypatch.setattr(dist, "_hurry_devices", lambda _: None)
     for launched in (True, False):
         launch = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
         for name, value in (launch | {"MASTER_PORT": "1"}).items():
