@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.contestants_script import RACE
 from transformers import LlamaConfig
 
-from trace_dist.benchmarks.contestants import SHAPES, build
+from trace_dist.benchmarks.contestants import FSDP2, SHAPES, build
 from trace_dist.benchmarks.simulate import described, record, simulate
 from trace_dist.masks.ops import layouts_for
 from trace_dist.profiling.simulation.gpus import load_gpu
@@ -33,7 +33,7 @@ def main(out: Path) -> None:
     config = LlamaConfig(**{**SHAPES["tiny"], "num_hidden_layers": 4})
     config.save_pretrained(out.parent / "model")
     found: dict[str, Any] = {
-        "two ranks": {name: on(2, name) for name in METHODS},
+        "two ranks": {name: on(2, name) for name in (*METHODS, f"row{FSDP2}", f"full{FSDP2}")},
         "64 ranks": {"element": on(64, "element")},
         "masked matrices": len(layouts_for(RACE.model(), "element", 1, "linear")),
     }

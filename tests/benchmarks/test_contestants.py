@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from launching import launch
 
-from trace_dist.benchmarks.contestants import CONTESTANTS, FLOOR, MASKED, TUNED
+from trace_dist.benchmarks.contestants import CONTESTANTS, FLOOR, FSDP2, MASKED, TUNED
 
 pytestmark = pytest.mark.launcher
 HERE = Path(__file__).parent
@@ -47,7 +47,9 @@ def test_all_begin_alike_and_learn(found: dict[str, Any]) -> None:
         assert trained[f"{name}{TUNED}"] == trained[name]
 
 
-@pytest.mark.parametrize("name", ["element", "block 64", "row", "full", "LoRA"])
+@pytest.mark.parametrize(
+    "name", ["element", "block 64", "row", "full", "LoRA", f"row{FSDP2}", f"full{FSDP2}"]
+)
 def test_a_simulated_rank_sends_and_keeps_what_a_real_one_does(
     found: dict[str, Any], simulated: dict[str, Any], name: str
 ) -> None:

@@ -21,7 +21,7 @@ from trace_dist.profiling.simulation.setup import SimulationSetup
 from trace_dist.profiling.simulation.streams import Streams
 
 # 1e12 operations, 1e9 bytes and 1e9 bytes to a neighbour take a second; nothing else takes time.
-GPU = Gpu("toy", 1, 1, 0.5, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0)
+GPU = Gpu("toy", 1, 1, 0.5, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 0, 0)
 NODE = Cluster(GPU, 1, 4, 8)
 
 
@@ -75,6 +75,12 @@ def test_a_kernel_takes_the_longest_of_its_three_times() -> None:
     assert replay(program(kernel(1)._replace(num_bytes=2e9)), NODE).step == 2
     assert replay(program(kernel(1)._replace(wide=True)), NODE).step == 2  # fp32
     assert replay(program(kernel(0)), replace(NODE, gpu=replace(GPU, kernel_us=1e6))).step == 1
+
+
+def test_copies_cross_the_bus_and_the_host_works_in_its_own_memory() -> None:
+    crosses = Event("kernel", COMPUTE, "bus", num_bytes=2e9)
+    waits, works = Event("host_waits", COMPUTE, target=COMPUTE), Event("host_works", COMPUTE, num_bytes=3e9)
+    assert replay(program(crosses, waits, works, kernel(1)), NODE).step == 2 + 3 + 1
 
 
 def test_collectives_within_and_between_nodes() -> None:
@@ -190,6 +196,33 @@ def test_work_and_memory_are_counted() -> None:
     assert (sums.kind, wait.kind) == ("kernel", "host_waits")
     with recorder, pytest.raises(RuntimeError, match="asks for values"):
         left.nonzero()
+
+
+def test_copies_from_and_to_the_host_are_told_apart() -> None:
+    recorder = Recorder()
+    with recorder:
+        down = torch.empty(8, device="meta").to("cpu")
+        down.to("meta")
+        down.clone()
+    assert [(event.kind, event.name, event.num_bytes) for event in recorder.events] == [
+        ("kernel", "bus", 32),
+        ("host_waits", "", 0),
+        ("kernel", "bus", 32),
+    ]
+
+
+def test_a_storage_that_was_emptied_is_counted_as_empty() -> None:
+    recorder = Recorder()
+    with recorder:
+        gathered = torch.empty(8, device="meta")
+        for size in (0, 32, 0):
+            gathered.untyped_storage().resize_(size)
+            recorder.resized(gathered)
+            assert recorder.alive == size
+        other = torch.empty(2, device="meta")
+    assert recorder.peak == 32
+    del gathered
+    assert recorder.alive == other.nbytes
 
 
 def test_streams_tell_who_waits_for_whom() -> None:

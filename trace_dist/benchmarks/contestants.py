@@ -15,19 +15,22 @@ that trains all layers of a frozen model: the forward pass, and the gradients of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from trace_dist.benchmarks.peers import with_adapters
+from trace_dist.config import Backend
 from trace_dist.masks.mask import Mask
 from trace_dist.masks.ops import layouts_for, random_mask
-from trace_dist.models.blocks import whole_blocks
+from trace_dist.models.blocks import decoder_blocks, whole_blocks
 from trace_dist.optim.masked_adamw import MaskedAdamW
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.build import shard
@@ -83,7 +86,15 @@ MASKED = {"element": 1, "block 64": 64, "row": 0}
 """Masked contestants and their block size."""
 FLOOR = "floor"  # [Note: floor]
 TUNED = ", tuned"
-CONTESTANTS = (*MASKED, "full", "LoRA", "SHiRA", f"full{TUNED}", f"LoRA{TUNED}", FLOOR)
+FSDP2 = ", FSDP2"
+OFFLOAD = ", offload"
+"""States in host memory."""
+CONTESTANTS = (
+    *(*MASKED, "full", "LoRA", "SHiRA"),
+    *(f"full{TUNED}", f"LoRA{TUNED}"),
+    *(f"row{FSDP2}", f"full{FSDP2}", f"row{OFFLOAD}"),
+    FLOOR,
+)
 
 
 @dataclass(frozen=True)
@@ -154,9 +165,14 @@ class Contestant:
 
 def build(name: str, race: Race) -> Contestant:
     """Set one of ``CONTESTANTS`` up on this job's ranks."""
+    if name == f"full{FSDP2}":
+        return _full_fsdp2(race)
+    backend: Backend = "fsdp2" if name.endswith(FSDP2) else "zero3"
+    offload: Literal["none", "cpu"] = "cpu" if name.endswith(OFFLOAD) else "none"
+    name = name.removesuffix(FSDP2).removesuffix(OFFLOAD)
     if name not in (*MASKED, FLOOR):
         return _peer(name, race)
-    model = shard(race.model(), "zero3")
+    model = shard(race.model(), backend)
     if name == FLOOR:
         layouts = layouts_for(model, "row", 1, "linear")
         lowest = next(iter(layouts))
@@ -166,11 +182,11 @@ def build(name: str, race: Race) -> Contestant:
         mask = random_mask(
             layouts_for(model, granularity, MASKED[name], "linear"), granularity, race.density, 0
         )
-    return _masked(model, mask, race)
+    return _masked(model, mask, race, offload)
 
 
-def _masked(model: ShardedModel, mask: Mask, race: Race) -> Contestant:
-    optimizer = MaskedAdamW(model, mask, lr=1e-4, max_grad_norm=1.0)
+def _masked(model: ShardedModel, mask: Mask, race: Race, offload: Literal["none", "cpu"]) -> Contestant:
+    optimizer = MaskedAdamW(model, mask, lr=1e-4, max_grad_norm=1.0, offload=offload)
 
     def step() -> None:
         optimizer.step()
@@ -178,6 +194,38 @@ def _masked(model: ShardedModel, mask: Mask, race: Race) -> Contestant:
 
     num_trained = sum(support.num_entries for support in optimizer.supports)
     return Contestant(own_loss(model, race), model.backward, step, num_trained, optimizer.model_states)
+
+
+def _full_fsdp2(race: Race) -> Contestant:
+    """As torchtitan does it: fp32 shards, gathered in bf16 by blocks, gradients summed in fp32, torch's fused AdamW."""
+    dist.ensure_group()
+    module: Any = race.model().float()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    mesh = init_device_mesh(dist.local_device().type, (dist.world_size(),))
+    for part in (*decoder_blocks(module).values(), module):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    weights = list(module.parameters())
+    optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)
+    batch = race.batch()
+
+    def locals_of(tensors: Iterable[Any]) -> list[Tensor]:
+        return [tensor.to_local() for tensor in tensors]
+
+    def step() -> None:
+        grads = locals_of(weight.grad for weight in weights)
+        norm = torch.stack(torch._foreach_norm(grads)).square().sum()
+        norm = dist.sum_over_ranks(norm).sqrt()
+        torch._foreach_mul_(grads, (1 / (norm + 1e-6)).clamp(max=1))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def states() -> dict[str, list[Tensor]]:
+        kept = [optimizer.state[weight] for weight in weights]
+        moments = {name: locals_of(state[name] for state in kept) for name in ("exp_avg", "exp_avg_sq")}
+        return {"weights": locals_of(weights), **moments}
+
+    num_trained = sum(weight.numel() for weight in weights)
+    return Contestant(lambda: module(**batch).loss, lambda loss: loss.backward(), step, num_trained, states)
 
 
 def own_loss(model: Any, race: Race) -> Callable[[], Tensor]:

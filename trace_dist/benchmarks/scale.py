@@ -28,7 +28,7 @@ from trace_dist.profiling.memory_setup import MemorySetup
 from trace_dist.profiling.simulation.events import Program
 from trace_dist.profiling.simulation.gpus import gpu_names
 from trace_dist.profiling.simulation.rank import simulated_rank
-from trace_dist.profiling.simulation.setup import METHODS, SimulationSetup
+from trace_dist.profiling.simulation.setup import METHODS, PEERS, SimulationSetup
 from trace_dist.sharding.zero3 import Zero3Model
 from trace_dist.utils.env import meta_info, run_info
 from trace_dist.utils.files import read_json, write_json
@@ -41,6 +41,8 @@ BATCH, LENGTH = 4, 2048
 """8,192 tokens per GPU and step."""
 RANKS: dict[int, tuple[str, ...]] = {64: ("row", "full"), 1024: ("row", "full", "element", "LoRA")}
 """Ranks, eight on each node, beside those of one node -> what is simulated there."""
+ON_A_NODE = (*METHODS, *PEERS, "row, FSDP2", "row, offload")
+"""What is simulated on eight GPUs."""
 GPU_GIB, GIB = 23.5, 2**30
 PLAN: dict[str, Any] = {
     "quantize": "nf4",
@@ -75,7 +77,7 @@ class Study:
             **{f"node, {name}": partial(self._on_a_node, name) for name in ("row", "full")},
             **{name: partial(self._measured, name) for name in MEASURED},
             "attach, row": partial(self._attach, "row"),
-            **{f"node, {name}": partial(self._on_a_node, name) for name in METHODS},
+            **{f"node, {name}": partial(self._on_a_node, name) for name in ON_A_NODE},
             **{
                 f"{ranks} ranks, {name}": partial(self._on_ranks, ranks, name)
                 for ranks, names in RANKS.items()

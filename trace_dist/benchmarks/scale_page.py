@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from trace_dist.benchmarks.agreement import LIMITS
 from trace_dist.benchmarks.document import Sections, grid, render, with_origin
-from trace_dist.benchmarks.scale import MEASURED, RANKS
+from trace_dist.benchmarks.scale import MEASURED, ON_A_NODE, RANKS
 from trace_dist.profiling.simulation.gpus import load_gpu, sources
 from trace_dist.profiling.simulation.setup import METHODS
 from trace_dist.utils.files import write_text
@@ -44,6 +45,33 @@ def measured_table(parts: Found, *results: Found) -> str:
     return grid(["one H100", *head], rows)
 
 
+def agreement_table(result: Found) -> str:
+    """Simulated beside measured on CPUs; what misses the limits is marked."""
+    rows = []
+    for row in result["rows"]:
+        simulated, measured = row["simulated"], row["measured"]
+        same = simulated["sent_bytes"] == measured["sent_bytes"]
+        peaks, steps = (
+            [f"{scale * each[key]:.{digits}f}" for each in (simulated, measured)]
+            for key, scale, digits in (("peak_bytes", 1 / 2**20, 0), ("step_s", 1e3, 0))
+        )
+        errors = {
+            key: f"{error:+.1%}" + ("" if abs(error) <= LIMITS[key] else ", missed")
+            for key, error in row["errors"].items()
+        }
+        rows.append(
+            [
+                f"{row['name']}, {row['ranks']} rank{'s' * (row['ranks'] > 1)}",
+                f"{measured['sent_bytes'] / 2**20:,.1f}",
+                "equal" if same else f"{simulated['sent_bytes'] / 2**20:,.1f}",
+                *(*peaks, errors["peak"], *steps, errors["time"]),
+            ]
+        )
+    head = ["sent, MiB", "simulated", "peak, simulated, MiB", "measured", "error"]
+    head += ["step, predicted, ms", "measured", "error"]
+    return with_origin(result, grid(["", *head], rows))
+
+
 def node_table(parts: Found, gpu: str = "h100") -> str:
     """Methods on eight GPUs of a kind."""
     node = _node(parts, gpu)
@@ -68,7 +96,7 @@ def node_table(parts: Found, gpu: str = "h100") -> str:
 
 def _node(parts: Found, gpu: str) -> dict[str, Found]:
     """Method -> what was found on eight GPUs of a kind; a study that was cut lacks some."""
-    return {name: parts[f"node, {name}"][gpu] for name in METHODS if f"node, {name}" in parts}
+    return {name: parts[f"node, {name}"][gpu] for name in ON_A_NODE if f"node, {name}" in parts}
 
 
 def _sent(found: Found) -> tuple[float, float]:

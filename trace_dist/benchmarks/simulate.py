@@ -41,6 +41,8 @@ WARM_UP = 2
 """Steps before the one that is recorded: the first makes states and lets DeepSpeed learn the order of modules."""
 LOOKS_AHEAD = 6e8
 """Elements that k blocks have at least ([Note: repeated blocks])."""
+HOST_STATES = ("master", "exp_avg", "exp_avg_sq", "staging")
+"""What an optimizer may keep in host memory."""
 Found = dict[str, Any]
 
 
@@ -175,10 +177,15 @@ def record(make: Callable[[], Contestant], world: int, num_tokens: int, synchron
             del loss
             recorder.mark("optimizer")
             contestant.step()
-        kept = {name: _device_bytes(tensors) for name, tensors in contestant.states().items()}
+        states = contestant.states()
+        kept = {name: _device_bytes(tensors) for name, tensors in states.items()}
         program = Program(
             *(recorder.events, world, before, recorder.peak, kept, num_tokens),
             num_trained=contestant.num_trained,
+            host=sum(
+                tensor.nbytes for name in HOST_STATES for tensor in states.get(name, ()) if not tensor.is_meta
+            ),
+            calls=recorder.calls,
         )
         del contestant
     gc.collect()
@@ -200,6 +207,7 @@ def described(program: Program, cluster: Cluster) -> Found:
         "peak_bytes": program.peak,
         "states_bytes": program.states,
         "kept_bytes": program.kept | {"buffers": max(0, program.states - sum(program.kept.values()))},
+        "host_bytes": program.host,
         "num_trained": program.num_trained,
         "flops": program.flops,
         "moved_bytes": program.moved,

@@ -199,6 +199,19 @@ BENCHMARKS = {
         "bench memory --out memory.json",
         {"rounds": (int, 3, "measurements of each; the median counts"), "out": OUT},
     ),
+    "simulate": Command(
+        "compare what is simulated with what runs on the CPUs of one, two and three ranks: memory, bytes and time",
+        "bench simulate --shape tiny --rounds 1 --steps 1",
+        {
+            "shape": SHAPE,
+            "density": (float, 0.05, "masked share of the linear layers"),
+            "micro_batch": (int, 2, "examples per rank and step"),
+            "sequence": (int, 128, "tokens per example"),
+            "rounds": (int, 2, "how often each method is started; the medians count"),
+            "steps": (int, 5, "steps timed per start"),
+            "out": OUT,
+        },
+    ),
     "checkpoint": Command(
         "time how long training stands still for a checkpoint that it waits for, and for one written beside it",
         "bench checkpoint --shape tiny --rounds 1 --steps 1",

@@ -12,7 +12,7 @@ from trace_dist.utils.files import write_json
 
 
 def bench_command(values: Any) -> None:
-    """``kernels``, ``optimizer``, ``step``, ``serve``, ``memory`` or ``checkpoint``, with the parsed arguments.
+    """``kernels``, ``optimizer``, ``step``, ``serve``, ``memory``, ``simulate`` or ``checkpoint``, with the parsed arguments.
 
     Raises:
         ValueError: a value makes no sense.
@@ -72,6 +72,14 @@ def _memory(arguments: Any, out: Path | None) -> dict[str, Any]:
     return compare_memory(arguments.rounds)
 
 
+def _simulate(arguments: Any, out: Path | None) -> dict[str, Any]:
+    from trace_dist.benchmarks.agreement import compare
+    from trace_dist.benchmarks.contestants import Race
+
+    race = Race(arguments.shape, arguments.density, arguments.micro_batch, arguments.sequence)
+    return compare(race, arguments.steps, arguments.rounds)
+
+
 def _serve(arguments: Any, out: Path | None) -> dict[str, Any]:
     from trace_dist.benchmarks.contestants import Race
     from trace_dist.benchmarks.serve import bench_serving
@@ -86,5 +94,6 @@ BENCHES = {
     "step": _step,
     "serve": _serve,
     "memory": _memory,
+    "simulate": _simulate,
     "checkpoint": _checkpoint,
 }

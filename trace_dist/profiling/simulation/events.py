@@ -7,18 +7,21 @@ asked.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
+
+from trace_dist.profiling.simulation.calls import Call
 
 COMPUTE = "compute"
 """The stream that is there from the beginning."""
 HOSTS = "hosts"
 """The lane of collectives of CPU tensors, in which hosts agree among themselves."""
-Kind = Literal["kernel", "collective", "joins", "host_waits", "hook", "mark"]
-Work = Literal["matmul", "attention", "optimizer", "pick", "other"]
-WORK: tuple[Work, ...] = ("matmul", "attention", "optimizer", "pick", "other")
-"""What kernels do; ``pick`` is all between a layer's gradient and the compact buffer, exchange apart."""
+Kind = Literal["kernel", "collective", "joins", "host_waits", "host_works", "hook", "mark"]
+Work = Literal["matmul", "attention", "optimizer", "pick", "bus", "other"]
+WORK: tuple[Work, ...] = ("matmul", "attention", "optimizer", "pick", "bus", "other")
+"""What kernels do; ``pick`` is all between a layer's gradient and the compact buffer, exchange apart; ``bus`` are copies from and
+to host memory."""
 
 
 class Event(NamedTuple):
@@ -26,7 +29,8 @@ class Event(NamedTuple):
 
     Attributes:
         kind: ``kernel``; ``collective``; ``joins``: a stream waits for the end of ``after``; ``host_waits``: the host does;
-            ``hook``: the sharding library's own work at a module; ``mark``: a phase begins.
+            ``host_works``: it reads and writes its own memory; ``hook``: the sharding library's own work at a module; ``mark``: a
+            phase begins.
         stream: on which stream.
         name: of the work of a kernel, of the collective's operator, or of the phase.
         flops: of matrix products and attention.
@@ -37,6 +41,7 @@ class Event(NamedTuple):
         lane: process group of a collective.
         size: bytes of a collective's whole operand.
         wide: whether the product is one of fp32 numbers.
+        operator: which operator, on what, where the recorder was asked to keep that (``calls``).
     """
 
     kind: Kind
@@ -50,6 +55,7 @@ class Event(NamedTuple):
     lane: str = ""
     size: int = 0
     wide: bool = False
+    operator: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,8 @@ class Program:
         kept: bytes between steps by category, from the objects that hold them; what is left of ``states`` is ``buffers``.
         num_tokens: tokens of this rank's step.
         num_trained: trained parameters, of all ranks, or, of a mask, of this one.
+        host: bytes between steps in host memory.
+        calls: ``Event.operator`` -> what was called, where the recorder was asked to keep that.
     """
 
     events: Sequence[Event]
@@ -73,6 +81,8 @@ class Program:
     kept: dict[str, int]
     num_tokens: int
     num_trained: int
+    host: int = 0
+    calls: Mapping[str, Call] = field(default_factory=dict)
 
     def _of(self, kind: Kind) -> Iterator[Event]:
         return (event for event in self.events if event.kind == kind)

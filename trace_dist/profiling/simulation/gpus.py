@@ -8,7 +8,8 @@ A key that an own file leaves out is that of ``h100``, but for those of the hard
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,12 @@ class Gpu:
         network_us: one step of a collective between two nodes.
         collective_us: what a collective costs beside its steps.
         kernel_us: the shortest kernel.
+        bus_gbps: between the memories of host and GPU, 1e9 bytes per second.
+        host_gbps: of the host's memory, a rank's share, 1e9 bytes per second.
         host_us: the host, for each operator and launch.
         hook_us: the host, each time that DeepSpeed fetches or releases a module.
         synchronous: whether the host waits for each kernel, as on a CPU.
+        measured: ``Event.operator`` -> seconds of operators and collectives that were measured by themselves.
     """
 
     name: str
@@ -60,9 +64,12 @@ class Gpu:
     network_us: float
     collective_us: float
     kernel_us: float
+    bus_gbps: float
+    host_gbps: float
     host_us: float
     hook_us: float
     synchronous: bool = False
+    measured: Mapping[str, float] = field(default_factory=dict)
 
 
 def gpu_names() -> list[str]:
@@ -104,7 +111,7 @@ def _read(name: str) -> dict[str, Any]:
         ) from error
     if not isinstance(found, dict):
         raise ValueError(f"gpu={name!r}: must be keys and values; see {FOLDER / 'h100.yaml'}")
-    known = {field.name for field in fields(Gpu)} - {"synchronous"}
+    known = {each.name for each in fields(Gpu)} - {"synchronous", "measured"}
     for key in found:
         if key not in known:
             raise ValueError(f"gpu={name!r}: {key!r} is unknown; use {', '.join(sorted(known))}")

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from trace_dist.optim.masked_adamw import MaskedAdamW
+from trace_dist.optim.offload import HostEntries, Offload
 from trace_dist.profiling.simulation.events import HOSTS
 from trace_dist.profiling.simulation.kernels import adamw_bytes, launched_bytes
 from trace_dist.profiling.simulation.recorder import Recorder
@@ -110,6 +111,20 @@ def _recorded_kernels(stack: ExitStack, recorder: Recorder) -> None:
     _replaced(stack, import_module("trace_kernels.adamw_batch")._Launch, {"run": run})
 
 
+def _offload(stack: ExitStack, recorder: Recorder) -> None:
+    """The host tells when it updates entries whose states it keeps: three of them are read and written, the gradient is read."""
+    taken = Offload.step
+
+    def step(self: Offload, supports: list[Any], update: Callable[[Any, Any], None]) -> None:
+        def told(support: Any, entries: HostEntries) -> None:
+            update(support, entries)
+            recorder.host_works((2 * 3 * 4 + 4) * len(entries.grad) + entries.values.nbytes)
+
+        taken(self, supports, told)
+
+    _replaced(stack, Offload, {"step": step})
+
+
 def _hosts(stack: ExitStack, world: int) -> None:
     """What the hosts say to each other: all say what this one does."""
     said = {"gather_objects": lambda value: [value] * world, "broadcast_object": lambda value: value}
@@ -138,14 +153,42 @@ def deepspeed_on_meta(stack: ExitStack) -> None:
     _replaced(stack, linear, {"get_accelerator": lambda: cpu})
 
 
-def _recorded_deepspeed(stack: ExitStack, recorder: Recorder, synchronous: bool) -> None:
+def _recorded_fsdp2(stack: ExitStack, recorder: Recorder, streams: Streams) -> None:
+    """FSDP2 takes ``meta`` for its accelerator, and tells when it frees or fills a gathered weight."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
+
+    handle = SimpleNamespace(
+        Stream=streams.make,
+        Event=streams.event,
+        stream=streams.on,
+        current_stream=streams.current,
+        current_device=lambda: 0,
+        device_count=lambda: 1,
+        set_device=lambda _: None,
+        is_initialized=lambda: True,
+    )
+    stack.enter_context(patch.object(torch, META.type, handle, create=True))
+
+    def told(function: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+        def call(tensor: Tensor) -> None:
+            function(tensor)
+            recorder.resized(tensor)
+
+        return call
+
+    filled, freed = told(_fsdp_param.alloc_storage), told(_fsdp_param.free_storage)
+    _replaced(stack, _fsdp_param, {"alloc_storage": filled, "free_storage": freed})
+    _replaced(stack, _fsdp_param_group, {"alloc_storage": filled})
+    _replaced(stack, _fsdp_param_group.FSDPParamGroup, {"_validate_no_meta_params": lambda _: None})
+
+
+def _recorded_deepspeed(stack: ExitStack, recorder: Recorder, streams: Streams, synchronous: bool) -> None:
     """DeepSpeed tells when it fetches modules, and has streams unless its accelerator is synchronous."""
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.zero import partitioned_param_coordinator
 
     deepspeed_on_meta(stack)
     if not synchronous:
-        streams = Streams(recorder)
         made = {"Stream": property(lambda _: streams.make), "Event": property(lambda _: streams.event)}
         used = {
             "stream": lambda _, stream: streams.on(stream),
@@ -175,14 +218,14 @@ def simulated_rank(world: int, synchronous: bool = False) -> Iterator[Recorder]:
     Args:
         world: ranks.
         synchronous: whether the accelerator is one that the host waits for at each operator: a CPU. Weights are then
-            gathered by messages, as over gloo, and logits upcast in small chunks.
+            gathered by messages, as over gloo, and logits upcast in small chunks. What operators are called with is kept.
 
     Raises:
         ValueError: a process group exists.
     """
     if td.is_initialized():
         raise ValueError("simulate: this process is a rank of a job; start it without a launcher")
-    recorder = Recorder()
+    recorder = Recorder(keeps_calls=synchronous)
     with ExitStack() as stack:
         stack.enter_context(
             patch.dict(os.environ, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world)})
@@ -192,8 +235,11 @@ def simulated_rank(world: int, synchronous: bool = False) -> Iterator[Recorder]:
         stack.callback(dist.close)
         _replaced(stack, td, {name: _told(recorder, getattr(td, name)) for name in _COLLECTIVES})
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        _recorded_deepspeed(stack, recorder, synchronous)
+        streams = Streams(recorder)
+        _recorded_deepspeed(stack, recorder, streams, synchronous)
+        _recorded_fsdp2(stack, recorder, streams)
         _recorded_kernels(stack, recorder)
+        _offload(stack, recorder)
         _replaced(stack, Tensor, {"record_stream": lambda *_: None})
         _replaced(
             stack, import_module("torch.optim.adam"), {"_device_dtype_check_for_fused": lambda *_: None}

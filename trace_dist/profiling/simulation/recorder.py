@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from trace_dist.profiling.simulation.calls import Call, Shape
 from trace_dist.profiling.simulation.events import COMPUTE, HOSTS, Event, Work
 from trace_dist.profiling.simulation.kernels import touched_bytes
 from trace_dist.profiling.wire import sent_by
@@ -54,6 +56,9 @@ _PICKING = ("trace_dist.masks", "trace_dist.sharding", "trace_kernels")
 class Recorder(TorchDispatchMode):
     """Records while it is entered.
 
+    Args:
+        keeps_calls: whether it shall be known what each operator was called with.
+
     Attributes:
         events: since ``clear``.
         alive: bytes of the accelerator's storages now.
@@ -61,14 +66,17 @@ class Recorder(TorchDispatchMode):
         stream: to which the program gives work now.
         lane: the process group of a collective that is called now.
         optimizing: whether the optimizer works now.
+        calls: ``Event.operator`` -> the call, where they are kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keeps_calls: bool = False) -> None:
         super().__init__()
+        self._keeps_calls = keeps_calls
+        self.calls: dict[str, Call] = {}
         self.events: list[Event] = []
         self.alive = self.peak = 0
         self.stream, self.lane, self.optimizing = COMPUTE, "gather", False
-        self._storages: dict[int, Any] = {}
+        self._storages: dict[int, tuple[Any, int]] = {}  # reference and bytes
         self._last: dict[str, int] = {}
 
     def clear(self) -> None:
@@ -96,6 +104,10 @@ class Recorder(TorchDispatchMode):
         """The host waits for an event, or for all that a stream has been given."""
         self.add("host_waits", after=after, target=target or self.stream)
 
+    def host_works(self, num_bytes: int) -> None:
+        """The host computes, on so many bytes of its memory."""
+        self.add("host_works", num_bytes=num_bytes)
+
     def hook(self) -> None:
         """The sharding library fetches or releases a module."""
         self.add("hook")
@@ -109,9 +121,10 @@ class Recorder(TorchDispatchMode):
         """A fused attention kernel."""
         self.add("kernel", name="attention", flops=flops, num_bytes=num_bytes)
 
-    def kernel(self, num_bytes: float, work: Work = "other") -> None:
+    def kernel(self, num_bytes: float, work: Work = "other", operator: str = "") -> None:
         """Another kernel."""
-        self.add("kernel", name="optimizer" if self.optimizing else work, num_bytes=num_bytes)
+        name = "optimizer" if self.optimizing else work
+        self.add("kernel", name=name, num_bytes=num_bytes, operator=operator)
 
     @contextmanager
     def on_lane(self, lane: str) -> Iterator[None]:
@@ -124,6 +137,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # what it does with the local tensors comes here again
         if func is aten._local_scalar_dense.default and args[0].is_meta:
             self.host_waits()
             return _answer(args[0], _caller())
@@ -143,7 +158,9 @@ class Recorder(TorchDispatchMode):
         made = [each for each in tree_iter(result) if isinstance(each, Tensor) and each.is_meta]
         for tensor in made:
             self._count(tensor.untyped_storage())
-        if (on_meta or made) and not (func in _FREE or func.is_view or func._opname == "detach"):
+        if made and given and not on_meta and func in _COPIES:
+            self._crossed(made[0])
+        elif (on_meta or made) and not (func in _FREE or func.is_view or func._opname == "detach"):
             self._operator(func, args, kwargs, result, given, made)
         return result
 
@@ -152,19 +169,31 @@ class Recorder(TorchDispatchMode):
     ) -> None:
         formula = flop_registry.get(func._overloadpacket)
         flops = 0 if formula is None else formula(*args, **kwargs, out_val=result)
-        num_bytes = _moved(func, given, made)
+        num_bytes, operator = _moved(func, given, made), self._kept(func, args, kwargs)
         if flops:
             wide = made[0].dtype not in (torch.bfloat16, torch.float16)
-            self.add("kernel", name="matmul", flops=flops, num_bytes=num_bytes, wide=wide)
+            self.add("kernel", name="matmul", flops=flops, num_bytes=num_bytes, wide=wide, operator=operator)
         else:
-            self.kernel(num_bytes, "pick" if _caller().startswith(_PICKING) else "other")
+            self.kernel(num_bytes, "pick" if _caller().startswith(_PICKING) else "other", operator)
+
+    def _kept(self, func: Any, args: Any, kwargs: Any) -> str:
+        """Keep a call, where that is wanted; its key."""
+        if not self._keeps_calls:
+            return ""
+        call = Call.of(func, args, kwargs)
+        return self.calls.setdefault(call.key, call).key
 
     def _collective(self, func: Any, args: tuple[Any, ...]) -> None:
         name, num_bytes = sent_by(func, args)
         tensors = [each for each in tree_iter(args) if isinstance(each, Tensor)]
         lane = self.lane if any(each.is_meta for each in tensors) else HOSTS
-        size = max((each.nbytes for each in tensors), default=0)
-        self.add("collective", name=name, num_bytes=num_bytes, lane=lane, size=size)
+        largest = max(tensors, key=lambda each: each.nbytes, default=None)
+        size = 0 if largest is None else largest.nbytes
+        operator = ""
+        if self._keeps_calls and largest is not None:
+            operator = f"{name} {largest.dtype} {size}"
+            self.calls.setdefault(operator, Call(name, (Shape.of(largest), {})))
+        self.add("collective", name=name, num_bytes=num_bytes, lane=lane, size=size, operator=operator)
 
     def _fetched(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of a copy to the CPU, for which the host waits; None for any other."""
@@ -172,28 +201,41 @@ class Recorder(TorchDispatchMode):
             target, source = args[:2]
             if target.is_meta or not source.is_meta:
                 return None
-            self.kernel(source.nbytes)
+            self._crossed(source)
             self.host_waits()
             return target.fill_(1)
         if not args[0].is_meta or torch.device(kwargs.get("device") or args[0].device).type == "meta":
             return None
-        self.kernel(args[0].nbytes)
+        self._crossed(args[0])
         if not kwargs.get("non_blocking"):
             self.host_waits()
         return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
 
+    def _crossed(self, tensor: Tensor) -> None:
+        self.add("kernel", name="bus", num_bytes=tensor.nbytes)
+
     def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key = storage._cdata
         if key in self._storages:
             return
 
         def died(_: object) -> None:
-            self.alive -= size
-            del self._storages[key]
+            self.alive -= self._storages.pop(key)[1]
 
-        self._storages[key] = weakref.ref(storage, died)
-        self.alive += size
+        self._storages[key] = weakref.ref(storage, died), storage.nbytes()
+        self._grow(storage.nbytes())
+
+    def _grow(self, num_bytes: int) -> None:
+        self.alive += num_bytes
         self.peak = max(self.peak, self.alive)
+
+    def resized(self, tensor: Tensor) -> None:
+        """The storage of a tensor has been given another size, of which no operator tells."""
+        storage = tensor.untyped_storage()
+        self._count(storage)
+        reference, before = self._storages[storage._cdata]
+        self._storages[storage._cdata] = reference, storage.nbytes()
+        self._grow(storage.nbytes() - before)
 
 
 def _answer(asked: Tensor, caller: str) -> Any:

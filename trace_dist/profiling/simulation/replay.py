@@ -3,7 +3,7 @@
     kernel       max(operations / rate, bytes / bandwidth, shortest kernel)
     collective   base + steps x latency + max(bytes within the node / link, bytes between nodes / network)
     agreement    of hosts: 2 log2(ranks) messages, for which the host waits
-    host         a time for each operator, and for each fetch or release of a module by DeepSpeed
+    host         a time for each operator, for each fetch or release of a module by DeepSpeed, and for each byte of its own work
 
 The host gives work to streams in the order of the program. A kernel begins when the host has given it and its stream is free; a
 collective when its process group and the links are free too. A stream waits where the program lets it wait, so that what
@@ -185,6 +185,8 @@ def replay(program: Program, cluster: Cluster) -> Timing:
             clock.host_waits(event)
         elif event.kind == "hook":
             clock.host += cluster.gpu.hook_us / 1e6
+        elif event.kind == "host_works":
+            clock.host += event.num_bytes / (1e9 * cluster.gpu.host_gbps)
         else:
             clock.marks.append((event.name, max(clock.streams[COMPUTE], clock.host)))
     end = max(clock.host, *clock.streams.values(), *clock.lanes.values(), clock.streams[COMPUTE])
@@ -196,6 +198,10 @@ def replay(program: Program, cluster: Cluster) -> Timing:
 
 def kernel_seconds(gpu: Gpu, event: Event) -> float:
     """Of one kernel, on an otherwise idle GPU."""
+    if event.operator in gpu.measured:
+        return gpu.measured[event.operator]
+    if event.name == "bus":
+        return event.num_bytes / (1e9 * gpu.bus_gbps)
     moving = event.num_bytes / (1e9 * gpu.memory_gbps * gpu.memory_share)
     share = gpu.attention_share if event.name == "attention" else gpu.matmul_share
     rate = gpu.vector_tflops if event.wide else gpu.matmul_tflops
@@ -215,6 +221,8 @@ def sent_where(cluster: Cluster, event: Event) -> dict[str, float]:
 def collective_seconds(cluster: Cluster, event: Event) -> float:
     """Of one collective, on otherwise idle links."""
     gpu, world = cluster.gpu, cluster.world_size
+    if event.operator in gpu.measured:
+        return gpu.measured[event.operator]
     if world == 1:
         return gpu.kernel_us / 1e6
     sent = sent_where(cluster, event)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 METHODS = ("element", "block 64", "row", "full", "LoRA")
 """Masks of single elements, of blocks and of rows; full fine-tuning; PEFT's LoRA of as many trained parameters as the masks."""
+PEERS = ("full, FSDP2",)
+"""Beside them: full fine-tuning under torch's FSDP2."""
 MOST_RANKS = 4096
 
 
@@ -23,8 +25,9 @@ class SimulationSetup:
     """a100, h100, l40s, 4090, mi300x, or a YAML file of an own GPU."""
     link_gbps: float = 400.0
     """Network of each GPU, in 1e9 bits per second, one way."""
-    methods: tuple[str, ...] = METHODS
-    """What to simulate, of: element, block 64, row, full, LoRA, SHiRA, `full, tuned`, `LoRA, tuned`."""
+    methods: tuple[str, ...] = (*METHODS, *PEERS)
+    """What to simulate, of: element, block 64, row, full, LoRA, SHiRA, `full, tuned`, `LoRA, tuned`, `row, FSDP2`,
+    `full, FSDP2`, `row, offload` (states in host memory)."""
     density: float = 0.05
     """Share of the linear layers' weights that masks train, in (0, 1]; LoRA gets the rank that trains as many."""
     micro_batch_size: int = 1
