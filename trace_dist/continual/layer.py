@@ -56,12 +56,12 @@ def choose_view(judge: Judge, model: ShardedModel) -> View:
     Collective.
     """
     wanted, sets = judge.cfg.bank, [*judge.bench.tasks, *judge.bench.general]
-    layers, poolings = [wanted.layer], [wanted.pooling]
-    if wanted.layer == AUTO:
+    if wanted.layer == "auto":
         depth = model.module.config.get_text_config().num_hidden_layers
         layers = sorted({round(share * depth) for share in DEPTHS})
-    if wanted.pooling == AUTO:
-        poolings = list(judge.bench.modality.poolings)
+    else:
+        layers = [wanted.layer]
+    poolings = list(judge.bench.modality.poolings) if wanted.pooling == "auto" else [wanted.pooling]
     found = {
         pooling: [
             judge.represent_layers(model, stream.task.train["prompt"][:NUM_PROMPTS], layers, pooling)
