@@ -200,19 +200,21 @@ def check_as_from_the_base(composed: DeltaBank, mask: Mask, result: TrainResult,
 
 def test_an_unrelated_task_begins_at_the_base(unrelated: RunConfig) -> None:
     """Its loss under the best combination is far below the base's, but its own mask comes as low in as many steps."""
+    options = KIND["composition_options"] | {"trial_steps": 80}
+    unrelated = replace(unrelated, bank=replace(unrelated.bank, composition_options=options))
     untried = replace(
         unrelated,
         run_dir=f"{unrelated.run_dir}-untried",
-        bank=replace(unrelated.bank, composition_options=KIND["composition_options"] | {"trial_steps": 0}),
+        bank=replace(unrelated.bank, composition_options=options | {"trial_steps": 0}),
     )
     plain = without(unrelated)
     shutil.copytree(unrelated.run_dir, untried.run_dir)
     _, composed, mask, result = learned(unrelated)
     facts = composed.facts("third")["training"]["composition"]
     assert facts["loss"] < 0.8 * facts["base_loss"]
-    assert facts["used"] is False
-    assert facts["trial"]["loss"] > 0.98 * facts["trial"]["base_loss"]
-    assert facts["examples"] == (12 + 2 * 20) * 16
+    assert facts["used"] is False, facts["trial"]
+    assert facts["trial"]["loss"] > 0.95 * facts["trial"]["base_loss"]
+    assert facts["examples"] == (12 + 2 * 80) * 16
     check_as_from_the_base(composed, mask, result, plain)
     _, taken, _, _ = learned(untried, mask)
     facts = taken.facts("third")["training"]["composition"]

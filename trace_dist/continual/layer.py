@@ -88,6 +88,9 @@ def choose_view(judge: Judge, model: ShardedModel) -> View:
 
 def _losses(judge: Judge, sets: Sequence[Stream], x: Sequence[torch.Tensor]) -> tuple[float, float]:
     """Percent of held-out prompts that go wrong, and the bound on it by their margins (``bound.cantelli_limits``)."""
+    # As the last token of a chat template before any layer: nothing tells such prompts apart, nor has a Gaussian a width.
+    if not any(bool((each != each[0]).any()) for each in x):
+        return 100.0, 100.0
     bank = judge.cfg.bank
     retriever = Retriever(
         fit_signature(each, bank.clusters, judge.cfg.seed, stream.task.name, 0.5, bank.signature)
