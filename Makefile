@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: quickstart quickstart-smollm2 publish bench stream20 trace-small retrieval-study study study-toy study-one-model study-one-model-toy study-images study-transfer gpu scale test fuzz faults soak hosts audit lint format docs wheel clean
+.PHONY: quickstart quickstart-smollm2 publish bench stream20 later trace-small retrieval-study study study-toy study-one-model study-one-model-toy study-images study-transfer gpu scale test fuzz faults soak hosts audit lint format docs wheel clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/trace-dist run --config configs/quickstart.yaml
@@ -31,14 +31,19 @@ bench: $(VENV)/.dev
 	$(BIN)/trace-dist bench serve --out docs/results/bench_serve.json
 	$(BIN)/python -m trace_dist.benchmarks.document docs/results docs/benchmarks.md
 
-# Twenty tasks, each learned by a command of its own; a quarter of an hour. A stream that was cut continues.
+# Twenty tasks, each learned by a command of its own; half an hour of one core. A stream that was cut continues.
 stream20: $(VENV)/.quickstart
 	$(BIN)/python -m trace_dist.benchmarks.stream --config configs/stream20.yaml --out docs/results/stream20.json
 
+# A fourth task for the bank of the quickstart, which has run before; two minutes.
+later: $(VENV)/.quickstart
+	$(BIN)/python -m trace_dist.benchmarks.later --config configs/quickstart.yaml --task configs/later.yaml --out docs/results/learn_later.json
+
 # The eight tasks of the TRACE benchmark in little, each with its own metric; some minutes.
-trace-small: $(VENV)/.quickstart
+trace-small: $(VENV)/.metrics
 	$(BIN)/python -m trace_dist.benchmarks.trace_layout runs/trace-small/data
 	$(BIN)/trace-dist run --config configs/trace-small.yaml
+	$(BIN)/python -m trace_dist.benchmarks.trace_page runs/trace-small/results.json docs/results docs/data.md
 
 # Which task is a prompt of, among seventy; nothing is trained. A study that was cut continues.
 retrieval-study: $(VENV)/.smollm2
@@ -145,6 +150,10 @@ $(BIN)/python:
 
 $(VENV)/.quickstart: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[eval]"
+	touch $@
+
+$(VENV)/.metrics: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet -e ".[eval,metrics]"
 	touch $@
 
 $(VENV)/.audit: $(BIN)/python pyproject.toml

@@ -175,6 +175,11 @@ class BankFolder:
         return self.root / ".lock"
 
     @property
+    def command_lock(self) -> Path:
+        """Held by the command that fills the bank, from its beginning to its end, and by whoever else changes it."""
+        return self.root / ".command.lock"
+
+    @property
     def tasks(self) -> Path:
         """A folder for each task."""
         return self.root / "tasks"

@@ -90,6 +90,7 @@ _SIGNATURES = {
     "compact_gather": (_RUNS, _PTR, _INT, _PTR, c_double, _INT, _PTR, _INT),
     "compact_scatter": (_RUNS, _PTR, _INT, _PTR, _INT, _INT),
     "delta_swap": (ctypes.POINTER(_Swap), _INT, _INT),
+    "delta_write": (ctypes.POINTER(_Swap), _INT, _INT),
     "compact_sumsq": (_PTR, _INT, _INT, _INT),
 }
 
@@ -215,7 +216,7 @@ def scatter(dst: Tensor, runs: Runs, values: Tensor) -> None:
 
 
 class Swaps:
-    """Operands of `delta_swap`, of elements of 2, 4 or 8 bytes, to be swapped in one call.
+    """Operands of `delta_swap`, of elements of 2, 4 or 8 bytes, to be swapped or written in one call.
 
     Args:
         operands: weight, runs and values of each parameter.
@@ -234,8 +235,14 @@ class Swaps:
 
     def run(self) -> None:
         """Swap."""
-        num_threads = _num_threads(self._work, _SWAPPED_PER_THREAD)
-        _loaded().delta_swap(self._table, len(self._table), num_threads)
+        _loaded().delta_swap(self._table, len(self._table), self._num_threads())
+
+    def write(self) -> None:
+        """Write the values into the weights."""
+        _loaded().delta_write(self._table, len(self._table), self._num_threads())
+
+    def _num_threads(self) -> int:
+        return _num_threads(self._work, _SWAPPED_PER_THREAD)
 
 
 def sumsq(values: Tensor) -> Tensor:

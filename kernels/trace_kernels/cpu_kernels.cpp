@@ -13,6 +13,10 @@
 #include <numeric>
 #include <vector>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 namespace {
 
 constexpr int64_t TILE = 256;   // entries: small enough that memory never idles while a tile is computed,
@@ -329,6 +333,13 @@ __attribute__((noinline)) void swap_short(const Swap& swap, int64_t begin, int64
     if (swap.bytes == 8) swap_words<uint64_t>(swap, begin, end);
 }
 
+__attribute__((noinline)) void write_short(const Swap& swap, int64_t begin, int64_t end) {
+    const auto values = [&](auto word) { return static_cast<const decltype(word)*>(swap.values) + begin; };
+    if (swap.bytes == 2) put(swap.runs, begin, end, swap.weight, values(uint16_t()));
+    if (swap.bytes == 4) put(swap.runs, begin, end, swap.weight, values(uint32_t()));
+    if (swap.bytes == 8) put(swap.runs, begin, end, swap.weight, values(uint64_t()));
+}
+
 void exchange_bytes(char* __restrict one, char* __restrict other, int64_t n) {
     int64_t i = 0;
     for (; i + CACHE_LINE <= n; i += CACHE_LINE) {
@@ -338,6 +349,32 @@ void exchange_bytes(char* __restrict one, char* __restrict other, int64_t n) {
         std::memcpy(other + i, line, CACHE_LINE);
     }
     std::swap_ranges(one + i, one + n, other + i);
+}
+
+// Past the caches: lines that are written whole need not be read first.
+void write_bytes(char* __restrict to, const char* __restrict from, int64_t n) {
+#ifdef __SSE2__
+    const int64_t head = std::min<int64_t>(n, -reinterpret_cast<uintptr_t>(to) & (CACHE_LINE - 1));
+    std::memcpy(to, from, head);
+    int64_t i = head;
+    for (; i + CACHE_LINE <= n; i += CACHE_LINE) {
+        __m128i line[CACHE_LINE / sizeof(__m128i)];
+        std::memcpy(line, from + i, CACHE_LINE);
+        for (size_t k = 0; k < CACHE_LINE / sizeof(__m128i); ++k) {
+            _mm_stream_si128(reinterpret_cast<__m128i*>(to + i) + k, line[k]);
+        }
+    }
+    std::memcpy(to + i, from + i, n - i);
+#else
+    std::memcpy(to, from, n);
+#endif
+}
+
+// What was written past the caches is there for other threads before what they are told next.
+void end_writes() {
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
 }
 
 // A position among the entries of all swaps, one after the other.
@@ -357,13 +394,22 @@ public:
     }
 
     // Inlined: gcc takes a function that does nothing but fetch for one that does nothing.
-    __attribute__((always_inline)) void fetch_lines(int64_t n) const {
+    __attribute__((always_inline)) void fetch_weight(int64_t n) const {
         if (!is_short()) fetch<2>(weight(), n * swap_->bytes);
+    }
+
+    __attribute__((always_inline)) void fetch_values(int64_t n) const {
+        if (!is_short()) fetch<2>(values(), n * swap_->bytes);
     }
 
     void exchange(int64_t n) const {
         if (is_short()) return swap_short(*swap_, entry_, entry_ + n);
-        exchange_bytes(weight(), static_cast<char*>(swap_->values) + entry_ * swap_->bytes, n * swap_->bytes);
+        exchange_bytes(weight(), values(), n * swap_->bytes);
+    }
+
+    void write(int64_t n) const {
+        if (is_short()) return write_short(*swap_, entry_, entry_ + n);
+        write_bytes(weight(), values(), n * swap_->bytes);
     }
 
     void advance(int64_t n) {
@@ -387,6 +433,8 @@ private:
         while (swap_ != end_ && swap_->runs.num_entries == 0) ++swap_;
     }
 
+    char* values() const { return static_cast<char*>(swap_->values) + entry_ * swap_->bytes; }
+
     char* weight() const {
         const Runs& runs = swap_->runs;
         const int64_t local = runs.unit_bytes == 4 ? here_.local(runs, static_cast<const int32_t*>(runs.units))
@@ -398,6 +446,34 @@ private:
     Place here_;
     int64_t entry_ = 0;
 };
+
+// Calls move(here, n) for each stretch. The entries of all parameters are dealt out together, so that threads start once. While
+// one unit is moved, fetch(ahead, n) asks for the cache lines of a later one, of the next parameter too.
+template <class Fetch, class Move>
+void for_stretches(const Swap* swaps, int64_t num_swaps, int64_t num_threads, Fetch fetch, Move move) {
+    int64_t num_entries = 0;
+    for (int64_t i = 0; i < num_swaps; ++i) num_entries += swaps[i].runs.num_entries;
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+    for (int64_t thread = 0; thread < num_threads; ++thread) {
+        const int64_t begin = num_entries * thread / num_threads, end = num_entries * (thread + 1) / num_threads;
+        const int64_t lead = std::min(SWAP_AHEAD, end - begin);
+        Position here(swaps, num_swaps, begin), ahead(swaps, num_swaps, begin + lead);
+        int64_t fetched = begin + lead;
+        for (int64_t done = begin; done < end;) {
+            const int64_t n = std::min(here.length(), end - done);
+            while (fetched < std::min(end, done + n + lead)) {
+                const int64_t k = std::min(ahead.length(), std::min(end, done + n + lead) - fetched);
+                fetch(ahead, k);
+                ahead.advance(k);
+                fetched += k;
+            }
+            move(here, n);
+            here.advance(n);
+            done += n;
+        }
+        end_writes();
+    }
+}
 
 }  // namespace
 
@@ -453,29 +529,17 @@ double compact_sumsq(const void* values, int64_t dtype, int64_t num_entries, int
     return total(sums);
 }
 
-// The entries of all parameters are dealt out together, so that threads start once. While one unit is exchanged, the cache
-// lines of a later one come, from the next parameter too.
+// Exchanges the entries of the weights with the values.
 void delta_swap(const Swap* swaps, int64_t num_swaps, int64_t num_threads) {
-    int64_t num_entries = 0;
-    for (int64_t i = 0; i < num_swaps; ++i) num_entries += swaps[i].runs.num_entries;
-#pragma omp parallel for schedule(static) num_threads(num_threads)
-    for (int64_t thread = 0; thread < num_threads; ++thread) {
-        const int64_t begin = num_entries * thread / num_threads, end = num_entries * (thread + 1) / num_threads;
-        const int64_t lead = std::min(SWAP_AHEAD, end - begin);
-        Position here(swaps, num_swaps, begin), ahead(swaps, num_swaps, begin + lead);
-        int64_t fetched = begin + lead;
-        for (int64_t done = begin; done < end;) {
-            const int64_t n = std::min(here.length(), end - done);
-            while (fetched < std::min(end, done + n + lead)) {
-                const int64_t k = std::min(ahead.length(), std::min(end, done + n + lead) - fetched);
-                ahead.fetch_lines(k);
-                ahead.advance(k);
-                fetched += k;
-            }
-            here.exchange(n);
-            here.advance(n);
-            done += n;
-        }
-    }
+    for_stretches(
+        swaps, num_swaps, num_threads, [](const Position& ahead, int64_t n) { ahead.fetch_weight(n); },
+        [](const Position& here, int64_t n) { here.exchange(n); });
+}
+
+// Writes the values to the entries of the weights.
+void delta_write(const Swap* swaps, int64_t num_swaps, int64_t num_threads) {
+    for_stretches(
+        swaps, num_swaps, num_threads, [](const Position& ahead, int64_t n) { ahead.fetch_values(n); },
+        [](const Position& here, int64_t n) { here.write(n); });
 }
 }

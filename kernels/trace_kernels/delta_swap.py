@@ -5,6 +5,8 @@
 with ``local`` as in runs.py, [Note: compact order]. Applying a task's tuned values and restoring the base
 are the same call made twice, and need no second copy of the base. Values are moved as integers, so that NaN
 payloads and the sign of zero survive: two calls restore every bit.
+
+Who keeps the base's values too need not read what is overwritten: `DeltaSwapBatch.write` only writes, which is half of the bytes.
 """
 
 from __future__ import annotations
@@ -137,6 +139,7 @@ class DeltaSwapBatch:
         words: list[_Words] = []
         for weight, runs, values in self._operands:
             words.append((*_words(weight, runs, values), runs))
+        self._words = words
         self._at_once: list[cpu.Swaps | _Launch] = []
         paths = {choose(impl, weight, values, runs.units) for weight, values, runs in words}
         if paths == {"cpp"}:
@@ -156,6 +159,16 @@ class DeltaSwapBatch:
         if self._one_by_one:
             for weight, runs, values in self._operands:
                 delta_swap(weight, runs, values, impl=self._impl)
+
+    def write(self) -> None:
+        """Write the values into the weights; what was there is lost, and the values stay as they are."""
+        for each in self._at_once:
+            if isinstance(each, cpu.Swaps):
+                each.write()
+                return
+        for weight, values, runs in self._words:
+            for piece in runs.pieces():
+                piece.scatter(weight, values[piece.start : piece.stop])
 
 
 _Words = tuple[Tensor, Tensor, Runs]

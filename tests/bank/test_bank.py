@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -14,8 +15,10 @@ from bank.samples import base_model, drawn, make_delta, same_bits, same_delta, s
 from trace_dist import DeltaBank
 from trace_dist.bank.bank import BASE
 from trace_dist.bank.delta import extract_delta
+from trace_dist.bank.merge import merge
 from trace_dist.bank.retrieval import Retriever
 from trace_dist.models import fingerprint
+from trace_dist.utils.sealed import json_checksum
 
 
 def test_bank(tmp_path: Path) -> None:
@@ -81,6 +84,33 @@ def test_creating_a_bank_that_is_there_opens_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"bank\.layer=2: .* made with 1; set that"):
         DeltaBank.create(tmp_path, "aaaa", layer=2)
     assert DeltaBank(tmp_path).tasks == ["one"]
+
+
+def test_how_prompts_are_pooled_stays_with_the_bank(tmp_path: Path) -> None:
+    bank = DeltaBank.create(tmp_path / "one", "aaaa", 1, "mean_std")
+    bank.add(drawn("a", 1), small_delta("a", 1))
+    for found in (DeltaBank(bank.folder), DeltaBank.create(bank.folder, "aaaa", 1, "mean_std")):
+        assert (found.layer, found.pooling, found.tasks) == (1, "mean_std", ["a"])
+    with pytest.raises(ValueError, match=r"bank\.pooling='mean': .* made with mean_std; set that"):
+        DeltaBank.create(bank.folder, "aaaa", 1)
+    merged = merge(bank, DeltaBank.create(tmp_path / "two", "aaaa", 1, "mean_std"), tmp_path / "both")
+    assert merged.pooling == "mean_std"
+    index = json.loads(bank.files.index.read_text())
+    # Releases that know the mean alone read versions 1 and 2.
+    assert index["version"] == 3
+    index["pooling"] = "median"
+    del index["checksum"]
+    bank.files.index.write_text(json.dumps({**index, "checksum": json_checksum(index)}))
+    with pytest.raises(ValueError, match=r"damaged index of a bank .*the pooling 'median' is none"):
+        DeltaBank(bank.folder)
+
+
+def test_a_bank_of_means_is_as_before(tmp_path: Path) -> None:
+    DeltaBank.create(tmp_path, "aaaa", layer=1)
+    index = json.loads((tmp_path / "bank.json").read_text())
+    assert index["version"] == 2
+    assert "pooling" not in index
+    assert DeltaBank(tmp_path).pooling == "mean"
 
 
 def test_a_hundred_tasks_open_without_reading_one(tmp_path: Path) -> None:

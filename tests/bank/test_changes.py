@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +16,13 @@ from bank.crash import dies_at
 from bank.samples import drawn, same_delta, small_delta, write_old_bank
 
 from trace_dist import DeltaBank
+from trace_dist.bank import merge as merging
 from trace_dist.bank.bank import BASE
 from trace_dist.bank.merge import merge
 from trace_dist.bank.sketch import sketch_update
 from trace_dist.bank.verify import verify
 from trace_dist.bank.writer import locked
+from trace_dist.launching import followed
 from trace_dist.run_folder import BankFolder
 
 TASKS = ("one", "two")
@@ -42,7 +47,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != ".lock"
+        if path.is_file() and not path.name.endswith(".lock")
     }
 
 
@@ -189,6 +194,58 @@ def test_a_second_writer_is_told_who_writes(tmp_path: Path) -> None:
         assert DeltaBank(tmp_path).tasks == [BASE, *TASKS]
         assert bank.delta("one") is not None
     bank.remove("one")
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from trace_dist.utils.locks import hold
+with hold(Path(sys.argv[1]), "bank"):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_bank_that_a_command_fills_is_changed_by_its_stages_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = fill(tmp_path)
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(BankFolder(tmp_path).command_lock)], **pipes
+    )
+    try:
+        assert command.stdout.readline() == "held\n"
+        for change in (lambda: bank.remove("one"), lambda: CHANGES["add"](bank)):
+            with pytest.raises(ValueError, match=f"process {command.pid} on .* is at work in it; wait until"):
+                change()
+        assert DeltaBank(tmp_path).tasks == [BASE, *TASKS]
+        for name, value in followed(command.pid).items():
+            monkeypatch.setenv(name, value)
+        bank.remove("one")
+    finally:
+        command.communicate("\n", timeout=60)
+    assert not BankFolder(tmp_path).command_lock.exists()
+
+
+def test_a_bank_that_is_changed_while_it_is_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is added meanwhile is left to the next merge; what is taken away is missed by name, and nothing is left behind."""
+    left, right = fill(tmp_path / "left"), DeltaBank.create(tmp_path / "right", "aaaa", layer=1)
+    add(right, "three", 3)
+    opened = DeltaBank(tmp_path / "left")
+    CHANGES["add"](left)
+    assert merge(opened, right, tmp_path / "earlier").tasks == [BASE, *TASKS, "three"]
+    opened, check = DeltaBank(tmp_path / "left"), merging._check
+
+    def removed_after_the_check(*banks: DeltaBank) -> Any:
+        found = check(*banks)
+        left.remove("two")
+        return found
+
+    monkeypatch.setattr(merging, "_check", removed_after_the_check)
+    with pytest.raises(ValueError, match=r"left: the bank was changed since .* merge again"):
+        merge(opened, right, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_processes_that_write_and_one_that_reads(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from bank.samples import DTYPES, base_model, bits, make_delta, same_bits
+from masks.earlier import earlier_digest
 from safetensors.torch import load_file, save_file
 
 from trace_dist import Delta, Mask
@@ -37,6 +38,16 @@ def test_apply_extract_save_load_restore(dtype: str, granularity: str, tmp_path:
         assert torch.equal(bits(inside, dtype)[name][~chosen], bits(before, dtype)[name][~chosen])
         if name in delta.mask:
             assert torch.equal(inside[name][chosen], delta.values[name])
+
+
+def test_a_mask_that_an_earlier_release_has_named(tmp_path: Path) -> None:
+    """By the digest of its indices: in the index of a bank, or in the file itself."""
+    delta = make_delta(base_model())
+    delta.save(tmp_path / "one.safetensors")
+    assert Delta.load_mask(tmp_path / "one.safetensors", earlier_digest(delta.mask)) == delta.mask
+    other = make_delta(base_model(), density=0.3).mask
+    with pytest.raises(ValueError, match="wrong checksum of its mask"):
+        Delta.load_mask(tmp_path / "one.safetensors", earlier_digest(other))
 
 
 def test_the_base_comes_back_after_an_error() -> None:

@@ -68,9 +68,13 @@ def test_refusals(tmp_path: Path) -> None:
         (bank_of(tmp_path / "c", (BASE, 2)), "task='base': .*; remove one of the two"),
         (
             bank_of(tmp_path / "d", base="bbbb"),
-            "of the base model bbbb and layer 1, but .* of aaaa and layer 1",
+            "of the base model bbbb and layer 1, mean, but .* of aaaa and layer 1, mean",
         ),
         (bank_of(tmp_path / "e", layer=2), "merge banks of one base model"),
+        (
+            DeltaBank.create(tmp_path / "g", "aaaa", 1, "max"),
+            "layer 1, max, but .* layer 1, mean; merge banks",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             merge(left, other, out)
@@ -84,4 +88,4 @@ def test_refusals(tmp_path: Path) -> None:
     fine.path("two").unlink()
     with pytest.raises(ValueError, match=r"two/delta\.safetensors: no such file; restore it"):
         merge(left, fine, out)
-    assert sorted(path.name for path in tmp_path.iterdir()) == list("abcdef")
+    assert sorted(path.name for path in tmp_path.iterdir()) == list("abcdefg")

@@ -224,6 +224,7 @@ def test_verify_finds_what_a_recipe_lacks(bank: DeltaBank, model: ShardedModel) 
         ({"parts": []}, "it names no task"),
         ({"parts": [{"delta": "x", "scalars": {"attention": 1.0}}]}, "a task of it is"),
         ({"parts": [{"delta": "x", "scalars": dict.fromkeys(GROUPS, "1")}]}, "a task of it is"),
+        ({"parts": [{"delta": "x", "scalars": dict.fromkeys(GROUPS, 10**400)}]}, "a task of it is"),
         ({"parts": [{"delta": 3, "scalars": dict.fromkeys(GROUPS, 1.0)}]}, "a task of it is"),
     ],
 )

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from trace_dist.bank.representation import represent, represent_layers
+from trace_dist.bank.representation import pooled, represent, represent_layers
+from trace_dist.config.bank import Pooling
 from trace_dist.utils import dist
 
 
@@ -45,6 +47,33 @@ def test_represent_is_the_mean_over_a_prompts_own_tokens(layer: int) -> None:
         for row, prompt in zip(found, prompts, strict=True):
             hidden = model.eval()(torch.tensor([prompt]), output_hidden_states=True).hidden_states[layer][0]
             torch.testing.assert_close(row, hidden.mean(dim=0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last", "max", "mean_std"])
+def test_poolings_are_over_a_prompts_own_tokens(pooling: Pooling) -> None:
+    model, prompts = tiny_llama(), some_prompts()
+    found = represent(model, prompts, layer=1, batch_size=3, pad_id=0, pooling=pooling)
+    assert found.dtype == torch.float32
+    for row, prompt in zip(found, prompts, strict=True):
+        with torch.no_grad():
+            states = model.eval()(torch.tensor([prompt]), output_hidden_states=True).hidden_states[1][0]
+        x = states.double().numpy()
+        expected = {
+            "mean": x.mean(axis=0),
+            "last": x[-1],
+            "max": x.max(axis=0),
+            "mean_std": np.concatenate([x.mean(axis=0), x.std(axis=0)]),
+        }[pooling]
+        np.testing.assert_allclose(row.numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last", "max", "mean_std"])
+def test_what_stands_where_padding_is_does_not_matter(pooling: Pooling) -> None:
+    states, mask = torch.randn(2, 5, 3), torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
+    spoiled = states.clone()
+    spoiled[0, 2:] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    assert torch.equal(pooled(spoiled, mask, pooling), pooled(states, mask, pooling))
+    assert torch.equal(pooled(spoiled[:1, :2], mask[:1, :2], pooling), pooled(states, mask, pooling)[:1])
 
 
 def test_several_layers_in_one_pass_are_each_as_alone() -> None:

@@ -33,10 +33,11 @@ def test_everything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bytes_that_a_swap_moves() -> None:
-    """Both ways, values and cache lines are read and written: two entries of one line, one of another, and a row of two lines."""
+    """Both ways values are read and lines written, and read where they hold others: two entries of one line, one of another;
+    and a row of two whole lines."""
     layouts = {"w": UnitLayout((4, 64), 1), "v": UnitLayout((4, 64), 64)}
     units = {"w": torch.tensor([0, 31, 32], dtype=torch.int32), "v": torch.tensor([2], dtype=torch.int32)}
     single = Mask({"w": units["w"]}, {"w": layouts["w"]}, "element")
     row = Mask({"v": units["v"]}, {"v": layouts["v"]}, "row")
-    assert swaps.moved_bytes(single, 2) == 4 * (3 * 2 + 2 * 64)
-    assert swaps.moved_bytes(row, 2) == 4 * (64 * 2 + 2 * 64)
+    assert swaps.moved_bytes(single, 2) == 2 * (3 * 2 + 2 * 2 * 64)
+    assert swaps.moved_bytes(row, 2) == 2 * (64 * 2 + 2 * 64)

@@ -10,9 +10,10 @@ import pytest
 from cli.program import environment, make_config, write_config, write_tasks
 
 from trace_dist.bank.bank import BASE, DeltaBank
-from trace_dist.benchmarks import stream
+from trace_dist.benchmarks import later, stream
 
-RESULT = Path(__file__).parents[2] / "docs" / "results" / "stream20.json"
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+RESULT, LATER = RESULTS / "stream20.json", RESULTS / "learn_later.json"
 
 
 def test_tasks_are_learned_by_commands_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,6 +47,31 @@ def test_tasks_are_learned_by_commands_of_their_own(tmp_path: Path, monkeypatch:
     assert DeltaBank(tmp_path / "run" / "bank").tasks == [BASE, "copy", "twist"]
     assert result["again"]["name"] == "copy_again"
     assert DeltaBank(tmp_path / "run" / "bank_again").tasks == [BASE, "copy", "twist", "copy_again"]
+    # The next day another task comes.
+    models = {role: {"path": config[role]["path"]} for role in ("target", "proxy")}
+    parts = {name: config[name] for name in ("probe", "projection", "train")}
+    new = [{"name": "new", "path": str(tmp_path / "twist.jsonl")}]
+    task = write_config(tmp_path, models | parts | {"tasks": new}, "later.yaml")
+    found = later.learn_later(path, task, tmp_path / "later.json")
+    assert found == json.loads((tmp_path / "later.json").read_text())
+    assert (found["new"], found["files_that_changed"]) == (["new"], [])
+    assert found["files_of_earlier_tasks"] == len(list((tmp_path / "run" / "bank" / "tasks").rglob("*.*")))
+    assert found["scores_after"].keys() == found["answered_by"].keys() == {"copy", "twist", "new", "plain"}
+    assert found["scores_before"].keys() == {"copy", "twist", "plain"}
+    assert DeltaBank(tmp_path / "run" / "later" / "bank").tasks == [BASE, "copy", "twist", "new"]
+    assert DeltaBank(tmp_path / "run" / "bank").tasks == [BASE, "copy", "twist"]
+
+
+def test_the_published_fourth_task_is_retrieved_and_changed_nothing() -> None:
+    result = json.loads(LATER.read_text())
+    assert result["files_that_changed"] == []
+    assert result["files_of_earlier_tasks"] > 0
+    before, after = result["scores_before"], result["scores_after"]
+    assert {name: after[name] for name in before} == before
+    for task in ("reverse", "spiral", "rotate"):
+        assert before[task] >= 98, task
+    for task in ("reverse", "spiral", "rotate", "rotate_270"):
+        assert result["answered_by"][task][task] >= 0.98 * sum(result["answered_by"][task].values()), task
 
 
 def test_nothing_was_forgotten_and_nothing_grew_in_the_published_stream() -> None:
@@ -58,3 +84,9 @@ def test_nothing_was_forgotten_and_nothing_grew_in_the_published_stream() -> Non
     assert again["name"] == f"{tasks[0]['name']}_again"
     assert again["processor_s"] < 1.25 * tasks[0]["processor_s"]
     assert again["peak_rss_bytes"] < 1.05 * tasks[0]["peak_rss_bytes"]
+
+
+def test_the_page_says_what_a_full_bank_costs() -> None:
+    result, page = json.loads(RESULT.read_text()), (RESULTS.parent / "benchmarks.md").read_text()
+    share = result["again"]["processor_s"] / result["tasks"][0]["processor_s"]
+    assert f"into a copy of the full bank: {share:.2f} of the time" in page

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine.cases import CASES, batches
+from masks.earlier import earlier_digest
 
 from trace_dist import Mask, MaskedAdamW, shard
 from trace_dist.checkpoint import latest_checkpoint, load_checkpoint, load_mask, save_checkpoint
@@ -55,6 +56,22 @@ def test_round_trip(tmp_path: Path) -> None:
     assert manifest["step"] == 3
     assert manifest["state"] == {"schedule": {"epoch": 3}}
     assert_equal(other, optimizer)
+
+
+def test_what_an_earlier_release_has_kept(tmp_path: Path) -> None:
+    """A checkpoint and an optimizer state that name the mask by the digest of then."""
+    optimizer = make()
+    step(optimizer)
+    folder = save_checkpoint(tmp_path, 1, optimizer, {})
+    digest = earlier_digest(optimizer.mask)
+    change(lambda m: m.update(mask_digest=digest), sign=True)(folder)
+    by_file, by_state = make(), make()
+    load_checkpoint(folder, by_file)
+    by_state.load_state_dict(optimizer.state_dict() | {"mask_digest": digest})
+    assert_equal(by_file, optimizer)
+    assert_equal(by_state, optimizer)
+    with pytest.raises(ValueError, match="of another mask"):
+        load_checkpoint(folder, make(seed=1))
 
 
 def test_the_newest_two_are_kept(tmp_path: Path) -> None:

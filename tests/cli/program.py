@@ -8,7 +8,8 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -136,3 +137,11 @@ def processes_with(text: str) -> list[int]:
             if text in command and is_alive(int(entry.name)):
                 found.append(int(entry.name))
     return found
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    """Whether something comes true in so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return condition()

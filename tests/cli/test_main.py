@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from trace_dist import DeltaBank
 from trace_dist.bank.bank import BASE
 from trace_dist.cli import arguments as known
 from trace_dist.cli.main import main
-from trace_dist.cli.parser import parse
+from trace_dist.cli.parser import FIRST, parse
 
 ROOT = Path(__file__).parents[2]
 ACTIONS = {
@@ -39,10 +40,26 @@ def helped(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return capsys.readouterr().out
 
 
-def test_the_overview_names_every_command_and_what_it_is_for(capsys: pytest.CaptureFixture[str]) -> None:
-    text = " ".join(helped(capsys).split())
+def with_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in a folder that has the configurations of the examples."""
+    (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "task.yaml").symlink_to(ROOT / "configs/quickstart.yaml")
+    monkeypatch.chdir(folder)
+
+
+def test_the_overview_names_every_command_and_what_it_is_for(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_files(tmp_path, monkeypatch)
+    shown = helped(capsys)
+    text = " ".join(shown.split())
     for name, command in (known.RUN_COMMANDS | known.FILE_COMMANDS).items():
         assert f" {name} {command.purpose}" in text
+    # Names stand in the list alone, which begins with the first of them.
+    assert shown.splitlines()[0] == "usage: trace-dist COMMAND [--key VALUE ...]"
+    assert re.search(r"^commands:\n  .*\n\n    run  ", shown, re.MULTILINE)
+    examples = re.findall(r"^  trace-dist (\w+ --.*)$", shown.split("examples:\n")[1], re.MULTILINE)
+    assert [parse(shlex.split(example)).command for example in examples] == list(FIRST)
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
@@ -75,9 +92,7 @@ def test_what_for_stands_at_the_top(words: tuple[str, ...], capsys: pytest.Captu
 def test_examples_are_command_lines_that_the_program_takes(
     words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "task.yaml").symlink_to(ROOT / "configs/quickstart.yaml")
-    monkeypatch.chdir(tmp_path)
+    with_files(tmp_path, monkeypatch)
     parsed = parse(COMMANDS[words].example.split())
     assert parsed.command == words[0]
 

@@ -49,4 +49,4 @@ def test_times_are_predicted_for_some_masks_alone() -> None:
         (MemorySetup("m", world_size=12), "gpus=12: must fill nodes of 8"),
     ):
         with pytest.raises(ValueError, match=message):
-            plan_times([Option(setup, 1, 1, 0)], "h100", 400)
+            plan_times([Option(setup, 1, 1, 0, 0, 0)], "h100", 400)

@@ -288,6 +288,22 @@ def test_no_number_may_be_infinite(section: type, value: float) -> None:
             section(**{"name": "t"} if section is c.TaskConfig else {}, **{name: options})
 
 
+@pytest.mark.parametrize("value", [10**400, -(2**63) - 1, 2**63])
+def test_integers_fit_into_64_bits(value: int) -> None:
+    with pytest.raises(ValueError, match=r"^train\.steps=-?\d+: must fit into 64 bits"):
+        c.TrainConfig(steps=value)
+    with pytest.raises(ValueError, match=r"^tasks\.t\.reasoning_gym\.size=-?\d+: must fit into 64 bits"):
+        c.TaskConfig("t", reasoning_gym={"dataset": "d", "size": value})
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_a_library_would_refuse_later_is_refused_at_once(seed: int) -> None:
+    options = {"run_dir": "run", "target": c.ModelConfig("m"), "tasks": [c.TaskConfig("t", path="t.jsonl")]}
+    with pytest.raises(ValueError, match=rf"^seed={seed}: must lie between 0 and 2\*\*32 - 1"):
+        c.RunConfig(**options, seed=seed)
+    assert c.RunConfig(**options, seed=2**32 - 1).seed == 2**32 - 1
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

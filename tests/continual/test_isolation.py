@@ -221,6 +221,22 @@ def test_a_given_mask_that_takes_what_is_refused(exclusive: RunConfig, root: Pat
         setting.mask_for(setting.bench.tasks[1])
 
 
+def test_a_task_that_came_since_the_mask_was_made_is_seen(exclusive: RunConfig, root: Path) -> None:
+    """A learning was cut after its mask was made, and another task was learned meanwhile: it may have taken the same entries."""
+    cfg = isolated(root, "since", ["retrieved"], "exclusive")
+    cfg = replace(cfg, tasks=cfg.tasks[1:])
+    setting = Setting.load(cfg)
+    (stream,) = setting.bench.tasks
+    alone = setting.mask_for(stream)
+    assert setting.mask_for(stream) == alone
+    shutil.copytree(exclusive.bank_of().root, cfg.bank_of().root)
+    DeltaBank(cfg.bank_of().root).remove(TASKS[1])
+    with pytest.raises(ValueError, match=r"entries are earlier tasks', .* delete the file to have one made"):
+        setting.mask_for(stream)
+    cfg.folder.mask(TASKS[1]).unlink()
+    assert setting.mask_for(stream) == masks_of(exclusive)[1]
+
+
 def moved(cfg: RunConfig, task: str) -> tuple[Mask, dict[str, Tensor]]:
     """How far a task of a bank moved its entries."""
     setting = Setting.load(cfg)

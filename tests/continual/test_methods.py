@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from continual.cuts import FROZEN
 from continual.small import TASKS, make_config, result
 
 from trace_dist.config import ContinualConfig, RunConfig
@@ -23,8 +24,6 @@ DENSE = (
     *("joint", "separate"),
 )
 """Methods that train no mask of ours, in one process."""
-FROZEN = ("nearest_mean", "random_features")
-"""Methods that train nothing, on all ranks."""
 
 OF_THEIR_OWN = '''
 """Answers with the base; it learns how many tasks there were."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import random
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from continual.small import TASKS, result
 
 from trace_dist.bank.bank import BASE, DeltaBank
-from trace_dist.config import BankConfig, RunConfig
+from trace_dist.config import BankConfig, RunConfig, TaskConfig
+from trace_dist.config.bank import Pooling
 from trace_dist.continual.driver import run_continual
-from trace_dist.continual.layer import bank_layer
+from trace_dist.continual.layer import bank_view
 from trace_dist.continual.setting import Setting
 from trace_dist.run_folder import ADAPTED
 
@@ -19,6 +23,7 @@ OPTIONS = BankConfig(
     clusters=2,
     num_prompts=30,
     layer="auto",
+    pooling="auto",
     signature="diagonal",
     representation="adapted",
     candidates=2,
@@ -35,8 +40,9 @@ def test_a_run_with_all_options_and_a_later_task(fresh: RunConfig) -> None:
     cfg = replace(fresh, bank=OPTIONS, tasks=fresh.tasks[:1])
     run_continual(cfg)
     bank = DeltaBank(cfg.bank_of().root)
-    layer, before = bank.layer, files(bank.folder)
-    assert layer in (0, 1, 2)
+    view, before = (bank.layer, bank.pooling), files(bank.folder)
+    assert view[0] in (0, 1, 2)
+    assert view[1] in get_args(Pooling)
     assert bank.adapted(TASKS[0]).kind == bank.signature(BASE).kind == "diagonal"
     assert not bank.adapted(TASKS[0]).same(bank.signature(TASKS[0]))
     later = replace(cfg, tasks=fresh.tasks[1:], run_dir=f"{cfg.run_dir}-later")
@@ -48,7 +54,7 @@ def test_a_run_with_all_options_and_a_later_task(fresh: RunConfig) -> None:
             (later.folder.root / name).symlink_to(source)
     run_continual(later)
     bank = DeltaBank(cfg.bank_of().root)
-    assert (bank.layer, bank.tasks) == (layer, [BASE, *TASKS])
+    assert ((bank.layer, bank.pooling), bank.tasks) == (view, [BASE, *TASKS])
     after = files(bank.folder)
     assert before.items() <= after.items()
     assert sum(ADAPTED in name for name in after) == 2
@@ -64,14 +70,38 @@ def test_the_layer_is_chosen_once_and_only_where_there_is_a_choice(fresh: RunCon
     cfg = replace(fresh, bank=OPTIONS)
     setting = Setting.load(cfg)
     folder = cfg.bank_of()
-    chosen = bank_layer(setting.judge, setting.model, folder)
-    assert chosen == bank_layer(setting.judge, setting.model, folder)
-    other = (chosen + 1) % 3
-    DeltaBank.create(folder.root, setting.fingerprint, other)
-    assert bank_layer(setting.judge, setting.model, folder) == other
+    chosen = bank_view(setting.judge, setting.model, folder)
+    assert chosen == bank_view(setting.judge, setting.model, folder)
+    other = (chosen[0] + 1) % 3, next(each for each in get_args(Pooling) if each != chosen[1])
+    DeltaBank.create(folder.root, setting.fingerprint, *other)
+    assert bank_view(setting.judge, setting.model, folder) == other
     alone = replace(cfg, tasks=cfg.tasks[:1], general=[], run_dir=f"{cfg.run_dir}-alone")
-    with pytest.raises(ValueError, match=r"bank\.layer='auto': is chosen by telling sets of prompts apart"):
-        Setting.load(alone)
+    for name, options in (("layer", OPTIONS), ("pooling", replace(OPTIONS, layer=0))):
+        message = rf"bank\.{name}='auto': is chosen by telling sets of prompts apart"
+        with pytest.raises(ValueError, match=message):
+            Setting.load(replace(alone, bank=options))
+
+
+def test_the_pooling_that_tells_held_out_prompts_apart_is_chosen(folder: Path, fresh: RunConfig) -> None:
+    """Two tasks whose prompts differ in their last letter alone: a mean over 40 letters hardly sees it."""
+    generator = random.Random(3)
+    tasks = []
+    for name, last in (("ends_in_a", "a"), ("ends_in_b", "b")):
+        words = ["".join(generator.choices("abc", k=40)) + last for _ in range(160)]
+        rows = [{"prompt": f"{TASKS[0]}: {word}", "answer": "b"} for word in words]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        tasks.append(TaskConfig(name, path=str(folder / f"{name}.jsonl"), metric="choice"))
+    bank = BankConfig(clusters=1, num_prompts=80, layer=0, pooling="auto")
+    cfg = replace(fresh, bank=bank, tasks=tasks, general=[], run_dir=f"{fresh.run_dir}-last")
+    setting = Setting.load(cfg)
+    assert bank_view(setting.judge, setting.model, cfg.bank_of()) == (0, "last")
+
+
+def test_a_bank_of_another_pooling_is_refused(fresh: RunConfig) -> None:
+    setting = Setting.load(fresh)
+    DeltaBank.create(fresh.bank_of().root, setting.fingerprint, 0, "max")
+    with pytest.raises(ValueError, match=r"^bank\.pooling='mean': the bank .* was made with max; set that"):
+        run_continual(fresh)
 
 
 def test_a_bank_of_another_kind_is_refused_before_anything_is_trained(fresh: RunConfig, folder: Path) -> None:

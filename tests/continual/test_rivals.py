@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from continual.small import OF_THE_CLOCK, TASKS, make_config, result
+from continual.cuts import NUM_TEST, RATES, STEPS, cut, finished, one_method
+from continual.small import TASKS
 from torch import Tensor
 
-from trace_dist.config import ContinualConfig, RaceConfig, RunConfig
-from trace_dist.continual.driver import check_methods, run_continual
+from trace_dist.config import RaceConfig, RunConfig
+from trace_dist.continual.driver import check_methods
 from trace_dist.continual.race import held_race, split
 from trace_dist.continual.setting import Setting
 from trace_dist.data.batches import Batches
@@ -25,39 +26,13 @@ from trace_dist.report.tables import summary_table
 from trace_dist.stages.report import collect_results
 from trace_dist.utils.finite import NotFinite
 
-RATES = {
-    "lora_retrieved": 2e-2,
-    "ewc": 1e-2,
-    "ella": 1e-2,
-    "ps": 1e-2,
-    "osft": 2e-2,
-    "olora": 2e-2,
-    "slao": 2e-2,
-    "shira_random": 2e-2,
-    "joint": 1e-2,
-    "separate": 1e-2,
-}
 OTHER = {"ewc": {"examples": 8}}
-STEPS = 12
-CHECKPOINT_EVERY = 5
-NUM_TRAIN, NUM_TEST = 100, 16
 
 
-def one_method(folder: Path, name: str, run: str, **options: Any) -> RunConfig:
-    """A run of one method, short and with few examples."""
-    cfg = make_config(folder, [name], run)
+def rival(folder: Path, name: str, run: str, **options: Any) -> RunConfig:
+    """A run of one method at its rate."""
     given = {"lr": {**RATES, "lora": 2e-2}.get(name, 1e-2), **OTHER.get(name, {}), **options}
-    few = [replace(task, num_train=NUM_TRAIN, num_test=NUM_TEST) for task in (*cfg.tasks, cfg.general[0])]
-    train = replace(cfg.train, steps=STEPS, checkpoint_every=CHECKPOINT_EVERY)
-    chosen = ContinualConfig([name], {name: given})
-    return replace(cfg, tasks=few[:2], general=few[2:], train=train, continual=chosen)
-
-
-def finished(cfg: RunConfig) -> dict[str, Any]:
-    """The result of a run without what the clock says of it."""
-    run_continual(cfg)
-    found = result(cfg, cfg.continual.methods[0])
-    return {key: value for key, value in found.items() if key not in OF_THE_CLOCK}
+    return one_method(folder, name, run, given)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +42,7 @@ def uncut(folder: Path) -> Callable[[str], dict[str, Any]]:
 
     def get(name: str) -> dict[str, Any]:
         if name not in known:
-            known[name] = finished(one_method(folder, name, f"rival-{name}"))
+            known[name] = finished(rival(folder, name, f"rival-{name}"))
         return known[name]
 
     return get
@@ -81,7 +56,7 @@ def method(folder: Path, request: pytest.FixtureRequest) -> Callable[..., Any]:
 
     def make(name: str, **options: Any) -> Any:
         test = request.node.name.replace("[", "-").rstrip("]")
-        cfg = one_method(folder, name, f"alone-{test}-{next(numbers)}", **options)
+        cfg = rival(folder, name, f"alone-{test}-{next(numbers)}", **options)
         (entry,) = check_methods(cfg)
         return entry.kind(name, Setting.load(cfg), entry.options)
 
@@ -104,39 +79,22 @@ def test_it_learns_and_is_reported(folder: Path, uncut: Callable[..., Any], name
     first, second = found["losses"].values()
     assert first[-1][1] < 0.85 * first[0][1]
     assert (len(first), len(second)) == (STEPS, 2 * STEPS if name == "joint" else STEPS)
-    cfg = one_method(folder, name, f"rival-{name}")
+    cfg = rival(folder, name, f"rival-{name}")
     results = collect_results(cfg)
     (view,) = parse_results(results).methods
     assert (view.name, view.label) == (name, check_methods(cfg)[0].kind.label)
     assert len(summary_table(results).rows) == 1
 
 
-@pytest.mark.parametrize("name", sorted({*RATES} - {"ella", "shira_random"}))  # as ewc and lora are
+@pytest.mark.parametrize("name", RATES)
 def test_killed_twice_it_ends_as_the_uncut_one(
     folder: Path, uncut: Callable[..., Any], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before any checkpoint; and when the second task is trained, of which a checkpoint and nothing else was kept."""
-    cfg = one_method(folder, name, f"cut-{name}")
-    kind = check_methods(cfg)[0].kind
-    for owner, attribute, last in ((Batches, "__next__", 2), (kind, "score", 2)):
-        with monkeypatch.context() as patched:
-            patched.setattr(owner, attribute, mortal(getattr(owner, attribute), last))
-            with pytest.raises(KeyboardInterrupt):
-                run_continual(cfg)
+    cfg = rival(folder, name, f"cut-{name}")
+    for owner, function in ((Batches, "__next__"), (check_methods(cfg)[0].kind, "score")):
+        cut(cfg, monkeypatch, owner, function, 2)
     assert finished(cfg) == uncut(name)
-
-
-def mortal(function: Callable[..., Any], last: int) -> Callable[..., Any]:
-    """A method that is interrupted when it is called so often."""
-    calls = []
-
-    def call(self: Any) -> Any:
-        calls.append(None)
-        if len(calls) == last:
-            raise KeyboardInterrupt
-        return function(self)
-
-    return call
 
 
 @pytest.mark.parametrize("name", sorted({*RATES} - {"ella", "ps", "shira_random"}))  # as ewc and lora do
@@ -170,7 +128,7 @@ def test_it_races(method: Callable[..., Any], name: str) -> None:
 
 @pytest.mark.parametrize("name", ["ewc", "ella"])
 def test_without_a_penalty_it_is_full_fine_tuning(folder: Path, uncut: Callable[..., Any], name: str) -> None:
-    free = finished(one_method(folder, name, f"free-{name}", strength=0.0))
+    free = finished(rival(folder, name, f"free-{name}", strength=0.0))
     full = uncut("full")
     assert (free["losses"], free["R"], free["general"]) == (full["losses"], full["R"], full["general"])
     assert uncut(name)["losses"] != full["losses"]

@@ -33,9 +33,19 @@ KIND: dict[str, Any] = {"composition": "combination", "composition_options": {"s
 @pytest.fixture
 def related(fresh: RunConfig, folder: Path) -> RunConfig:
     """A run of a task whose answers are those of the first one, beside a bank that holds both; the masks do not meet."""
+    return with_third(fresh, folder, "b")
+
+
+@pytest.fixture
+def unrelated(fresh: RunConfig, folder: Path) -> RunConfig:
+    """The same with a task that has nothing to learn from the earlier ones, but that the base's answer is not its own."""
+    return with_third(fresh, folder, "bc")
+
+
+def with_third(fresh: RunConfig, folder: Path, answers: str) -> RunConfig:
     generator = random.Random(7)
     words = ["".join(generator.choices("abc", k=6)) for _ in range(160)]
-    rows = [{"prompt": f"{TASKS[0]}: {word}", "answer": "b"} for word in words]
+    rows = [{"prompt": f"{TASKS[0]}: {word}", "answer": generator.choice(answers)} for word in words]
     (folder / "third.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.copytree(RunFolder.of(folder / "whole").bank().root, RunFolder.of(fresh.run_dir).bank().root)
     third = TaskConfig("third", path=str(folder / "third.jsonl"))
@@ -172,12 +182,43 @@ def test_what_does_not_help_changes_nothing(related: RunConfig, options: dict[st
     facts = composed.facts("third")["training"]["composition"]
     assert facts["used"] is False
     if "l1" in options:
-        assert not any(value for row in facts["scalars"].values() for value in row.values())
+        assert not any(value for row in facts["fitted"].values() for value in row.values())
+    check_as_from_the_base(composed, mask, result, plain)
+
+
+def check_as_from_the_base(composed: DeltaBank, mask: Mask, result: TrainResult, plain: RunConfig) -> None:
+    """All scalars are 0, and the third task is what it is without composition."""
+    scalars = composed.facts("third")["training"]["composition"]["scalars"]
+    assert set(scalars) == set(TASKS)
+    assert not any(value for row in scalars.values() for value in row.values())
     _, alone, _, expected = learned(plain, mask)
     assert [loss for _, loss in result.losses] == [loss for _, loss in expected.losses]
     mine, theirs = delta_of(composed, "third"), delta_of(alone, "third")
     assert mine.mask == theirs.mask
     assert all(torch.equal(mine.values[name], theirs.values[name]) for name in mine.mask)
+
+
+def test_an_unrelated_task_begins_at_the_base(unrelated: RunConfig) -> None:
+    """Its loss under the best combination is far below the base's, but its own mask comes as low in as many steps."""
+    untried = replace(
+        unrelated,
+        run_dir=f"{unrelated.run_dir}-untried",
+        bank=replace(unrelated.bank, composition_options=KIND["composition_options"] | {"trial_steps": 0}),
+    )
+    plain = without(unrelated)
+    shutil.copytree(unrelated.run_dir, untried.run_dir)
+    _, composed, mask, result = learned(unrelated)
+    facts = composed.facts("third")["training"]["composition"]
+    assert facts["loss"] < 0.8 * facts["base_loss"]
+    assert facts["used"] is False
+    assert facts["trial"]["loss"] > 0.98 * facts["trial"]["base_loss"]
+    assert facts["examples"] == (12 + 2 * 20) * 16
+    check_as_from_the_base(composed, mask, result, plain)
+    _, taken, _, _ = learned(untried, mask)
+    facts = taken.facts("third")["training"]["composition"]
+    assert facts["used"] is True
+    assert facts["examples"] == 12 * 16
+    assert "trial" not in facts
 
 
 def test_cut_in_its_training_it_goes_on_alike(related: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +230,8 @@ def test_cut_in_its_training_it_goes_on_alike(related: RunConfig, monkeypatch: p
     def cut(self: Any) -> float:
         nonlocal done
         done += 1
-        if done == STEPS // 2 + 1:
+        # The trial of the combination comes first.
+        if done == 2 * 20 + STEPS // 2 + 1:
             raise KeyboardInterrupt
         return step(self)
 

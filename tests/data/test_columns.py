@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
 import pytest
 from data.conftest import TEMPLATE, char_tokenizer
 
@@ -99,6 +100,36 @@ def test_one_example_has_the_same_token_ids_in_every_form_and_kind_of_file(
     )
     expected = sorted(row["input_ids"] + row["labels"] for row in wanted)
     assert {name for name, ids in found.items() if ids != expected} == set()
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64"])
+def test_a_number_is_what_it_is_printed_as(kind: str, tmp_path: Path) -> None:
+    """However many bits a parquet file gives it."""
+    table = pandas.DataFrame({"question": ["a", "b"], "answer": [0.1, 2.5]}).astype({"answer": kind})
+    for name in ("d.parquet", "d.test.parquet"):
+        table.to_parquet(tmp_path / name)
+    found = load_examples(task(tmp_path / "d.parquet"), seed=0).test
+    assert sorted(row["answer"] for row in found) == ["0.1", "2.5"]
+    table["answer"] = table["answer"].where(table["question"] == "a")
+    table.to_parquet(tmp_path / "d.parquet")
+    with pytest.raises(ValueError, match=r"column 'answer': NaN, where a value is missing|None is neither"):
+        load_examples(task(tmp_path / "d.parquet"), seed=0)
+
+
+def test_lists_in_cells_as_pandas_writes_them(tmp_path: Path) -> None:
+    """``to_csv`` of a column of lists writes Python."""
+    for name in ("messages", "sharegpt"):
+        rows = [FORMS[name](*pair) for pair in PAIRS]
+        for path, some in ((tmp_path / "d.csv", rows[:3]), (tmp_path / "d.test.csv", rows[3:])):
+            pandas.DataFrame(some).to_csv(path, index=False)
+        lines = write(tmp_path / "d.jsonl", rows[:3])
+        write(tmp_path / "d.test.jsonl", rows[3:])
+        assert token_ids(tmp_path / "d.csv", TEMPLATE) == token_ids(lines, TEMPLATE)
+    quiz = pandas.DataFrame([{"question": "Which?", "choices": ["it's", 'a "b"'], "answer": 1}] * 2)
+    for name in ("q.csv", "q.test.csv"):
+        quiz.to_csv(tmp_path / name, index=False)
+    (found,) = load_examples(task(tmp_path / "q.csv", num_test=1), seed=0).test
+    assert found == {"prompt": 'Which?\nA. it\'s\nB. a "b"\nAnswer:', "answer": "B"}
 
 
 @pytest.mark.parametrize("layout", ["hub", "hub of csv", "trace", "saved"])

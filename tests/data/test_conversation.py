@@ -185,6 +185,7 @@ def test_system_turns_stay_and_turns_that_teach_nothing_go(tmp_path: Path) -> No
     [
         ([], r"'\[\]' is no list of turns"),
         ("hello", "is no JSON list of turns"),
+        ("{[]: 1}", "is no JSON list of turns"),
         ({"role": ["user"], "content": ["x", "y"]}, "is no list of turns"),
         ({"role": "user", "content": "x"}, "is no list of turns"),
         (

@@ -135,3 +135,12 @@ def test_pad_id_falls_back_to_eos(plain: PreTrainedTokenizerFast) -> None:
     assert pad_id(plain) == 0
     plain.pad_token = None
     assert pad_id(plain) == plain.eos_token_id
+
+
+def test_a_text_that_the_tokenizer_cannot_read_is_named() -> None:
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "</s>": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+    assert encode_prompt(["a b"], tokenizer) == [[0, 1]]
+    with pytest.raises(ValueError, match=r"^'b c': the tokenizer cannot read it .*unk_token"):
+        encode_prompt(["a b", "b c"], tokenizer)

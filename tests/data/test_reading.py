@@ -63,6 +63,32 @@ def test_a_file_alone_is_split_by_hash_alike(suffix: str, tmp_path: Path) -> Non
     assert prompts(task(tmp_path / f"d{suffix}")) == (some(5, 40), some(0, 5))
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
+def test_files_that_gzip_has_packed_are_read_as_they_were(suffix: str, tmp_path: Path) -> None:
+    def packed(name: str, rows: list[dict[str, str]]) -> Path:
+        plain = write(tmp_path / "plain" / f"{name}{suffix}", rows)
+        out = tmp_path / "packed" / f"{plain.name}.GZ"
+        out.parent.mkdir(exist_ok=True)
+        out.write_bytes(gzip.compress(plain.read_bytes()))
+        return out
+
+    path = packed("d", ROWS)
+    assert prompts(task(path)) == prompts(task(write(tmp_path / "lines.jsonl")))
+    packed("d.test", ROWS[:5])
+    assert prompts(task(path)) == (some(5, 40), some(0, 5))
+    # Texts that look like dates stay as they stand, in a folder as on the hub too.
+    days = [{"prompt": f"q{i}", "answer": f"2021-05-0{i + 1}"} for i in range(6)]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for split in ("train", "test"):
+        packed(split, days).rename(folder / f"{split}{suffix}.gz")
+    loaded = load_examples(task(folder), seed=0)
+    assert {row["answer"] for row in (*loaded.train, *loaded.test)} == {row["answer"] for row in days}
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"d\.\w+\.GZ: cannot be unpacked .*; pack the file again"):
+        load_examples(task(path), seed=0)
+
+
 def test_tables_as_other_programs_write_them(tmp_path: Path) -> None:
     """pandas writes an index without a name; spreadsheets separate by semicolons where a comma is in numbers."""
     table, lines = tmp_path / "d.csv", [f"{row['prompt']},{row['answer']}" for row in ROWS]

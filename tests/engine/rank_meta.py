@@ -14,7 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from engine.cases import CASES
+from engine.cases import CASES, Case
 from engine.meta_gpu import META, Count, ManyRanks, meta_gpu, meta_zero3
 from torch import Tensor
 
@@ -51,11 +51,11 @@ def step_of(num_micro: int) -> Step:
     return Step([collate(rows, 0) for _ in range(num_micro)], 4 * num_micro)
 
 
-def counted(kind: str, shard: Shard) -> dict[str, Any]:
+def counted(kind: str, shard: Shard, case: Case = CASE) -> dict[str, Any]:
     """Waits and launches of attaching a mask, a micro-batch, a step, and the swap of a delta."""
-    module = CASE.model()
+    module = case.model()
     granularity, block = MASKS[kind]
-    mask = Mask.random(module, CASE.density, granularity, seed=1, block=block)
+    mask = Mask.random(module, case.density, granularity, seed=1, block=block)
     delta = extract_delta(ReplicatedModel(module), mask, "task")
     count = Count()
     model = shard(module.to(META))
@@ -120,10 +120,11 @@ def main(out: Path) -> None:
         replicated = counted("element", lambda module: ManyRanks(module, WORLD))
         with meta_zero3(WORLD) as shard:
             found = {kind: counted(kind, shard) for kind in MASKS}
+            deep = counted("row", shard, replace(CASE, num_layers=6 * CASE.num_layers))
             left = left_whole(shard)
         with meta_zero3(MANY) as shard:
             many = {kind: counted(kind, shard) for kind in ("element", "row")}
-    report = {"zero3": found, "many": many, "replicated": replicated, "left whole": left}
+    report = {"zero3": found, "many": many, "deep": deep, "replicated": replicated, "left whole": left}
     (out / "found.json").write_text(json.dumps(report))
 
 

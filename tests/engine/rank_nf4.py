@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from trace_dist import Mask, MaskedAdamW, load_sharded, quantize_nf4
 from trace_dist.bank.delta import applied, extract_delta
 from trace_dist.models.nf4 import NF4Linear
 from trace_dist.sharding import ShardedModel
+from trace_dist.sharding.comm import Comm
 from trace_dist.sharding.fsdp2 import Fsdp2Model
 from trace_dist.sharding.zero3 import Zero3Model
 from trace_dist.utils import dist
@@ -76,9 +78,54 @@ def nf4(out: Path) -> dict[str, Any]:
                 torch.save(outcome.state, out / f"nf4-{backend}-{name}.pt")
         loaded = load_sharded(str(folder), "float32", backend, "nf4")
         found[f"{backend}/loaded"] = same(codes(loaded), codes(build(coded("qwen2-rows"))))
+        found[f"{backend}/gathers"] = gathers(build)
         found[f"{backend}/deltas"] = deltas(build(coded("element")))
     if dist.world_size() == 2:  # dies after step 4, with a checkpoint at step 3
         run(Zero3Model(coded("element"), 500), CASES["element"], out / "nf4-relay", last=4)
+    return found
+
+
+class Logged(Comm):
+    """Tells when gathers of overlays begin, and when somebody waits for them."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self._number = 0
+
+    def gather_ahead(self, whole: Tensor, mine: Tensor) -> Any:
+        number, self._number = self._number, self._number + 1
+        self.log.append(f"begin {number}")
+        work = super().gather_ahead(whole, mine)
+
+        def wait() -> None:
+            self.log.append(f"wait {number}")
+            work.wait()
+
+        return SimpleNamespace(wait=wait)
+
+
+def gathers(build: Callable[[Any], ShardedModel]) -> dict[str, list[str]]:
+    """What is gathered of the overlays of five blocks, of which the second one has none."""
+    case = replace(CASES["element"], num_layers=5)
+    model, comm = build(quantize_nf4(case.model())), Logged()
+    model.comm = comm
+    mask = Mask.random(model, 0.3, maskable=r"layers\.[0234]\..*_proj")
+    optimizer = MaskedAdamW(model, mask, lr=1e-2)
+    ids = batches(case)[0][0]
+
+    def told() -> list[str]:
+        said, comm.log = comm.log, []
+        return said
+
+    found = {}
+    told()
+    loss = model(input_ids=ids, labels=ids).loss
+    found["forward"] = told()
+    model.backward(loss)
+    found["backward"] = told()
+    optimizer.step()
+    model(input_ids=ids)
+    found["after a step"] = told()
     return found
 
 

@@ -35,6 +35,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cpmant": {
         "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "dim_head": 8, "dim_ff": 48,
     },
+    "roberta": {**WIDE, "is_decoder": True, "max_position_embeddings": 64},
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
     "falcon_mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
     "mamba2": {

@@ -7,11 +7,12 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from trace_dist.evaluation import bits_per_byte, choice_accuracy, exact_match, greedy_decode
+from trace_dist.evaluation import bits_per_byte, choice_accuracy, decode, exact_match, greedy_decode
 from trace_dist.utils import dist
 
 
@@ -28,6 +29,8 @@ def evaluate_all(
     choices = sorted({row["answer"] for row in examples})
     prompts = tokenizer(texts)["input_ids"]
     decoded = greedy_decode(model, tokenizer, prompts, batch_size=2, max_new_tokens=9)
+    with patch.object(decode, "asked_every", lambda _: 4):
+        assert greedy_decode(model, tokenizer, prompts, batch_size=2, max_new_tokens=9) == decoded
     scores = {
         "exact_match": exact_match(model, tokenizer, examples, batch_size=2, max_new_tokens=9),
         "choice": choice_accuracy(model, tokenizer, examples, choices, batch_size=4),

@@ -26,6 +26,7 @@ from torch import nn
 from trace_dist import Delta, DeltaBank, Mask, MaskedAdamW, shard
 from trace_dist.bank.bank import BASE
 from trace_dist.bank.prompts import Prompts, load_prompts
+from trace_dist.bank.recipe import GROUPS, Part, Recipe, mixed
 from trace_dist.bank.retrieval import Retriever
 from trace_dist.bank.signature import Signature
 from trace_dist.bank.sketch import Sketch, cosines, sketch_update
@@ -184,6 +185,20 @@ def read_signature(path: Path) -> None:
 def read_sketch(path: Path) -> None:
     found = Sketch.load(path)
     cosines(found, [found])
+
+
+def make_recipe(folder: Path) -> Path:
+    scalars = dict.fromkeys(GROUPS, 0.5)
+    Recipe((Part("ab" * 32, scalars), Part("cd" * 32, scalars, recipe="ef" * 32))).save(
+        folder / "recipe.json"
+    )
+    return folder / "recipe.json"
+
+
+def read_recipe(path: Path) -> None:
+    for part in Recipe.load(path).parts:
+        assert all(type(checksum) in (str, type(None)) for checksum in part.key)
+        mixed(torch.zeros(3), [(torch.arange(3), torch.ones(3), part.scalars[group]) for group in GROUPS])
 
 
 def read_bank(path: Path) -> None:
@@ -362,6 +377,7 @@ READERS = (
     Reader("signature", "tensors", member("signature.safetensors"), read_signature, tensors_signed),
     Reader("sketch", "tensors", member("sketch.safetensors"), read_sketch, tensors_signed),
     Reader("prompts", "tensors", member("prompts.safetensors"), load_prompts, tensors_signed),
+    Reader("recipe of a task", "json", make_recipe, read_recipe, record_signed),
     Reader("index of a bank", "json", lambda at: make_bank(at).files.index, read_bank, record_signed),
     Reader("signatures of an old bank", "tensors", make_old_bank, read_bank),
     Reader("index of an old bank", "json", lambda at: BankFolder(make_old_bank(at).parent).index, read_bank),

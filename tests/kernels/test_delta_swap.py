@@ -18,6 +18,23 @@ def random_bits(numel: int, dtype: torch.dtype, device: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", WORDS)
+def test_values_are_written_over_the_entries_alone(
+    runs: Runs, impl: Impl, device: str, dtype: torch.dtype
+) -> None:
+    word = WORDS[dtype]
+    # Wherever the slice begins within a cache line.
+    whole, values = random_bits(runs.numel + 1, dtype, device), random_bits(runs.num_entries, dtype, device)
+    weight, before = whole[1:], values.clone().view(word)
+    wanted = weight.clone().view(word)
+    wanted[runs.indices()] = before
+    batch = DeltaSwapBatch([(weight, runs, values)], impl)
+    for _ in range(2):
+        batch.write()
+        assert torch.equal(weight.view(word), wanted)
+        assert torch.equal(values.view(word), before)
+
+
+@pytest.mark.parametrize("dtype", WORDS)
 def test_swap_exchanges_and_restores(runs: Runs, impl: Impl, device: str, dtype: torch.dtype) -> None:
     word = WORDS[dtype]
     weight, values = random_bits(runs.numel, dtype, device), random_bits(runs.num_entries, dtype, device)
@@ -82,6 +99,11 @@ def test_long_and_short_units_lie_beside_each_other(impl: Impl, device: str) -> 
     for _ in range(2):
         batch.run()
         check_swapped(operands, wanted)
+    batch.write()
+    for (weight, runs, values), (other, _) in zip(operands, wanted, strict=True):
+        word = WORDS[weight.dtype]
+        other.view(word)[runs.indices()] = values.view(word)
+        assert torch.equal(weight.view(word), other.view(word))
 
 
 def test_a_batch_refuses_what_a_swap_refuses() -> None:

@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from masks.earlier import earlier_digest
 
 from trace_dist.masks import Mask, UnitLayout
 from trace_dist.masks import mask as mask_module
+from trace_dist.masks.gaps import encode_gaps
 
 Layouts = dict[str, UnitLayout]
 
@@ -65,17 +67,27 @@ def test_dense(mask: Mask) -> None:
     assert mask.elements("ragged").tolist() == [8, 9, 10, 11, 12, 13]
 
 
-def test_the_digest_is_of_all_indices_and_read_once(mask: Mask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_digest_is_of_the_encoded_indices_and_read_once(
+    mask: Mask, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Files hold it: what it is of must not change."""
     expected = hashlib.sha256(mask.granularity.encode())
     for name in sorted(mask.units):
-        layout = mask.layouts[name]
-        expected.update(f"{name}{layout.shape}{layout.unit}".encode())
-        expected.update(mask.units[name].long().numpy().tobytes())
-    monkeypatch.setattr(mask_module, "HASHED_UNITS", 2)
-    assert mask.digest() == expected.hexdigest()
+        layout, words = mask.layouts[name], encode_gaps(mask.units[name])
+        expected.update(f"{name}{layout.shape}{layout.unit} {len(words)} {words.dtype}".encode())
+        expected.update(words.numpy().tobytes())
+    assert mask.digest() == f"gaps-{expected.hexdigest()}"
     monkeypatch.setattr(hashlib, "sha256", None)
-    assert mask.digest() == expected.hexdigest()
+    assert mask.digest() == f"gaps-{expected.hexdigest()}"
+
+
+def test_digests_of_earlier_releases_are_known(mask: Mask, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mask_module, "HASHED_UNITS", 2)
+    earlier = earlier_digest(mask)
+    assert mask.has_digest(earlier)
+    assert not replace(mask, units={**mask.units, "whole": int32(0, 10)}).has_digest(earlier)
+    for wrong in (mask.digest().removeprefix("gaps-"), f"gaps-{earlier}", "", None):
+        assert not mask.has_digest(wrong)
 
 
 def test_the_digest_sees_selection_and_layout_but_not_order_or_width(mask: Mask, layouts: Layouts) -> None:

@@ -115,3 +115,39 @@ def test_counts_that_lie_are_refused_before_anything_is_made_of_them(
     ):
         convert_gguf(str(path), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        (b"llama.block_count", b"llama.block_xount", "does not say its block_count"),
+        (b"llama.block_count", b"llamb.block_count", "several architectures: llama, llamb"),
+        (b"llama.context_length", b"llama.context_lengtx", "does not say its context_length"),
+        (b"llama.attention.head_count", b"llama.attention.heat_count", "does not say its attention.head_count"),
+        (b"llama.attention.layer_norm_rms_epsilon", b"llama.attention.layer_norm_rms_epsilom", "says none of"),
+        (b"blk.0.attn_k.weight", b"blk.0.attn_x.weight", "a tensor 'blk.0.attn_x.weight', and GGUF knows none"),
+        (b"blk.0.attn_k.weight", b"blk.1.attn_k.weight", "block_count is .1., and it has tensors of 2 blocks"),
+        (b"blk.0.attn_k.weight", b"blk.0.attn_q.weight", "lacks|twice|once|duplicate|already"),
+        (b"output.weight", b"ouxput.weight", "a tensor 'ouxput.weight'"),
+    ],
+)  # fmt: skip
+def test_names_that_were_damaged_do_not_make_another_model(
+    old: bytes, new: bytes, reason: str, tmp_path: Path
+) -> None:
+    """Transformers has a default for a fact that is missing, and random values for a tensor."""
+    path = make_gguf(tmp_path)
+    content = path.read_bytes()
+    assert content.count(old) >= 1
+    path.write_bytes(content.replace(old, new, 1))
+    with pytest.raises(ValueError, match=rf"cannot be read as GGUF \(.*({reason})"):
+        convert_gguf(str(path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_block_that_is_not_there_is_not_made_up(tmp_path: Path) -> None:
+    path = make_gguf(tmp_path)
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<I", content, content.index(b"llama.block_count") + len(b"llama.block_count") + 4, 3)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"block_count is \[3\], and it has tensors of 1 blocks"):
+        convert_gguf(str(path), tmp_path / "out")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trace_dist import load_sharded, shard
+from trace_dist import Mask, load_sharded, shard
 from trace_dist.models import quantised
 from trace_dist.models.fingerprint import fingerprint
 from trace_dist.models.loading import load_model, load_model_fsdp2, load_model_zero3
@@ -187,12 +187,12 @@ def in_bytes(model: torch.nn.Module) -> torch.nn.Module:
 @pytest.mark.parametrize(
     "wrap", [lambda model: model, lambda model: peft_wrapped(model)], ids=["plain", "peft"]
 )
-@pytest.mark.parametrize("enter", [shard, as_sharded])
+@pytest.mark.parametrize("enter", [shard, as_sharded, Mask.random])
 def test_models_in_memory_are_refused(spoil, wrap, enter, make_model) -> None:
     model = wrap(make_model("llama"))
     spoil(getattr(model, "base_model", model).model if hasattr(model, "peft_config") else model)
     with pytest.raises(ValueError, match=r"^model: its weights are quantised") as caught:
-        enter(model)
+        enter(model, **({"density": 0.5} if enter == Mask.random else {}))
     one_line(caught)
 
 

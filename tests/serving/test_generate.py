@@ -140,7 +140,9 @@ def test_the_page_is_true(capsys: pytest.CaptureFixture[str]) -> None:
     Path("prompts.jsonl").write_text(input_file)
     parsed = [parse(shlex.split(line)[1:]) for line in lines if line.startswith("trace-dist")]
     assert [one.command for one in parsed] == ["generate", "generate", "serve"]
-    assert lines[2] == 'pip install "trace-dist[serve]"'
+    spread = parse(shlex.split(lines[2].partition(" -m trace_dist ")[2])).generate
+    assert (spread.backend, spread.output) == ("fsdp2", "answers.jsonl")
+    assert lines[3] == 'pip install "trace-dist[serve]"'
     for one in parsed[:2]:
         generate_command(one.generate)
     rows = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]

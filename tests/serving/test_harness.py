@@ -145,6 +145,7 @@ def test_the_command_runs_the_harness(
     ("words", "said"),
     [
         ([], "no options of the harness are given; write them behind --"),
+        (["--backend", "zero3", "--", "--tasks", "a"], "backend='zero3': lm-eval runs in one process, with backend=single"),
         (["--task", "no", "--", "--tasks", "chosen"], "task='no': the bank does not hold it; choose among auto, base, copy"),
     ],
 )  # fmt: skip

@@ -235,8 +235,16 @@ def test_deltas_are_kept_in_memory_as_far_as_there_is_room(router: Router) -> No
     assert one.nbytes == 4 * sum(map(len, delta.values.values())) + 4 * sum(
         map(len, delta.mask.units.values())
     )
+    whole = DeltaCache(bank, model, 2 * one.nbytes)
+    swap = whole.get("copy")
+    assert swap is not None
+    # With the base's values at the same entries, as there is room for both.
+    assert swap.keeps_own
+    assert one.nbytes < whole.num_bytes == swap.nbytes < 2 * one.nbytes
     cache = DeltaCache(bank, model, 2.5 * one.nbytes)
     found = {task: cache.get(task) for task in TASKS[:2]}
+    # Those go first, the oldest delta's before the others'.
+    assert [swap is not None and swap.keeps_own for swap in found.values()] == [False, True]
     assert cache.get(BASE) is None
     assert all(cache.get(task) is swap for task, swap in found.items())
     cache.get("plain")  # pushes out what was used longest ago
@@ -246,6 +254,21 @@ def test_deltas_are_kept_in_memory_as_far_as_there_is_room(router: Router) -> No
     small = DeltaCache(bank, model, one.nbytes / 2)
     assert small.get("copy") is not small.get("copy")
     assert small.num_bytes == 0
+
+
+def test_one_task_is_held_at_a_time(router: Router) -> None:
+    """Within another one's weights nothing is retrieved or written, since that would be by the wrong ones."""
+    with router.holding(BASE), router.holding("copy"):
+        for work in (
+            lambda: router.ask(["twist abcd"], ["twist"], SHORT),
+            lambda: router.ask(["twist abcd"], [BASE], SHORT),
+            lambda: router.ask(["twist abcd"], sampling=SHORT),
+        ):
+            with pytest.raises(
+                ValueError, match="the model holds task 'copy' here; ask outside of the block"
+            ):
+                work()
+    assert router.ask(["copy abcd"], ["copy"], SHORT)[0].task == "copy"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 from cli.program import environment
 from serving.small import CAP, MORE, TASKS, Small, make, prompts
@@ -221,9 +222,11 @@ GOOD = '"model": "copy", "prompt": "copy ab"'
         (COMPLETE, f'{{{GOOD}, "top_p": 0}}', 400, "top_p"),
         (COMPLETE, f'{{{GOOD}, "seed": {2**64}}}', 400, "seed"),
         (COMPLETE, f'{{{GOOD}, "stop": ""}}', 400, "stop"),
+        (COMPLETE, f'{{{GOOD}, "stop": [{", ".join(17 * [chr(34) + "x" + chr(34)])}]}}', 400, "stop: .* at most 16 items"),
         (COMPLETE, f'{{{GOOD}, "logprobs": 3}}', 400, "logprobs: Extra inputs are not permitted"),
         (COMPLETE, f'{{{GOOD}, "pad": "{"x" * 17000}"}}', 413, "longer than 16384 bytes"),
         (CHAT, '{"model": "nobody", "messages": [{"role": "user", "content": "a"}]}', 404, "model='nobody'"),
+        (CHAT, '{"model": "copy", "messages": [{"role": "user", "content": [{"type": "image"}]}]}', 400, r"content\.0\.type"),
         (CHAT, '{"model": "copy", "messages": []}', 400, "messages: List should have at least 1 item"),
         (CHAT, '{"model": "copy", "messages": [{"role": "judge", "content": "a"}]}', 400, "roles are user and"),
         (CHAT, '{"model": "copy", "messages": [{"role": "assistant", "content": "a"}]}', 400, "assistant's turn"),
@@ -248,6 +251,16 @@ def test_what_changes_nothing_is_taken(server: Server) -> None:
     options: Any = {"frequency_penalty": 0.0, "presence_penalty": 0, "logprobs": None, "user": "me", "n": 1}
     answer = server.client.completions.create(model="copy", prompt="copy abcd", max_tokens=CAP, **options)
     assert answer.choices[0].text == expected
+
+
+def test_only_this_machine_reaches_it(server: Server) -> None:
+    """Nobody has given a host."""
+    listening = [
+        place.laddr.ip
+        for place in psutil.Process(server.process.pid).net_connections()
+        if place.status == psutil.CONN_LISTEN
+    ]
+    assert listening == ["127.0.0.1"]
 
 
 def test_nobody_asks_without_the_key(server: Server) -> None:
@@ -317,6 +330,13 @@ def test_what_cannot_be_served_is_said_before_the_model_is_loaded(
             options["port"] = taken.getsockname()[1]
         with pytest.raises(ValueError, match=fragment):
             serve(Source("no bank", "no base"), Listening(**options))
+
+
+def test_a_base_on_several_ranks_is_not_served() -> None:
+    with pytest.raises(
+        ValueError, match=r"backend='fsdp2': serve runs in one process.*`generate` runs on ranks"
+    ):
+        serve(Source("no bank", "no base", backend="fsdp2"), Listening())
 
 
 def test_packages_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -207,3 +208,36 @@ def test_a_parameter_that_no_forward_uses_is_reported(caplog: pytest.LogCaptureF
     (message,) = caplog.messages
     assert "no gradient reached 1 of 4 masked parameters" in message
     assert "optional.weight" in message
+
+
+class InPlace(nn.Module):
+    """Adds to what its layers give, in place, as RoC-BERT's embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.first, self.last = nn.Linear(7, 5), nn.Linear(5, 7, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        h += x[..., :5]
+        h = self.last(torch.tanh(h))
+        h *= 2
+        return h
+
+
+@pytest.mark.parametrize("granularity", ["element", "row", "column"])
+@pytest.mark.parametrize("shape", [(3, 7), (2, 3, 7)])
+def test_what_a_layer_gives_may_be_changed_in_place(shape: tuple[int, ...], granularity: str) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    model, dense = InPlace(), InPlace()
+    mask = Mask.random(model, 0.5, granularity, seed=1, maskable="weight")
+    optimizer = MaskedAdamW(model, mask)
+    for each in (model, dense):
+        each(x).square().sum().backward()
+    assert {each.name for each in optimizer.supports} == {"first.weight", "last.weight"}
+    for each in optimizer.supports:
+        expected = dense.get_parameter(each.name).grad.flatten()[mask.elements(each.name)]
+        torch.testing.assert_close(each.grad, expected, rtol=1e-4, atol=1e-6)

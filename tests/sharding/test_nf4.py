@@ -60,6 +60,19 @@ def test_on_ranks(world, num_ranks: int, backend: str, name: str) -> None:
 @pytest.mark.launcher
 @pytest.mark.parametrize("num_ranks", [2, 3])
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_overlays_are_gathered_by_block_and_ahead(world, num_ranks: int, backend: str) -> None:
+    """One collective for each block; nobody waits for one but has begun the next. After a step they are gathered anew."""
+    for report in world(num_ranks).reports:
+        found = report["nf4"][f"{backend}/gathers"]
+        assert " ".join(found["forward"]) == "begin 0 begin 1 wait 0 begin 2 wait 1 begin 3 wait 2 wait 3"
+        # The last block is still there.
+        assert " ".join(found["backward"]) == "begin 4 begin 5 wait 4 begin 6 wait 5 wait 6"
+        assert found["after a step"][:3] == ["begin 7", "begin 8", "wait 7"]
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_quantised_while_loading(world, num_ranks: int, backend: str) -> None:
     """Each rank quantises the blocks that touch its shards; they are those of the whole model."""
     assert all(report["nf4"][f"{backend}/loaded"] for report in world(num_ranks).reports)

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.program import environment, error_line, make_config, run, run_here, write_config, write_tasks
+from cli.program import (
+    environment,
+    error_line,
+    make_config,
+    run,
+    run_here,
+    wait_for,
+    write_config,
+    write_tasks,
+)
 from launching import free_port, rank_environment
 
 from trace_dist.bank.bank import BASE, DeltaBank
 from trace_dist.masks.mask import Mask
+from trace_dist.run_folder import BankFolder
 
 LATER = "later"
 ONE_PROCESS = ["--backend", "single"]
@@ -61,12 +73,37 @@ def later(first: Path, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def test_a_task_is_learned_the_next_day(first: Path, later: Callable[..., Path]) -> None:
-    """Earlier files stay as they are, all tasks are retrieved, and scores of the earlier ones do not change."""
+def held(bank: Path) -> bool:
+    """Whether a command fills a bank, and has said who it is."""
+    lock = BankFolder(bank).command_lock
+    return lock.is_file() and bool(lock.read_text())
+
+
+def test_a_task_is_learned_the_next_day(first: Path, later: Callable[..., Path], tmp_path: Path) -> None:
+    """Earlier files stay as they are, all tasks are retrieved, and scores of the earlier ones do not change.
+
+    Whoever would change the bank meanwhile is told who is at work.
+    """
     bank, cache = first / "run" / "bank", first / "cache"
     before, scored = learned(bank), scores(first / "config.yaml", bank, cache)
-    done = run("learn", "--config", later(), "--bank", bank, cache=cache)
+    other = later(tasks=[{"name": "other", "path": str(first / f"{LATER}.jsonl")}]).rename(
+        tmp_path / "other.yaml"
+    )
+    with ThreadPoolExecutor(1) as pool:
+        learning = pool.submit(run, "learn", "--config", later(), "--bank", bank, cache=cache)
+        assert wait_for(lambda: held(bank) or learning.done(), 100)
+        for words in (
+            ("bank", "remove", bank, "copy"),
+            ("bank", "add", bank, bank / "tasks" / "copy", "--name", "again"),
+            ("learn", "--config", other, "--bank", bank),
+            ("run", "--config", first / "config.yaml"),
+        ):
+            said = error_line(run_here(*words, cache=cache))
+            assert re.search(r"process \d+ on .* is at work in it; (wait|end)", said), said
+        assert not learning.done()
+    done = learning.result()
     assert done.returncode == 0, done.stderr[-3000:]
+    assert not held(bank)
     after = learned(bank)
     assert {name: after[name] for name in before} == before
     assert DeltaBank(bank).tasks == [BASE, "copy", "twist", LATER]

@@ -7,8 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from cli.program import environment, processes_with
+from cli.program import environment, processes_with, wait_for
 
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.masks import Mask
@@ -72,13 +70,6 @@ def reduced(folder: Path) -> dict[str, Any]:
     for task in config["tasks"]:
         task["steps"] = 6
     return config
-
-
-def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return condition()
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,14 +88,18 @@ def test_a_study_its_cut_and_its_page(setup: Setup, tmp_path: Path, monkeypatch:
             raise Stopped
         real(self, job)
 
-    real = small_to_large.Worker.do
+    real, records = small_to_large.Worker.do, tmp_path / "kept" / "records.jsonl"
+    study = replace(setup.study, records=str(records))
     with monkeypatch.context() as patch:
         patch.setattr(small_to_large.Worker, "do", stop)
-        cut = run_study(setup.cfg, setup.study)
+        cut = run_study(setup.cfg, study)
     assert not cut["complete"]
-    # The time is over before anything begins: what is known is summed up.
     locks.release()
-    begun = run_study(setup.cfg, setup.study)
+    # Somebody goes on with the records alone: masks that were recorded are made again.
+    shutil.rmtree(setup.cfg.run_dir)
+    known = records.read_text()
+    begun = run_study(setup.cfg, study)
+    assert records.read_text().startswith(known)
     assert begun["complete"]
     assert begun["trainings"] > cut["trainings"] > 0
     assert list(begun["bases"]) == ["first", "last"]
@@ -108,7 +113,7 @@ def test_a_study_its_cut_and_its_page(setup: Setup, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(
         small_to_large.Worker, "lab", property(lambda _: pytest.fail("the models were loaded"))
     )
-    again = json.loads(json.dumps(run_study(setup.cfg, setup.study)))
+    again = json.loads(json.dumps(run_study(setup.cfg, study)))
     assert again["cells"] == begun["cells"]
     assert again["differences"] == begun["differences"]
     for section, (names, table) in SECTIONS.items():

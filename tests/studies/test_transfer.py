@@ -22,17 +22,17 @@ ROOT = Path(__file__).parents[2]
 def record(
     arm: str, looks: list[list[float]], loss: float, seed: int = 0, used: bool = True
 ) -> dict[str, Any]:
-    fit = 0 if arm == "base" else 20
+    before = 0 if arm == "base" else 20
     about = {"seed": seed, "task": "new", "group": "related", "arm": arm, "steps": int(looks[-1][0])}
     return about | {
-        "fit_steps": fit,
+        "fit_steps": before,
         "looks": looks,
         "test_loss": loss,
-        "composition": {"used": used} if fit else {},
+        "composition": {"used": used} if before else {},
     }
 
 
-def test_steps_to_a_loss_count_the_fit() -> None:
+def test_steps_to_a_loss_count_those_before_training() -> None:
     base = record("base", [[5, 2.0], [10, 0.9], [15, 1.1], [20, 1.0]], 1.0)
     composed = record("composed", [[5, 1.5], [10, 1.0], [15, 0.5], [20, 0.4]], 0.5)
     half = record("half", [[5, 1.2], [10, 1.1]], 1.25)
@@ -41,9 +41,10 @@ def test_steps_to_a_loss_count_the_fit() -> None:
     assert (found["base_steps"], found["composed_steps"], found["share"]) == (10, 30, 3.0)
     assert (found["reached"], found["used"]) == (True, True)
     assert (found["composed_above"], found["half_above"]) == (-50.0, 25.0)
-    # A loss that is not reached takes all steps.
-    never = compared(base, record("composed", [[5, 2.0], [20, 1.01]], 1.0, used=False), half)
+    # A loss that is not reached takes all steps; unrelated tasks have no arm of half of the steps.
+    never = compared(base, record("composed", [[5, 2.0], [20, 1.01]], 1.0, used=False))
     assert (never["composed_steps"], never["reached"], never["used"]) == (40, False, False)
+    assert "half_loss" not in never
 
 
 def test_intervals_are_over_seeds() -> None:
@@ -54,7 +55,7 @@ def test_intervals_are_over_seeds() -> None:
             record("composed", [[10, 0.9], [20, 0.8]], last, seed),
             record("half", [[10, 1.0]], 1.0, seed),
         ]
-    # One that lacks an arm does not count.
+    # One that lacks the arm that it is compared with does not count.
     records.append(record("base", [[10, 2.0]], 1.0, 7))
     found = summary(records)["related"]["all"]
     expected = stats.ttest_1samp([-50, -40, -10], 0).confidence_interval(0.95)
@@ -86,8 +87,9 @@ def test_a_study_in_little_goes_on_where_it_was_cut(tmp_path: Path) -> None:
         "steps": 2,
         "batch_size": 8,
     }
-    train = {"steps": 8, "lr": 0.01, "batch_size": 8, "micro_batch_size": 8, "eval_every": 2, "keep": "last"}
-    bank = {"layer": 0, "keep_prompts": 0, "num_prompts": 12, "composition_options": {"steps": 2}}
+    train = {"steps": 12, "lr": 0.01, "batch_size": 8, "micro_batch_size": 8, "eval_every": 2, "keep": "last"}
+    composition = {"steps": 2, "trial_steps": 3, "batch_size": 4, "least_gain": 0.0}
+    bank = {"layer": 0, "keep_prompts": 0, "num_prompts": 12, "composition_options": composition}
     run = {
         "run_dir": str(tmp_path / "run"),
         "target": {"path": str(tmp_path / "run/target"), "tiny": tiny},
@@ -102,10 +104,15 @@ def test_a_study_in_little_goes_on_where_it_was_cut(tmp_path: Path) -> None:
     plan, out = Plan.read(tmp_path / "plan.yaml"), tmp_path / "out.json"
     whole = run_study(plan, [0], out)
     assert [(each["task"], each["arm"]) for each in whole["records"]] == [
-        (t, a) for t in ("like", "other") for a in ARMS
+        *(("like", arm) for arm in ARMS["related"]),
+        *(("other", arm) for arm in ARMS["unrelated"]),
     ]
-    assert [(each["steps"], each["fit_steps"]) for each in whole["records"][:3]] == [(8, 0), (8, 2), (2, 2)]
-    assert [step for step, _ in whole["records"][0]["looks"]] == [2, 4, 6, 8]
+    # Fit and trial read 4 (2 + 3 + 3) examples, which are 4 steps of 8; without a trial the fit's 8, which are one.
+    assert [each["steps"] for each in whole["records"]] == [12, 12, 2, 12, 12]
+    tried = ["trial" in each["composition"] for each in whole["records"]]
+    expected = [4 if each else 1 for each in tried]
+    assert [each["fit_steps"] for each in whole["records"]] == [0, *expected[1:3], 0, expected[4]]
+    assert [step for step, _ in whole["records"][0]["looks"]] == [2, 4, 6, 8, 10, 12]
     assert DeltaBank(tmp_path / "run/seed0/bank_earlier").tasks == ["old"]
     draw(whole, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import socket
+from datetime import timedelta
 
 import pytest
 import torch
+from torch._C._distributed_c10d import FakeProcessGroup
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from trace_dist.utils import dist
@@ -50,6 +52,7 @@ def test_on_gpus_cpu_tensors_have_a_backend_too(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     # NCCL is not there, and nobody is to meet.
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: made.append(backend))
+    monkeypatch.setattr(dist, "_hurry_devices", lambda _: None)
     for launched in (True, False):
         launch = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
         for name, value in (launch | {"MASTER_PORT": "1"}).items():
@@ -86,6 +89,37 @@ def test_exchanges_have_a_group_of_their_own(
         assert dist.exchange_group() is group
         dist.close()
     assert made == [beside] * 2
+
+
+@pytest.mark.parametrize("told", [None, 45])
+def test_accelerators_are_waited_for_ten_minutes_and_hosts_longer(
+    told: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the default group and of those beside it. DEEPSPEED_TIMEOUT is for both."""
+    hurried: list[timedelta] = []
+    monkeypatch.setattr(dist, "_backend", lambda: "cpu:gloo,cuda:fake")  # which stands for NCCL
+    monkeypatch.setattr(FakeProcessGroup, "name", lambda _: "nccl", raising=False)
+    monkeypatch.setattr(
+        FakeProcessGroup,
+        "_set_default_timeout",
+        lambda _, timeout: hurried.append(timeout),
+        raising=False,
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    for name, value in ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} | place).items():
+        monkeypatch.setenv(name, value)
+    if told is not None:
+        monkeypatch.setenv("DEEPSPEED_TIMEOUT", str(told))
+    dist.init_distributed(dist.Waiting(timeout_minutes=30))
+    try:
+        groups = [torch.distributed.group.WORLD, dist.exchange_group()]
+        hosts = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+        assert hosts == [timedelta(minutes=told or 30)] * 2
+        assert hurried == ([] if told else [timedelta(minutes=10)] * 2)
+    finally:
+        dist.close()
 
 
 def test_logs_and_progress(capsys: pytest.CaptureFixture[str]) -> None:

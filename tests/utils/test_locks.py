@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from trace_dist.utils.locks import Held, hold, hold_until_exit, process_name, release
+from trace_dist.utils.launch import process_name
+from trace_dist.utils.locks import Held, hold, hold_until_exit, release
 
 OTHER = """
 import sys

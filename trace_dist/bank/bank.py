@@ -34,6 +34,7 @@ from trace_dist.bank.retrieval import Retriever
 from trace_dist.bank.signature import Signature, check_comparable
 from trace_dist.bank.sketch import Sketch
 from trace_dist.bank.writer import Writer, read_index, writing_to
+from trace_dist.config.bank import Pooling
 from trace_dist.masks.mask import Mask
 from trace_dist.parts import SIGNATURES
 from trace_dist.run_folder import ADAPTED, DELTA, PROMPTS, RECIPE, SIGNATURE, SKETCH, BankFolder
@@ -67,18 +68,19 @@ class DeltaBank:
         self._retrieved: tuple[Record, ...] = ()
 
     @classmethod
-    def create(cls, folder: Path | str, base: str, layer: int) -> DeltaBank:
+    def create(cls, folder: Path | str, base: str, layer: int, pooling: Pooling = "mean") -> DeltaBank:
         """Open the bank of a base model, with all it holds, or start an empty one where there is none. Collective.
 
         Args:
             folder: where.
             base: fingerprint of the base model.
             layer: hidden layer that representations are taken from.
+            pooling: how a prompt's tokens become one representation (``bank.representation``).
 
         Raises:
-            ValueError: the folder holds a bank of another base model or layer, or another process writes it.
+            ValueError: the folder holds a bank of another base model, layer or pooling, or another process writes it.
         """
-        on_main(lambda: changes.open_or_start(BankFolder(Path(folder)), base, layer))
+        on_main(lambda: changes.open_or_start(BankFolder(Path(folder)), base, layer, pooling))
         return cls(folder)
 
     @property
@@ -95,6 +97,11 @@ class DeltaBank:
     def layer(self) -> int:
         """Hidden layer that representations are taken from."""
         return self._index.layer
+
+    @property
+    def pooling(self) -> Pooling:
+        """How a prompt's tokens become one representation."""
+        return self._index.pooling
 
     @property
     def generation(self) -> int:
@@ -263,8 +270,7 @@ class DeltaBank:
         """The task of each prompt.
 
         Args:
-            representations: [N, D] floating, of the bank's base and layer: the mean over a prompt's tokens of the hidden states
-                there (``bank.representation.represent``).
+            representations: [N, D] floating, of the bank's base, layer and pooling (``bank.representation.represent``).
             reject: share of a task's own prompts that may be taken for none of the bank's, and go to ``base``;
                 None to reject nothing (``bank.rejection``).
 

@@ -9,7 +9,7 @@ become one is a part of ``bank.composition``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,14 +44,32 @@ def task_weights(
     Raises:
         ValueError: as ``DeltaBank.retrieve``, or an argument is out of range.
     """
+    # one rank decides what all of them compose
+    return on_main(
+        lambda: weights_of(bank.tasks, bank.retriever.scores(representations), most=most, least=least)
+    )
+
+
+def weights_of(
+    tasks: Sequence[str], scores: Tensor, *, most: int = 3, least: float = 0.05
+) -> dict[str, float]:
+    """``task_weights``, of prompts that were compared already.
+
+    Args:
+        tasks: T names.
+        scores: [N, T] log posteriors up to a constant of each prompt; -inf where a task was not compared.
+        most, least: as ``task_weights``.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
     check(most >= 1, "most", most, "must be at least 1", "use for example 3")
     check(0 <= least < 1, "least", least, "must lie in [0, 1)", "use for example 0.05")
-    # one rank decides what all of them compose
-    mean = on_main(lambda: torch.softmax(bank.retriever.scores(representations), dim=1).mean(dim=0))
+    mean = torch.softmax(scores, dim=1).mean(dim=0)
     order = mean.argsort(descending=True, stable=True)[:most].tolist()
     kept = [index for place, index in enumerate(order) if place == 0 or mean[index] > least]
     total = float(mean[kept].sum())
-    return {bank.tasks[index]: float(mean[index]) / total for index in kept}
+    return {tasks[index]: float(mean[index]) / total for index in kept}
 
 
 def blended(
@@ -75,7 +93,22 @@ def blended(
     Raises:
         ValueError: as ``task_weights``, ``DeltaBank.delta_on`` and ``compose``.
     """
-    weights = task_weights(bank, representations, most=most, least=least)
+    return weighed(bank, model, task_weights(bank, representations, most=most, least=least), kind, options)
+
+
+def weighed(
+    bank: DeltaBank,
+    model: ShardedModel,
+    weights: Mapping[str, float],
+    kind: str = "sum",
+    options: Mapping[str, Any] | None = None,
+) -> Delta | None:
+    """The delta of some tasks with their weights; None where that is the base model. Collective.
+
+    Args:
+        weights: as ``task_weights`` gives them.
+        bank, model, kind, options: as ``blended``, with its errors.
+    """
     deltas = []
     for task, weight in weights.items():
         delta = None if task == BASE else bank.delta_on(task, model)

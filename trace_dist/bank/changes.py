@@ -15,6 +15,8 @@ from trace_dist.bank.recipe import Recipe
 from trace_dist.bank.signature import Signature, check_comparable
 from trace_dist.bank.sketch import Sketch
 from trace_dist.bank.writer import Writer, locked, read_index
+from trace_dist.config.bank import Pooling
+from trace_dist.config.checks import check
 from trace_dist.models.fingerprint import fuller, same_model
 from trace_dist.run_folder import ADAPTED, DELTA, PROMPTS, RECIPE, SIGNATURE, SKETCH, BankFolder
 from trace_dist.utils.names import BASE, check_task_name
@@ -92,8 +94,8 @@ def held(index: Index, files: BankFolder, task: str, recipe: Recipe) -> list[str
     return [record.name for record in records if record is not None]
 
 
-def open_or_start(files: BankFolder, base: str, layer: int) -> None:
-    """Start a bank where there is none; see that it is of this base model and layer where there is one.
+def open_or_start(files: BankFolder, base: str, layer: int, pooling: Pooling) -> None:
+    """Start a bank where there is none; see that it is of this base model, layer and pooling where there is one.
 
     Raises:
         ValueError: it is of another one, another process writes it, or its index was lost.
@@ -101,7 +103,7 @@ def open_or_start(files: BankFolder, base: str, layer: int) -> None:
     if not files.index.is_file():
         with locked(files):
             if not files.index.is_file():
-                _start(files, base, layer)
+                _start(files, Index(base, layer, pooling=pooling))
                 return
     index = read_index(files)
     if not same_model(index.base, base):
@@ -109,20 +111,19 @@ def open_or_start(files: BankFolder, base: str, layer: int) -> None:
             f"bank {files.root}: made for the base model {index.base[:12]}, not for {base[:12]}; "
             "choose another folder, or use the model it was made for"
         )
-    if index.layer != layer:
-        raise ValueError(
-            f"bank.layer={layer}: the bank {files.root} was made with {index.layer}; set that, or choose another folder"
-        )
+    for field, wanted, found in (("layer", layer, index.layer), ("pooling", pooling, index.pooling)):
+        rule = f"the bank {files.root} was made with {found}"
+        check(wanted == found, f"bank.{field}", wanted, rule, "set that, or choose another folder")
 
 
-def _start(files: BankFolder, base: str, layer: int) -> None:
+def _start(files: BankFolder, index: Index) -> None:
     for left in (files.tasks, files.old_deltas, files.old_signatures):
         if left.exists():
             raise ValueError(
                 f"bank {files.root}: {left.name} is there but {files.index.name} is missing; "
                 "restore it from a copy, or choose another folder"
             )
-    Index(base, layer).save(files.index)
+    index.save(files.index)
 
 
 def add(writer: Writer, task: Task) -> None:

@@ -36,10 +36,11 @@ def read_task(source: Path, bank: DeltaBank, name: str | None = None) -> Task:
         other = DeltaBank(files.root)
         for record in other.index.records:
             if record.folder == place.name:
-                if other.layer != bank.layer:
+                if (other.layer, other.pooling) != (bank.layer, bank.pooling):
                     raise ValueError(
-                        f"source={str(source)!r}: its bank represents prompts by layer {other.layer}, {bank.folder} by layer "
-                        f"{bank.layer}; learn the task again with bank.layer={bank.layer}"
+                        f"source={str(source)!r}: its bank represents prompts by layer {other.layer}, {other.pooling}, "
+                        f"{bank.folder} by layer {bank.layer}, {bank.pooling}; learn the task again with "
+                        f"bank.layer={bank.layer} and bank.pooling={bank.pooling}"
                     )
                 return _of_bank(other, record.name, name)
     signature, delta = Signature.load(source / SIGNATURE), Delta.load(source / DELTA)

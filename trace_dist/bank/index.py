@@ -4,7 +4,8 @@
      "tasks": [{"name", "folder", "files": {"delta.safetensors": {"bytes", "sha256"}, ...}, "facts": {...}}, ...],
      "checksum": SHA-256 of the rest}
 
-It holds no date, so that two runs of the same work leave the same bytes.
+It holds no date, so that two runs of the same work leave the same bytes. Where prompts are not represented by the mean over their
+tokens, ``pooling`` says how, and the version is 3: releases that know the mean alone refuse such a bank.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from trace_dist.config.bank import Pooling
 from trace_dist.run_folder import ADAPTED, DELTA, PROMPTS, RECIPE, SIGNATURE, SKETCH
 from trace_dist.utils.files import read_json, sha256, write_json
 from trace_dist.utils.names import BASE, check_task_name
@@ -23,6 +25,8 @@ from trace_dist.utils.sealed import check_version, json_checksum
 
 FORMAT = "trace_dist.bank"
 VERSION = 2
+POOLED = 3
+"""Version of an index that names a pooling."""
 FOLDER = re.compile(r"[a-z0-9_][a-z0-9_-]{0,79}")
 PLAIN = re.compile(r"[a-z0-9_][a-z0-9_-]{0,39}")
 FACTS: dict[str, type] = {
@@ -79,6 +83,8 @@ class Index:
     """How often the bank was changed."""
     version: int = VERSION
     """Of the format: 1 until the first change by this release."""
+    pooling: Pooling = "mean"
+    """How a prompt's tokens become one representation."""
 
     def holder(self, key: tuple[str, str | None]) -> Record | None:
         """The record whose delta and recipe have these checksums (``recipe.Part.key``), if there is one."""
@@ -111,10 +117,11 @@ class Index:
         """Replace the index file."""
         value = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if self.pooling == "mean" else POOLED,
             "generation": self.generation,
             "base": self.base,
             "layer": self.layer,
+            **({} if self.pooling == "mean" else {"pooling": self.pooling}),
             "tasks": [
                 {
                     "name": record.name,
@@ -141,10 +148,10 @@ class Index:
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise ValueError(f"{path}: this is not the index of a bank; give the folder of a bank")
         version = value.get("version")
-        check_version(version, path, VERSION, 1)
+        check_version(version, path, POOLED, 1)
         read = _Reader(path)
         rest = {key: part for key, part in value.items() if key != "checksum"}
-        if version == VERSION and value.get("checksum") != json_checksum(rest):
+        if version != 1 and value.get("checksum") != json_checksum(rest):
             raise read.damaged("wrong checksum")
         base, layer = read.field(value, "base", str), read.field(value, "layer", int)
         if version == 1:
@@ -152,7 +159,8 @@ class Index:
         records = tuple(map(read.record, read.field(value, "tasks", list)))
         read.distinct([record.name for record in records], "name")
         read.distinct([record.folder for record in records], "folder")
-        return cls(base, layer, records, read.field(value, "generation", int))
+        generation, pooling = read.field(value, "generation", int), read.pooling(value)
+        return cls(base, layer, records, generation, pooling=pooling)
 
 
 @dataclass(frozen=True)
@@ -168,6 +176,14 @@ class _Reader:
         if not isinstance(value, dict) or type(value.get(key)) is not kind:
             raise self.damaged(f"{key} is missing or not {kind.__name__}")
         return value[key]
+
+    def pooling(self, value: Any) -> Pooling:
+        if value["version"] != POOLED:
+            return "mean"
+        found = self.field(value, "pooling", str)
+        if found not in get_args(Pooling):
+            raise self.damaged(f"the pooling {found!r:.100} is none that this release knows")
+        return found  # type: ignore[no-any-return]
 
     def distinct(self, values: list[str], what: str) -> None:
         if len(set(values)) < len(values):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.facts import kind_of
 from trace_dist.bank.index import Index, Member, Record
 from trace_dist.bank.signature import check_comparable
-from trace_dist.bank.writer import Writer, copy, hand_over
+from trace_dist.bank.writer import Writer, copy, hand_over, read_index
 from trace_dist.models.fingerprint import fuller, same_model
 from trace_dist.run_folder import BankFolder
 from trace_dist.utils.files import atomic_folder, corrupt
@@ -27,7 +30,7 @@ def merge(left: DeltaBank, right: DeltaBank, out: Path | str) -> DeltaBank:
 
     Raises:
         ValueError: the banks are of different base models, layers or likelihoods, a name stands for two tasks, a file is
-            damaged, or the folder holds something.
+            damaged, the folder holds something, or a bank is changed meanwhile and a task is no longer there.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -35,24 +38,43 @@ def merge(left: DeltaBank, right: DeltaBank, out: Path | str) -> DeltaBank:
     added = _check(left, right)
     if out.exists():
         out.rmdir()
-    with atomic_folder(out) as temporary:
+    with atomic_folder(out) as temporary, _unchanged(left, right):
         base = fuller(left.base, right.base)
-        writer = Writer(BankFolder(temporary), Index(base, left.layer))
+        empty = Index(base, left.layer, pooling=left.pooling)
+        writer = Writer(BankFolder(temporary), empty)
         records: list[Record] = []
         for bank, wanted in ((left, left.index.records), (right, added)):
             for record in wanted:
-                folder = Index(base, left.layer, tuple(records)).folder_for(record.name)
+                folder = replace(empty, records=tuple(records)).folder_for(record.name)
                 records.append(_copied(writer, bank, record, folder))
-        writer.commit(Index(base, left.layer, tuple(records)))
+        writer.commit(replace(empty, records=tuple(records)))
     return DeltaBank(out)
+
+
+@contextmanager
+def _unchanged(*banks: DeltaBank) -> Iterator[None]:
+    """Say of what is missed in the block that a bank was changed meanwhile, where one was. What is read takes no lock."""
+    try:
+        yield
+    except ValueError:
+        for bank in banks:
+            now = read_index(bank.files).generation
+            if now != bank.generation:
+                raise ValueError(
+                    f"{bank.folder}: the bank was changed since it was opened (generation {bank.generation}, now {now}), and not "
+                    "all of it is there as it was; merge again"
+                ) from None
+        raise
 
 
 def _check(left: DeltaBank, right: DeltaBank) -> tuple[Record, ...]:
     """What the right bank adds. Raises ValueError where the two do not go together."""
-    if not same_model(left.base, right.base) or left.layer != right.layer:
+    views = [(bank.layer, bank.pooling) for bank in (left, right)]
+    if not same_model(left.base, right.base) or views[0] != views[1]:
         raise ValueError(
-            f"bank {right.folder}: of the base model {right.base[:12]} and layer {right.layer}, but {left.folder} is of "
-            f"{left.base[:12]} and layer {left.layer}; merge banks of one base model"
+            f"bank {right.folder}: of the base model {right.base[:12]} and layer {right.layer}, {right.pooling}, but "
+            f"{left.folder} is of {left.base[:12]} and layer {left.layer}, {left.pooling}; merge banks of one base model that "
+            "represent prompts alike"
         )
     for record in left.index.records[:1]:
         for other in right.index.records[:1]:

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from math import isfinite
 from operator import or_
 from pathlib import Path
+from sys import float_info
 from typing import Any
 
 import torch
@@ -94,7 +94,10 @@ def _part(value: Any, path: Path) -> Part:
         named = isinstance(delta, str) and isinstance(recipe, str | None)
         if named and isinstance(scalars, dict) and set(scalars) == set(GROUPS):
             numbers = {group: scalars[group] for group in GROUPS}
-            if all(type(number) in (int, float) and isfinite(number) for number in numbers.values()):
+            # NaN is not below anything, and an integer of JSON may be too large for a float.
+            if all(
+                type(number) in (int, float) and abs(number) <= float_info.max for number in numbers.values()
+            ):
                 return Part(str(delta), {group: float(number) for group, number in numbers.items()}, recipe)
     raise ValueError(f"{path}: damaged recipe (a task of it is {value!r:.200}); {CURE}")
 

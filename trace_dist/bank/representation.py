@@ -1,4 +1,10 @@
-"""What stands for a prompt in task retrieval: the mean over its tokens of one hidden layer of the base."""
+"""What stands for a prompt in task retrieval: one hidden layer of the base, pooled over the prompt's tokens.
+
+mean      sum over tokens t of h_t / T
+last      h_T
+max       max over t of h_t, each dimension by itself
+mean_std  mean, and the square root of the mean of (h_t - mean)^2
+"""
 
 from __future__ import annotations
 
@@ -8,14 +14,41 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from trace_dist.config.bank import Pooling
 from trace_dist.data.encoding import check_context
 from trace_dist.evaluation.inputs import pad
 from trace_dist.evaluation.passes import evaluating, map_over_ranks
 from trace_dist.models.forward import names_argument
 
 
-def _mean_hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor, chosen: Sequence[int]) -> Tensor:
-    """[B, L, hidden] fp32 means of the chosen hidden layers over the tokens that are not padding."""
+def pooled(states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+    """Hidden states of prompts over the tokens that are not padding (formulas above).
+
+    Args:
+        states: [B, T, hidden] floating; where a token is padding they may be anything.
+        mask: [B, T] int64, 1 where there is a token, at least one; padding on the right.
+
+    Returns:
+        [B, hidden] fp32; [B, 2 hidden] of mean_std.
+    """
+    real, counts = mask[:, :, None] == 1, mask.sum(dim=1, keepdim=True)
+    x = states.float()
+    if pooling == "last":
+        return x[torch.arange(len(x), device=x.device), counts[:, 0] - 1]
+    if pooling == "max":
+        return x.where(real, -torch.inf).amax(dim=1)
+    # where, not a product: a padded position may hold anything, and 0 * inf is NaN
+    mean = x.where(real, 0.0).sum(dim=1) / counts
+    if pooling == "mean":
+        return mean
+    squares = (x - mean[:, None]).where(real, 0.0).square()
+    return torch.cat([mean, (squares.sum(dim=1) / counts).sqrt()], dim=1)
+
+
+def _hidden(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, chosen: Sequence[int], pooling: Pooling
+) -> Tensor:
+    """[B, L, D] fp32 of the chosen hidden layers, pooled."""
     # logits of every token would dominate the memory, and nobody reads them
     first = torch.zeros(1, dtype=torch.int64, device=ids.device)
     options = {"logits_to_keep": first} if names_argument(model, "logits_to_keep") else {}
@@ -27,10 +60,7 @@ def _mean_hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor, chosen: Sequ
                 f"bank.layer={layer}: must lie in [{-len(layers)}, {len(layers)}) for this model "
                 "(0 is the embedding); use -1 for the last"
             )
-    real = mask[:, :, None] == 1
-    # where, not a product: a padded position may hold anything, and 0 * inf is NaN
-    sums = [layers[layer].float().where(real, 0.0).sum(dim=1) for layer in chosen]
-    return torch.stack([each / mask.sum(dim=1, keepdim=True) for each in sums], dim=1)
+    return torch.stack([pooled(layers[layer], mask, pooling) for layer in chosen], dim=1)
 
 
 def represent(
@@ -40,21 +70,23 @@ def represent(
     layer: int,
     batch_size: int,
     pad_id: int,
+    pooling: Pooling = "mean",
 ) -> Tensor:
     """Representations of prompts by one hidden layer; see ``represent_layers``.
 
     Args:
-        model, tokenizer_prompts, batch_size, pad_id: as ``represent_layers``.
+        model, tokenizer_prompts, batch_size, pad_id, pooling: as ``represent_layers``.
         layer: index into the model's hidden states: 0 is the embedding, -1 the last.
 
     Returns:
-        [num_prompts, hidden] fp32 on the CPU, in the order of the prompts, equal on every rank.
+        [num_prompts, D] fp32 on the CPU, in the order of the prompts, equal on every rank.
 
     Raises:
         ValueError: as ``represent_layers``.
     """
-    found = represent_layers(model, tokenizer_prompts, layers=[layer], batch_size=batch_size, pad_id=pad_id)
-    return found[:, 0]
+    return represent_layers(
+        model, tokenizer_prompts, layers=[layer], batch_size=batch_size, pad_id=pad_id, pooling=pooling
+    )[:, 0]
 
 
 def represent_layers(
@@ -64,6 +96,7 @@ def represent_layers(
     layers: Sequence[int],
     batch_size: int,
     pad_id: int,
+    pooling: Pooling = "mean",
 ) -> Tensor:
     """Representations of prompts under the model as it is, by several hidden layers, computed by all ranks together.
 
@@ -77,9 +110,10 @@ def represent_layers(
         layers: indices into the model's hidden states: 0 is the embedding, -1 the last.
         batch_size: prompts per forward pass on one rank.
         pad_id: token id for padding on the right (masked out).
+        pooling: how the tokens of a prompt become one vector (``pooled``).
 
     Returns:
-        [num_prompts, L, hidden] fp32 on the CPU, in the order of the prompts, equal on every rank.
+        [num_prompts, L, D] fp32 on the CPU, in the order of the prompts, equal on every rank.
 
     Raises:
         ValueError: no prompt, an empty prompt, one beyond the context, a batch size of 0, or no such layer.
@@ -95,7 +129,7 @@ def represent_layers(
     def run(batch: list[int]) -> list[Tensor]:
         ids, mask = pad([tokenizer_prompts[i] for i in batch], pad_id, device, left=False)
         # clones: a row that is pickled for the other ranks would take the whole batch with it
-        return [row.clone() for row in _mean_hidden(model, ids, mask, layers).cpu()]
+        return [row.clone() for row in _hidden(model, ids, mask, layers, pooling).cpu()]
 
     with evaluating(model) as alone:
         return torch.stack(map_over_ranks(lengths, batch_size, run, alone))

@@ -6,6 +6,10 @@ value for single elements. On a CPU a swap is then one pass over the values and 
 (`trace_kernels.DeltaSwapBatch`), and what is kept are the task's values or, while the model holds those, its own. To an
 accelerator everything goes in one copy, and a few launches swap all parameters; the model's own values stay there until they are
 put back.
+
+[Note: own values] A model on a CPU that is the same whenever a task comes, such as a server's, need not be asked for what is
+overwritten: `keep_own` remembers its own values at the task's entries, and then each way only writes. That is half of the bytes,
+for the same again in host memory.
 """
 
 from __future__ import annotations
@@ -68,12 +72,33 @@ class Swap:
                 self._supports = [replace(s, runs=s.runs.with_units(packed)) for s, packed in pairs]
         self._batch: DeltaSwapBatch | None = None
         self._places: list[int] | None = None
+        self._own: list[Tensor] | None = None
+        self._writes: dict[bool, DeltaSwapBatch] = {}  # by whether the values are the task's
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the values and of where they lie."""
-        kept = zip(self._supports, self._values, strict=True)
-        return sum(values.nbytes + sum(part.nbytes for part in support.indices()) for support, values in kept)
+        """Bytes of the values, the model's own where they are kept, and where all of them lie."""
+        indices = sum(part.nbytes for support in self._supports for part in support.indices())
+        return indices + sum(values.nbytes for values in (*self._values, *(self._own or ())))
+
+    @property
+    def keeps_own(self) -> bool:
+        """Whether the model's own values are kept, too."""
+        return self._own is not None
+
+    def keep_own(self) -> None:
+        """Keep the model's own values, which must be those of now whenever the task is applied ([Note: own values]).
+
+        Does nothing for a model on an accelerator, or with NF4 weights.
+        """
+        if self._model.device.type == "cpu" and self._model.places(self._supports) is not None:
+            places = [self._model.storage(support) for support in self._supports]
+            self._own = [_taken(weight, runs) for weight, runs in places]
+
+    def forget_own(self) -> None:
+        """Let go of the model's own values."""
+        self._own = None
+        self._writes.clear()
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -83,27 +108,50 @@ class Swap:
         """
         if self._inside:
             raise AssertionError(f"task {self.task!r}: the model holds its values already")
-        others = self._exchange(self._values)
+        own = self._own
+        if own is None:
+            others = self._exchange(self._values)
+        else:
+            self._write(self._values)
         self._inside = True
         try:
             yield
         finally:
-            self._exchange(others)
+            if own is None:
+                self._exchange(others)
+            else:
+                self._write(own)
             self._inside = False
             self._model.release()
 
+    def _write(self, values: list[Tensor]) -> None:
+        """Put values into the model, whose own are kept."""
+        self._find_places()
+        ours = values is self._values
+        if ours not in self._writes:
+            self._writes[ours] = DeltaSwapBatch(self._operands(values))
+        self._writes[ours].write()
+        self._model.refresh(self._supports)
+
+    def _find_places(self) -> None:
+        """Forget what was made for places where the weights no longer are."""
+        places = self._model.places(self._supports)
+        if places is None or places != self._places:
+            self._batch, self._places = None, places
+            self._writes.clear()
+
     def _exchange(self, values: list[Tensor]) -> list[Tensor]:
         """Put values into the model; those that were there before."""
-        model, places = self._model, self._model.places(self._supports)
+        self._find_places()
         batch = self._batch
-        if batch is None or places is None or places != self._places:
+        if batch is None:
             operands = self._operands(values)
             batch, values = DeltaSwapBatch(operands), [each[2] for each in operands]
-            self._batch, self._places = batch, places
+            self._batch = batch
         batch.run()
         if self._inside and not all(map(operator.is_, values, self._values)):
-            self._batch = self._places = None  # what it holds on an accelerator goes
-        model.refresh(self._supports)
+            self._batch = None  # what it holds on an accelerator goes
+        self._model.refresh(self._supports)
         return values
 
     def _operands(self, values: list[Tensor]) -> list[tuple[Tensor, Runs, Tensor]]:
@@ -120,6 +168,11 @@ class Swap:
             (weight, runs.to(weight.device), sent(mine, weight.device))
             for (weight, runs), mine in zip(places, values, strict=True)
         ]
+
+
+def _taken(weight: Tensor, runs: Runs) -> Tensor:
+    """A copy of a weight's entries, bit for bit: [entries]."""
+    return torch.cat([weight[:0], *(piece.gather(weight) for piece in runs.pieces())])
 
 
 class Parcel:

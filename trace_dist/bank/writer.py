@@ -18,9 +18,10 @@ from trace_dist.bank import legacy
 from trace_dist.bank.delta import Delta
 from trace_dist.bank.facts import describe
 from trace_dist.bank.index import Index, Member, Record
+from trace_dist.launching import run_holders
 from trace_dist.run_folder import DELTA, SIGNATURE, BankFolder
 from trace_dist.utils.files import flush_folder, writing
-from trace_dist.utils.locks import Held, hold
+from trace_dist.utils.locks import Held, hold, hold_or_share
 from trace_dist.utils.names import BASE
 
 
@@ -176,14 +177,15 @@ def writing_to(files: BankFolder) -> Iterator[Writer]:
 
 @contextmanager
 def locked(files: BankFolder) -> Iterator[None]:
-    """Keep other writers out of a bank while the block runs.
+    """Keep other writers out of a bank while the block runs; a stage may write into the bank that its command holds.
 
     Raises:
-        ValueError: another process writes the bank.
+        ValueError: another process writes the bank, or learns into it.
     """
     what = f"bank {files.root}"
     with ExitStack() as stack:
         try:
+            stack.enter_context(hold_or_share(files.command_lock, what, run_holders()))
             stack.enter_context(hold(files.lock, what))
         except Held as held:
             raise ValueError(

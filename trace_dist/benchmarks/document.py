@@ -158,6 +158,17 @@ def stream_table(result: Result) -> str:
     return with_origin(result, grid(["task", *scores_head, *times_head, "peak, MiB", "bank, MiB"], rows))
 
 
+def later_table(result: Result) -> str:
+    """One row per test set; of general sets the base's own answers are the right ones."""
+    rows = []
+    for name, score in result["scores_after"].items():
+        answered, before = result["answered_by"].get(name, {}), result["scores_before"].get(name)
+        own = answered.get(name, answered.get("base", 0)) / max(1, sum(answered.values()))
+        shown = "" if before is None else f"{before:.1f}"
+        rows.append([name, shown, f"{score:.1f}", f"{own:.1%}" if answered else ""])
+    return with_origin(result, grid(["test set", "before, %", "after, %", "retrieved"], rows))
+
+
 def checkpoint_table(result: Result) -> str:
     """Share of a step first."""
     rows = []
@@ -226,6 +237,7 @@ SECTIONS: Sections = {
     "before_after": (("bench_before_after.json",), before_after_table),
     "checkpoint": (("bench_checkpoint.json",), checkpoint_table),
     "stream": (("stream20.json",), stream_table),
+    "later": (("learn_later.json",), later_table),
     "swaps": ((SERVE,), swaps_table),
     "sizes": ((SERVE,), sizes_table),
     "streams": ((SERVE,), streams_table),

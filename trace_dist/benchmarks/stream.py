@@ -23,7 +23,8 @@ from typing import Any
 import yaml
 
 from trace_dist.bank.bank import DeltaBank
-from trace_dist.launching import ProcessFailed, alone_environment
+from trace_dist.launching import ProcessFailed, launch_environment
+from trace_dist.run_folder import BankFolder
 from trace_dist.utils.env import meta_info, run_info
 from trace_dist.utils.files import read_json, write_json, write_text
 
@@ -45,13 +46,13 @@ def run_stream(config: Path, out: Path) -> dict[str, Any]:
     whole = yaml.safe_load(config.read_text(encoding="utf-8"))
     folder = Path(whole["run_dir"])
     bank = folder / "bank"
-    found = read_json(out) if out.is_file() and bank.is_dir() else {"tasks": []}
+    found = read_json(out) if out.is_file() and _there(bank) else {"tasks": []}
     result: dict[str, Any] = {"run_info": run_info(), "meta_info": meta_info(), "tasks": found["tasks"]}
-    _command("base", "--config", str(config))
+    command("base", "--config", str(config))
     for task in whole["tasks"][len(result["tasks"]) :]:
         result["tasks"].append(_learn(whole, task, folder, bank))
         write_json(out, result)
-    _command("eval", "--config", str(config), "--bank_folder", str(bank))
+    command("eval", "--config", str(config), "--bank_folder", str(bank))
     scores = read_json(folder / "eval.json")
     for task in result["tasks"]:
         answered = scores["answered_by"][task["name"]]
@@ -60,6 +61,11 @@ def run_stream(config: Path, out: Path) -> dict[str, Any]:
     result["again"] = _again(whole, folder, bank)
     write_json(out, result)
     return result
+
+
+def _there(bank: Path) -> bool:
+    """Whether there is a bank; a command that was cut may have left a folder."""
+    return BankFolder(bank).index.is_file()
 
 
 def _again(whole: dict[str, Any], folder: Path, bank: Path) -> dict[str, Any]:
@@ -73,22 +79,22 @@ def _again(whole: dict[str, Any], folder: Path, bank: Path) -> dict[str, Any]:
 def _learn(whole: dict[str, Any], task: dict[str, Any], folder: Path, bank: Path) -> dict[str, Any]:
     """One task by a command of its own."""
     name = task["name"]
-    if bank.is_dir() and name in DeltaBank(bank).tasks:  # cut before its time was written
-        _command("bank", "remove", str(bank), name)
+    if _there(bank) and name in DeltaBank(bank).tasks:  # cut before its time was written
+        command("bank", "remove", str(bank), name)
     shutil.rmtree(f"{bank}.work/{name}", ignore_errors=True)
     config = folder / "configs" / f"{name}.yaml"
     shared = {key: value for key, value in whole.items() if key not in OF_THE_WHOLE}
     write_text(config, yaml.safe_dump(shared | {"tasks": [task]}))
-    measured = _command("learn", "--config", str(config), "--bank", str(bank))
+    measured = command("learn", "--config", str(config), "--bank", str(bank))
     learned = read_json(Path(f"{bank}.work/{name}/methods/{METHOD}.json"))
     size = sum(path.stat().st_size for path in bank.rglob("*") if path.is_file())
     return {"name": name, **measured, "bank_bytes": size, "learned": learned["just_trained"][0]}
 
 
-def _command(*arguments: str) -> dict[str, float]:
+def command(*arguments: str) -> dict[str, float]:
     """Run a command of ours; what it took."""
     begin = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "trace_dist", *arguments], env=alone_environment())
+    process = subprocess.Popen([sys.executable, "-m", "trace_dist", *arguments], env=launch_environment())
     _, status, usage = os.wait4(process.pid, 0)  # its own and those of the processes it waited for
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:

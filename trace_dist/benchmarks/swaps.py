@@ -8,8 +8,9 @@ costs two more products in every layer instead. All take turns.
 CPU; an accelerator gets a copy), and it ends when one value of each page has been read, since only then the weights can be used
 without a page fault. One model after the other is let go of within the time.
 
-[Note: moved bytes] A swap reads and writes every value of the delta, and every cache line of the weights that holds a masked
-entry, once in each direction. Of single elements at 5 % in bf16 those are four lines out of five.
+[Note: moved bytes] In each direction a server's swap on a CPU reads values, the delta's or the base's own, and writes every cache
+line of the weights that holds a masked entry; a line that holds others too is read before. Of single elements at 5 % in bf16
+those are four lines out of five.
 """
 
 from __future__ import annotations
@@ -116,6 +117,7 @@ def measure_sizes(model: ShardedModel, loading: float, rounds: int) -> list[dict
     for granularity, density in SIZES:
         delta = random_delta(model, granularity, density, 0)
         ready = made_ready(model, delta)
+        ready.keep_own()  # as the router's do
 
         def swap(ready: Any = ready) -> None:
             with ready.applied():
@@ -153,6 +155,7 @@ def moved_bytes(mask: Mask, item_bytes: int) -> int:
     total = 0
     for name, units in mask.units.items():
         entries = mask.layouts[name].elements(units)
-        lines = torch.unique_consecutive(entries * item_bytes // LINE)
-        total += 2 * 2 * (len(entries) * item_bytes + len(lines) * LINE)
+        lines, held = torch.unique_consecutive(entries * item_bytes // LINE, return_counts=True)
+        num_shared = int((held * item_bytes < LINE).sum())
+        total += 2 * (len(entries) * item_bytes + (len(lines) + num_shared) * LINE)
     return total

@@ -132,7 +132,7 @@ def _locate(
     steps, kept_model = manifest.get("param_steps"), manifest.get("model")
     if not isinstance(kept_model, str | None) or not isinstance(steps, dict) or not is_map(steps, is_count):
         raise damaged(folder / MANIFEST)
-    if manifest.get("mask_digest") != optimizer.mask.digest():
+    if not optimizer.mask.has_digest(manifest.get("mask_digest")):
         raise ValueError(f"{folder}: the checkpoint is of another mask; resume with {folder / MASK}")
     model = optimizer.mask.meta.get("model")
     if model is not None and kept_model is not None and not same_model(str(model), kept_model):

@@ -38,7 +38,8 @@ def _show(bank: DeltaBank, arguments: Any) -> None:
         over = [needs[name] or "-"] if any(needs.values()) else []
         table.add_row(name, str(facts.get("clusters", "-")), *delta, *over)
     print_table(table, markup=False)
-    print(f"generation {bank.generation}, layer {bank.layer}, base model {bank.base}")
+    pooling = "" if bank.pooling == "mean" else f", pooling {bank.pooling}"
+    print(f"generation {bank.generation}, layer {bank.layer}{pooling}, base model {bank.base}")
 
 
 def _verify(bank: DeltaBank, arguments: Any) -> None:

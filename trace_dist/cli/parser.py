@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import RawDescriptionHelpFormatter
+from argparse import PARSER, Action, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -36,6 +36,8 @@ from trace_dist.utils.yaml import check_yaml
 PROGRAM = "trace-dist"
 _RUN_FIELDS = [field.name for field in fields(RunConfig)]
 _SECTIONS = [field.name for field in fields(RunConfig) if is_dataclass(field.default_factory)]
+FIRST = ("run", "init", "learn", "generate")
+"""Commands whose examples stand in the overview."""
 PURPOSE = "Continual fine-tuning of large language models: probe a proxy, project its masks, train them in the shards."
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -52,7 +54,14 @@ set_loader("trace_dist", _checked(get_loader("yaml")), exceptions=(yaml.YAMLErro
 
 
 class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):  # type: ignore[misc]
-    """Help whose examples are not wrapped."""
+    """Help whose examples are not wrapped; the commands of a parser stand below their title alone."""
+
+    def _format_action(self, action: Action) -> str:
+        if action.nargs == PARSER:
+            return self._join_parts(
+                [self._format_action(each) for each in self._iter_indented_subactions(action)]
+            )
+        return str(super()._format_action(action))
 
 
 class Parser(ArgumentParser):
@@ -87,9 +96,11 @@ def build_parser(words: Sequence[str] | None = None) -> Parser:
         words: the command line; the arguments of commands that it does not name are left out, so that the parser is
             made at once. None makes all.
     """
-    parser = Parser(prog=PROGRAM, description=PURPOSE, version=_version())
-    commands: Any = parser.add_subcommands(dest="command")
-    for name, command in (known.RUN_COMMANDS | known.FILE_COMMANDS).items():
+    shown = known.RUN_COMMANDS | known.FILE_COMMANDS
+    examples = "\n".join(f"  {PROGRAM} {shown[name].example}" for name in FIRST)
+    parser = Parser(prog=PROGRAM, description=PURPOSE, epilog=f"examples:\n{examples}", version=_version())
+    commands = _add_subcommands(parser, "command")
+    for name, command in shown.items():
         child = _subcommand(parser, commands, name, command)
         if words is None or name in words:
             FILL.get(name, _fill_run)(child, command)
@@ -166,6 +177,14 @@ def _version() -> str:
     return version("trace-dist")
 
 
+def _add_subcommands(parser: Parser, dest: str) -> Any:
+    """Where the commands below a parser go. Their names stand in a list below, not in the line of usage as well."""
+    parser.usage = f"%(prog)s {dest.upper()} [--key VALUE ...]"
+    return parser.add_subcommands(
+        dest=dest, title=f"{dest}s", description=f"{parser.prog} {dest.upper()} --help says more of each."
+    )
+
+
 def _subcommand(parent: Parser, siblings: Any, name: str, command: Command) -> Parser:
     """A parser of a command below another one; its arguments are added later."""
     child = Parser(command)
@@ -196,7 +215,7 @@ def _fill_actions(actions: Mapping[str, tuple[Command, known.Options]]) -> Fill:
     """What gives a command its actions and their arguments."""
 
     def fill(parser: Parser, _: Command) -> None:
-        sub: Any = parser.add_subcommands(dest="action")
+        sub = _add_subcommands(parser, "action")
         for name, (command, arguments) in actions.items():
             _add_options(_subcommand(parser, sub, name, command), arguments)
 
@@ -222,7 +241,7 @@ def _add_options(parser: Parser, arguments: known.Options) -> None:
 
 
 def _fill_memory(parser: Parser, _: Command) -> None:
-    sub: Any = parser.add_subcommands(dest="action")
+    sub = _add_subcommands(parser, "action")
     _fill_run(_subcommand(parser, sub, "measure", known.MEASURE), known.MEASURE)
     for name, command in known.MEMORY_ACTIONS.items():
         child = _subcommand(parser, sub, name, command)
@@ -239,13 +258,13 @@ def _fill_simulate(parser: Parser, command: Command) -> None:
 
 
 def _fill_bench(parser: Parser, _: Command) -> None:
-    sub: Any = parser.add_subcommands(dest="action")
+    sub = _add_subcommands(parser, "action")
     for name, command in known.BENCHMARKS.items():
         _add(_subcommand(parser, sub, name, command), command.own)
 
 
 def _fill_study(parser: Parser, _: Command) -> None:
-    sub: Any = parser.add_subcommands(dest="action")
+    sub = _add_subcommands(parser, "action")
     for name, command in known.STUDIES.items():
         child = _subcommand(parser, sub, name, command)
         _fill_run(child, command)

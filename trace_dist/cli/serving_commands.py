@@ -12,6 +12,7 @@ from typing import Any
 from trace_dist.serving.options import Listening, Sampling, Source, check_task
 from trace_dist.serving.server import serve
 from trace_dist.stages.generate import print_answers, run_generate
+from trace_dist.utils import dist
 
 
 def generate_command(arguments: Any) -> None:
@@ -29,7 +30,7 @@ def generate_command(arguments: Any) -> None:
         task=arguments.task,
         out=paths[1],
     )
-    if paths[1] is None:
+    if paths[1] is None and dist.is_main():
         print_answers(answered)
 
 
@@ -46,6 +47,8 @@ def lm_eval_command(arguments: Any) -> None:
     """
     if find_spec("lm_eval") is None:
         raise ValueError("lm-eval: lm_eval is not installed; pip install 'trace-dist[lm-eval]'")
+    source = _section(Source, arguments)
+    source.check_alone("lm-eval")
     if not arguments.harness:
         raise ValueError(
             "lm-eval: no options of the harness are given; write them behind --, as -- --tasks arc_easy"
@@ -58,7 +61,7 @@ def lm_eval_command(arguments: Any) -> None:
 
     from trace_dist.serving.harness import NAME
 
-    model = asdict(_section(Source, arguments)) | {"task": arguments.task}
+    model = asdict(source) | {"task": arguments.task}
     batch_size = str(model.pop("batch_size"))
     # The harness reads the command line itself; of what is given twice the last word counts.
     before = sys.argv

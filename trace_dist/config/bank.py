@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
-from trace_dist.config.checks import Section, check
+from trace_dist.config.checks import AUTO, Section, check
 from trace_dist.parts import SIGNATURES, STARTS
+
+Pooling = Literal["mean", "last", "max", "mean_std"]
+"""How the tokens of a prompt become one representation."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,11 @@ class BankConfig(Section):
     num_prompts: int = 400
     """Training prompts per task from which a signature is made."""
     layer: int | Literal["auto"] = -1
-    """Hidden layer whose mean over the prompt's tokens represents it (-1 is the last), or `auto`: chosen by held-out retrieval
+    """Hidden layer whose states at the prompt's tokens represent it (-1 is the last), or `auto`: chosen by held-out retrieval
     among the tasks and general sets of the run that begins the bank; the bank keeps it for good."""
+    pooling: Pooling | Literal["auto"] = "mean"
+    """How the tokens' states become one representation: mean, last (the last token's), max (of each dimension), mean_std (mean
+    and standard deviation of each, twice as wide), or `auto`: chosen as the layer is. Images have mean alone."""
 
     representation: Literal["base", "adapted"] = "base"
     """`base`: a prompt is represented by the frozen base. `adapted`: the base proposes `candidates` tasks, and the prompt then
@@ -42,14 +48,23 @@ class BankConfig(Section):
     later (`consolidate`); 0 keeps none. Of general sets of running text the text itself is kept."""
 
     composition: str = "none"
-    """Where a new task's training begins: none (at the base), combination (at the earlier deltas that lower its held-out loss,
-    each times fitted scalars; its own mask gives up their entries), or the path of a module of your own."""
+    """Where a new task's training begins: none (at the base), combination (at the earlier deltas, each times fitted scalars,
+    where a short training from there ends lower than one from the base; its own mask gives up their entries), or the path of a
+    module of your own."""
     composition_options: dict[str, Any] = field(default_factory=dict)
-    """Options of the composition; of combination: candidates (3), steps (20), lr (0.1), l1 (0.1), l2 (0.01),
-    least_gain (0.02)."""
+    """Options of the composition; of combination: candidates (3), steps (20), trial_steps (20), batch_size (train.batch_size),
+    lr (0.1), l1 (0.1), l2 (0.01), least_gain (0.02)."""
     keep: Literal["whole", "recipe"] = "whole"
     """What the bank keeps of a task that begins with earlier deltas: `whole`, all of its values, which need no other task; or
     `recipe`, its own part and some hundred bytes that say which deltas it began with. Those can be renamed, but not removed."""
+
+    @property
+    def view(self) -> tuple[int, Pooling]:
+        """Layer and pooling. Raises ValueError where one is `auto`."""
+        for name in ("layer", "pooling"):
+            value = getattr(self, name)
+            check(value != AUTO, f"bank.{name}", value, "there is no bank that it is chosen for", "name one")
+        return int(self.layer), cast(Pooling, self.pooling)
 
     def check(self) -> None:
         self.at_least(1, "clusters", "num_prompts", "candidates")

@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Final, Literal
 Rate = float | Literal["auto"]
 """A peak learning rate, or the one that wins the race (config/race.py)."""
 AUTO: Final = "auto"
+LIMIT = 2**63
+"""Above all integers that torch takes."""
 
 
 def check(ok: bool, name: str, value: object, rule: str, cure: str) -> None:
@@ -37,7 +39,12 @@ class Section:
                 value is not None or optional, name, value, "must not be null", "give a value or leave it out"
             )
             for where, number in _numbers(value, name):
-                check(math.isfinite(number), where, number, "must be finite", "give a number")
+                if isinstance(number, float):
+                    check(math.isfinite(number), where, number, "must be finite", "give a number")
+                else:
+                    check(
+                        -LIMIT <= number < LIMIT, where, number, "must fit into 64 bits", "give a smaller one"
+                    )
         self.check()
 
     @property
@@ -70,9 +77,9 @@ class Section:
         self.positive(*(name for name in names if getattr(self, name) != AUTO))
 
 
-def _numbers(value: Any, where: str) -> Iterator[tuple[str, float]]:
-    """Every float of a field, with its name; lists and mappings are looked into."""
-    if isinstance(value, float):
+def _numbers(value: Any, where: str) -> Iterator[tuple[str, float | int]]:
+    """Every number of a field, with its name; lists and mappings are looked into."""
+    if isinstance(value, (float, int)):
         yield where, value
     elif isinstance(value, Mapping):
         for key, each in value.items():

@@ -31,7 +31,8 @@ class LaunchConfig(Section):
     stuck_minutes: float = 10.0
     """All ranks end where each has waited for the others for so long, and nothing moved."""
     timeout_minutes: int = 30
-    """How long ranks wait for one that lives and is at work alone; DEEPSPEED_TIMEOUT overrides it."""
+    """How long ranks wait for one that lives and is at work alone; a collective of GPUs waits at most 10. DEEPSPEED_TIMEOUT
+    overrides both."""
 
     def check(self) -> None:
         self.at_least(1, "num_ranks", "parallel_stages", "silence_seconds", "timeout_minutes")

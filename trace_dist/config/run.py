@@ -46,7 +46,7 @@ class RunConfig(Section):
     backend: Backend = "single"
     """single (one process), zero3 (DeepSpeed ZeRO-3) or fsdp2 (torch fully_shard)."""
     seed: int = 0
-    """Seed of everything random."""
+    """Seed of everything random; from 0 to 2**32 - 1."""
     data: DataConfig = field(default_factory=DataConfig)
     """Tokenisation, and how examples lie in a batch."""
     probe: ProbeConfig = field(default_factory=ProbeConfig)
@@ -71,6 +71,8 @@ class RunConfig(Section):
     def check(self) -> None:
         rule, cure = "must be set where bank.path is not", "name a folder, for example runs/mine"
         check(bool(self.run_dir or self.bank.path), "run_dir", self.run_dir, rule, cure)
+        rule = "must lie between 0 and 2**32 - 1, as scikit-learn wants it"
+        check(0 <= self.seed < 2**32, "seed", self.seed, rule, "choose another one")
         check(len(self.tasks) >= 1, "tasks", self.tasks, "must hold at least one task", "add a task")
         check_distinct(task.name for task in (*self.tasks, *self.general))
         ranks, one_process = self.launch.num_ranks, self.backend == "single"

@@ -120,7 +120,7 @@ def check_room_beside(cfg: RunConfig, bank: DeltaBank) -> None:
 
 
 def check_apart(mask: Mask, refused: Units, what: str, isolation: str) -> None:
-    """Raise ValueError where a mask that was made elsewhere takes what is refused."""
+    """Raise ValueError where a mask that was given, or made before other tasks came, takes what is refused."""
     taken = 0
     for name in set(mask.units).intersection(refused):
         units = mask.units[name].long()
@@ -129,5 +129,5 @@ def check_apart(mask: Mask, refused: Units, what: str, isolation: str) -> None:
     if taken:
         raise ValueError(
             f"{what}: {taken:,} of its {mask.num_entries:,} entries are earlier tasks', which mask.isolation={isolation!r} "
-            "refuses; give another mask, or set mask.isolation: soft"
+            "refuses; give another mask, delete the file to have one made, or set mask.isolation: soft"
         )

@@ -16,6 +16,7 @@ from trace_dist.bank.bound import error_bound
 from trace_dist.bank.retrieval import Retriever
 from trace_dist.bank.signature import Signature, fit_signature
 from trace_dist.config import RunConfig
+from trace_dist.config.bank import Pooling
 from trace_dist.continual.clarity import margins, typicality
 from trace_dist.continual.examples import Answered, few
 from trace_dist.continual.scored import Scored
@@ -41,6 +42,8 @@ class Bank(Protocol):
     def tasks(self) -> list[str]: ...
     @property
     def layer(self) -> int: ...
+    @property
+    def pooling(self) -> Pooling: ...
     @property
     def retriever(self) -> Retriever: ...
     def retrieve(self, representations: torch.Tensor, reject: float | None = None) -> list[str]: ...
@@ -70,7 +73,7 @@ class Judge:
 
     cfg: RunConfig
     bench: Workbench
-    _representations: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
+    _representations: dict[tuple[str, int, Pooling], torch.Tensor] = field(default_factory=dict)
 
     @property
     def _general(self) -> list[Task]:
@@ -183,13 +186,13 @@ class Judge:
         """Name of the delta (or ``base``) for each test prompt of a task."""
         if not bank.tasks:
             return [BASE] * len(task.test)
-        base, cfg = self.representations(model, task, bank.layer), self.cfg.bank
+        base, cfg = self.representations(model, task, bank.layer, bank.pooling), self.cfg.bank
         if not self._tries_weights(bank):
             return bank.retrieve(base, cfg.reject)
         prompts = task.test["prompt"][:]
 
         def represent_rows(rows: Sequence[int]) -> torch.Tensor:
-            return self.represent(model, [prompts[row] for row in rows], bank.layer)
+            return self.represent(model, [prompts[row] for row in rows], bank.layer, bank.pooling)
 
         return retrieve_adapted(
             cast(DeltaBank, bank),
@@ -235,7 +238,7 @@ class Judge:
         if self._tries_weights(bank):
             return {}
         retriever, reject = bank.retriever, self.cfg.bank.reject
-        prompts = {task.name: self.representations(model, task, bank.layer) for task in tasks}
+        prompts = {task.name: self.representations(model, task, bank.layer, bank.pooling) for task in tasks}
         found = {"margins": margins(retriever, prompts)}
         return found if reject is None else found | {"rejection": typicality(retriever, prompts, reject)}
 
@@ -253,18 +256,23 @@ class Judge:
             found += [Answered.of(task.name, task.test[i], *answers[i], scores[i]) for i in few(scores)]
         return found
 
-    def representations(self, model: Model, task: Task, layer: int) -> torch.Tensor:
-        """Representations of a task's test prompts under the base: [N, hidden] fp32."""
-        if (task.name, layer) not in self._representations:
-            self._representations[task.name, layer] = self.represent(model, task.test["prompt"][:], layer)
-        return self._representations[task.name, layer]
+    def representations(
+        self, model: Model, task: Task, layer: int, pooling: Pooling = "mean"
+    ) -> torch.Tensor:
+        """Representations of a task's test prompts under the base: [N, D] fp32."""
+        key = task.name, layer, pooling
+        if key not in self._representations:
+            self._representations[key] = self.represent(model, task.test["prompt"][:], layer, pooling)
+        return self._representations[key]
 
-    def represent(self, model: Model, prompts: Any, layer: int) -> torch.Tensor:
-        """Representations of prompts under the model as it is: [N, hidden] fp32."""
-        return self.represent_layers(model, prompts, [layer])[:, 0]
+    def represent(self, model: Model, prompts: Any, layer: int, pooling: Pooling = "mean") -> torch.Tensor:
+        """Representations of prompts under the model as it is: [N, D] fp32."""
+        return self.represent_layers(model, prompts, [layer], pooling)[:, 0]
 
-    def represent_layers(self, model: Model, prompts: Any, layers: Sequence[int]) -> torch.Tensor:
-        """Representations of prompts by several layers of the model as it is: [N, L, hidden] fp32."""
+    def represent_layers(
+        self, model: Model, prompts: Any, layers: Sequence[int], pooling: Pooling = "mean"
+    ) -> torch.Tensor:
+        """Representations of prompts by several layers of the model as it is: [N, L, D] fp32."""
         model.eval()
         return self.bench.modality.represent(
             model.module,
@@ -273,12 +281,15 @@ class Judge:
             self.cfg.data,
             layers=layers,
             batch_size=self.cfg.eval.batch_size,
+            pooling=pooling,
         )
 
-    def signature(self, model: Model, streams: list[Stream], name: str, layer: int) -> Signature:
+    def signature(
+        self, model: Model, streams: list[Stream], name: str, layer: int, pooling: Pooling = "mean"
+    ) -> Signature:
         """Fit the signature of a task (or of the general sets together) from training prompts under the model as it is."""
         per_stream = -(-self.cfg.bank.num_prompts // len(streams))
         prompts = [prompt for stream in streams for prompt in stream.task.train["prompt"][:per_stream]]
-        x = self.represent(model, prompts, layer)
+        x = self.represent(model, prompts, layer, pooling)
         bank = self.cfg.bank
         return fit_signature(x, bank.clusters * len(streams), self.cfg.seed, name, kind=bank.signature)

@@ -1,7 +1,8 @@
-"""``bank.layer: auto``: the hidden layer by which held-out prompts find their task best.
+"""``bank.layer: auto`` and ``bank.pooling: auto``: the hidden layer, and the pooling over a prompt's tokens, by which held-out
+prompts find their task best.
 
-It is chosen when a bank is begun, among the tasks and general sets of the run that begins it, and written into the bank's index:
-signatures of different layers cannot be compared, so later tasks take the layer of the bank.
+They are chosen when a bank is begun, among the tasks and general sets of the run that begins it, and written into the bank's
+index: signatures of different layers or poolings cannot be compared, so later tasks take those of the bank.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.bound import cantelli_limits
 from trace_dist.bank.retrieval import Retriever
 from trace_dist.bank.signature import fit_signature
+from trace_dist.config.bank import Pooling
 from trace_dist.config.checks import AUTO
 from trace_dist.continual.judge import Judge
 from trace_dist.run_folder import BankFolder
@@ -27,48 +29,61 @@ NUM_PROMPTS = 80
 """Prompts of each task or general set that are looked at; half of them are held out."""
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of the model's layers below a layer that is tried."""
+View = tuple[int, Pooling]
+"""A layer and a pooling."""
 
 
-def bank_layer(judge: Judge, model: ShardedModel, folder: BankFolder) -> int:
-    """The layer of a bank: its own where there is one, otherwise what the configuration says or what is best. Collective.
+def bank_view(judge: Judge, model: ShardedModel, folder: BankFolder) -> View:
+    """Layer and pooling of a bank: its own where there is one, otherwise what the configuration says or what is best. Collective.
 
     Raises:
-        ValueError: the layer is to be chosen, and there is but one set of prompts.
+        ValueError: one is to be chosen, and there is but one set of prompts.
     """
-    wanted = judge.cfg.bank.layer
-    if wanted != AUTO:
-        return wanted
-    known = on_main(lambda: folder.index.is_file())
-    return DeltaBank(folder.root).layer if known else choose_layer(judge, model)
+    wanted = judge.cfg.bank
+    if AUTO not in (wanted.layer, wanted.pooling):
+        return wanted.view
+    if not on_main(lambda: folder.index.is_file()):
+        return choose_view(judge, model)
+    bank = DeltaBank(folder.root)
+    layer = bank.layer if wanted.layer == AUTO else wanted.layer
+    return layer, bank.pooling if wanted.pooling == AUTO else wanted.pooling
 
 
-def choose_layer(judge: Judge, model: ShardedModel) -> int:
-    """Where fewest held-out prompts go wrong; of layers that are level the one with the lower bound, then the lowest.
+def choose_view(judge: Judge, model: ShardedModel) -> View:
+    """Where fewest held-out prompts go wrong; of those that are level the one with the lower bound, then the lowest layer, then
+    the first pooling.
 
     Collective.
     """
-    sets = [*judge.bench.tasks, *judge.bench.general]
-    depth = model.module.config.get_text_config().num_hidden_layers
-    layers = sorted({round(share * depth) for share in DEPTHS})
-    found = [_representations(judge, model, stream, layers) for stream in sets]
+    wanted, sets = judge.cfg.bank, [*judge.bench.tasks, *judge.bench.general]
+    if wanted.layer == "auto":
+        depth = model.module.config.get_text_config().num_hidden_layers
+        layers = sorted({round(share * depth) for share in DEPTHS})
+    else:
+        layers = [wanted.layer]
+    poolings = list(judge.bench.modality.poolings) if wanted.pooling == "auto" else [wanted.pooling]
+    found = {
+        pooling: [
+            judge.represent_layers(model, stream.task.train["prompt"][:NUM_PROMPTS], layers, pooling)
+            for stream in sets
+        ]
+        for pooling in poolings
+    }
 
-    def choose() -> int:
-        losses = [_losses(judge, sets, [each[:, place] for each in found]) for place in range(len(layers))]
-        best = min(range(len(layers)), key=lambda place: losses[place])
-        for layer, (error, bound) in zip(layers, losses, strict=True):
+    def choose() -> View:
+        losses = {
+            (layer, pooling): _losses(judge, sets, [each[:, place] for each in found[pooling]])
+            for place, layer in enumerate(layers)
+            for pooling in poolings
+        }
+        for (layer, pooling), (error, bound) in losses.items():
             logger.info(
-                "bank.layer %d: %.1f %% of held-out prompts go wrong (bound %.1f %%)", layer, error, bound
-            )
-        return layers[best]
+                "bank.layer %d, bank.pooling %s: %.1f %% of held-out prompts go wrong (bound %.1f %%)",
+                layer, pooling, error, bound,
+            )  # fmt: skip
+        return min(losses, key=losses.__getitem__)
 
     return on_main(choose)
-
-
-def _representations(
-    judge: Judge, model: ShardedModel, stream: Stream, layers: Sequence[int]
-) -> torch.Tensor:
-    """[N, L, hidden] of a set's training prompts."""
-    return judge.represent_layers(model, stream.task.train["prompt"][:NUM_PROMPTS], layers)
 
 
 def _losses(judge: Judge, sets: Sequence[Stream], x: Sequence[torch.Tensor]) -> tuple[float, float]:

@@ -56,9 +56,9 @@ def learn_task(
     if task in bank.tasks:
         _check_same(bank, stream, mask)
         return kept_trained(kept, task) or TrainResult()
-    signature = setting.judge.signature(setting.model, [stream], task, bank.layer)
+    signature = setting.judge.signature(setting.model, [stream], task, bank.layer, bank.pooling)
     others = [other for other in bank.tasks if other not in (BASE, task)]
-    begun = load_start(setting.cfg.bank).begin(setting, bank, stream, mask, signature, name)
+    begun = load_start(setting.cfg.bank).begin(setting, bank, stream, mask, signature, name, lr)
     own = mask if begun.delta is None else apart(mask, begun.delta.mask, task)
     recipe = _recipe(setting, begun, task)
     changes = changes_in(bank, setting.model, mask.meta.get("earlier", others), task)
@@ -71,7 +71,7 @@ def learn_task(
         whole = own if begun.delta is None else (own | begun.delta.mask).with_meta(**mask.meta)
         delta = extract_delta(setting.model, whole if recipe is None else own, task)
         if setting.cfg.bank.representation == "adapted":
-            adapted = setting.judge.signature(setting.model, [stream], task, bank.layer)
+            adapted = setting.judge.signature(setting.model, [stream], task, bank.layer, bank.pooling)
         before.restore()
     # Before the delta: what lies in the bank is never trained again, so nothing could measure it later.
     keep_trained(kept, task, result)
@@ -118,7 +118,7 @@ def _check_same(bank: DeltaBank, stream: Stream, mask: Mask) -> None:
     training = bank.facts(task).get("training", {})
     examples, digest = training.get("examples"), training.get("mask_digest")
     # One that began with earlier deltas holds their entries beside those of its mask.
-    same = bank.mask(task) == mask if digest is None else digest == mask.digest()
+    same = bank.mask(task) == mask if digest is None else mask.has_digest(digest)
     differs = "examples" if same else "mask"
     if differs == "mask" or examples not in (None, examples_digest([stream])):
         raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -120,10 +120,10 @@ class Setting:
         mask = Mask.load(path)
         check_base(mask, self.fingerprint, str(path))
         name = self.cfg.mask.isolation
-        if mask.meta.get("isolation", "shared") != name:
-            # It was given, not made here.
-            refused, _ = self._refused(mask.layouts, stream, kind)
-            check_apart(mask, refused, str(path), name)
+        # One that was given, not made here, knows of none.
+        known = mask.meta.get("earlier", []) if mask.meta.get("isolation", "shared") == name else []
+        refused, _ = self._refused(mask.layouts, stream, kind, known=known)
+        check_apart(mask, refused, str(path), name)
         return mask
 
     def own_mask(self, stream: Stream, recipe: Recipe) -> Mask:
@@ -168,6 +168,7 @@ class Setting:
         stream: Stream,
         kind: str,
         mask_of: Callable[[Stream], Mask] | None = None,
+        known: Collection[str] = (),
     ) -> tuple[Units, dict[str, Any]]:
         """What a task's mask may not have, and what the mask says of its isolation. Collective.
 
@@ -176,12 +177,14 @@ class Setting:
             stream: the task.
             kind: of the masks.
             mask_of: gives the masks of earlier tasks; ``mask_for`` when None.
+            known: tasks that are not looked at.
         """
         name = self.cfg.mask.isolation
         if name == "shared":
             return {}, {}
         bank, names = bank_before(self.cfg, METHOD_OF.get(kind, kind), self.fingerprint)
-        before = self.bench.before(stream)
+        names = [other for other in names if other not in known]
+        before = [other for other in self.bench.before(stream) if other.task.name not in known]
 
         def masks() -> Iterator[Mask]:
             if bank is not None:

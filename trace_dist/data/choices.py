@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from string import ascii_uppercase as LETTERS
 from typing import Any
 
 from trace_dist.data.examples import Example
-from trace_dist.data.values import text
+from trace_dist.data.values import listed, text
 
 
 def lettered(question: str, choices: Any, key: Any, where: str) -> Example:
@@ -37,8 +36,8 @@ def _choices(value: Any, where: str) -> tuple[list[str], list[str]]:
     """Texts, and labels where the source has some of its own."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = listed(value)
+        except ValueError:
             raise ValueError(f"{where}: {value[:80]!r} is no JSON list of choices; write one") from None
     labels: Sequence[Any] = []
     if isinstance(value, Mapping) and isinstance(value.get("text"), list):

@@ -1,20 +1,19 @@
 """Conversations as people store them, as turns and a last answer.
 
 Two styles are read: OpenAI's ``[{"role", "content"}, ...]``, whose content is a text or a list of text parts, and ShareGPT's
-``[{"from", "value"}, ...]``. A conversation in a cell of a CSV file is such a list as JSON. A parquet file may hold it by
-columns, ``{"role": [...], "content": [...]}``, as earlier releases of ``datasets`` wrote it. Turns before the first question,
-other than the system's, and after the last answer teach nothing and are left out.
+``[{"from", "value"}, ...]``. A conversation in a cell of a CSV file is such a list as JSON, or as pandas writes it. A parquet
+file may hold it by columns, ``{"role": [...], "content": [...]}``, as earlier releases of ``datasets`` wrote it. Turns before the
+first question, other than the system's, and after the last answer teach nothing and are left out.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import cache as once
 from typing import Any
 
 from trace_dist.data.examples import Example, Prompt, Turn
-from trace_dist.data.values import text
+from trace_dist.data.values import listed, text
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
@@ -43,7 +42,7 @@ def conversation(value: Any, where: str, system: str = "") -> Example:
     """A conversation as an example.
 
     Args:
-        value: list of turns, or its JSON.
+        value: list of turns, or a cell that holds it (``values.listed``).
         where: begins an error.
         system: what the system says, where it stands beside a conversation that does not begin with it.
 
@@ -70,8 +69,8 @@ def turns_from(value: Any, where: str) -> list[Turn]:
     """
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
+            value = listed(value)
+        except ValueError:
             raise ValueError(f"{where}: {value[:80]!r} is no JSON list of turns; write one") from None
     value = _by_turns(value)
     if not is_turns(value):

@@ -100,8 +100,8 @@ def _framed_pairs(
     prompt_ids = _prompt_ids([frame.prompt for frame in around], tokenizer)
     stops = stop_ids(tokenizer)
     texts = [f.prompt + f.lead + answer + f.tail for f, answer in zip(around, answers, strict=True)]
-    joint_ids = _tokenize(texts, tokenizer, special_tokens=not tokenizer.chat_template)
-    alone_ids = _tokenize(list(answers), tokenizer, special_tokens=False)
+    joint_ids = tokenize(texts, tokenizer, special_tokens=not tokenizer.chat_template)
+    alone_ids = tokenize(list(answers), tokenizer, special_tokens=False)
     pairs = []
     for prompt, joint, alone in zip(prompt_ids, joint_ids, alone_ids, strict=True):
         answer = joint[len(prompt) :] if joint[: len(prompt)] == prompt else alone
@@ -177,7 +177,7 @@ def context_length(model_config: PreTrainedConfig) -> int | None:
 
 
 def _prompt_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    encoded = _tokenize(texts, tokenizer, special_tokens=not tokenizer.chat_template)
+    encoded = tokenize(texts, tokenizer, special_tokens=not tokenizer.chat_template)
     for i, ids in enumerate(encoded):
         if not ids:
             raise ValueError(
@@ -186,17 +186,41 @@ def _prompt_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[li
     return encoded
 
 
-def _tokenize(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool
+def tokenize(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool = False
 ) -> list[list[int]]:
+    """The token ids of each text.
+
+    Args:
+        special_tokens: with the tokens that the tokenizer puts before a text.
+
+    Raises:
+        ValueError: the tokenizer has no token for a part of a text, and none for unknown parts.
+    """
     if not texts:
         return []
-    encoded: list[list[int]] = tokenizer(
-        texts, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False
-    )["input_ids"]
+    try:
+        encoded: list[list[int]] = tokenizer(
+            texts, add_special_tokens=special_tokens, return_attention_mask=False, verbose=False
+        )["input_ids"]
+    # Tokenizers in Rust raise nothing more special.
+    except Exception as error:
+        text = next((text for text in texts if not _is_tokenized(text, tokenizer)), texts[0])
+        raise ValueError(
+            f"{text!r:.200}: the tokenizer cannot read it ({error}); give the tokenizer an unk_token that its "
+            "vocabulary holds, or drop the example"
+        ) from error
     if special_tokens:  # some tokenizers close every text with eos, which would end the prompt
         encoded = [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in encoded]
     return encoded
+
+
+def _is_tokenized(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    try:
+        tokenizer(text, verbose=False)
+    except Exception:
+        return False
+    return True
 
 
 def _ended(answer: list[int], stops: list[int]) -> list[int]:
@@ -251,7 +275,7 @@ def _prompt_labels(ids: list[int], frame: Frame, tokenizer: PreTrainedTokenizerB
     labels, stops = [IGNORE] * len(ids), stop_ids(tokenizer) if frame.earlier else []
     for place in frame.earlier:
         texts = [frame.prompt[:end] for end in place]
-        before = _tokenize(texts, tokenizer, special_tokens=not tokenizer.chat_template)
+        before = tokenize(texts, tokenizer, special_tokens=not tokenizer.chat_template)
         first, last = (_num_shared(ids, part) for part in before)
         last += last < len(ids) and ids[last] in stops
         labels[first:last] = ids[first:last]

@@ -1,11 +1,15 @@
-"""Text files that people bring, in UTF-8 with or without a byte-order mark. What is wrong is named with its place."""
+"""Text files that people bring, in UTF-8 with or without a byte-order mark, as they are or packed by gzip. What is wrong is named
+with its place.
+"""
 
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,8 @@ _COMPRESSED = {
 """What compressed files begin with."""
 _LOOKED_AT, _MOST_ZEROS = 4096, 0.1
 """Bytes that are looked at, and the share of zeros above which they are text in units of two or four bytes."""
+GZIP = ".gz"
+"""Ends the name of a file that gzip has packed."""
 SEPARATORS = (";", "\t", ",", "|")
 """Of cells, in files of people."""
 
@@ -27,12 +33,17 @@ def read_text(path: Path) -> str:
     """A text file, without a byte-order mark.
 
     Raises:
-        ValueError: it cannot be read, is compressed, or is not UTF-8; names the line.
+        ValueError: it cannot be read, is compressed without saying so by its name, or is not UTF-8; names the line.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); fix its permissions") from None
+    if path.suffix.lower() == GZIP:
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path}: cannot be unpacked ({error}); pack the file again") from None
     packed = next((kind for begin, kind in _COMPRESSED.items() if content.startswith(begin)), None)
     if packed is not None:
         raise ValueError(f"{path}:1: this is compressed ({packed}), not text; unpack the file")

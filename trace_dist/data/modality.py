@@ -16,6 +16,7 @@ import datasets
 from torch import Tensor, nn
 
 from trace_dist.config import DataConfig, EvalConfig, MaskConfig
+from trace_dist.config.bank import Pooling
 from trace_dist.data.tasks import Task
 from trace_dist.parts import MODALITIES
 
@@ -28,6 +29,8 @@ class Modality(Protocol):
 
     keeps_prompts: bool
     """Whether a bank keeps prompts, which a teacher can be asked again."""
+    poolings: tuple[Pooling, ...]
+    """Ways of making one representation of a prompt, as ``bank.pooling`` names them."""
 
     def load_reader(self, path: str | Path) -> Any:
         """What reads its examples for a model: a tokenizer, an image processor. Raises ValueError where there is none."""
@@ -69,8 +72,9 @@ class Modality(Protocol):
         *,
         layers: Sequence[int],
         batch_size: int,
+        pooling: Pooling,
     ) -> Tensor:
-        """[N, L, hidden] fp32 representations of prompts by hidden layers of the model as it is. Collective."""
+        """[N, L, D] fp32 representations of prompts by hidden layers of the model as it is. Collective."""
 
     def always(self, module: nn.Module, task: Task, mask: MaskConfig) -> Mapping[str, Tensor]:
         """Elements that every mask of a task holds, beside those that are selected: parameter -> flat indices, sorted."""

@@ -18,7 +18,7 @@ import datasets
 from trace_dist.config import TaskConfig
 from trace_dist.config.examples import example_file
 from trace_dist.data.bars import bars_on_main
-from trace_dist.data.files import cells_header, read_json_lines, read_json_values, read_text
+from trace_dist.data.files import GZIP, cells_header, read_json_lines, read_json_values, read_text
 from trace_dist.data.tables import Table
 from trace_dist.parts import IMAGES
 
@@ -88,9 +88,15 @@ def _from_hub(task: TaskConfig, field: str) -> Splits:
 
 
 def _from_file(path: Path, field: str) -> Splits:
-    beside = path.with_suffix(f".{TEST}{path.suffix}")
-    files = {TRAIN: [path]} | ({TEST: [beside]} if beside.is_file() else {})
+    tested = beside(path, TEST)
+    files = {TRAIN: [path]} | ({TEST: [tested]} if tested.is_file() else {})
     return _from_files(files, field)
+
+
+def beside(path: Path, split: str) -> Path:
+    """Where the examples of a split lie beside a file: ``quiz.csv`` -> ``quiz.test.csv``."""
+    plain = path.with_suffix("") if path.suffix.lower() == GZIP else path
+    return path.with_name(f"{plain.stem}.{split}{path.name.removeprefix(plain.stem)}")
 
 
 def _from_files(files: Mapping[str, list[Path]], field: str) -> Splits:
@@ -110,7 +116,8 @@ def _from_files(files: Mapping[str, list[Path]], field: str) -> Splits:
 
 
 def _kind(file: Path) -> str:
-    return file.suffix.lower()
+    kind = file.suffix.lower()
+    return file.with_suffix("").suffix.lower() if kind == GZIP else kind
 
 
 def _from_trace_folder(path: Path, task: TaskConfig, field: str) -> Splits:

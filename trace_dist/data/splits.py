@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 
 from trace_dist.config import TaskConfig
-from trace_dist.data.reading import TEST, TRAIN, VALIDATION, read_splits
+from trace_dist.data.reading import TEST, TRAIN, VALIDATION, beside, read_splits
 from trace_dist.data.tables import Table
 from trace_dist.utils.log import get_logger
 
@@ -102,7 +102,7 @@ def validation_file(task: TaskConfig) -> Table | None:
     """
     path = Path(str(task.path)).expanduser()
     named = task.validation_path
-    file = path.with_suffix(f".{VALIDATION}{path.suffix}") if named is None else Path(named).expanduser()
+    file = beside(path, VALIDATION) if named is None else Path(named).expanduser()
     if file.is_file() and (named is not None or (path.is_file() and task.validation_split is None)):
         alone = replace(task, validation_path=None, validation_split=None, split=None, test_split=None)
         return parts_of(replace(alone, path=str(file), subset=None, revision=None)).train

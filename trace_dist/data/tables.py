@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
+import numpy as np
 
 from trace_dist.data.pictures import stored_uri
 
@@ -51,7 +52,8 @@ class Table:
         return Table(self.where, self.data[start:stop])
 
     def rows(self, columns: Sequence[str]) -> Iterator[Mapping[str, Any]]:
-        """All rows with these columns; class labels as their names, images as data URIs (``data.pictures``).
+        """All rows with these columns; class labels as their names, short floats with their own digits alone, images as data
+        URIs (``data.pictures``).
 
         Raises:
             ValueError: a text is not UTF-8.
@@ -63,11 +65,17 @@ class Table:
         labels = {
             name: kind.names for name, kind in kept.features.items() if isinstance(kind, datasets.ClassLabel)
         }
+        short = {
+            name: np.dtype(kind.dtype).type
+            for name, kind in kept.features.items()
+            if isinstance(kind, datasets.Value) and kind.dtype in ("float16", "float32")
+        }
         images = [name for name, kind in kept.features.items() if isinstance(kind, datasets.Image)]
         for start in range(0, len(kept), _AT_A_TIME):
             for row in self._batch(kept, range(start, min(start + _AT_A_TIME, len(kept)))):
                 named = {name: _label(row[name], names) for name, names in labels.items()}
-                yield row | named | {name: stored_uri(row[name]) for name in images}
+                rounded = {name: _rounded(row[name], kind) for name, kind in short.items()}
+                yield row | named | rounded | {name: stored_uri(row[name]) for name in images}
 
     def _batch(self, data: datasets.Dataset, places: range) -> list[dict[str, Any]]:
         for name, kind in data.features.items():
@@ -87,6 +95,11 @@ class Table:
                     f"{self.where}: example {i}: not UTF-8 ({error.reason}); save the dataset again from clean text"
                 ) from None
         return rows
+
+
+def _rounded(value: float | None, kind: Any) -> float | None:
+    """0.1 in fp32 is 0.10000000149011612 as a longer number, and 0.1 wherever it is printed."""
+    return None if value is None else float(str(kind(value)))
 
 
 def _label(value: Any, names: Sequence[str]) -> Any:

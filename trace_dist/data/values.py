@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import math
 from typing import Any
 
@@ -32,6 +34,22 @@ def text(value: Any, where: str) -> str:
     raise ValueError(
         f"{where}: {value!r} is neither a string nor a number; convert it to text or drop the example"
     )
+
+
+def listed(cell: str) -> Any:
+    """What a cell of a CSV file holds that is no text: JSON, or Python's own writing, in which pandas writes a list.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    try:
+        return json.loads(cell)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return ast.literal_eval(cell.strip())
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        raise ValueError("neither JSON nor a list as Python writes it") from None
 
 
 def optional_text(value: Any, where: str) -> str:

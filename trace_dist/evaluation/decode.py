@@ -9,6 +9,12 @@ Recurrent layers (Mamba, RWKV, short convolutions) carry padding on the left int
 that state in its own way. Nothing to the right of a token reaches it in any causal model: where a model does not
 keep keys and values alone, prompts are padded on the right, and every step reads the whole text again. A model that
 padding on the right changes all the same decodes one prompt at a time.
+A model whose own positions begin behind the id of padding (RoBERTa) is padded on the right too: given positions begin at 0,
+and are not those of training. Its ``generate`` gives it these.
+
+[Note: asking] Whether all prompts have ended only the device knows, and where forward passes are collective only all ranks
+together. To ask takes as long as an accelerator is behind its host, so it is asked every few tokens; what was decoded beyond
+the end is dropped. A CPU is never behind, and asks at each token.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ from collections.abc import Sequence
 from functools import cache as once
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from trace_dist.data.encoding import check_context, pad_id, stop_ids
@@ -38,6 +45,8 @@ from trace_dist.utils import dist
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
+ASKED_EVERY = 8
+"""Tokens after which an accelerator is asked whether all prompts have ended."""
 
 
 def greedy_decode(
@@ -120,19 +129,21 @@ class _Decoder:
         return chosen.ids()
 
     def _without_cache(self, prompts: list[list[int]]) -> list[list[int]]:
-        rows = [list(prompt) for prompt in prompts]
+        tokens, mask = pad(prompts, self.fill, self.is_stop.device, left=False)
+        # Of each prompt the column of its last token, and how many columns from the right the leftmost of them is.
+        ends, num = mask.sum(dim=1, keepdim=True) - 1, tokens.shape[1] - min(map(len, prompts)) + 1
+        rows = torch.arange(len(prompts), device=tokens.device)
         chosen = _Chosen(len(prompts), self.is_stop, self.alone)
         for _ in range(self.max_new_tokens):
-            tokens, mask = pad(rows, self.fill, self.is_stop.device, left=False)
-            ends = torch.tensor([len(row) for row in rows], device=tokens.device) - tokens.shape[1] - 1
-            num = -int(ends.min())
             options = {"attention_mask": mask, "use_cache": False, "logits_to_keep": last(tokens, num)}
             logits = self.model(input_ids=tokens, **supported(self.model, **options)).logits
-            best = logits[torch.arange(len(rows), device=tokens.device), ends].argmax(dim=-1)
+            here = ends[:, 0] - tokens.shape[1] + logits.shape[1]
+            best = logits[rows, here].argmax(dim=-1)
             if chosen.add(best):
                 break
-            for row, token in zip(rows, best.tolist(), strict=True):
-                row.append(token)
+            ends = ends + 1
+            tokens = nn.functional.pad(tokens, (0, 1), value=self.fill).scatter(1, ends, best[:, None])
+            mask = nn.functional.pad(mask, (0, 1)).scatter(1, ends, 1)
         return chosen.ids()
 
 
@@ -141,20 +152,30 @@ class _Chosen:
 
     def __init__(self, num: int, is_stop: torch.Tensor, alone: bool) -> None:
         self.is_stop, self.alone = is_stop, alone
+        self.every = asked_every(is_stop.device)
         self.done = torch.zeros(num, dtype=torch.bool, device=is_stop.device)
         self.columns: list[torch.Tensor] = []
 
     def add(self, tokens: torch.Tensor) -> bool:
-        """Keep the next token of each prompt, int64 [num]; whether all prompts have ended: of all ranks, unless alone."""
+        """Keep the next token of each prompt, int64 [num]; whether all prompts are known to have ended ([Note: asking]).
+
+        Those of all ranks, unless alone: a rank that is done goes on until the slowest is, where forward passes are collective.
+        """
         self.done = self.done | torch.isin(tokens, self.is_stop)
         self.columns.append(tokens.masked_fill(self.done, -1))
-        ended = bool(self.done.all())
-        # A rank that is done goes on until the slowest is, where forward passes are collective.
-        return ended if self.alone else dist.max_over_ranks(float(not ended)) == 0
+        if len(self.columns) % self.every:
+            return False
+        going = (~self.done).any().to(torch.int32)
+        return not (going if self.alone else dist.largest_over_ranks(going))
 
     def ids(self) -> list[list[int]]:
         rows = torch.stack(self.columns, dim=1).tolist()
         return [[token for token in row if token >= 0] for row in rows]
+
+
+def asked_every(device: torch.device) -> int:
+    """Tokens after which it is asked whether all prompts have ended ([Note: asking])."""
+    return 1 if device.type == "cpu" else ASKED_EVERY
 
 
 @once

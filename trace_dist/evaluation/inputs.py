@@ -76,6 +76,18 @@ def may_pad_left(model: torch.nn.Module) -> bool:
         and all(kind in _ATTENTION for kind in kinds)
         and cache_argument(model) is not None
         and names_argument(inner, "position_ids")
+        and not _counts_behind_padding(inner)
+    )
+
+
+def _counts_behind_padding(model: torch.nn.Module) -> bool:
+    """Whether a model's own positions begin behind the id of padding, as RoBERTa's do; those that it is given begin at 0.
+
+    It was trained with its own, and ``generate`` gives it the others.
+    """
+    return any(
+        isinstance(part, torch.nn.Embedding) and part.padding_idx is not None and "position" in path
+        for path, part in model.named_modules()
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from trace_dist.data.encoding import Pair, context_length, encode_pairs, encode_prompt, pad_id
+from trace_dist.data.encoding import Pair, context_length, encode_pairs, encode_prompt, pad_id, tokenize
 from trace_dist.evaluation.inputs import config_of
 from trace_dist.evaluation.likelihood import log_likelihoods
 from trace_dist.evaluation.score import Score
@@ -50,7 +50,7 @@ def bits_per_byte(
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else pad_id(tokenizer)
     windows: list[Pair] = []
     owners: list[int] = []
-    for i, ids in enumerate(tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]):
+    for i, ids in enumerate(tokenize(list(texts), tokenizer)):
         for window in _windows([start, *ids], max_context, stride):
             windows.append(window)
             owners.append(i)

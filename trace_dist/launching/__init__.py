@@ -8,6 +8,7 @@ from trace_dist.launching.environment import (
     alone_environment,
     followed,
     launch_environment,
+    run_holders,
     run_process,
 )
 
@@ -20,6 +21,7 @@ __all__ = [
     "free_port",
     "launch_command",
     "launch_environment",
+    "run_holders",
     "run_process",
     "shown_launch",
 ]

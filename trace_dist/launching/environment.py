@@ -8,7 +8,7 @@ import socket
 from collections.abc import Mapping
 
 from trace_dist.utils.codes import FAILED
-from trace_dist.utils.launch import LAUNCHERS
+from trace_dist.utils.launch import LAUNCHERS, process_name
 
 RUN_PID = "TRACE_DIST_RUN_PID"
 """Environment variable of what a run starts, which launchers pass on: the process that must live while it does."""
@@ -82,6 +82,12 @@ def run_process() -> tuple[int, str] | None:
     if not os.environ.get(RUN_PID, "").isdecimal():
         return None
     return int(os.environ[RUN_PID]), os.environ.get(RUN_HOST, socket.gethostname())
+
+
+def run_holders() -> list[str]:
+    """Who holds locks that this process may share: the command that it is a stage of."""
+    run = run_process()
+    return [] if run is None else [process_name(*run)]
 
 
 def forwarded(environment: Mapping[str, str]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from torch import nn
 from trace_dist.config.granularity import Granularities
 from trace_dist.masks.units import UnitLayout, unit_layout
 from trace_dist.models.heads import head_rows
+from trace_dist.models.quantised import refuse_quantised_module
 from trace_dist.models.roles import describe, maskable
 from trace_dist.models.wrapping import unwrap
 
@@ -24,9 +25,11 @@ def layouts_for(model: Any, granularity: str, block: int, maskable_spec: str) ->
         maskable_spec: ``linear``, ``all`` or a regular expression (``models.roles.maskable``).
 
     Raises:
-        ValueError: no such granularity; nothing is maskable; for ``head``, the size of a weight's heads is not known.
+        ValueError: no such granularity; nothing is maskable; another library has quantised the weights; for ``head``, the size of
+            a weight's heads is not known.
     """
     module: Any = unwrap(model) if isinstance(model, nn.Module) else model.module
+    refuse_quantised_module(module)
     infos = describe(module)
     kinds = Granularities.parse(granularity)
 

@@ -24,7 +24,9 @@ from trace_dist.utils.files import reading
 from trace_dist.utils.sealed import check_header
 
 HASHED_UNITS = 1 << 20
-"""Unit indices that are hashed at a time, as int64."""
+"""Unit indices that are hashed at a time, as int64, for a digest of an earlier release."""
+OF_GAPS = "gaps-"
+"""Begins the digests of encoded indices; those of earlier releases are of the decoded ones, eight bytes for each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,19 +95,41 @@ class Mask:
         return out.view(layout.shape)
 
     def digest(self) -> str:
-        """SHA-256 over names, layouts and indices, in hexadecimal: equal on every rank, or the ranks disagree. Computed once."""
-        return self._sha256
+        """SHA-256 over names, layouts and encoded indices: equal on every rank, or the ranks disagree. Computed once.
+
+        Returns:
+            ``gaps-`` and 64 hexadecimal digits.
+        """
+        return self._of_gaps
+
+    def has_digest(self, digest: object) -> bool:
+        """Whether a digest that was kept is this mask's; one of an earlier release takes longer."""
+        if not isinstance(digest, str):
+            return False
+        return digest == (self._of_gaps if digest.startswith(OF_GAPS) else self._of_indices)
 
     @cached_property
-    def _sha256(self) -> str:
+    def _of_gaps(self) -> str:
         digest = hashlib.sha256(self.granularity.encode())
         for name in sorted(self.units):
-            layout = self.layouts[name]
-            stride = f"/{layout.stride}" if layout.stride > 1 else ""
-            digest.update(f"{name}{layout.shape}{layout.unit}{stride}".encode())
+            words = self.units.gaps[name].words
+            digest.update(f"{self._about(name)} {len(words)} {words.dtype}".encode())
+            digest.update(words.numpy().data)
+        return OF_GAPS + digest.hexdigest()
+
+    @cached_property
+    def _of_indices(self) -> str:
+        digest = hashlib.sha256(self.granularity.encode())
+        for name in sorted(self.units):
+            digest.update(self._about(name).encode())
             for units in self.units[name].split(HASHED_UNITS):
                 digest.update(units.long().numpy())
         return digest.hexdigest()
+
+    def _about(self, name: str) -> str:
+        layout = self.layouts[name]
+        stride = f"/{layout.stride}" if layout.stride > 1 else ""
+        return f"{name}{layout.shape}{layout.unit}{stride}"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Mask):
@@ -162,8 +186,8 @@ class Mask:
         tensors, layouts, header = storage.load(Path(path), "mask", ("granularity", "digest", "meta"))
         with reading(Path(path), "mask"):
             mask = Mask(tensors, layouts, header["granularity"], header["meta"])
-            digest = mask.digest()
-        if digest != header["digest"]:
+            same = mask.has_digest(header["digest"])
+        if not same:
             raise ValueError(
                 f"{path}: corrupt mask file (its indices do not match their digest); restore it from a copy or make it again"
             )

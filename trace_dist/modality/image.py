@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
 from trace_dist.config import DataConfig, EvalConfig, MaskConfig
+from trace_dist.config.bank import Pooling
 from trace_dist.data.encoding import IGNORE
 from trace_dist.data.pictures import picture_of
 from trace_dist.data.tasks import Task
@@ -37,6 +38,7 @@ from trace_dist.utils.devices import sent
 from trace_dist.utils.files import MALFORMED
 
 keeps_prompts = False
+poolings: tuple[Pooling, ...] = ("mean",)
 QUARTERS = 2
 """Rows and columns of the parts of a picture whose patches are averaged."""
 KEPT_VALUES = 2**26
@@ -172,6 +174,7 @@ def represent(
     *,
     layers: Sequence[int],
     batch_size: int,
+    pooling: Pooling,
 ) -> Tensor:
     """[N, L, D] fp32 of hidden layers of the model as it is; see the file's head. Collective."""
     if not prompts:

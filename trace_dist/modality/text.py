@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
 from trace_dist.bank.representation import represent_layers
 from trace_dist.config import DataConfig, EvalConfig, MaskConfig
+from trace_dist.config.bank import Pooling
 from trace_dist.data.encoding import encode, encode_prompt, pad_id
 from trace_dist.data.tasks import Task
 from trace_dist.evaluation.lengths import tokens_needed
 from trace_dist.models.loading import load_tokenizer as load_reader
 
 __all__ = [
-    "always", "batching", "check_size", "encode", "keeps_prompts", "load_reader", "lora", "represent",
+    "always", "batching", "check_size", "encode", "keeps_prompts", "load_reader", "lora", "poolings", "represent",
 ]  # fmt: skip
 
 keeps_prompts = True
+poolings = get_args(Pooling)
 
 
 def batching(reader: Any) -> dict[str, Any]:
@@ -68,10 +70,12 @@ def represent(
     *,
     layers: Sequence[int],
     batch_size: int,
+    pooling: Pooling,
 ) -> Tensor:
-    """As ``bank.representation``: means over tokens."""
+    """As ``bank.representation``."""
+    ids = encoded(prompts, reader, data)
     return represent_layers(
-        model, encoded(prompts, reader, data), layers=layers, batch_size=batch_size, pad_id=pad_id(reader)
+        model, ids, layers=layers, batch_size=batch_size, pad_id=pad_id(reader), pooling=pooling
     )
 
 

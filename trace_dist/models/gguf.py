@@ -69,12 +69,17 @@ def convert_gguf(source: str, out: Path) -> None:
         try:
             check_gguf(file)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            model: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 file.parent,
                 gguf_file=file.name,
                 dtype=torch.float32,
                 quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
             )
+            model, info = loaded
+            # Transformers would make them up.
+            if lacking := sorted(info["missing_keys"]):
+                raise ValueError(f"it lacks {len(lacking)} parameters of its model, such as {lacking[0]}")
         # The file is read by several libraries, which raise what its bytes make them raise.
         except Exception as error:
             raise ValueError(

@@ -1,7 +1,9 @@
 """Whether a GGUF file holds what it says, before libraries that believe it read it.
 
 A count of 2^40 that a damaged file states makes them loop, or build as many layers. Here every count is held against the bytes
-that are left, so that a look takes time and memory in proportion to the file. The layout is that of ``gguf``:
+that are left, so that a look takes time and memory in proportion to the file. They also put a family's defaults where a fact is
+missing, and pass over tensors whose names they do not know: the outcome is another model, without a word. So both are refused.
+The layout is that of ``gguf``:
 
     magic, version, number of tensors, number of facts
     facts: name, type, value          tensors: name, dimensions, type, place
@@ -11,8 +13,9 @@ that are left, so that a look takes time and memory in proportion to the file. T
 from __future__ import annotations
 
 import mmap
+import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,15 @@ _SIZES = (
     *("expert_count", "expert_used_count", "expert_shared_count", "rope.dimension_count"),
 )
 """Facts of an architecture that say how large its tensors are: none is larger than all dimensions of tensors, or their number."""
+_NEEDED = ("block_count", "context_length", "embedding_length")
+"""Facts without which no architecture is itself."""
+_NEEDED_BY_ATTENTION = ("attention.head_count",)
+_EPSILON = (
+    "attention.layer_norm_rms_epsilon",
+    "attention.layer_norm_epsilon",
+    "attention.group_norm_epsilon",
+)
+_ENDINGS = (".weight", ".bias", ".scale", ".input_scale")
 MOST_DIMENSIONS = 8
 LEAST_BITS = 1
 """Of a value, in the narrowest format."""
@@ -67,7 +79,8 @@ def check_gguf(path: Path) -> None:
     """Look through the head of a GGUF file.
 
     Raises:
-        ValueError: it is none, ends too early, or states counts and sizes that do not fit its own bytes.
+        ValueError: it is none, ends too early, states counts and sizes that do not fit its own bytes or its own tensors, lacks a
+            fact, or has a tensor by a name that there is not.
     """
     if path.stat().st_size < 24:
         raise ValueError("it is too short")
@@ -80,11 +93,46 @@ def check_gguf(path: Path) -> None:
         # a name of no letters, a type, a number of dimensions, a place
         tensors = cursor.count("tensors", 24)
         facts = list(_facts(cursor, cursor.count("facts", 13)))
-        largest = max((_largest(cursor) for _ in range(tensors)), default=0)
+        found = [_tensor(cursor) for _ in range(tensors)]
+    fits = max((largest for _, largest in found), default=0)
     for name, value in facts:
-        fits = max(largest, tensors)
-        if name.partition(".")[2] in _SIZES and any(number > fits for number in value):
+        if name.partition(".")[2] in _SIZES and any(number > max(fits, tensors) for number in value):
             raise ValueError(f"{name} is {max(value)}, and none of its {tensors} tensors is so large")
+    _check_names([name for name, _ in found], dict(facts))
+
+
+def _check_names(tensors: list[str], facts: Mapping[str, list[int]]) -> None:
+    """Facts and tensors belong together, and each tensor has a name that ``gguf`` gives."""
+    from gguf import TENSOR_NAMES
+
+    known = {_pattern(name) for name in TENSOR_NAMES.values()}
+    for name in tensors:
+        ending = next((each for each in _ENDINGS if name.endswith(each)), "")
+        if _pattern(name) not in known and _pattern(name.removesuffix(ending)) not in known:
+            raise ValueError(f"it has a tensor {name!r}, and GGUF knows none of that name")
+    # Those of what reads images or sounds stand beside them, under a name of their own.
+    stated = {
+        name.partition(".")[2]: value for name, value in facts.items() if not name.startswith("general.")
+    }
+    attends = any(".attn_q" in name for name in tensors)
+    needed = (*_NEEDED, *(_NEEDED_BY_ATTENTION if attends else ()))
+    for name in needed:
+        if name not in stated:
+            raise ValueError(f"it does not say its {name}")
+    families = {name.partition(".")[0] for name in facts if name.partition(".")[2] in needed}
+    if len(families) > 1:
+        raise ValueError(f"its facts are of several architectures: {', '.join(sorted(families))}")
+    if any("_norm" in name for name in tensors) and not any(name in stated for name in _EPSILON):
+        raise ValueError(f"it says none of {', '.join(_EPSILON)}")
+    blocks = {int(match[1]) for name in tensors if (match := re.match(r"blk\.(\d+)\.", name))}
+    count = stated["block_count"]
+    if blocks != set(range(count[0] if count else 0)):
+        raise ValueError(f"block_count is {count}, and it has tensors of {len(blocks)} blocks")
+
+
+def _pattern(name: str) -> str:
+    """A name without numbers of blocks and experts."""
+    return ".".join("#" if part.isdigit() or part in ("{bid}", "{xid}") else part for part in name.split("."))
 
 
 def _facts(cursor: _Cursor, count: int) -> Iterator[tuple[str, list[int]]]:
@@ -123,9 +171,9 @@ def _code(kind: int) -> str:
     return _NUMBERS[kind]
 
 
-def _largest(cursor: _Cursor) -> int:
-    """The largest dimension of the next tensor."""
-    cursor.text()
+def _tensor(cursor: _Cursor) -> tuple[str, int]:
+    """Name and largest dimension of the next tensor."""
+    name = cursor.text().decode("utf-8", "replace")
     dimensions = int(cursor.number("I"))
     if dimensions > MOST_DIMENSIONS:
         raise ValueError(f"a tensor has {dimensions} dimensions")
@@ -136,4 +184,4 @@ def _largest(cursor: _Cursor) -> int:
         entries *= size
     if entries * LEAST_BITS > 8 * len(cursor.data):
         raise ValueError(f"a tensor has the shape {shape}, and the file has {len(cursor.data)} bytes")
-    return max(shape, default=0)
+    return name, max(shape, default=0)

@@ -302,7 +302,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: the state belongs to another mask, lacks a part, or was kept with other options.
         """
-        if state_dict.get("mask_digest") != self.mask.digest():
+        if not self.mask.has_digest(state_dict.get("mask_digest")):
             raise ValueError(
                 "optimizer state: it was saved for another mask; build MaskedAdamW with the mask it was saved with"
             )

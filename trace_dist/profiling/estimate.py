@@ -154,6 +154,8 @@ class Estimator:
             setup.device,
         )
         gathered = self.gathered(step, setup.backend, setup.world_size, setup.device == "cpu")
+        overlays = self._gathered_overlays(setup, selected)
+        gathered = tuple(overlays + num_bytes for num_bytes in gathered)
         sizes = tuple(
             (
                 name,
@@ -203,6 +205,16 @@ class Estimator:
         else:
             elements = fsdp2_gathered(moments, self.numel, self._blocks)
         return tuple(self.itemsize * count for count in elements)
+
+    def _gathered_overlays(self, setup: MemorySetup, selected: Mapping[str, Selection]) -> int:
+        """Bytes of the gathered values over the 4-bit weights of two blocks in a row (``sharding.overlay_gathers``)."""
+        sizes: dict[int | None, int] = {}
+        for name, chosen in selected.items():
+            if setup.world_size > 1 and isinstance(self.weights[name], NF4Linear):
+                block = self._blocks[f"{name.removesuffix('weight')}packed"]
+                sizes[block] = sizes.get(block, 0) + self.itemsize * chosen.entries
+        each = list(sizes.values())
+        return max((sum(each[i : i + 2]) for i in range(len(each))), default=0)
 
     def _kept(self, step: _Step, backend: Backend, gathered: tuple[int, ...]) -> int:
         """Bytes gathered between forward and backward: under FSDP2 the root's group, under ZeRO-3 what comes again soon."""

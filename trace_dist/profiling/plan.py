@@ -13,6 +13,7 @@ from math import ceil, inf
 from typing import Literal
 
 from trace_dist.config import StateDtype
+from trace_dist.profiling.disk import disk_bytes
 from trace_dist.profiling.estimate import Estimator
 from trace_dist.profiling.memory_setup import MemorySetup
 
@@ -46,12 +47,16 @@ class Option:
         gib: peak on one GPU, the reserve included.
         headroom_gib: what is left.
         host_gib: host memory per rank.
+        checkpoint_gib: one checkpoint on disk, of all ranks; two are kept.
+        delta_gib: what the task adds to the bank.
     """
 
     setup: MemorySetup
     gib: float
     headroom_gib: float
     host_gib: float
+    checkpoint_gib: float
+    delta_gib: float
 
 
 def plan(base: MemorySetup, gpu_gib: float, reserve_gib: float = 1.0) -> list[Option]:
@@ -117,7 +122,9 @@ def _leanest(base: MemorySetup, estimator: Estimator) -> MemorySetup:
 def _option(estimator: Estimator, setup: MemorySetup, gpu_gib: float, reserve_gib: float) -> Option:
     estimate = estimator(setup)
     gib = estimate.peak / GIB + reserve_gib
-    return Option(setup, gib, gpu_gib - gib, sum(estimate.host.values()) / GIB)
+    disk = disk_bytes(estimator, setup)
+    host = sum(estimate.host.values()) / GIB
+    return Option(setup, gib, gpu_gib - gib, host, disk.checkpoint / GIB, disk.delta / GIB)
 
 
 def _nothing_fits(estimator: Estimator, leanest: MemorySetup, gpu_gib: float, reserve_gib: float) -> str:

@@ -293,7 +293,7 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
+        first = _said_best(error.errors())
         where = [str(part) for part in first["loc"] if part != "body"]
         if first["type"] == "json_invalid":
             return _refused(
@@ -313,6 +313,15 @@ def _answer_errors(app: FastAPI) -> None:
     async def unexpected(_: Request, error: Exception) -> JSONResponse:
         logger.error("a request failed", exc_info=error)
         return JSONResponse(failed("internal error").body, 500)
+
+
+def _said_best(errors: Sequence[Any]) -> Any:
+    """Of what is wrong with a field the most telling: a list where a text may stand too is not told that it is no text."""
+    first = errors[0]
+    others = [
+        each for each in errors if each["loc"][:2] == first["loc"][:2] and each["type"] != "string_type"
+    ]
+    return others[0] if first["type"] == "string_type" and others else first
 
 
 def _refused(status: int, message: str, param: str | None) -> JSONResponse:

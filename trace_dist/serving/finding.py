@@ -11,11 +11,15 @@ from torch import Tensor
 
 from trace_dist.bank.adapted import Adapted
 from trace_dist.bank.bank import DeltaBank
+from trace_dist.bank.blend import weights_of
 from trace_dist.bank.representation import represent
 from trace_dist.serving.bounds import Bounds
-from trace_dist.serving.options import Source
+from trace_dist.serving.options import NO_BLEND, Source
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.utils.names import BASE
+
+Shares = tuple[tuple[str, float], ...]
+"""Tasks and their weights."""
 
 
 class Route(NamedTuple):
@@ -25,11 +29,13 @@ class Route(NamedTuple):
         task: name of the task, or ``base``.
         margin: nats between the retrieved task and the second; None where the task was named, or no second one was compared.
         rejected: whether the prompt is of no task that the bank knows.
+        shares: of a blend (``bank.blend``), tasks and their weights, the greatest first; empty where one task answers.
     """
 
     task: str
     margin: float | None = None
     rejected: bool = False
+    shares: Shares = ()
 
 
 class Finder:
@@ -87,17 +93,30 @@ class Finder:
             else self._rejects(x, best.values, tasks, rate)
         )
         return [
-            Route(BASE if out else self._bank.tasks[index], _margin(values), out)
-            for values, index, out in zip(
-                best.values.tolist(), tasks.tolist(), rejected.tolist(), strict=True
+            Route(
+                BASE if out else self._bank.tasks[index],
+                _margin(values),
+                out,
+                () if out else self._shares(scores[row : row + 1]),
+            )
+            for row, (values, index, out) in enumerate(
+                zip(best.values.tolist(), tasks.tolist(), rejected.tolist(), strict=True)
             )
         ]
+
+    def _shares(self, scores: Tensor) -> Shares:
+        """Of a prompt with scores [1, T]; none where they are not asked for, or one task has all of the weight."""
+        if self._source.blend == NO_BLEND:
+            return ()
+        weights = weights_of(self._bank.tasks, scores)
+        return tuple(weights.items()) if len(weights) > 1 else ()
 
     def _represent(self, ids: Sequence[Sequence[int]]) -> Tensor:
         return represent(
             self._model.module,
             ids,
             layer=self._bank.layer,
+            pooling=self._bank.pooling,
             batch_size=self._source.batch_size,
             pad_id=self._pad_id,
         )

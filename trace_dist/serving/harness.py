@@ -21,6 +21,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from trace_dist.data.examples import Prompt
+from trace_dist.serving.finding import Shares
 from trace_dist.serving.options import AUTO, Source, check_task
 from trace_dist.serving.router import Router
 from trace_dist.utils.log import get_logger
@@ -64,7 +65,9 @@ class BankLM(HFLM):
     ) -> None:
         number = int(batch_size) if str(batch_size).isdecimal() else 16
         own = {key: options.pop(key) for key in OWN if key in options}
-        self.router = Router.open(bank, base, batch_size=number, **own)
+        source = Source(str(bank), str(base), batch_size=number, **own)
+        source.check_alone("lm-eval")
+        self.router = Router.of(source)
         self.task = str(task)
         check_task(self.task, self.router.tasks)
         found = self.router.model.device
@@ -109,30 +112,30 @@ class BankLM(HFLM):
         self, requests: Sequence[Instance], call: Callable[[list[Instance]], list[Any]]
     ) -> list[Any]:
         """What ``call`` makes of the requests, each with the delta of its task, in their order."""
-        tasks = self._tasks([request.args[0] for request in requests])
+        held = self._held([request.args[0] for request in requests])
         found: list[Any] = [None] * len(requests)
-        for task in dict.fromkeys(tasks):
-            places = [place for place, each in enumerate(tasks) if each == task]
-            with self.router.holding(task):
+        for task, shares in dict.fromkeys(held):
+            places = [place for place, each in enumerate(held) if each == (task, shares)]
+            with self.router.holding(task, shares):
                 results = call([requests[place] for place in places])
             for place, result in zip(places, results, strict=True):
                 found[place] = result
-        counts = Counter(tasks)
+        counts = Counter(task for task, _ in held)
         logger.info("answered by %s", ", ".join(f"{task}: {number}" for task, number in counts.most_common()))
         self.answered += counts
         return found
 
-    def _tasks(self, contexts: Sequence[str]) -> list[str]:
-        """Who answers each context; one that is asked for again is represented once."""
+    def _held(self, contexts: Sequence[str]) -> list[tuple[str, Shares]]:
+        """Who answers each context, as ``Router.holding`` takes it; one that is asked for again is represented once."""
         if self.task != AUTO:
-            return [self.task] * len(contexts)
-        known = {"": BASE}
+            return [(self.task, ())] * len(contexts)
+        known: dict[str, tuple[str, Shares]] = {"": (BASE, ())}
         new = [text for text in dict.fromkeys(contexts) if text not in known]
         encoded = self.router.encode([self._prompt(text) for text in new])
         # As the harness cuts what is too long.
         ids = [each[-self.max_length :] for each in encoded]
         routes = self.router.routes(ids, [None] * len(new))
-        known |= {text: route.task for text, route in zip(new, routes, strict=True)}
+        known |= {text: (route.task, route.shares) for text, route in zip(new, routes, strict=True)}
         return [known[text] for text in contexts]
 
     def _prompt(self, text: str) -> Prompt:

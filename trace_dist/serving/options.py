@@ -8,7 +8,10 @@ from typing import ClassVar, Literal
 
 from trace_dist.config.checks import Section, check
 from trace_dist.config.model import Dtype, Quantize
+from trace_dist.config.run import Backend
+from trace_dist.parts import COMPOSITIONS
 
+NO_BLEND = "none"
 AUTO = "auto"
 """Stands for a task where each prompt's is retrieved."""
 
@@ -34,6 +37,9 @@ class Source(Section):
     """Data type of the weights; auto is that of the bank's deltas."""
     quantize: Quantize = "none"
     """`nf4`, where the tasks were trained on a 4-bit base."""
+    backend: Backend = "single"
+    """`single` holds the base whole in one process; `zero3` and `fsdp2` spread it over the ranks of a launched job, which answer
+    together."""
     trust_remote_code: bool = False
     """Run the Python code that the base's folder brings, if it does; only for models whose authors you trust."""
     representation: Literal["auto", "base", "adapted"] = "auto"
@@ -44,6 +50,10 @@ class Source(Section):
     reject: float | None = None
     """Share of a task's own prompts that may be taken for those of no known task, in (0, 1), as 0.01; the base answers what is
     rejected. Without it nothing is rejected."""
+    blend: str = "none"
+    """`none`: the delta of the likeliest task answers. Or how the deltas of the tasks that a prompt may be of, three at most,
+    become one set of weights for it, each times its task's probability: `sum`, `average`, `ties`, `dare`, `magnitude_max`, or the
+    path of a module of your own. A prompt whose task is certain is answered as with `none`; others read deltas each time."""
     batch_size: int = 16
     """Prompts that are answered at the same time, at most."""
     cache_gib: float = 4.0
@@ -52,10 +62,19 @@ class Source(Section):
     def check(self) -> None:
         self.at_least(1, "batch_size", "candidates")
         self.at_least(0, "cache_gib")
+        if self.blend != NO_BLEND:
+            COMPOSITIONS.check(self.blend)
         cure = "use for example 0.01, or leave it out"
         check(
             self.reject is None or 0 < self.reject < 1, "reject", self.reject, "must lie in (0, 1)", cure
         )  # fmt: skip
+
+    def check_alone(self, command: str) -> None:
+        """Raise ValueError where a command that runs in one process is asked for a base that is spread over several."""
+        rule = f"{command} runs in one process, with backend=single"
+        check(
+            self.backend == "single", "backend", self.backend, rule, "leave it out; `generate` runs on ranks"
+        )
 
 
 @dataclass(frozen=True)

@@ -233,6 +233,7 @@ def routing(answer: Answer) -> dict[str, Any]:
         "margin": answer.margin,
         "rejected": answer.rejected,
         "error_bound": answer.error_bound,
+        **({"blend": answer.blend} if answer.blend else {}),
     }
 
 

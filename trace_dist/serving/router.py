@@ -14,11 +14,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from trace_dist.bank.bank import DeltaBank
+from trace_dist.bank.blend import weighed
+from trace_dist.bank.delta import applied
 from trace_dist.bank.swap import Swap
 from trace_dist.data.encoding import context_length, encode_prompt, pad_id, stop_ids
 from trace_dist.data.examples import Prompt
@@ -27,7 +29,7 @@ from trace_dist.models.fingerprint import check_same, fingerprint
 from trace_dist.models.loading import load_tokenizer
 from trace_dist.models.trust import trust
 from trace_dist.serving.cache import DeltaCache
-from trace_dist.serving.finding import Finder, Route
+from trace_dist.serving.finding import Finder, Route, Shares
 from trace_dist.serving.options import Sampling, Source
 from trace_dist.serving.prompts import check_prompt
 from trace_dist.serving.row import Finish, Row
@@ -36,6 +38,7 @@ from trace_dist.serving.watch import Watched
 from trace_dist.serving.writing import write
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.build import load_sharded
+from trace_dist.utils import dist
 from trace_dist.utils.log import get_logger
 from trace_dist.utils.names import BASE
 
@@ -66,14 +69,18 @@ class Answer:
     """``stop``: the model ended it, or a stop text; ``length``: it was cut; ``cancelled``: nobody wanted the rest."""
     num_prompt_tokens: int
     num_tokens: int
+    blend: dict[str, float] = field(default_factory=dict)
+    """Tasks whose deltas answered together, with their weights; empty where ``task`` answered alone."""
 
 
 class Router:
     """Answers prompts from a bank. One thread at a time; others wait.
 
+    Where the base is spread over ranks all of them make the same calls, with the same prompts, and get the same answers.
+
     Args:
         bank: the bank; what is added to it later is seen from ``refresh`` on.
-        model: its base, which the router has for itself, on one device.
+        model: its base, which the router has for itself, on one device or spread over the ranks of this job.
         tokenizer: the base's.
         source: how it was opened.
     """
@@ -92,6 +99,7 @@ class Router:
         model.module.generation_config = type(model.module.generation_config)()
         self._deltas = DeltaCache(bank, model, source.cache_gib * 2**30)
         self._lock = threading.RLock()
+        self._held: str | None = None
         self._watched = Watched(bank)
         self._finder = self._found_by()
         self.fingerprint = fingerprint(model.module)
@@ -104,8 +112,8 @@ class Router:
         Args:
             bank: folder of the bank.
             base: the bank's base model: folder or hub id.
-            options: the other fields of ``serving.options.Source``: dtype, quantize, representation, candidates, reject,
-                batch_size, cache_gib, trust_remote_code.
+            options: the other fields of ``serving.options.Source``: dtype, quantize, backend, representation, candidates, reject,
+                blend, batch_size, cache_gib, trust_remote_code.
 
         Raises:
             ValueError: there is no such bank or model, the model is not the bank's base, or a value makes no sense.
@@ -115,14 +123,15 @@ class Router:
     @classmethod
     def of(cls, source: Source) -> Router:
         """``open``, with the options as one value."""
+        dist.init_distributed()
         bank = DeltaBank(source.bank)
         if source.trust_remote_code:
             trust(source.base)
-        check_same(bank.base, fingerprint(source.base), f"bank {source.bank}")
+        check_same(bank.base, fingerprint(source.base, together=True), f"bank {source.bank}")
         if source.representation == "adapted":
             bank.check_adapted()
         dtype = _dtype_of(bank) if source.dtype == "auto" else source.dtype
-        model = load_sharded(source.base, dtype, "single", source.quantize)
+        model = load_sharded(source.base, dtype, source.backend, source.quantize)
         return cls(bank, model, load_tokenizer(source.base), source)
 
     @property
@@ -171,10 +180,12 @@ class Router:
         ]
         with self._lock:
             routes = self.routes(ids, names)
-            for task in dict.fromkeys(route.task for route in routes):
-                mine = [row for row, route in zip(rows, routes, strict=True) if route.task == task]
+            for held in dict.fromkeys((route.task, route.shares) for route in routes):
+                mine = [
+                    row for row, route in zip(rows, routes, strict=True) if (route.task, route.shares) == held
+                ]
                 for first in range(0, len(mine), self.source.batch_size):
-                    self.write(task, mine[first : first + self.source.batch_size], sampling)
+                    self.write(held[0], mine[first : first + self.source.batch_size], sampling, held[1])
             return [self.answer(row, route) for row, route in zip(rows, routes, strict=True)]
 
     def stream(self, prompt: Prompt, task: str | None = None, sampling: Sampling | None = None) -> Stream:
@@ -199,7 +210,7 @@ class Router:
         return Stream(
             row,
             pieces,
-            partial(self.write, route.task, [row], sampling),
+            partial(self.write, route.task, [row], sampling, route.shares),
             partial(self.answer, row, route),
         )
 
@@ -247,6 +258,7 @@ class Router:
 
     def _retrieved(self, ids: list[list[int]]) -> list[Route]:
         with self._lock:
+            self._check_base("prompts")
             return self._finder.routes(ids)
 
     def row(
@@ -260,28 +272,31 @@ class Router:
         limit = self.limit(len(ids), sampling.max_new_tokens, where)
         return Row(ids, limit, sampling.stop, self._ends, self._decode, on_text)
 
-    def write(self, task: str, rows: Sequence[Row], sampling: Sampling) -> None:
-        """Write answers with a task's delta, in one batch.
+    def write(self, task: str, rows: Sequence[Row], sampling: Sampling, shares: Shares = ()) -> None:
+        """Write answers with a task's delta, or a blend of several, in one batch.
 
         Args:
             task: name of a task, or ``base``.
             rows: at most as many as fit the device's memory.
             sampling: what the rows have in common (``Sampling.way`` and the seed).
+            shares: of their ``Route``.
         """
-        with self.holding(task):
+        with self.holding(task, shares):
             write(self.model.module, rows, sampling, self._ends, pad_id(self.tokenizer))
 
     @contextmanager
-    def holding(self, task: str) -> Iterator[None]:
+    def holding(self, task: str, shares: Shares = ()) -> Iterator[None]:
         """Inside the block the model holds a task's weights, for this thread alone; afterwards its own, bit for bit.
 
         Args:
             task: name of a task, or ``base``.
+            shares: of a ``Route``; where there are some, the weights are the blend of those tasks.
 
         Raises:
             UnknownTask: the bank does not hold it.
+            ValueError: another block holds a task's weights already.
         """
-        with self._lock, self._activated(task):
+        with self._lock, self._activated(task, shares):
             yield
 
     def _delta(self, task: str) -> Swap | None:
@@ -312,6 +327,7 @@ class Router:
             row.finish,
             len(row.prompt),
             len(row.tokens),
+            dict(route.shares),
         )
 
     def refresh(self) -> bool:
@@ -338,9 +354,30 @@ class Router:
     def _found_by(self) -> Finder:
         return Finder(self.bank, self.model, self.source, pad_id(self.tokenizer), self._activated)
 
-    def _activated(self, task: str) -> AbstractContextManager[None]:
+    @contextmanager
+    def _activated(self, task: str, shares: Shares = ()) -> Iterator[None]:
+        self._check_base(f"task={task!r:.200}")
+        before, held = self._held, self._weights_of(task, shares)
+        self._held = task
+        try:
+            with held:
+                yield
+        finally:
+            self._held = before
+
+    def _weights_of(self, task: str, shares: Shares) -> AbstractContextManager[None]:
+        """A block with a task's weights, or with those of several by their shares."""
+        if shares:
+            return applied(self.model, weighed(self.bank, self.model, dict(shares), self.source.blend))
         swap = self._delta(task)
         return nullcontext() if swap is None else swap.applied()
+
+    def _check_base(self, what: str) -> None:
+        """Raise ValueError inside a block that holds a task's weights."""
+        if self._held not in (None, BASE):
+            raise ValueError(
+                f"{what}: the model holds task {self._held!r} here; ask outside of the block that holds it"
+            )
 
     def holds_base(self) -> bool:
         """Whether the weights are those that were loaded, by their fingerprint."""

@@ -24,6 +24,7 @@ def serve(source: Source, listening: Listening) -> None:
     Raises:
         ValueError: packages are missing, the address is taken, or the bank or its base cannot be opened.
     """
+    source.check_alone("serve")
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise ValueError(f"serve: {', '.join(missing)} is not installed; pip install 'trace-dist[serve]'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trace_dist.bank.bank import DeltaBank
+from trace_dist.utils.together import on_main
 
 
 class Watched:
@@ -14,16 +15,16 @@ class Watched:
 
     def __init__(self, bank: DeltaBank) -> None:
         self.bank = bank
-        self._seen = self._state()
+        self._seen = on_main(self._state)
 
     def refresh(self) -> bool:
-        """See the bank as it is now; whether anything was changed.
+        """See the bank as it is now; whether anything was changed. Collective.
 
         Raises:
             ValueError: the index cannot be read; what was seen before is still there.
         """
         # Looked at first: what is changed while the index is read is seen the next time.
-        state = self._state()
+        state = on_main(self._state)
         if state == self._seen:
             return False
         before = self.bank.generation

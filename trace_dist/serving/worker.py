@@ -59,9 +59,9 @@ class Job:
     @property
     def key(self) -> tuple[Any, ...]:
         """What those of one batch have in common; draws from a seed of one's own are made alone."""
-        task = None if self.route is None else self.route.task
+        held = None if self.route is None else (self.route.task, self.route.shares)
         seeded = bool(self.sampling.way) and self.sampling.seed is not None
-        return (task, self.sampling.way, id(self) if seeded else None)
+        return (held, self.sampling.way, id(self) if seeded else None)
 
     def cancel(self) -> None:
         """Nobody waits for it any more."""
@@ -212,7 +212,7 @@ class Worker:
                 # Cancelled before there were rows to cancel.
                 job.cancel()
         rows = [row for job in jobs for row in job.rows]
-        self._router.write(route.task, rows, jobs[0].sampling)
+        self._router.write(route.task, rows, jobs[0].sampling, route.shares)
         self._tally.wrote(route.task, rows, time.monotonic() - begin)
         for job in jobs:
             if job.route is not None:

@@ -17,21 +17,40 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 from trace_dist.evaluation.inputs import device_of, may_pad_left, pad
 from trace_dist.evaluation.passes import evaluating
 from trace_dist.serving.options import Sampling
-from trace_dist.serving.row import Row
+from trace_dist.serving.row import Finish, Row
+from trace_dist.utils import dist
 from trace_dist.utils.rng import random_numbers_kept
 
 
 class _Dealt(StoppingCriteria):
-    """Deals each step's tokens out to the rows; says which of them have ended."""
+    """Deals each step's tokens out to the rows; says which of them have ended.
+
+    On several ranks those of rank 0 count: draws differ from rank to rank, and somebody may have hung up on one of them.
+    """
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self._rows = rows
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
-        for row, token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
-            row.add(token)
-        ended = [row.finish is not None for row in self._rows]
-        return torch.tensor(ended, dtype=torch.bool, device=input_ids.device)
+        tokens = input_ids[:, -1]
+        if dist.is_main():
+            for row, token in zip(self._rows, tokens.tolist(), strict=True):
+                row.add(token)
+        # Of each row: whether it has ended, whether it was cancelled, and its tokens.
+        states = [(finish is not None, finish == "cancelled", num) for finish, num in map(_state, self._rows)]
+        told = dist.from_main(torch.cat([tokens[None], tokens.new_tensor(states).T]).contiguous())
+        if not dist.is_main():
+            tokens.copy_(told[0])  # in the text that is read on
+            for row, (token, _, cancelled, num) in zip(self._rows, told.T.tolist(), strict=True):
+                if not cancelled or num > len(row.tokens):
+                    row.add(token)
+                if cancelled:
+                    row.cancel()
+        return told[1] != 0
+
+
+def _state(row: Row) -> tuple[Finish | None, int]:
+    return row.finish, len(row.tokens)
 
 
 def write(
@@ -63,12 +82,16 @@ def write(
 
 
 def _generation(rows: Sequence[Row], sampling: Sampling, ends: list[int], fill: int) -> GenerationConfig:
-    drawn: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if sampling.temperature > 0:
-        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-    longest = max(row.limit for row in rows)
+        options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     return GenerationConfig(
-        max_new_tokens=longest, do_sample=bool(drawn), eos_token_id=ends, pad_token_id=fill, **drawn
+        max_new_tokens=max(row.limit for row in rows),
+        do_sample=bool(options),
+        # On several ranks `_Dealt` alone ends rows: what one rank draws by itself ends nothing.
+        eos_token_id=ends if dist.world_size() == 1 else None,
+        pad_token_id=fill,
+        **options,
     )
 
 

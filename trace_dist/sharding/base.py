@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from trace_dist.models.wrapping import peel, plain_name
 from trace_dist.sharding.comm import Comm
 from trace_dist.sharding.compaction import Compactor
 from trace_dist.sharding.overlay import Overlay, union
+from trace_dist.sharding.overlay_gathers import OverlayGathers
 from trace_dist.sharding.saving import check_can_be_saved, write_pretrained
 from trace_dist.sharding.sequence import SequenceParallel
 from trace_dist.sharding.support import Accumulate, Support
@@ -56,6 +58,7 @@ class ShardedModel(ABC):
             parameter.requires_grad_(False)
         self._parameters: dict[str, Any] = self._named_parameters()
         self._quantized = {name: w for name, w in named_weights(self.module) if isinstance(w, NF4Linear)}
+        self._overlays = OverlayGathers(self.module, self._quantized)
 
     @classmethod
     @abstractmethod
@@ -176,7 +179,8 @@ class ShardedModel(ABC):
             if layer.overlay is not None:
                 entries = union(layer.overlay.whole(), entries)
             with self.whole(name) as full:
-                layer.overlay = Overlay(entries, self.views(name), full.view(-1), self.comm)
+                layer.overlay = self._overlay(name, entries, full)
+        self._overlays.forget()
         return layer.overlay.values, layer.overlay.find(support)
 
     def places(self, supports: Iterable[Support]) -> list[int] | None:
@@ -191,10 +195,15 @@ class ShardedModel(ABC):
             overlay, layer.overlay = layer.overlay, None
             if overlay is not None:
                 with self.whole(name) as base:
-                    said = Overlay(overlay.whole(), self.views(name), base.view(-1), self.comm)
+                    said = self._overlay(name, overlay.whole(), base)
                 differs = not torch.equal(overlay.values, said.values)
                 if self.comm.max(torch.tensor(differs, dtype=torch.int32, device=self.device)):
                     layer.overlay = overlay
+        self._overlays.forget()
+
+    def _overlay(self, name: str, entries: Runs, dense: Tensor) -> Overlay:
+        gather = partial(self._overlays.values, name)
+        return Overlay(entries, self.views(name), dense.view(-1), self.comm, gather)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.roots[0](*args, **kwargs)

@@ -61,6 +61,10 @@ class Comm:
         td.all_to_all_single(received, sent, group=dist.rows_group(size))
         return received
 
+    def gather_ahead(self, whole: Tensor, mine: Tensor) -> Any:
+        """As ``gather_indices``, of what all ranks want in the order in which they gather weights."""
+        return td.all_gather_into_tensor(whole, mine, async_op=True)
+
     def all_to_all(
         self, received: Tensor, sent: Tensor, receive_sizes: list[int], send_sizes: list[int]
     ) -> Any:
@@ -89,9 +93,7 @@ class Comm:
 
     def max(self, tensor: Tensor) -> Tensor:
         """Largest value over ranks, in place."""
-        if self.world > 1:
-            td.all_reduce(tensor, op=td.ReduceOp.MAX)
-        return tensor
+        return dist.largest_over_ranks(tensor)
 
     def objects(self, value: Any) -> list[Any]:
         """The values of all ranks, in rank order."""

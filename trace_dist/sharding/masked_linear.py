@@ -117,7 +117,9 @@ class _MaskedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x if part.columns is None or part.single else x[..., part.columns])
         ctx.module, ctx.part, ctx.deliver = module, part, deliver
-        return F.linear(x, module.weight, bias)
+        out = F.linear(x, module.weight, bias)
+        # A view that a function returns must not be changed in place, as some models change what a layer gives.
+        return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

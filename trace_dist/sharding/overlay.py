@@ -2,13 +2,15 @@
 
 [Note: overlay] NF4 codes never change. Every entry that a mask, a delta or a snapshot has touched lives in the *overlay* of its
 weight: compact values in the model's dtype, each on the one rank whose view of the logical weight holds it. Gradient, master and
-moments lie beside them as for any weight. A forward or backward pass of the layer gathers the overlay of that one layer, so
-all ranks must run the same layers in the same order, as under ZeRO-3 anyway. A mask that brings new entries makes the
-overlay grow, by their dequantised values; ``ShardedModel.release`` drops one that says nothing the codes do not say.
+moments lie beside them as for any weight. A forward or backward pass needs those of all ranks, which are gathered block by block
+(sharding/overlay_gathers.py); so all ranks must run the same blocks in the same order, as under ZeRO-3 anyway. A mask that
+brings new entries makes the overlay grow, by their dequantised values; ``ShardedModel.release`` drops one that says nothing
+the codes do not say.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from weakref import WeakKeyDictionary
 
@@ -31,20 +33,30 @@ class Overlay:
         views: what every rank owns of it.
         dense: [numel] the present weight.
         comm: the ranks.
+        gather: gives the values of all ranks, end to end, wherever there are several. Collective.
 
     Attributes:
+        comm: the ranks.
         values: [entries of this rank] in the dtype of the weight, in compact order.
+        splits: how many each rank has.
         gaps: the entries, encoded: every rank needs all of them, at each use.
     """
 
-    def __init__(self, entries: Runs, views: list[PartitionView], dense: Tensor, comm: Comm) -> None:
-        self._comm = comm
+    def __init__(
+        self,
+        entries: Runs,
+        views: list[PartitionView],
+        dense: Tensor,
+        comm: Comm,
+        gather: Callable[[], Tensor],
+    ) -> None:
+        self.comm, self._gather = comm, gather
         view = views[comm.rank]
         mine = Runs.clip(entries.units, entries.block, view.start, view.stop, entries.numel)
         edges = [*(each.start for each in views), views[-1].stop]
         self.gaps, self._block, self._numel = Gaps.of(entries.units), entries.block, entries.numel
         self.values = compact_gather(dense[view.start : view.stop], mine).to(dense.dtype)
-        self._splits = [
+        self.splits = [
             stop - start for start, stop in pairwise(entries_below(entries.units, entries.block, edges))
         ]
         self._found: WeakKeyDictionary[Support, Runs] = WeakKeyDictionary()
@@ -55,7 +67,8 @@ class Overlay:
 
     def __call__(self, weight: Tensor) -> None:
         """Write the values of all ranks into a dense weight. Collective."""
-        compact_scatter(weight.view(-1), self.whole(), self._comm.all_gather(self.values, self._splits))
+        values = self.values if self.comm.world == 1 else self._gather()
+        compact_scatter(weight.view(-1), self.whole(), values)
 
     def find(self, support: Support) -> Runs | None:
         """Where this rank's entries of a support lie in ``values``; None where some are missing.
@@ -67,7 +80,7 @@ class Overlay:
             places = _places(support.whole(), self.whole())
             if places is None:
                 return None
-            start, total = sum(self._splits[: self._comm.rank]), sum(self._splits)
+            start, total = sum(self.splits[: self.comm.rank]), sum(self.splits)
             self._found[support] = Runs.clip(*places, start, start + len(self.values), total)
         return self._found[support]
 

@@ -35,16 +35,17 @@ FOLDER = "consolidate"
 
 
 def as_consolidated(cfg: RunConfig) -> RunConfig:
-    """The configuration of a folding: one method, a folder of its own, and the layer of the bank. One that is that already stays.
+    """The configuration of a folding: one method, a folder of its own, the bank's layer and pooling. One that is that stays.
 
     Raises:
         ValueError: there is no bank, or it is damaged.
     """
     root, folder = cfg.bank_of().root, Path(cfg.run_dir)
+    bank = DeltaBank(root)
     return replace(
         cfg,
         run_dir=str(folder if folder.name == FOLDER else folder / FOLDER),
-        bank=replace(cfg.bank, path=str(root), layer=DeltaBank(root).layer),
+        bank=replace(cfg.bank, path=str(root), layer=bank.layer, pooling=bank.pooling),
         continual=replace(cfg.continual, methods=[METHOD]),
     )
 

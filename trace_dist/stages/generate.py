@@ -14,6 +14,7 @@ from rich.text import Text
 from trace_dist.data.examples import Prompt
 from trace_dist.serving.options import Sampling, Source
 from trace_dist.serving.prompts import Question, check_prompt, read_questions
+from trace_dist.utils import dist
 from trace_dist.utils.files import write_text
 from trace_dist.utils.log import outcome
 from trace_dist.utils.tables import print_table
@@ -31,7 +32,7 @@ def run_generate(
     task: str | None = None,
     out: Path | None = None,
 ) -> Answered:
-    """Answer prompts.
+    """Answer prompts. Collective where the base is spread over ranks; rank 0 writes.
 
     Args:
         source: bank and base.
@@ -51,7 +52,7 @@ def run_generate(
     if out is not None and out.is_dir():
         raise ValueError(f"output={str(out)!r}: is a folder; name a file")
     found = answer(source, sampling, asked)
-    if out is not None:
+    if out is not None and dist.is_main():
         write_text(out, "".join(json.dumps(_line(*each), ensure_ascii=False) + "\n" for each in found))
         outcome(f"{len(found)} answers in {out}")
     return found
@@ -72,6 +73,8 @@ def answer(source: Source, sampling: Sampling, asked: Sequence[Question]) -> Ans
 def _line(question: Question, given: Any) -> dict[str, Any]:
     key = "prompt" if isinstance(question.prompt, str) else "messages"
     found = asdict(given)
+    if not found["blend"]:
+        del found["blend"]
     return {key: question.prompt, "answer": found.pop("text"), **found}
 
 
@@ -82,6 +85,8 @@ def print_answers(answered: Answered) -> None:
         margin = "-" if given.margin is None else f"{given.margin:.1f}"
         bound = "-" if given.error_bound is None else f"{100 * given.error_bound:.1f}"
         task = f"{given.task} (rejected)" if given.rejected else given.task
+        if given.blend:
+            task = ", ".join(f"{name} {100 * share:.0f} %" for name, share in given.blend.items())
         # As text: what a model writes is no markup.
         table.add_row(
             Text(_shown(question.prompt)),

@@ -37,7 +37,7 @@ SIGN_OF_LIFE_SECONDS = 20
 
 
 def as_learned(cfg: RunConfig) -> RunConfig:
-    """The configuration of a learning: one method, and the layer whose representations the bank holds.
+    """The configuration of a learning: one method, and the layer and pooling whose representations the bank holds.
 
     Raises:
         ValueError: the bank is damaged.
@@ -45,7 +45,8 @@ def as_learned(cfg: RunConfig) -> RunConfig:
     cfg = replace(cfg, continual=replace(cfg.continual, methods=[METHOD]))
     if not cfg.bank_of().index.is_file():
         return cfg
-    return replace(cfg, bank=replace(cfg.bank, layer=DeltaBank(cfg.bank_of().root).layer))
+    bank = DeltaBank(cfg.bank_of().root)
+    return replace(cfg, bank=replace(cfg.bank, layer=bank.layer, pooling=bank.pooling))
 
 
 def run_learn(cfg: RunConfig, mask_file: str | None = None) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from trace_dist.config import RunConfig
-from trace_dist.launching import run_process
+from trace_dist.launching import run_holders
 from trace_dist.parts import PLACEMENTS, SCORES
 from trace_dist.stages.changes import at_home, completed, differing_fields, forbidden
 from trace_dist.utils import activity, dist
@@ -24,7 +24,7 @@ from trace_dist.utils.files import reading, write_text
 from trace_dist.utils.heartbeat import Patience
 from trace_dist.utils.imports import importing
 from trace_dist.utils.launch import adopt_launch, job_size
-from trace_dist.utils.locks import hold_until_exit, process_name
+from trace_dist.utils.locks import hold_until_exit
 from trace_dist.utils.log import get_logger
 from trace_dist.utils.together import on_main
 from trace_dist.utils.yaml import load_yaml
@@ -36,6 +36,8 @@ STARTS_STAGES = ("run", "learn", "consolidate")
 """Commands that start others, unless a launcher started them."""
 ON_ALL_RANKS = ("project", "train", "continual", "eval", "memory measure")
 """Commands that work on as many ranks as the configuration asks for."""
+FILL_BANKS, FILLS = ("run", "learn", "continual"), "retrieved"
+"""Commands that learn tasks into a bank, and the method by which they do."""
 MAKES_MASKS = ("run", "learn", "probe")
 """Commands with which the making of masks begins."""
 
@@ -65,6 +67,8 @@ def start(cfg: RunConfig, command: str, **own: str | None) -> None:
     if dist.world_size() > 1:
         agree({"command": command, "code": code_version(), **own, **dict(_flat(asdict(cfg)))})
     on_main(lambda: take_folder(cfg))
+    if command in FILL_BANKS:
+        on_main(lambda: take_bank(cfg))
     check_shared(cfg.folder.lock, f"run_dir={cfg.run_dir!r}")
     # After that, since it imports the parts, which takes seconds, and a folder that is taken is refused at once.
     check_parts(cfg)
@@ -137,9 +141,18 @@ def take_folder(cfg: RunConfig) -> None:
     Raises:
         ValueError: another process holds it, or nothing can be written there.
     """
-    run = run_process()
-    sharers = [] if run is None else [process_name(*run)]
-    hold_until_exit(cfg.folder.lock, f"run_dir={cfg.run_dir!r}", sharers)
+    hold_until_exit(cfg.folder.lock, f"run_dir={cfg.run_dir!r}", run_holders())
+
+
+def take_bank(cfg: RunConfig) -> None:
+    """Hold the bank that this command fills until this process ends: masks are made beside the tasks that it holds now.
+
+    Raises:
+        ValueError: another process fills or changes it, or nothing can be written there.
+    """
+    if FILLS in cfg.continual.methods:
+        bank = cfg.bank_of()
+        hold_until_exit(bank.command_lock, f"bank.path={str(bank.root)!r}", run_holders())
 
 
 def check_shared(path: Path, what: str, seconds: float = 10.0) -> None:

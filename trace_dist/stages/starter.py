@@ -21,7 +21,7 @@ from trace_dist.data.tasks import Task, load_task
 from trace_dist.models.loading import load_tokenizer
 from trace_dist.profiling.estimate import load_config
 
-_KIND = re.compile(r"\.(jsonl|json|csv|tsv|parquet|txt)$")
+_KIND = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet|txt)(\.gz)?$")
 FEW_ANSWERS = 10
 """With at most so many distinct answers a task is a choice among them."""
 EPOCHS = 3

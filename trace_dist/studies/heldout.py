@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from trace_dist.data.batches import collate
-from trace_dist.data.encoding import IGNORE
+from trace_dist.data.encoding import IGNORE, tokenize
 from trace_dist.data.files import read_text
 from trace_dist.train.loss import answer_logits
 
@@ -98,7 +98,7 @@ def passages(
     Raises:
         ValueError: the text is shorter than one passage.
     """
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    (ids,) = tokenize([text], tokenizer)
     whole = len(ids) // length
     if whole < 1:
         raise ValueError(

@@ -40,6 +40,13 @@ NUMBERS = ("pilot_average_accuracy", "average_accuracy", "forgetting")
 """Of each method and run: PILOT's "average accuracy", the final one of this project, forgetting; in percent and points."""
 
 
+RETRIEVAL = (
+    "accuracy", "tasks", "columns", "confusion", "error_bound", "error_bound_per_task", "gaussian_error_bound",
+    "gaussian_error_bound_per_task", "cantelli_error_bound",
+)  # fmt: skip
+"""What is kept of an account of a retrieval."""
+
+
 def read_run(path: Path) -> RunConfig:
     """A run's configuration."""
     return parse_run(yaml.safe_load(path.read_text(encoding="utf-8")))
@@ -90,14 +97,12 @@ def run_one(cfg: RunConfig) -> dict[str, Any]:
 
 def _shown(result: dict[str, Any]) -> dict[str, Any]:
     kept = (*NUMBERS, "label", "R", "lr", "seconds", "trainable", "density", "delta_bytes", "kept_bytes")
-    retrieval = (
-        {key: result["retrieval"][key] for key in ("accuracy", "confusion")}
-        if "retrieval" in result
-        else None
-    )
-    return {key: result[key] for key in kept if key in result} | (
-        {"retrieval": retrieval} if retrieval else {}
-    )
+    found = {key: result[key] for key in kept if key in result}
+    if "retrieval" in result:
+        found["retrieval"] = {
+            key: result["retrieval"][key] for key in RETRIEVAL if key in result["retrieval"]
+        }
+    return found
 
 
 def interval(values: Sequence[float]) -> list[float]:
@@ -184,13 +189,15 @@ def main() -> None:
     )
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--page", type=Path, help="document with the markers of the table")
+    parser.add_argument(
+        "--page", type=Path, help="document with the markers of the table, called as the result"
+    )
     parser.add_argument("--increments", type=int, nargs="+", default=[2, 5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
     result = run_study(read_run(given.config), given.increments, given.seeds, given.out)
     if given.page is not None:
-        page = insert(given.page.read_text(encoding="utf-8"), "digits", table(result))
+        page = insert(given.page.read_text(encoding="utf-8"), given.out.stem, table(result))
         write_text(given.page, page)
     print(table(result))
 

@@ -70,6 +70,9 @@ class StudyConfig(Section):
     """Passages, or test examples of each general set."""
     out: str | None = None
     """JSON file of what the study says; `<run_dir>/study.json` when not set."""
+    records: str | None = None
+    """File with a line for every training, from which a cut study goes on; `<run_dir>/records.jsonl` when not set. One that is
+    kept beside the result lets others go on, without the run folder: masks that are missing are made again."""
 
     def check(self) -> None:
         check(len(self.stages) >= 1, "study.stages", self.stages, "must hold at least one stage", "add one")

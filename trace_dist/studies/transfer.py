@@ -3,20 +3,20 @@
     python -m trace_dist.studies.transfer --config configs/transfer.yaml --out docs/results/transfer.json
 
 [Note: arms] The base is trained once. Each seed draws masks and examples, and learns the ``earlier`` tasks into a bank. Every
-other task is then learned beside a copy of that bank by three arms, with the same mask, order of examples and peak learning
+other task is then learned beside a copy of that bank by these arms, with the same mask, order of examples and peak learning
 rate. Masks are random and share no entry, so that nothing depends on a probe:
 
     base       from the base
     composed   ``bank.composition: combination``, as many steps
-    half       the same, but fit and training together take half of the steps, with a whole schedule of their own
+    half       of related tasks: the same, but all examples together are half as many, with a whole schedule of its own
 
 ``related`` tasks come from the generator of an earlier task, with other lengths or sizes; ``unrelated`` ones from others. Which
 is which stands in the configuration, before anything is trained.
 
 [Note: steps to a loss] Every ``train.eval_every`` steps validation examples are looked at. The loss that is asked for is the
-one with which ``base`` ends, and the steps to it are those up to the first look at or below it. The steps of the fit count as
-well, since each reads a batch. Final losses are those of test examples, which decide nothing. (Validation examples decide
-whether a combination is taken.)
+one with which ``base`` ends, and the steps to it are those up to the first look at or below it. The examples that fit and trial
+read count as well, in steps of as many. Final losses are those of test examples, which decide nothing. (Validation examples
+decide whether a combination is taken.)
 
 A training with a record is not done again, so a study that was cut goes on.
 """
@@ -24,6 +24,7 @@ A training with a record is not done again, so a study that was cut goes on.
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -51,8 +52,7 @@ from trace_dist.train.workbench import Stream
 from trace_dist.utils.env import meta_info, run_info
 from trace_dist.utils.files import read_json, write_json
 
-ARMS = ("base", "composed", "half")
-GROUPS = ("related", "unrelated")
+ARMS = {"related": ("base", "composed", "half"), "unrelated": ("base", "composed")}
 METHOD = "retrieved"
 
 
@@ -74,7 +74,7 @@ class Plan:
         """
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
         cfg = parse_run(value["run"])
-        named = {key: tuple(value[key]) for key in ("earlier", *GROUPS)}
+        named = {key: tuple(value[key]) for key in ("earlier", *ARMS)}
         tasks, together = (
             [task.name for task in cfg.tasks],
             [name for names in named.values() for name in names],
@@ -87,11 +87,12 @@ class Plan:
         """The run of a seed; its base is that of all seeds."""
         return replace(self.cfg, run_dir=str(Path(self.cfg.run_dir) / f"seed{seed}"), seed=seed)
 
-    def learned(self) -> Iterator[tuple[str, str]]:
-        """Each new task, with its group."""
-        for group in GROUPS:
+    def learned(self) -> Iterator[tuple[str, str, str]]:
+        """Each training of a new task: its name, its group and its arm."""
+        for group, arms in ARMS.items():
             for name in getattr(self, group):
-                yield name, group
+                for arm in arms:
+                    yield name, group, arm
 
 
 def with_tasks(cfg: RunConfig, names: tuple[str, ...], bank: Path, composition: str = "none") -> RunConfig:
@@ -131,11 +132,14 @@ def run_arm(setting: Setting, stream: Stream, arm: str, earlier: Path) -> dict[s
     shutil.copytree(earlier, bank_path)
     composition = "none" if arm == "base" else "combination"
     setting = replace(setting, cfg=with_tasks(cfg, (task,), bank_path, composition))
-    fit = 0 if arm == "base" else STARTS.options(composition, cfg.bank.composition_options).steps
-    steps = stream.steps // 2 - fit if arm == "half" else stream.steps
-    check(
-        steps > 0, "run.train.steps", stream.steps, f"half of them must hold the {fit} of the fit", "raise it"
-    )
+    size = cfg.train.batch_size
+    steps = stream.steps
+    if arm == "half":
+        options = STARTS.options(composition, cfg.bank.composition_options)
+        most = math.ceil(options.most_examples(size) / size)
+        steps = steps // 2 - most
+        rule = f"half of them must hold the {most} of fit and trial"
+        check(steps > 0, "run.train.steps", stream.steps, rule, "raise it")
     bank = DeltaBank(bank_path)
     result = learn_task(
         setting, bank, replace(stream, steps=steps), drawn_mask(setting, bank, task), name=arm
@@ -146,8 +150,8 @@ def run_arm(setting: Setting, stream: Stream, arm: str, earlier: Path) -> dict[s
     shutil.rmtree(bank_path)
     return {
         "steps": steps,
-        "fit_steps": fit,
-        "batch_size": cfg.train.batch_size,
+        "fit_steps": math.ceil(facts.get("examples", 0) / size),
+        "batch_size": size,
         "looks": [[look.step, look.loss] for look in result.looks],
         "test_loss": loss,
         "composition": facts,
@@ -173,18 +177,15 @@ def run_study(plan: Plan, seeds: list[int], out: Path) -> dict[str, Any]:
     prepare_base(plan.cfg, "target")
     for seed in seeds:
         cfg = plan.of_seed(seed)
-        wanted = [each for each in plan.learned() if any((seed, each[0], arm) not in done for arm in ARMS)]
+        wanted = [each for each in plan.learned() if (seed, each[0], each[2]) not in done]
         if not wanted:
             continue
         earlier = earlier_bank(plan, cfg)
-        for task, group in wanted:
+        for task, group, arm in wanted:
             setting = Setting.load(replace(cfg, tasks=[each for each in cfg.tasks if each.name == task]))
-            (stream,) = setting.bench.tasks
-            for arm in ARMS:
-                if (seed, task, arm) not in done:
-                    about = {"seed": seed, "task": task, "group": group, "arm": arm}
-                    records.append(about | run_arm(setting, stream, arm, earlier))
-                    write_json(out, _result(plan, records))
+            about = {"seed": seed, "task": task, "group": group, "arm": arm}
+            records.append(about | run_arm(setting, setting.bench.tasks[0], arm, earlier))
+            write_json(out, _result(plan, records))
     return _result(plan, records)
 
 

@@ -20,7 +20,8 @@ from trace_dist.studies.transfer_summary import summary
 from trace_dist.utils.files import read_json, write_text
 
 RESULT = "transfer.json"
-ARMS = {"base": ("from the base", "vermillion"), "composed": ("from earlier deltas", "blue")}
+ARMS = {"base": ("from the base", "vermillion"), "composed": ("with composition", "blue")}
+LOSSES = ("base_loss", "composed_loss", "half_loss")
 _PANEL_PX, _HEIGHT_PX, _DPI = 400, 400, 108
 
 
@@ -35,7 +36,7 @@ def summary_table(result: Result) -> str:
                 f"{each['composed_steps'][0]:.0f}",
                 _spread(each["share"], 2),
                 f"{each['reached']} of {each['trainings']}",
-                *(f"{each[arm + '_loss'][0]:.3f}" for arm in ("base", "composed", "half")),
+                *(f"{each[key][0]:.3f}" if key in each else "-" for key in LOSSES),
                 _spread(each["composed_above"], 1),
                 f"{each['used']} of {each['trainings']}",
             ])  # fmt: skip
@@ -58,7 +59,7 @@ SECTIONS: Sections = {"transfer": ((RESULT,), summary_table)}
 
 
 def draw(result: Result, out: Path) -> None:
-    """Validation loss against steps, the fit's among them: a panel per new task, mean and range over seeds."""
+    """Validation loss against steps, those of fit and trial among them: a panel per new task, mean and range over seeds."""
     tasks = dict.fromkeys((record["task"], record["group"]) for record in result["records"])
     with theme():
         figure = new_figure(_PANEL_PX * len(tasks), _HEIGHT_PX)
@@ -87,7 +88,7 @@ def _panel(ax: Axes, records: Sequence[Mapping[str, Any]], title: str) -> None:
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlabel("steps, fit included")
+    ax.set_xlabel("steps, fit and trial included")
     ax.grid(axis="y")
     ax.set_axisbelow(True)
     ax.legend(frameon=False)

@@ -10,7 +10,7 @@ from typing import Any
 
 from trace_dist.bank.signature import MIN_PROMPTS
 from trace_dist.config import BankConfig, DataConfig, EvalConfig
-from trace_dist.config.checks import AUTO
+from trace_dist.config.checks import AUTO, check
 from trace_dist.data.modality import TEXT, load_modality
 from trace_dist.data.tasks import Task
 from trace_dist.evaluation.metric import check_metric, load_metric
@@ -62,6 +62,9 @@ def check_tasks(
         _check_texts(task)
     _check_counts(tasks, general, bank)
     _check_choosable([*tasks, *general], bank)
+    known = (AUTO, *modality.poolings)
+    rule = f"examples of data.modality={data.modality!r} are not represented so"
+    check(bank.pooling in known, "bank.pooling", bank.pooling, rule, f"choose among {', '.join(known)}")
     for reader in readers:
         _check_layer(reader, bank)
         for task in (*tasks, *general):
@@ -112,13 +115,13 @@ def _check_counts(tasks: Sequence[Task], general: Sequence[Task], bank: BankConf
 
 
 def _check_choosable(sets: Sequence[Task], bank: BankConfig) -> None:
-    """A layer is chosen by telling sets of prompts apart, when a bank is begun."""
+    """Layer and pooling are chosen by telling sets of prompts apart, when a bank is begun."""
     begun = bank.path is not None and BankFolder(Path(bank.path)).index.is_file()
-    if bank.layer == AUTO and len(sets) < 2 and not begun:
-        raise ValueError(
-            "bank.layer='auto': is chosen by telling sets of prompts apart, and there is one; add a general set, or give a "
-            "layer (-1 is the last)"
-        )
+    for name, cure in (("layer", "give a layer (-1 is the last)"), ("pooling", "name one (mean)")):
+        if getattr(bank, name) == AUTO and len(sets) < 2 and not begun:
+            raise ValueError(
+                f"bank.{name}='auto': is chosen by telling sets of prompts apart, and there is one; add a general set, or {cure}"
+            )
 
 
 def _check_layer(reader: Reader, bank: BankConfig) -> None:

@@ -2,6 +2,9 @@
 
 On a machine with GPUs CPU tensors travel over gloo and GPU tensors over NCCL. A rank that is lost is named (``utils.heartbeat``);
 one that is at work alone is waited for, ``Waiting.timeout_minutes`` at most, or DEEPSPEED_TIMEOUT where that variable is set.
+
+[Note: two timeouts] Ranks wait for one that is at work alone as hosts, over gloo. What accelerators do together is the work of
+all ranks at once: a collective of theirs that takes ``DEVICE_MINUTES`` has gone wrong, and ends the job.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from trace_dist.utils.launch import adopt_launch
 from trace_dist.utils.wire import Place, connect, listen
 
 DRAIN_SECONDS = 0.1
+DEVICE_MINUTES = 10
+"""How long a collective of accelerators waits ([Note: two timeouts]), unless DEEPSPEED_TIMEOUT is set."""
 _beside: tuple[Any, dict[str, Any]] | None = None
 """A default group, and the groups beside it by their purpose."""
 VERDICT_SECONDS = 3.0
@@ -40,7 +45,7 @@ class Waiting:
 
     Attributes:
         patience: with a rank that gives no sign of life, and with a job in which nothing moves.
-        timeout_minutes: of a collective, for a rank that lives and is at work alone.
+        timeout_minutes: of a collective of hosts, for a rank that lives and is at work alone.
     """
 
     patience: Patience = field(default_factory=Patience)
@@ -101,6 +106,7 @@ def init_distributed(waiting: Waiting | None = None) -> None:
             f"{place}: rank {os.environ['RANK']} of {num_ranks} cannot meet the others ({error}); "
             "name a machine that all ranks reach and a port that is free there"
         ) from error
+    _hurry_devices(dist.group.WORLD)
     if world_size() > 1:
         _begin_heartbeat(waiting.patience)
 
@@ -156,6 +162,16 @@ def _timeout(default: int) -> timedelta:
     return timedelta(minutes=int(minutes))
 
 
+def _hurry_devices(group: Any) -> None:
+    """Give the collectives of a group's accelerators their own timeout ([Note: two timeouts])."""
+    if "DEEPSPEED_TIMEOUT" in os.environ:
+        return
+    minutes = min(DEVICE_MINUTES, _minutes or Waiting.timeout_minutes)
+    for backend in map(group._get_backend, group._device_types):
+        if backend.name() == "nccl":
+            backend._set_default_timeout(timedelta(minutes=minutes))
+
+
 def exchange_group() -> dist.ProcessGroup:
     """All ranks, over connections of their own, beside the default group: CPU tensors over gloo, others as there.
 
@@ -197,12 +213,22 @@ def _group_beside(purpose: str, size: int | None = None) -> dist.ProcessGroup:
         }
         made = dist.new_group(**options) if size is None else dist.new_subgroups(size, **options)[0]
         groups[purpose] = made
+        _hurry_devices(made)
     return groups[purpose]
 
 
+def _meeting_device() -> torch.device:
+    """Where the hosts agree on values of their own: over gloo, where the default group has it."""
+    return torch.device("cpu") if "cpu:" in dist.get_backend_config() else local_device()
+
+
 def barrier() -> None:
-    """Wait for every rank."""
-    if world_size() > 1:
+    """Wait for every rank: for its host alone, where hosts have a backend beside that of their accelerators."""
+    if world_size() == 1:
+        return
+    if local_device().type != _meeting_device().type:
+        dist.all_reduce(torch.zeros(()))
+    else:
         dist.barrier()
 
 
@@ -213,13 +239,25 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def largest_over_ranks(value: torch.Tensor) -> torch.Tensor:
+    """Largest value of a tensor over all ranks, in place; the tensor itself in a single process."""
+    if world_size() > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value
+
+
 def max_over_ranks(value: float) -> float:
-    """Largest value over all ranks."""
+    """Largest value over all ranks; accelerators are not waited for."""
     if world_size() == 1:
         return value
-    tensor = torch.tensor([value], dtype=torch.float64, device=local_device())
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return float(tensor)
+    return float(largest_over_ranks(torch.tensor([value], dtype=torch.float64, device=_meeting_device())))
+
+
+def from_main(value: torch.Tensor) -> torch.Tensor:
+    """Rank 0's values of a contiguous tensor, in place, on every rank."""
+    if world_size() > 1:
+        dist.broadcast(value, src=0)
+    return value
 
 
 def all_gather_uneven(mine: torch.Tensor, sizes: list[int]) -> torch.Tensor:

@@ -10,6 +10,7 @@ process. Only ``srun`` makes a step: its processes have SLURM_STEP_ID, and SLURM
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 
 DEFAULT_PORT = "29500"
@@ -193,3 +194,8 @@ def _check_rank(rank_name: str, rank: int, size_name: str, size: int) -> None:
         raise ValueError(
             f"{rank_name}={rank}: must be below {size_name}={size}; start all ranks with the same launcher"
         )
+
+
+def process_name(pid: int, host: str | None = None) -> str:
+    """How a process is named in a lock file; of this machine where no host is given."""
+    return f"process {pid} on {host or socket.gethostname()}"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import atexit
 import fcntl
 import os
-import socket
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 from trace_dist.utils.files import writing
+from trace_dist.utils.launch import process_name
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
@@ -29,11 +29,6 @@ class Held(ValueError):
     def __init__(self, holder: str) -> None:
         super().__init__(holder)
         self.holder = holder
-
-
-def process_name(pid: int, host: str | None = None) -> str:
-    """How a process is named in a lock file; of this machine where no host is given."""
-    return f"process {pid} on {host or socket.gethostname()}"
 
 
 @contextmanager
@@ -65,25 +60,46 @@ def hold(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
                     path.parent.rmdir()
 
 
+@contextmanager
+def hold_or_share(path: Path, what: str, sharers: Collection[str] = ()) -> Iterator[None]:
+    """Hold a lock file while the block runs, or work beside the one that holds it.
+
+    Args:
+        path: the file.
+        what: begins messages.
+        sharers: holders, as ``process_name`` says it, beside which this process may work; it is one itself.
+
+    Raises:
+        Held: another process holds it.
+        ValueError: nothing can be written there.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(hold(path, what))
+        except Held as held:
+            if held.holder not in (process_name(os.getpid()), *sharers):
+                raise
+        yield
+
+
 def hold_until_exit(path: Path, what: str, sharers: Collection[str] = ()) -> None:
     """Hold a lock file until this process ends or calls ``release``.
 
     Args:
         path: the file.
         what: begins messages: ``field=value``.
-        sharers: holders, as ``process_name`` says it, beside which this process may work; it is one itself.
+        sharers: as ``hold_or_share``.
 
     Raises:
         ValueError: another process holds it, or nothing can be written there.
     """
     try:
-        _UNTIL_EXIT.enter_context(hold(path, what))
+        _UNTIL_EXIT.enter_context(hold_or_share(path, what, sharers))
     except Held as held:
-        if held.holder not in (process_name(os.getpid()), *sharers):
-            field = what.partition("=")[0]
-            raise ValueError(
-                f"{what}: {held.holder} is at work in it; wait for it, end it, or choose another {field}"
-            ) from None
+        field = what.partition("=")[0]
+        raise ValueError(
+            f"{what}: {held.holder} is at work in it; wait for it, end it, or choose another {field}"
+        ) from None
 
 
 def release() -> None:

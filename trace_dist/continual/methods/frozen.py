@@ -40,8 +40,9 @@ class Frozen(Method):
 
     @classmethod
     def check(cls, name: str, cfg: RunConfig) -> None:
-        rule, cure = f"{name} has no bank that a layer is chosen for", "give a number, or remove the method"
+        rule, cure = f"{name} has no bank that it is chosen for", "name one, or remove the method"
         check(cfg.bank.layer != AUTO, "bank.layer", cfg.bank.layer, rule, cure)
+        check(cfg.bank.pooling != AUTO, "bank.pooling", cfg.bank.pooling, rule, cure)
 
     @abstractmethod
     def add(self, x: Tensor, labels: Tensor) -> None:
@@ -58,7 +59,7 @@ class Frozen(Method):
 
     def learn(self, stream: Stream) -> TrainResult:
         setting, rows = self.setting, stream.task.train
-        x = setting.judge.represent(setting.model, rows["prompt"][:], int(setting.cfg.bank.layer))
+        x = setting.judge.represent(setting.model, rows["prompt"][:], *setting.cfg.bank.view)
         answers = rows["answer"][:]
         self.classes += [answer for answer in stream.task.answers if answer not in self.classes]
         self.add(x, torch.tensor([self.classes.index(answer) for answer in answers]))
@@ -71,7 +72,7 @@ class Frozen(Method):
 
     def _answers(self, task: Task) -> list[str]:
         setting = self.setting
-        x = setting.judge.representations(setting.model, task, int(setting.cfg.bank.layer))
+        x = setting.judge.representations(setting.model, task, *setting.cfg.bank.view)
         return on_main(lambda: [self.classes[best] for best in self.scores(x).argmax(dim=1).tolist()])
 
     def facts(self) -> dict[str, Any]:

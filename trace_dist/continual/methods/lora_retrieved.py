@@ -47,7 +47,8 @@ class Adapters:
     """
 
     def __init__(self, lora: LoRA) -> None:
-        self.module, self.layer = lora.module.get_base_model(), int(lora.setting.cfg.bank.layer)
+        self.module = lora.module.get_base_model()
+        self.layer, self.pooling = lora.setting.cfg.bank.view
         self.retriever = Retriever()
         self.values: dict[str, dict[str, Tensor]] = {}
         """Task -> adapters by name."""
@@ -90,6 +91,7 @@ class LoRARetrieved(LoRA):
         super().check(name, cfg)
         bank, rule = cfg.bank, f"continual.methods={name!r} has no bank of deltas, in which this is kept"
         check(bank.layer != AUTO, "bank.layer", bank.layer, rule, "give a number")
+        check(bank.pooling != AUTO, "bank.pooling", bank.pooling, rule, "name one")
         own = bank.representation != "base"
         check(not own, "bank.representation", bank.representation, rule, "use base, or remove the method")
 
@@ -109,7 +111,7 @@ class LoRARetrieved(LoRA):
 
     def _signature(self, bank: Adapters, streams: list[Stream], name: str) -> Signature:
         with autocast(self.setting.cfg.target.dtype):
-            return self._judge.signature(bank, streams, name, bank.layer)
+            return self._judge.signature(bank, streams, name, bank.layer, bank.pooling)
 
     def begin(self, stream: Stream) -> None:
         self.renew()

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from trace_dist.bank.bank import BASE, DeltaBank
 from trace_dist.config.checks import Rate, Section
 from trace_dist.continual.judge import Row
-from trace_dist.continual.layer import bank_layer
+from trace_dist.continual.layer import bank_view
 from trace_dist.continual.learn import learn_task, try_mask
 from trace_dist.continual.methods.base import Method
 from trace_dist.continual.prompts import to_keep
@@ -63,13 +63,13 @@ class Retrieved(Method):
         """The bank, with a signature of the general sets where it is new."""
         setting = self.setting
         folder = setting.cfg.bank_of(self.name)
-        layer = bank_layer(setting.judge, setting.model, folder)
-        bank = DeltaBank.create(folder.root, setting.fingerprint, layer)
+        view = bank_view(setting.judge, setting.model, folder)
+        bank = DeltaBank.create(folder.root, setting.fingerprint, *view)
         bank.check_kind(setting.cfg.bank.signature)
         if setting.cfg.bank.representation == "adapted":
             bank.check_adapted()
         if setting.bench.general and not bank.tasks:
-            signature = setting.judge.signature(setting.model, setting.bench.general, BASE, layer)
+            signature = setting.judge.signature(setting.model, setting.bench.general, BASE, *view)
             bank.add(signature, None, prompts=to_keep(setting, setting.bench.general))
         return bank
 

@@ -49,7 +49,14 @@ class Start:
         self.options = options
 
     def begin(
-        self, setting: Setting, bank: DeltaBank, stream: Stream, mask: Mask, signature: Signature, name: str
+        self,
+        setting: Setting,
+        bank: DeltaBank,
+        stream: Stream,
+        mask: Mask,
+        signature: Signature,
+        name: str,
+        lr: float | None = None,
     ) -> Begun:
         """What the model shall hold. Collective.
 
@@ -60,6 +67,7 @@ class Start:
             mask: its own, which is trained afterwards, without what the start changes.
             signature: of its prompts, under the base.
             name: of the method, for its files and logs.
+            lr: peak rate with which the mask is trained afterwards; ``train.lr`` when None.
         """
         return Begun()
 

@@ -1,0 +1,44 @@
+"""One rank of ``test_ranks``: asks a bank whose base is spread over the ranks, together with the others."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from serving.small import CAP, TASKS, prompts
+
+from trace_dist import Router
+from trace_dist.bank.bank import BASE
+from trace_dist.serving.options import Sampling
+from trace_dist.utils import dist
+
+ASKED = [text for task in (*TASKS[:3], BASE) for text in prompts(task, 3, seed=1)]
+LONG = 60
+
+
+def main(folder: Path, backend: str, out: Path) -> None:
+    # Room for some deltas alone: the others are read again each time, by all ranks.
+    router = Router.open(folder / "bank", folder / "base", backend=backend, batch_size=4, cache_gib=2e-5)
+    found: dict[str, Any] = {
+        "answers": [asdict(answer) for answer in router.ask(ASKED, sampling=Sampling(max_new_tokens=CAP))]
+    }
+    drawn = Sampling(max_new_tokens=CAP, temperature=1.0)
+    found["drawn"] = [answer.text for answer in router.ask(ASKED, sampling=drawn)]
+    stream = router.stream(ASKED[0], sampling=Sampling(max_new_tokens=CAP))
+    found["pieces"] = list(stream)
+    # Nobody reads on, on rank 0.
+    cut = router.stream(ASKED[0], sampling=Sampling(max_new_tokens=LONG))
+    if dist.is_main():
+        cut.close()
+    found["cut"] = asdict(cut.answer)
+    found["kept"] = router.holds_base()
+    (out / f"rank{dist.rank()}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
