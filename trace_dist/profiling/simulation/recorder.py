@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from trace_dist.profiling.simulation.events import COMPUTE, HOSTS, Event, Work
 from trace_dist.profiling.simulation.kernels import touched_bytes
-from trace_dist.profiling.wire import sent_by
+from trace_dist.profiling.wire import group_size, sent_by
 
 aten = torch.ops.aten
 _FREE = (
@@ -164,7 +164,8 @@ class Recorder(TorchDispatchMode):
         tensors = [each for each in tree_iter(args) if isinstance(each, Tensor)]
         lane = self.lane if any(each.is_meta for each in tensors) else HOSTS
         size = max((each.nbytes for each in tensors), default=0)
-        self.add("collective", name=name, num_bytes=num_bytes, lane=lane, size=size)
+        ranks = group_size(args)
+        self.add("collective", name=name, num_bytes=num_bytes, lane=lane, size=size, ranks=ranks)
 
     def _fetched(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of a copy to the CPU, for which the host waits; None for any other."""
