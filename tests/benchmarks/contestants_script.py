@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from trace_dist.benchmarks.contestants import CONTESTANTS, Race, build
@@ -13,14 +14,20 @@ from trace_dist.utils import dist
 from trace_dist.utils.files import write_json
 
 RACE = Race("tiny", micro_batch=2, sequence=24)
+SHARED = replace(RACE, attention="sdpa", sequence_parallel=2)
+"""Both ranks read the same examples, each half of every row."""
+OF_SHARED = ("row", "full", "LoRA, tuned")
 STEPS = 3
 
 
 def main() -> None:
     dist.ensure_group()
     found = {}
-    for name in CONTESTANTS:
-        contestant, losses = build(name, RACE), []
+    runs = [(name, name, RACE) for name in CONTESTANTS] + [
+        (f"{name}, shared", name, SHARED) for name in OF_SHARED
+    ]
+    for key, name, race in runs:
+        contestant, losses = build(name, race), []
         for _ in range(STEPS):
             loss = contestant.forward()
             losses.append(float(loss))
@@ -29,7 +36,7 @@ def main() -> None:
         with WireCounter() as wire:
             contestant.backward(contestant.forward())
             contestant.step()
-        found[name] = {
+        found[key] = {
             "losses": losses,
             "num_trained": contestant.num_trained,
             "sent": {"weights": wire.gathered, "gradients": wire.reduced},

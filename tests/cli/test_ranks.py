@@ -12,6 +12,7 @@ import torch
 from cli.program import environment, files, make_config, write_config, write_tasks
 from launching import free_port
 
+from trace_dist import Delta
 from trace_dist.masks import Mask, UnitLayout
 from trace_dist.utils.locks import hold
 
@@ -72,6 +73,29 @@ def test_ranks_of_mpirun_train_together(root: Path) -> None:
     assert codes == [0, 0]
     assert (root / "run" / "deltas" / "copy.safetensors").is_file()
     assert not (root / "run" / ".lock").exists()
+
+
+def test_ranks_that_share_rows_train_the_same_delta(root: Path) -> None:
+    """Rounding apart; a step moves an entry by up to 3e-3."""
+    options = ["--run_dir", "shared", "--train.sequence_parallel", "2"]
+    assert [code for code, _ in start(root, openmpi, [options, options])] == [0, 0]
+    ours, alone = (Delta.load(root / run / "deltas" / "copy.safetensors") for run in ("shared", "run"))
+    assert ours.mask == alone.mask
+    for name, values in alone.values.items():
+        torch.testing.assert_close(ours.values[name], values, rtol=0, atol=3e-5)
+
+
+def test_ranks_that_cannot_share_rows(root: Path) -> None:
+    options = ["--train.sequence_parallel", "2", "--launch.num_ranks", "1"]
+    ((code, error),) = start(root, lambda rank: {}, [options])
+    assert code == 2
+    assert error.startswith(
+        "error: train.sequence_parallel=2: must divide the number of ranks, and train works on 1; start it with a launcher"
+    )
+    options = ["--train.sequence_parallel", "4", "--launch.num_ranks", "4"]
+    ((code, error),) = start(root, lambda rank: {}, [options], ["run"])
+    assert code == 2
+    assert error.startswith("error: train.sequence_parallel=4: must divide the model's 2 attention heads")
 
 
 def test_ranks_that_differ_are_refused_on_all(root: Path) -> None:

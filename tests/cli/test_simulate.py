@@ -21,6 +21,14 @@ from trace_dist.profiling.plan import Option
         (["--model", "MODEL", "--gpu", "own.yaml"], "gpu='own.yaml': no such file"),
         (["--model", "MODEL", "--methods", "[dora]"], "methods: 'dora' is unknown; use some of element"),
         (["--model", "MODEL", "--nodes", "0"], "nodes=0: must be at least 1"),
+        (
+            ["--model", "MODEL", "--sequence_parallel", "3"],
+            "sequence_parallel=3: must divide the 8 ranks of the job",
+        ),
+        (
+            ["--model", "MODEL", "--sequence_parallel", "8"],
+            "sequence_parallel=8: must divide the model's 2 attention",
+        ),
         (["--model", "MODEL", "--blocks", "9"], "blocks=9: the model has 3 decoder blocks"),
     ],
 )

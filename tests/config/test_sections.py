@@ -96,6 +96,30 @@ def run(**changes: Any) -> c.RunConfig:
         (lambda: c.ProbeConfig(fisher_batches=0), "probe.fisher_batches", "must be at least 1"),
         (lambda: c.TrainConfig(steps=0), "train.steps", "must be at least 1"),
         (lambda: c.TrainConfig(lr=0), "train.lr", "must be positive"),
+        (lambda: c.TrainConfig(sequence_parallel=0), "train.sequence_parallel", "must be at least 1"),
+        (
+            lambda: run(train=c.TrainConfig(sequence_parallel=2)),
+            "train.sequence_parallel",
+            "backend single runs in one process",
+        ),
+        (
+            lambda: run(
+                train=c.TrainConfig(sequence_parallel=2),
+                backend="zero3",
+                launch=c.LaunchConfig("torchrun", 3),
+            ),
+            "train.sequence_parallel",
+            "must divide launch.num_ranks=3",
+        ),
+        (
+            lambda: run(
+                train=c.TrainConfig(sequence_parallel=2),
+                backend="zero3",
+                data=c.DataConfig(modality="image", packing=False),
+            ),
+            "train.sequence_parallel",
+            "shares rows of tokens, and data.modality is image",
+        ),
         (lambda: c.TrainConfig(weight_decay=-0.1), "train.weight_decay", "must not be negative"),
         (lambda: c.ContinualConfig(methods=[]), "continual.methods", "at least one method"),
         (lambda: c.ContinualConfig(methods=["full", "full"]), "continual.methods", "named twice"),

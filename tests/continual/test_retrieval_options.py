@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import random
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -12,7 +10,7 @@ import pytest
 from continual.small import TASKS, result
 
 from trace_dist.bank.bank import BASE, DeltaBank
-from trace_dist.config import BankConfig, RunConfig, TaskConfig
+from trace_dist.config import BankConfig, RunConfig
 from trace_dist.config.bank import Pooling
 from trace_dist.continual.driver import run_continual
 from trace_dist.continual.layer import bank_view
@@ -80,21 +78,6 @@ def test_the_layer_is_chosen_once_and_only_where_there_is_a_choice(fresh: RunCon
         message = rf"bank\.{name}='auto': is chosen by telling sets of prompts apart"
         with pytest.raises(ValueError, match=message):
             Setting.load(replace(alone, bank=options))
-
-
-def test_the_pooling_that_tells_held_out_prompts_apart_is_chosen(folder: Path, fresh: RunConfig) -> None:
-    """Two tasks whose prompts differ in their last letter alone: a mean over 40 letters hardly sees it."""
-    generator = random.Random(3)
-    tasks = []
-    for name, last in (("ends_in_a", "a"), ("ends_in_b", "b")):
-        words = ["".join(generator.choices("abc", k=40)) + last for _ in range(160)]
-        rows = [{"prompt": f"{TASKS[0]}: {word}", "answer": "b"} for word in words]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        tasks.append(TaskConfig(name, path=str(folder / f"{name}.jsonl"), metric="choice"))
-    bank = BankConfig(clusters=1, num_prompts=80, layer=0, pooling="auto")
-    cfg = replace(fresh, bank=bank, tasks=tasks, general=[], run_dir=f"{fresh.run_dir}-last")
-    setting = Setting.load(cfg)
-    assert bank_view(setting.judge, setting.model, cfg.bank_of()) == (0, "last")
 
 
 def test_a_bank_of_another_pooling_is_refused(fresh: RunConfig) -> None:

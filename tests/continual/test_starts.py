@@ -37,8 +37,8 @@ def related(fresh: RunConfig, folder: Path) -> RunConfig:
 
 
 @pytest.fixture
-def unrelated(fresh: RunConfig, folder: Path) -> RunConfig:
-    """The same with a task that has nothing to learn from the earlier ones, but that the base's answer is not its own."""
+def mixed(fresh: RunConfig, folder: Path) -> RunConfig:
+    """The same with a task whose answers are those of both, at random."""
     return with_third(fresh, folder, "bc")
 
 
@@ -198,21 +198,23 @@ def check_as_from_the_base(composed: DeltaBank, mask: Mask, result: TrainResult,
     assert all(torch.equal(mine.values[name], theirs.values[name]) for name in mine.mask)
 
 
-def test_an_unrelated_task_begins_at_the_base(unrelated: RunConfig) -> None:
-    """Its loss under the best combination is far below the base's, but its own mask comes as low in as many steps."""
+def test_a_combination_that_fails_its_trial_changes_nothing(mixed: RunConfig) -> None:
+    """Its lead before the first step is as large as was asked for; after the trial it is not."""
+    options = KIND["composition_options"] | {"trial_steps": 80, "least_gain": 0.7}
+    mixed = replace(mixed, bank=replace(mixed.bank, composition_options=options))
     untried = replace(
-        unrelated,
-        run_dir=f"{unrelated.run_dir}-untried",
-        bank=replace(unrelated.bank, composition_options=KIND["composition_options"] | {"trial_steps": 0}),
+        mixed,
+        run_dir=f"{mixed.run_dir}-untried",
+        bank=replace(mixed.bank, composition_options=options | {"trial_steps": 0}),
     )
-    plain = without(unrelated)
-    shutil.copytree(unrelated.run_dir, untried.run_dir)
-    _, composed, mask, result = learned(unrelated)
+    plain = without(mixed)
+    shutil.copytree(mixed.run_dir, untried.run_dir)
+    _, composed, mask, result = learned(mixed)
     facts = composed.facts("third")["training"]["composition"]
-    assert facts["loss"] < 0.8 * facts["base_loss"]
-    assert facts["used"] is False
-    assert facts["trial"]["loss"] > 0.98 * facts["trial"]["base_loss"]
-    assert facts["examples"] == (12 + 2 * 20) * 16
+    assert facts["loss"] < 0.3 * facts["base_loss"]
+    assert facts["used"] is False, facts["trial"]
+    assert 0.3 * facts["trial"]["base_loss"] < facts["trial"]["loss"] < facts["trial"]["base_loss"]
+    assert facts["examples"] == (12 + 2 * 80) * 16
     check_as_from_the_base(composed, mask, result, plain)
     _, taken, _, _ = learned(untried, mask)
     facts = taken.facts("third")["training"]["composition"]

@@ -121,6 +121,7 @@ def test_counts_that_lie_are_refused_before_anything_is_made_of_them(
     ("old", "new", "reason"),
     [
         (b"llama.block_count", b"llama.block_xount", "does not say its block_count"),
+        (b"llama.block_count", b"llamb.block_count", "several architectures: llama, llamb"),
         (b"llama.context_length", b"llama.context_lengtx", "does not say its context_length"),
         (b"llama.attention.head_count", b"llama.attention.heat_count", "does not say its attention.head_count"),
         (b"llama.attention.layer_norm_rms_epsilon", b"llama.attention.layer_norm_rms_epsilom", "says none of"),

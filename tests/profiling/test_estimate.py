@@ -160,6 +160,18 @@ def test_the_peak_is_made_of_its_parts_and_ranks_share_states(llama: str) -> Non
     assert shared.states["indices"] == pytest.approx(alone.states["indices"] / 4 * (1 + 4 / 4), rel=0.02)
 
 
+def test_ranks_that_share_rows_keep_slices_of_activations(llama: str) -> None:
+    """Those of rows that are as many times shorter; the model has three heads."""
+    setup = MemorySetup(llama, world_size=3, micro_batch_size=2, sequence_length=32)
+    shared, short = replace(setup, sequence_parallel=3), replace(setup, sequence_length=11)
+    assert estimate(shared) == estimate(short)
+    assert estimate(shared).between["activations"] < 0.4 * estimate(setup).between["activations"]
+    with pytest.raises(ValueError, match="sequence_parallel=2: must divide the 3 ranks of the job"):
+        estimate(replace(setup, sequence_parallel=2))
+    with pytest.raises(ValueError, match="sequence_parallel=2: must divide the model's 3 attention heads"):
+        estimate(replace(setup, world_size=4, sequence_parallel=2))
+
+
 def test_offloaded_states_leave_the_device_only_where_there_is_one(llama: str) -> None:
     setup = MemorySetup(llama, offload="cpu")
     gpu, cpu = estimate(setup), estimate(replace(setup, device="cpu"))

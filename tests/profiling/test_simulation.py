@@ -57,6 +57,16 @@ def test_links_are_shared_and_a_group_keeps_its_order() -> None:
     assert replay(both, NODE).spent["waiting for exchanges"] == 5
 
 
+def test_a_group_of_neighbours_stays_in_its_node() -> None:
+    """Bytes and steps are those of the group, whatever the number of ranks."""
+    event = collective(3, "alltoall_base_", "rows of 2")._replace(ranks=2)
+    assert replay(program(event, joins(0)), NODE).spent["waiting for heads and slices"] == 3
+    two_nodes = replace(NODE, nodes=2)
+    assert sent_where(two_nodes, event) == {"node": 3e9, "network": 0.0}
+    across = sent_where(two_nodes, event._replace(ranks=8))
+    assert across == pytest.approx({"node": 3e9 * 3 / 7, "network": 3e9 * 4 / 7})
+
+
 def test_kernels_of_side_streams_take_the_compute_streams_time() -> None:
     assert replay(program(kernel(1), kernel(2, "side 1"), kernel(1)), NODE).step == 4
     assert replay(program(kernel(2, "side 1"), joins(0), kernel(1)), NODE).step == 5  # waits, and then pays

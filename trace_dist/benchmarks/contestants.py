@@ -28,13 +28,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from trace_dist.benchmarks.peers import with_adapters
 from trace_dist.config import Backend
+from trace_dist.data.slices import sliced
 from trace_dist.masks.mask import Mask
 from trace_dist.masks.ops import layouts_for, random_mask
 from trace_dist.models.blocks import decoder_blocks, whole_blocks
 from trace_dist.optim.masked_adamw import MaskedAdamW
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.build import shard
+from trace_dist.sharding.comm import Comm
 from trace_dist.sharding.dense import dense_engine, dense_states
+from trace_dist.sharding.sequence import SequenceParallel
 from trace_dist.sharding.zero3 import load_deepspeed, zero3_config
 from trace_dist.train.loss import forward_nll_sum
 from trace_dist.utils import dist
@@ -107,6 +110,7 @@ class Race:
         micro_batch: examples per rank and step.
         sequence: tokens per example.
         attention: one of ``ATTENTION``; ``auto`` is what is faster ([Note: attention]).
+        sequence_parallel: ranks that share examples (sharding/sequence.py).
     """
 
     shape: str = "SmolLM2-135M"
@@ -114,6 +118,7 @@ class Race:
     micro_batch: int = 4
     sequence: int = 128
     attention: str = "auto"
+    sequence_parallel: int = 1
 
     def __post_init__(self) -> None:
         if self.attention not in ATTENTION:
@@ -131,6 +136,8 @@ class Race:
             model = AutoModelForCausalLM.from_config(
                 self.config(), attn_implementation=attention, dtype=torch.bfloat16
             )
+        if self.sequence_parallel > 1:
+            SequenceParallel(model, self.sequence_parallel, Comm())
         return model.train()
 
     def config(self) -> Any:
@@ -138,15 +145,27 @@ class Race:
         return LlamaConfig(**SHAPES[self.shape])
 
     def tokens(self) -> Tensor:
-        """This rank's tokens, on the CPU, the same on any device: [micro_batch, sequence]."""
-        generator = torch.Generator().manual_seed(dist.rank())
+        """The tokens of this rank's group, on the CPU, the same on any device: [micro_batch, sequence]."""
+        generator = torch.Generator().manual_seed(dist.rank() // self.sequence_parallel)
         shape = (self.micro_batch, self.sequence)
         return torch.randint(self.config().vocab_size, shape, generator=generator)
 
+    def part(self) -> tuple[dict[str, Tensor], Tensor]:
+        """What this rank reads of them, on the CPU, and its labels."""
+        ids = self.tokens()
+        if self.sequence_parallel == 1:
+            return {"input_ids": ids}, ids
+        index = dist.rank() % self.sequence_parallel
+        part = sliced({"input_ids": ids, "labels": ids}, self.sequence_parallel, index)
+        return part, part.pop("labels")
+
     def batch(self) -> dict[str, Tensor]:
-        """The same with labels, where the model computes."""
-        ids = self.tokens().to(dist.local_device())
-        return {"input_ids": ids, "labels": ids}
+        """The same with labels, as transformers take them, where the model computes."""
+        inputs, labels = self.part()
+        if self.sequence_parallel > 1:
+            inputs |= {"shift_labels": labels[:, 1:].contiguous()}
+            labels = labels[:, :-1]
+        return {name: each.to(dist.local_device()) for name, each in {**inputs, "labels": labels}.items()}
 
 
 @dataclass(frozen=True)
@@ -230,8 +249,8 @@ def _full_fsdp2(race: Race) -> Contestant:
 
 def own_loss(model: Any, race: Race) -> Callable[[], Tensor]:
     """The mean loss of this rank's tokens, as trace_dist computes it."""
-    inputs = {"input_ids": race.batch()["input_ids"]}
-    labels = race.tokens()  # on the CPU, as those of real batches: they are read there
+    inputs, labels = race.part()  # labels on the CPU, as those of real batches: they are read there
+    inputs = {name: each.to(dist.local_device()) for name, each in inputs.items()}
     return lambda: forward_nll_sum(model, inputs, labels, 1 / labels[:, 1:].numel())
 
 

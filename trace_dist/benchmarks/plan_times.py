@@ -72,6 +72,7 @@ def plan_times(options: Sequence[Option], gpu: str, link_gbps: float) -> list[di
             density=density,
             micro_batch_size=micro_batch,
             sequence_length=base.sequence_length,
+            sequence_parallel=base.sequence_parallel,
             activation_checkpointing=recomputes,
         )
         found = simulate(setup)

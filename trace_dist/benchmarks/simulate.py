@@ -26,6 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trace_dist.benchmarks.contestants import CONTESTANTS, Contestant, Race, build
+from trace_dist.data.slices import slice_length
 from trace_dist.models.architecture import empty_model
 from trace_dist.models.blocks import decoder_blocks
 from trace_dist.profiling.estimate import load_config
@@ -148,11 +149,13 @@ def _blocks(setup: SimulationSetup, config: Any) -> list[int]:
 def _recorded(setup: SimulationSetup, config: Any, name: str, blocks: int) -> Program:
     race = ModelRace(
         *("tiny", setup.density, setup.micro_batch_size, setup.sequence_length, "sdpa"),
+        sequence_parallel=setup.sequence_parallel,
         model_config=config,
         num_blocks=blocks,
         recomputes=setup.activation_checkpointing,
     )
-    return record(lambda: build(name, race), setup.world_size, race.micro_batch * race.sequence)
+    num_tokens = race.micro_batch * slice_length(race.sequence, race.sequence_parallel)
+    return record(lambda: build(name, race), setup.world_size, num_tokens)
 
 
 def record(make: Callable[[], Contestant], world: int, num_tokens: int, synchronous: bool = False) -> Program:
@@ -233,7 +236,8 @@ def continued(few: Any, more: Any, further: int) -> Any:
 
 def _derive(found: Found, setup: SimulationSetup) -> None:
     """Rates, which do not grow in a straight line."""
-    tokens = setup.world_size * setup.micro_batch_size * setup.sequence_length
+    groups = setup.world_size // setup.sequence_parallel
+    tokens = groups * setup.micro_batch_size * setup.sequence_length
     found["tokens_per_s"] = {bound: tokens / seconds for bound, seconds in found["step_s"].items()}
     if setup.price is not None:
         dollars = setup.price * setup.world_size / 3600

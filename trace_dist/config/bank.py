@@ -53,7 +53,7 @@ class BankConfig(Section):
     module of your own."""
     composition_options: dict[str, Any] = field(default_factory=dict)
     """Options of the composition; of combination: candidates (3), steps (20), trial_steps (20), batch_size (train.batch_size),
-    lr (0.1), l1 (0.1), l2 (0.01), least_gain (0.02)."""
+    lr (0.1), l1 (0.1), l2 (0.01), least_gain (0.05)."""
     keep: Literal["whole", "recipe"] = "whole"
     """What the bank keeps of a task that begins with earlier deltas: `whole`, all of its values, which need no other task; or
     `recipe`, its own part and some hundred bytes that say which deltas it began with. Those can be renamed, but not removed."""

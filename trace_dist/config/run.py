@@ -78,6 +78,7 @@ class RunConfig(Section):
         ranks, one_process = self.launch.num_ranks, self.backend == "single"
         rule, cure = "backend single runs in one process", "set backend: zero3 or fsdp2"
         check(ranks == 1 or not one_process, "launch.num_ranks", ranks, rule, cure)
+        self._check_sequence()
         unranked = [task.name for task in self.tasks if task.metric == "bits_per_byte"]
         rule = "bits_per_byte is for general sets, accuracies are in percent"
         check(not unranked, "tasks.metric", unranked, rule, "choose one of the others for tasks")
@@ -90,6 +91,17 @@ class RunConfig(Section):
         if not self.run_dir:
             # The one value that is worked out from others; the object is not shared yet.
             object.__setattr__(self, "run_dir", f"{self.bank.path}.work/{self.tasks[0].name}")
+
+    def _check_sequence(self) -> None:
+        size, ranks = self.train.sequence_parallel, self.launch.num_ranks
+        if size == 1:
+            return
+        name, rule = "train.sequence_parallel", "backend single runs in one process"
+        check(self.backend != "single", name, size, rule, "set backend: zero3 or fsdp2, or use 1")
+        rule = f"shares rows of tokens, and data.modality is {self.data.modality}"
+        check(self.data.modality == "text", name, size, rule, "use 1")
+        rule, cure = f"must divide launch.num_ranks={ranks}", "change one of the two"
+        check(ranks == 1 or ranks % size == 0, name, size, rule, cure)
 
     def _check_models(self) -> None:
         prune = self.target.prune

@@ -44,6 +44,10 @@ class TrainConfig(Section):
     """Keep an fp32 copy of masked bf16 weights; without it they are rounded stochastically."""
     offload: Literal["none", "cpu"] = "none"
     """Where moments and master live: none is beside the weights, cpu is host memory, where the update then runs."""
+    sequence_parallel: int = 1
+    """Ranks that share the rows of a micro-batch, one after another: each holds a slice of the activations and logits, and some
+    of the attention heads while it attends. It must divide the ranks and fit the heads; batches are those of that many times
+    fewer ranks (docs/clusters.md)."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     checkpoint_every: int | None = None
@@ -79,6 +83,7 @@ class TrainConfig(Section):
 
     def check(self) -> None:
         self.at_least(1, "steps", "batch_size", "micro_batch_size", "log_every", "checkpoint_keep")
+        self.at_least(1, "sequence_parallel")
         self.at_least(0, "warmup_steps", "checkpoint_every", "eval_every", "max_bad_steps", "spike_rollbacks")
         self.at_least(1, "patience")
         self._check_looks()

@@ -56,12 +56,12 @@ def choose_view(judge: Judge, model: ShardedModel) -> View:
     Collective.
     """
     wanted, sets = judge.cfg.bank, [*judge.bench.tasks, *judge.bench.general]
-    layers, poolings = [wanted.layer], [wanted.pooling]
-    if wanted.layer == AUTO:
+    if wanted.layer == "auto":
         depth = model.module.config.get_text_config().num_hidden_layers
         layers = sorted({round(share * depth) for share in DEPTHS})
-    if wanted.pooling == AUTO:
-        poolings = list(judge.bench.modality.poolings)
+    else:
+        layers = [wanted.layer]
+    poolings = list(judge.bench.modality.poolings) if wanted.pooling == "auto" else [wanted.pooling]
     found = {
         pooling: [
             judge.represent_layers(model, stream.task.train["prompt"][:NUM_PROMPTS], layers, pooling)
@@ -88,6 +88,9 @@ def choose_view(judge: Judge, model: ShardedModel) -> View:
 
 def _losses(judge: Judge, sets: Sequence[Stream], x: Sequence[torch.Tensor]) -> tuple[float, float]:
     """Percent of held-out prompts that go wrong, and the bound on it by their margins (``bound.cantelli_limits``)."""
+    # As the last token of a chat template before any layer: nothing tells such prompts apart, nor has a Gaussian a width.
+    if not any(bool((each != each[0]).any()) for each in x):
+        return 100.0, 100.0
     bank = judge.cfg.bank
     retriever = Retriever(
         fit_signature(each, bank.clusters, judge.cfg.seed, stream.task.name, 0.5, bank.signature)

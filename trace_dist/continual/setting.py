@@ -84,7 +84,7 @@ class Setting:
     @cached_property
     def model(self) -> ShardedModel:
         """The target on the run's backend, loaded when first used. Collective."""
-        return load_target(self.cfg.target, self.cfg.backend)
+        return load_target(self.cfg.target, self.cfg.backend, self.cfg.train.sequence_parallel)
 
     @cached_property
     def isolation(self) -> Isolation:

@@ -9,7 +9,8 @@ straddle epochs. So the number of examples consumed is the whole state, whatever
 Every rank knows every global batch, takes one contiguous share of it, and counts the answer tokens of
 all shares without communication: the loss of a step is the sum over its tokens divided by that count.
 
-What is shared out are examples, or rows of several examples (data/packing.py).
+What is shared out are examples, or rows of several examples (data/packing.py). Where several ranks share rows (``share_rows``)
+each group of them takes the share of one rank, and every rank of it a slice of each row (data/slices.py).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import torch
 
 from trace_dist.data.encoding import IGNORE
 from trace_dist.data.packing import Layout, collate_packed, pack
+from trace_dist.data.slices import check_ranks, sliced
 from trace_dist.utils import dist
 from trace_dist.utils.agreement import agree
 
@@ -116,6 +118,7 @@ class Batches(Iterator[Step]):
         self.wants_packing = packing
         """Whether packing was asked for, and nobody has decided on it."""
         self._layout: Layout | None = None  # not None iff examples share rows
+        self._sharers = 1
         self._rank = dist.rank() if rank is None else rank
         self._world_size = dist.world_size() if world_size is None else world_size
         if world_size is None:
@@ -128,12 +131,25 @@ class Batches(Iterator[Step]):
         self._consumed += self._batch_size
         num_tokens = sum(int(self._num_answer_tokens[source][row]) for source, row in slots)
         rows = [[slot] for slot in slots] if self._layout is None else self._packed(slots)
-        shares = np.array_split(np.arange(len(rows)), self._world_size)
-        share = [rows[i] for i in shares[self._rank]]
+        shares = np.array_split(np.arange(len(rows)), self._world_size // self._sharers)
+        share = [rows[i] for i in shares[self._rank // self._sharers]]
         size = self._micro_batch_size
         num_micro = math.ceil(len(shares[0]) / size)  # array_split gives the first rank the most
         micro_batches = [self._collate(share[i * size : (i + 1) * size]) for i in range(num_micro)]
+        if self._sharers > 1:
+            micro_batches = [self._slice(whole, self._rank % self._sharers) for whole in micro_batches]
         return Step(micro_batches, num_tokens, self._nll_sum)
+
+    def share_rows(self, size: int) -> None:
+        """Let every ``size`` ranks, one after another, share rows from now on; 1: each rank has rows of its own.
+
+        Raises:
+            ValueError: the ranks cannot be divided so, or the examples are no text.
+        """
+        if size > 1 and self._collate_rows is not None:
+            raise ValueError(f"train.sequence_parallel={size}: shares rows of text; these are none; use 1")
+        check_ranks(self._world_size, size, "train.sequence_parallel")
+        self._sharers = size
 
     def pack(self, layout: Layout | None) -> None:
         """Let examples share rows from now on; None does not, and settles that they shall not."""
@@ -249,6 +265,10 @@ class Batches(Iterator[Step]):
             return collate_packed(rows, self._pad_id, self._layout)
         examples = [example for row in rows for example in row]
         return collate(examples, self._pad_id) if self._collate_rows is None else self._collate_rows(examples)
+
+    def _slice(self, whole: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
+        """A rank's slice of a micro-batch."""
+        return sliced(whole, self._sharers, index, self._pad_id)
 
     def _rows(self, slots: list[Slot]) -> list[dict[str, Any]]:
         return [self._datasets[source][row] for source, row in slots]

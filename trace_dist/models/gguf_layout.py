@@ -115,9 +115,13 @@ def _check_names(tensors: list[str], facts: Mapping[str, list[int]]) -> None:
         name.partition(".")[2]: value for name, value in facts.items() if not name.startswith("general.")
     }
     attends = any(".attn_q" in name for name in tensors)
-    for needed in (*_NEEDED, *(_NEEDED_BY_ATTENTION if attends else ())):
-        if needed not in stated:
-            raise ValueError(f"it does not say its {needed}")
+    needed = (*_NEEDED, *(_NEEDED_BY_ATTENTION if attends else ()))
+    for name in needed:
+        if name not in stated:
+            raise ValueError(f"it does not say its {name}")
+    families = {name.partition(".")[0] for name in facts if name.partition(".")[2] in needed}
+    if len(families) > 1:
+        raise ValueError(f"its facts are of several architectures: {', '.join(sorted(families))}")
     if any("_norm" in name for name in tensors) and not any(name in stated for name in _EPSILON):
         raise ValueError(f"it says none of {', '.join(_EPSILON)}")
     blocks = {int(match[1]) for name in tensors if (match := re.match(r"blk\.(\d+)\.", name))}

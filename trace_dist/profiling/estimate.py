@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from trace_dist.config import Backend, Quantize
+from trace_dist.data.slices import check_ranks, slice_length
 from trace_dist.masks.layouts import layouts_for
 from trace_dist.masks.units import UnitLayout
 from trace_dist.models.architecture import cause, empty_model, read_config
@@ -43,6 +44,7 @@ from trace_dist.profiling.selection import (
 )
 from trace_dist.sharding.compaction import linear_modules
 from trace_dist.sharding.index_shares import share_bytes, worth_sharing
+from trace_dist.sharding.sequence import check_divisible
 from trace_dist.sharding.views import chunk_views
 
 STATES = ("weights", "master", "exp_avg", "exp_avg_sq", "gradients", "indices", "staging")
@@ -128,8 +130,12 @@ class Estimator:
         """The memory of one setup.
 
         Raises:
-            ValueError: nothing is maskable, the mask would select nothing, or the family's code does not run on the meta device.
+            ValueError: nothing is maskable, the mask would select nothing, so many ranks cannot share rows, or the family's code
+                does not run on the meta device.
         """
+        if setup.sequence_parallel > 1:
+            check_ranks(setup.world_size, setup.sequence_parallel)
+            check_divisible(self.module.config, setup.sequence_parallel)
         layouts = self.layouts(setup.granularity, setup.block, setup.maskable)
         selected = selections(layouts, setup.density)
         if not selected:
@@ -143,7 +149,7 @@ class Estimator:
         step = _Step(
             columns,
             setup.micro_batch_size,
-            setup.sequence_length,
+            max(2, slice_length(setup.sequence_length, setup.sequence_parallel)),
             setup.activation_checkpointing,
             setup.device,
         )

@@ -43,6 +43,9 @@ class MemorySetup:
     """Examples per forward and backward pass on one rank."""
     sequence_length: int = 512
     """Tokens per example."""
+    sequence_parallel: int = 1
+    """Ranks that share the rows of a micro-batch (`train.sequence_parallel`); each holds a slice of activations and logits. What
+    their exchange of attention heads takes meanwhile is not counted."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     keep_best: bool = False
@@ -52,7 +55,10 @@ class MemorySetup:
         if not 0 < self.density <= 1:
             raise ValueError(f"density={self.density}: must lie in (0, 1]; use for example 0.05")
         Granularities.parse(self.granularity, "granularity")
-        for name, least in (("block", 1), ("world_size", 1), ("micro_batch_size", 1), ("sequence_length", 2)):
+        for name, least in (
+            *(("block", 1), ("world_size", 1), ("micro_batch_size", 1), ("sequence_length", 2)),
+            ("sequence_parallel", 1),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}; raise it")
         if self.backend == "single" and self.world_size > 1:

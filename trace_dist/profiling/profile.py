@@ -124,7 +124,7 @@ def _train(config: Any, setup: MemorySetup, steps: int, baseline: int) -> tuple[
     module.train()
     if setup.activation_checkpointing:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = shard(module, setup.backend)
+    model = shard(module, setup.backend, setup.sequence_parallel)
     del module
     mask = Mask.random(model, setup.density, setup.granularity, 0, setup.block, setup.maskable)
     optimizer = MaskedAdamW(
@@ -135,12 +135,15 @@ def _train(config: Any, setup: MemorySetup, steps: int, baseline: int) -> tuple[
         (setup.micro_batch_size, setup.sequence_length),
         device=model.device,
     )
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs, labels = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids
+    if model.sequence is not None:  # the ranks have drawn the same tokens
+        inputs = model.sequence.slice({**inputs, "labels": ids})
+        labels = inputs.pop("labels")
     states: dict[str, int] = {}
     with Watch(model.device, baseline) as watch:
         for _ in range(steps):
             with watch.phase("forward"):
-                loss = forward_nll_sum(model, inputs, ids, 1 / ids.numel())
+                loss = forward_nll_sum(model, inputs, labels, 1 / ids.numel())
             with watch.phase("backward"):
                 model.backward(loss)
                 del loss
@@ -150,7 +153,7 @@ def _train(config: Any, setup: MemorySetup, steps: int, baseline: int) -> tuple[
                 optimizer.zero_grad()
     saved = SavedTensors(model.module)
     with saved:
-        loss = forward_nll_sum(model, inputs, ids, 1 / ids.numel())
+        loss = forward_nll_sum(model, inputs, labels, 1 / ids.numel())
     between = {"gathered": tensor_bytes(model.copies())}
     if not setup.activation_checkpointing:
         between = {"activations": saved.nbytes, **between}

@@ -16,6 +16,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+import torch.distributed as td
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -50,7 +52,17 @@ def sent_by(func: Any, args: tuple[Any, ...]) -> tuple[str, float]:
     name = func._schema.name.removeprefix("c10d::")
     if name not in _SENT:
         raise ValueError(f"collective={name!r}: not known to the counter; add it to profiling/wire.py")
-    return name, _SENT[name](dist.world_size(), args)
+    return name, _SENT[name](group_size(args), args)
+
+
+def group_size(args: tuple[Any, ...]) -> int:
+    """Ranks of the process group among the arguments of a c10d operator; all of them where it is told otherwise."""
+    groups = (each for each in args if isinstance(each, torch.ScriptObject))
+    return next((td.ProcessGroup.unbox(each).size() for each in groups if _is_group(each)), dist.world_size())
+
+
+def _is_group(each: torch.ScriptObject) -> bool:
+    return each._type().qualified_name().endswith("c10d.ProcessGroup")
 
 
 class WireCounter(TorchDispatchMode):

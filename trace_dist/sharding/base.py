@@ -28,6 +28,7 @@ from trace_dist.sharding.compaction import Compactor
 from trace_dist.sharding.overlay import Overlay, union
 from trace_dist.sharding.overlay_gathers import OverlayGathers
 from trace_dist.sharding.saving import check_can_be_saved, write_pretrained
+from trace_dist.sharding.sequence import SequenceParallel
 from trace_dist.sharding.support import Accumulate, Support
 from trace_dist.sharding.views import PartitionView
 from trace_dist.utils import dist
@@ -50,6 +51,8 @@ class ShardedModel(ABC):
         self.module: Any = self.roots[-1]
         self.comm = Comm()
         self.rank, self.world = self.comm.rank, self.comm.world
+        self.sequence: SequenceParallel | None = None
+        """How ranks share rows; None where each reads rows of its own."""
         self._compactor: Compactor | None = None
         for parameter in module.parameters():
             parameter.requires_grad_(False)
@@ -77,6 +80,15 @@ class ShardedModel(ABC):
     @abstractmethod
     def gathered(self, parameters: list[Any]) -> AbstractContextManager[list[Tensor]]:
         """Parameters as a whole, on every rank, inside the block. Collective."""
+
+    def share_rows(self, size: int) -> None:
+        """Let every ``size`` ranks, one after another, share rows (sharding/sequence.py). Collective.
+
+        Raises:
+            ValueError: the ranks or the attention heads cannot be divided so, or the model's attention cannot be replaced.
+        """
+        if size > 1:
+            self.sequence = SequenceParallel(self.module, size, self.comm)
 
     def indices_may_leave(self, name: str) -> bool:
         """Whether nothing but a backward pass needs to know where the masked entries of other ranks are in a weight."""

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from trace_dist.config import Quantize
+from trace_dist.data.slices import check_ranks
+from trace_dist.models.architecture import read_config
 from trace_dist.models.quantised import refuse_quantised_module
+from trace_dist.models.wrapping import unwrap
 from trace_dist.sharding.base import ShardedModel
+from trace_dist.sharding.prepared import refuse_tensor_parallel
 from trace_dist.sharding.saving import check_can_be_saved
+from trace_dist.sharding.sequence import check_divisible
 from trace_dist.sharding.single import SingleModel
 from trace_dist.utils import dist
 
@@ -34,28 +41,39 @@ def _backend(name: str) -> type[ShardedModel]:
     raise ValueError(f"backend={name!r}: unknown; use one of {', '.join(BACKENDS)}")
 
 
-def shard(model: nn.Module, backend: str = "single") -> ShardedModel:
+def shard(model: nn.Module, backend: str = "single", sequence_parallel: int = 1) -> ShardedModel:
     """Spread a transformers model over the ranks of this job and freeze it. Collective.
 
     Args:
         model: the model; ``zero3`` and ``fsdp2`` shard it in place.
         backend: ``single``, ``zero3`` (DeepSpeed ZeRO-3, arXiv 1910.02054) or ``fsdp2`` (torch's ``fully_shard``).
+        sequence_parallel: ranks that share rows, one after another: all of them have the same batch, and each calls the model on
+            ``sharded.sequence.slice(batch)``. Labels there are one longer than the tokens: ``labels[:, 1:]`` are what follows.
 
     Returns:
         The model to call and to give to ``MaskedAdamW``, with ``backward``, ``save_pretrained`` and more. Its weights keep their
         dtype and receive no gradient before a mask is attached.
 
     Raises:
-        ValueError: unknown backend, ``single`` with more than one rank, or a model with quantised weights or PEFT adapters.
+        ValueError: unknown backend, ``single`` with more than one rank, a model with quantised weights or PEFT adapters, or
+            one whose attention heads so many ranks cannot share.
     """
+    _check_size(sequence_parallel)
     kind = _backend(backend)
     refuse_quantised_module(model)
+    refuse_tensor_parallel(model)
     check_can_be_saved(model)
     dist.init_distributed()
-    return kind(model)
+    if sequence_parallel > 1:
+        _check_shared(unwrap(model).config, sequence_parallel)
+    sharded = kind(model)
+    sharded.share_rows(sequence_parallel)
+    return sharded
 
 
-def load_sharded(path: str, dtype: str, backend: str = "single", quantize: Quantize = "none") -> ShardedModel:
+def load_sharded(
+    path: str, dtype: str, backend: str = "single", quantize: Quantize = "none", sequence_parallel: int = 1
+) -> ShardedModel:
     """Load a checkpoint straight into its shards. Collective.
 
     Args:
@@ -63,13 +81,31 @@ def load_sharded(path: str, dtype: str, backend: str = "single", quantize: Quant
         dtype: ``float32`` or ``bfloat16``.
         backend: ``single``, ``zero3`` or ``fsdp2``; under the last two no rank ever holds the whole model.
         quantize: ``nf4`` keeps the linear layers as frozen 4-bit codes (arXiv 2305.14314); masked entries live beside them.
+        sequence_parallel: as ``shard``.
 
     Returns:
         As ``shard``.
 
     Raises:
-        ValueError: unknown backend; a checkpoint that cannot be loaded; ``nf4`` without bitsandbytes.
+        ValueError: unknown backend; a checkpoint that cannot be loaded; ``nf4`` without bitsandbytes; attention heads that so
+            many ranks cannot share.
     """
+    _check_size(sequence_parallel)
     kind = _backend(backend)
     dist.init_distributed()
-    return kind.from_pretrained(path, getattr(torch, dtype), quantize)
+    if sequence_parallel > 1:
+        _check_shared(read_config(path, f"path={path!r}"), sequence_parallel)
+    sharded = kind.from_pretrained(path, getattr(torch, dtype), quantize)
+    sharded.share_rows(sequence_parallel)
+    return sharded
+
+
+def _check_size(sequence_parallel: int) -> None:
+    if sequence_parallel < 1:
+        raise ValueError(f"sequence_parallel={sequence_parallel}: must be at least 1; use 1 for none")
+
+
+def _check_shared(config: Any, sequence_parallel: int) -> None:
+    """Before anything is sharded, which takes long."""
+    check_ranks(dist.world_size(), sequence_parallel)
+    check_divisible(config, sequence_parallel)

@@ -5,7 +5,8 @@ Replace ``ShardedModel.comm`` before a mask is attached to count them, to let th
 [Note: two groups] All gathers of weights, the sharding library's and ours, run in the job's default group. What travels while a
 backward pass runs, and what is agreed at its end, has a group of its own. A rank that lacks a gradient exchanges its bucket later
 than the others, between other gathers: in one group the ranks would then meet in different collectives, and hang. The gathers of
-indices that are shared out ([Note: one order] in sharding/index_shares.py) have another one for the same reason.
+indices that are shared out ([Note: one order] in sharding/index_shares.py) have another one for the same reason. Ranks that share
+rows (sharding/sequence.py) meet in groups of their own.
 """
 
 from __future__ import annotations
@@ -49,6 +50,16 @@ class Comm:
             Something whose ``wait()`` ends when everything has arrived.
         """
         return td.all_gather_into_tensor(whole, mine, group=dist.indices_group(), async_op=True)
+
+    def open_rows(self, size: int) -> None:
+        """Make the groups of ``swap_rows``, of ``size`` ranks each, where there are none yet."""
+        dist.rows_group(size)
+
+    def swap_rows(self, sent: Tensor, size: int) -> Tensor:
+        """Send row i, [size, n], to the i-th rank of this rank's group of ``size``; one row of each of them, in their order."""
+        received = torch.empty_like(sent)
+        td.all_to_all_single(received, sent, group=dist.rows_group(size))
+        return received
 
     def gather_ahead(self, whole: Tensor, mine: Tensor) -> Any:
         """As ``gather_indices``, of what all ranks want in the order in which they gather weights."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from trace_dist.masks.mask import Mask
@@ -45,6 +46,7 @@ def as_sharded(model: ShardedModel | nn.Module) -> ShardedModel:
         return model
     layers = peel(model)
     refuse_quantised_module(layers[-1])
+    refuse_tensor_parallel(layers[-1])
     dist.init_distributed()
     around = [layer for layer in layers if isinstance(layer, DistributedDataParallel)]
     for ddp in around:
@@ -81,6 +83,18 @@ def as_sharded(model: ShardedModel | nn.Module) -> ShardedModel:
     if not around:  # DDP has made them the same
         _check_same_weights(inside)
     return PreparedModel(model)
+
+
+def refuse_tensor_parallel(model: nn.Module) -> None:
+    """Raise ValueError where weights are cut by tensor parallelism; those of ``fully_shard`` are its backend's to judge."""
+    if any(isinstance(part, FSDPModule) for part in model.modules()):
+        return
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ValueError(
+                f"model: {name!r} is cut by tensor parallelism ({parameter.placements}); masked training needs whole weights, or "
+                "dimension 0 cut over all ranks: give the model as it was before parallelize_module"
+            )
 
 
 class PreparedModel(ReplicatedModel):

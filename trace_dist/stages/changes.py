@@ -33,6 +33,7 @@ HOW_IT_RUNS = (
     "train.checkpoint_keep",
     "train.log_every",
     "train.max_bad_steps",
+    "train.sequence_parallel",
     "train.spike_rollbacks",
     "train.trackers",
 )

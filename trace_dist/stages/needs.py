@@ -102,12 +102,15 @@ def of_probe(cfg: RunConfig, longest: int, proxy: Estimator) -> Need:
 def alone(cfg: RunConfig, setup: MemorySetup, batch_size: int) -> MemorySetup:
     """The same training in one process."""
     size = min(cfg.train.micro_batch_size, batch_size)
-    return replace(setup, backend="single", world_size=1, micro_batch_size=size)
+    return replace(setup, backend="single", world_size=1, micro_batch_size=size, sequence_parallel=1)
 
 
 def setup_of(cfg: RunConfig, longest: int) -> MemorySetup:
     """Training of one of the run's masks."""
     on_cuda = dist.local_device().type == "cuda"
+    ranks = cfg.launch.num_ranks
+    size = cfg.train.sequence_parallel if ranks % cfg.train.sequence_parallel == 0 else 1
+    groups = ranks // size
     return MemorySetup(
         model=cfg.target.path,
         density=cfg.largest.mask.share,
@@ -121,8 +124,9 @@ def setup_of(cfg: RunConfig, longest: int) -> MemorySetup:
         offload=cfg.train.offload,
         device="cuda" if on_cuda else "cpu",
         backend=cfg.backend,
-        world_size=cfg.launch.num_ranks,
-        micro_batch_size=min(cfg.train.micro_batch_size, -(-cfg.train.batch_size // cfg.launch.num_ranks)),
+        world_size=ranks,
+        micro_batch_size=min(cfg.train.micro_batch_size, -(-cfg.train.batch_size // groups)),
         sequence_length=max(2, min(longest, cfg.data.max_length)),
+        sequence_parallel=size,
         activation_checkpointing=cfg.train.activation_checkpointing,
     )

@@ -13,6 +13,7 @@ from trace_dist.continual.driver import check_methods
 from trace_dist.masks.layouts import layouts_for
 from trace_dist.models.architecture import empty_model, read_config
 from trace_dist.models.loading import resolve
+from trace_dist.sharding.sequence import check_divisible, check_heads
 from trace_dist.stages.probe import needs_probe
 
 
@@ -41,6 +42,20 @@ def check_masks(cfg: RunConfig) -> None:
                 f"{'tensors' if by_count else 'elements'}) of the {role}, so nothing would train; raise it above "
                 f"{least / 2 / total:.1e}, or choose a finer mask.granularity"
             )
+
+
+def check_shared_rows(cfg: RunConfig) -> None:
+    """Whether as many ranks as ``train.sequence_parallel`` says can share the target's attention heads. Of models that are made
+    later only tiny ones are known.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    model, size, field = cfg.target, cfg.train.sequence_parallel, "train.sequence_parallel"
+    if not model.made or (Path(model.path) / "config.json").is_file():
+        check_divisible(read_config(resolve(model.path), f"target.path={model.path!r}"), size, field)
+    elif model.tiny is not None:
+        check_heads(model.tiny.num_heads, model.tiny.num_heads, size, field)
 
 
 def _masked(cfg: RunConfig) -> Iterator[tuple[str, ModelConfig]]:

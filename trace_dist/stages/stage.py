@@ -11,7 +11,7 @@ from trace_dist.utils.files import read_json, reading
 
 ALONE = [
     *("--backend", "single", "--launch.launcher", "none", "--launch.num_ranks", "1"),
-    *("--launch.hostfile", "null"),
+    *("--launch.hostfile", "null", "--train.sequence_parallel", "1"),
 ]
 """Arguments of a command that runs in one process, whatever the configuration says of the others."""
 

@@ -72,6 +72,8 @@ def start(cfg: RunConfig, command: str, **own: str | None) -> None:
     check_shared(cfg.folder.lock, f"run_dir={cfg.run_dir!r}")
     # After that, since it imports the parts, which takes seconds, and a folder that is taken is refused at once.
     check_parts(cfg)
+    if cfg.train.sequence_parallel > 1:
+        on_main(lambda: _check_shared_rows(cfg))
     if command in MAKES_MASKS and own.get("mask_file") is None:
         on_main(lambda: _check_masks(cfg))
     on_main(lambda: keep_config(cfg, whole_run=command in STARTS_STAGES))
@@ -98,6 +100,13 @@ def check_parts(cfg: RunConfig) -> None:
     check_methods(cfg)
     check_schedule(cfg.train)
     check_trackers(cfg.train.trackers)
+
+
+def _check_shared_rows(cfg: RunConfig) -> None:
+    with importing():
+        from trace_dist.stages.shapes import check_shared_rows
+
+    check_shared_rows(cfg)
 
 
 def _check_masks(cfg: RunConfig) -> None:
@@ -185,7 +194,15 @@ def _check_number_of_ranks(cfg: RunConfig, command: str) -> None:
         raise ValueError(
             f"backend='single': {found} ranks were started; set --backend zero3, or start one process"
         )
-    on_ranks = command in ON_ALL_RANKS or (command in STARTS_STAGES and found > 1)
+    size = cfg.train.sequence_parallel
+    starts = command in STARTS_STAGES
+    ranks = asked if starts and found == 1 else found
+    if (starts or command in ON_ALL_RANKS) and ranks % size:
+        raise ValueError(
+            f"train.sequence_parallel={size}: must divide the number of ranks, and {command} works on {ranks}; start it with a "
+            f"launcher on a multiple of {size}, set --launch.num_ranks, or use 1"
+        )
+    on_ranks = command in ON_ALL_RANKS or (starts and found > 1)
     if not on_ranks or cfg.backend == "single":
         return
     if found < asked:

@@ -58,6 +58,7 @@ class CombinationLearner(Learner):
     """
 
     optimizer: torch.optim.Adam
+    model: ShardedModel
 
     def __init__(
         self, model: ShardedModel, deltas: Sequence[Delta], lr: float, l1: float = 0.0, l2: float = 0.0

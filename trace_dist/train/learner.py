@@ -42,6 +42,8 @@ class Learner(ABC):
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
+    model: ShardedModel | None = None
+    """The module on its ranks; None in one process."""
     best: dict[str, Tensor] | None = None
     """Values of an earlier step, which ``keep_best`` kept, in host memory; checkpoints hold them too."""
 
@@ -121,6 +123,7 @@ class MaskedLearner(Learner):
     """Masked training of a sharded model."""
 
     optimizer: MaskedAdamW
+    model: ShardedModel
 
     def __init__(
         self,

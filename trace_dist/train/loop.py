@@ -30,6 +30,7 @@ from trace_dist.train.learner import Learner
 from trace_dist.train.metric_log import MetricLog
 from trace_dist.train.packing import settle_packing
 from trace_dist.train.schedule import continue_schedule, make_schedule
+from trace_dist.train.sequence import settle_sequence
 from trace_dist.train.validation import Look, Validator
 from trace_dist.utils import dist, stopping
 from trace_dist.utils.agreement import agree
@@ -168,6 +169,7 @@ def train_steps(
     learner.module.train()
     _checkpoint_activations(learner, cfg.activation_checkpointing)
     settle_packing(learner, batches)
+    settle_sequence(learner, batches)
     stream: Iterator[Any] = iter(batches)
     watch = Watch(cfg, description, learner, batches, log)
     ended = validator is not None and validator.is_over(result.looks)

@@ -32,13 +32,13 @@ def answer_nll_sum_(logits: Tensor, labels: Tensor, scale: float = 1.0) -> Tenso
 
     Args:
         logits: [batch, length, vocabulary], any float dtype.
-        labels: [batch, length] int64; -100 where there is no loss.
+        labels: [batch, length] int64, or one more (``answer_logits``); -100 where there is no loss.
         scale: factor of the loss.
 
     Returns:
         Scalar, in nats, fp32 (fp64 for fp64 logits); 0 with gradient when nothing is labelled.
     """
-    return nll_sum_(logits.flatten(0, 1), _following(labels), scale)
+    return nll_sum_(logits.flatten(0, 1), _following(labels, logits.shape[1]), scale)
 
 
 def forward_nll_sum(
@@ -62,8 +62,9 @@ def answer_logits(forward: Forward, inputs: dict[str, Tensor], labels: Tensor) -
     Args:
         forward: as in ``forward_nll_sum``.
         inputs: as there, [batch, length].
-        labels: [batch, length] int64; -100 where there is no loss. They are read here: on a GPU the host would wait for them, so
-            they had better be on the CPU.
+        labels: [batch, length] int64; -100 where there is no loss. One more of a slice of rows, whose last token is followed by
+            one of another slice (data/slices.py). They are read here: on a GPU the host would wait for them, so they had better
+            be on the CPU.
 
     Returns:
         Logits [n, vocabulary], and what follows, [n] int64: -100 where that is no answer token. Row by row of the batch.
@@ -73,8 +74,8 @@ def answer_logits(forward: Forward, inputs: dict[str, Tensor], labels: Tensor) -
     if "position_ids" in inputs:  # with a cache, transformers would not see that examples share a row
         options = supported(_module(forward), use_cache=False)
     if not _takes(forward, "logits_to_keep"):
-        logits = forward(**inputs, **options).logits.flatten(0, 1)
-        return logits, sent(_following(labels), logits.device)
+        logits = forward(**inputs, **options).logits
+        return logits.flatten(0, 1), sent(_following(labels, logits.shape[1]), logits.device)
     targets = labels[:, 1:]
     positions = (targets != IGNORE).any(0).nonzero().flatten()
     if len(positions) == 0:  # a filler batch: its backward pass must still run
@@ -84,9 +85,14 @@ def answer_logits(forward: Forward, inputs: dict[str, Tensor], labels: Tensor) -
     return logits.flatten(0, 1), sent(targets[:, positions].flatten(), logits.device)
 
 
-def _following(labels: Tensor) -> Tensor:
-    """What follows each position, [batch * length]; nothing the last ones: to cut their logits off would copy the others."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
+def _following(labels: Tensor, length: int) -> Tensor:
+    """What follows each position, [batch * length]; nothing the last ones: to cut their logits off would copy the others.
+
+    Args:
+        labels: [batch, length], or what follows the last ones, too: [batch, length + 1].
+        length: of the input.
+    """
+    return F.pad(labels[:, 1:], (0, length + 1 - labels.shape[1]), value=IGNORE).flatten()
 
 
 def _takes(forward: Forward, argument: str) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trace_dist.data.batches import Batches, collate
 from trace_dist.data.encoding import IGNORE
@@ -93,12 +93,11 @@ def mixes(learner: Learner, examples: list[dict[str, Any]], layout: Layout) -> s
             alone, packed, disturbed = (_logits(learner, batch) for batch in batches)
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         return f"fails on packed rows ({type(error).__name__}: {str(error).partition(chr(10))[0]:.120})"
-    weights = next(learner.module.parameters())
-    half = torch.finfo(torch.float16).bits in (torch.finfo(each.dtype).bits for each in (alone, weights))
-    most = (HALF_ROUNDING if half else ROUNDING) * float(alone.float().max() - alone.float().min())
+    half = is_half(learner.module, alone)
+    most = most_rounding(alone, half)
     first = sum(label != IGNORE for label in examples[0]["labels"])
-    leaks = _moved(packed[first:], disturbed[first:], LEAK * most)
-    differs = max(_moved(alone[:first], packed[:first], most), _moved(alone[first:], packed[first:], most))
+    leaks = moved(packed[first:], disturbed[first:], LEAK * most)
+    differs = max(moved(alone[:first], packed[:first], most), moved(alone[first:], packed[first:], most))
     for share, allowed, what in (
         (leaks, 0.0, "lets the examples of a row see each other"),
         (differs, REROUTED if half else 0.0, "gives other answers in a packed row"),
@@ -107,6 +106,17 @@ def mixes(learner: Learner, examples: list[dict[str, Any]], layout: Layout) -> s
         if share > allowed:
             return f"{what} (the logits of {share:.0%} of the tokens move)"
     return None
+
+
+def is_half(module: nn.Module, logits: Tensor) -> bool:
+    """Whether weights or logits are in half precision."""
+    weights = next(module.parameters())
+    return torch.finfo(torch.float16).bits in (torch.finfo(each.dtype).bits for each in (logits, weights))
+
+
+def most_rounding(logits: Tensor, half: bool) -> float:
+    """By how much rounding may move logits."""
+    return (HALF_ROUNDING if half else ROUNDING) * float(logits.float().max() - logits.float().min())
 
 
 def _looked_at(example: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +133,7 @@ def _logits(learner: Learner, batch: dict[str, Tensor]) -> Tensor:
     return logits[targets != IGNORE]
 
 
-def _moved(one: Tensor, other: Tensor, most: float) -> float:
+def moved(one: Tensor, other: Tensor, most: float) -> float:
     """Share of the tokens of which a logit differs by more than ``most``."""
     still = (one.float() - other.float()).abs().amax(1) <= most
     return float((~still).float().mean()) if len(one) else 0.0

@@ -40,6 +40,13 @@ class SoftBatches(Batches):
         )
         return batch
 
+    def _slice(self, whole: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+        part = super()._slice(whole, index)
+        length = part["input_ids"].shape[1]
+        _, columns = (whole["labels"][:, 1:] != IGNORE).nonzero(as_tuple=True)
+        mine = columns // length == index
+        return part | {name: whole[name][mine] for name in (SOFT_IDS, SOFT_PROBABILITIES)}
+
 
 class SoftLearner(MaskedLearner):
     """Masked training on what a teacher says."""

@@ -15,10 +15,10 @@ def base_path(model: ModelConfig) -> Path | str:
     return folder if model.made or (folder / "config.json").is_file() else model.path
 
 
-def load_target(target: ModelConfig, backend: Backend) -> ShardedModel:
-    """The target in its data type, 4-bit where asked for, on a backend. Collective.
+def load_target(target: ModelConfig, backend: Backend, sequence_parallel: int = 1) -> ShardedModel:
+    """The target in its data type, 4-bit where asked for, on a backend; so many ranks share rows. Collective.
 
     Raises:
         ValueError: it cannot be loaded.
     """
-    return load_sharded(str(base_path(target)), target.dtype, backend, target.quantize)
+    return load_sharded(str(base_path(target)), target.dtype, backend, target.quantize, sequence_parallel)

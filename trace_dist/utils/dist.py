@@ -186,13 +186,19 @@ def indices_group() -> dist.ProcessGroup:
     return _group_beside("indices")
 
 
+def rows_group(size: int) -> dist.ProcessGroup:
+    """This rank's group of ``size`` ranks, one after another, as ``exchange_group``. They must divide the number of ranks."""
+    return _group_beside(f"rows of {size}", size)
+
+
 def lane_of(group: Any) -> str:
-    """What a group is for: ``exchange``, ``indices``, or, of any other, ``gather``."""
+    """What a group is for: ``exchange``, ``indices``, ``rows of 2``, or, of any other, ``gather``."""
     groups = {} if _beside is None else _beside[1]
     return next((purpose for purpose, beside in groups.items() if beside is group), "gather")
 
 
-def _group_beside(purpose: str) -> dist.ProcessGroup:
+def _group_beside(purpose: str, size: int | None = None) -> dist.ProcessGroup:
+    """The group of a purpose, of all ranks or of ``size`` of them."""
     global _beside
     default = dist.group.WORLD
     if _beside is None or _beside[0] is not default:
@@ -201,10 +207,13 @@ def _group_beside(purpose: str) -> dist.ProcessGroup:
     if purpose not in groups:
         backend = dist.get_backend_config()
         backend = backend if "cpu:" in backend else f"cpu:gloo,{backend}"
-        groups[purpose] = dist.new_group(
-            backend=backend, timeout=_timeout(_minutes or Waiting.timeout_minutes)
-        )
-        _hurry_devices(groups[purpose])
+        options: dict[str, Any] = {
+            "backend": backend,
+            "timeout": _timeout(_minutes or Waiting.timeout_minutes),
+        }
+        made = dist.new_group(**options) if size is None else dist.new_subgroups(size, **options)[0]
+        groups[purpose] = made
+        _hurry_devices(made)
     return groups[purpose]
 
 

@@ -66,7 +66,7 @@ class Options(Section):
     """What a scalar loses after each step, as a share of the step's peak length; scalars that win less stay at 0."""
     l2: float = 0.01
     """What a scalar loses after each step, as a share of itself for a step of length 1."""
-    least_gain: float = 0.02
+    least_gain: float = 0.05
     """Share of the held-out answer loss that the combination must win, before the trial and after it, or the task begins at the
     base."""
 

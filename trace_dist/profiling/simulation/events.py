@@ -40,6 +40,7 @@ class Event(NamedTuple):
         target: a stream, where ``after`` is -1.
         lane: process group of a collective.
         size: bytes of a collective's whole operand.
+        ranks: of a collective's group.
         wide: whether the product is one of fp32 numbers.
         operator: which operator, on what, where the recorder was asked to keep that (``calls``).
     """
@@ -54,6 +55,7 @@ class Event(NamedTuple):
     target: str = ""
     lane: str = ""
     size: int = 0
+    ranks: int = 0
     wide: bool = False
     operator: str = ""
 

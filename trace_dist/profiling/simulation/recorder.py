@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from trace_dist.profiling.simulation.calls import Call, Shape
 from trace_dist.profiling.simulation.events import COMPUTE, HOSTS, Event, Work
 from trace_dist.profiling.simulation.kernels import touched_bytes
-from trace_dist.profiling.wire import sent_by
+from trace_dist.profiling.wire import group_size, sent_by
 
 aten = torch.ops.aten
 _FREE = (
@@ -193,7 +193,8 @@ class Recorder(TorchDispatchMode):
         if self._keeps_calls and largest is not None:
             operator = f"{name} {largest.dtype} {size}"
             self.calls.setdefault(operator, Call(name, (Shape.of(largest), {})))
-        self.add("collective", name=name, num_bytes=num_bytes, lane=lane, size=size, operator=operator)
+        more = {"size": size, "operator": operator, "ranks": group_size(args)}
+        self.add("collective", name=name, num_bytes=num_bytes, lane=lane, **more)
 
     def _fetched(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of a copy to the CPU, for which the host waits; None for any other."""

@@ -34,6 +34,7 @@ WAITS = {
     "exchange": "waiting for exchanges",
     "indices": "waiting for indices",
     "reduce": "waiting for reductions",
+    "rows": "waiting for heads and slices",
 }
 """Lane, or kind of collective -> where the time goes that a stream waits for it."""
 
@@ -136,7 +137,8 @@ class _Clock:
         self.host += self.cluster.gpu.host_us / 1e6
         begin = max(self.streams[event.stream], self.lanes[event.lane], self.link, self.host)
         self.lanes[event.lane] = self.link = self.ends[event.number] = begin + seconds
-        self.kinds[event.number] = WAITS["reduce" if "reduce" in event.name else event.lane]
+        kind = "reduce" if "reduce" in event.name else event.lane.partition(" ")[0]
+        self.kinds[event.number] = WAITS[kind]
         self.collectives[event.name] += seconds
         for where, num_bytes in sent_where(self.cluster, event).items():
             self.crossing[where] += num_bytes
@@ -208,10 +210,17 @@ def kernel_seconds(gpu: Gpu, event: Event) -> float:
     return max(event.flops / (1e12 * rate * share), moving, gpu.kernel_us / 1e6)
 
 
+def _group(cluster: Cluster, event: Event) -> tuple[int, int, int]:
+    """Ranks of a collective's group, how many of them are on one node, and on how many nodes they are. They follow each other."""
+    ranks = event.ranks or cluster.world_size
+    local = min(ranks, cluster.gpus_per_node)
+    return ranks, local, ceil(ranks / local)
+
+
 def sent_where(cluster: Cluster, event: Event) -> dict[str, float]:
     """Bytes that one rank sends, inside its node and to other nodes; the average over a node's ranks where rings cross."""
-    world, local = cluster.world_size, cluster.gpus_per_node
-    if cluster.nodes == 1 or world == 1:
+    world, local, _ = _group(cluster, event)
+    if world <= local:
         return {"node": event.num_bytes, "network": 0.0}
     share = (world - local) / (world - 1) if "alltoall" in event.name else 1 / local
     outside = event.num_bytes * share
@@ -220,7 +229,8 @@ def sent_where(cluster: Cluster, event: Event) -> dict[str, float]:
 
 def collective_seconds(cluster: Cluster, event: Event) -> float:
     """Of one collective, on otherwise idle links."""
-    gpu, world = cluster.gpu, cluster.world_size
+    gpu = cluster.gpu
+    world, local, nodes = _group(cluster, event)
     if event.operator in gpu.measured:
         return gpu.measured[event.operator]
     if world == 1:
@@ -228,18 +238,18 @@ def collective_seconds(cluster: Cluster, event: Event) -> float:
     sent = sent_where(cluster, event)
     # Around a ring every rank sends as much inside the node as the whole ring does.
     inside = sent["node"] if "alltoall" in event.name else event.num_bytes
-    inside *= cluster.gpus_per_node > 1
+    inside *= local > 1
     moving = max(
         inside / (1e9 * gpu.node_gbps * gpu.link_share),
         sent["network"] / (1e9 / 8 * cluster.link_gbps * gpu.link_share),
     )
-    within, between = cluster.gpus_per_node - 1, cluster.nodes - 1
+    within, between = local - 1, nodes - 1
     if cluster.trees:
-        within, between = ceil(log2(cluster.gpus_per_node)), ceil(log2(cluster.nodes))
+        within, between = ceil(log2(local)), ceil(log2(nodes))
     elif "alltoall" in event.name:
         within, between = min(1, within), min(1, between)
     else:
-        within = world - cluster.nodes
+        within = world - nodes
     rounds = 2 if "allreduce" in event.name else 1
     latency = gpu.collective_us + rounds * (within * gpu.node_us + between * gpu.network_us)
     return moving + latency / 1e6

@@ -34,6 +34,9 @@ class SimulationSetup:
     """Examples per rank and step."""
     sequence_length: int = 2048
     """Tokens per example."""
+    sequence_parallel: int = 1
+    """Ranks that share the rows of a micro-batch (`train.sequence_parallel`), of all methods alike; examples per rank and step
+    are then those of so many ranks together."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     blocks: int = 0
@@ -45,13 +48,18 @@ class SimulationSetup:
     def __post_init__(self) -> None:
         for name, least in (
             *(("nodes", 1), ("gpus_per_node", 1), ("micro_batch_size", 1), ("sequence_length", 2)),
-            ("blocks", 0),
+            *(("sequence_parallel", 1), ("blocks", 0)),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}; raise it")
         if self.world_size > MOST_RANKS:
             raise ValueError(
                 f"nodes={self.nodes}, gpus_per_node={self.gpus_per_node}: more than {MOST_RANKS} ranks; use fewer"
+            )
+        if self.world_size % self.sequence_parallel:
+            raise ValueError(
+                f"sequence_parallel={self.sequence_parallel}: must divide the {self.world_size} ranks of the job; change one of "
+                "the two"
             )
         if not 0 < self.density <= 1:
             raise ValueError(f"density={self.density}: must lie in (0, 1]; use for example 0.05")
