@@ -90,7 +90,7 @@ class ShardedModel(ABC):
             ValueError: the ranks or the attention heads cannot be divided so, or the model's attention cannot be replaced.
         """
         if size > 1:
-            # It reads batches; whoever opens a bank needs no data.
+            # It brings models and data, which whoever opens a bank does without.
             from trace_dist.sharding.sequence import SequenceParallel
 
             self.sequence = SequenceParallel(self.module, size, self.comm)

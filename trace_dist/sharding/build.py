@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from trace_dist.config import Quantize
+from trace_dist.config.checks import check_ranks
 from trace_dist.models.architecture import read_config
 from trace_dist.models.quantised import refuse_quantised_module
 from trace_dist.models.wrapping import unwrap
@@ -105,8 +106,7 @@ def _check_size(sequence_parallel: int) -> None:
 
 def _check_shared(config: Any, sequence_parallel: int) -> None:
     """Before anything is sharded, which takes long."""
-    # They read batches; whoever opens a bank needs no data.
-    from trace_dist.data.slices import check_ranks
+    # It brings models and data, which whoever opens a bank does without.
     from trace_dist.sharding.sequence import check_divisible
 
     check_ranks(dist.world_size(), sequence_parallel)
