@@ -103,7 +103,7 @@ def test_what_cannot_be_added(folder: Path) -> None:
     deep = DeltaBank.create(folder / "deep", "aaaa", layer=2)
     deep.add(drawn("four", 4), small_delta("four", 4))
     with pytest.raises(
-        ValueError, match=r"by layer 2, .* by layer 1; learn the task again with bank\.layer=1"
+        ValueError, match=r"by layer 2, .* by layer 1, mean; learn the task again with bank\.layer=1"
     ):
         command("add", folder / "bank", folder / "deep" / "tasks" / "four")
     with pytest.raises(ValueError, match="is the base model of"):

@@ -9,13 +9,14 @@ from typing import Any
 import datasets
 import torch
 from engine.cases import FAMILIES, VOCAB, Case
+from train.rows import taught
 
 from trace_dist.config import TrainConfig
 from trace_dist.data.batches import Batches, Step
 from trace_dist.sharding import ShardedModel
 from trace_dist.train.learner import MaskedLearner
 from trace_dist.train.loop import train_steps
-from trace_dist.train.soft import SOFT_IDS, SOFT_PROBABILITIES, SoftBatches, SoftLearner
+from trace_dist.train.soft import SoftBatches, SoftLearner
 from trace_dist.train.task import train_mask
 
 STEPS = 4
@@ -121,21 +122,9 @@ class MortalBatches(Batches):
 def rows() -> datasets.Dataset:
     """Examples of odd lengths; labels begin in the prompt of none, and lie on every border between slices in some."""
     generator = torch.Generator().manual_seed(3)
-    found = []
-    for length in LENGTHS:
-        ids = torch.randint(3, VOCAB, (length,), generator=generator).tolist()
-        answer = length - 1 if length % 3 else 1
-        soft = [torch.randperm(VOCAB, generator=generator)[:3].tolist() for _ in range(answer)]
-        found.append(
-            {
-                "input_ids": ids,
-                "labels": [-100] * (length - answer) + ids[length - answer :],
-                "num_answer_tokens": answer,
-                SOFT_IDS: soft,
-                SOFT_PROBABILITIES: [[0.5, 0.2, 0.1]] * answer,
-            }
-        )
-    return datasets.Dataset.from_list(found)
+    return datasets.Dataset.from_list(
+        [taught(generator, length, length - 1 if length % 3 else 1, VOCAB) for length in LENGTHS]
+    )
 
 
 @dataclass

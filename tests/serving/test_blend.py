@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from bank.samples import same_bits
 from serving.small import CAP, Small, prompts
@@ -21,6 +19,7 @@ from trace_dist.serving.router import Answer
 from trace_dist.serving.tally import Tally
 from trace_dist.serving.worker import Job, Worker
 
+pytestmark = pytest.mark.usefixtures("base_is_kept")
 SHORT = Sampling(max_new_tokens=CAP)
 CERTAIN = [prompts(task, 1, seed=1)[0] for task in ("copy", "twist", BASE)]
 
@@ -28,14 +27,6 @@ CERTAIN = [prompts(task, 1, seed=1)[0] for task in ("copy", "twist", BASE)]
 @pytest.fixture(scope="module")
 def router(small: Small) -> Router:
     return Router.open(small.bank, small.base, blend="sum")
-
-
-@pytest.fixture(autouse=True)
-def _base_is_kept(router: Router) -> Iterator[None]:
-    before = {name: value.clone() for name, value in router.model.module.state_dict().items()}
-    yield
-    assert same_bits(before, router.model.module.state_dict(), "float32")
-    assert router.holds_base()
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bank.samples import same_bits
 from serving.small import CAP, TASKS, Small, prompts
 
 from trace_dist import DeltaBank, Router, load_sharded
@@ -24,20 +22,13 @@ from trace_dist.serving.cache import DeltaCache
 from trace_dist.serving.options import Sampling
 
 ASKED = [(task, text) for task in (*TASKS[:3], BASE) for text in prompts(task, 2, seed=1)]
+pytestmark = pytest.mark.usefixtures("base_is_kept")
 SHORT = Sampling(max_new_tokens=CAP)
 
 
 @pytest.fixture(scope="module")
 def router(small: Small) -> Router:
     return Router.open(small.bank, small.base)
-
-
-@pytest.fixture(autouse=True)
-def _base_is_kept(router: Router) -> Iterator[None]:
-    before = {name: value.clone() for name, value in router.model.module.state_dict().items()}
-    yield
-    assert same_bits(before, router.model.module.state_dict(), "float32")
-    assert router.holds_base()
 
 
 def expected(small: Small) -> list[str]:

@@ -15,6 +15,7 @@ from serving.small import CAP, TASKS, Small, prompts
 
 from trace_dist import Router
 from trace_dist.serving.api import make_app
+from trace_dist.serving.finding import Shares
 from trace_dist.serving.gate import Gate
 from trace_dist.serving.options import Listening, Sampling
 from trace_dist.serving.row import Row
@@ -37,9 +38,9 @@ class Bench:
         self.router, self.batches, write = router, list[Batch](), router.write
         self.fails = False
 
-        def noted(task: str, rows: Sequence[Row], sampling: Sampling) -> None:
+        def noted(task: str, rows: Sequence[Row], sampling: Sampling, shares: Shares = ()) -> None:
             self.batches.append((task, len(rows)))
-            write(task, rows, sampling)
+            write(task, rows, sampling, shares)
 
         monkeypatch.setattr(router, "write", noted)
         forward = router.model.module.forward

@@ -11,6 +11,7 @@ import pytest
 import torch
 from engine.cases import FAMILIES
 from engine.resuming import CONFIG, PLAIN, STEPS, make_batches
+from train.rows import taught
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trace_dist import shard
@@ -20,7 +21,7 @@ from trace_dist.train.learner import DenseLearner
 from trace_dist.train.loop import train_steps
 from trace_dist.train.loss import accumulate
 from trace_dist.train.packing import mixes, settle_packing
-from trace_dist.train.soft import SOFT_IDS, SOFT_PROBABILITIES, SoftBatches, forward_soft_nll_sum
+from trace_dist.train.soft import SoftBatches, forward_soft_nll_sum
 from trace_dist.train.task import train_mask
 
 LENGTHS = (3, 11, 5, 2, 7, 4, 9, 13, 2, 6)
@@ -33,21 +34,9 @@ STATEFUL: dict[str, dict[str, Any]] = {
 def rows(k: int = 3) -> datasets.Dataset:
     """Examples of odd lengths with one to three answer tokens each, and what a teacher says of these."""
     generator = torch.Generator().manual_seed(3)
-    found = []
-    for length in LENGTHS:
-        ids = torch.randint(3, 101, (length,), generator=generator).tolist()
-        answer = min(length - 1, 1 + length % 3)
-        soft = [torch.randperm(101, generator=generator)[:k].tolist() for _ in range(answer)]
-        found.append(
-            {
-                "input_ids": ids,
-                "labels": [-100] * (length - answer) + ids[length - answer :],
-                "num_answer_tokens": answer,
-                SOFT_IDS: soft,
-                SOFT_PROBABILITIES: [[0.5, 0.2, 0.1]] * answer,
-            }
-        )
-    return datasets.Dataset.from_list(found)
+    return datasets.Dataset.from_list(
+        [taught(generator, length, min(length - 1, 1 + length % 3), 101, k) for length in LENGTHS]
+    )
 
 
 def batches(layout: Layout | None, kind: type[Batches] = Batches, micro: int = 2, **options: Any) -> Batches:

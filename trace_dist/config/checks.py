@@ -20,6 +20,12 @@ def check(ok: bool, name: str, value: object, rule: str, cure: str) -> None:
         raise ValueError(f"{name}={value!r}: {rule}; {cure}")
 
 
+def check_ranks(world_size: int, size: int, field: str = "sequence_parallel") -> None:
+    """Raise ``ValueError`` unless groups of ``size`` ranks make up all of them; ``field`` begins the message."""
+    rule = f"must divide the {world_size} ranks of the job"
+    check(world_size % size == 0, field, size, rule, "change one of the two")
+
+
 @dataclass(frozen=True)
 class Section:
     """Base of the frozen dataclasses of a configuration.

@@ -29,9 +29,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from trace_dist.config.checks import check_ranks
 from trace_dist.data.encoding import IGNORE
 from trace_dist.data.packing import Layout, collate_packed, pack
-from trace_dist.data.slices import check_ranks, sliced
+from trace_dist.data.slices import sliced
 from trace_dist.utils import dist
 from trace_dist.utils.agreement import agree
 

@@ -21,14 +21,6 @@ ROW_POSITIONS = "row_positions"
 [1, 1] where each row is one example."""
 
 
-def check_ranks(world_size: int, size: int, field: str = "sequence_parallel") -> None:
-    """Raise ValueError unless groups of ``size`` ranks make up all of them; ``field`` begins the message."""
-    if world_size % size:
-        raise ValueError(
-            f"{field}={size}: must divide the {world_size} ranks of the job; change one of the two"
-        )
-
-
 def slice_length(length: int, size: int) -> int:
     """Tokens of a slice of rows of ``length``, which ``size`` ranks share."""
     return -(-length // size)

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 
 from trace_dist.config import Backend, Quantize
-from trace_dist.data.slices import check_ranks, slice_length
+from trace_dist.config.checks import check_ranks
+from trace_dist.data.slices import slice_length
 from trace_dist.masks.layouts import layouts_for
 from trace_dist.masks.units import UnitLayout
 from trace_dist.models.architecture import cause, empty_model, read_config

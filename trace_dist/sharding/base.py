@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,12 @@ from trace_dist.sharding.compaction import Compactor
 from trace_dist.sharding.overlay import Overlay, union
 from trace_dist.sharding.overlay_gathers import OverlayGathers
 from trace_dist.sharding.saving import check_can_be_saved, write_pretrained
-from trace_dist.sharding.sequence import SequenceParallel
 from trace_dist.sharding.support import Accumulate, Support
 from trace_dist.sharding.views import PartitionView
 from trace_dist.utils import dist
+
+if TYPE_CHECKING:
+    from trace_dist.sharding.sequence import SequenceParallel
 
 
 class ShardedModel(ABC):
@@ -88,6 +90,9 @@ class ShardedModel(ABC):
             ValueError: the ranks or the attention heads cannot be divided so, or the model's attention cannot be replaced.
         """
         if size > 1:
+            # It brings models and data, which whoever opens a bank does without.
+            from trace_dist.sharding.sequence import SequenceParallel
+
             self.sequence = SequenceParallel(self.module, size, self.comm)
 
     def indices_may_leave(self, name: str) -> bool:

@@ -8,14 +8,13 @@ import torch
 from torch import nn
 
 from trace_dist.config import Quantize
-from trace_dist.data.slices import check_ranks
+from trace_dist.config.checks import check_ranks
 from trace_dist.models.architecture import read_config
 from trace_dist.models.quantised import refuse_quantised_module
 from trace_dist.models.wrapping import unwrap
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.prepared import refuse_tensor_parallel
 from trace_dist.sharding.saving import check_can_be_saved
-from trace_dist.sharding.sequence import check_divisible
 from trace_dist.sharding.single import SingleModel
 from trace_dist.utils import dist
 
@@ -107,5 +106,8 @@ def _check_size(sequence_parallel: int) -> None:
 
 def _check_shared(config: Any, sequence_parallel: int) -> None:
     """Before anything is sharded, which takes long."""
+    # It brings models and data, which whoever opens a bank does without.
+    from trace_dist.sharding.sequence import check_divisible
+
     check_ranks(dist.world_size(), sequence_parallel)
     check_divisible(config, sequence_parallel)

@@ -27,7 +27,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from trace_dist.data.slices import ROW_POSITIONS, check_ranks, sliced
+from trace_dist.config.checks import check_ranks
+from trace_dist.data.slices import ROW_POSITIONS, sliced
 from trace_dist.models.forward import names_argument
 from trace_dist.sharding.comm import Comm
 

@@ -90,7 +90,7 @@ def mixes(learner: Learner, examples: list[dict[str, Any]], layout: Layout) -> s
     )
     try:
         with evaluating(learner.module):
-            alone, packed, disturbed = (_logits(learner, batch) for batch in batches)
+            alone, packed, disturbed = (labelled_logits(learner, batch) for batch in batches)
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         return f"fails on packed rows ({type(error).__name__}: {str(error).partition(chr(10))[0]:.120})"
     half = is_half(learner.module, alone)
@@ -126,8 +126,8 @@ def _looked_at(example: dict[str, Any]) -> dict[str, Any]:
     return {"input_ids": ids, "labels": labels}
 
 
-def _logits(learner: Learner, batch: dict[str, Tensor]) -> Tensor:
-    """Logits before each labelled token, example by example: [labelled tokens, vocabulary]."""
+def labelled_logits(learner: Learner, batch: dict[str, Tensor]) -> Tensor:
+    """Logits before each labelled token, row by row: [labelled tokens, vocabulary]."""
     inputs = {key: value.to(learner.device) for key, value in batch.items()}
     logits, targets = answer_logits(learner.forward, inputs, inputs.pop("labels"))
     return logits[targets != IGNORE]

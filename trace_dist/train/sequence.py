@@ -6,10 +6,7 @@ transformers' interface gives other logits where each rank reads a slice of the 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from trace_dist.data.batches import Batches, collate
 from trace_dist.data.encoding import IGNORE
@@ -18,8 +15,7 @@ from trace_dist.evaluation.inputs import config_of
 from trace_dist.evaluation.passes import evaluating
 from trace_dist.sharding.sequence import SequenceParallel
 from trace_dist.train.learner import Learner
-from trace_dist.train.loss import answer_logits
-from trace_dist.train.packing import REROUTED, is_half, most_rounding, moved
+from trace_dist.train.packing import REROUTED, is_half, labelled_logits, most_rounding, moved
 from trace_dist.utils import dist
 from trace_dist.utils.log import get_logger
 
@@ -57,7 +53,7 @@ def refuses(learner: Learner, sequence: SequenceParallel) -> str | None:
     first = sequence.index * (part["labels"].shape[1] - 1)
     try:
         with evaluating(learner.module):
-            alone, shared = _logits(learner, whole), _logits(learner, part)
+            alone, shared = labelled_logits(learner, whole), labelled_logits(learner, part)
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         return f"fails on slices of rows ({type(error).__name__}: {str(error).partition(chr(10))[0]:.120})"
     half = is_half(learner.module, alone)
@@ -66,12 +62,3 @@ def refuses(learner: Learner, sequence: SequenceParallel) -> str | None:
     if share > (REROUTED if half else 0.0):
         return f"gives other answers where ranks share a row (the logits of {share:.0%} of the tokens move)"
     return None
-
-
-def _logits(learner: Learner, batch: dict[str, Tensor]) -> Tensor:
-    """Logits before each token of a row, [tokens, vocabulary]."""
-    inputs: dict[str, Any] = {
-        key: value.to(learner.device) for key, value in batch.items() if key != "labels"
-    }
-    logits, targets = answer_logits(learner.forward, inputs, batch["labels"])
-    return logits[targets != IGNORE]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trace_dist.config.checks import check_ranks
+
 METHODS = ("element", "block 64", "row", "full", "LoRA")
 """Masks of single elements, of blocks and of rows; full fine-tuning; PEFT's LoRA of as many trained parameters as the masks."""
 PEERS = ("full, FSDP2",)
@@ -56,11 +58,7 @@ class SimulationSetup:
             raise ValueError(
                 f"nodes={self.nodes}, gpus_per_node={self.gpus_per_node}: more than {MOST_RANKS} ranks; use fewer"
             )
-        if self.world_size % self.sequence_parallel:
-            raise ValueError(
-                f"sequence_parallel={self.sequence_parallel}: must divide the {self.world_size} ranks of the job; change one of "
-                "the two"
-            )
+        check_ranks(self.world_size, self.sequence_parallel)
         if not 0 < self.density <= 1:
             raise ValueError(f"density={self.density}: must lie in (0, 1]; use for example 0.05")
         for name in ("link_gbps", "price"):
