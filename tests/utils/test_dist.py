@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import socket
+import subprocess
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch._C._distributed_c10d import FakeProcessGroup
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from trace_dist.utils import dist
-from trace_dist.utils.env import meta_info, run_info
+from trace_dist.utils.env import commit_of, meta_info, run_info
 from trace_dist.utils.log import get_logger, progress, setup_logging
 
 
@@ -142,6 +144,26 @@ def test_what_a_result_was_made_with() -> None:
     assert {"python", "deepspeed", "transformers"} <= set(about["versions"])
     assert about["hardware"]
     assert run_info()["date"].endswith("+00:00")
+
+
+def test_a_result_that_changed_is_no_change_of_the_code(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        author = ("-c", "user.name=test", "-c", "user.email=test@localhost")
+        subprocess.run(["git", *author, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    code, result = tmp_path / "package" / "code.py", tmp_path / "docs" / "results" / "found.json"
+    for file in (code, result):
+        file.parent.mkdir(parents=True)
+        file.write_text("1")
+    assert commit_of(tmp_path) is None
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+    clean = commit_of(code.parent)
+    result.write_text("2")
+    assert commit_of(code.parent) == clean
+    code.write_text("2")
+    assert commit_of(code.parent) == f"{clean}+"
 
 
 def test_ranks_that_cannot_meet_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ All ranks time the same at the same time, so that they share cores and memory as
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 import time
 from collections.abc import Callable
@@ -113,7 +114,7 @@ def main(given: Path, out: Path) -> None:
     """One rank: times what is in a file, writes the seconds."""
     dist.ensure_group()
     keep_freed_blocks()
-    asked: dict[str, Any] = torch.load(given, weights_only=False)  # the parent process wrote it
+    asked: dict[str, Any] = pickle.loads(given.read_bytes())  # of the parent process
     found = {"seconds": all_seconds(asked["calls"])}
     found["rates"] = {str(block): kernel_rate(asked["density"], block) for block in asked["blocks"]}
     if dist.is_main():

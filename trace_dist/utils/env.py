@@ -27,15 +27,27 @@ PACKAGES = (
 )
 
 
-def _commit() -> str | None:
-    """Commit of the source tree, with ``+`` where files differ from it; None outside a checkout."""
-    here = Path(__file__).parent
+def commit_of(here: Path) -> str | None:
+    """Commit of a checkout, with ``+`` where files differ from it that are not documents; None outside a checkout."""
     try:
         head = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, check=True
         )
         dirty = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True
+            [
+                "git",
+                "status",
+                "--porcelain",
+                "-uno",
+                "--",
+                ":/",
+                ":(top,exclude)docs",
+                ":(top,exclude)README.md",
+            ],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -96,4 +108,7 @@ def meta_info() -> dict[str, Any]:
 
 def run_info() -> dict[str, Any]:
     """Date (UTC) and commit, for the ``run_info`` of a result file."""
-    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": _commit()}
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit_of(Path(__file__).parent),
+    }

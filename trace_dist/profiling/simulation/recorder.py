@@ -193,8 +193,8 @@ class Recorder(TorchDispatchMode):
         if self._keeps_calls and largest is not None:
             operator = f"{name} {largest.dtype} {size}"
             self.calls.setdefault(operator, Call(name, (Shape.of(largest), {})))
-        more = {"size": size, "operator": operator, "ranks": group_size(args)}
-        self.add("collective", name=name, num_bytes=num_bytes, lane=lane, **more)
+        what: dict[str, Any] = {"num_bytes": num_bytes, "lane": lane, "size": size, "operator": operator}
+        self.add("collective", name=name, ranks=group_size(args), **what)
 
     def _fetched(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of a copy to the CPU, for which the host waits; None for any other."""
