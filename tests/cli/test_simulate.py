@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,4 +50,15 @@ def test_times_are_predicted_for_some_masks_alone() -> None:
         (MemorySetup("m", world_size=12), "gpus=12: must fill nodes of 8"),
     ):
         with pytest.raises(ValueError, match=message):
-            plan_times([Option(setup, 1, 1, 0, 0, 0)], "h100", 400)
+            plan_times([Option(setup, 1, 1, 0, 0, 0, 0)], "h100", 400)
+
+
+def test_options_that_offload_have_times_too(tmp_path: Path) -> None:
+    shape = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 64}
+    LlamaConfig(**shape, num_attention_heads=2).save_pretrained(tmp_path / "model")
+    kept = MemorySetup(str(tmp_path / "model"), backend="zero3", granularity="element", sequence_length=16)
+    offloaded = replace(kept, offload="cpu")
+    rows = plan_times([Option(setup, 1, 1, 0, 0, 0, 0) for setup in (kept, offloaded)], "h100", 400)
+    steps = {row["name"]: row["step_s"]["expected"] for row in rows}
+    assert list(steps) == ["element", "element, offload", "full", "LoRA"]
+    assert steps["element"] < steps["element, offload"]

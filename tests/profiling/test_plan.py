@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
-from transformers import LlamaConfig
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from trace_dist.profiling.estimate import estimate
 from trace_dist.profiling.memory_setup import MemorySetup
@@ -66,3 +68,14 @@ def test_nothing_fits_and_what_would(base: MemorySetup) -> None:
     )
     with pytest.raises(ValueError, match=r"gpu_gib=1: must be more than reserve_gib=1"):
         plan(base, 1, 1)
+
+
+def test_one_process_reads_all_weights_and_many_read_parts(base: MemorySetup) -> None:
+    config = LlamaConfig.from_pretrained(base.model)
+    module = LlamaForCausalLM(config)
+    largest = config.vocab_size * config.hidden_size
+    itemsize = getattr(torch, base.dtype).itemsize
+    alone = plan(replace(base, backend="single", world_size=1), 4.0)[0]
+    assert alone.loading_gib == itemsize * sum(each.numel() for each in module.parameters()) / GIB
+    shared = plan(replace(base, world_size=3), 4.0)[0]
+    assert shared.loading_gib == itemsize * -(-largest // 3) / GIB

@@ -98,6 +98,8 @@ CONTESTANTS = (
     *(f"row{FSDP2}", f"full{FSDP2}", f"row{OFFLOAD}"),
     FLOOR,
 )
+KNOWN = (*CONTESTANTS, *(f"{name}{OFFLOAD}" for name in MASKED if f"{name}{OFFLOAD}" not in CONTESTANTS))
+"""What can be built; of masks whose states the host keeps one races."""
 
 
 @dataclass(frozen=True)

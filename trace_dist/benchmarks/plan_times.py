@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from trace_dist.benchmarks.contestants import OFFLOAD
 from trace_dist.benchmarks.simulate import simulate
 from trace_dist.profiling.memory_setup import MemorySetup
 from trace_dist.profiling.plan import GIB, Option
@@ -35,9 +36,8 @@ def method_of(setup: MemorySetup) -> str:
 def plan_times(options: Sequence[Option], gpu: str, link_gbps: float) -> list[dict[str, Any]]:
     """One row per option and peer: ``name``, ``step_s`` and ``tokens_per_s`` as ``simulate`` finds them, ``micro_batch_size``.
 
-    Options that offload are left out: what the host computes is not predicted. All states are simulated in fp32, so the peak of
-    an option is that of ``plan``; that of a peer is simulated. Peers get the largest micro-batch of the options, and no
-    recomputation.
+    All states are simulated in fp32, so the peak of an option is that of ``plan``; that of a peer is simulated. Peers get the
+    largest micro-batch of the options, and no recomputation.
 
     Args:
         options: of ``plan``, under ZeRO-3, without 4-bit weights.
@@ -84,8 +84,8 @@ def plan_times(options: Sequence[Option], gpu: str, link_gbps: float) -> list[di
 
     for option in options:
         way = option.setup
-        if way.offload == "none":
-            row(method, way.density, way.micro_batch_size, way.activation_checkpointing, option.gib)
+        name = method if way.offload == "none" else f"{method}{OFFLOAD}"
+        row(name, way.density, way.micro_batch_size, way.activation_checkpointing, option.gib)
     largest = max(option.setup.micro_batch_size for option in options)
     for name in PEERS:
         row(name, base.density, largest, False)

@@ -25,7 +25,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from trace_dist.benchmarks.contestants import CONTESTANTS, Contestant, Race, build
+from trace_dist.benchmarks.contestants import KNOWN, Contestant, Race, build
 from trace_dist.data.slices import slice_length
 from trace_dist.models.architecture import empty_model
 from trace_dist.models.blocks import decoder_blocks
@@ -101,8 +101,8 @@ def simulate(setup: SimulationSetup, recorded: MutableMapping[Key, Program] | No
         ValueError: a value makes no sense, or the model has no readable config.
     """
     for name in setup.methods:
-        if name not in CONTESTANTS:
-            raise ValueError(f"methods: {name!r} is unknown; use some of {', '.join(CONTESTANTS)}")
+        if name not in KNOWN:
+            raise ValueError(f"methods: {name!r} is unknown; use some of {', '.join(KNOWN)}")
     gpu = load_gpu(setup.gpu)
     config = load_config(setup.model)
     cluster = Cluster(gpu, setup.nodes, setup.gpus_per_node, setup.link_gbps)

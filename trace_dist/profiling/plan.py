@@ -47,6 +47,7 @@ class Option:
         gib: peak on one GPU, the reserve included.
         headroom_gib: what is left.
         host_gib: host memory per rank.
+        loading_gib: host memory per rank while a checkpoint is read; mapped files, which the system lets go of, apart.
         checkpoint_gib: one checkpoint on disk, of all ranks; two are kept.
         delta_gib: what the task adds to the bank.
     """
@@ -55,6 +56,7 @@ class Option:
     gib: float
     headroom_gib: float
     host_gib: float
+    loading_gib: float
     checkpoint_gib: float
     delta_gib: float
 
@@ -124,7 +126,15 @@ def _option(estimator: Estimator, setup: MemorySetup, gpu_gib: float, reserve_gi
     gib = estimate.peak / GIB + reserve_gib
     disk = disk_bytes(estimator, setup)
     host = sum(estimate.host.values()) / GIB
-    return Option(setup, gib, gpu_gib - gib, host, disk.checkpoint / GIB, disk.delta / GIB)
+    loading = loading_bytes(estimator, setup) / GIB
+    return Option(setup, gib, gpu_gib - gib, host, loading, disk.checkpoint / GIB, disk.delta / GIB)
+
+
+def loading_bytes(estimator: Estimator, setup: MemorySetup) -> int:
+    """Of the host, per rank, while weights are read: one process holds all of them before they move to its device; of many, each
+    reads its part of one parameter after the other (models/loading.py)."""
+    sizes = [parameter.numel() * parameter.element_size() for parameter in estimator.module.parameters()]
+    return sum(sizes) if setup.backend == "single" else ceil(max(sizes) / setup.world_size)
 
 
 def _nothing_fits(estimator: Estimator, leanest: MemorySetup, gpu_gib: float, reserve_gib: float) -> str:

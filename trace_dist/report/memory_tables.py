@@ -50,7 +50,7 @@ def plan_table(options: Sequence[Any], gpus: int, gpu_gib: float) -> Table:
     heads = ("density", "moments", "master", "offload", "recompute", "micro-batch")
     what = "one GPU" if gpus == 1 else f"{gpus} GPUs"
     title = f"{what} of {gpu_gib:g} GiB: what fits, most faithful first"
-    sizes = ("GiB per GPU", "headroom", "host GiB", "checkpoint GiB", "delta GiB")
+    sizes = ("GiB per GPU", "headroom", "host GiB", "loading GiB", "checkpoint GiB", "delta GiB")
     table = _table(*heads, *sizes, title=title)
     for option in options:
         way = option.setup
@@ -64,6 +64,7 @@ def plan_table(options: Sequence[Any], gpus: int, gpu_gib: float) -> Table:
             f"{option.gib:.1f}",
             f"{option.headroom_gib:.1f}",
             f"{option.host_gib:.1f}" if option.host_gib else "-",
+            f"{option.loading_gib:.2f}",
             f"{option.checkpoint_gib:.2f}",
             f"{option.delta_gib:.2f}",
         )

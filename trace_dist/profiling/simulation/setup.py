@@ -29,7 +29,7 @@ class SimulationSetup:
     """Network of each GPU, in 1e9 bits per second, one way."""
     methods: tuple[str, ...] = (*METHODS, *PEERS)
     """What to simulate, of: element, block 64, row, full, LoRA, SHiRA, `full, tuned`, `LoRA, tuned`, `row, FSDP2`,
-    `full, FSDP2`, `row, offload` (states in host memory)."""
+    `full, FSDP2`, and masks with states in host memory: `row, offload`."""
     density: float = 0.05
     """Share of the linear layers' weights that masks train, in (0, 1]; LoRA gets the rank that trains as many."""
     micro_batch_size: int = 1
