@@ -122,7 +122,7 @@ def parse(words: Sequence[str]) -> Any:
         for name in _SECTIONS if parsed.command in known.RUN_COMMANDS else ():
             if not isinstance(values[name], Namespace):
                 parser.error(f"{name}: must be a section of keys and values, not {values[name]!r}")
-        return parser.instantiate_classes(parsed)
+        return parser.instantiate(parsed)
     except OverflowError as error:
         raise ValueError(f"{error}; give a smaller number") from None
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import yaml
-from jsonargparse import ArgumentParser
 from scipy import stats
 
 from trace_dist.config import RunConfig
@@ -32,6 +31,7 @@ from trace_dist.stages.base import prepare_base
 from trace_dist.stages.probe import run_probe
 from trace_dist.utils.env import meta_info, run_info
 from trace_dist.utils.files import read_json, write_json, write_text
+from trace_dist.utils.registry import instance
 
 CLASS_SEED = 1993
 LEVEL = 0.95
@@ -48,15 +48,12 @@ RETRIEVAL = (
 
 
 def read_run(path: Path) -> RunConfig:
-    """A run's configuration."""
-    return parse_run(yaml.safe_load(path.read_text(encoding="utf-8")))
+    """A run's configuration.
 
-
-def parse_run(value: dict[str, Any]) -> RunConfig:
-    """A run's configuration, as YAML has it."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(RunConfig, nested_key=None)
-    return RunConfig(**vars(parser.instantiate_classes(parser.parse_object(value))))
+    Raises:
+        ValueError: a value makes no sense.
+    """
+    return instance(RunConfig, yaml.safe_load(path.read_text(encoding="utf-8")), str(path))  # type: ignore[no-any-return]
 
 
 def class_order(num_classes: int) -> list[int]:

@@ -45,12 +45,12 @@ from trace_dist.masks.mask import Mask
 from trace_dist.masks.ops import layouts_for, random_mask, tensor_seed
 from trace_dist.parts import STARTS
 from trace_dist.stages.base import prepare_base
-from trace_dist.studies.images import parse_run
 from trace_dist.studies.transfer_summary import summary
 from trace_dist.train.loss import accumulate
 from trace_dist.train.workbench import Stream
 from trace_dist.utils.env import meta_info, run_info
 from trace_dist.utils.files import read_json, write_json
+from trace_dist.utils.registry import instance
 
 ARMS = {"related": ("base", "composed", "half"), "unrelated": ("base", "composed")}
 METHOD = "retrieved"
@@ -73,7 +73,7 @@ class Plan:
             ValueError: it names a task that the run has not, or leaves one out.
         """
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
-        cfg = parse_run(value["run"])
+        cfg = instance(RunConfig, value["run"], f"{path}: run")
         named = {key: tuple(value[key]) for key in ("earlier", *ARMS)}
         tasks, together = (
             [task.name for task in cfg.tasks],

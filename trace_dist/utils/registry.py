@@ -92,16 +92,20 @@ class Registry:
             if key not in known:
                 rule = f"its options are {', '.join(known)}" if known else "it has no options"
                 raise ValueError(f"{self.field} {name!r}: {key!r} is not an option; {rule}")
-        return None if kind is None else _instance(kind, values, f"{self.field} {name!r}")
+        return None if kind is None else instance(kind, values, f"{self.field} {name!r}")
 
 
-def _instance(kind: Any, values: dict[str, Any], what: str) -> Any:
-    """A dataclass from plain values, as the configuration's parser reads them."""
+def instance(kind: Any, values: dict[str, Any], what: str) -> Any:
+    """A dataclass from plain values, as the configuration's parser reads them.
+
+    Raises:
+        ValueError: an unknown key, or a value of the wrong type; begins with ``what``.
+    """
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, nested_key=None)
     try:
-        return kind(**vars(parser.instantiate_classes(parser.parse_object(values))))
+        return kind(**vars(parser.instantiate(parser.parse_object(values))))
     except (ArgumentError, TypeError) as error:
         raise ValueError(f"{what}: {' '.join(str(error).split())}") from None
