@@ -22,6 +22,7 @@ from trace_dist.bank.facts import kind_of
 from trace_dist.bank.merge import merge
 from trace_dist.bank.retrieval import Retriever
 from trace_dist.bank.signature import Clusters, Signature, fit_signature
+from trace_dist.bank.signatures import full, mixtures
 from trace_dist.bank.verify import verify
 from trace_dist.parts import SIGNATURES
 
@@ -106,6 +107,38 @@ def test_a_mixture_knows_spreads_that_a_shared_covariance_does_not() -> None:
         pair = [fit_signature(prompts(std, 120), 1, 0, str(std), kind=kind) for std in (1, 4)]
         right[kind] = Retriever(pair).confusion(x, labels).trace().item() / 600
     assert right["kmeans"] < 0.7 < 0.95 < min(right["diagonal"], right["full"])
+
+
+@pytest.mark.parametrize("kind", ["full", "dirichlet"])
+def test_a_difference_in_a_direction_of_small_variance_is_seen(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shrinkage that suits one Gaussian drowns it; left-out prompts ask for less."""
+    dim, spectrum = 20, torch.logspace(0, -3, 20)
+    axes = torch.linalg.qr(torch.randn(dim, dim, generator=torch.Generator().manual_seed(7)))[0]
+
+    def prompts(task: int, seed: int) -> torch.Tensor:
+        z = torch.randn(300, dim, generator=torch.Generator().manual_seed(seed))
+        z[:, -1] += 3 * task
+        return z * spectrum @ axes
+
+    def accuracy() -> float:
+        pair = [fit_signature(prompts(task, task), 1, 0, str(task), kind=kind) for task in range(2)]
+        fresh = torch.cat([prompts(task, 10 + task) for task in range(2)])
+        labels = torch.arange(2).repeat_interleave(300)
+        return Retriever(pair).confusion(fresh, labels).trace().item() / 600
+
+    assert accuracy() > 0.8
+    monkeypatch.setattr(mixtures, "STRENGTHS", (1.0,))
+    assert accuracy() < 0.6
+
+
+def test_one_gaussian_is_shrunk_as_it_suits_one() -> None:
+    x = np.random.default_rng(0).standard_normal((40, 60))
+    scale = mixtures.spread(x)
+    axes = mixtures.principal_axes((x - x.mean(axis=0)) / scale)
+    expected = mixtures.shrunk(x, scale, axes, np.ones((40, 1)), 1.0)
+    torch.testing.assert_close(full.fit(x, 1, 0).extra["ridge"], expected.extra["ridge"])
 
 
 def test_the_default_kind_is_written_as_by_earlier_releases(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from sklearn.mixture import GaussianMixture
 
 from trace_dist.bank.signature import Clusters
-from trace_dist.bank.signatures.mixtures import MAX_ITERATIONS, Array, best_of, responsibilities, spread
+from trace_dist.bank.signatures.mixtures import MAX_ITERATIONS, Array, best_number, responsibilities, spread
 
 label = "mixture of Gaussians, a variance per dimension for each component"
 likelihood = "density"
@@ -44,4 +44,4 @@ def fit(x: Array, max_clusters: int, seed: int) -> Clusters:
             means, torch.from_numpy(counts).round().long().clamp(min=1), torch.zeros(0, dim), extra
         )
 
-    return best_of(mixture, x, max_clusters, seed)
+    return mixture(x, best_number(mixture, x, max_clusters, seed))

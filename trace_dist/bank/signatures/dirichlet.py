@@ -8,6 +8,8 @@ covariances a hundred prompts in hundreds of dimensions fit any split. Covarianc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sklearn.mixture import BayesianGaussianMixture
 
 from trace_dist.bank.signature import Clusters
@@ -20,6 +22,7 @@ from trace_dist.bank.signatures.mixtures import (
     ridge_of,
     shrunk,
     spread,
+    well_shrunk,
 )
 
 label = "Dirichlet-process mixture of Gaussians"
@@ -34,20 +37,25 @@ def fit(x: Array, max_clusters: int, seed: int) -> Clusters:
     Raises:
         ValueError: all rows are equal.
     """
-    scale = spread(x)
-    z = (x - x.mean(axis=0)) / scale
-    axes = principal_axes(z)
-    y = z @ axes.T
-    model = BayesianGaussianMixture(
-        n_components=largest_number(x, max_clusters),
-        covariance_type="diag",
-        weight_concentration_prior_type="dirichlet_process",
-        weight_concentration_prior=CONCENTRATION,
-        reg_covar=ridge_of(y, x.shape[1]),
-        max_iter=MAX_ITERATIONS,
-        random_state=seed,
-    )
-    shares = responsibilities(model, y)
-    counts = shares.sum(axis=0)
-    shares = shares[:, counts >= min(MIN_PROMPTS_PER_CLUSTER, counts.max())]
-    return shrunk(x, scale, axes, shares / shares.sum(axis=1, keepdims=True))
+
+    def mixtures(x: Array, strengths: Sequence[float]) -> list[Clusters]:
+        scale = spread(x)
+        z = (x - x.mean(axis=0)) / scale
+        axes = principal_axes(z)
+        y = z @ axes.T
+        model = BayesianGaussianMixture(
+            n_components=largest_number(x, max_clusters),
+            covariance_type="diag",
+            weight_concentration_prior_type="dirichlet_process",
+            weight_concentration_prior=CONCENTRATION,
+            reg_covar=ridge_of(y, x.shape[1]),
+            max_iter=MAX_ITERATIONS,
+            random_state=seed,
+        )
+        shares = responsibilities(model, y)
+        counts = shares.sum(axis=0)
+        shares = shares[:, counts >= min(MIN_PROMPTS_PER_CLUSTER, counts.max())]
+        shares /= shares.sum(axis=1, keepdims=True)
+        return [shrunk(x, scale, axes, shares, strength) for strength in strengths]
+
+    return well_shrunk(mixtures, x, seed)

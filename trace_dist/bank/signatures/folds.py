@@ -1,4 +1,4 @@
-"""How many clusters? As many as left-out prompts are best described by; and coordinates in which to look for them."""
+"""How many clusters, how much shrinkage? As left-out prompts are best described by; coordinates in which to look for clusters."""
 
 from __future__ import annotations
 
@@ -33,10 +33,7 @@ def largest_number(x: Array, max_clusters: int) -> int:
 def choose_num_clusters(
     y: Array, largest: int, seed: int, log_likelihoods: Callable[[Array, Array, int], Array]
 ) -> int:
-    """The smallest K whose cross-validated log-likelihood is within one standard error of the best.
-
-    The rule of Breiman et al. (1984, "Classification and Regression Trees", 3.4.3), on paired differences:
-    without it, chance splits a cluster now and then.
+    """The smallest K that ``simplest`` allows.
 
     Args:
         y: [N, r] coordinates.
@@ -46,10 +43,28 @@ def choose_num_clusters(
     """
     if largest == 1:
         return 1
-    fit = np.empty((largest, len(y)))
-    for train, test in KFold(NUM_FOLDS, shuffle=True, random_state=seed).split(y):
-        for k in range(largest):
-            fit[k, test] = log_likelihoods(y[train], y[test], k + 1)
-    loss = fit[fit.mean(axis=1).argmax()] - fit  # [largest, N] nats worse than the best K
+
+    def of_each(train: Array, test: Array) -> Array:
+        return np.stack([log_likelihoods(train, test, k + 1) for k in range(largest)])
+
+    return simplest(y, seed, of_each) + 1
+
+
+def simplest(y: Array, seed: int, log_likelihoods: Callable[[Array, Array], Array]) -> int:
+    """The first of some models, the simplest first, whose cross-validated log-likelihood is within a standard error of the best.
+
+    The rule of Breiman et al. (1984, "Classification and Regression Trees", 3.4.3), on paired differences:
+    without it, chance splits a cluster now and then.
+
+    Args:
+        y: [N, r] coordinates.
+        seed: of the folds.
+        log_likelihoods: (train, test) -> [models, rows of ``test``] nats, up to a constant.
+    """
+    folds = list(KFold(NUM_FOLDS, shuffle=True, random_state=seed).split(y))
+    left_out = np.concatenate([test for _, test in folds])
+    fit = np.concatenate([log_likelihoods(y[train], y[test]) for train, test in folds], axis=1)
+    fit = fit[:, left_out.argsort()]
+    loss = fit[fit.mean(axis=1).argmax()] - fit  # [models, N] nats worse than the best
     close = loss.mean(axis=1) <= loss.std(axis=1, ddof=1) / len(y) ** 0.5
-    return int(close.argmax()) + 1
+    return int(close.argmax())

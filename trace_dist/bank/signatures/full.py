@@ -1,23 +1,27 @@
 """Signature full: a mixture of Gaussians with a covariance each, by expectation maximisation.
 
 Fewer prompts than dimensions span a subspace; components are sought there, and every direction beyond it has the
-variance to which covariances are shrunk.
+variance to which covariances are shrunk. How much they are shrunk is chosen as the number of components is: by left-out prompts.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from sklearn.mixture import GaussianMixture
 
 from trace_dist.bank.signature import Clusters
 from trace_dist.bank.signatures.mixtures import (
     MAX_ITERATIONS,
+    STRENGTHS,
     Array,
-    best_of,
+    best_number,
     principal_axes,
     responsibilities,
     ridge_of,
     shrunk,
     spread,
+    well_shrunk,
 )
 
 label = "mixture of Gaussians, a covariance for each component"
@@ -31,13 +35,17 @@ def fit(x: Array, max_clusters: int, seed: int) -> Clusters:
         ValueError: all rows are equal.
     """
 
-    def mixture(x: Array, num_clusters: int) -> Clusters:
+    def mixtures(x: Array, num_clusters: int, strengths: Sequence[float]) -> list[Clusters]:
         scale = spread(x)
         z = (x - x.mean(axis=0)) / scale
         axes = principal_axes(z)
         y = z @ axes.T
         ridge = ridge_of(y, x.shape[1])
         model = GaussianMixture(num_clusters, reg_covar=ridge, max_iter=MAX_ITERATIONS, random_state=seed)
-        return shrunk(x, scale, axes, responsibilities(model, y))
+        shares = responsibilities(model, y)
+        return [shrunk(x, scale, axes, shares, strength) for strength in strengths]
 
-    return best_of(mixture, x, max_clusters, seed)
+    number = best_number(
+        lambda x, num_clusters: mixtures(x, num_clusters, STRENGTHS[:1])[0], x, max_clusters, seed
+    )
+    return well_shrunk(lambda x, strengths: mixtures(x, number, strengths), x, seed)

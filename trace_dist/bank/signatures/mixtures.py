@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,16 +15,19 @@ from torch import Tensor
 from trace_dist.bank.density import Mixture
 from trace_dist.bank.gaussian import MIN_RELATIVE_VARIANCE, shrinkage_intensity
 from trace_dist.bank.signature import Clusters
-from trace_dist.bank.signatures.folds import choose_num_clusters, largest_number
+from trace_dist.bank.signatures.folds import choose_num_clusters, largest_number, simplest
 
 Array = NDArray[np.float64]
 MIN_RIDGE = 1e-9
 """Least variance of a direction, in units of a standardised dimension's: one of 0 would outweigh all else."""
 MAX_ITERATIONS = 100
+STRENGTHS = (1.0, 2**-2, 2**-4, 2**-6, 2**-8, 2**-10)
+"""Of shrinkage, in units of what suits a single Gaussian. Representations of a task are none, and a fine difference between two
+tasks may lie in directions of small variance, which shrinkage hides."""
 
 
-def best_of(fit: Callable[[Array, int], Clusters], x: Array, max_clusters: int, seed: int) -> Clusters:
-    """The mixture of the number of components that left-out prompts are best described by.
+def best_number(fit: Callable[[Array, int], Clusters], x: Array, max_clusters: int, seed: int) -> int:
+    """The number of components that left-out prompts are best described by.
 
     Args:
         fit: (x, K) -> a mixture of K components.
@@ -37,7 +40,25 @@ def best_of(fit: Callable[[Array, int], Clusters], x: Array, max_clusters: int, 
         found = fit(train, num_clusters)
         return Mixture.of_clusters(found).log_density(torch.from_numpy(test)).numpy()
 
-    return fit(x, choose_num_clusters(x, largest_number(x, max_clusters), seed, log_likelihoods))
+    return choose_num_clusters(x, largest_number(x, max_clusters), seed, log_likelihoods)
+
+
+def well_shrunk(fit: Callable[[Array, Sequence[float]], list[Clusters]], x: Array, seed: int) -> Clusters:
+    """The mixture with the strongest shrinkage that describes left-out prompts well (``folds.simplest``).
+
+    Args:
+        fit: (x, strengths) -> a mixture for each.
+        x: [N, D] representations.
+        seed: of the folds.
+    """
+
+    def log_likelihoods(train: Array, test: Array) -> Array:
+        found = fit(train, STRENGTHS)
+        return np.stack(
+            [Mixture.of_clusters(each).log_density(torch.from_numpy(test)).numpy() for each in found]
+        )
+
+    return fit(x, [STRENGTHS[simplest(x, seed, log_likelihoods)]])[0]
 
 
 def spread(x: Array) -> Array:
@@ -79,8 +100,8 @@ def ridge_of(y: Array, dim: int) -> float:
     return max(MIN_RIDGE, rho * covariance.trace().item() / dim)
 
 
-def shrunk(x: Array, scale: Array, axes: Array, shares: Array) -> Clusters:
-    """Components with covariances that are shrunk as in ``bank.gaussian``, each by what its prompts allow.
+def shrunk(x: Array, scale: Array, axes: Array, shares: Array, strength: float) -> Clusters:
+    """Components with covariances that are shrunk as in ``bank.gaussian``, each by what its prompts allow, times ``strength``.
 
     Args:
         x: [N, D] representations.
@@ -93,7 +114,7 @@ def shrunk(x: Array, scale: Array, axes: Array, shares: Array) -> Clusters:
     means = weight.T @ torch.from_numpy(x) / counts[:, None]
     factors, ridges = zip(
         *(
-            _shrunk_factor(torch.from_numpy((x - mean.numpy()) / scale @ axes.T), share, x.shape[1])
+            _shrunk_factor(torch.from_numpy((x - mean.numpy()) / scale @ axes.T), share, x.shape[1], strength)
             for mean, share in zip(means, weight.T, strict=True)
         ),
         strict=True,
@@ -107,11 +128,11 @@ def shrunk(x: Array, scale: Array, axes: Array, shares: Array) -> Clusters:
     return Clusters(means, counts.round().long().clamp(min=1), torch.zeros(0, x.shape[1]), extra)
 
 
-def _shrunk_factor(gaps: Tensor, share: Tensor, dim: int) -> tuple[Tensor, float]:
+def _shrunk_factor(gaps: Tensor, share: Tensor, dim: int, strength: float) -> tuple[Tensor, float]:
     """Cholesky factor [r, r] of a component's covariance, and the variance of every other direction."""
     num_samples = max(1.0, share.sum().item() - 1)
     covariance = (gaps * share[:, None]).T @ gaps / num_samples
-    rho = shrinkage_intensity(covariance, int(num_samples), dim)
+    rho = strength * shrinkage_intensity(covariance, int(num_samples), dim)
     ridge = max(MIN_RIDGE, rho * covariance.trace().item() / dim)
     covariance = (1 - rho) * covariance
     covariance.diagonal().add_(ridge)
