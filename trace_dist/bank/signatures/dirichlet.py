@@ -17,12 +17,12 @@ from trace_dist.bank.signatures.folds import MIN_PROMPTS_PER_CLUSTER, largest_nu
 from trace_dist.bank.signatures.mixtures import (
     MAX_ITERATIONS,
     Array,
+    best_strength,
     principal_axes,
     responsibilities,
     ridge_of,
     shrunk,
     spread,
-    well_shrunk,
 )
 
 label = "Dirichlet-process mixture of Gaussians"
@@ -58,4 +58,4 @@ def fit(x: Array, max_clusters: int, seed: int) -> Clusters:
         shares /= shares.sum(axis=1, keepdims=True)
         return [shrunk(x, scale, axes, shares, strength) for strength in strengths]
 
-    return well_shrunk(mixtures, x, seed)
+    return mixtures(x, [best_strength(mixtures, x, seed)])[0]

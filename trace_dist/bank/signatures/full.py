@@ -13,15 +13,14 @@ from sklearn.mixture import GaussianMixture
 from trace_dist.bank.signature import Clusters
 from trace_dist.bank.signatures.mixtures import (
     MAX_ITERATIONS,
-    STRENGTHS,
     Array,
     best_number,
+    best_strength,
     principal_axes,
     responsibilities,
     ridge_of,
     shrunk,
     spread,
-    well_shrunk,
 )
 
 label = "mixture of Gaussians, a covariance for each component"
@@ -45,7 +44,9 @@ def fit(x: Array, max_clusters: int, seed: int) -> Clusters:
         shares = responsibilities(model, y)
         return [shrunk(x, scale, axes, shares, strength) for strength in strengths]
 
-    number = best_number(
-        lambda x, num_clusters: mixtures(x, num_clusters, STRENGTHS[:1])[0], x, max_clusters, seed
-    )
-    return well_shrunk(lambda x, strengths: mixtures(x, number, strengths), x, seed)
+    def suited(number: int) -> float:
+        return best_strength(lambda x, strengths: mixtures(x, number, strengths), x, seed)
+
+    strength = suited(1)
+    number = best_number(lambda x, number: mixtures(x, number, [strength])[0], x, max_clusters, seed)
+    return mixtures(x, number, [strength if number == 1 else suited(number)])[0]

@@ -43,8 +43,8 @@ def best_number(fit: Callable[[Array, int], Clusters], x: Array, max_clusters: i
     return choose_num_clusters(x, largest_number(x, max_clusters), seed, log_likelihoods)
 
 
-def well_shrunk(fit: Callable[[Array, Sequence[float]], list[Clusters]], x: Array, seed: int) -> Clusters:
-    """The mixture with the strongest shrinkage that describes left-out prompts well (``folds.simplest``).
+def best_strength(fit: Callable[[Array, Sequence[float]], list[Clusters]], x: Array, seed: int) -> float:
+    """The strongest shrinkage whose mixture describes left-out prompts well (``folds.simplest``), of ``STRENGTHS``.
 
     Args:
         fit: (x, strengths) -> a mixture for each.
@@ -58,7 +58,7 @@ def well_shrunk(fit: Callable[[Array, Sequence[float]], list[Clusters]], x: Arra
             [Mixture.of_clusters(each).log_density(torch.from_numpy(test)).numpy() for each in found]
         )
 
-    return fit(x, [STRENGTHS[simplest(x, seed, log_likelihoods)]])[0]
+    return STRENGTHS[simplest(x, seed, log_likelihoods)]
 
 
 def spread(x: Array) -> Array:
