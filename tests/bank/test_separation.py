@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from trace_dist.bank.bound import cantelli_limits, error_bound, gaussian_limits, separation_bounds
-from trace_dist.bank.normality import mardia
+from trace_dist.bank.normality import mardia, residuals
 from trace_dist.bank.retrieval import Retriever
 from trace_dist.bank.signature import Signature, fit_signature
 
@@ -106,6 +106,23 @@ def test_gaussian_bounds_break_on_prompts_that_leap_and_the_others_hold() -> Non
     assert found.max() <= max(bound.heldout_limit)
     assert bound.normality is not None
     assert bound.normality.p_value < 1e-6
+
+
+def test_skewness_is_that_over_all_pairs() -> None:
+    x = torch.randn(201, 3, generator=torch.Generator().manual_seed(0)).double().exp()
+    centred = x - x.mean(dim=0)
+    pairs = centred @ torch.linalg.inv(centred.T @ centred / 201) @ centred.T
+    found = mardia(x)
+    assert found.skewness == pytest.approx(pairs.pow(3).mean().item())
+    assert found.kurtosis == pytest.approx(pairs.diagonal().square().mean().item() / 15)
+
+
+def test_no_more_rows_are_looked_at_in_a_larger_bank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trace_dist.bank.normality.MAX_ROWS", 60)
+    signatures = fitted(leaping, 9, 80).signatures
+    rows = residuals(signatures)
+    assert len(rows) == 60 < sum(len(signature.heldout) for signature in signatures)
+    assert len(residuals(signatures[:1])) == len(signatures[0].heldout)
 
 
 def test_cantellis_limit_allows_for_few_heldout_prompts() -> None:
