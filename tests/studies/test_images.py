@@ -16,12 +16,13 @@ from trace_dist.utils.files import read_json
 ROOT = Path(__file__).parents[2]
 
 
-def test_classes_come_in_the_order_of_pilot() -> None:
+@pytest.mark.parametrize("name", ["digits", "mnist"])
+def test_classes_come_in_the_order_of_pilot(name: str) -> None:
     """numpy.random.seed(1993); numpy.random.permutation, as its data manager does."""
     np.random.seed(1993)
     order = np.random.permutation(10).tolist()
     assert class_order(10) == order
-    cfg = read_run(ROOT / "configs/digits.yaml")
+    cfg = read_run(ROOT / f"configs/{name}.yaml")
     assert [name for task in cfg.tasks for name in task.answers or []] == [str(label) for label in order]
     assert all(task.name == f"classes_{'_'.join(task.answers or [])}" for task in cfg.tasks)
 
@@ -64,6 +65,7 @@ def test_differences_are_paired_by_seed() -> None:
     assert "| +10.0 [+7.5, +12.5] |" in lines[5]
 
 
-def test_the_page_shows_the_committed_result() -> None:
+@pytest.mark.parametrize("name", ["digits", "mnist"])
+def test_the_page_shows_the_committed_result(name: str) -> None:
     page = (ROOT / "docs/images.md").read_text(encoding="utf-8")
-    assert insert(page, "digits", table(read_json(ROOT / "docs/results/digits.json"))) == page
+    assert insert(page, name, table(read_json(ROOT / f"docs/results/{name}.json"))) == page
