@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trace_dist.profiling.passes import OPERATORS_PER_MODULE, num_operators
-from trace_dist.profiling.speed import UTILISATION, Machine, step_passes
+from trace_dist.profiling.speed import UTILISATION, Machine, matmul_rate, step_passes
 
 
 def llama(layers: int) -> LlamaForCausalLM:
@@ -54,3 +55,17 @@ def test_time_is_products_and_operators() -> None:
 def test_passes_of_steps(batch: int, micro: int, ranks: int, passes: float) -> None:
     """Three for each micro-batch, and one for the update."""
     assert step_passes(10, batch, micro, ranks) == passes
+
+
+def test_the_rate_is_that_of_all_three_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward, and the gradients of inputs and weights; each counted where it is computed."""
+    counter = FlopCounterMode(display=False)
+
+    def seconds_of(work: Any, *_: Any) -> float:
+        with counter:
+            work()
+        return 2.0
+
+    monkeypatch.setattr("trace_dist.profiling.speed._seconds_of", seconds_of)
+    rate = matmul_rate(torch.float32, torch.device("cpu"), 24, 7)
+    assert rate == counter.get_total_flops() / 2 == 3 * 2 * 7 * 24 * 24 / 2

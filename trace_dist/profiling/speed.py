@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trace_dist.profiling.passes import num_operators
 
-SIZE = 1024
-"""Rows and columns of the matrices that are multiplied."""
 SECONDS = 0.3
 """How long the device is measured."""
 BRIEFLY = 0.1
@@ -28,7 +27,7 @@ BACKWARD_PASSES = 2
 """A training pass goes forward once and back twice as long: for activations and for weights."""
 STEP_PASSES = 1
 """What a step takes beside its passes, as forward passes: the optimizer, clipping, and on ranks the exchange."""
-UTILISATION = 0.4
+UTILISATION = 0.6
 """Share of that rate that a training step is taken to reach: the rest goes to attention, norms, the optimizer and gathering."""
 
 
@@ -60,9 +59,16 @@ class Machine:
     launch: float
 
     @classmethod
-    def measured(cls, dtype: torch.dtype, device: torch.device) -> Machine:
-        """This device, in about half a second."""
-        return cls(matmul_rate(dtype, device), _launch_seconds(device))
+    def measured(cls, dtype: torch.dtype, device: torch.device, width: int, num_tokens: int) -> Machine:
+        """This device, in about half a second.
+
+        Args:
+            dtype: of the weights.
+            device: which.
+            width: of the model's hidden states.
+            num_tokens: of a micro-batch.
+        """
+        return cls(matmul_rate(dtype, device, width, num_tokens), _launch_seconds(device))
 
     def seconds(self, flops: float, passes: float, operators: int, sharers: int = 1) -> float:
         """How long some work takes.
@@ -82,10 +88,15 @@ def step_passes(steps: int, batch_size: int, micro_batch_size: int, num_ranks: i
     return steps * (-(-each // max(1, min(micro_batch_size, each))) * (1 + BACKWARD_PASSES) + STEP_PASSES)
 
 
-def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations per second of a matrix product on this device, measured for a moment."""
-    left = torch.randn(SIZE, SIZE, dtype=torch.float32, device=device).to(dtype)
-    return 2.0 * SIZE**3 / _seconds_of(lambda: left @ left, device, SECONDS)
+def matmul_rate(dtype: torch.dtype, device: torch.device, width: int, num_tokens: int) -> float:
+    """Operations per second of the three products with which a linear layer is trained on this device, measured for a moment.
+
+    On some devices they differ many times with the layout of their operands, and with their size.
+    """
+    x, grad = (torch.randn(num_tokens, width, device=device).to(dtype) for _ in range(2))
+    weight = torch.randn(width, width, device=device).to(dtype)
+    seconds = _seconds_of(lambda: (F.linear(x, weight), grad @ weight, grad.T @ x), device, SECONDS)
+    return 3 * 2.0 * num_tokens * width**2 / seconds
 
 
 def _launch_seconds(device: torch.device) -> float:

@@ -110,24 +110,26 @@ def preview(
         num_parameters=None if masked is None else masked.num_parameters,
         num_entries=entries,
         memory=memory,
-        seconds=_seconds(cfg, work, target, proxy),
+        seconds=_seconds(cfg, work, target, proxy, round(cfg.train.micro_batch_size * longest)),
         # A launcher is a process too, which its ranks wait for.
         num_starts=sum(1 + (stage.launched and cfg.launch.launcher != "none") for stage in left),
         delta_bytes=None if entries is None else entries * bytes_per_entry,
     )
 
 
-def _seconds(cfg: RunConfig, work: list[Work], target: Estimator | None, proxy: Estimator | None) -> float:
+def _seconds(
+    cfg: RunConfig, work: list[Work], target: Estimator | None, proxy: Estimator | None, num_tokens: int
+) -> float:
     """How long this device takes for the work whose operations are known: products, and what small models take beside them."""
     device = dist.local_device()
-    models = {
-        of_proxy: num_operators(model.module)
-        for of_proxy, model in ((False, target), (True, proxy))
-        if model is not None
+    modules = {
+        of_proxy: model.module for of_proxy, model in ((False, target), (True, proxy)) if model is not None
     }
-    if not models:
+    if not modules:
         return 0.0
-    machine = Machine.measured(getattr(torch, cfg.target.dtype), device)
+    models = {of_proxy: num_operators(module) for of_proxy, module in modules.items()}
+    width = max(module.config.get_text_config().hidden_size for module in modules.values())
+    machine = Machine.measured(getattr(torch, cfg.target.dtype), device, width, num_tokens)
     # The ranks of a CPU share its cores.
     ranks = cfg.launch.num_ranks if device.type == "cuda" else 1
     return sum(
