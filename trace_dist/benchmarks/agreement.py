@@ -11,13 +11,12 @@ steps of a tiny model.
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 
 from trace_dist.benchmarks.contestants import MASKED, Contestant, Race, build
+from trace_dist.benchmarks.ranks import run_rank
 from trace_dist.benchmarks.simulate import record
 from trace_dist.benchmarks.timing import now
 from trace_dist.config import LaunchConfig
@@ -37,7 +37,7 @@ from trace_dist.profiling.simulation.setup import METHODS
 from trace_dist.profiling.wire import WireCounter
 from trace_dist.utils import dist
 from trace_dist.utils.env import meta_info, run_info
-from trace_dist.utils.files import read_json, write_json
+from trace_dist.utils.files import read_json
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
@@ -238,16 +238,6 @@ def _once(contestant: Contestant) -> None:
     contestant.step()
 
 
-def main(arguments: Mapping[str, Any]) -> None:
-    """One rank of one contestant."""
-    dist.ensure_group()
-    found = measure(arguments["name"], Race(**arguments["race"]), arguments["steps"])
-    if dist.is_main():
-        write_json(Path(arguments["out"]), found)
-    dist.barrier()
-    # DeepSpeed's destructors take seconds and print.
-    os._exit(0)
-
-
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    given = json.loads(sys.argv[1])
+    run_rank(lambda: measure(given["name"], Race(**given["race"]), given["steps"]), Path(given["out"]))

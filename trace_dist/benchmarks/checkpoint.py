@@ -11,7 +11,6 @@ that of as many steps without a checkpoint: on a machine whose cores all compute
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_dist.benchmarks.contestants import Race, own_loss
+from trace_dist.benchmarks.ranks import run_rank
 from trace_dist.benchmarks.timing import now
 from trace_dist.checkpoint import Background, write_checkpoint
 from trace_dist.config import LaunchConfig, TrainConfig
@@ -30,7 +30,6 @@ from trace_dist.sharding.build import shard
 from trace_dist.train.learner import DenseLearner, Learner, MaskedLearner
 from trace_dist.utils import dist
 from trace_dist.utils.env import meta_info, run_info
-from trace_dist.utils.files import write_json
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
@@ -154,17 +153,12 @@ def measure(name: str, race: Race, rounds: int, steps: int, root: Path) -> dict[
     return row
 
 
-def main(asked: dict[str, Any]) -> None:
-    """One rank of one contestant."""
-    dist.ensure_group()
-    out = Path(asked["out"])
-    row = measure(asked["name"], Race(**asked["race"]), asked["rounds"], asked["steps"], out.parent / "kept")
-    if dist.is_main():
-        write_json(out, row)
-    dist.barrier()
-    # DeepSpeed's destructors take seconds and print.
-    os._exit(0)
-
-
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    asked = json.loads(sys.argv[1])
+    out = Path(asked["out"])
+    run_rank(
+        lambda: measure(
+            asked["name"], Race(**asked["race"]), asked["rounds"], asked["steps"], out.parent / "kept"
+        ),
+        out,
+    )

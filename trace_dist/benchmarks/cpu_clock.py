@@ -5,7 +5,6 @@ All ranks time the same at the same time, so that they share cores and memory as
 
 from __future__ import annotations
 
-import os
 import pickle
 import sys
 import time
@@ -17,11 +16,11 @@ import torch
 import torch.distributed as td
 from trace_kernels.bench import run_bench
 
+from trace_dist.benchmarks.ranks import run_rank
 from trace_dist.profiling.measure import keep_freed_blocks
 from trace_dist.profiling.simulation.calls import Call, Shape
 from trace_dist.sharding import gloo
 from trace_dist.utils import dist
-from trace_dist.utils.files import write_json
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
@@ -110,18 +109,14 @@ def kernel_rate(density: float, block: int) -> float:
     return 1e9 * len(rows) / sum(1 / row["gb_per_s"] for row in rows)
 
 
-def main(given: Path, out: Path) -> None:
-    """One rank: times what is in a file, writes the seconds."""
-    dist.ensure_group()
+def measure(given: Path) -> dict[str, Any]:
+    """Seconds of what is in a file. Collective."""
     keep_freed_blocks()
     asked: dict[str, Any] = pickle.loads(given.read_bytes())  # of the parent process
     found = {"seconds": all_seconds(asked["calls"])}
     found["rates"] = {str(block): kernel_rate(asked["density"], block) for block in asked["blocks"]}
-    if dist.is_main():
-        write_json(out, found)
-    dist.barrier()
-    os._exit(0)
+    return found
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    run_rank(lambda: measure(Path(sys.argv[1])), Path(sys.argv[2]))

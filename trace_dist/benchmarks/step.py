@@ -9,7 +9,6 @@ machine that slows down slows all of them down.
 from __future__ import annotations
 
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -24,6 +23,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from trace_dist.benchmarks.contestants import CONTESTANTS, Contestant, Race, build
+from trace_dist.benchmarks.ranks import run_rank
 from trace_dist.benchmarks.timing import now
 from trace_dist.config import LaunchConfig
 from trace_dist.launching import launch_command, launch_environment
@@ -190,16 +190,6 @@ def _time_by_kind(profiled: Any, wall: float, on_gpu: bool) -> dict[str, float]:
     return spent | {"Python and waiting": max(0.0, wall - sum(spent.values()))}
 
 
-def main(arguments: dict[str, Any]) -> None:
-    """One rank of one contestant."""
-    dist.ensure_group()
-    found = measure(build(arguments["name"], Race(**arguments["race"])), arguments["steps"])
-    if dist.is_main():
-        write_json(Path(arguments["out"]), found)
-    dist.barrier()
-    # DeepSpeed's destructors take seconds and print.
-    os._exit(0)
-
-
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    given = json.loads(sys.argv[1])
+    run_rank(lambda: measure(build(given["name"], Race(**given["race"])), given["steps"]), Path(given["out"]))
