@@ -90,9 +90,8 @@ gpu: $(VENV)/.dev
 	$(STEP) --shape Llama-3-8B --micro_batch 2 --steps 4 --contestants '[row,full,LoRA]' --out docs/results/gpu_step_8b.json
 	$(BIN)/python -m trace_dist.benchmarks.document docs/results docs/benchmarks.md
 
-# What is simulated beside what runs on CPU ranks, and what is predicted for many GPUs; an hour. A study that was cut goes on.
+# What is predicted for many GPUs, by one CPU in half an hour. A study that was cut goes on.
 scale: $(VENV)/.dev
-	$(BIN)/trace-dist bench simulate --micro_batch 1 --sequence 32 --out docs/results/bench_simulate.json
 	$(BIN)/python -m trace_dist.benchmarks.scale docs/results/scale.json
 	$(BIN)/python -m trace_dist.benchmarks.scale_page docs/results docs/scale.md
 
