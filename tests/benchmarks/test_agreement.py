@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
+import sys
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ import torch
 from trace_dist.benchmarks import agreement, cpu_clock
 from trace_dist.benchmarks.contestants import Race
 from trace_dist.benchmarks.scale_page import agreement_table
-from trace_dist.profiling.simulation.calls import Call, Shape
+from trace_dist.profiling.simulation.calls import Call, Shape, pickled
 from trace_dist.profiling.simulation.events import Event, Program
 from trace_dist.profiling.simulation.gpus import load_gpu
 from trace_dist.profiling.simulation.replay import Cluster, replay
@@ -46,6 +49,18 @@ def test_operators_are_called_as_they_were() -> None:
     found = cpu_clock.all_seconds({"it": call, "not": replace(call, name="aten.mm.out")})
     assert found.keys() == {"it"}
     assert found["it"] > 0
+
+
+def test_types_are_handed_on_by_their_names_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by those of another module that has such a name, and that another process lacks."""
+    other = ModuleType("aaa")
+    other.__dict__.update({name: getattr(torch, name) for name in ("bfloat16", "strided", "preserve_format")})
+    # Before all others, as pickle looks for them.
+    monkeypatch.setattr(sys, "modules", {"aaa": other, **sys.modules})
+    asked = (torch.bfloat16, torch.strided, torch.preserve_format, Shape((2,), (1,), torch.bfloat16))
+    written = pickled(asked)
+    assert b"aaa" not in written
+    assert pickle.loads(written) == asked
 
 
 def test_what_was_measured_by_itself_takes_as_long_in_a_step() -> None:

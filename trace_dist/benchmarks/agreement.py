@@ -11,7 +11,6 @@ steps of a tiny model.
 from __future__ import annotations
 
 import json
-import pickle
 import statistics
 import subprocess
 import sys
@@ -23,13 +22,14 @@ from typing import Any
 
 import torch
 
-from trace_dist.benchmarks.contestants import MASKED, Contestant, Race, build
+from trace_dist.benchmarks.contestants import MASKED, Race, build
 from trace_dist.benchmarks.ranks import run_rank
 from trace_dist.benchmarks.simulate import record
-from trace_dist.benchmarks.timing import now
+from trace_dist.benchmarks.timing import median_of, now
 from trace_dist.config import LaunchConfig
 from trace_dist.launching import ProcessFailed, launch_command, launch_environment
 from trace_dist.profiling.measure import Watch, bytes_now, keep_freed_blocks, settle_allocator
+from trace_dist.profiling.simulation.calls import pickled
 from trace_dist.profiling.simulation.events import HOSTS, Program
 from trace_dist.profiling.simulation.gpus import load_gpu
 from trace_dist.profiling.simulation.replay import Cluster, replay
@@ -74,7 +74,7 @@ def compare(race: Race, steps: int, rounds: int) -> Found:
                 count = TINY_STEPS if each is tiny else steps
                 measured[key].append(_launch({"race": asdict(each), "name": key[1], "steps": count}, world))
         constants.take_python(
-            [(programs["tiny", name], _median(measured["tiny", name], "step_s")) for name in TINY]
+            [(programs["tiny", name], median_of(measured["tiny", name], "step_s")) for name in TINY]
         )
         for name in METHODS:
             rows.append(_row(name, world, programs[race.shape, name], measured[race.shape, name], constants))
@@ -156,7 +156,7 @@ def _timed(programs: Sequence[Program], race: Race, world: int) -> Found:
     with tempfile.TemporaryDirectory() as folder:
         given, out = Path(folder) / "calls.pickle", Path(folder) / "found.json"
         blocks = sorted({int(_block(name)) for name in METHODS})
-        given.write_bytes(pickle.dumps({"calls": calls, "density": race.density, "blocks": blocks}))
+        given.write_bytes(pickled({"calls": calls, "density": race.density, "blocks": blocks}))
         _run("trace_dist.benchmarks.cpu_clock", [str(given), str(out)], world)
         return read_json(out)
 
@@ -176,13 +176,9 @@ def _run(module: str, arguments: Sequence[str], world: int) -> None:
         raise ProcessFailed(f"{module}: failed with exit code {done.returncode}; its error is above")
 
 
-def _median(runs: Sequence[Found], key: str) -> float:
-    return statistics.median(seconds for run in runs for seconds in run[key])
-
-
 def _row(name: str, world: int, program: Program, runs: Sequence[Found], constants: Constants) -> Found:
     sent = sum(size for _, size in program.sent().values())
-    step, peak = _median(runs, "step_s"), statistics.median(run["peak_bytes"] for run in runs)
+    step, peak = median_of(runs, "step_s"), statistics.median(run["peak_bytes"] for run in runs)
     predicted = constants.step(name, program)
     errors = {"peak": program.peak / peak - 1, "time": predicted / step - 1}
     said = ", ".join(f"{key} {error:+.1%}" for key, error in errors.items())
@@ -206,24 +202,24 @@ def measure(name: str, race: Race, steps: int) -> Found:
     """Peak memory of this rank, over two steps, then the seconds of others, then the bytes that one more sends. Collective."""
     settle_allocator()
     warm = build(name, replace(race, shape="tiny"))  # what libraries load and keep
-    _once(warm)
+    warm.once()
     device = dist.local_device()
     baseline = bytes_now(device)
     contestant = build(name, race)
-    _once(contestant)
+    contestant.once()
     with Watch(device, baseline, interval_ms=1000) as watch:
         for _ in range(WARM_UP):
-            _once(contestant)
+            contestant.once()
     keep_freed_blocks()
     seconds = []
     for number in range(WARM_UP + steps):
         dist.barrier()
         begin = now()
-        _once(contestant)
+        contestant.once()
         if number >= WARM_UP:
             seconds.append(now() - begin)
     with WireCounter() as wire:
-        _once(contestant)
+        contestant.once()
     peaks = dist.gather_objects(watch.timeline.peak)
     return {
         "peak_bytes": peaks[0],
@@ -231,11 +227,6 @@ def measure(name: str, race: Race, steps: int) -> Found:
         "step_s": seconds,
         "sent_bytes": sum(wire.sent.values()),
     }
-
-
-def _once(contestant: Contestant) -> None:
-    contestant.backward(contestant.forward())
-    contestant.step()
 
 
 if __name__ == "__main__":

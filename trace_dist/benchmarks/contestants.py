@@ -98,7 +98,7 @@ CONTESTANTS = (
     *(f"row{FSDP2}", f"full{FSDP2}", f"row{OFFLOAD}"),
     FLOOR,
 )
-KNOWN = (*CONTESTANTS, *(f"{name}{OFFLOAD}" for name in MASKED if f"{name}{OFFLOAD}" not in CONTESTANTS))
+KNOWN = tuple(dict.fromkeys((*CONTESTANTS, *(f"{name}{OFFLOAD}" for name in MASKED))))
 """What can be built; of masks whose states the host keeps one races."""
 
 
@@ -183,9 +183,14 @@ class Contestant:
     num_trained: int
     states: Callable[[], dict[str, list[Tensor]]]
 
+    def once(self) -> None:
+        """All three phases."""
+        self.backward(self.forward())
+        self.step()
+
 
 def build(name: str, race: Race) -> Contestant:
-    """Set one of ``CONTESTANTS`` up on this job's ranks."""
+    """Set one of ``KNOWN`` up on this job's ranks."""
     if name == f"full{FSDP2}":
         return _full_fsdp2(race)
     backend: Backend = "fsdp2" if name.endswith(FSDP2) else "zero3"

@@ -6,9 +6,10 @@ All ranks time the same at the same time, so that they share cores and memory as
 from __future__ import annotations
 
 import pickle
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,19 +104,23 @@ def all_seconds(calls: dict[str, Call]) -> dict[str, float]:
     return found
 
 
-def kernel_rate(density: float, block: int) -> float:
-    """Bytes per second, of those that they must move, at which our kernels run."""
-    rows = [row for row in run_bench("cpu", KERNELS, densities=(density,)) if row.get("block") == block]
-    return 1e9 * len(rows) / sum(1 / row["gb_per_s"] for row in rows)
+def kernel_rates(density: float, blocks: Sequence[int]) -> dict[str, float]:
+    """Bytes per second, of those that they must move, at which our kernels run, by the elements of a block."""
+    slowness: dict[int, list[float]] = {block: [] for block in blocks}
+    for row in run_bench("cpu", KERNELS, densities=(density,)):
+        if row.get("block") in slowness:
+            slowness[row["block"]].append(1 / row["gb_per_s"])
+    return {str(block): 1e9 / statistics.mean(each) for block, each in slowness.items()}
 
 
 def measure(given: Path) -> dict[str, Any]:
     """Seconds of what is in a file. Collective."""
     keep_freed_blocks()
     asked: dict[str, Any] = pickle.loads(given.read_bytes())  # of the parent process
-    found = {"seconds": all_seconds(asked["calls"])}
-    found["rates"] = {str(block): kernel_rate(asked["density"], block) for block in asked["blocks"]}
-    return found
+    return {
+        "seconds": all_seconds(asked["calls"]),
+        "rates": kernel_rates(asked["density"], asked["blocks"]),
+    }
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from trace_dist.benchmarks.contestants import CONTESTANTS, Contestant, Race, build
 from trace_dist.benchmarks.ranks import run_rank
-from trace_dist.benchmarks.timing import now
+from trace_dist.benchmarks.timing import median_of, now
 from trace_dist.config import LaunchConfig
 from trace_dist.launching import launch_command, launch_environment
 from trace_dist.profiling.wire import WireCounter
@@ -115,8 +115,8 @@ def _summary(name: str, runs: Sequence[dict[str, Any]], full: Sequence[dict[str,
     if not whole:
         return {"name": name, "error": runs[0]["error"]}
     row: dict[str, Any] = {"name": name, "num_trained": whole[0]["num_trained"]}
-    row["step_s"] = _median(whole, "step_s")
-    row["phases_s"] = {phase: _median(whole, f"{phase}_s") for phase in PHASES}
+    row["step_s"] = median_of(whole, "step_s")
+    row["phases_s"] = {phase: median_of(whole, f"{phase}_s") for phase in PHASES}
     for key in filter(whole[0].__contains__, BYTES):
         row[key] = statistics.median(run[key] for run in whole)
     row["time_s"] = {
@@ -124,17 +124,13 @@ def _summary(name: str, runs: Sequence[dict[str, Any]], full: Sequence[dict[str,
     }
     dense = [run for run in full if "error" not in run]
     if dense:
-        row["step_ratio"] = row["step_s"] / _median(dense, "step_s")
+        row["step_ratio"] = row["step_s"] / median_of(dense, "step_s")
         if dense[0]["gradient_bytes_sent"]:  # a rank that is alone sends none
             row["gradient_bytes_ratio"] = row["gradient_bytes_sent"] / dense[0]["gradient_bytes_sent"]
         row["peak_rss_ratio"] = row["peak_rss_bytes"] / statistics.median(
             run["peak_rss_bytes"] for run in dense
         )
     return row
-
-
-def _median(runs: Sequence[dict[str, Any]], key: str) -> float:
-    return statistics.median(value for run in runs for value in run[key])
 
 
 def measure(contestant: Contestant, steps: int) -> dict[str, Any]:
@@ -158,11 +154,11 @@ def measure(contestant: Contestant, steps: int) -> dict[str, Any]:
     if on_gpu:
         peaks["peak_device_bytes"] = torch.cuda.max_memory_allocated()
     with WireCounter() as wire:
-        _once(contestant)
+        contestant.once()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiled:
         begin = now()
-        _once(contestant)
+        contestant.once()
         wall = now() - begin
     return {
         **times,
@@ -172,11 +168,6 @@ def measure(contestant: Contestant, steps: int) -> dict[str, Any]:
         "weight_bytes_sent": wire.gathered,
         "time_s": _time_by_kind(profiled, wall, on_gpu),
     }
-
-
-def _once(contestant: Contestant) -> None:
-    contestant.backward(contestant.forward())
-    contestant.step()
 
 
 def _time_by_kind(profiled: Any, wall: float, on_gpu: bool) -> dict[str, float]:

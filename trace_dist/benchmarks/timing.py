@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -14,3 +17,8 @@ def now() -> float:
     if dist.local_device().type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def median_of(runs: Sequence[Mapping[str, Any]], key: str) -> float:
+    """The median of a list that each run has, over all runs."""
+    return statistics.median(value for run in runs for value in run[key])

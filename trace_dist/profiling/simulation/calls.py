@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,3 +72,29 @@ class Call:
 
         args, kwargs = tree_map(fill, self.operands)
         return args, kwargs
+
+
+_NAMED = (torch.dtype, torch.layout, torch.memory_format)
+
+
+def pickled(value: Any) -> bytes:
+    """Calls, and what holds them, for another process.
+
+    Torch's types are written by their names in torch. By itself pickle looks for these names in all modules that are loaded, and
+    may write one that the other process does not have.
+    """
+    out = io.BytesIO()
+    _Pickler(out).dump(value)
+    return out.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, _NAMED):
+            return of_torch, (str(value).removeprefix("torch."),)
+        return NotImplemented
+
+
+def of_torch(name: str) -> Any:
+    """A type of torch's, by its name there."""
+    return getattr(torch, name)
