@@ -69,3 +69,5 @@ def test_the_rate_is_that_of_all_three_products(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("trace_dist.profiling.speed._seconds_of", seconds_of)
     rate = matmul_rate(torch.float32, torch.device("cpu"), 24, 7)
     assert rate == counter.get_total_flops() / 2 == 3 * 2 * 7 * 24 * 24 / 2
+    monkeypatch.setattr("trace_dist.profiling.speed.LARGEST", 20)
+    assert matmul_rate(torch.float32, torch.device("cpu"), 10**6, 10**6) == 3 * 2 * 20**3 / 2

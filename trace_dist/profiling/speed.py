@@ -19,6 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trace_dist.profiling.passes import num_operators
 
+LARGEST = 1024
+"""Rows and columns that are multiplied at most: larger products are no faster, and take long."""
 SECONDS = 0.3
 """How long the device is measured."""
 BRIEFLY = 0.1
@@ -93,6 +95,7 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, width: int, num_tokens
 
     On some devices they differ many times with the layout of their operands, and with their size.
     """
+    width, num_tokens = min(width, LARGEST), min(num_tokens, LARGEST)
     x, grad = (torch.randn(num_tokens, width, device=device).to(dtype) for _ in range(2))
     weight = torch.randn(width, width, device=device).to(dtype)
     seconds = _seconds_of(lambda: (F.linear(x, weight), grad @ weight, grad.T @ x), device, SECONDS)

@@ -27,31 +27,24 @@ PACKAGES = (
 )
 
 
+DOCUMENTS = ("docs", "README.md")
+"""What a result is written to, and not made by."""
+
+
 def commit_of(here: Path) -> str | None:
     """Commit of a checkout, with ``+`` where files differ from it that are not documents; None outside a checkout."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     try:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        changed = git(
+            "status", "--porcelain", "-uno", "--", ":/", *(f":(top,exclude){path}" for path in DOCUMENTS)
         )
-        dirty = subprocess.run(
-            [
-                "git",
-                "status",
-                "--porcelain",
-                "-uno",
-                "--",
-                ":/",
-                ":(top,exclude)docs",
-                ":(top,exclude)README.md",
-            ],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
 def _versions() -> dict[str, str]:
