@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import pickle
-import sys
 from dataclasses import replace
-from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ import torch
 from trace_dist.benchmarks import agreement, cpu_clock
 from trace_dist.benchmarks.contestants import Race
 from trace_dist.benchmarks.scale_page import agreement_table
+from trace_dist.profiling.simulation import calls
 from trace_dist.profiling.simulation.calls import Call, Shape, pickled
 from trace_dist.profiling.simulation.events import Event, Program
 from trace_dist.profiling.simulation.gpus import load_gpu
@@ -51,16 +52,20 @@ def test_operators_are_called_as_they_were() -> None:
     assert found["it"] > 0
 
 
-def test_types_are_handed_on_by_their_names_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not by those of another module that has such a name, and that another process lacks."""
-    other = ModuleType("aaa")
-    other.__dict__.update({name: getattr(torch, name) for name in ("bfloat16", "strided", "preserve_format")})
-    # Before all others, as pickle looks for them.
-    monkeypatch.setattr(sys, "modules", {"aaa": other, **sys.modules})
+class OfCalls(pickle.Unpickler):
+    """Reads what names ``calls`` alone."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        assert module == calls.__name__, f"{module}.{name}"
+        return super().find_class(module, name)
+
+
+def test_types_are_handed_on_by_their_names_in_torch() -> None:
+    """Pickle may find them in a module that the other process lacks."""
     asked = (torch.bfloat16, torch.strided, torch.preserve_format, Shape((2,), (1,), torch.bfloat16))
-    written = pickled(asked)
-    assert b"aaa" not in written
-    assert pickle.loads(written) == asked
+    assert OfCalls(io.BytesIO(pickled(asked))).load() == asked
+    with pytest.raises((AssertionError, TypeError)):
+        OfCalls(io.BytesIO(pickle.dumps(asked))).load()
 
 
 def test_what_was_measured_by_itself_takes_as_long_in_a_step() -> None:
