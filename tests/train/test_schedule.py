@@ -48,3 +48,15 @@ def test_a_schedule_goes_on_where_another_stopped(name: str) -> None:
         for schedule in (whole, rest):
             schedule.optimizer.step()
             schedule.step()
+
+
+@pytest.mark.parametrize("name", ["cosine_with_min_lr", "linear"])
+def test_the_beginning_of_a_longer_training_falls_as_that_does(name: str) -> None:
+    """Its warm-up is its own: at most half of the steps that are taken."""
+    short = make_schedule(optimizer(), TrainConfig(scheduler=name, warmup_steps=20), 8, horizon=STEPS)
+    whole = make_schedule(optimizer(), TrainConfig(scheduler=name, warmup_steps=4), STEPS)
+    for _ in range(8):
+        assert short.get_last_lr() == whole.get_last_lr()
+        for schedule in (short, whole):
+            schedule.optimizer.step()
+            schedule.step()

@@ -45,10 +45,8 @@ def pooled(states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     return torch.cat([mean, (squares.sum(dim=1) / counts).sqrt()], dim=1)
 
 
-def _hidden(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor, chosen: Sequence[int], pooling: Pooling
-) -> Tensor:
-    """[B, L, D] fp32 of the chosen hidden layers, pooled."""
+def _hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor, chosen: Sequence[int]) -> list[Tensor]:
+    """[B, T, hidden] of each of the chosen hidden layers."""
     # logits of every token would dominate the memory, and nobody reads them
     first = torch.zeros(1, dtype=torch.int64, device=ids.device)
     options = {"logits_to_keep": first} if names_argument(model, "logits_to_keep") else {}
@@ -60,7 +58,7 @@ def _hidden(
                 f"bank.layer={layer}: must lie in [{-len(layers)}, {len(layers)}) for this model "
                 "(0 is the embedding); use -1 for the last"
             )
-    return torch.stack([pooled(layers[layer], mask, pooling) for layer in chosen], dim=1)
+    return [layers[layer] for layer in chosen]
 
 
 def represent(
@@ -72,33 +70,36 @@ def represent(
     pad_id: int,
     pooling: Pooling = "mean",
 ) -> Tensor:
-    """Representations of prompts by one hidden layer; see ``represent_layers``.
+    """Representations of prompts by one hidden layer and pooling; see ``represent_views``.
 
     Args:
-        model, tokenizer_prompts, batch_size, pad_id, pooling: as ``represent_layers``.
+        model, tokenizer_prompts, batch_size, pad_id: as ``represent_views``.
         layer: index into the model's hidden states: 0 is the embedding, -1 the last.
+        pooling: how the tokens of a prompt become one vector (``pooled``).
 
     Returns:
         [num_prompts, D] fp32 on the CPU, in the order of the prompts, equal on every rank.
 
     Raises:
-        ValueError: as ``represent_layers``.
+        ValueError: as ``represent_views``.
     """
-    return represent_layers(
-        model, tokenizer_prompts, layers=[layer], batch_size=batch_size, pad_id=pad_id, pooling=pooling
-    )[:, 0]
+    views = represent_views(
+        model, tokenizer_prompts, layers=[layer], poolings=[pooling], batch_size=batch_size, pad_id=pad_id
+    )
+    return views[pooling][:, 0]
 
 
-def represent_layers(
+def represent_views(
     model: PreTrainedModel,
     tokenizer_prompts: Sequence[Sequence[int]],
     *,
     layers: Sequence[int],
+    poolings: Sequence[Pooling],
     batch_size: int,
     pad_id: int,
-    pooling: Pooling = "mean",
-) -> Tensor:
-    """Representations of prompts under the model as it is, by several hidden layers, computed by all ranks together.
+) -> dict[Pooling, Tensor]:
+    """Representations of prompts under the model as it is, by several hidden layers and poolings of one forward pass, computed by
+    all ranks together.
 
     Prompts are padded on the right, which no causal model sees; a batch holds the same prompts whatever the number of
     ranks (evaluation/passes.py).
@@ -108,12 +109,12 @@ def represent_layers(
             ZeRO-3 sit on it), in evaluation mode, without gradients.
         tokenizer_prompts: token ids of each prompt, the same on every rank.
         layers: indices into the model's hidden states: 0 is the embedding, -1 the last.
+        poolings: how the tokens of a prompt become one vector (``pooled``).
         batch_size: prompts per forward pass on one rank.
         pad_id: token id for padding on the right (masked out).
-        pooling: how the tokens of a prompt become one vector (``pooled``).
 
     Returns:
-        [num_prompts, L, D] fp32 on the CPU, in the order of the prompts, equal on every rank.
+        By pooling, [num_prompts, L, D] fp32 on the CPU, in the order of the prompts, equal on every rank.
 
     Raises:
         ValueError: no prompt, an empty prompt, one beyond the context, a batch size of 0, or no such layer.
@@ -126,10 +127,17 @@ def represent_layers(
     check_context(max(lengths), model.config)
     device = next(model.parameters()).device
 
-    def run(batch: list[int]) -> list[Tensor]:
+    def run(batch: list[int]) -> list[list[Tensor]]:
         ids, mask = pad([tokenizer_prompts[i] for i in batch], pad_id, device, left=False)
+        states = _hidden(model, ids, mask, layers)
+        views = [
+            torch.stack([pooled(each, mask, pooling) for each in states], dim=1).cpu() for pooling in poolings
+        ]
         # clones: a row that is pickled for the other ranks would take the whole batch with it
-        return [row.clone() for row in _hidden(model, ids, mask, layers, pooling).cpu()]
+        return [[view[row].clone() for view in views] for row in range(len(batch))]
 
     with evaluating(model) as alone:
-        return torch.stack(map_over_ranks(lengths, batch_size, run, alone))
+        rows = map_over_ranks(lengths, batch_size, run, alone)
+    return {
+        pooling: torch.stack(view) for pooling, view in zip(poolings, zip(*rows, strict=True), strict=True)
+    }

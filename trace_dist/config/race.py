@@ -20,7 +20,7 @@ class RaceConfig(Section):
     tasks: int = 2
     """First tasks that each rate trains, one after another; the mean of the losses after each counts."""
     steps: int = 40
-    """Optimizer steps of each rate and task, with a schedule of their own; at most those of the task."""
+    """Optimizer steps of each rate and task, the first of its whole schedule; at most those of the task."""
     heldout: int = 200
     """Training examples that are held out to compare the rates by; at most a fifth of them. A run that validates
     (`train.eval_every`) compares by its validation examples instead. Test examples are never used."""

@@ -130,7 +130,9 @@ def _race_at(setting: Setting, density: float, streams: Sequence[Stream]) -> Rac
             )
             setting.seed(stream.task.name)
         batches = setting.bench.batches([part], setting.cfg.train.batch_size)
-        return try_mask(setting, masks[stream.task.name], batches, lr, part.steps, name=name)
+        return try_mask(
+            setting, masks[stream.task.name], batches, lr, part.steps, horizon=stream.steps, name=name
+        )
 
     return held_race(setting, name, streams, trial, grid=setting.grid)
 

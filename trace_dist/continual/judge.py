@@ -267,12 +267,12 @@ class Judge:
 
     def represent(self, model: Model, prompts: Any, layer: int, pooling: Pooling = "mean") -> torch.Tensor:
         """Representations of prompts under the model as it is: [N, D] fp32."""
-        return self.represent_layers(model, prompts, [layer], pooling)[:, 0]
+        return self.represent_views(model, prompts, [layer], [pooling])[pooling][:, 0]
 
-    def represent_layers(
-        self, model: Model, prompts: Any, layers: Sequence[int], pooling: Pooling = "mean"
-    ) -> torch.Tensor:
-        """Representations of prompts by several layers of the model as it is: [N, L, D] fp32."""
+    def represent_views(
+        self, model: Model, prompts: Any, layers: Sequence[int], poolings: Sequence[Pooling]
+    ) -> dict[Pooling, torch.Tensor]:
+        """Representations of prompts by several layers and poolings of the model as it is: by pooling, [N, L, D] fp32."""
         model.eval()
         return self.bench.modality.represent(
             model.module,
@@ -280,8 +280,8 @@ class Judge:
             self.bench.tokenizer,
             self.cfg.data,
             layers=layers,
+            poolings=poolings,
             batch_size=self.cfg.eval.batch_size,
-            pooling=pooling,
         )
 
     def signature(

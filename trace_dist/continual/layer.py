@@ -62,17 +62,14 @@ def choose_view(judge: Judge, model: ShardedModel) -> View:
     else:
         layers = [wanted.layer]
     poolings = list(judge.bench.modality.poolings) if wanted.pooling == "auto" else [wanted.pooling]
-    found = {
-        pooling: [
-            judge.represent_layers(model, stream.task.train["prompt"][:NUM_PROMPTS], layers, pooling)
-            for stream in sets
-        ]
-        for pooling in poolings
-    }
+    found = [
+        judge.represent_views(model, stream.task.train["prompt"][:NUM_PROMPTS], layers, poolings)
+        for stream in sets
+    ]
 
     def choose() -> View:
         losses = {
-            (layer, pooling): _losses(judge, sets, [each[:, place] for each in found[pooling]])
+            (layer, pooling): _losses(judge, sets, [each[pooling][:, place] for each in found])
             for place, layer in enumerate(layers)
             for pooling in poolings
         }

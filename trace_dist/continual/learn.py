@@ -178,17 +178,34 @@ def train_stream(
 
 @contextmanager
 def try_mask(
-    setting: Setting, mask: Mask, batches: Batches, lr: float, steps: int, *, name: str
+    setting: Setting,
+    mask: Mask,
+    batches: Batches,
+    lr: float,
+    steps: int,
+    *,
+    horizon: int | None = None,
+    name: str,
 ) -> Iterator[Learner]:
     """Train a mask without checkpoints and logs; the model holds the result inside the block alone. Collective.
+
+    ``horizon`` is as of ``make_schedule``.
 
     Raises:
         NotFinite: training diverges; the model holds what it held before.
     """
     cfg = replace(setting.cfg.train.strict(), lr=lr)
     with put_back(setting.model, mask):
+        description = f"{name} at {lr:g}"
         _, learner = train_mask(
-            setting.model, mask, batches, cfg, steps, description=f"{name} at {lr:g}", rate="race.grid"
+            setting.model,
+            mask,
+            batches,
+            cfg,
+            steps,
+            horizon=horizon,
+            description=description,
+            rate="race.grid",
         )
         setting.model.detach()
         yield learner

@@ -71,10 +71,10 @@ class Modality(Protocol):
         data: DataConfig,
         *,
         layers: Sequence[int],
+        poolings: Sequence[Pooling],
         batch_size: int,
-        pooling: Pooling,
-    ) -> Tensor:
-        """[N, L, D] fp32 representations of prompts by hidden layers of the model as it is. Collective."""
+    ) -> dict[Pooling, Tensor]:
+        """By pooling, [N, L, D] fp32 representations of prompts by hidden layers of the model as it is. Collective."""
 
     def always(self, module: nn.Module, task: Task, mask: MaskConfig) -> Mapping[str, Tensor]:
         """Elements that every mask of a task holds, beside those that are selected: parameter -> flat indices, sorted."""

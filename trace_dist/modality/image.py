@@ -173,10 +173,10 @@ def represent(
     data: DataConfig,
     *,
     layers: Sequence[int],
+    poolings: Sequence[Pooling],
     batch_size: int,
-    pooling: Pooling,
-) -> Tensor:
-    """[N, L, D] fp32 of hidden layers of the model as it is; see the file's head. Collective."""
+) -> dict[Pooling, Tensor]:
+    """By pooling, of which there is one, [N, L, D] fp32 of hidden layers of the model as it is; see the file's head. Collective."""
     if not prompts:
         raise ValueError("prompts: there are none; give at least one picture")
 
@@ -193,7 +193,8 @@ def represent(
         return [row.clone() for row in torch.stack([pooled(states[layer]) for layer in layers], dim=1).cpu()]
 
     with evaluating(model) as alone:
-        return torch.stack(map_over_ranks([1] * len(prompts), batch_size, run, alone))
+        x = torch.stack(map_over_ranks([1] * len(prompts), batch_size, run, alone))
+    return dict.fromkeys(poolings, x)
 
 
 def pooled(states: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from torch import Tensor, nn
 
-from trace_dist.bank.representation import represent_layers
+from trace_dist.bank.representation import represent_views
 from trace_dist.config import DataConfig, EvalConfig, MaskConfig
 from trace_dist.config.bank import Pooling
 from trace_dist.data.encoding import encode, encode_prompt, pad_id
@@ -69,13 +69,13 @@ def represent(
     data: DataConfig,
     *,
     layers: Sequence[int],
+    poolings: Sequence[Pooling],
     batch_size: int,
-    pooling: Pooling,
-) -> Tensor:
+) -> dict[Pooling, Tensor]:
     """As ``bank.representation``."""
     ids = encoded(prompts, reader, data)
-    return represent_layers(
-        model, ids, layers=layers, batch_size=batch_size, pad_id=pad_id(reader), pooling=pooling
+    return represent_views(
+        model, ids, layers=layers, poolings=poolings, batch_size=batch_size, pad_id=pad_id(reader)
     )
 
 

@@ -67,8 +67,8 @@ def _won(setting: Setting, stream: Stream, mask: Mask) -> float | None:
     if cfg.lr != AUTO:
         return None
 
-    def trial(_: Stream, part: Stream, lr: float) -> AbstractContextManager[Learner]:
+    def trial(whole: Stream, part: Stream, lr: float) -> AbstractContextManager[Learner]:
         batches = setting.bench.batches([part], cfg.batch_size)
-        return try_mask(setting, mask, batches, lr, part.steps, name="train")
+        return try_mask(setting, mask, batches, lr, part.steps, horizon=whole.steps, name="train")
 
     return held_race(setting, "train", [stream], trial, grid=setting.grid).lr

@@ -27,15 +27,24 @@ def _cosine(progress: float) -> float:
     return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, cfg: TrainConfig, steps: int) -> LambdaLR:
+def make_schedule(
+    optimizer: torch.optim.Optimizer, cfg: TrainConfig, steps: int, horizon: int | None = None
+) -> LambdaLR:
     """The learning-rate schedule of ``cfg``.
+
+    Args:
+        optimizer: whose rate it is.
+        cfg: shape and warm-up.
+        steps: that are taken; the warm-up is at most half of them.
+        horizon: steps over which the rate falls, of which those are the first; ``steps`` when None.
 
     Raises:
         ValueError: unknown schedule, or one that looks at more than the step.
     """
     warmup = min(cfg.warmup_steps, steps // 2)
+    horizon = horizon or steps
     if cfg.scheduler not in DECAYS:
-        schedule = _of_transformers(optimizer, cfg, warmup, steps)
+        schedule = _of_transformers(optimizer, cfg, warmup, horizon)
         if not isinstance(schedule, LambdaLR):
             raise ValueError(f"train.scheduler={cfg.scheduler!r}: must depend on the step alone; {CURE}")
         return schedule
@@ -44,7 +53,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, cfg: TrainConfig, steps: int
     def shape(step: int) -> float:
         if step < warmup:
             return step / max(1, warmup)
-        return decay((step - warmup) / max(1, steps - warmup), cfg.min_lr_ratio)
+        return decay((step - warmup) / max(1, horizon - warmup), cfg.min_lr_ratio)
 
     return LambdaLR(optimizer, shape)
 

@@ -37,6 +37,7 @@ def train_mask(
     cfg: TrainConfig,
     steps: int,
     *,
+    horizon: int | None = None,
     scale: Mapping[str, Tensor] | None = None,
     description: str,
     rate: str = "train.lr",
@@ -52,6 +53,7 @@ def train_mask(
         batches: the task's global batches.
         cfg: options of optimizer and loop.
         steps: optimizer steps.
+        horizon: those over which the rate falls, where these are only the first of them (``make_schedule``).
         scale: factors on the learning rate, as of ``MaskedAdamW``.
         description: label of progress and logs; names the task.
         rate: the field that sets the learning rate, for messages.
@@ -72,6 +74,7 @@ def train_mask(
         batches,
         cfg,
         steps,
+        horizon=horizon,
         description=description,
         rate=rate,
         log=log,
@@ -87,6 +90,7 @@ def train_learner(
     cfg: TrainConfig,
     steps: int,
     *,
+    horizon: int | None = None,
     description: str,
     rate: str = "train.lr",
     log: MetricLog | None = None,
@@ -97,7 +101,7 @@ def train_learner(
     root = None if cfg.checkpoint_every == 0 else checkpoints
     newest = None if root is None else latest_checkpoint(root)
     agree({"checkpoint": newest and newest.name})
-    schedule = make_schedule(learner.optimizer, cfg, steps)
+    schedule = make_schedule(learner.optimizer, cfg, steps, horizon)
     first_step, result = 0, TrainResult()
     validator = None
     if validation is not None and cfg.eval_every > 0:

@@ -142,8 +142,12 @@ class Consolidated(OneSet):
         batches = self._batches(stream, part_said)
         with put_back(model, mask):
             learner = SoftLearner(model, mask, cfg, lr)
-            description = f"{self.name} at {lr:g}"
-            train_learner(learner, batches, cfg, part.steps, description=description, rate="race.grid")
+            options = {
+                "horizon": self._steps(stream),
+                "description": f"{self.name} at {lr:g}",
+                "rate": "race.grid",
+            }
+            train_learner(learner, batches, cfg, part.steps, **options)
             model.detach()
             yield learner
 

@@ -159,7 +159,13 @@ class Dense(Method):
             self.begin(part)
             learner = self.learner(lr)
             self._train(
-                learner, part, part.steps, trial=True, rate="race.grid", description=f"{self.name} at {lr:g}"
+                learner,
+                part,
+                part.steps,
+                trial=True,
+                horizon=self.steps(stream),
+                rate="race.grid",
+                description=f"{self.name} at {lr:g}",
             )
             self.end(part, learner)
             yield learner

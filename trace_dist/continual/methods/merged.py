@@ -72,7 +72,7 @@ class Merged(Method):
         self._project()
         mask = self.setting.mask_for(stream)
         batches = replaying(self.setting, part, self.options)
-        return try_mask(self.setting, mask, batches, lr, part.steps, name=self.name)
+        return try_mask(self.setting, mask, batches, lr, part.steps, horizon=stream.steps, name=self.name)
 
     def _project(self) -> None:
         """Masks are projected onto the base, which the model holds only now."""

@@ -93,7 +93,7 @@ class Retrieved(Method):
     def trial(self, stream: Stream, part: Stream, lr: float) -> AbstractContextManager[Learner]:
         mask = self.mask(stream)
         batches = self.setting.bench.batches([part], self.setting.cfg.train.batch_size)
-        return try_mask(self.setting, mask, batches, lr, part.steps, name=self.name)
+        return try_mask(self.setting, mask, batches, lr, part.steps, horizon=stream.steps, name=self.name)
 
     def score(self) -> Row:
         if not self._sizes:
