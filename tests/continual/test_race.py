@@ -20,6 +20,7 @@ from trace_dist.continual.driver import check_methods, run_continual
 from trace_dist.continual.methods.base import Method
 from trace_dist.continual.race import MOST_EXTENSIONS, Race, held_race, race_rates, split
 from trace_dist.continual.setting import Setting
+from trace_dist.train.schedule import make_schedule
 from trace_dist.utils.finite import NotFinite
 
 GRID = [1e-3, 1e-2, 1e-1]
@@ -263,3 +264,29 @@ def test_every_method_of_the_package_races_where_nothing_else_is_said(tmp_path: 
     assert all(entry.kind.races(entry.options, cfg) for entry in check_methods(cfg))
     number = replace(cfg, train=replace(cfg.train, lr=1e-3))
     assert not any(entry.kind.races(entry.options, number) for entry in check_methods(number))
+
+
+@pytest.mark.parametrize("name", ["retrieved", "merged", "consolidated", "full", "lora"])
+def test_a_race_is_the_beginning_of_the_whole_training(
+    fresh: RunConfig, folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its steps are few, and the rate falls over those that the method will train for."""
+    method = method_of(with_teachers(racing(fresh, name), folder))
+    method.score()
+    schedules: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        "trace_dist.train.task.make_schedule",
+        lambda optimizer, cfg, steps, horizon=None: (
+            schedules.append((steps, horizon or steps)) or make_schedule(optimizer, cfg, steps, horizon)
+        ),
+    )
+    stream = method.setting.bench.tasks[0]
+    few = replace(stream, steps=3 * STEPS)
+    held_race(method.setting, name, [few], method.trial)
+    races, schedules[:] = set(schedules), []
+    if name in ("retrieved", "merged"):
+        method.setting.mask_for(stream)
+    method.learn(few)
+    ((whole, _),) = schedules
+    assert races == {(STEPS, whole)}
+    assert whole > STEPS
