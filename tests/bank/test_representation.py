@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from trace_dist.bank.representation import pooled, represent, represent_layers
+from trace_dist.bank.representation import pooled, represent, represent_views
 from trace_dist.config.bank import Pooling
 from trace_dist.utils import dist
 
@@ -76,11 +77,17 @@ def test_what_stands_where_padding_is_does_not_matter(pooling: Pooling) -> None:
     assert torch.equal(pooled(spoiled[:1, :2], mask[:1, :2], pooling), pooled(states, mask, pooling)[:1])
 
 
-def test_several_layers_in_one_pass_are_each_as_alone() -> None:
-    model, prompts = tiny_llama(), some_prompts()
-    found = represent_layers(model, prompts, layers=[2, 0, -2], batch_size=3, pad_id=0)
-    for place, layer in enumerate((2, 0, -2)):
-        assert torch.equal(found[:, place], represent(model, prompts, layer=layer, batch_size=3, pad_id=0))
+def test_several_layers_and_poolings_in_one_pass_are_each_as_alone() -> None:
+    model, prompts, passes = tiny_llama(), some_prompts(), []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    poolings = get_args(Pooling)
+    found = represent_views(model, prompts, layers=[2, 0, -2], poolings=poolings, batch_size=3, pad_id=0)
+    assert len(passes) == -(-len(prompts) // 3)
+    assert list(found) == list(poolings)
+    for pooling, x in found.items():
+        for place, layer in enumerate((2, 0, -2)):
+            alone = represent(model, prompts, layer=layer, batch_size=3, pad_id=0, pooling=pooling)
+            assert torch.equal(x[:, place], alone)
 
 
 def test_represent_with_learned_positions_and_without_gradients() -> None:

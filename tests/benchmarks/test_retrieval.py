@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trace_dist.bank.representation import represent_layers
+from trace_dist.bank.representation import represent_views
 from trace_dist.benchmarks.document import render
 from trace_dist.benchmarks.representations import Reader, RetrievalSettings, shortened
 from trace_dist.benchmarks.retrieval import LIMITS, run_study
@@ -61,10 +61,12 @@ def plan(tmp_path: Path) -> RetrievalSettings:
 
 def test_what_lies_above_is_not_missed() -> None:
     prompts = [[1, 2, 3], [4, 5]]
-    whole = represent_layers(tiny_llama(20), prompts, layers=[0, 2], batch_size=2, pad_id=0)
+    whole = represent_views(
+        tiny_llama(20), prompts, layers=[0, 2], poolings=["mean"], batch_size=2, pad_id=0
+    )["mean"]
     short = shortened(tiny_llama(20), 2)
     assert len(short.model.layers) == 2
-    found = represent_layers(short, prompts, layers=[0, 2], batch_size=2, pad_id=0)
+    found = represent_views(short, prompts, layers=[0, 2], poolings=["mean"], batch_size=2, pad_id=0)["mean"]
     assert torch.equal(found, whole)
     with pytest.raises(ValueError, match=r"layers: 3, must lie in \[0, 3\)"):
         shortened(tiny_llama(20), 3)
@@ -99,7 +101,7 @@ def test_a_study_and_its_page(
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     # What is on disk is not made again: no model is loaded.
     monkeypatch.setattr(Reader, "loaded", property(lambda _: pytest.fail("the model was loaded")))
-    assert [Reader(plan).read(task).train.shape for task in plan.tasks] == [(40, 2, 16)] * 3
+    assert [Reader(plan).read(task).train[2, "max"].shape for task in plan.tasks] == [(40, 16)] * 3
 
 
 def test_the_page_shows_the_committed_results() -> None:

@@ -1,6 +1,6 @@
 """Representations of many tasks' prompts under a small real model, kept on disk task by task.
 
-A representation is the mean of a hidden layer, so what lies above the highest layer asked for is cut off and never runs.
+A representation is pooled from a hidden layer, so what lies above the highest layer asked for is cut off and never runs.
 """
 
 from __future__ import annotations
@@ -11,20 +11,25 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trace_dist.bank.representation import represent_layers
+from trace_dist.bank.representation import represent_views
 from trace_dist.config import BankConfig, DataConfig, EvalConfig, ModelConfig, TaskConfig
+from trace_dist.config.bank import Pooling
 from trace_dist.data.encoding import encode_prompt, pad_id
 from trace_dist.data.sources import load_examples
 from trace_dist.models import convert_gguf, load_model, load_tokenizer
 from trace_dist.utils.files import load_tensors, save_tensors
 
 SPLITS = ("train", "test", "shifted")
+View = tuple[int, Pooling]
+"""A hidden layer and a pooling."""
+Views = Mapping[View, Tensor]
+"""[N, D] fp32 of each."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class RetrievalSettings:
     tasks: tuple[TaskConfig, ...] = field(repr=False)
     seed: int
     layers: tuple[int, ...] = (0, 4, 8)
-    """Hidden layers that are kept, ``bank.layer`` among them."""
+    """Hidden layers that are kept, ``bank.layer`` among them; under every pooling."""
     num_shifted: int = 16
     """Test prompts of a task that are also asked in other words."""
     shift: str = "Could you help me with the following?\n\n{prompt}\n\nThink about it first."
@@ -53,6 +58,12 @@ class RetrievalSettings:
             raise ValueError(
                 f"bank.layer={self.bank.layer!r}: this study keeps {self.layers}; choose one of them"
             )
+        self.bank.view  # noqa: B018 - raises where one is to be chosen
+
+    @property
+    def views(self) -> list[View]:
+        """All that is kept."""
+        return [(layer, pooling) for layer in self.layers for pooling in get_args(Pooling)]
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> RetrievalSettings:
@@ -70,12 +81,12 @@ class RetrievalSettings:
 
 @dataclass(frozen=True)
 class Represented:
-    """One task's prompts: [N, L, D] fp32 of each split, and their tokens."""
+    """One task's prompts by view, of each split, and their tokens."""
 
     name: str
-    train: Tensor
-    test: Tensor
-    shifted: Tensor
+    train: Views
+    test: Views
+    shifted: Views
     num_tokens: tuple[int, ...]
     """Of the test prompts, uncut."""
 
@@ -117,16 +128,21 @@ class Reader:
             self._loaded = model, load_tokenizer(path)
         return self._loaded
 
-    def represent(self, prompts: Sequence[str]) -> Tensor:
-        """[N, L, D] fp32."""
+    def represent(self, prompts: Sequence[str]) -> Views:
+        """By every view."""
         model, tokenizer = self.loaded
-        return represent_layers(
+        layers = self._plan.layers
+        found = represent_views(
             model,
             encode_prompt(list(prompts), tokenizer, self._plan.data.max_length),
-            layers=self._plan.layers,
+            layers=layers,
+            poolings=get_args(Pooling),
             batch_size=self._plan.evaluation.batch_size,
             pad_id=pad_id(tokenizer),
         )
+        return {
+            (layer, pooling): found[pooling][:, layers.index(layer)] for layer, pooling in self._plan.views
+        }
 
     def read(self, task: TaskConfig) -> Represented:
         """A task's representations, from disk where they lie there whole."""
@@ -136,11 +152,14 @@ class Reader:
         path = plan.folder / "representations" / f"{task.name}-{digest}.safetensors"
         with suppress(ValueError):  # not there, or damaged
             tensors, header = load_tensors(path, "representations")
-            kept = {split: tensors[split].clone() for split in SPLITS}
+            kept = {
+                split: {view: tensors[_key(split, view)].clone() for view in plan.views} for split in SPLITS
+            }
             return Represented(task.name, num_tokens=tuple(header["num_tokens"]), **kept)
         found = self._made(task)
         header = {"format": "trace_dist.representations", "num_tokens": list(found.num_tokens)}
-        save_tensors(path, {split: getattr(found, split) for split in SPLITS}, header)
+        tensors = {_key(split, view): x for split in SPLITS for view, x in getattr(found, split).items()}
+        save_tensors(path, {key: x.contiguous() for key, x in tensors.items()}, header)
         return found
 
     def _made(self, task: TaskConfig) -> Represented:
@@ -151,3 +170,8 @@ class Reader:
         with torch.no_grad():
             splits = {s: self.represent(p) for s, p in zip(SPLITS, (train, test, shifted), strict=True)}
         return Represented(task.name, num_tokens=lengths, **splits)
+
+
+def _key(split: str, view: View) -> str:
+    layer, pooling = view
+    return f"{split}.{layer}.{pooling}"

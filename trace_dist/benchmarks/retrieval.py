@@ -25,7 +25,7 @@ from torch import Tensor
 from trace_dist.bank.bound import error_bound
 from trace_dist.bank.retrieval import Retriever
 from trace_dist.bank.signature import Signature, fit_signature
-from trace_dist.benchmarks.representations import Reader, Represented, RetrievalSettings
+from trace_dist.benchmarks.representations import Reader, Represented, RetrievalSettings, View
 from trace_dist.parts import SIGNATURES
 from trace_dist.utils.env import meta_info, run_info
 from trace_dist.utils.files import write_json
@@ -63,14 +63,13 @@ def run_study(plan: RetrievalSettings, out: Path, sizes: Sequence[int] = SIZES) 
         logger.info("%d of %d tasks: %s", number, len(plan.tasks), task.name)
     order = np.random.default_rng(plan.seed).permutation(len(tasks))
     tasks = [tasks[index] for index in order]
-    place = next(i for i, layer in enumerate(plan.layers) if layer == plan.bank.layer)
     result: dict[str, Any] = {"run_info": run_info(), "meta_info": meta_info(), "settings": _settings(plan)}
     result["tasks"] = [
         {"name": task.name, "median_tokens": float(np.median(task.num_tokens))} for task in tasks
     ]
     result["represent_ms"] = _represent_ms(reader, plan)
-    result["layers"] = [_layer(plan, tasks, index) for index in range(len(plan.layers))]
-    result["kinds"] = [_kind(plan, tasks, kind, place, sizes) for kind in SIGNATURES]
+    result["views"] = [_view(plan, tasks, view) for view in plan.views]
+    result["kinds"] = [_kind(plan, tasks, kind, plan.bank.view, sizes) for kind in SIGNATURES]
     result["run_info"]["seconds"] = time.perf_counter() - begin
     write_json(out, result)
     return result
@@ -99,38 +98,42 @@ def _median_ms(work: Callable[[], object], repeats: int) -> float:
 
 
 def _fit(
-    plan: RetrievalSettings, tasks: Sequence[Represented], kind: str, place: int
+    plan: RetrievalSettings, tasks: Sequence[Represented], kind: str, view: View
 ) -> tuple[list[Signature], float]:
     """Signatures, and the processor seconds that one took on average."""
     begin = time.process_time()
     signatures = [
-        fit_signature(task.train[:, place], plan.bank.clusters, plan.seed, task.name, kind=kind)
-        for task in tasks
+        fit_signature(task.train[view], plan.bank.clusters, plan.seed, task.name, kind=kind) for task in tasks
     ]
     return signatures, (time.process_time() - begin) / len(tasks)
 
 
-def _layer(plan: RetrievalSettings, tasks: Sequence[Represented], place: int) -> dict[str, Any]:
-    """Accuracy among all tasks by one hidden layer, with one cluster per task."""
-    signatures = [fit_signature(task.train[:, place], 1, plan.seed, task.name) for task in tasks]
-    counts = _errors(Retriever(signatures), [task.test[:, place] for task in tasks])
-    return {"layer": plan.layers[place], **_rate(counts)}
+def _view(plan: RetrievalSettings, tasks: Sequence[Represented], view: View) -> dict[str, Any]:
+    """Accuracy among all tasks by one hidden layer and pooling, with one cluster per task; in other words, too."""
+    signatures = [fit_signature(task.train[view], 1, plan.seed, task.name) for task in tasks]
+    retriever = Retriever(signatures)
+    fresh, shifted = (
+        _rate(_errors(retriever, [getattr(task, split)[view] for task in tasks]))
+        for split in ("test", "shifted")
+    )
+    layer, pooling = view
+    return {"layer": layer, "pooling": pooling, **fresh, "shifted": shifted}
 
 
 def _kind(
-    plan: RetrievalSettings, tasks: Sequence[Represented], kind: str, place: int, sizes: Sequence[int]
+    plan: RetrievalSettings, tasks: Sequence[Represented], kind: str, view: View, sizes: Sequence[int]
 ) -> dict[str, Any]:
     """All that is measured of one kind of signature."""
-    signatures, fit_s = _fit(plan, tasks, kind, place)
+    signatures, fit_s = _fit(plan, tasks, kind, view)
     sizes = [size for size in sizes if size < len(tasks)] + [len(tasks)]
     found: dict[str, Any] = {
         "kind": kind,
         "fit_s": fit_s,
         "bytes": float(np.mean([signature.num_bytes for signature in signatures])),
         "clusters": float(np.mean([signature.num_clusters for signature in signatures])),
-        "sizes": [_size(signatures[:size], tasks[:size], place) for size in sizes],
-        "confused": _confused(signatures, tasks, place),
-        "rejection": _rejection(plan, signatures, tasks, place),
+        "sizes": [_size(signatures[:size], tasks[:size], view) for size in sizes],
+        "confused": _confused(signatures, tasks, view),
+        "rejection": _rejection(plan, signatures, tasks, view),
     }
     logger.info("%s: %.2f %% of %d tasks", kind, found["sizes"][-1]["accuracy"], len(tasks))
     return found
@@ -154,19 +157,19 @@ def _rate(counts: Sequence[tuple[int, int]]) -> dict[str, float]:
     }
 
 
-def _size(signatures: Sequence[Signature], tasks: Sequence[Represented], place: int) -> dict[str, Any]:
+def _size(signatures: Sequence[Signature], tasks: Sequence[Represented], view: View) -> dict[str, Any]:
     """Accuracy, limits and time among some tasks."""
     retriever = Retriever(signatures)
-    fresh = _errors(retriever, [task.test[:, place] for task in tasks])
+    fresh = _errors(retriever, [task.test[view] for task in tasks])
     report = error_bound(retriever).to_json()
     limits: dict[str, Any] = {name: report[key] for name, key in LIMITS.items()}
     error = 100 - _rate(fresh)["accuracy"]
-    probes = torch.cat([task.test[:2, place] for task in tasks])
+    probes = torch.cat([task.test[view][:2] for task in tasks])
     rows = iter(range(10**9))
     return {
         "tasks": len(tasks),
         **_rate(fresh),
-        "shifted": _rate(_errors(retriever, [task.shifted[:, place] for task in tasks])),
+        "shifted": _rate(_errors(retriever, [task.shifted[view] for task in tasks])),
         "limits": limits,
         # The fresh prompts are a sample too: a limit is broken where their error is above it beyond chance.
         "held": {name: _holds(fresh, limit) for name, limit in limits.items()},
@@ -185,12 +188,12 @@ def _holds(counts: Sequence[tuple[int, int]], limit: float) -> bool:
 
 
 def _confused(
-    signatures: Sequence[Signature], tasks: Sequence[Represented], place: int
+    signatures: Sequence[Signature], tasks: Sequence[Represented], view: View
 ) -> list[dict[str, Any]]:
     """Pairs of tasks that take more than 5 % of each other's prompts, the worst first."""
     retriever, pairs = Retriever(signatures), []
     for index, task in enumerate(tasks):
-        found = torch.bincount(retriever.predict(task.test[:, place]), minlength=len(tasks))
+        found = torch.bincount(retriever.predict(task.test[view]), minlength=len(tasks))
         for other in (20 * found > len(task.test)).nonzero()[:, 0].tolist():
             if other != index:
                 share = 100 * found[other].item() / len(task.test)
@@ -199,14 +202,14 @@ def _confused(
 
 
 def _rejection(
-    plan: RetrievalSettings, signatures: Sequence[Signature], tasks: Sequence[Represented], place: int
+    plan: RetrievalSettings, signatures: Sequence[Signature], tasks: Sequence[Represented], view: View
 ) -> dict[str, Any]:
     """How many prompts of known tasks are rejected, and of tasks that the bank does not hold: the last quarter is left out."""
     rate, num_known = plan.bank.reject or REJECT, len(tasks) - max(1, len(tasks) // 4)
     retriever = Retriever(signatures[:num_known])
 
     def rejected(some: Sequence[Represented], split: str) -> float:
-        x = torch.cat([getattr(task, split)[:, place] for task in some])
+        x = torch.cat([getattr(task, split)[view] for task in some])
         return 100 * retriever.rejects(x, retriever.predict(x), rate).double().mean().item()
 
     return {

@@ -118,13 +118,17 @@ def twins_table(result: Result) -> str:
     return with_origin(result, grid(["prompts of", "go to", "%"], rows))
 
 
-def layers_table(result: Result) -> str:
-    """Accuracy by hidden layer, one cluster per task, all tasks."""
+def views_table(result: Result) -> str:
+    """Accuracy by hidden layer and pooling, one cluster per task, all tasks."""
     rows = [
-        [str(row["layer"]), f"{row['accuracy']:.1f} ({row['low']:.1f}–{row['high']:.1f})"]  # noqa: RUF001
-        for row in result["layers"]
+        [str(row["layer"]), f"`{row['pooling']}`"]
+        + [
+            f"{found['accuracy']:.1f} ({found['low']:.1f}–{found['high']:.1f})"  # noqa: RUF001
+            for found in (row, row["shifted"])
+        ]
+        for row in result["views"]
     ]
-    return with_origin(result, grid(["layer", "retrieved, %"], rows))
+    return with_origin(result, grid(["layer", "pooling", "retrieved, %", "in other words, %"], rows))
 
 
 def rejection_table(result: Result) -> str:
@@ -153,7 +157,7 @@ SECTIONS: Sections = {
     "shift": ((RESULT,), shift_table),
     "held": ((RESULT,), held_table),
     "twins": ((RESULT,), twins_table),
-    "layers": ((RESULT,), layers_table),
+    "views": ((RESULT,), views_table),
     "rejection": ((RESULT,), rejection_table),
     "routes": ((ROUTES,), routes_table),
 }

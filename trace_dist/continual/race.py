@@ -1,11 +1,12 @@
 """The race: which peak learning rate a method trains with where the configuration says ``auto``.
 
-[Note: the race] A method trains the run's first two tasks for a few steps each with every rate of a grid: from the same start, on
-the same batches, with the same random numbers. After a warm-up of at most half of the race its rate falls as in the whole
-training of the task, of which the race is the beginning: one that fell to the end within the race would bear peaks that are too
-high for a long training. The rate whose answer loss on held-out training examples, or on the validation examples of a run that has
-them, is least on average wins; it is taken just after each task was trained. Of rates that are level within 5 % the lowest wins,
-since a short training still bears higher rates than a long one. One that diverges has lost. Where the winner is the lowest or the highest rate, the next one beyond it races too.
+[Note: the race] A method trains the run's first two tasks for a few steps each with every rate of a grid: from the same
+start, on the same batches, with the same random numbers. After a warm-up of at most half of the race its rate falls as in the
+whole training of the task, of which the race is the beginning: one that fell to the end within the race would bear peaks that
+are too high for a long training. The rate whose answer loss on held-out training examples, or on the validation examples of a
+run that has them, is least on average wins; it is taken just after each task was trained. Of rates that are level within 5 %
+the lowest wins, since a short training still bears higher rates than a long one. One that diverges has lost. Where the winner
+is the lowest or the highest rate, the next one beyond it races too.
 
 Two tasks, since a rate can be the best for the first one and leave weights that learn no other: a method that goes on from what
 earlier tasks left does so in the race too. Not more: what comes later is not known when a stream begins. Every method

@@ -176,7 +176,7 @@ def represent(
     poolings: Sequence[Pooling],
     batch_size: int,
 ) -> dict[Pooling, Tensor]:
-    """By pooling, of which there is one, [N, L, D] fp32 of hidden layers of the model as it is; see the file's head. Collective."""
+    """By pooling, of which there is one, [N, L, D] fp32 of hidden layers of the model; see the file's head. Collective."""
     if not prompts:
         raise ValueError("prompts: there are none; give at least one picture")
 

@@ -142,12 +142,15 @@ class Consolidated(OneSet):
         batches = self._batches(stream, part_said)
         with put_back(model, mask):
             learner = SoftLearner(model, mask, cfg, lr)
-            options = {
-                "horizon": self._steps(stream),
-                "description": f"{self.name} at {lr:g}",
-                "rate": "race.grid",
-            }
-            train_learner(learner, batches, cfg, part.steps, **options)
+            train_learner(
+                learner,
+                batches,
+                cfg,
+                part.steps,
+                horizon=self._steps(stream),
+                description=f"{self.name} at {lr:g}",
+                rate="race.grid",
+            )
             model.detach()
             yield learner
 
