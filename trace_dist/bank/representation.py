@@ -45,6 +45,14 @@ def pooled(states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     return torch.cat([mean, (squares.sum(dim=1) / counts).sqrt()], dim=1)
 
 
+def alike(x: Sequence[Tensor]) -> bool:
+    """Whether all representations of a set, [N, D], are one, as those of a chat template's last token before any layer.
+
+    No signature can be made of such a set.
+    """
+    return any(bool((each == each[0]).all()) for each in x)
+
+
 def _hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor, chosen: Sequence[int]) -> list[Tensor]:
     """[B, T, hidden] of each of the chosen hidden layers."""
     # logits of every token would dominate the memory, and nobody reads them

@@ -23,6 +23,7 @@ from scipy import stats
 from torch import Tensor
 
 from trace_dist.bank.bound import error_bound
+from trace_dist.bank.representation import alike
 from trace_dist.bank.retrieval import Retriever
 from trace_dist.bank.signature import Signature, fit_signature
 from trace_dist.benchmarks.representations import Reader, Represented, RetrievalSettings, View
@@ -109,14 +110,19 @@ def _fit(
 
 
 def _view(plan: RetrievalSettings, tasks: Sequence[Represented], view: View) -> dict[str, Any]:
-    """Accuracy among all tasks by one hidden layer and pooling, with one cluster per task; in other words, too."""
+    """Accuracy among all tasks by one hidden layer and pooling, with one cluster per task; in other words, too.
+
+    Neither where a task's prompts are all alike.
+    """
+    layer, pooling = view
+    if alike([task.train[view] for task in tasks]):
+        return {"layer": layer, "pooling": pooling}
     signatures = [fit_signature(task.train[view], 1, plan.seed, task.name) for task in tasks]
     retriever = Retriever(signatures)
     fresh, shifted = (
         _rate(_errors(retriever, [getattr(task, split)[view] for task in tasks]))
         for split in ("test", "shifted")
     )
-    layer, pooling = view
     return {"layer": layer, "pooling": pooling, **fresh, "shifted": shifted}
 
 
