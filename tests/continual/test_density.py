@@ -74,9 +74,9 @@ def test_the_race_settles_masks_and_rates_and_leaves_nothing(
     real = densities.try_mask
 
     @contextmanager
-    def watched(setting: Setting, mask: Mask, batches: Any, lr: float, steps: int, *, name: str) -> Any:
+    def watched(setting: Setting, mask: Mask, batches: Any, lr: float, steps: int, **options: Any) -> Any:
         trained.append((mask.density, lr))
-        with real(setting, mask, batches, lr, steps, name=name) as learner:
+        with real(setting, mask, batches, lr, steps, **options) as learner:
             yield learner
 
     monkeypatch.setattr(densities, "try_mask", watched)
