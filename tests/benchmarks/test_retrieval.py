@@ -89,6 +89,7 @@ def test_a_study_and_its_page(
         assert {frozenset((pair["task"], pair["retrieved"])) for pair in kind["confused"]} == {
             frozenset(("two", "twin"))
         }
+        assert all(5 < pair["percent"] <= 100 for pair in kind["confused"])
         assert three["limits"].keys() == three["held"].keys() == LIMITS.keys()
         assert three["held"]["clopper_pearson"]
     again = json.loads(out.read_text())

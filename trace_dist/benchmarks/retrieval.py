@@ -200,9 +200,9 @@ def _confused(
     retriever, pairs = Retriever(signatures), []
     for index, task in enumerate(tasks):
         found = torch.bincount(retriever.predict(task.test[view]), minlength=len(tasks))
-        for other in (20 * found > len(task.test)).nonzero()[:, 0].tolist():
+        for other in (20 * found > len(task.test[view])).nonzero()[:, 0].tolist():
             if other != index:
-                share = 100 * found[other].item() / len(task.test)
+                share = 100 * found[other].item() / len(task.test[view])
                 pairs.append({"task": task.name, "retrieved": tasks[other].name, "percent": share})
     return sorted(pairs, key=lambda pair: -pair["percent"])
 
