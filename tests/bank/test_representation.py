@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from trace_dist.bank.representation import pooled, represent, represent_views
+from trace_dist.bank.representation import alike, pooled, represent, represent_views
 from trace_dist.config.bank import Pooling
 from trace_dist.utils import dist
 
@@ -75,6 +75,12 @@ def test_what_stands_where_padding_is_does_not_matter(pooling: Pooling) -> None:
     spoiled[0, 2:] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     assert torch.equal(pooled(spoiled, mask, pooling), pooled(states, mask, pooling))
     assert torch.equal(pooled(spoiled[:1, :2], mask[:1, :2], pooling), pooled(states, mask, pooling)[:1])
+
+
+def test_one_set_that_is_all_alike_is_enough() -> None:
+    varied, same = torch.randn(4, 3), torch.ones(4, 3)
+    assert not alike([varied, varied + same])
+    assert alike([varied, same])
 
 
 def test_several_layers_and_poolings_in_one_pass_are_each_as_alone() -> None:

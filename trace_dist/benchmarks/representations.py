@@ -19,15 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trace_dist.bank.representation import represent_views
 from trace_dist.config import BankConfig, DataConfig, EvalConfig, ModelConfig, TaskConfig
-from trace_dist.config.bank import Pooling
+from trace_dist.config.bank import Pooling, View
 from trace_dist.data.encoding import encode_prompt, pad_id
 from trace_dist.data.sources import load_examples
 from trace_dist.models import convert_gguf, load_model, load_tokenizer
 from trace_dist.utils.files import load_tensors, save_tensors
 
 SPLITS = ("train", "test", "shifted")
-View = tuple[int, Pooling]
-"""A hidden layer and a pooling."""
 Views = Mapping[View, Tensor]
 """[N, D] fp32 of each."""
 

@@ -26,7 +26,8 @@ from trace_dist.bank.bound import error_bound
 from trace_dist.bank.representation import alike
 from trace_dist.bank.retrieval import Retriever
 from trace_dist.bank.signature import Signature, fit_signature
-from trace_dist.benchmarks.representations import Reader, Represented, RetrievalSettings, View
+from trace_dist.benchmarks.representations import Reader, Represented, RetrievalSettings
+from trace_dist.config.bank import View
 from trace_dist.parts import SIGNATURES
 from trace_dist.utils.env import meta_info, run_info
 from trace_dist.utils.files import write_json

@@ -10,6 +10,8 @@ from trace_dist.parts import SIGNATURES, STARTS
 
 Pooling = Literal["mean", "last", "max", "mean_std"]
 """How the tokens of a prompt become one representation."""
+View = tuple[int, Pooling]
+"""A hidden layer and a pooling."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class BankConfig(Section):
     `recipe`, its own part and some hundred bytes that say which deltas it began with. Those can be renamed, but not removed."""
 
     @property
-    def view(self) -> tuple[int, Pooling]:
+    def view(self) -> View:
         """Layer and pooling. Raises ValueError where one is `auto`."""
         for name in ("layer", "pooling"):
             value = getattr(self, name)

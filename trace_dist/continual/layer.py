@@ -16,7 +16,7 @@ from trace_dist.bank.bound import cantelli_limits
 from trace_dist.bank.representation import alike
 from trace_dist.bank.retrieval import Retriever
 from trace_dist.bank.signature import fit_signature
-from trace_dist.config.bank import Pooling
+from trace_dist.config.bank import View
 from trace_dist.config.checks import AUTO
 from trace_dist.continual.judge import Judge
 from trace_dist.run_folder import BankFolder
@@ -30,8 +30,6 @@ NUM_PROMPTS = 80
 """Prompts of each task or general set that are looked at; half of them are held out."""
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of the model's layers below a layer that is tried."""
-View = tuple[int, Pooling]
-"""A layer and a pooling."""
 
 
 def bank_view(judge: Judge, model: ShardedModel, folder: BankFolder) -> View:

@@ -196,7 +196,6 @@ def try_mask(
     """
     cfg = replace(setting.cfg.train.strict(), lr=lr)
     with put_back(setting.model, mask):
-        description = f"{name} at {lr:g}"
         _, learner = train_mask(
             setting.model,
             mask,
@@ -204,7 +203,7 @@ def try_mask(
             cfg,
             steps,
             horizon=horizon,
-            description=description,
+            description=f"{name} at {lr:g}",
             rate="race.grid",
         )
         setting.model.detach()
