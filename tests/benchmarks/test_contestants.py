@@ -13,7 +13,7 @@ import pytest
 from benchmarks.contestants_script import OF_SHARED
 from launching import launch
 
-from trace_dist.benchmarks.contestants import CONTESTANTS, FLOOR, FSDP2, MASKED, TUNED
+from trace_dist.benchmarks.contestants import CONTESTANTS, FLOOR, FSDP2, MASKED, NARROW, TUNED, Race
 
 pytestmark = pytest.mark.launcher
 HERE = Path(__file__).parent
@@ -90,3 +90,10 @@ def test_more_ranks_keep_less_of_everything_but_shared_indices(simulated: dict[s
     for kind in ("weights", "master", "exp_avg", "gradients"):
         assert many[kind] < few[kind] / 16, kind
     assert many["indices"] > few["indices"] / 8
+
+
+def test_a_narrow_twin_is_as_deep() -> None:
+    """Its memory is that of as many modules, and of hardly any numbers."""
+    whole, twin = Race("SmolLM2-135M"), Race(f"SmolLM2-135M{NARROW}")
+    assert twin.config().num_hidden_layers == whole.config().num_hidden_layers
+    assert twin.config().hidden_size == Race("tiny").config().hidden_size

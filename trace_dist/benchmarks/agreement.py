@@ -10,10 +10,7 @@ steps of a tiny model.
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -22,12 +19,10 @@ from typing import Any
 
 import torch
 
-from trace_dist.benchmarks.contestants import MASKED, Race, build
-from trace_dist.benchmarks.ranks import run_rank
+from trace_dist.benchmarks.contestants import MASKED, NARROW, Race, build
+from trace_dist.benchmarks.jobs import run_job, run_rank
 from trace_dist.benchmarks.simulate import record
 from trace_dist.benchmarks.timing import median_of, now
-from trace_dist.config import LaunchConfig
-from trace_dist.launching import ProcessFailed, launch_command, launch_environment
 from trace_dist.profiling.measure import Watch, bytes_now, keep_freed_blocks, settle_allocator
 from trace_dist.profiling.simulation.calls import pickled
 from trace_dist.profiling.simulation.events import HOSTS, Program
@@ -37,7 +32,6 @@ from trace_dist.profiling.simulation.setup import METHODS
 from trace_dist.profiling.wire import WireCounter
 from trace_dist.utils import dist
 from trace_dist.utils.env import meta_info, run_info
-from trace_dist.utils.files import read_json
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
@@ -72,7 +66,8 @@ def compare(race: Race, steps: int, rounds: int) -> Found:
             for key, each in races.items():
                 logger.info("%d ranks, round %d of %d: %s, %s", world, number + 1, rounds, *key)
                 count = TINY_STEPS if each is tiny else steps
-                measured[key].append(_launch({"race": asdict(each), "name": key[1], "steps": count}, world))
+                asked = {"race": asdict(each), "name": key[1], "steps": count}
+                measured[key].append(run_job(__name__, asked, world))
         constants.take_python(
             [(programs["tiny", name], median_of(measured["tiny", name], "step_s")) for name in TINY]
         )
@@ -154,26 +149,10 @@ def _timed(programs: Sequence[Program], race: Race, world: int) -> Found:
     }
     logger.info("%d ranks: %d operators and collectives are timed", world, len(calls))
     with tempfile.TemporaryDirectory() as folder:
-        given, out = Path(folder) / "calls.pickle", Path(folder) / "found.json"
+        given = Path(folder) / "calls.pickle"
         blocks = sorted({int(_block(name)) for name in METHODS})
         given.write_bytes(pickled({"calls": calls, "density": race.density, "blocks": blocks}))
-        _run("trace_dist.benchmarks.cpu_clock", [str(given), str(out)], world)
-        return read_json(out)
-
-
-def _launch(arguments: Found, world: int) -> Found:
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "found.json"
-        _run(__name__, [json.dumps({**arguments, "out": str(out)})], world)
-        return read_json(out)
-
-
-def _run(module: str, arguments: Sequence[str], world: int) -> None:
-    """A job of some ranks, one thread each."""
-    command = [*launch_command(LaunchConfig("torchrun", world), module), *arguments]
-    done = subprocess.run(command, env=launch_environment(num_threads=1), stdout=subprocess.DEVNULL)
-    if done.returncode:
-        raise ProcessFailed(f"{module}: failed with exit code {done.returncode}; its error is above")
+        return run_job("trace_dist.benchmarks.cpu_clock", {"calls": str(given)}, world)
 
 
 def _row(name: str, world: int, program: Program, runs: Sequence[Found], constants: Constants) -> Found:
@@ -199,9 +178,15 @@ def _row(name: str, world: int, program: Program, runs: Sequence[Found], constan
 
 
 def measure(name: str, race: Race, steps: int) -> Found:
-    """Peak memory of this rank, over two steps, then the seconds of others, then the bytes that one more sends. Collective."""
+    """Peak memory of this rank, over two steps, then the seconds of others, then the bytes that one more sends. Collective.
+
+    Of a process's memory the part counts that tensors take: all of their bytes, written or not, and nothing of Python's objects.
+    """
     settle_allocator()
-    warm = build(name, replace(race, shape="tiny"))  # what libraries load and keep
+    # It also writes memory that nothing was written to; only then is it the process's.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # What libraries load and keep, and as many modules.
+    warm = build(name, replace(race, shape=race.shape.removesuffix(NARROW) + NARROW))
     warm.once()
     device = dist.local_device()
     baseline = bytes_now(device)
@@ -210,6 +195,7 @@ def measure(name: str, race: Race, steps: int) -> Found:
     with Watch(device, baseline, interval_ms=1000) as watch:
         for _ in range(WARM_UP):
             contestant.once()
+    torch.use_deterministic_algorithms(False)
     keep_freed_blocks()
     seconds = []
     for number in range(WARM_UP + steps):
@@ -230,5 +216,4 @@ def measure(name: str, race: Race, steps: int) -> Found:
 
 
 if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    run_rank(lambda: measure(given["name"], Race(**given["race"]), given["steps"]), Path(given["out"]))
+    run_rank(lambda asked: measure(asked["name"], Race(**asked["race"]), asked["steps"]))

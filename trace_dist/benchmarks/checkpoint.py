@@ -10,21 +10,17 @@ that of as many steps without a checkpoint: on a machine whose cores all compute
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from trace_dist.benchmarks.contestants import Race, own_loss
-from trace_dist.benchmarks.ranks import run_rank
+from trace_dist.benchmarks.jobs import run_job, run_rank
 from trace_dist.benchmarks.timing import now
 from trace_dist.checkpoint import Background, write_checkpoint
-from trace_dist.config import LaunchConfig, TrainConfig
-from trace_dist.launching import launch_command, launch_environment
+from trace_dist.config import TrainConfig
 from trace_dist.masks.ops import layouts_for, random_mask
 from trace_dist.sharding.build import shard
 from trace_dist.train.learner import DenseLearner, Learner, MaskedLearner
@@ -55,25 +51,15 @@ def bench_checkpoint(race: Race, num_ranks: int, rounds: int, steps: int) -> dic
     rows = []
     for name, ranks in ((MASKED, num_ranks), (FULL, 1)):
         logger.info("%s on %d ranks", name, ranks)
-        rows.append({"name": name, "num_ranks": ranks, **_launch(race, name, ranks, rounds, steps)})
+        rows.append({"name": name, "num_ranks": ranks, **_measured(race, name, ranks, rounds, steps)})
     settings = {**asdict(race), "rounds": rounds, "steps": steps}
     return {"run_info": run_info(), "meta_info": meta_info(), "settings": settings, "rows": rows}
 
 
-def _launch(race: Race, name: str, num_ranks: int, rounds: int, steps: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "found.json"
-        asked = {"race": asdict(race), "name": name, "rounds": rounds, "steps": steps, "out": str(path)}
-        command = launch_command(LaunchConfig("torchrun", num_ranks), __name__)
-        done = subprocess.run(
-            [*command, json.dumps(asked)],
-            env=launch_environment(num_threads=1),
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise ValueError(f"{name}: did not run: {done.stderr[-2000:]}")
-        return json.loads(path.read_text())
+def _measured(race: Race, name: str, num_ranks: int, rounds: int, steps: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as root:
+        asked = {"race": asdict(race), "name": name, "rounds": rounds, "steps": steps, "root": root}
+        return run_job(__name__, asked, num_ranks)
 
 
 def build(name: str, race: Race) -> tuple[Learner, Any]:
@@ -154,11 +140,8 @@ def measure(name: str, race: Race, rounds: int, steps: int, root: Path) -> dict[
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    out = Path(asked["out"])
     run_rank(
-        lambda: measure(
-            asked["name"], Race(**asked["race"]), asked["rounds"], asked["steps"], out.parent / "kept"
-        ),
-        out,
+        lambda asked: measure(
+            asked["name"], Race(**asked["race"]), asked["rounds"], asked["steps"], Path(asked["root"])
+        )
     )

@@ -83,6 +83,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 """Model shapes: that of the results on a CPU, two for a GPU, and one that shows in seconds that everything runs."""
+NARROW = ", narrow"
+"""After a shape's name: as deep, with the tiny shape's sizes."""
 ATTENTION = ("auto", "eager", "sdpa")
 """transformers' unfused attention, and torch's fused one."""
 MASKED = {"element": 1, "block 64": 64, "row": 0}
@@ -125,7 +127,7 @@ class Race:
     def __post_init__(self) -> None:
         if self.attention not in ATTENTION:
             raise ValueError(f"attention={self.attention!r}: unknown; use one of {', '.join(ATTENTION)}")
-        if self.shape not in SHAPES:
+        if self.shape.removesuffix(NARROW) not in SHAPES:
             raise ValueError(f"shape={self.shape!r}: unknown; use one of {', '.join(SHAPES)}")
 
     def model(self) -> PreTrainedModel:
@@ -144,7 +146,10 @@ class Race:
 
     def config(self) -> Any:
         """What the shape is made of."""
-        return LlamaConfig(**SHAPES[self.shape])
+        shape = SHAPES[self.shape.removesuffix(NARROW)]
+        if self.shape.endswith(NARROW):
+            shape = SHAPES["tiny"] | {"num_hidden_layers": shape["num_hidden_layers"]}
+        return LlamaConfig(**shape)
 
     def tokens(self) -> Tensor:
         """The tokens of this rank's group, on the CPU, the same on any device: [micro_batch, sequence]."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pickle
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as td
 from trace_kernels.bench import run_bench
 
-from trace_dist.benchmarks.ranks import run_rank
+from trace_dist.benchmarks.jobs import run_rank
 from trace_dist.profiling.measure import keep_freed_blocks
 from trace_dist.profiling.simulation.calls import Call, Shape
 from trace_dist.sharding import gloo
@@ -124,4 +123,4 @@ def measure(given: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_rank(lambda: measure(Path(sys.argv[1])), Path(sys.argv[2]))
+    run_rank(lambda asked: measure(Path(asked["calls"])))

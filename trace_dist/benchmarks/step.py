@@ -8,12 +8,8 @@ machine that slows down slows all of them down.
 
 from __future__ import annotations
 
-import json
 import resource
 import statistics
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,14 +19,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from trace_dist.benchmarks.contestants import CONTESTANTS, Contestant, Race, build
-from trace_dist.benchmarks.ranks import run_rank
+from trace_dist.benchmarks.jobs import run_job, run_rank
 from trace_dist.benchmarks.timing import median_of, now
-from trace_dist.config import LaunchConfig
-from trace_dist.launching import launch_command, launch_environment
+from trace_dist.launching import ProcessFailed
 from trace_dist.profiling.wire import WireCounter
 from trace_dist.utils import dist
 from trace_dist.utils.env import meta_info, run_info
-from trace_dist.utils.files import write_json
+from trace_dist.utils.files import read_json, write_json
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
@@ -68,7 +63,7 @@ def race_in_turn(
         if name not in CONTESTANTS:
             raise ValueError(f"contestants: {name!r} is unknown; use some of {', '.join(CONTESTANTS)}")
     settings = {**asdict(race), "num_ranks": num_ranks, "steps": steps}
-    kept = json.loads(out.read_text()) if out is not None and out.is_file() else {}
+    kept = read_json(out) if out is not None and out.is_file() else {}
     runs: dict[str, list[dict[str, Any]]] = kept.get("runs", {}) if kept.get("settings") == settings else {}
     result: dict[str, Any] = {}
     for round_number in range(rounds):
@@ -76,7 +71,7 @@ def race_in_turn(
             if len(runs.setdefault(name, [])) > round_number:
                 continue
             logger.info("round %d of %d: %s", round_number + 1, rounds, name)
-            runs[name].append(_launch(race, name, num_ranks, steps))
+            runs[name].append(_run(race, name, num_ranks, steps))
             rows = [_summary(n, found, runs.get("full", [])) for n, found in runs.items() if found]
             info = {"run_info": run_info(), "meta_info": meta_info()}
             result = {**info, "settings": settings, "rows": rows, "runs": runs}
@@ -85,28 +80,14 @@ def race_in_turn(
     return result or kept
 
 
-def _launch(race: Race, name: str, num_ranks: int, steps: int) -> dict[str, Any]:
-    """One contestant on fresh ranks, one thread each."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "found.json"
-        arguments = json.dumps({"race": asdict(race), "name": name, "steps": steps, "out": str(path)})
-        command = launch_command(LaunchConfig("torchrun", num_ranks), __name__)
-        done = subprocess.run(
-            [*command, arguments],
-            env=launch_environment(num_threads=1),
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            logger.warning("%s did not run: %s", name, _cause(done.stderr))
-            return {"error": _cause(done.stderr)}
-        return json.loads(path.read_text())
-
-
-def _cause(stderr: str) -> str:
-    """The last exception in the ranks' standard error."""
-    lines = [line for line in stderr.splitlines() if "Error: " in line and "ChildFailed" not in line]
-    return lines[-1].split("]: ")[-1][:200] if lines else "no message"
+def _run(race: Race, name: str, num_ranks: int, steps: int) -> dict[str, Any]:
+    """One contestant on fresh ranks; ``error`` where it cannot run here."""
+    try:
+        return run_job(__name__, {"race": asdict(race), "name": name, "steps": steps}, num_ranks)
+    except ProcessFailed as error:
+        cause = str(error).splitlines()[0]
+        logger.warning("%s did not run: %s", name, cause)
+        return {"error": cause}
 
 
 def _summary(name: str, runs: Sequence[dict[str, Any]], full: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -182,5 +163,4 @@ def _time_by_kind(profiled: Any, wall: float, on_gpu: bool) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    run_rank(lambda: measure(build(given["name"], Race(**given["race"])), given["steps"]), Path(given["out"]))
+    run_rank(lambda asked: measure(build(asked["name"], Race(**asked["race"])), asked["steps"]))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_dist.config.checks import AUTO
-from trace_dist.continual.learn import try_mask
+from trace_dist.continual.learn import try_rate
 from trace_dist.continual.masks import projected_mask
 from trace_dist.continual.progress import examples_digest
 from trace_dist.continual.race import Race, held_race
@@ -129,10 +129,7 @@ def _race_at(setting: Setting, density: float, streams: Sequence[Stream]) -> Rac
                 setting.model, setting.cfg, setting.bench, stream, setting.fingerprint, {}
             )
             setting.seed(stream.task.name)
-        batches = setting.bench.batches([part], setting.cfg.train.batch_size)
-        return try_mask(
-            setting, masks[stream.task.name], batches, lr, part.steps, horizon=stream.steps, name=name
-        )
+        return try_rate(setting, masks[stream.task.name], stream, part, lr, name=name)
 
     return held_race(setting, name, streams, trial, grid=setting.grid)
 

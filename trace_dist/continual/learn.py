@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
 from torch import Tensor
@@ -208,6 +208,14 @@ def try_mask(
         )
         setting.model.detach()
         yield learner
+
+
+def try_rate(
+    setting: Setting, mask: Mask, whole: Stream, part: Stream, lr: float, *, name: str
+) -> AbstractContextManager[Learner]:
+    """A learning rate's trial in a race: the beginning of a task's training, on a part of its examples. See ``try_mask``."""
+    batches = setting.bench.batches([part], setting.cfg.train.batch_size)
+    return try_mask(setting, mask, batches, lr, part.steps, horizon=whole.steps, name=name)
 
 
 @contextmanager

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 from trace_dist.bank.delta import check_base, extract_delta
 from trace_dist.config import RunConfig
 from trace_dist.config.checks import AUTO
 from trace_dist.continual.density import with_density
-from trace_dist.continual.learn import train_stream, try_mask
+from trace_dist.continual.learn import train_stream, try_rate
 from trace_dist.continual.race import held_race
 from trace_dist.continual.setting import Setting
 from trace_dist.masks.mask import Mask
 from trace_dist.stages.base import prepare_base
-from trace_dist.train.learner import Learner
 from trace_dist.train.workbench import Stream
 from trace_dist.utils import dist
 from trace_dist.utils.log import get_logger
@@ -63,12 +62,8 @@ def run_train(cfg: RunConfig, task_name: str | None, mask_file: str | None) -> P
 
 def _won(setting: Setting, stream: Stream, mask: Mask) -> float | None:
     """The learning rate that won this task's race; None where none is held."""
-    cfg = setting.cfg.train
-    if cfg.lr != AUTO:
+    if setting.cfg.train.lr != AUTO:
         return None
-
-    def trial(whole: Stream, part: Stream, lr: float) -> AbstractContextManager[Learner]:
-        batches = setting.bench.batches([part], cfg.batch_size)
-        return try_mask(setting, mask, batches, lr, part.steps, horizon=whole.steps, name="train")
+    trial = partial(try_rate, setting, mask, name="train")
 
     return held_race(setting, "train", [stream], trial, grid=setting.grid).lr

@@ -16,7 +16,7 @@ from trace_dist.bank.bank import BASE, DeltaBank
 from trace_dist.config.checks import Rate, Section
 from trace_dist.continual.judge import Row
 from trace_dist.continual.layer import bank_view
-from trace_dist.continual.learn import learn_task, try_mask
+from trace_dist.continual.learn import learn_task, try_rate
 from trace_dist.continual.methods.base import Method
 from trace_dist.continual.prompts import to_keep
 from trace_dist.continual.scored import Scored
@@ -91,9 +91,7 @@ class Retrieved(Method):
         return result
 
     def trial(self, stream: Stream, part: Stream, lr: float) -> AbstractContextManager[Learner]:
-        mask = self.mask(stream)
-        batches = self.setting.bench.batches([part], self.setting.cfg.train.batch_size)
-        return try_mask(self.setting, mask, batches, lr, part.steps, horizon=stream.steps, name=self.name)
+        return try_rate(self.setting, self.mask(stream), stream, part, lr, name=self.name)
 
     def score(self) -> Row:
         if not self._sizes:
