@@ -230,6 +230,7 @@ def _dated(table: Callable[..., str]) -> Callable[..., str]:
 SCALE = "scale.json"
 SECTIONS: Sections = {
     "scale_measured": ((SCALE, *(f"{name}.json" for name in MEASURED)), _dated(measured_table)),
+    "scale_agreement": (("bench_simulate.json",), agreement_table),
     "scale_node": ((SCALE,), _dated(node_table)),
     "scale_spent": ((SCALE,), _dated(spent_table)),
     "scale_gpus": ((SCALE,), _dated(gpu_table)),
