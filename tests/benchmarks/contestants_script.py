@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 
-from trace_dist.benchmarks.contestants import CONTESTANTS, Race, build
+from torch import nn
+
+from trace_dist.benchmarks.contestants import CONTESTANTS, FOR_GPUS, LIGER, Race, build
 from trace_dist.profiling.states import tensor_bytes
 from trace_dist.profiling.wire import WireCounter
 from trace_dist.utils import dist
@@ -17,13 +20,16 @@ RACE = Race("tiny", micro_batch=2, sequence=24)
 SHARED = replace(RACE, attention="sdpa", sequence_parallel=2)
 """Both ranks read the same examples, each half of every row."""
 OF_SHARED = ("row", "full", "LoRA, tuned")
+COMPILED = [name for name in FOR_GPUS if not name.endswith(LIGER)]
 STEPS = 3
 
 
 def main() -> None:
     dist.ensure_group()
+    # Blocks are traced as for torch's compiler, which would take a minute.
+    nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")  # type: ignore[assignment,method-assign]
     found = {}
-    runs = [(name, name, RACE) for name in CONTESTANTS] + [
+    runs = [(name, name, RACE) for name in (*CONTESTANTS, *COMPILED)] + [
         (f"{name}, shared", name, SHARED) for name in OF_SHARED
     ]
     for key, name, race in runs:

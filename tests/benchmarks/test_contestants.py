@@ -6,14 +6,29 @@ And what two ranks send and keep is what one simulated rank of two does.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.contestants_script import OF_SHARED
+import torch
+from benchmarks.contestants_script import COMPILED, OF_SHARED
 from launching import launch
+from transformers import LlamaForCausalLM
 
-from trace_dist.benchmarks.contestants import CONTESTANTS, FLOOR, FSDP2, MASKED, NARROW, TUNED, Race
+from trace_dist.benchmarks import peers
+from trace_dist.benchmarks.contestants import (
+    CONTESTANTS,
+    FLOOR,
+    FOR_GPUS,
+    FSDP2,
+    LIGER,
+    MASKED,
+    NARROW,
+    TUNED,
+    Race,
+    build,
+)
 
 pytestmark = pytest.mark.launcher
 HERE = Path(__file__).parent
@@ -35,7 +50,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_all_begin_alike_and_learn(found: dict[str, Any]) -> None:
-    assert list(found) == [*CONTESTANTS, *SHARED]
+    assert list(found) == [*CONTESTANTS, *COMPILED, *SHARED]
     begin = found["full"]["losses"][0]
     for name, contestant in found.items():
         losses = contestant["losses"]
@@ -48,6 +63,8 @@ def test_all_begin_alike_and_learn(found: dict[str, Any]) -> None:
         assert trained[name] < 0.1 * trained["full"], name
     for name in ("full", "LoRA"):
         assert trained[f"{name}{TUNED}"] == trained[name]
+    for name in COMPILED:
+        assert found[name]["losses"] == pytest.approx(found[f"full{FSDP2}"]["losses"], rel=0.01), name
 
 
 @pytest.mark.parametrize(
@@ -90,6 +107,16 @@ def test_more_ranks_keep_less_of_everything_but_shared_indices(simulated: dict[s
     for kind in ("weights", "master", "exp_avg", "gradients"):
         assert many[kind] < few[kind] / 16, kind
     assert many["indices"] > few["indices"] / 8
+
+
+@pytest.mark.parametrize("name", [name for name in FOR_GPUS if name.endswith(LIGER)])
+def test_ligers_kernels_want_a_gpu_and_their_package(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="want a GPU"):
+        build(name, Race("tiny"))
+    monkeypatch.setattr(peers.dist, "local_device", lambda: torch.device("cuda"))
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    with pytest.raises(ValueError, match=r"pip install 'trace-dist\[gpu\]'"):
+        peers.with_liger(LlamaForCausalLM(Race("tiny").config()))
 
 
 def test_a_narrow_twin_is_as_deep() -> None:

@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from trace_dist.benchmarks.peers import with_adapters
+from trace_dist.benchmarks.peers import with_adapters, with_liger
 from trace_dist.config import Backend
 from trace_dist.data.slices import sliced
 from trace_dist.masks.mask import Mask
@@ -92,6 +92,10 @@ MASKED = {"element": 1, "block 64": 64, "row": 0}
 FLOOR = "floor"  # [Note: floor]
 TUNED = ", tuned"
 FSDP2 = ", FSDP2"
+COMPILED = ", compiled"
+"""By torch.compile, block by block."""
+LIGER = ", Liger"
+"""With Liger's kernels."""
 OFFLOAD = ", offload"
 """States in host memory."""
 CONTESTANTS = (
@@ -100,6 +104,8 @@ CONTESTANTS = (
     *(f"row{FSDP2}", f"full{FSDP2}", f"row{OFFLOAD}"),
     FLOOR,
 )
+FOR_GPUS = (f"full{FSDP2}{COMPILED}", *(f"{name}{TUNED}{LIGER}" for name in ("full", "LoRA")))
+"""They race where they are asked for: a compiler takes minutes, and Liger's kernels want a GPU."""
 KNOWN = tuple(dict.fromkeys((*CONTESTANTS, *(f"{name}{OFFLOAD}" for name in MASKED))))
 """What can be built; of masks whose states the host keeps one races."""
 
@@ -196,8 +202,8 @@ class Contestant:
 
 def build(name: str, race: Race) -> Contestant:
     """Set one of ``KNOWN`` up on this job's ranks."""
-    if name == f"full{FSDP2}":
-        return _full_fsdp2(race)
+    if name.startswith(f"full{FSDP2}"):
+        return _full_fsdp2(race, compiled=name.endswith(COMPILED))
     backend: Backend = "fsdp2" if name.endswith(FSDP2) else "zero3"
     offload: Literal["none", "cpu"] = "cpu" if name.endswith(OFFLOAD) else "none"
     name = name.removesuffix(FSDP2).removesuffix(OFFLOAD)
@@ -227,17 +233,22 @@ def _masked(model: ShardedModel, mask: Mask, race: Race, offload: Literal["none"
     return Contestant(own_loss(model, race), model.backward, step, num_trained, optimizer.model_states)
 
 
-def _full_fsdp2(race: Race) -> Contestant:
-    """As torchtitan does it: fp32 shards, gathered in bf16 by blocks, gradients summed in fp32, torch's fused AdamW."""
+def _full_fsdp2(race: Race, compiled: bool) -> Contestant:
+    """As torchtitan does it: fp32 shards, gathered in bf16 by blocks, gradients summed in fp32, torch's fused AdamW.
+
+    torchtitan compiles the blocks, too.
+    """
     dist.ensure_group()
     module: Any = race.model().float()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     mesh = init_device_mesh(dist.local_device().type, (dist.world_size(),))
+    if compiled:
+        for block in decoder_blocks(module).values():
+            block.compile()
     for part in (*decoder_blocks(module).values(), module):
         fully_shard(part, mesh=mesh, mp_policy=policy)
     weights = list(module.parameters())
     optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)
-    batch = race.batch()
 
     def locals_of(tensors: Iterable[Any]) -> list[Tensor]:
         return [tensor.to_local() for tensor in tensors]
@@ -256,7 +267,9 @@ def _full_fsdp2(race: Race) -> Contestant:
         return {"weights": locals_of(weights), **moments}
 
     num_trained = sum(weight.numel() for weight in weights)
-    return Contestant(lambda: module(**batch).loss, lambda loss: loss.backward(), step, num_trained, states)
+    return Contestant(
+        _transformers_loss(module, race), lambda loss: loss.backward(), step, num_trained, states
+    )
 
 
 def own_loss(model: Any, race: Race) -> Callable[[], Tensor]:
@@ -266,25 +279,27 @@ def own_loss(model: Any, race: Race) -> Callable[[], Tensor]:
     return lambda: forward_nll_sum(model, inputs, labels, 1 / labels[:, 1:].numel())
 
 
+def _transformers_loss(module: Any, race: Race) -> Callable[[], Tensor]:
+    """The same as transformers compute it, or Liger in their place."""
+    batch = race.batch()
+    return lambda: module(**batch).loss
+
+
 def _peer(name: str, race: Race) -> Contestant:
     module: Any = race.model()
+    liger = name.endswith(LIGER)
+    if liger:
+        with_liger(module)
+    name = name.removesuffix(LIGER)
     method = name.removesuffix(TUNED)
     if method != "full":
         module = with_adapters(method, module, race.density).bfloat16()
     num_trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-    if name == method:
-        engine = dense_engine(module, torch.bfloat16, {})
-        batch = race.batch()
-        return Contestant(
-            lambda: engine(**batch).loss,
-            engine.backward,
-            engine.step,
-            num_trained,
-            partial(dense_states, engine),
-        )
-    load_deepspeed()  # with our all-gather
-    blocks = whole_blocks(module).values() if method == "full" else ()
-    zero = zero3_config(torch.bfloat16, blocks=blocks)["zero_optimization"]
+    zero: dict[str, Any] = {}
+    if name != method:
+        load_deepspeed()  # with our all-gather
+        blocks = whole_blocks(module).values() if method == "full" else ()
+        zero = zero3_config(torch.bfloat16, blocks=blocks)["zero_optimization"]
     engine = dense_engine(module, torch.bfloat16, zero)
-    states = partial(dense_states, engine)
-    return Contestant(own_loss(engine, race), engine.backward, engine.step, num_trained, states)
+    loss = own_loss(engine, race) if name != method and not liger else _transformers_loss(engine, race)
+    return Contestant(loss, engine.backward, engine.step, num_trained, partial(dense_states, engine))

@@ -111,7 +111,8 @@ def gpu_step_table(*results: Result) -> str:
         for row in result["rows"]:
             name = f"{shape}, {row['name']}"
             if "error" in row:
-                rows.append([name, "out of memory", *["–"] * 7])  # noqa: RUF001
+                why = "out of memory" if "OutOfMemory" in row["error"] else "did not run"
+                rows.append([name, why, *["–"] * 7])  # noqa: RUF001
                 continue
             ratios = [_ratio(row, measured.get(peer), "step_s") for peer in ("full", "LoRA")]
             ratios.append(_ratio(row, measured.get("full"), "peak_device_bytes"))

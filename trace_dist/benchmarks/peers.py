@@ -1,4 +1,4 @@
-"""What the peers train: PEFT's adapters, and DeepSpeed's AdamW for CPUs, set up as their users do."""
+"""What the peers train with: PEFT's adapters, Liger's kernels, and DeepSpeed's AdamW for CPUs, set up as their users do."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from trace_dist.masks.ops import layouts_for
 from trace_dist.models.adapters import lora_rank
+from trace_dist.utils import dist
 
 
 def with_adapters(name: str, module: PreTrainedModel, density: float) -> nn.Module:
@@ -26,6 +27,23 @@ def with_adapters(name: str, module: PreTrainedModel, density: float) -> nn.Modu
         return get_peft_model(module, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
     linear = sorted({name.split(".")[-2] for name in layouts})
     return get_peft_model(module, ShiraConfig(r=rank, target_modules=linear))
+
+
+def with_liger(module: PreTrainedModel) -> None:
+    """Liger's kernels in a Llama: norms, rotations, gated units, and the loss together with the last projection.
+
+    Raises:
+        ValueError: they are not installed, or there is no GPU.
+    """
+    if dist.local_device().type != "cuda":
+        raise ValueError("contestants: Liger's kernels want a GPU, and there is none; leave them out")
+    try:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+    except ImportError as error:
+        raise ValueError(
+            f"contestants: Liger's kernels lack a package ({error}); pip install 'trace-dist[gpu]'"
+        ) from None
+    apply_liger_kernel_to_llama(model=module)
 
 
 def cpu_adam(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from trace_dist.benchmarks.contestants import CONTESTANTS, Contestant, Race, build
+from trace_dist.benchmarks.contestants import CONTESTANTS, FOR_GPUS, Contestant, Race, build
 from trace_dist.benchmarks.jobs import run_job, run_rank
 from trace_dist.benchmarks.timing import median_of, now
 from trace_dist.launching import ProcessFailed
@@ -50,7 +50,7 @@ def race_in_turn(
 
     Args:
         race: model and batch.
-        names: of ``CONTESTANTS``.
+        names: of ``CONTESTANTS`` and ``FOR_GPUS``.
         num_ranks: ranks of each, one thread each.
         rounds: how often each contestant is started.
         steps: steps timed per start.
@@ -59,9 +59,10 @@ def race_in_turn(
     Raises:
         ValueError: a contestant is unknown.
     """
+    known = (*CONTESTANTS, *FOR_GPUS)
     for name in names:
-        if name not in CONTESTANTS:
-            raise ValueError(f"contestants: {name!r} is unknown; use some of {', '.join(CONTESTANTS)}")
+        if name not in known:
+            raise ValueError(f"contestants: {name!r} is unknown; use some of {', '.join(known)}")
     settings = {**asdict(race), "num_ranks": num_ranks, "steps": steps}
     kept = read_json(out) if out is not None and out.is_file() else {}
     runs: dict[str, list[dict[str, Any]]] = kept.get("runs", {}) if kept.get("settings") == settings else {}

@@ -166,7 +166,7 @@ BENCHMARKS = {
             "contestants": (
                 list[str] | None,
                 None,
-                "who takes part, as [row, full, LoRA]; all when not given",
+                "who takes part, as [row, full, LoRA]; all when not given, but those for GPUs",
             ),
             "density": (float, 0.05, "masked share of the linear layers"),
             "micro_batch": (int, 4, "examples per rank and step"),
