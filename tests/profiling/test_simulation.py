@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as td
 from torch import Tensor
 from trace_kernels.runs import Runs
 from trace_kernels.traffic import moved_bytes
@@ -15,6 +16,7 @@ from trace_kernels.traffic import moved_bytes
 from trace_dist.profiling.simulation.events import COMPUTE, HOSTS, Event, Program
 from trace_dist.profiling.simulation.gpus import Gpu, gpu_names, load_gpu, sources
 from trace_dist.profiling.simulation.kernels import touched_bytes
+from trace_dist.profiling.simulation.rank import simulated_rank
 from trace_dist.profiling.simulation.recorder import Recorder
 from trace_dist.profiling.simulation.replay import MESSAGE_US, Cluster, collective_seconds, replay, sent_where
 from trace_dist.profiling.simulation.setup import SimulationSetup
@@ -219,6 +221,26 @@ def test_copies_from_and_to_the_host_are_told_apart() -> None:
         ("host_waits", "", 0),
         ("kernel", "bus", 32),
     ]
+
+
+@pytest.mark.parametrize("on_cpus", [True, False])
+def test_on_cpus_gloo_copies_what_it_gathers(on_cpus: bool) -> None:
+    with simulated_rank(2, synchronous=on_cpus) as recorder:
+        part, whole = torch.empty(8, device="meta"), torch.empty(16, device="meta")
+        recorder.clear()
+        td.all_gather_into_tensor(whole, part)
+        td.all_reduce(whole)
+        kept = part.nbytes + whole.nbytes
+        assert recorder.alive == kept
+        assert recorder.peak == kept + on_cpus * whole.nbytes
+        td.reduce_scatter_tensor(part, torch.empty(16, device="meta"))
+        assert recorder.peak == kept + (1 + on_cpus) * whole.nbytes
+        # The copy is kept as long as nobody has waited for the collective.
+        ongoing = td.all_gather_into_tensor(whole, part, async_op=True)
+        assert recorder.alive == kept + on_cpus * whole.nbytes
+        for _ in range(2):
+            ongoing.wait()
+            assert recorder.alive == kept
 
 
 def test_a_storage_that_was_emptied_is_counted_as_empty() -> None:

@@ -45,13 +45,22 @@ _COLLECTIVES = (
 
 
 class Ongoing:
-    """A collective that somebody will wait for."""
+    """A collective that somebody will wait for.
 
-    def __init__(self, recorder: Recorder, numbers: list[int]) -> None:
-        self._recorder, self._numbers = recorder, numbers
+    Args:
+        recorder: of the rank.
+        numbers: of its events.
+        copied: bytes of the copies that live as long as nobody has waited.
+    """
+
+    def __init__(self, recorder: Recorder, numbers: list[int], copied: int) -> None:
+        self._recorder, self._numbers, self._copied = recorder, numbers, copied
+        recorder.hold(copied)
 
     def wait(self, *_: Any, **__: Any) -> bool:
         """The present stream waits for its end."""
+        self._recorder.hold(-self._copied)
+        self._copied = 0
         for number in self._numbers:
             self._recorder.joins(self._recorder.stream, number)
         return True
@@ -71,7 +80,7 @@ def _told(recorder: Recorder, function: Callable[..., Any]) -> Callable[..., Any
         numbers = [e.number for e in recorder.events[first:] if e.kind == "collective" and e.lane != HOSTS]
         if not numbers:
             return work
-        ongoing = Ongoing(recorder, numbers)
+        ongoing = Ongoing(recorder, numbers, sum(recorder.copied(recorder.events[each]) for each in numbers))
         if work is None:
             ongoing.wait()
             return None
@@ -218,14 +227,15 @@ def simulated_rank(world: int, synchronous: bool = False) -> Iterator[Recorder]:
     Args:
         world: ranks.
         synchronous: whether the accelerator is one that the host waits for at each operator: a CPU. Weights are then
-            gathered by messages, as over gloo, and logits upcast in small chunks. What operators are called with is kept.
+            gathered by messages, as over gloo, and logits upcast in small chunks. What operators are called with is kept, and
+            gloo's copies are counted.
 
     Raises:
         ValueError: a process group exists.
     """
     if td.is_initialized():
         raise ValueError("simulate: this process is a rank of a job; start it without a launcher")
-    recorder = Recorder(keeps_calls=synchronous)
+    recorder = Recorder(on_cpus=synchronous)
     with ExitStack() as stack:
         stack.enter_context(
             patch.dict(os.environ, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world)})

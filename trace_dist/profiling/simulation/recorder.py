@@ -49,6 +49,11 @@ _PUTS = (
 )
 _OVERWRITES = (aten.copy_.default, aten.fill_.Scalar, aten.zero_.default)
 """Operators that write their first operand and do not read it."""
+_COPIED = (
+    *("_allgather_base_", "allgather_into_tensor_coalesced_"),
+    *("_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_"),
+)
+"""Collectives for which gloo copies the whole of what all ranks have."""
 _PICKING = ("trace_dist.masks", "trace_dist.sharding", "trace_kernels")
 """Modules that work between a layer's gradient and the compact buffer."""
 
@@ -57,7 +62,7 @@ class Recorder(TorchDispatchMode):
     """Records while it is entered.
 
     Args:
-        keeps_calls: whether it shall be known what each operator was called with.
+        on_cpus: whether the accelerator is a CPU: what each operator was called with is kept, and collectives are gloo's.
 
     Attributes:
         events: since ``clear``.
@@ -69,9 +74,9 @@ class Recorder(TorchDispatchMode):
         calls: ``Event.operator`` -> the call, where they are kept.
     """
 
-    def __init__(self, keeps_calls: bool = False) -> None:
+    def __init__(self, on_cpus: bool = False) -> None:
         super().__init__()
-        self._keeps_calls = keeps_calls
+        self._on_cpus = on_cpus
         self.calls: dict[str, Call] = {}
         self.events: list[Event] = []
         self.alive = self.peak = 0
@@ -178,7 +183,7 @@ class Recorder(TorchDispatchMode):
 
     def _kept(self, func: Any, args: Any, kwargs: Any) -> str:
         """Keep a call, where that is wanted; its key."""
-        if not self._keeps_calls:
+        if not self._on_cpus:
             return ""
         call = Call.of(func, args, kwargs)
         return self.calls.setdefault(call.key, call).key
@@ -190,11 +195,20 @@ class Recorder(TorchDispatchMode):
         largest = max(tensors, key=lambda each: each.nbytes, default=None)
         size = 0 if largest is None else largest.nbytes
         operator = ""
-        if self._keeps_calls and largest is not None:
+        if self._on_cpus and largest is not None:
             operator = f"{name} {largest.dtype} {size}"
             self.calls.setdefault(operator, Call(name, (Shape.of(largest), {})))
         what: dict[str, Any] = {"num_bytes": num_bytes, "lane": lane, "size": size, "operator": operator}
-        self.add("collective", name=name, ranks=group_size(args), **what)
+        number = self.add("collective", name=name, ranks=group_size(args), **what)
+        self.peak = max(self.peak, self.alive + self.copied(self.events[number]))
+
+    def copied(self, collective: Event) -> int:
+        """Bytes that gloo copies for it; none on other accelerators than CPUs."""
+        return collective.size if self._on_cpus and collective.name in _COPIED else 0
+
+    def hold(self, num_bytes: int) -> None:
+        """Memory that no tensor tells of is taken, or given back."""
+        self._grow(num_bytes)
 
     def _fetched(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of a copy to the CPU, for which the host waits; None for any other."""
