@@ -84,6 +84,7 @@ def test_tables_are_those_of_the_committed_results(section: str) -> None:
 
 
 @pytest.mark.launcher
+@pytest.mark.timeout(1800)  # twenty commands, each of which has a limit of its own
 def test_commands_run_one_after_the_other(checkout: Path) -> None:
     environment = rank_environment() | {"PYTHONPATH": "", "HF_DATASETS_CACHE": str(checkout / "cache")}
     for command in (line for line in commands() if not line.startswith(MAKE)):
