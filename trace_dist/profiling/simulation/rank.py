@@ -55,11 +55,11 @@ class Ongoing:
 
     def __init__(self, recorder: Recorder, numbers: list[int], copied: int) -> None:
         self._recorder, self._numbers, self._copied = recorder, numbers, copied
-        recorder.hold(copied)
+        recorder.grow(copied)
 
     def wait(self, *_: Any, **__: Any) -> bool:
         """The present stream waits for its end."""
-        self._recorder.hold(-self._copied)
+        self._recorder.grow(-self._copied)
         self._copied = 0
         for number in self._numbers:
             self._recorder.joins(self._recorder.stream, number)

@@ -206,10 +206,6 @@ class Recorder(TorchDispatchMode):
         """Bytes that gloo copies for it; none on other accelerators than CPUs."""
         return collective.size if self._on_cpus and collective.name in _COPIED else 0
 
-    def hold(self, num_bytes: int) -> None:
-        """Memory that no tensor tells of is taken, or given back."""
-        self._grow(num_bytes)
-
     def _fetched(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of a copy to the CPU, for which the host waits; None for any other."""
         if func is aten.copy_.default:
@@ -238,9 +234,10 @@ class Recorder(TorchDispatchMode):
             self.alive -= self._storages.pop(key)[1]
 
         self._storages[key] = weakref.ref(storage, died), storage.nbytes()
-        self._grow(storage.nbytes())
+        self.grow(storage.nbytes())
 
-    def _grow(self, num_bytes: int) -> None:
+    def grow(self, num_bytes: int) -> None:
+        """Memory is taken, or given back where the number is negative; also such as no tensor tells of."""
         self.alive += num_bytes
         self.peak = max(self.peak, self.alive)
 
@@ -250,7 +247,7 @@ class Recorder(TorchDispatchMode):
         self._count(storage)
         reference, before = self._storages[storage._cdata]
         self._storages[storage._cdata] = reference, storage.nbytes()
-        self._grow(storage.nbytes() - before)
+        self.grow(storage.nbytes() - before)
 
 
 def _answer(asked: Tensor, caller: str) -> Any:
