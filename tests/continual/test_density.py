@@ -24,6 +24,7 @@ from trace_dist.report.results import parse_results
 from trace_dist.stages.preview import preview
 from trace_dist.stages.project import run_project
 from trace_dist.stages.report import collect_results
+from trace_dist.train.workbench import Stream
 
 GRID = [3e-3, 1e-2]
 DENSITIES = [0.003, 0.3]
@@ -71,15 +72,15 @@ def test_the_race_settles_masks_and_rates_and_leaves_nothing(
     setting = Setting.load(cfg)
     before, state = weights(setting), torch.get_rng_state()
     trained: list[tuple[float, float]] = []
-    real = densities.try_mask
+    real = densities.try_rate
 
     @contextmanager
-    def watched(setting: Setting, mask: Mask, batches: Any, lr: float, steps: int, **options: Any) -> Any:
+    def watched(setting: Setting, mask: Mask, whole: Stream, part: Stream, lr: float, **options: Any) -> Any:
         trained.append((mask.density, lr))
-        with real(setting, mask, batches, lr, steps, **options) as learner:
+        with real(setting, mask, whole, part, lr, **options) as learner:
             yield learner
 
-    monkeypatch.setattr(densities, "try_mask", watched)
+    monkeypatch.setattr(densities, "try_rate", watched)
     settled = with_density(setting)
     assert all(torch.equal(value, before[name]) for name, value in weights(setting).items())
     assert torch.equal(torch.get_rng_state(), state)
