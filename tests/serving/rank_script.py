@@ -7,13 +7,14 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from serving.small import CAP, TASKS, prompts
 
 from trace_dist import Router
 from trace_dist.bank.bank import BASE
 from trace_dist.serving.options import Sampling
-from trace_dist.utils import dist
+from trace_dist.utils import dist, held
 
 ASKED = [text for task in (*TASKS[:3], BASE) for text in prompts(task, 3, seed=1)]
 LONG = 60
@@ -22,9 +23,25 @@ LONG = 60
 def main(folder: Path, backend: str, out: Path) -> None:
     # Room for some deltas alone: the others are read again each time, by all ranks.
     router = Router.open(folder / "bank", folder / "base", backend=backend, batch_size=4, cache_gib=2e-5)
-    found: dict[str, Any] = {
-        "answers": [asdict(answer) for answer in router.ask(ASKED, sampling=Sampling(max_new_tokens=CAP))]
-    }
+    found: dict[str, Any] = {"written": []}
+    generate = router.model.module.generate
+
+    def noted(**options: Any) -> Any:
+        found["written"].append(len(options["input_ids"]))
+        return generate(**options)
+
+    with patch.object(router.model.module, "generate", noted):
+        answers = router.ask(ASKED, sampling=Sampling(max_new_tokens=CAP))
+    found["answers"] = [asdict(answer) for answer in answers]
+    found["ended"] = [
+        asdict(answer) for answer in router.ask(ASKED, sampling=Sampling(max_new_tokens=CAP, stop=["b"]))
+    ]
+    # Weights that no rank can hold whole: forward passes are collective, and a rank without a prompt takes part in them.
+    with patch.object(held, "SHARE", 0):
+        found["gathered"] = [
+            [answer.text for answer in router.ask(ASKED[:num], sampling=Sampling(max_new_tokens=CAP))]
+            for num in (1, 3)
+        ]
     drawn = Sampling(max_new_tokens=CAP, temperature=1.0)
     found["drawn"] = [answer.text for answer in router.ask(ASKED, sampling=drawn)]
     stream = router.stream(ASKED[0], sampling=Sampling(max_new_tokens=CAP))

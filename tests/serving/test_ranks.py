@@ -27,6 +27,11 @@ def test_two_ranks_answer_together(backend: str, small: Small, tmp_path: Path) -
     assert [answer["text"] for answer in one["answers"]] == wanted
     assert [answer["task"] for answer in one["answers"]] == tasks
     assert one["answers"] == other["answers"]
+    # Three answers of each of four tasks: one rank writes two of them, the other one.
+    assert (one["written"], other["written"]) == ([2] * 4, [1] * 4)
+    assert one["ended"] == other["ended"]
+    assert [answer["text"] for answer in one["ended"]] == [text.split("b")[0] for text in wanted]
+    assert one["gathered"] == other["gathered"] == [wanted[:1], wanted[:3]]
     # Draws are those of rank 0, though nobody gave a seed.
     assert one["drawn"] == other["drawn"] != wanted
     assert "".join(one["pieces"]) == "".join(other["pieces"]) == wanted[0]

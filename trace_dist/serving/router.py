@@ -35,7 +35,7 @@ from trace_dist.serving.prompts import check_prompt
 from trace_dist.serving.row import Finish, Row
 from trace_dist.serving.stream import Pieces, Stream
 from trace_dist.serving.watch import Watched
-from trace_dist.serving.writing import write
+from trace_dist.serving.writing import write, write_out
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.build import load_sharded
 from trace_dist.utils import dist
@@ -95,6 +95,7 @@ class Router:
         self._ends = list(
             dict.fromkeys([*stop_ids(tokenizer), *([own] if isinstance(own, int) else own or [])])
         )
+        self._fill = pad_id(tokenizer)
         # What the request says counts alone; `generate` would fill in a base's own temperature or penalties.
         model.module.generation_config = type(model.module.generation_config)()
         self._deltas = DeltaCache(bank, model, source.cache_gib * 2**30)
@@ -184,6 +185,10 @@ class Router:
                 mine = [
                     row for row, route in zip(rows, routes, strict=True) if (route.task, route.shares) == held
                 ]
+                if on_text is None and sampling.temperature == 0:
+                    with self.holding(*held):
+                        write_out(self.model.module, mine, self.source.batch_size, self._ends, self._fill)
+                    continue
                 for first in range(0, len(mine), self.source.batch_size):
                     self.write(held[0], mine[first : first + self.source.batch_size], sampling, held[1])
             return [self.answer(row, route) for row, route in zip(rows, routes, strict=True)]
@@ -282,7 +287,7 @@ class Router:
             shares: of their ``Route``.
         """
         with self.holding(task, shares):
-            write(self.model.module, rows, sampling, self._ends, pad_id(self.tokenizer))
+            write(self.model.module, rows, sampling, self._ends, self._fill)
 
     @contextmanager
     def holding(self, task: str, shares: Shares = ()) -> Iterator[None]:
@@ -352,7 +357,7 @@ class Router:
         return True
 
     def _found_by(self) -> Finder:
-        return Finder(self.bank, self.model, self.source, pad_id(self.tokenizer), self._activated)
+        return Finder(self.bank, self.model, self.source, self._fill, self._activated)
 
     @contextmanager
     def _activated(self, task: str, shares: Shares = ()) -> Iterator[None]:

@@ -46,6 +46,10 @@ class Row:
         # Of the tokens: where the last piece of text began, and up to where the text is that of ``_text``.
         self._begin = self._read = 0
 
+    def unwritten(self) -> Row:
+        """The same row before its first token; nobody listens to it."""
+        return Row(self.prompt, self.limit, self._stops, self._ends, self._decode)
+
     @property
     def text(self) -> str:
         """The answer so far; the whole of it when it has ended."""

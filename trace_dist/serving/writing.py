@@ -1,7 +1,8 @@
 """Some answers at a time by transformers' own ``generate``, each with its own limit and stop texts.
 
 ``TextIteratorStreamer`` and ``stop_strings`` know one prompt, or one set of stop texts for all. So every token goes to its row
-(serving/row.py) through a stopping criterion, which ends each row by itself.
+(serving/row.py) through a stopping criterion, which ends each row by itself. On several ranks all of them write the same answers,
+or each writes some.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from trace_dist.evaluation.inputs import device_of, may_pad_left, pad
-from trace_dist.evaluation.passes import evaluating
+from trace_dist.evaluation.passes import evaluating, map_over_ranks
 from trace_dist.serving.options import Sampling
 from trace_dist.serving.row import Finish, Row
 from trace_dist.utils import dist
@@ -23,25 +24,33 @@ from trace_dist.utils.rng import random_numbers_kept
 
 
 class _Dealt(StoppingCriteria):
-    """Deals each step's tokens out to the rows; says which of them have ended.
-
-    On several ranks those of rank 0 count: draws differ from rank to rank, and somebody may have hung up on one of them.
-    """
+    """Deals each step's tokens out to the rows; says which of them have ended."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        self._rows = rows
+        self.rows = rows
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+        for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
+            row.add(token)
+        return input_ids.new_tensor([row.finish is not None for row in self.rows], dtype=torch.bool)
+
+
+class _DealtByMain(_Dealt):
+    """Every rank writes the same rows, and the tokens of rank 0 count.
+
+    Draws differ from rank to rank, and somebody may have hung up on one of them.
+    """
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
         tokens = input_ids[:, -1]
         if dist.is_main():
-            for row, token in zip(self._rows, tokens.tolist(), strict=True):
-                row.add(token)
+            super().__call__(input_ids, scores)
         # Of each row: whether it has ended, whether it was cancelled, and its tokens.
-        states = [(finish is not None, finish == "cancelled", num) for finish, num in map(_state, self._rows)]
+        states = [(finish is not None, finish == "cancelled", num) for finish, num in map(_state, self.rows)]
         told = dist.from_main(torch.cat([tokens[None], tokens.new_tensor(states).T]).contiguous())
         if not dist.is_main():
             tokens.copy_(told[0])  # in the text that is read on
-            for row, (token, _, cancelled, num) in zip(self._rows, told.T.tolist(), strict=True):
+            for row, (token, _, cancelled, num) in zip(self.rows, told.T.tolist(), strict=True):
                 if not cancelled or num > len(row.tokens):
                     row.add(token)
                 if cancelled:
@@ -56,7 +65,7 @@ def _state(row: Row) -> tuple[Finish | None, int]:
 def write(
     model: PreTrainedModel, rows: Sequence[Row], sampling: Sampling, ends: list[int], fill: int
 ) -> None:
-    """Write answers.
+    """Write answers that somebody may read, or draw, as they are written: every rank writes all of them. Collective.
 
     Prompts are padded on the left and written together, but for models that padding on the left changes
     ([Note: padding and caches] in evaluation/decode.py): there one after the other.
@@ -69,30 +78,64 @@ def write(
         fill: token id for padding.
     """
     batches = [list(rows)] if may_pad_left(model) else [[row] for row in rows]
+    # What one rank draws by itself ends nothing.
+    generation = _generation(sampling, ends if dist.world_size() == 1 else None, fill)
     with evaluating(model), _seeded(sampling):
         for batch in batches:
-            ids, mask = pad([row.prompt for row in batch], fill, device_of(model), left=True)
-            generate: Any = model.generate
-            generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=_generation(batch, sampling, ends, fill),
-                stopping_criteria=StoppingCriteriaList([_Dealt(batch)]),
-            )
+            _generate(model, _DealtByMain(batch), generation, fill)
 
 
-def _generation(rows: Sequence[Row], sampling: Sampling, ends: list[int], fill: int) -> GenerationConfig:
+def write_out(
+    model: PreTrainedModel, rows: Sequence[Row], batch_size: int, ends: list[int], fill: int
+) -> None:
+    """Write greedy answers that are read at their end alone: every rank writes some of them. Collective.
+
+    Args:
+        model: as its weights are.
+        rows: the answers, which nobody listens to or cancels; on every rank they hold all answers afterwards.
+        batch_size: answers that one rank writes at a time, at most.
+        ends, fill: as ``write``.
+    """
+    generation = _generation(Sampling(), ends, fill)
+
+    def tokens_of(batch: list[int]) -> list[list[int]]:
+        # Of copies: a rank that has nothing left to write repeats a row that another one writes.
+        fresh = [rows[number].unwritten() for number in batch]
+        # Where forward passes are collective, a rank goes on until all have written theirs.
+        found = _generate(model, _Dealt(fresh), generation, fill, synced_gpus=not alone)
+        return [ids[: len(row.tokens) + 1] for ids, row in zip(found.tolist(), fresh, strict=True)]
+
+    with evaluating(model) as alone:
+        most = batch_size if may_pad_left(model) else 1
+        size = min(most, -(-len(rows) // dist.world_size()))  # few answers too are shared out
+        written = map_over_ranks([len(row.prompt) for row in rows], size, tokens_of, alone)
+    for row, tokens in zip(rows, written, strict=True):
+        for token in tokens:
+            row.add(token)
+
+
+def _generate(
+    model: PreTrainedModel, dealt: _Dealt, generation: GenerationConfig, fill: int, **options: Any
+) -> Tensor:
+    """Token ids of the answers, int64 [rows, tokens]; what stands behind an answer's end is none of it."""
+    ids, mask = pad([row.prompt for row in dealt.rows], fill, device_of(model), left=True)
+    generate: Any = model.generate
+    found: Tensor = generate(
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=generation,
+        max_new_tokens=max(row.limit for row in dealt.rows),
+        stopping_criteria=StoppingCriteriaList([dealt]),
+        **options,
+    )
+    return found[:, ids.shape[1] :]
+
+
+def _generation(sampling: Sampling, ends: list[int] | None, fill: int) -> GenerationConfig:
     options: dict[str, Any] = {}
     if sampling.temperature > 0:
         options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-    return GenerationConfig(
-        max_new_tokens=max(row.limit for row in rows),
-        do_sample=bool(options),
-        # On several ranks `_Dealt` alone ends rows: what one rank draws by itself ends nothing.
-        eos_token_id=ends if dist.world_size() == 1 else None,
-        pad_token_id=fill,
-        **options,
-    )
+    return GenerationConfig(do_sample=bool(options), eos_token_id=ends, pad_token_id=fill, **options)
 
 
 @contextmanager
