@@ -35,7 +35,7 @@ bench: $(VENV)/.dev
 stream20: $(VENV)/.quickstart
 	$(BIN)/python -m trace_dist.benchmarks.stream --config configs/stream20.yaml --out docs/results/stream20.json
 
-# A fourth task for the bank of the quickstart, which has run before; two minutes.
+# A fourth task for the bank of the quickstart, which has run before; five minutes.
 later: $(VENV)/.quickstart
 	$(BIN)/python -m trace_dist.benchmarks.later --config configs/quickstart.yaml --task configs/later.yaml --out docs/results/learn_later.json
 
@@ -45,13 +45,13 @@ trace-small: $(VENV)/.metrics
 	$(BIN)/trace-dist run --config configs/trace-small.yaml
 	$(BIN)/python -m trace_dist.benchmarks.trace_page runs/trace-small/results.json docs/results docs/data.md
 
-# Which task is a prompt of, among seventy; nothing is trained. A study that was cut continues.
+# Which task is a prompt of, among fifty-three; nothing is trained. A study that was cut continues.
 retrieval-study: $(VENV)/.smollm2
 	$(BIN)/python -m trace_dist.benchmarks.retrieval --config configs/retrieval.yaml --out docs/results/retrieval.json
 	$(BIN)/python -m trace_dist.benchmarks.routes --out docs/results/routes.json
 	$(BIN)/python -m trace_dist.benchmarks.retrieval_page docs/results docs/retrieval.md docs/retrieval.png
 
-# When is a probed mask worth its probe? Half a day of one core or more; a study that was cut goes on.
+# When is a probed mask worth its probe? Several days of one core; a study that was cut goes on.
 study: $(VENV)/.smollm2
 	OMP_NUM_THREADS=1 $(BIN)/trace-dist study small-to-large --config configs/study-small-to-large.yaml
 	$(BIN)/python -m trace_dist.studies.page docs/results docs/studies.md docs/studies.png

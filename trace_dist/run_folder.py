@@ -170,6 +170,11 @@ class BankFolder:
         return self.root / "bank.json"
 
     @property
+    def newest(self) -> Path:
+        """The newest generation that the index has had."""
+        return self.root / ".generation"
+
+    @property
     def lock(self) -> Path:
         """Held by the one process that writes."""
         return self.root / ".lock"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,11 +44,11 @@ def fill(folder: Path) -> DeltaBank:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file, but a lock that was left by a process that died."""
+    """Every file, but a lock that was left by a process that died, and how often the bank has been changed."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.endswith(".lock")
+        if path.is_file() and not path.name.endswith((".lock", ".generation"))
     }
 
 
@@ -104,6 +105,30 @@ def test_a_cut_at_any_moment_leaves_the_bank_as_it_was_before_or_after(
     assert contents(bank) == contents(after)
 
 
+def test_an_index_put_back_from_a_copy_loses_no_task(tmp_path: Path) -> None:
+    """What it does not name is no leaving of a change that was cut, and nobody sweeps it away."""
+    bank = fill(tmp_path)
+    copy = bank.files.index.read_bytes()
+    add(bank, "three", 3)
+    whole = contents(tmp_path)
+    bank.files.index.write_bytes(copy)
+    old = DeltaBank(tmp_path)
+    said = r"generation 3, but the bank has had generation 4; restore the whole folder.*, or delete .*\.generation to lose"
+    (problem,) = verify(old)
+    assert re.search(said, problem)
+    for change in (lambda: add(old, "four", 4), lambda: old.remove("none"), lambda: old.rename("one", "two")):
+        with pytest.raises(ValueError, match=said):
+            change()
+    bank.files.index.write_bytes(whole["bank.json"])
+    assert contents(tmp_path) == whole
+    assert DeltaBank(tmp_path).tasks == [BASE, *TASKS, "three"]
+    # Who wants the old index says so.
+    bank.files.index.write_bytes(copy)
+    bank.files.newest.unlink()
+    DeltaBank(tmp_path).remove("one")
+    assert sorted(path.name for path in bank.files.tasks.iterdir()) == ["base", "two"]
+
+
 def test_a_merge_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     left, right, out = fill(tmp_path / "left"), tmp_path / "right", tmp_path / "out"
     add(DeltaBank.create(right, "aaaa", layer=1), "three", 3)
@@ -138,7 +163,7 @@ def test_work_done_again_gives_the_same_bytes_and_changes_nothing(tmp_path: Path
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert fill(tmp_path / "a").generation == 3
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["bank.json", "tasks"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [".generation", "bank.json", "tasks"]
 
 
 def test_a_change_leaves_the_files_of_other_tasks_alone(tmp_path: Path) -> None:

@@ -44,6 +44,11 @@ def main(folder: Path, backend: str, out: Path) -> None:
         ]
     drawn = Sampling(max_new_tokens=CAP, temperature=1.0)
     found["drawn"] = [answer.text for answer in router.ask(ASKED, sampling=drawn)]
+    # Only one rank shows what is written.
+    pieces: list[str] = []
+    listener = (lambda _, piece: pieces.append(piece)) if dist.is_main() else None
+    (answer,) = router.ask(ASKED[:1], sampling=Sampling(max_new_tokens=CAP), on_text=listener)
+    found["shown"] = [answer.text, "".join(pieces)]
     stream = router.stream(ASKED[0], sampling=Sampling(max_new_tokens=CAP))
     found["pieces"] = list(stream)
     # Nobody reads on, on rank 0.

@@ -34,6 +34,7 @@ def test_two_ranks_answer_together(backend: str, small: Small, tmp_path: Path) -
     assert one["gathered"] == other["gathered"] == [wanted[:1], wanted[:3]]
     # Draws are those of rank 0, though nobody gave a seed.
     assert one["drawn"] == other["drawn"] != wanted
+    assert (one["shown"], other["shown"]) == ([wanted[0], wanted[0]], [wanted[0], ""])
     assert "".join(one["pieces"]) == "".join(other["pieces"]) == wanted[0]
     assert one["cut"] == other["cut"]
     assert one["cut"]["num_tokens"] < LONG

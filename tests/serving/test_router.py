@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,12 @@ from trace_dist.bank.delta import applied
 from trace_dist.evaluation import greedy_decode
 from trace_dist.models.fingerprint import fingerprint
 from trace_dist.run_folder import SIGNATURE
+from trace_dist.serving import router as routers
 from trace_dist.serving.cache import DeltaCache
 from trace_dist.serving.options import Sampling
+from trace_dist.serving.row import Row
+from trace_dist.serving.stream import Pieces, Stream
+from trace_dist.utils import dist
 
 ASKED = [(task, text) for task in (*TASKS[:3], BASE) for text in prompts(task, 2, seed=1)]
 pytestmark = pytest.mark.usefixtures("base_is_kept")
@@ -118,6 +123,47 @@ def test_who_stops_reading_stops_the_writing(router: Router) -> None:
     stream.close()
     assert stream.answer.finish in ("cancelled", "stop")
     assert router.holds_base()
+
+
+def test_a_stream_writes_on_the_device_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA keeps a device for each thread: without a word, a new one's is the first."""
+    taken: list[tuple[str, int]] = []
+    name = threading.current_thread().name
+    monkeypatch.setattr(dist, "local_device", lambda: torch.device("cuda", 3))
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: taken.append((threading.current_thread().name, device.index))
+    )
+    row = Row([1], 1, [], [], str)
+    stream = Stream(row, Pieces(), lambda: taken.append((threading.current_thread().name, -1)), lambda: row)
+    assert list(stream) == []
+    assert [number for _, number in taken] == [3, -1]
+    assert name not in {thread for thread, _ in taken}
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-40, 9e-5])
+def test_the_coldest_draw_takes_the_likeliest_token(router: Router, temperature: float) -> None:
+    """Logits divided by such a number are infinite."""
+    texts = [text for _, text in ASKED]
+    answers = router.ask(texts, sampling=Sampling(max_new_tokens=CAP, temperature=temperature))
+    assert answers == router.ask(texts, sampling=SHORT)
+
+
+def test_a_change_while_the_base_is_loaded_is_seen(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(small.bank, tmp_path / "bank")
+    load = routers.load_sharded
+
+    def meanwhile(*options: Any) -> Any:
+        DeltaBank(tmp_path / "bank").rename("copy", "renamed")
+        return load(*options)
+
+    monkeypatch.setattr(routers, "load_sharded", meanwhile)
+    router = Router.open(tmp_path / "bank", small.base)
+    assert router.refresh()
+    assert not router.refresh()
+    (answer,) = router.ask([ASKED[0][1]], ["renamed"], SHORT)
+    assert answer.text == expected(small)[0]
 
 
 def test_draws_follow_their_seed(router: Router) -> None:
@@ -259,6 +305,9 @@ def test_one_task_is_held_at_a_time(router: Router) -> None:
                 ValueError, match="the model holds task 'copy' here; ask outside of the block"
             ):
                 work()
+    # A stream's thread would wait for the block to end, and the block for its pieces.
+    with router.holding(BASE), pytest.raises(ValueError, match="the model holds a task here; ask outside"):
+        router.stream("copy abcd", BASE, SHORT)
     assert router.ask(["copy abcd"], ["copy"], SHORT)[0].task == "copy"
 
 

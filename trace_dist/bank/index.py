@@ -170,7 +170,9 @@ class _Reader:
     path: Path
 
     def damaged(self, reason: object) -> ValueError:
-        return ValueError(f"{self.path}: damaged index of a bank ({reason}); restore it from a copy")
+        return ValueError(
+            f"{self.path}: damaged index of a bank ({reason}); restore the whole folder from a copy"
+        )
 
     def field(self, value: Any, key: str, kind: type) -> Any:
         if not isinstance(value, dict) or type(value.get(key)) is not kind:

@@ -9,6 +9,7 @@ from operator import or_
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.delta import check_base
 from trace_dist.bank.index import Member, Record
+from trace_dist.bank.writer import check_newest
 from trace_dist.masks.mask import Mask
 from trace_dist.run_folder import ADAPTED
 
@@ -20,13 +21,21 @@ def verify(bank: DeltaBank) -> list[str]:
         One line for each problem; none where all is well. In a bank of version 1, whose index has no checksums, the files'
         own ones are all there is.
     """
-    problems: list[str] = []
+    problems = _older(bank)
     dims: dict[int, str] = {}
     for record in bank.index.records:
         problems += _damaged(bank, record) or _inconsistent(bank, record, dims)
     if len(dims) > 1:
         problems.append(f"{bank.folder}: signatures of {len(dims)} hidden sizes: {dims}; remove the odd ones")
     return problems
+
+
+def _older(bank: DeltaBank) -> list[str]:
+    try:
+        check_newest(bank.files, bank.index)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _damaged(bank: DeltaBank, record: Record) -> list[str]:

@@ -3,6 +3,9 @@
 [Note: changes] New files are written and flushed in a folder with a temporary name, which is renamed; then the index is
 replaced, and with that the change is there. What a change leaves behind (files of a task that was removed, or of a change
 that was cut) is no longer, or not yet, in the index: whoever writes next deletes it. A file is never changed in place.
+
+[Note: older] Beside an index that was put back from a copy lie tasks that it does not know, and that are no leavings. So the
+newest generation is kept in a file of its own, and nobody writes while the index is older.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from trace_dist.bank.facts import describe
 from trace_dist.bank.index import Index, Member, Record
 from trace_dist.launching import run_holders
 from trace_dist.run_folder import DELTA, SIGNATURE, BankFolder
-from trace_dist.utils.files import flush_folder, writing
+from trace_dist.utils.files import flush_folder, write_text, writing
 from trace_dist.utils.locks import Held, hold, hold_or_share
 from trace_dist.utils.names import BASE
 
@@ -33,6 +36,20 @@ def read_index(files: BankFolder) -> Index:
     """
     index = Index.load(files.index)
     return legacy.with_tasks(index, files) if index.version == 1 else index
+
+
+def check_newest(files: BankFolder, index: Index) -> None:
+    """Raise ValueError where the index is older than what lies beside it ([Note: older])."""
+    try:
+        newest = int(files.newest.read_text())
+    # A bank that no change has been made to since there is such a file, or a damaged one, which the next change replaces.
+    except (OSError, ValueError):
+        return
+    if index.generation < newest:
+        raise ValueError(
+            f"{files.index}: is of generation {index.generation}, but the bank has had generation {newest}; restore the whole "
+            f"folder from one copy, or delete {files.newest} to lose the tasks that this index does not name"
+        )
 
 
 class Writer:
@@ -60,6 +77,7 @@ class Writer:
             records.append(record)
         index = index.changed(records)
         index.save(self.files.index)
+        write_text(self.files.newest, f"{index.generation}\n")
         self.index = index
         self.sweep()
 
@@ -122,9 +140,10 @@ class Writer:
         for path in self.files.tasks.glob("*"):
             if path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True)
-        for path in self.files.root.glob(f".{self.files.index.name}.*.tmp"):
-            with suppress(OSError):
-                path.unlink()
+        for file in (self.files.index, self.files.newest):
+            for path in self.files.root.glob(f".{file.name}.*.tmp"):
+                with suppress(OSError):
+                    path.unlink()
 
 
 def hand_over(source: BankFolder, record: Record, folder: Path, place: Callable[[Path, Path], None]) -> None:
@@ -166,11 +185,12 @@ def writing_to(files: BankFolder) -> Iterator[Writer]:
     """Hold a bank for writing while the block runs.
 
     Raises:
-        ValueError: another process writes, there is no bank, or it cannot be written.
+        ValueError: another process writes, there is no bank, its index is older than its files, or it cannot be written.
     """
     read_index(files)
     with locked(files):
         writer = Writer(files, read_index(files))
+        check_newest(files, writer.index)
         writer.sweep()
         yield writer
 

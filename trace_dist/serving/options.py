@@ -13,6 +13,8 @@ from trace_dist.parts import COMPOSITIONS
 
 NO_BLEND = "none"
 AUTO = "auto"
+COLDEST = 1e-4
+"""Temperatures below are 0."""
 """Stands for a task where each prompt's is retrieved."""
 
 
@@ -86,7 +88,8 @@ class Sampling(Section):
     max_new_tokens: int | None = None
     """Tokens of an answer, at most; when not set 256, or as many as the model has positions for behind the prompt."""
     temperature: float = 0.0
-    """0 takes the likeliest token at each step, as tasks are scored; 1 draws from the model's distribution."""
+    """0 takes the likeliest token at each step, as tasks are scored, and so does what is below 1e-4; 1 draws from the model's
+    distribution."""
     top_p: float = 1.0
     """Where tokens are drawn: from the likeliest ones that have this share of the probability together, in (0, 1]."""
     top_k: int = 0
@@ -105,9 +108,14 @@ class Sampling(Section):
         check("" not in self.stop, "stop", self.stop, "must not hold an empty text", "leave it out")
 
     @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn; logits divided by less than ``COLDEST`` may be infinite."""
+        return self.temperature >= COLDEST
+
+    @property
     def way(self) -> tuple[float, ...]:
         """What answers that are written together must have in common."""
-        return (self.temperature, self.top_p, self.top_k) if self.temperature > 0 else ()
+        return (self.temperature, self.top_p, self.top_k) if self.draws else ()
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,7 @@ class Router:
         self._deltas = DeltaCache(bank, model, source.cache_gib * 2**30)
         self._lock = threading.RLock()
         self._held: str | None = None
+        self._holder: int | None = None  # the thread that holds it
         self._watched = Watched(bank)
         self._finder = self._found_by()
         self.fingerprint = fingerprint(model.module)
@@ -179,13 +180,15 @@ class Router:
             )
             for number, each in enumerate(ids)
         ]
+        # Somebody may listen on one rank alone.
+        listened = dist.max_over_ranks(float(on_text is not None)) > 0
         with self._lock:
             routes = self.routes(ids, names)
             for held in dict.fromkeys((route.task, route.shares) for route in routes):
                 mine = [
                     row for row, route in zip(rows, routes, strict=True) if (route.task, route.shares) == held
                 ]
-                if on_text is None and sampling.temperature == 0:
+                if not (sampling.draws or listened):
                     with self.holding(*held):
                         write_out(self.model.module, mine, self.source.batch_size, self._ends, self._fill)
                     continue
@@ -208,6 +211,9 @@ class Router:
             ValueError: as ``ask``, at once.
         """
         sampling = Sampling() if sampling is None else sampling
+        if self._holder == threading.get_ident():
+            # The thread that writes would wait for this one.
+            raise ValueError("prompt: the model holds a task here; ask outside of the block that holds it")
         (ids,) = self.encode([prompt])
         pieces = Pieces()
         row = self.row(ids, sampling, pieces.add)
@@ -362,13 +368,13 @@ class Router:
     @contextmanager
     def _activated(self, task: str, shares: Shares = ()) -> Iterator[None]:
         self._check_base(f"task={task!r:.200}")
-        before, held = self._held, self._weights_of(task, shares)
-        self._held = task
+        before, held = (self._held, self._holder), self._weights_of(task, shares)
+        self._held, self._holder = task, threading.get_ident()
         try:
             with held:
                 yield
         finally:
-            self._held = before
+            self._held, self._holder = before
 
     def _weights_of(self, task: str, shares: Shares) -> AbstractContextManager[None]:
         """A block with a task's weights, or with those of several by their shares."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from trace_dist.serving.row import Row
+from trace_dist.utils import dist
 
 
 class Pieces:
@@ -48,6 +49,7 @@ class Stream:
 
     def _work(self) -> None:
         try:
+            dist.take_device()
             self._write()
         # Whatever it is, it is raised where somebody reads.
         except BaseException as error:

@@ -15,7 +15,8 @@ class Watched:
 
     def __init__(self, bank: DeltaBank) -> None:
         self.bank = bank
-        self._seen = on_main(self._state)
+        # None, since it may have been replaced while the base was loaded: it is read anew the first time.
+        self._seen: tuple[int, int, int] | None = None
 
     def refresh(self) -> bool:
         """See the bank as it is now; whether anything was changed. Collective.

@@ -7,7 +7,7 @@ or each writes some.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from trace_dist.evaluation.inputs import device_of, may_pad_left, pad
+from trace_dist.data.encoding import context_length
+from trace_dist.evaluation.inputs import config_of, device_of, may_pad_left, pad
 from trace_dist.evaluation.passes import evaluating, map_over_ranks
 from trace_dist.serving.options import Sampling
 from trace_dist.serving.row import Finish, Row
@@ -77,12 +78,12 @@ def write(
         ends: token ids that end an answer.
         fill: token id for padding.
     """
-    batches = [list(rows)] if may_pad_left(model) else [[row] for row in rows]
+    batches = _fitting(model, rows) if may_pad_left(model) else [[row] for row in rows]
     # What one rank draws by itself ends nothing.
-    generation = _generation(sampling, ends if dist.world_size() == 1 else None, fill)
+    options = _options(sampling, ends if dist.world_size() == 1 else None, fill)
     with evaluating(model), _seeded(sampling):
         for batch in batches:
-            _generate(model, _DealtByMain(batch), generation, fill)
+            _generate(model, _DealtByMain(batch), options)
 
 
 def write_out(
@@ -96,51 +97,66 @@ def write_out(
         batch_size: answers that one rank writes at a time, at most.
         ends, fill: as ``write``.
     """
-    generation = _generation(Sampling(), ends, fill)
-
-    def tokens_of(batch: list[int]) -> list[list[int]]:
-        # Of copies: a rank that has nothing left to write repeats a row that another one writes.
-        fresh = [rows[number].unwritten() for number in batch]
-        # Where forward passes are collective, a rank goes on until all have written theirs.
-        found = _generate(model, _Dealt(fresh), generation, fill, synced_gpus=not alone)
-        return [ids[: len(row.tokens) + 1] for ids, row in zip(found.tolist(), fresh, strict=True)]
-
+    options, most = _options(Sampling(), ends, fill), batch_size if may_pad_left(model) else 1
     with evaluating(model) as alone:
-        most = batch_size if may_pad_left(model) else 1
-        size = min(most, -(-len(rows) // dist.world_size()))  # few answers too are shared out
-        written = map_over_ranks([len(row.prompt) for row in rows], size, tokens_of, alone)
-    for row, tokens in zip(rows, written, strict=True):
-        for token in tokens:
-            row.add(token)
+        for part in _fitting(model, rows):
+
+            def tokens_of(batch: list[int], part: Sequence[Row] = part) -> list[list[int]]:
+                # Of copies: a rank that has nothing left to write repeats a row that another one writes.
+                fresh = [part[number].unwritten() for number in batch]
+                # Where forward passes are collective, a rank goes on until all have written theirs.
+                found = _generate(model, _Dealt(fresh), options, synced_gpus=not alone)
+                return [ids[: len(row.tokens) + 1] for ids, row in zip(found.tolist(), fresh, strict=True)]
+
+            size = min(most, -(-len(part) // dist.world_size()))  # few answers too are shared out
+            written = map_over_ranks([len(row.prompt) for row in part], size, tokens_of, alone)
+            for row, tokens in zip(part, written, strict=True):
+                for token in tokens:
+                    row.add(token)
+
+
+def _fitting(model: PreTrainedModel, rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that can be written together: one that has ended is read on until the last one ends, within the model's positions."""
+    context, parts = context_length(config_of(model)), list[list[Row]]()
+    for row in sorted(rows, key=lambda row: len(row.prompt)):
+        together = [*parts[-1], row] if parts else [row]
+        # The last token is not read again.
+        longest = len(row.prompt) + max(one.limit for one in together) - 1
+        if parts and (context is None or longest <= context):
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+    return parts
 
 
 def _generate(
-    model: PreTrainedModel, dealt: _Dealt, generation: GenerationConfig, fill: int, **options: Any
+    model: PreTrainedModel, dealt: _Dealt, options: Mapping[str, Any], synced_gpus: bool | None = None
 ) -> Tensor:
     """Token ids of the answers, int64 [rows, tokens]; what stands behind an answer's end is none of it."""
+    fill = options["pad_token_id"]
     ids, mask = pad([row.prompt for row in dealt.rows], fill, device_of(model), left=True)
+    most = max(row.limit for row in dealt.rows)
     generate: Any = model.generate
     found: Tensor = generate(
         input_ids=ids,
         attention_mask=mask,
-        generation_config=generation,
-        max_new_tokens=max(row.limit for row in dealt.rows),
+        generation_config=GenerationConfig(max_new_tokens=most, **options),
         stopping_criteria=StoppingCriteriaList([dealt]),
-        **options,
+        synced_gpus=synced_gpus,
     )
     return found[:, ids.shape[1] :]
 
 
-def _generation(sampling: Sampling, ends: list[int] | None, fill: int) -> GenerationConfig:
-    options: dict[str, Any] = {}
-    if sampling.temperature > 0:
-        options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-    return GenerationConfig(do_sample=bool(options), eos_token_id=ends, pad_token_id=fill, **options)
+def _options(sampling: Sampling, ends: list[int] | None, fill: int) -> dict[str, Any]:
+    """transformers' options of how tokens are chosen."""
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    common = {"do_sample": sampling.draws, "eos_token_id": ends, "pad_token_id": fill}
+    return {**common, **(drawn if sampling.draws else {})}
 
 
 @contextmanager
 def _seeded(sampling: Sampling) -> Iterator[None]:
-    if sampling.seed is None or sampling.temperature == 0:
+    if sampling.seed is None or not sampling.draws:
         yield
         return
     with random_numbers_kept():

@@ -74,6 +74,14 @@ def local_device() -> torch.device:
     return torch.device("cpu")
 
 
+def take_device() -> torch.device:
+    """``local_device``; CUDA makes it the calling thread's own, which is the first one otherwise, whatever other threads have."""
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
 def init_distributed(waiting: Waiting | None = None) -> None:
     """Join the job that a launcher described in the environment; does nothing in a plain process.
 
@@ -92,11 +100,10 @@ def init_distributed(waiting: Waiting | None = None) -> None:
     waiting = waiting or Waiting()
     global _minutes
     _minutes = waiting.timeout_minutes
-    device, timeout = local_device(), _timeout(_minutes)
+    device, timeout = take_device(), _timeout(_minutes)
     network.choose_interface()
     options: dict[str, Any] = {}
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         options["device_id"] = device
     try:
         dist.init_process_group(_backend(), timeout=timeout, **options)
