@@ -77,6 +77,25 @@ def test_a_config_that_is_not_yaml(cache: Path, tmp_path: Path) -> None:
     assert "parsing config" in error_line(run("train", "--config", tmp_path / "broken.yaml", cache=cache))
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("bench", "kernels"),
+        ("memory", "estimate", "--model", "config.json"),
+        ("memory", "plan", "--model", "config.json", "--gpus", "2", "--gpu_gib", "24"),
+        ("simulate", "--model", "config.json"),
+    ],
+    ids=lambda words: "-".join(words[:2]),
+)
+def test_a_result_that_cannot_be_written(words: tuple[str, ...], cache: Path, tmp_path: Path) -> None:
+    """Said before the work is begun: there is no such model."""
+    file = tmp_path / "file"
+    file.write_text("kept")
+    for out, said in ((tmp_path, "is a folder; name a file"), (file / "found.json", "cannot be written")):
+        assert f"out='{out}': {said}" in error_line(run_here(*words, "--out", out, cache=cache))
+    assert file.read_text() == "kept"
+
+
 def test_an_unknown_command(cache: Path) -> None:
     assert "invalid choice: 'trian'" in error_line(run("trian", cache=cache))
 

@@ -19,6 +19,7 @@ from trace_dist.cli.serving_commands import generate_command
 from trace_dist.serving import router
 from trace_dist.serving.prompts import Question, read_questions
 from trace_dist.serving.router import Answer
+from trace_dist.stages import generate as generating
 from trace_dist.stages.generate import print_answers
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
@@ -109,6 +110,10 @@ def test_nothing_is_loaded_for_what_cannot_be_answered(small: Small, tmp_path: P
         (("--input", missing), f"input='{missing}': no such file"),
         (("--input", empty), "holds no prompt; write one object per line"),
         (("--prompt", "a", "--output", tmp_path), f"output='{tmp_path}': is a folder"),
+        (
+            ("--prompt", "a", "--output", empty / "a.jsonl"),
+            f"output='{empty / 'a.jsonl'}': cannot be written",
+        ),
     ):
         with pytest.raises(ValueError, match=re.escape(fragment)):
             generate(Small(tmp_path), *words)
@@ -156,3 +161,18 @@ def test_the_page_is_true(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 FIELDS = ("answer", "task", "margin", "rejected", "error_bound", "finish", "num_prompt_tokens", "num_tokens")
+
+
+def test_answers_that_cannot_be_written_any_more_are_printed(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise ValueError("answers.jsonl: cannot be written (No space left on device)")
+
+    monkeypatch.setattr(generating, "write_text", full)
+    with pytest.raises(ValueError, match="No space left"):
+        generate(
+            small, "--prompt", "copy abcd", "--max_new_tokens", 8, "--output", tmp_path / "answers.jsonl"
+        )
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["answer"] == small.expected("copy", ["copy abcd"])[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_dist.utils.env import meta_info, run_info
-from trace_dist.utils.files import write_json
+from trace_dist.utils.files import check_writable, write_json
 
 
 def bench_command(values: Any) -> None:
@@ -19,6 +19,7 @@ def bench_command(values: Any) -> None:
     """
     name, arguments = values.action, values[values.action]
     out = None if arguments.out is None else Path(arguments.out)
+    check_writable(out, "out")
     for argument in ("rounds", "steps", "ranks", "tokens"):
         if arguments.get(argument, 1) < 1:
             raise ValueError(f"{argument}={arguments[argument]}: must be at least 1; raise it")

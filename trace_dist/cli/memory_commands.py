@@ -10,7 +10,7 @@ from trace_dist.cli.arguments import NOT_ASKED
 from trace_dist.cli.parser import run_config
 from trace_dist.profiling.memory_setup import MemorySetup
 from trace_dist.utils import dist
-from trace_dist.utils.files import write_json
+from trace_dist.utils.files import check_writable, write_json
 
 
 def memory_command(values: Any) -> None:
@@ -28,6 +28,8 @@ def memory_command(values: Any) -> None:
         start(cfg, "memory measure")
         run_memory(cfg)
         return
+    for name in ("out", "plot"):
+        check_writable(arguments.get(name), name)
     names = MemorySetup.__dataclass_fields__.keys() - NOT_ASKED[action]
     setup = MemorySetup(**{name: arguments[name] for name in names})
     {"estimate": _estimate, "profile": _profile, "plan": _plan}[action](setup, arguments)

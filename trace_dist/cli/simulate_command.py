@@ -7,7 +7,7 @@ from typing import Any
 
 from trace_dist.profiling.simulation.setup import SimulationSetup
 from trace_dist.utils.env import meta_info, run_info
-from trace_dist.utils.files import write_json
+from trace_dist.utils.files import check_writable, write_json
 
 
 def simulate_command(values: Any) -> None:
@@ -20,6 +20,7 @@ def simulate_command(values: Any) -> None:
     from trace_dist.report.memory_tables import print_table
     from trace_dist.report.simulation_tables import note, overview_table, spent_table, state_table
 
+    check_writable(values.out, "out")
     setup = SimulationSetup(**{name: values[name] for name in SimulationSetup.__dataclass_fields__})
     found = simulate(setup)
     for table in (overview_table(found), spent_table(found), state_table(found)):

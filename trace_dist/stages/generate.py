@@ -15,9 +15,10 @@ from trace_dist.data.examples import Prompt
 from trace_dist.serving.options import Sampling, Source
 from trace_dist.serving.prompts import Question, check_prompt, read_questions
 from trace_dist.utils import dist
-from trace_dist.utils.files import write_text
+from trace_dist.utils.files import check_writable, write_text
 from trace_dist.utils.log import outcome
 from trace_dist.utils.tables import print_table
+from trace_dist.utils.together import on_main
 
 Answered = list[tuple[Question, Any]]
 """Questions and their answers (``serving.router.Answer``)."""
@@ -43,17 +44,22 @@ def run_generate(
         out: JSON lines to write, whole or not at all: each line of the input with the answer and how it came about.
 
     Raises:
-        ValueError: nothing is asked, or ``out`` is a folder, before anything is loaded; or as ``Router``.
+        ValueError: nothing is asked, or ``out`` cannot be written, before anything is loaded; or as ``Router``.
     """
     asked = [Question(check_prompt(prompt, "prompt"), task) for prompt in prompts]
     asked += [] if file is None else read_questions(file, task)
     if not asked:
         raise ValueError("prompt: nothing is asked; give --prompt TEXT or --input FILE")
-    if out is not None and out.is_dir():
-        raise ValueError(f"output={str(out)!r}: is a folder; name a file")
+    dist.init_distributed()
+    on_main(lambda: check_writable(out, "output"))
     found = answer(source, sampling, asked)
     if out is not None and dist.is_main():
-        write_text(out, "".join(json.dumps(_line(*each), ensure_ascii=False) + "\n" for each in found))
+        lines = "".join(json.dumps(_line(*each), ensure_ascii=False) + "\n" for each in found)
+        try:
+            write_text(out, lines)
+        except ValueError:
+            print(lines, end="")  # they took long, and the disk is full now
+            raise
         outcome(f"{len(found)} answers in {out}")
     return found
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -52,6 +53,19 @@ def writing(what: object) -> Iterator[None]:
         raise ValueError(
             f"{what}: cannot be written ({reason}); check permissions and free space, or choose another folder"
         ) from error
+
+
+def check_writable(path: Path | str | None, field: str) -> None:
+    """Raise ValueError where a file cannot be written; asked before the work whose result it takes. None is no file."""
+    if path is None:
+        return
+    path, what = Path(path), f"{field}={str(path)!r}"
+    if path.is_dir():
+        raise ValueError(f"{what}: is a folder; name a file")
+    with writing(what):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
 
 
 @contextmanager
