@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trace_dist.masks import Mask, UnitLayout
+from trace_dist.sharding import reduction
 from trace_dist.sharding.comm import Comm
 from trace_dist.sharding.reduction import CompactReducer
 from trace_dist.sharding.support import Support, add_to_grad, build_supports
@@ -179,7 +180,12 @@ def reduce(kind: type[ThreadComm], bucket_bytes: int) -> list[list[Support]]:
 
 @pytest.mark.parametrize("kind", [ThreadComm, FailsOnce])
 @pytest.mark.parametrize("bucket_bytes", [4, 20, 2**20])
-def test_sums_over_ranks(kind: type[ThreadComm], bucket_bytes: int) -> None:
+@pytest.mark.parametrize("most_pieces", [0, reduction.MOST_PIECES])
+def test_sums_over_ranks(
+    kind: type[ThreadComm], bucket_bytes: int, most_pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the host puts a bucket in order."""
+    monkeypatch.setattr(reduction, "MOST_PIECES", most_pieces)
     for place, parts in enumerate(zip(*reduce(kind, bucket_bytes), strict=True)):
         expected = sum(contribution(parts[0], rank) for rank in range(WORLD) if rank != place)
         assert torch.equal(torch.cat([part.grad for part in parts]), expected)

@@ -33,13 +33,50 @@ from trace_dist.sharding.support import Accumulate, Support
 BUCKET_BYTES = 32 * 2**20
 MESSAGE_BYTES = 32 * 2**10
 """What a bucket has at least for each rank, or the time of many small messages would count."""
+MOST_PIECES = 256
+"""Parameters times ranks of a bucket that the host puts in order piece by piece; for a thousand ranks that would take seconds."""
+
+
+class _Bucket:
+    """Parameters whose gradients travel together.
+
+    Args:
+        supports: theirs.
+        device: where the gradients lie.
+
+    Attributes:
+        sizes: entries of each rank, of all of them together.
+    """
+
+    def __init__(self, supports: list[Support], device: torch.device) -> None:
+        self.supports = supports
+        self.sizes = [sum(sizes) for sizes in zip(*(support.splits for support in supports), strict=True)]
+        self._moves: tuple[Tensor, Tensor] | None = None
+        if len(supports) > 1 and len(supports) * len(self.sizes) > MOST_PIECES:
+            pieces = torch.tensor([support.splits for support in supports])
+            begins = (pieces.flatten().cumsum(0) - pieces.flatten()).view_as(pieces)
+            lengths = pieces.T.flatten()
+            moves = begins.T.flatten() - (lengths.cumsum(0) - lengths)
+            self._moves = moves.to(device, torch.int32), lengths.to(device, torch.int32)
+
+    def by_rank(self, values: Sequence[Tensor]) -> Tensor:
+        """The parameters' gradients, each of which has the ranks' entries one after the other, as one that has: [entries]."""
+        if len(values) == 1:
+            return values[0]
+        if self._moves is None:
+            pieces = [each.split(support.splits) for each, support in zip(values, self.supports, strict=True)]
+            return torch.cat([piece for of_rank in zip(*pieces, strict=True) for piece in of_rank])
+        (moves, lengths), whole = self._moves, torch.cat(list(values))
+        places = torch.arange(len(whole), dtype=torch.int32, device=whole.device)
+        places += torch.repeat_interleave(moves, lengths, output_size=len(whole))
+        return whole.index_select(0, places)
 
 
 @dataclass(frozen=True)
 class _Exchange:
     """An all-to-all under way. ``received``: [world, entries of this rank]; ``sent`` lives until it has left."""
 
-    bucket: list[Support]
+    bucket: _Bucket
     sent: Tensor
     received: Tensor
     work: Any
@@ -69,8 +106,9 @@ class CompactReducer:
         self.local_only = comm.world == 1
         sizes = [support.num_entries * support.grad.element_size() for support in supports]
         size = bucket_bytes_for(comm.world) if bucket_bytes is None else bucket_bytes
-        self._buckets = [[supports[i] for i in bucket] for bucket in cut_buckets(sizes, size)]
-        self._bucket_of = {id(support): i for i, bucket in enumerate(self._buckets) for support in bucket}
+        cut = [[supports[i] for i in bucket] for bucket in cut_buckets(sizes, size)]
+        self._buckets = [_Bucket(bucket, device) for bucket in cut]
+        self._bucket_of = {id(support): i for i, bucket in enumerate(cut) for support in bucket}
         self._values: dict[int, Tensor] = {}  # id(support) -> [whole entries], not yet exchanged
         self._next = 0
         self._in_flight: deque[_Exchange] = deque()
@@ -135,25 +173,23 @@ class CompactReducer:
             return []
         return (~torch.stack(self._sums).sum(0).isfinite()).nonzero().flatten().tolist()
 
-    def _is_ready(self, bucket: list[Support]) -> bool:
-        return all(id(support) in self._values for support in bucket)
+    def _is_ready(self, bucket: _Bucket) -> bool:
+        return all(id(support) in self._values for support in bucket.supports)
 
-    def _flush(self, bucket: list[Support]) -> None:
+    def _flush(self, bucket: _Bucket) -> None:
         """Start one all-to-all for the supports of a bucket; a gradient that never came counts as zero."""
         self._collect(wait=False)
-        world, rank = self._comm.world, self._comm.rank
-        dtype = bucket[0].grad.dtype
-        parts: list[list[Tensor]] = [[] for _ in range(world)]
-        for support in bucket:
-            values = self._values.pop(id(support), None)
-            if values is None:
-                values = torch.zeros(support.num_entries, dtype=dtype, device=self._device)
-            for target, part in enumerate(values.split(support.splits)):
-                parts[target].append(part)
-        sent = torch.cat([part for target in parts for part in target])
-        sizes = [sum(len(part) for part in target) for target in parts]
-        received = torch.empty(world, sizes[rank], dtype=dtype, device=self._device)
-        work = self._comm.all_to_all(received.view(-1), sent, [sizes[rank]] * world, sizes)
+        world, mine = self._comm.world, bucket.sizes[self._comm.rank]
+        dtype = bucket.supports[0].grad.dtype
+        values = []
+        for support in bucket.supports:
+            held = self._values.pop(id(support), None)
+            if held is None:
+                held = torch.zeros(support.num_entries, dtype=dtype, device=self._device)
+            values.append(held)
+        sent = bucket.by_rank(values)
+        received = torch.empty(world, mine, dtype=dtype, device=self._device)
+        work = self._comm.all_to_all(received.view(-1), sent, [mine] * world, bucket.sizes)
         self._in_flight.append(_Exchange(bucket, sent, received, work))
 
     def _collect(self, wait: bool) -> None:
@@ -163,9 +199,9 @@ class CompactReducer:
             exchange.work.wait()
             self._sums.append(exchange.received.sum(1))
             total = _sum(exchange.received)
-            for support, part in zip(
-                exchange.bucket, total.split([s.runs.num_entries for s in exchange.bucket]), strict=True
-            ):
+            supports = exchange.bucket.supports
+            parts = total.split([support.runs.num_entries for support in supports])
+            for support, part in zip(supports, parts, strict=True):
                 self._accumulate(support, part)
 
 
