@@ -52,7 +52,9 @@ def draw_accuracy_matrix(ax: Axes, method: MethodView, tasks: Sequence[str]) -> 
             ax.text(
                 task,
                 stage,
-                f"{scores[stage, task]:.0f}",
+                f"{scores[stage, task]:.1f}".removesuffix(".0")
+                if num_tasks <= 6
+                else f"{scores[stage, task]:.0f}",
                 ha="center",
                 va="center",
                 color=color,

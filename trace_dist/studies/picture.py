@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -17,6 +18,9 @@ from trace_dist.report.plots import label_ends
 from trace_dist.report.theme import LIGHT
 from trace_dist.studies.cells import by_kind
 
+Points = list[tuple[float, float, float]]
+"""Of an arm at each density: entries, loss, rise of general text's loss."""
+
 
 def draw(result: Result, out: Path) -> None:
     """Loss against trained entries, and what is forgotten against it; on the tasks that every shown arm was tuned on."""
@@ -24,36 +28,82 @@ def draw(result: Result, out: Path) -> None:
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(10, 4), layout="constrained")
         quality, forgetting = figure.subplots(1, 2)
-        ends: list[tuple[str, float, str]] = []
-        for arm in result["arms"]:
-            points = _points(result, arm, tasks)
-            if points:
-                _draw_arm(result, arm, points, quality, forgetting)
-                ends.append((result["arms"][arm]["label"], points[-1][1], _colour(result, arm)))
-        quality.set_xscale("log")
-        quality.set_yscale("log")
-        forgetting.set_xscale("log")
-        for axis in (quality.xaxis, quality.yaxis, forgetting.xaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-            axis.set_minor_formatter(NullFormatter())
-        label_ends(quality, ends, gap=0.06, longest=34)
+        points = {arm: _points(result, arm, tasks) for arm in result["arms"]}
+        points = {arm: found for arm, found in points.items() if found}
+        if max(map(len, points.values()), default=0) > 1:
+            _draw_quality(result, points, quality)
+        else:
+            _draw_differences(result, quality)
+        _draw_forgetting(result, points, forgetting)
         where = f"mean of {len(tasks)} task(s): {', '.join(tasks)}"
-        quality.set_title("answer loss, nats per token", loc="left", fontsize=10)
-        forgetting.set_title("rise of general text's loss, nats per token", loc="left", fontsize=10)
-        quality.set_xlabel("trained entries")
-        forgetting.set_xlabel("answer loss, nats per token")
         figure.supxlabel(where, x=0.01, ha="left", fontsize=8)
         figure.savefig(out, dpi=150)
 
 
-def _draw_arm(
-    result: Result, arm: str, points: Sequence[tuple[float, float, float]], quality: Axes, forgetting: Axes
-) -> None:
-    entries, losses, rises = zip(*points, strict=True)
-    style: dict[str, Any] = {"color": _colour(result, arm), "marker": "o", "markersize": 4}
-    quality.plot(entries, losses, **style)
-    forgetting.plot(losses, rises, **style)
+def _draw_quality(result: Result, points: Mapping[str, Points], ax: Axes) -> None:
+    ends = []
+    for arm, found in points.items():
+        entries, losses, _ = zip(*found, strict=True)
+        ax.plot(entries, losses, color=_colour(result, arm), marker="o", markersize=4)
+        ends.append((result["arms"][arm]["label"], losses[-1], _colour(result, arm)))
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    for axis in (ax.xaxis, ax.yaxis):
+        _number(axis)
+    label_ends(ax, ends, gap=0.06, longest=34)
+    ax.set_title("answer loss, nats per token", loc="left", fontsize=10)
+    ax.set_xlabel("trained entries")
+
+
+def _draw_differences(result: Result, ax: Axes) -> None:
+    """By task and arm how far its loss lies from that of the reference, with its interval: one density makes no curve."""
+    differences = result["differences"]
+    rows = list(dict.fromkeys(["mean", *(each["task"] for found in differences for each in found["tasks"])]))
+    for number, found in enumerate(differences):
+        each = {"mean": found["mean"], **{one["task"]: one for one in found["tasks"]}}
+        shift = (number - (len(differences) - 1) / 2) * 0.25
+        known = [(row, each[name]) for row, name in enumerate(rows) if each.get(name)]
+        values = [one["value"] for _, one in known]
+        errors = [[one["value"] - one["low"], one["high"] - one["value"]] for _, one in known]
+        style: dict[str, Any] = {
+            "color": _colour(result, found["arm"]),
+            "fmt": "o",
+            "markersize": 4,
+            "capsize": 2,
+        }
+        label = f"{result['arms'][found['arm']]['label']}, {found['density']:.2%}"
+        places = [row + shift for row, _ in known]
+        ax.errorbar(values, places, xerr=list(zip(*errors, strict=True)) or None, label=label, **style)
+    ax.axvline(0, color=LIGHT["muted"], linewidth=1)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.invert_yaxis()
+    others = sorted({result["arms"][found["other"]]["label"] for found in differences})
+    ax.set_title(
+        f"answer loss minus that of {' or '.join(others)}, nats, with 95 % intervals", loc="left", fontsize=10
+    )
+    ax.set_xlabel("below 0 is better")
+    if differences:
+        ax.legend(frameon=False, fontsize=8, loc="lower left")
+
+
+def _draw_forgetting(result: Result, points: Mapping[str, Points], ax: Axes) -> None:
+    for arm, found in points.items():
+        _, losses, rises = zip(*found, strict=True)
+        label = result["arms"][arm]["label"]
+        ax.plot(losses, rises, color=_colour(result, arm), marker="o", markersize=4, label=label)
+    ax.set_xscale("log")
+    _number(ax.xaxis)
+    ax.set_title("rise of general text's loss, nats per token", loc="left", fontsize=10)
+    ax.set_xlabel("answer loss, nats per token")
+    if points:
+        ax.legend(frameon=False, fontsize=8)
+
+
+def _number(axis: Axis) -> None:
+    """Plain numbers on a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _colour(result: Result, arm: str) -> str:
@@ -72,7 +122,7 @@ def _common(result: Result) -> list[str]:
     return []
 
 
-def _points(result: Result, arm: str, tasks: Sequence[str]) -> list[tuple[float, float, float]]:
+def _points(result: Result, arm: str, tasks: Sequence[str]) -> Points:
     """Entries, loss and rise of general text's loss at each density that is known on all tasks, rising."""
     found = []
     for name, _, cells in by_kind(result):

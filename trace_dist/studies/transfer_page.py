@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from trace_dist.benchmarks.document import Result, Sections, grid, render, with_origin
 from trace_dist.report.theme import LIGHT, new_figure, theme
@@ -86,6 +86,7 @@ def _panel(ax: Axes, records: Sequence[Mapping[str, Any]], title: str) -> None:
     if ends:
         ax.axhline(float(np.mean(ends)), color=LIGHT["muted"], linewidth=1.2, linestyle=(0, (4, 3)))
     ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("steps, fit and trial included")
