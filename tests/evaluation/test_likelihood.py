@@ -157,5 +157,6 @@ def test_evaluate_task_uses_the_tasks_metric(
     short = evaluate_task(
         model, tokenizer, make_task("bits_per_byte"), cfg, DataConfig(max_length=5, truncate_prompt=True)
     )
-    cut = [{**row, "prompt": row["prompt"][-1:]} for row in rows]  # 5 - "ab", eos - 1 leaves one token
+    # 5 - eos - 1, and less the answer of each: "a" leaves two tokens, "ab" one
+    cut = [{**row, "prompt": row["prompt"][-left:]} for row, left in zip(rows, (2, 1), strict=True)]
     assert short == answer_bits_per_byte(model, tokenizer, cut, batch_size=2)

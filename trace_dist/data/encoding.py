@@ -68,14 +68,16 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def encode_prompt(
-    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int | Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Prompt part of each prompt ([Note: prompt part and answer part]), for training and generation alike.
 
     Args:
         prompts: plain texts, or the turns of conversations.
         tokenizer: with or without a chat template.
-        max_tokens: cut longer prompts on the left to this many tokens (a first bos token stays).
+        max_tokens: cut longer prompts on the left to this many tokens, one number for all or one each (a first bos token stays).
 
     Raises:
         ValueError: a prompt has no token, so there is nothing to condition an answer on; or the template cannot be
@@ -84,7 +86,8 @@ def encode_prompt(
     encoded = _prompt_ids([frame.prompt for frame in frames(prompts, tokenizer)], tokenizer)
     if max_tokens is None:
         return encoded
-    return [_cut_left(ids, max_tokens, tokenizer.bos_token_id) for ids in encoded]
+    limits = [max_tokens] * len(encoded) if isinstance(max_tokens, int) else max_tokens
+    return [_cut_left(ids, limit, tokenizer.bos_token_id) for ids, limit in zip(encoded, limits, strict=True)]
 
 
 def encode_pairs(
@@ -151,14 +154,14 @@ def encode(
         )
     num_cut = sum(n > 0 for n in encoded["num_cut"][:])
     if num_cut:
-        _say_cut(num_cut, len(encoded), cfg.max_length)
+        say_cut(num_cut, len(encoded), cfg.max_length)
     return encoded.remove_columns("num_cut")
 
 
 @once
-def _say_cut(num_cut: int, num: int, max_length: int) -> None:
+def say_cut(num_cut: int, num: int, max_length: int, which: str = "prompts") -> None:
     """Said once: a stage encodes the same data for several models."""
-    logger.warning("cut %d of %d prompts to data.max_length=%d tokens", num_cut, num, max_length)
+    logger.warning("cut %d of %d %s to data.max_length=%d tokens", num_cut, num, which, max_length)
 
 
 def check_context(tokens_needed: int, model_config: PreTrainedConfig) -> None:

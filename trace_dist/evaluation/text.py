@@ -67,7 +67,7 @@ def answer_bits_per_byte(
     examples: Sequence[Mapping[str, Any]],
     *,
     batch_size: int,
-    max_prompt_tokens: int | None = None,
+    max_prompt_tokens: int | Sequence[int] | None = None,
 ) -> Score:
     """Bits per byte of the (first) answers given their prompts; the end token, which has no bytes, is not counted.
 
