@@ -44,10 +44,11 @@ class Pair(NamedTuple):
     answer: list[int]
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id that fills padded positions; they are masked out, so any id serves where there is no pad token."""
+def pad_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> int:
+    """Id that fills padded positions; they are masked out, so any id below ``vocab_size`` serves where there is no pad token."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(int(token) for token in candidates if token is not None)
+    known = [int(token) for token in candidates if token is not None]
+    return next(token for token in known if vocab_size is None or token < vocab_size)
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -172,6 +173,11 @@ def check_context(tokens_needed: int, model_config: PreTrainedConfig) -> None:
             f"{tokens_needed} tokens do not fit the model's {limit} positions (max_position_embeddings); "
             f"set data.max_length to at most {limit} with data.truncate_prompt=true, or choose another model"
         )
+
+
+def vocabulary_size(model_config: PreTrainedConfig) -> int | None:
+    """Token ids that a model has an embedding for; None where its config states no number."""
+    return getattr(model_config.get_text_config(), "vocab_size", None)
 
 
 def context_length(model_config: PreTrainedConfig) -> int | None:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from trace_dist.data.encoding import Pair, encode_pairs, encode_prompt, pad_id
+from trace_dist.data.encoding import Pair, encode_pairs, encode_prompt
 from trace_dist.data.examples import references_of
+from trace_dist.evaluation.inputs import fill_id
 from trace_dist.evaluation.likelihood import log_likelihoods
 from trace_dist.evaluation.score import Score, mean_score
 
@@ -52,7 +53,7 @@ def choice_accuracy(
     asked = [prompt for prompt in prompts for _ in choices]
     full = encode_pairs(asked, list(choices) * len(rows), tokenizer)
     pairs = [Pair(prompt_ids[i // len(choices)], pair.answer) for i, pair in enumerate(full)]
-    scores = log_likelihoods(model, pairs, batch_size=batch_size, pad_id=pad_id(tokenizer))
+    scores = log_likelihoods(model, pairs, batch_size=batch_size, pad_id=fill_id(model, tokenizer))
     by_example = torch.tensor(scores, dtype=torch.float64).view(len(rows), len(choices))
     taken = [labels[best] for best in by_example.argmax(dim=1).tolist()]
     return mean_score([float(label in answers) for label, answers in zip(taken, wanted, strict=True)], taken)

@@ -27,12 +27,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from trace_dist.data.encoding import check_context, context_length, pad_id, stop_ids
+from trace_dist.data.encoding import check_context, context_length, stop_ids
 from trace_dist.evaluation.inputs import (
     cache_argument,
     check_decoder,
     config_of,
     device_of,
+    fill_id,
     keeps_keys_alone,
     last,
     may_pad_left,
@@ -87,9 +88,10 @@ def greedy_decode(
     check_context(max(map(sum, zip(lengths, caps, strict=True))) - 1, config_of(model))
     outputs: dict[int, list[int]] = {}
     with evaluating(model) as alone:
-        size = safe_batch_size(model, prompts, pad_id(tokenizer), batch_size)
+        fill = fill_id(model, tokenizer)
+        size = safe_batch_size(model, prompts, fill, batch_size)
         for group, most in _groups(lengths, caps, context_length(config_of(model))):
-            decoder = _Decoder(model, stop_ids(tokenizer), pad_id(tokenizer), most, alone)
+            decoder = _Decoder(model, stop_ids(tokenizer), fill, most, alone)
             run = partial(_decoded, decoder, [prompts[i] for i in group])
             found = map_over_ranks([lengths[i] for i in group], size, run, alone)
             outputs.update(zip(group, found, strict=True))
