@@ -135,6 +135,9 @@ def test_answer_bits_per_byte_leaves_out_the_end_token(
     assert score.per_example == pytest.approx([nats[0] / math.log(2) / 3, nats[1] / math.log(2)], rel=1e-5)
 
 
+SCORED: list[Any] = [("exact_match",), ("choice", ["a", "ab"]), ("bits_per_byte",)]
+
+
 def make_task(metric: Any, choices: list[str] | None = None) -> Task:
     test = datasets.Dataset.from_list([{"prompt": p, "answer": a} for p, a in (("abc", "a"), ("fgh", "ab"))])
     return Task("t", test, test, choices, metric, majority_percent=50.0, overlap_percent=100.0)
@@ -157,5 +160,17 @@ def test_evaluate_task_uses_the_tasks_metric(
     short = evaluate_task(
         model, tokenizer, make_task("bits_per_byte"), cfg, DataConfig(max_length=5, truncate_prompt=True)
     )
-    cut = [{**row, "prompt": row["prompt"][-1:]} for row in rows]  # 5 - "ab", eos - 1 leaves one token
+    # 5 - eos - 1, and less the answer of each: "a" leaves two tokens, "ab" one
+    cut = [{**row, "prompt": row["prompt"][-left:]} for row, left in zip(rows, (2, 1), strict=True)]
     assert short == answer_bits_per_byte(model, tokenizer, cut, batch_size=2)
+
+
+def test_padding_that_is_not_embedded(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A token that embeds instead pads; what is masked out changes nothing."""
+    cfg, rows = EvalConfig(batch_size=2), make_task("exact_match").test.to_list()
+    expected = [evaluate_task(model, tokenizer, make_task(*each), cfg) for each in SCORED]
+    tokenizer.add_special_tokens({"pad_token": "<fill>"})
+    assert tokenizer.pad_token_id == model.config.vocab_size
+    assert [evaluate_task(model, tokenizer, make_task(*each), cfg) for each in SCORED] == expected
+    texts = [row["prompt"] for row in rows]
+    assert bits_per_byte(model, tokenizer, texts, batch_size=2).num == len(rows)

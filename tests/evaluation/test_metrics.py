@@ -91,7 +91,32 @@ def test_options() -> None:
     ],
 )  # fmt: skip
 def test_the_last_number(text: str, number: float | None) -> None:
-    assert last_number(text) == number
+    found = last_number(text)
+    assert (found if found is None else float(found)) == number
+
+
+@pytest.mark.parametrize(
+    ("said", "reference", "options", "expected"),
+    [
+        ("12345679", "12345678", {}, 0),
+        ("12,345,678", "+012345678", {}, 1),
+        ("-0", "0", {}, 1),
+        ("12345679", "12345678", {"tolerance": 1e-6}, 1),
+        ("12345679", "12345678", {"tolerance": 0}, 0),
+        ("12345678.0", "12345678", {}, 1),
+        ("0.3333333", "0.33333333", {}, 1),
+        ("9" * 5000, "9" * 4999 + "8", {}, 0),
+        ("0" + "9" * 5000, "9" * 5000, {}, 1),
+        ("1e400", "2e400", {}, 0),
+        ("1e400", "2e400", {"tolerance": 0.1}, 0),
+        ("so 1e400", "1e400", {}, 1),
+        ("1e400", "5", {"tolerance": 1}, 0),
+    ],
+)  # fmt: skip
+def test_integers_are_compared_digit_by_digit(
+    said: str, reference: str, options: dict[str, Any], expected: float
+) -> None:
+    assert score("numeric", said, reference, **options) == expected
 
 
 def test_rouge_of_ascii_texts_is_rouge_scores_own() -> None:

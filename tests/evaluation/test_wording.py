@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from data.templates import KINDS, bpe_tokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from trace_dist.data import Pair, encode_pairs
 from trace_dist.evaluation import exact_match
@@ -65,3 +67,43 @@ def test_thoughts_are_not_compared_but_answers_are() -> None:
     assert wording.taught("four<|end|> five") == "four"
     plain = Wording.of(bpe_tokenizer(None))
     assert plain.taught("<think>a</think>b") == "<think>a</think>b"  # a text like any other
+
+
+def sentencepiece(*steps: normalizers.Normalizer) -> Any:
+    """A tokenizer whose pieces begin with the sign for a space, over the letters of the test."""
+    vocab = {"<unk>": 0, "<eos>": 1, **{sign: i + 2 for i, sign in enumerate("\u2581abcdefi\u00e9\u00f1")}}
+    backend = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence(list(steps))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
+
+
+def byte_level(normalizer: normalizers.Normalizer) -> Any:
+    tokenizer = bpe_tokenizer(None)
+    tokenizer.backend_tokenizer.normalizer = normalizer
+    return tokenizer
+
+
+NFKC = normalizers.NFKC()
+SPACES = normalizers.Replace(" ", "\u2581")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "references"),
+    [
+        (byte_level(normalizers.NFC()), ["cafe\u0301", "\u09b8\u09ae\u09df", "\u095c two", "\ufb01ne", " a  b "]),
+        (byte_level(normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])), ["caf\u00e9"]),
+        (byte_level(normalizers.Lowercase()), ["Two"]),
+        (sentencepiece(normalizers.Prepend("\u2581"), SPACES), ["ab cd", " a  b"]),
+        (sentencepiece(NFKC, normalizers.Replace(Regex(" {2,}"), " "), SPACES), ["e\u0301  a", "\ufb01 n\u0303"]),
+    ],
+)  # fmt: skip
+def test_references_are_normalised_as_tokens_are(tokenizer: Any, references: list[str]) -> None:
+    """What is decoded of a trained answer is what is compared with it."""
+    wording = Wording.of(tokenizer)
+    for reference in references:
+        (pair,) = encode_pairs(["a"], [reference], tokenizer)
+        assert wording.said(pair.answer[:-1]) == wording.taught(reference), reference
+    assert wording.taught("ab") != wording.taught("abc")

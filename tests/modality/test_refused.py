@@ -7,11 +7,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from modality.small import make_config
 
-from trace_dist.config import ContinualConfig, DataConfig, ModelConfig, RunConfig, TinyConfig, VitConfig
+from trace_dist.config import (
+    ContinualConfig,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    RunConfig,
+    TaskConfig,
+    TinyConfig,
+    VitConfig,
+)
 from trace_dist.continual.driver import check_methods
+from trace_dist.data import load_examples
+from trace_dist.data.examples import as_dataset
+from trace_dist.data.pictures import picture_of, png_of, uri_of
+from trace_dist.data.tasks import Task
+from trace_dist.modality import image
 from trace_dist.models.loading import load_tokenizer
 from trace_dist.stages.base import prepare_base
 from trace_dist.stages.preview import preview
@@ -30,7 +45,7 @@ from trace_dist.train.workbench import Tasks
             {"path": "images:nothing"},
             "tasks.path='nothing': there is no such part; choose among digits, letters",
         ),
-        ({"path": "example:copy.jsonl", "answers": None}, "tasks.of_4_2: prompt "),
+        ({"path": "example:copy.jsonl", "answers": None}, "tasks.of_4_2: training example 0: prompt "),
     ],
 )
 def test_a_task(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -110,3 +125,47 @@ def test_commands_that_read_texts(run: RunConfig) -> None:
         ValueError, match=r"^tasks\.of_4_2\.metric='top1': scores tasks of data\.modality image, but "
     ):
         Tasks.load(made)
+
+
+def pictures(*answers: str) -> list[dict[str, str]]:
+    """A grey image of its own for each answer."""
+    return [
+        {"prompt": uri_of(png_of(np.full((8, 8), 9 * i, np.uint8))), "answer": answer}
+        for i, answer in enumerate(answers)
+    ]
+
+
+def check(train: list[dict[str, str]], test: list[dict[str, str]], validation: list[dict[str, str]]) -> None:
+    parts = [as_dataset(rows) for rows in (train, test, validation)]
+    task = Task("x", *parts[:2], None, "top1", 0.0, 0.0, validation=parts[2])
+    reader = image.ImageReader(None, {"a": 0, "b": 1})
+    image.check_size(task, reader, "target", None, True, DataConfig(modality="image"), EvalConfig())
+
+
+def test_every_picture_and_class_is_checked() -> None:
+    good = pictures("a", "b", "a")
+    cut = [*good[:2], {**good[2], "prompt": good[2]["prompt"][:-24]}]
+    check(good, good, good)
+    for parts, name in (
+        ((cut, good, good), "training"),
+        ((good, cut, good), "test"),
+        ((good, good, cut), "validation"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"^{name} example 2: prompt .* cannot be read .*; drop or mend it"
+        ):
+            check(*parts)
+    with pytest.raises(ValueError, match=r"the head of the target has no row for the class 'c'"):
+        check(good, good, pictures("a", "c"))
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    for i, row in enumerate(pictures("a", "b", "a", "b")):
+        file = tmp_path / "train" / row["answer"] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture_of(row["prompt"]).save(file)
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(
+        ValueError, match=rf"{re.escape(str(file))}: an image that cannot be read .*; drop or mend it"
+    ):
+        load_examples(TaskConfig("t", str(tmp_path), metric="top1"), seed=0)

@@ -47,6 +47,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 64,
     },
     "mixtral": {**_EXPERTS, "num_local_experts": 3},
+    "jetmoe": {
+        **_EXPERTS,
+        "kv_channels": 8,
+        "num_local_experts": 3,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+    },
     "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 22},
 }
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from trace_dist.models import roles
 from trace_dist.models.roles import describe, full_shape, maskable
 
 # Role of each parameter: inside layers keyed by the name behind the layer's index, outside by the whole name.
@@ -93,6 +94,24 @@ EXPECTED: dict[str, dict[str, str]] = {
         },
     },
     "mixtral": {**_LLAMA, **_HEAD, **_EXPERTS},
+    "jetmoe": {
+        "model.embed_tokens.weight": "embed",
+        **_HEAD,
+        "input_layernorm.weight": "norm",
+        "post_attention_layernorm.weight": "norm",
+        "model.norm.weight": "norm",
+        "self_attention.kv_proj.weight": "other",
+        **{
+            f"{part}.{name}": role
+            for part, ends in (("mlp", ("gate_up", "down")), ("self_attention.experts", ("q", "o")))
+            for name, role in (
+                ("bias", "bias"),
+                ("router.layer.weight", "other"),
+                ("input_linear.weight", ends[0]),
+                ("output_linear.weight", ends[1]),
+            )
+        },
+    },
     "qwen2_moe": {
         **_LLAMA,
         **_HEAD,
@@ -161,6 +180,22 @@ def test_linear_takes_fused_experts_and_leaves_their_router_out(make_model):
         assert "model.layers.1.mlp.experts.gate_up_proj" in names
         assert "model.layers.1.mlp.experts.down_proj" in names
         assert not any(name.endswith("mlp.gate.weight") for name in names)
+
+
+def test_experts_of_other_names(make_model, monkeypatch, caplog):
+    """JetMoE's are known; a model most of which is left out says so, once."""
+    model = make_model("jetmoe")
+    names = maskable(model, "linear")
+    assert {describe(model)[name].role for name in names} == {"gate_up", "down", "q", "o", "other"}
+    assert sum(model.get_parameter(name).dim() == 3 for name in names) == 8
+    assert not caplog.records
+    roles._say_left_out.cache_clear()
+    monkeypatch.setattr(roles, "role_of", lambda name: "other")
+    for _ in range(2):
+        left = set(names) - set(maskable(model, "linear"))
+    assert {model.get_parameter(name).dim() for name in left} == {3}
+    (record,) = caplog.records
+    assert "of JetMoeForCausalLM, parameters such as model.layers.0." in record.getMessage()
 
 
 def test_all_and_expressions(make_model):

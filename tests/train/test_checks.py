@@ -21,6 +21,7 @@ from trace_dist.config import (
     TaskConfig,
     TinyConfig,
 )
+from trace_dist.models.loading import load_tokenizer
 from trace_dist.models.tiny import build_tiny
 from trace_dist.stages.base import prepare_base
 from trace_dist.train.workbench import Tasks, Workbench
@@ -175,3 +176,29 @@ def test_the_target_is_checked_before_the_proxy_is_probed(tmp_path: Path, write:
     model.save_pretrained(tmp_path / "target")
     with pytest.raises(ValueError, match=r"tasks\.a: a test example needs .* the target has 40 positions"):
         Workbench.load(cfg, cfg.probed.path)
+
+
+def test_ids_beyond_the_embedding(tmp_path: Path, write: Write) -> None:
+    """A tokenizer with more tokens than the model embeds is refused where an example holds one of them."""
+    general = [write("g", rows(20), rows(2, 50))]
+    good, odd = write("a", rows(20), rows(2, 50)), write("odd", rows(20), rows(2, 50, answer="<new>"))
+    trained = write("trained", rows(20, answer="<new>"), rows(2, 50))
+    tokenizer = Tasks.load(run(tmp_path, good, general=general)).characters()
+    embedded = len(tokenizer)
+    build_tiny(TINY, embedded, seed=0).save_pretrained(tmp_path / "target")
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.add_special_tokens({"pad_token": "<fill>"})
+    tokenizer.save_pretrained(tmp_path / "target")
+    Tasks.load(run(tmp_path, good, general=general))
+    for task, part in ((odd, "test"), (trained, "training")):
+        message = (
+            rf"tasks\.{task.name}: target\.path: a {part} example holds '<new>', token {embedded} of its tokenizer, "
+            rf"but the model embeds {embedded} .*resize_token_embeddings\({embedded + 1}\)"
+        )
+        with pytest.raises(ValueError, match=message):
+            Tasks.load(run(tmp_path, good, task, general=general))
+    tokenizer = load_tokenizer(tmp_path / "target")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id < embedded  # <fill> is not embedded either
+    build_tiny(TINY, embedded + 2, seed=0).save_pretrained(tmp_path / "target")
+    Tasks.load(run(tmp_path, good, odd, trained, general=general))
+    assert load_tokenizer(tmp_path / "target").pad_token == "<fill>"

@@ -50,6 +50,7 @@ class Granularities:
         for kind in (usual, *found.values()):
             check(kind in get_args(Granularity), name, text, f"must be one of {kinds}", f"use {EXAMPLE}")
         mlp = {found.get(role, usual) == NEURON for role in ("gate", "up", "down")}
+        mlp |= {found[role] == NEURON for role in found if role == "gate_up"}
         check(
             len(mlp) == 1,
             name,
@@ -63,8 +64,13 @@ class Granularities:
 
     def of(self, role: str) -> str:
         """What the units of a role are: its granularity, and of a neuron the part that lies there."""
-        kind = self.by_role.get(role, self.usual)
+        kind = NEURON if role == "gate_up" and self.neurons else self.by_role.get(role, self.usual)
         return ("column" if role == "down" else "row") if kind == NEURON else kind
+
+    @property
+    def neurons(self) -> bool:
+        """Whether the parts of a neuron of an MLP are selected together."""
+        return self.by_role.get("up", self.usual) == NEURON
 
     @property
     def all(self) -> set[str]:

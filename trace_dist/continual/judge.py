@@ -23,6 +23,8 @@ from trace_dist.continual.scored import Scored
 from trace_dist.data.examples import references_of
 from trace_dist.data.tasks import Task
 from trace_dist.evaluation import Score, evaluate_task
+from trace_dist.evaluation.lengths import longest_answer
+from trace_dist.evaluation.metric import load_metric
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.workbench import Stream, Workbench
 
@@ -74,6 +76,7 @@ class Judge:
     cfg: RunConfig
     bench: Workbench
     _representations: dict[tuple[str, int, Pooling], torch.Tensor] = field(default_factory=dict)
+    _answer_tokens: dict[str, int] = field(default_factory=dict)
 
     @property
     def _general(self) -> list[Task]:
@@ -180,7 +183,22 @@ class Judge:
         """Score of some test examples of a task, under the weights of the one that they retrieve."""
         taught = next((each.answers for each in self._all if each.name == route), None)
         some = replace(task, test=task.test.select(indices), among=taught)
-        return evaluate_task(module, self.bench.tokenizer, some, self.cfg.eval, self.cfg.data)
+        return evaluate_task(
+            module,
+            self.bench.tokenizer,
+            some,
+            self.cfg.eval,
+            self.cfg.data,
+            answer_tokens=self._longest_answer(task),
+        )
+
+    def _longest_answer(self, task: Task) -> int | None:
+        """Tokens of the longest reference of all its test examples; None where nothing is generated."""
+        if load_metric(task).compare is None:
+            return None
+        if task.name not in self._answer_tokens:
+            self._answer_tokens[task.name] = longest_answer(self.bench.tokenizer, task.test.to_list())
+        return self._answer_tokens[task.name]
 
     def route(self, model: Model, bank: Bank, task: Task) -> list[str]:
         """Name of the delta (or ``base``) for each test prompt of a task."""

@@ -44,10 +44,11 @@ class Pair(NamedTuple):
     answer: list[int]
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id that fills padded positions; they are masked out, so any id serves where there is no pad token."""
+def pad_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None) -> int:
+    """Id that fills padded positions; they are masked out, so any id below ``vocab_size`` serves where there is no pad token."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(int(token) for token in candidates if token is not None)
+    known = [int(token) for token in candidates if token is not None]
+    return next(token for token in known if vocab_size is None or token < vocab_size)
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -68,14 +69,16 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def encode_prompt(
-    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int | Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Prompt part of each prompt ([Note: prompt part and answer part]), for training and generation alike.
 
     Args:
         prompts: plain texts, or the turns of conversations.
         tokenizer: with or without a chat template.
-        max_tokens: cut longer prompts on the left to this many tokens (a first bos token stays).
+        max_tokens: cut longer prompts on the left to this many tokens, one number for all or one each (a first bos token stays).
 
     Raises:
         ValueError: a prompt has no token, so there is nothing to condition an answer on; or the template cannot be
@@ -84,7 +87,8 @@ def encode_prompt(
     encoded = _prompt_ids([frame.prompt for frame in frames(prompts, tokenizer)], tokenizer)
     if max_tokens is None:
         return encoded
-    return [_cut_left(ids, max_tokens, tokenizer.bos_token_id) for ids in encoded]
+    limits = [max_tokens] * len(encoded) if isinstance(max_tokens, int) else max_tokens
+    return [_cut_left(ids, limit, tokenizer.bos_token_id) for ids, limit in zip(encoded, limits, strict=True)]
 
 
 def encode_pairs(
@@ -151,14 +155,14 @@ def encode(
         )
     num_cut = sum(n > 0 for n in encoded["num_cut"][:])
     if num_cut:
-        _say_cut(num_cut, len(encoded), cfg.max_length)
+        say_cut(num_cut, len(encoded), cfg.max_length)
     return encoded.remove_columns("num_cut")
 
 
 @once
-def _say_cut(num_cut: int, num: int, max_length: int) -> None:
+def say_cut(num_cut: int, num: int, max_length: int, which: str = "prompts") -> None:
     """Said once: a stage encodes the same data for several models."""
-    logger.warning("cut %d of %d prompts to data.max_length=%d tokens", num_cut, num, max_length)
+    logger.warning("cut %d of %d %s to data.max_length=%d tokens", num_cut, num, which, max_length)
 
 
 def check_context(tokens_needed: int, model_config: PreTrainedConfig) -> None:
@@ -169,6 +173,11 @@ def check_context(tokens_needed: int, model_config: PreTrainedConfig) -> None:
             f"{tokens_needed} tokens do not fit the model's {limit} positions (max_position_embeddings); "
             f"set data.max_length to at most {limit} with data.truncate_prompt=true, or choose another model"
         )
+
+
+def vocabulary_size(model_config: PreTrainedConfig) -> int | None:
+    """Token ids that a model has an embedding for; None where its config states no number."""
+    return getattr(model_config.get_text_config(), "vocab_size", None)
 
 
 def context_length(model_config: PreTrainedConfig) -> int | None:

@@ -56,7 +56,7 @@ class Table:
         URIs (``data.pictures``).
 
         Raises:
-            ValueError: a text is not UTF-8.
+            ValueError: a text is not UTF-8, or an image cannot be read.
         """
         if not isinstance(self.data, datasets.Dataset):
             yield from self.data
@@ -75,7 +75,7 @@ class Table:
             for row in self._batch(kept, range(start, min(start + _AT_A_TIME, len(kept)))):
                 named = {name: _label(row[name], names) for name, names in labels.items()}
                 rounded = {name: _rounded(row[name], kind) for name, kind in short.items()}
-                yield row | named | rounded | {name: stored_uri(row[name]) for name in images}
+                yield row | named | rounded | {name: stored_uri(row[name], self.where) for name in images}
 
     def _batch(self, data: datasets.Dataset, places: range) -> list[dict[str, Any]]:
         for name, kind in data.features.items():

@@ -28,7 +28,8 @@ def text(value: Any, where: str) -> str:
     if isinstance(value, (float, np.floating)) and value != value:
         raise ValueError(f"{where}: NaN, where a value is missing; fill it in or drop the example")
     if isinstance(value, (int, float, np.number)):
-        if not math.isfinite(value):
+        # An integer may be too large for a float, but is always finite.
+        if isinstance(value, (float, np.floating)) and not math.isfinite(value):
             raise ValueError(f"{where}: {value} is no number; write a text or drop the example")
         return str(value)
     raise ValueError(

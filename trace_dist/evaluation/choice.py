@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from trace_dist.data.encoding import Pair, encode_pairs, encode_prompt, pad_id
+from trace_dist.data.encoding import Pair, encode_pairs, encode_prompt
 from trace_dist.data.examples import references_of
+from trace_dist.evaluation.inputs import fill_id
 from trace_dist.evaluation.likelihood import log_likelihoods
 from trace_dist.evaluation.score import Score, mean_score
 
@@ -21,7 +22,7 @@ def choice_accuracy(
     choices: Sequence[str],
     *,
     batch_size: int,
-    max_prompt_tokens: int | None = None,
+    max_prompt_tokens: int | Sequence[int] | None = None,
 ) -> Score:
     """Percent of examples whose answer is the choice of largest log-likelihood given the prompt.
 
@@ -36,7 +37,7 @@ def choice_accuracy(
             white space.
         choices: the labels.
         batch_size: (prompt, choice) pairs per forward pass on one rank.
-        max_prompt_tokens: cut longer prompts on the left, as training did; None cuts nothing.
+        max_prompt_tokens: cut longer prompts on the left, all to one length or each to its own; None cuts nothing.
 
     Raises:
         ValueError: no examples, an answer that is no choice, or a pair that does not fit the context.
@@ -47,11 +48,12 @@ def choice_accuracy(
     for i, answers in enumerate(wanted):
         for answer in set(answers) - set(labels):
             raise ValueError(f"example {i}: answer {answer!r} is not one of {list(choices)}; add it to them")
-    prompts = [row["prompt"] for row in rows for _ in choices]
+    prompts = [row["prompt"] for row in rows]
     prompt_ids = encode_prompt(prompts, tokenizer, max_prompt_tokens)
-    full = encode_pairs(prompts, list(choices) * len(rows), tokenizer)
-    pairs = [Pair(ids, pair.answer) for ids, pair in zip(prompt_ids, full, strict=True)]
-    scores = log_likelihoods(model, pairs, batch_size=batch_size, pad_id=pad_id(tokenizer))
+    asked = [prompt for prompt in prompts for _ in choices]
+    full = encode_pairs(asked, list(choices) * len(rows), tokenizer)
+    pairs = [Pair(prompt_ids[i // len(choices)], pair.answer) for i, pair in enumerate(full)]
+    scores = log_likelihoods(model, pairs, batch_size=batch_size, pad_id=fill_id(model, tokenizer))
     by_example = torch.tensor(scores, dtype=torch.float64).view(len(rows), len(choices))
     taken = [labels[best] for best in by_example.argmax(dim=1).tolist()]
     return mean_score([float(label in answers) for label, answers in zip(taken, wanted, strict=True)], taken)

@@ -19,19 +19,21 @@ the end is dropped. A CPU is never behind, and asks at each token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache as once
+from functools import partial
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from trace_dist.data.encoding import check_context, pad_id, stop_ids
+from trace_dist.data.encoding import check_context, context_length, stop_ids
 from trace_dist.evaluation.inputs import (
     cache_argument,
     check_decoder,
     config_of,
     device_of,
+    fill_id,
     keeps_keys_alone,
     last,
     may_pad_left,
@@ -55,7 +57,7 @@ def greedy_decode(
     prompts: Sequence[list[int]],
     *,
     batch_size: int,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
 ) -> list[list[int]]:
     """Continue each prompt by the most likely token until a stop token (not returned) or the cap.
 
@@ -64,7 +66,7 @@ def greedy_decode(
         tokenizer: for the ids of stops and padding.
         prompts: token ids; each has at least one.
         batch_size: prompts decoded together on one rank.
-        max_new_tokens: cap on decoded tokens.
+        max_new_tokens: cap on decoded tokens, one for all prompts or one each.
 
     Returns:
         All outputs, in the order of ``prompts``, on every rank.
@@ -73,10 +75,9 @@ def greedy_decode(
         ValueError: no prompts, an empty one, a cap below 1, more tokens than the model's context, or a model that is
             not a decoder.
     """
-    if max_new_tokens < 1:
-        raise ValueError(
-            f"eval.max_new_tokens={max_new_tokens}: must be at least 1; raise it or leave it out"
-        )
+    caps = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if min(caps, default=1) < 1:
+        raise ValueError(f"eval.max_new_tokens={min(caps)}: must be at least 1; raise it or leave it out")
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) == 0:
         raise ValueError(
@@ -84,11 +85,33 @@ def greedy_decode(
         )
     check_decoder(model)
     # The last token is not read again.
-    check_context(max(lengths) + max_new_tokens - 1, config_of(model))
+    check_context(max(map(sum, zip(lengths, caps, strict=True))) - 1, config_of(model))
+    outputs: dict[int, list[int]] = {}
     with evaluating(model) as alone:
-        decoder = _Decoder(model, stop_ids(tokenizer), pad_id(tokenizer), max_new_tokens, alone)
-        size = safe_batch_size(model, prompts, pad_id(tokenizer), batch_size)
-        return map_over_ranks(lengths, size, lambda batch: decoder([prompts[i] for i in batch]), alone)
+        fill = fill_id(model, tokenizer)
+        size = safe_batch_size(model, prompts, fill, batch_size)
+        for group, most in _groups(lengths, caps, context_length(config_of(model))):
+            decoder = _Decoder(model, stop_ids(tokenizer), fill, most, alone)
+            run = partial(_decoded, decoder, [prompts[i] for i in group])
+            found = map_over_ranks([lengths[i] for i in group], size, run, alone)
+            outputs.update(zip(group, found, strict=True))
+    return [outputs[i][:cap] for i, cap in enumerate(caps)]
+
+
+def _decoded(decoder: _Decoder, prompts: list[list[int]], batch: list[int]) -> list[list[int]]:
+    return decoder([prompts[i] for i in batch])
+
+
+def _groups(
+    lengths: Sequence[int], caps: Sequence[int], context: int | None
+) -> Iterator[tuple[list[int], int]]:
+    """Prompts that are decoded together, and how many steps: those of the largest cap among them, all within the context."""
+    left = list(range(len(lengths)))
+    while left:
+        most = max(caps[i] for i in left)
+        room = None if context is None else context - most + 1
+        yield [i for i in left if room is None or lengths[i] <= room], most
+        left = [i for i in left if room is not None and lengths[i] > room]
 
 
 class _Decoder:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from trace_dist.data.encoding import pad_id, vocabulary_size
 from trace_dist.models.forward import names_argument
 
 _ROUNDING = 0.02
@@ -24,6 +25,11 @@ def device_of(model: torch.nn.Module) -> torch.device:
 def config_of(model: torch.nn.Module) -> PreTrainedConfig:
     """Configuration of a transformers model, or of the one inside a wrapper that forwards attributes."""
     return cast(PreTrainedConfig, model.config)
+
+
+def fill_id(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id that fills padded positions, one that the model has an embedding for."""
+    return pad_id(tokenizer, vocabulary_size(config_of(model)))
 
 
 def pad(

@@ -25,7 +25,7 @@ def score_generated(
     *,
     batch_size: int,
     max_new_tokens: int | None = None,
-    max_prompt_tokens: int | None = None,
+    max_prompt_tokens: int | Sequence[int] | None = None,
 ) -> Score:
     """Mean score of the greedily decoded texts, in percent.
 
@@ -39,7 +39,7 @@ def score_generated(
         compare: score of a text.
         batch_size: prompts decoded together on one rank.
         max_new_tokens: cap on decoded tokens; the longest reference with its end token, plus 1, when None.
-        max_prompt_tokens: cut longer prompts on the left, as training did; None cuts nothing.
+        max_prompt_tokens: cut longer prompts on the left, all to one length or each to its own; None cuts nothing.
 
     Raises:
         ValueError: no examples, prompt and cap do not fit the model's context, or ``compare`` fails.
@@ -50,6 +50,22 @@ def score_generated(
     if max_new_tokens is None:
         max_new_tokens = longest_answer(tokenizer, rows) + 1
     prompts = encode_prompt([row["prompt"] for row in rows], tokenizer, max_prompt_tokens)
+    return score_encoded(
+        model, tokenizer, rows, prompts, compare, batch_size=batch_size, max_new_tokens=max_new_tokens
+    )
+
+
+def score_encoded(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    prompts: Sequence[list[int]],
+    compare: Compare,
+    *,
+    batch_size: int,
+    max_new_tokens: int | Sequence[int],
+) -> Score:
+    """As ``score_generated``, of the token ids of each row's prompt."""
     outputs = greedy_decode(model, tokenizer, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens)
     wording = Wording.of(tokenizer)
     said = [wording.said(ids) for ids in outputs]
@@ -71,7 +87,7 @@ def exact_match(
     *,
     batch_size: int,
     max_new_tokens: int | None = None,
-    max_prompt_tokens: int | None = None,
+    max_prompt_tokens: int | Sequence[int] | None = None,
 ) -> Score:
     """Percent of prompts whose greedily decoded text equals a reference; arguments and errors as of ``score_generated``."""
     return score_generated(

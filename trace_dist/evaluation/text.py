@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from trace_dist.data.encoding import Pair, context_length, encode_pairs, encode_prompt, pad_id, tokenize
-from trace_dist.evaluation.inputs import config_of
+from trace_dist.data.encoding import Pair, context_length, encode_pairs, encode_prompt, tokenize
+from trace_dist.evaluation.inputs import config_of, fill_id
 from trace_dist.evaluation.likelihood import log_likelihoods
 from trace_dist.evaluation.score import Score
 
@@ -29,7 +29,7 @@ def bits_per_byte(
     A text longer than the context is read in overlapping windows. The first scores ``max_context`` tokens,
     each later one moves on by ``stride`` tokens and scores those alone, with all that fits before them as
     context: every token is scored once, after at least ``max_context - stride`` others. The text follows
-    bos (``pad_id`` where there is none), so that its first token counts as well.
+    bos (``fill_id`` where there is none), so that its first token counts as well.
 
     Args:
         model: causal LM, possibly sharded; every rank must call this with the same texts.
@@ -47,14 +47,14 @@ def bits_per_byte(
     stride = max(1, max_context // 2) if stride is None else stride
     if not 1 <= stride <= max_context:
         raise ValueError(f"stride={stride}: must lie in [1, max_context={max_context}]; lower it")
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else pad_id(tokenizer)
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else fill_id(model, tokenizer)
     windows: list[Pair] = []
     owners: list[int] = []
     for i, ids in enumerate(tokenize(list(texts), tokenizer)):
         for window in _windows([start, *ids], max_context, stride):
             windows.append(window)
             owners.append(i)
-    nats = log_likelihoods(model, windows, batch_size=batch_size, pad_id=pad_id(tokenizer))
+    nats = log_likelihoods(model, windows, batch_size=batch_size, pad_id=fill_id(model, tokenizer))
     totals = [0.0] * len(texts)
     for owner, value in zip(owners, nats, strict=True):
         totals[owner] -= value
@@ -67,7 +67,7 @@ def answer_bits_per_byte(
     examples: Sequence[Mapping[str, Any]],
     *,
     batch_size: int,
-    max_prompt_tokens: int | None = None,
+    max_prompt_tokens: int | Sequence[int] | None = None,
 ) -> Score:
     """Bits per byte of the (first) answers given their prompts; the end token, which has no bytes, is not counted.
 
@@ -78,7 +78,7 @@ def answer_bits_per_byte(
     prompt_ids = encode_prompt(prompts, tokenizer, max_prompt_tokens)
     full = encode_pairs(prompts, answers, tokenizer)
     pairs = [Pair(ids, pair.answer[:-1]) for ids, pair in zip(prompt_ids, full, strict=True)]
-    nats = log_likelihoods(model, pairs, batch_size=batch_size, pad_id=pad_id(tokenizer))
+    nats = log_likelihoods(model, pairs, batch_size=batch_size, pad_id=fill_id(model, tokenizer))
     return _score([-value for value in nats], answers)
 
 

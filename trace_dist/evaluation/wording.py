@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
+from tokenizers import normalizers
 from transformers import PreTrainedTokenizerBase
 
 from trace_dist.data.encoding import stop_ids
 from trace_dist.data.template import without_thinking
+
+_UNDONE = (normalizers.Prepend, normalizers.Strip, normalizers.ByteLevel)
+"""Steps of a normaliser that decoding undoes, or that outer white space does not show."""
+_SPACE = "\u2581"
+"""As which SentencePiece writes a space."""
 
 
 @dataclass(frozen=True)
@@ -16,19 +23,22 @@ class Wording:
     """Reads decoded tokens and reference answers alike.
 
     Neither keeps special tokens, outer white space, or, where there is a chat template, a thinking block that it begins with.
-    A reference ends where training and generation end: at the first end token that it holds.
+    A reference ends where training and generation end: at the first end token that it holds. It is normalised as the tokenizer
+    normalises what it reads (NFC, lower case, ...): tokens hold nothing else.
     """
 
     tokenizer: PreTrainedTokenizerBase
     stops: list[str]
     special: list[str]
+    steps: list[Any]
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Wording:
         """Raises ValueError as ``stop_ids`` does."""
         stops = [str(tokenizer.convert_ids_to_tokens(stop)) for stop in stop_ids(tokenizer)]
         added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        return cls(tokenizer, stops, sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True))
+        special = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
+        return cls(tokenizer, stops, special, _steps(tokenizer))
 
     def said(self, ids: Sequence[int]) -> str:
         """The text of decoded tokens."""
@@ -41,7 +51,7 @@ class Wording:
         """The text of a reference answer."""
         for stop in self.stops:
             reference = reference.partition(stop)[0]
-        return self._plain(self._answer(reference))
+        return self._normalised(self._plain(self._answer(reference)))
 
     def _decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return str(
@@ -57,3 +67,20 @@ class Wording:
         for token in self.special:
             text = text.replace(token, "")
         return text.strip()
+
+    def _normalised(self, text: str) -> str:
+        for step in self.steps:
+            text = step.normalize_str(text)
+        if any(isinstance(step, normalizers.Replace) for step in self.steps):
+            text = text.replace(_SPACE, " ")
+        return text.strip()
+
+
+def _steps(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """The steps of the tokenizer's normaliser that decoding does not undo; none of a tokenizer that is not written in Rust."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    whole: Any = getattr(backend, "normalizer", None)
+    if whole is None:
+        return []
+    steps = list(cast(Any, whole)) if isinstance(whole, normalizers.Sequence) else [whole]
+    return [step for step in steps if not isinstance(step, _UNDONE)]

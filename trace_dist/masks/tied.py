@@ -2,7 +2,9 @@
 
 [Note: neurons] For selection the parameters of one MLP are one, whose rows are its neurons: the score of a neuron is the mean
 over its entries, its size that of all its parts. What was selected is then written out as units of each parameter, so masks,
-deltas and optimizers know nothing of it. Fused experts are not tied.
+deltas and optimizers know nothing of it. Where gate and up are one matrix [2 * neurons, in], a neuron has the rows i and
+i + neurons of it. In a Conv1D, whose weight is [in, out], rows and columns change places (masks/layouts.py). Fused experts are
+not tied.
 """
 
 from __future__ import annotations
@@ -13,12 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trace_dist.config.granularity import NEURON, Granularities
+from trace_dist.config.granularity import Granularities
 from trace_dist.masks.select import Scores, Units
 from trace_dist.masks.units import UnitLayout
-from trace_dist.models.roles import describe
+from trace_dist.models.roles import ParamInfo, describe
 
-_PARTS = ("gate", "up", "down")
+PARTS = ("gate", "up", "gate_up", "down")
+"""Roles of the matrices in which a neuron has rows or columns."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +39,24 @@ class Tied:
     groups: Mapping[str, tuple[str, ...]]
 
     @classmethod
-    def of(cls, layouts: Mapping[str, UnitLayout], granularity: str) -> Tied:
-        """By a granularity; nothing is tied where it is not ``neuron``."""
-        if NEURON not in Granularities.parse(granularity).all:
+    def of(cls, layouts: Mapping[str, UnitLayout], granularity: str, family: str = "of this model") -> Tied:
+        """By a granularity; nothing is tied where it is not ``neuron``.
+
+        Raises:
+            ValueError: a matrix of an MLP has neither a unit nor two for each of its neurons; names the ``family``.
+        """
+        if not Granularities.parse(granularity).neurons:
             return cls(layouts, layouts, {})
-        groups = {names[0]: names for names in _mlps(layouts) if len(names) > 1}
+        groups, neurons = {}, {}
+        for num, names in _mlps(layouts, family):
+            if len(names) > 1:
+                groups[names[0]], neurons[names[0]] = names, num
         taken = {name for names in groups.values() for name in names[1:]}
         merged = {}
         for name, layout in layouts.items():
             if name in groups:
-                size = sum(layouts[each].unit for each in groups[name])
-                merged[name] = UnitLayout((layout.num_units, size), size)
+                size = sum(layouts[each].numel for each in groups[name]) // neurons[name]
+                merged[name] = UnitLayout((neurons[name], size), size)
             elif name not in taken:
                 merged[name] = layout
         return cls(layouts, merged, groups)
@@ -61,7 +71,8 @@ class Tied:
                 return scores(name, layout)
             sums = torch.zeros(layout.num_units, dtype=torch.float64)
             for each in self.groups[name]:
-                sums += self.own[each].unit * scores(each, self.own[each]).cpu().double()
+                parts = scores(each, self.own[each]).cpu().double().view(-1, layout.num_units)
+                sums += self.own[each].unit * parts.sum(0)
             return (sums / layout.unit).float()
 
         return tied
@@ -82,27 +93,57 @@ class Tied:
         for name in self.layouts:
             parts = [refused[each].long() for each in self.groups.get(name, (name,)) if each in refused]
             if parts:
-                found[name] = torch.cat(parts).unique()
+                found[name] = (torch.cat(parts) % self.layouts[name].num_units).unique()
         return found
 
     def written_out(self, units: Units) -> dict[str, Tensor]:
         """The units of each parameter, in the model's order."""
         key_of = {each: name for name, names in self.groups.items() for each in names}
-        return {
-            name: units[key_of.get(name, name)].to(layout.index_dtype)
-            for name, layout in self.own.items()
-            if key_of.get(name, name) in units
-        }
+        found = {}
+        for name, layout in self.own.items():
+            key = key_of.get(name, name)
+            if key in units:
+                starts = range(0, layout.num_units, max(1, self.layouts[key].num_units))
+                found[name] = torch.cat([units[key].long() + start for start in starts]).to(
+                    layout.index_dtype
+                )
+        return found
 
 
-def _mlps(layouts: Mapping[str, UnitLayout]) -> list[tuple[str, ...]]:
-    """The matrices of each MLP that have one unit for each of its neurons."""
+def _mlps(layouts: Mapping[str, UnitLayout], family: str) -> list[tuple[int, tuple[str, ...]]]:
+    """Of each MLP how many neurons it has, and its matrices, in their order. Raises ValueError as ``Tied.of``."""
     infos = describe({name: layout.shape for name, layout in layouts.items()})
-    found: dict[tuple[str, int], list[str]] = {}
+    around: dict[str, list[str]] = {}
     for name, layout in layouts.items():
-        if infos[name].role in _PARTS and layout.lines == (
-            "columns" if infos[name].role == "down" else "rows"
-        ):
-            around = name.rsplit(".", 2)[0]
-            found.setdefault((around, layout.num_units), []).append(name)
-    return [tuple(names) for names in found.values()]
+        # Those of fused experts have no lines.
+        if infos[name].role in PARTS and layout.lines is not None:
+            around.setdefault(_around(name), []).append(name)
+    return [
+        group
+        for place, names in around.items()
+        for group in _grouped({name: layouts[name].num_units for name in names}, place, family, infos)
+    ]
+
+
+def _grouped(
+    sizes: Mapping[str, int], place: str, family: str, infos: Mapping[str, ParamInfo]
+) -> list[tuple[int, tuple[str, ...]]]:
+    """The matrices of one place by their number of neurons: that of ``down``, where it is there."""
+    down = {num for name, num in sizes.items() if infos[name].role == "down"}
+    groups: dict[int, list[str]] = {}
+    for name, num in sizes.items():
+        fused = bool(down) and num not in down and num // 2 in down and num % 2 == 0
+        groups.setdefault(num // 2 if fused else num, []).append(name)
+    alone = [name for name, num in sizes.items() if down and num not in down and num // 2 not in down]
+    if alone:
+        raise ValueError(
+            f"mask.granularity='neuron': the MLP {place} of the family {family} cannot be tied, {alone[0]} has {sizes[alone[0]]} "
+            f"units where down has {min(down)} neurons; use row, or column for the role down"
+        )
+    return [(num, tuple(names)) for num, names in groups.items()]
+
+
+def _around(name: str) -> str:
+    """The module of an MLP; BERT's has each matrix in a module of its own."""
+    path = name.split(".")
+    return ".".join(path[: -3 if path[-2:-1] == ["dense"] else -2])

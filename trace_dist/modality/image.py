@@ -27,7 +27,7 @@ from transformers import AutoImageProcessor
 from trace_dist.config import DataConfig, EvalConfig, MaskConfig
 from trace_dist.config.bank import Pooling
 from trace_dist.data.encoding import IGNORE
-from trace_dist.data.pictures import picture_of
+from trace_dist.data.pictures import check_picture, picture_of
 from trace_dist.data.tasks import Task
 from trace_dist.evaluation.passes import evaluating, map_over_ranks
 from trace_dist.models.architecture import cause, read_config
@@ -153,17 +153,27 @@ def check_size(
     data: DataConfig,
     evaluation: EvalConfig,
 ) -> None:
-    """Raise ValueError where the model reads no pictures, a first one cannot be read, or the head has no row for a class."""
+    """Raise ValueError where the model reads no pictures, one cannot be read, or the head has no row for a class."""
     if not isinstance(reader, ImageReader | None):
         raise ValueError(f"{role}.tiny: makes a model of texts, but data.modality is image; use {role}.vit")
-    for part in task.parts:
-        picture_of(part["prompt"][0])
-    missing = set() if reader is None else {*task.answers, *task.test["answer"][:]} - set(reader.classes)
+    for name, part in zip(("training", "test", "validation"), task.parts, strict=False):
+        _check_pictures(part["prompt"][:], name)
+    classes = {answer for part in task.parts for answer in part["answer"][:]}
+    missing = set() if reader is None else classes - set(reader.classes)
     if missing:
         raise ValueError(
             f"the head of the {role} has no row for the class {min(missing)!r}; make the base with vit.classes that hold it, "
             "or give a model whose config.json names it in label2id"
         )
+
+
+def _check_pictures(prompts: Sequence[str], part: str) -> None:
+    """The first is decoded, the others are verified."""
+    for i, prompt in enumerate(prompts):
+        try:
+            (check_picture if i else picture_of)(prompt)
+        except ValueError as error:
+            raise ValueError(f"{part} example {i}: {error}") from error
 
 
 def represent(

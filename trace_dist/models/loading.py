@@ -33,7 +33,8 @@ from trace_dist.models.weight_files import open_weights, resolve
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Tokenizer of a checkpoint folder or hub model; a missing padding token becomes the end-of-text token.
+    """Tokenizer of a checkpoint folder or hub model; the end-of-text token pads where there is no padding token, or the model
+    has no embedding for it.
 
     Raises:
         ValueError: no such model, or it has no tokenizer.
@@ -51,9 +52,16 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
                 f"{what}: reads no text, it is a classifier of images; set data.modality: image, or name a causal LM"
             ) from error
         raise ValueError(f"{what}: no readable tokenizer ({cause(error)}); save one there") from error
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id is None or not _is_embedded(tokenizer.pad_token_id, folder):
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _is_embedded(token: int, folder: Path) -> bool:
+    if not (folder / "config.json").is_file():
+        return True
+    config = read_config(folder, f"model.path={str(folder)!r}")
+    return token < getattr(config.get_text_config(), "vocab_size", token + 1)
 
 
 def load_model(

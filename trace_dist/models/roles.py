@@ -1,9 +1,9 @@
 """What each parameter of a causal LM does (role, tower, layer, relative depth) and which ones a mask may cover.
 
 Roles come from names alone, so that a checkpoint's header is enough. Known are the names of Llama, Qwen,
-Gemma, Phi, GPT-NeoX, GPT-2, GPT-J, OPT, BLOOM, Falcon, MPT, Mixtral, of models built like them and of their image and sound
-encoders (CLIP, SigLIP, the Qwen-VL and Whisper kinds). Position tables, routers, state space layers, projections between towers
-and low-rank attention projections (DeepSeek) are ``other``.
+Gemma, Phi, GPT-NeoX, GPT-2, GPT-J, OPT, BLOOM, Falcon, MPT, Mixtral, JetMoE, of models built like them and of their image and
+sound encoders (CLIP, SigLIP, the Qwen-VL and Whisper kinds). Position tables, routers, state space layers, projections between
+towers and low-rank attention projections (DeepSeek) are ``other``.
 
 [Note: weight layout] A linear layer's weight is [out_features, in_features]: a row is one output neuron. The
 Conv1D of GPT-2 stores [in_features, out_features] and fused experts [num_experts, ...], in the same roles.
@@ -14,6 +14,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache as once
+from math import prod
 from typing import Literal
 
 import torch
@@ -21,6 +23,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from trace_dist.models.nf4 import NF4Linear, named_weights
+from trace_dist.utils.log import get_logger
+
+logger = get_logger(__name__)
 
 Role = Literal[
     "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "embed", "head", "norm", "bias", "other"
@@ -38,8 +43,10 @@ _ROLE_OF_MODULE: dict[str, Role] = {
     **dict.fromkeys(
         ("up_proj", "w3", "fc1", "fc_in", "c_fc", "dense_h_to_4h", "linear_fc1", "lin1", "intermediate"), "up"
     ),
-    **dict.fromkeys(("gate_up_proj", "Wi"), "gate_up"),
-    **dict.fromkeys(("down_proj", "w2", "fc2", "fc_out", "dense_4h_to_h", "linear_fc2", "lin2"), "down"),
+    **dict.fromkeys(("gate_up_proj", "Wi", "input_linear"), "gate_up"),
+    **dict.fromkeys(
+        ("down_proj", "w2", "fc2", "fc_out", "dense_4h_to_h", "linear_fc2", "lin2", "output_linear"), "down"
+    ),
     **dict.fromkeys(("embed_tokens", "wte", "embed_in", "word_embeddings"), "embed"),
     **dict.fromkeys(("lm_head", "embed_out", "output_projection"), "head"),
 }
@@ -48,11 +55,14 @@ _ROLE_IN_ATTENTION: dict[str, Role] = {
     "query": "q",
     "key": "k",
     "value": "v",
-    **dict.fromkeys(("proj", "projection", "projection_layer", "linear_out"), "o"),
+    "input_linear": "q",
+    **dict.fromkeys(("proj", "projection", "projection_layer", "linear_out", "output_linear"), "o"),
 }
 # The output projection of attention and that of the MLP share a name in these families.
 _OUTPUT_OF_BLOCK = frozenset({"c_proj", "dense", "Wo"})
 _ATTENTION = re.compile(r"attn|attention")
+_MUCH = 0.1
+"""Share of a model that is not left out without a word."""
 _NORM = re.compile(r"norm|^ln(_|\d|$)")
 _TOWERS: tuple[tuple[Tower, re.Pattern[str]], ...] = (
     ("audio", re.compile(r"audio|speech|sound|whisper|conformer|voice")),
@@ -151,7 +161,8 @@ def maskable(model: nn.Module, spec: str) -> list[str]:
         model: any causal LM, sharded or not.
         spec: ``linear`` (the weights of ``nn.Linear`` and ``Conv1D`` modules except the output head, and those of experts
             fused in one bare parameter [num_experts, ...], which are linear layers in all but name; the router that
-            chooses among fused experts is not), ``all`` (every floating-point parameter), or a regular expression searched in
+            chooses among fused experts is not; that a large part of the model looks like experts of unknown names, and is left
+            out, is said once), ``all`` (every floating-point parameter), or a regular expression searched in
             the names.
 
     Raises:
@@ -168,6 +179,7 @@ def maskable(model: nn.Module, spec: str) -> list[str]:
         names = [
             name for name, param in floating.items() if id(param) in linear or _is_fused_experts(name, param)
         ]
+        _check_left_out(floating, set(names), type(model).__name__)
     else:
         try:
             pattern = re.compile(spec)
@@ -186,4 +198,29 @@ def maskable(model: nn.Module, spec: str) -> list[str]:
 
 
 def _is_fused_experts(name: str, param: torch.Tensor | NF4Linear) -> bool:
-    return len(full_shape(param)) == 3 and role_of(name) in ("gate", "up", "gate_up", "down")
+    """Those of an MLP, and those of attention where the path says so."""
+    role = role_of(name)
+    known = role in ("gate", "up", "gate_up", "down") or (role in ("q", "o") and "experts" in name.split("."))
+    return known and len(full_shape(param)) == 3
+
+
+def _check_left_out(weights: Mapping[str, torch.Tensor | NF4Linear], taken: set[str], model: str) -> None:
+    """Warn where parameters [num_experts, ...] of no known role, which no mask will cover, are a large part of the model."""
+    sizes = {name: prod(full_shape(weight)) for name, weight in weights.items()}
+    left = [
+        name
+        for name, weight in weights.items()
+        if name not in taken and len(full_shape(weight)) == 3 and role_of(name) == "other"
+    ]
+    share = sum(sizes[name] for name in left) / max(1, sum(sizes.values()))
+    if share > _MUCH:
+        _say_left_out(model, left[0], round(100 * share))
+
+
+@once
+def _say_left_out(model: str, name: str, percent: int) -> None:
+    logger.warning(
+        "mask.maskable='linear': leaves out %d %% of %s, parameters such as %s, whose role is not known; name them in a regular "
+        "expression to train them",
+        percent, model, name,
+    )  # fmt: skip

@@ -13,6 +13,7 @@ from trace_dist.config import BankConfig, DataConfig, EvalConfig
 from trace_dist.config.checks import AUTO, check
 from trace_dist.data.modality import TEXT, load_modality
 from trace_dist.data.tasks import Task
+from trace_dist.data.vocabulary import check_ids
 from trace_dist.evaluation.metric import check_metric, load_metric
 from trace_dist.run_folder import BankFolder
 
@@ -23,7 +24,7 @@ class Reader:
 
     ``role``: target or proxy. ``tokenizer``: what reads examples (``Modality.load_reader``); None where it is not made yet.
     ``context``: positions; None without a limit. ``num_layers``: layers; None where unknown. ``scored``: whether it
-    reads test examples as well.
+    reads test examples as well. ``vocab_size``: token ids that it has an embedding for; None where its tokenizer is made for it.
     """
 
     role: str
@@ -31,6 +32,7 @@ class Reader:
     context: int | None
     num_layers: int | None
     scored: bool
+    vocab_size: int | None = None
 
 
 def check_tasks(
@@ -72,6 +74,8 @@ def check_tasks(
                 modality.check_size(
                     task, reader.tokenizer, reader.role, reader.context, reader.scored, data, evaluation
                 )
+                if reader.vocab_size is not None:
+                    check_ids(task, reader.tokenizer, reader.role, reader.vocab_size, reader.scored)
 
 
 @contextmanager

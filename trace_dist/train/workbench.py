@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from trace_dist.config import BankConfig, DataConfig, EvalConfig, ModelConfig, TaskConfig, TrainConfig
 from trace_dist.data.batches import Batches, Step
-from trace_dist.data.encoding import context_length
+from trace_dist.data.encoding import context_length, vocabulary_size
 from trace_dist.data.examples import text_of
-from trace_dist.data.modality import Modality, load_modality
+from trace_dist.data.modality import TEXT, Modality, load_modality
 from trace_dist.data.tasks import Task, load_task
 from trace_dist.models.architecture import read_config
 from trace_dist.models.tiny import MAX_POSITIONS
@@ -105,7 +105,8 @@ class Tasks:
                 tokenizer = load_modality(cfg.data.modality).load_reader(model.path)
                 config = read_config(resolve(model.path), f"{role}.path={model.path!r}")
                 layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-                yield Reader(role, tokenizer, context_length(config), layers, role == "target")
+                known = vocabulary_size(config) if cfg.data.modality == TEXT else None
+                yield Reader(role, tokenizer, context_length(config), layers, role == "target", known)
             elif model.tiny is not None:
                 layers = model.tiny.num_layers
                 yield Reader(role, self.characters(), MAX_POSITIONS, layers, role == "target")

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from trace_dist.config import DataConfig, EvalConfig
 from trace_dist.data.tasks import Task
 from trace_dist.evaluation.choice import choice_accuracy
-from trace_dist.evaluation.lengths import longest_answer, longest_prompts, prompt_limit
+from trace_dist.evaluation.lengths import encoded_prompts, longest_answers, prompt_limits
 from trace_dist.evaluation.score import Score
 
 label = "likeliest answer"
@@ -23,18 +23,20 @@ def evaluate(
 ) -> Score:
     """As ``choice_accuracy`` of the task's test examples."""
     rows = task.test.to_list()
-    cut = prompt_limit(tokenizer, rows, data)
+    choices = _choices(task)
+    limits = prompt_limits(tokenizer, rows, data, choices)
     return choice_accuracy(
-        model, tokenizer, rows, _choices(task), batch_size=cfg.batch_size, max_prompt_tokens=cut
+        model, tokenizer, rows, choices, batch_size=cfg.batch_size, max_prompt_tokens=limits
     )
 
 
 def tokens_needed(tokenizer: PreTrainedTokenizerBase, task: Task, data: DataConfig) -> int:
     """Longest sequence that a model reads."""
     rows = task.test.to_list()
-    scored, routed = longest_prompts(tokenizer, rows, data)
-    labels = [{"prompt": rows[0]["prompt"], "answer": choice} for choice in _choices(task)]
-    return max(scored + longest_answer(tokenizer, labels) - 1, routed)
+    choices = _choices(task)
+    scored, routed = encoded_prompts(tokenizer, rows, data, prompt_limits(tokenizer, rows, data, choices))
+    (longest,) = longest_answers(tokenizer, rows[:1], choices)
+    return max(max(map(len, scored)) + longest - 1, routed)
 
 
 def _choices(task: Task) -> list[str]:

@@ -1,7 +1,8 @@
 """Metric numeric: the last number that was said is the last one of a reference.
 
 A number may have a sign, thousands in groups of three (``1,234.5``), decimals, an exponent and a percent sign, which is left out.
-A reference without a number is compared as text.
+Two integers without an exponent are the same where all digits are, unless a tolerance is given; a number too large for a float is
+the same as itself alone. A reference without a number is compared as text.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import ClassVar
 
 from trace_dist.config.checks import Section
@@ -21,6 +23,9 @@ _NUMBER = re.compile(
     r"(?:[eE][-+]?\d+)?"
 )  # fmt: skip
 """A minus after a letter, a digit or a bracket is a hyphen or an operator."""
+_INTEGER = re.compile(r"[-+]?\d+")
+_ROUNDING = 1e-6
+"""Tolerance of numbers that are not both integers, where none is given."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,8 @@ class Options(Section):
 
     section: ClassVar[str] = "tasks.metric_options"
 
-    tolerance: float = 1e-6
-    """How far the numbers may differ, as a share of the larger one, or absolutely."""
+    tolerance: float | None = None
+    """How far the numbers may differ, as a share of the larger one, or absolutely; when None, 1e-6 and for integers 0."""
 
     def check(self) -> None:
         self.at_least(0, "tolerance")
@@ -41,14 +46,24 @@ def score(said: str, references: Sequence[str], prompt: str, options: Options) -
     return float(any(_same(said, reference, options.tolerance) for reference in references))
 
 
-def _same(said: str, reference: str, tolerance: float) -> bool:
+def _same(said: str, reference: str, tolerance: float | None) -> bool:
     found, wanted = last_number(said), last_number(reference)
     if wanted is None:
         return said.strip() == reference.strip()
-    return found is not None and math.isclose(found, wanted, rel_tol=tolerance, abs_tol=tolerance)
+    if found is None or found == wanted:
+        return found is not None
+    if tolerance is None and _INTEGER.fullmatch(found) and _INTEGER.fullmatch(wanted):
+        return Decimal(found) == Decimal(wanted)
+    return _close(float(found), float(wanted), _ROUNDING if tolerance is None else tolerance)
 
 
-def last_number(text: str) -> float | None:
-    """The last number of a text; None without one."""
+def _close(one: float, other: float, tolerance: float) -> bool:
+    """False where one is too large for a float, and so infinite."""
+    finite = math.isfinite(one) and math.isfinite(other)
+    return finite and math.isclose(one, other, rel_tol=tolerance, abs_tol=tolerance)
+
+
+def last_number(text: str) -> str | None:
+    """The last number of a text, without commas; None without one."""
     found = _NUMBER.findall(text.replace("\u2212", "-"))
-    return float(found[-1].replace(",", "")) if found else None
+    return found[-1].replace(",", "") if found else None
