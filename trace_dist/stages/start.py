@@ -70,6 +70,8 @@ def start(cfg: RunConfig, command: str, **own: str | None) -> None:
     if command in FILL_BANKS:
         on_main(lambda: take_bank(cfg))
     check_shared(cfg.folder.lock, f"run_dir={cfg.run_dir!r}")
+    if command in FILL_BANKS:
+        _check_bank_is_shared(cfg)
     # After that, since it imports the parts, which takes seconds, and a folder that is taken is refused at once.
     check_parts(cfg)
     if cfg.train.sequence_parallel > 1:
@@ -156,6 +158,13 @@ def take_bank(cfg: RunConfig) -> None:
         hold_until_exit(bank.command_lock, f"bank.path={str(bank.root)!r}", run_holders())
         if bank.index.is_file():
             check_newest(bank, read_index(bank))
+
+
+def _check_bank_is_shared(cfg: RunConfig) -> None:
+    """A bank outside of the run folder, which ``take_bank`` has taken, is seen by ranks on all hosts. Collective."""
+    bank = cfg.bank_of()
+    if FILLS in cfg.continual.methods and not bank.root.is_relative_to(cfg.folder.root):
+        check_shared(bank.command_lock, f"bank.path={str(bank.root)!r}")
 
 
 def _check_number_of_ranks(cfg: RunConfig, command: str) -> None:
