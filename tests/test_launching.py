@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 from trace_dist.config import LaunchConfig
-from trace_dist.launching import alone_environment, free_port, launch_command, launch_environment
+from trace_dist.launching import (
+    alone_environment,
+    free_port,
+    launch_command,
+    launch_environment,
+    ranks_environment,
+)
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 SCRIPT = """
@@ -40,7 +46,7 @@ def test_a_module_runs_once_on_every_rank(launcher: str, tmp_path: Path) -> None
 
 def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     assert launch_environment(1)["OMP_NUM_THREADS"] == str(cores)
     assert launch_environment(10 * cores)["OMP_NUM_THREADS"] == "1"
     assert launch_environment(num_threads=3)["OMP_NUM_THREADS"] == "3"
@@ -51,7 +57,54 @@ def test_threads_that_the_user_chose_are_kept(monkeypatch: pytest.MonkeyPatch) -
     assert launch_environment(1)["OMP_NUM_THREADS"] == launch_environment(2)["OMP_NUM_THREADS"] == "7"
     assert launch_environment(2, num_threads=1)["OMP_NUM_THREADS"] == "1"
     # A launcher has given its ranks theirs; what one of them starts has the machine to itself.
-    assert alone_environment()["OMP_NUM_THREADS"] == str(os.cpu_count() or 1)
+    assert alone_environment()["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
+
+
+def test_cores_that_this_process_may_not_use_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    assert launch_environment(2)["OMP_NUM_THREADS"] == "3"
+    assert alone_environment()["OMP_NUM_THREADS"] == "6"
+
+
+@pytest.fixture
+def login_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen cores and no GPU; nobody has chosen anything."""
+    for name in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "SLURM_CPUS_PER_TASK", "SLURM_JOB_NUM_NODES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+def test_ranks_of_a_host_share_its_cores(
+    login_node: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of other hosts take none of them, and find their own accelerators."""
+    (tmp_path / "hostfile").write_text("localhost slots=4\nnode-b slots=4\n")
+    on_hosts = LaunchConfig("torchrun", 8, str(tmp_path / "hostfile"))
+    environment = ranks_environment(on_hosts)
+    assert environment["OMP_NUM_THREADS"] == "4"
+    assert "DS_ACCELERATOR" not in environment
+    assert ranks_environment(on_hosts, together=2)["OMP_NUM_THREADS"] == "2"
+    here = ranks_environment(LaunchConfig("torchrun", 8))
+    assert (here["OMP_NUM_THREADS"], here["DS_ACCELERATOR"]) == ("2", "cpu")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    environment = ranks_environment(on_hosts)
+    assert (environment["OMP_NUM_THREADS"], environment["DS_ACCELERATOR"]) == ("7", "cuda")
+
+
+def test_slurm_says_what_a_rank_has(login_node: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = LaunchConfig("slurm", 8)
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    environment = ranks_environment(launch)
+    assert environment["OMP_NUM_THREADS"] == "4"
+    assert "DS_ACCELERATOR" not in environment
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "12")
+    assert ranks_environment(launch)["OMP_NUM_THREADS"] == "12"
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert ranks_environment(launch)["OMP_NUM_THREADS"] == "7"
 
 
 def run_script(name: str, folder: Path, *arguments: str, **environment: str) -> str:

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 from trace_dist.cli.lifetime import end_with_parents
-from trace_dist.stages.start import check_shared
 from trace_dist.utils import activity, dist
 from trace_dist.utils.heartbeat import Patience
+from trace_dist.utils.shared_files import check_shared
 
 
 def seen_by_rank_0() -> Path:

@@ -15,6 +15,7 @@ from transformers import LlamaConfig
 
 from trace_dist.cli.parser import parse, run_config
 from trace_dist.config import ContinualConfig, LaunchConfig, MaskConfig, ModelConfig, RunConfig, TaskConfig
+from trace_dist.stages import start as starting
 from trace_dist.stages.start import start
 from trace_dist.utils.locks import release
 
@@ -203,3 +204,25 @@ def test_a_mask_that_cannot_be_is_refused_first(
     with nullcontext() if message is None else pytest.raises(ValueError, match=message):
         start(cfg, "run")
     start(cfg, "report")  # which makes no masks
+
+
+@pytest.mark.parametrize(
+    ("command", "where", "checked"),
+    [("learn", "bank", True), ("learn", None, False), ("learn", "run/b", False), ("eval", "bank", False)],
+)
+def test_a_bank_elsewhere_must_be_seen_by_all_hosts(
+    cfg: RunConfig, tmp_path: Path, command: str, where: str | None, checked: bool, monkeypatch: Any
+) -> None:
+    """As the run folder must, in which other banks lie; by a file that this command holds."""
+    seen: list[str] = []
+
+    def check(path: Path, what: str) -> None:
+        assert path.read_text()
+        seen.append(what)
+
+    monkeypatch.setattr(starting, "check_shared", check)
+    monkeypatch.setattr(starting, "check_parts", lambda _: None)
+    path = None if where is None else str(tmp_path / where)
+    cfg = replace(cfg, bank=replace(cfg.bank, path=path), continual=ContinualConfig(methods=["retrieved"]))
+    start(cfg, command, mask_file="m")
+    assert seen == [f"run_dir={cfg.run_dir!r}", *([f"bank.path={path!r}"] if checked else [])]

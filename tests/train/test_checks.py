@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +26,7 @@ from trace_dist.models.loading import load_tokenizer
 from trace_dist.models.tiny import build_tiny
 from trace_dist.stages.base import prepare_base
 from trace_dist.train.workbench import Tasks, Workbench
+from trace_dist.utils import dist
 
 Write = Callable[..., TaskConfig]
 TINY = TinyConfig(hidden_size=8, num_layers=1, num_heads=1, intermediate_size=8, steps=1, batch_size=4)
@@ -202,3 +204,35 @@ def test_ids_beyond_the_embedding(tmp_path: Path, write: Write) -> None:
     build_tiny(TINY, embedded + 2, seed=0).save_pretrained(tmp_path / "target")
     Tasks.load(run(tmp_path, good, odd, trained, general=general))
     assert load_tokenizer(tmp_path / "target").pad_token == "<fill>"
+
+
+def test_one_rank_of_a_host_tokenises_and_the_others_read_its_cache(
+    tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 writes nothing before rank 0 of its host is done, and nothing afterwards."""
+    cfg = run(tmp_path, write("a", rows(20), rows(2, 50)), general=[write("g", rows(20), rows(2, 50))])
+    tokenizer = Tasks.load(cfg).characters()
+    model = build_tiny(TINY, len(tokenizer), seed=0)
+    for made in (model, tokenizer):
+        made.save_pretrained(tmp_path / "target")
+    shutil.rmtree(tmp_path / "cache")
+    met: list[set[Path]] = []
+
+    def meet(value: object) -> list[object]:
+        """Rank 0 encodes before the ranks have met for the second time."""
+        if len(met) == 1:
+            assert encoded() == set()
+            with monkeypatch.context() as alone:
+                alone.setattr(dist, "world_size", lambda: 1)
+                Workbench.load(cfg, cfg.target.path)
+        met.append(encoded())
+        return [value, value]
+
+    def encoded() -> set[Path]:
+        return set((tmp_path / "cache").rglob("*.arrow"))
+
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "rank", lambda: 1)
+    monkeypatch.setattr(dist, "gather_objects", meet)
+    assert len(Workbench.load(cfg, cfg.target.path).tasks[0].encoded) == 20
+    assert met[1] == met[2] != set()

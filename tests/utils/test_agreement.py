@@ -13,13 +13,14 @@ import pytest
 from launching import free_port, rank_environment
 
 from trace_dist.utils.agreement import agree
-from trace_dist.utils.together import on_all, on_main
+from trace_dist.utils.together import first_once_per_host, on_all, on_main
 
 RANKS = """
-import json, sys
+import json, socket, sys
+from pathlib import Path
 from trace_dist.utils import dist
 from trace_dist.utils.agreement import agree
-from trace_dist.utils.together import on_all, on_main
+from trace_dist.utils.together import first_once_per_host, on_all, on_main
 dist.init_distributed()
 rank = dist.rank()
 def refused(action):
@@ -30,6 +31,15 @@ def refused(action):
     return None
 def fail(error):
     raise error
+cache = Path(sys.argv[1])
+socket.gethostname = lambda: "bab"[rank]
+def cached(name):
+    before = sorted(path.name for path in cache.glob(f"{name}-*"))
+    (cache / f"{name}-{rank}").touch()
+    return before
+def fail_on(failing):
+    cached(f"failing{failing}")
+    return rank if rank != failing else fail(ValueError(f"rank {failing} fails"))
 found = {
     "same": refused(lambda: agree({"a": 1, "b": [2, 3]})),
     "one": refused(lambda: agree({"steps": 9, "train.lr": 1e-3 if rank == 1 else 3e-3})),
@@ -42,7 +52,12 @@ found = {
     "own": on_all(lambda: rank),
     "one of all": refused(lambda: on_all(lambda: fail(ValueError("mine")) if rank == 1 else rank)),
     "fault of all": refused(lambda: on_all(lambda: fail(KeyError("mine")) if rank == 1 else rank)),
+    "before": first_once_per_host(lambda: cached("cache")),
+    "first fails": refused(lambda: first_once_per_host(lambda: fail_on(1))),
+    "last fails": refused(lambda: first_once_per_host(lambda: fail_on(2))),
 }
+dist.barrier()
+found["marks"] = sorted(path.name for path in cache.glob("failing*"))
 with open(f"{sys.argv[1]}/{rank}.json", "w") as out:
     json.dump(found, out)
 dist.close()
@@ -96,6 +111,17 @@ def test_what_fails_on_one_rank_fails_on_all(reports: list[dict[str, Any]]) -> N
     assert [report["fault of all"] for report in reports] == [theirs, "KeyError: 'mine'", theirs]
 
 
+def test_the_first_rank_of_each_host_works_before_the_others(reports: list[dict[str, Any]]) -> None:
+    """Ranks 0 and 2 share a host; where one rank fails all do, at once."""
+    assert reports[2]["before"] == ["cache-0", "cache-1"]
+    for report in reports[:2]:
+        assert "cache-2" not in report["before"]
+    for report in reports:
+        assert report["first fails"] == "ValueError: rank 1 fails"
+        assert report["last fails"] == "ValueError: rank 2 fails"
+        assert report["marks"] == ["failing1-0", "failing1-1", "failing2-0", "failing2-1", "failing2-2"]
+
+
 def test_one_process_agrees_with_itself() -> None:
     agree({"a": 1})
-    assert on_main(lambda: "done") == on_all(lambda: "done") == "done"
+    assert on_main(lambda: "done") == on_all(lambda: "done") == first_once_per_host(lambda: "done") == "done"

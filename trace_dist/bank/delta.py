@@ -24,7 +24,7 @@ from trace_dist.masks.header import layouts_from_header, layouts_header
 from trace_dist.masks.mask import Mask
 from trace_dist.models.fingerprint import same_model
 from trace_dist.sharding.base import ShardedModel
-from trace_dist.sharding.support import build_supports
+from trace_dist.sharding.support import value_supports
 from trace_dist.utils import dist
 from trace_dist.utils.files import corrupt, load_tensors, reading
 from trace_dist.utils.finite import all_finite
@@ -148,7 +148,7 @@ def _mask(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) 
 def extract_delta(model: ShardedModel, mask: Mask, task: str) -> Delta:
     """Gather the model's present values at a mask's entries, on every rank. Collective."""
     values = {}
-    for support in build_supports(model, mask):
+    for support in value_supports(model, mask):
         local, runs = model.storage(support)
         mine = compact_gather(local, runs).to(local.dtype)
         values[support.name] = dist.all_gather_uneven(mine, support.splits).cpu()
@@ -190,7 +190,7 @@ class Snapshot:
     def __init__(self, model: ShardedModel, mask: Mask) -> None:
         self._model = model
         self._values = [
-            (support, compact_gather(*model.storage(support))) for support in build_supports(model, mask)
+            (support, compact_gather(*model.storage(support))) for support in value_supports(model, mask)
         ]
 
     def restore(self) -> None:

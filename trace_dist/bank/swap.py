@@ -27,7 +27,7 @@ from trace_kernels.runs import Runs
 from trace_dist.masks.mask import Mask
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.masked_linear import Part
-from trace_dist.sharding.support import Support, build_supports
+from trace_dist.sharding.support import Support, value_supports
 from trace_dist.utils.devices import sent
 
 CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ class Swap:
         self._model, self._inside = model, False
         self._supports: list[Support] = []
         self._values: list[Tensor] = []
-        for support in build_supports(model, mask, list(filter(model.indices_may_leave, mask.units))):
+        for support in value_supports(model, mask):
             whole = values[support.name]
             check_dtype(task, whole.dtype, model.like(support.name).dtype)
             mine = whole[support.offset : support.offset + support.runs.num_entries]

@@ -13,6 +13,7 @@ from pathlib import Path
 from trace_dist.checkpoint.format import MANIFEST, Damaged, read_checked, read_manifest
 from trace_dist.utils import dist
 from trace_dist.utils.log import get_logger
+from trace_dist.utils.together import on_main
 
 logger = get_logger(__name__)
 
@@ -34,9 +35,7 @@ def latest_checkpoint(root: Path) -> Path | None:
     Raises:
         ValueError: the newest is of another version of the format.
     """
-    for folder in dist.broadcast_object(
-        [path for path in _newest_first(root) if (path / MANIFEST).is_file()]
-    ):
+    for folder in on_main(lambda: [path for path in _newest_first(root) if (path / MANIFEST).is_file()]):
         try:
             read_checked(folder)
         except Damaged as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from trace_dist.cli.arguments import LAUNCHED
 from trace_dist.cli.parser import parse, run_config
 from trace_dist.config import RunConfig
-from trace_dist.launching import launch_environment
+from trace_dist.launching import ranks_environment
 from trace_dist.launching.checks import check_hosts
 from trace_dist.launching.commands import starts
 from trace_dist.launching.hosts import hosts_of
@@ -40,7 +40,7 @@ def launch_command(dry_run: bool, words: Sequence[str]) -> int:
         )
     parsed = parse(words)
     cfg = run_config(parsed[words[0]])
-    os.environ.update(launch_environment(1 if cfg.launch.hostfile else cfg.launch.num_ranks))
+    os.environ.update(ranks_environment(cfg.launch))
     if not dry_run:
         return supervise(cfg.launch, "trace_dist", words)
     say_hosts(cfg, words)

@@ -22,8 +22,8 @@ from trace_dist.masks.units import UnitLayout
 from trace_dist.models.architecture import empty_model, read_config
 from trace_dist.models.fingerprint import check_same
 from trace_dist.sharding.base import ShardedModel
-from trace_dist.utils import dist
 from trace_dist.utils.names import BASE
+from trace_dist.utils.together import on_main
 
 
 def bank_before(cfg: RunConfig, method: str, fingerprint: str) -> tuple[DeltaBank | None, list[str]]:
@@ -33,7 +33,7 @@ def bank_before(cfg: RunConfig, method: str, fingerprint: str) -> tuple[DeltaBan
         ValueError: the bank is damaged, or of another base.
     """
     folder = cfg.bank_of(method)
-    if not dist.broadcast_object(folder.index.is_file()):
+    if not on_main(folder.index.is_file):
         return None, []
     bank, own = DeltaBank(folder.root), {task.name for task in cfg.tasks}
     check_same(bank.base, fingerprint, f"bank {folder.root}")

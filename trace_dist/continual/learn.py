@@ -26,7 +26,8 @@ from trace_dist.train.task import train_mask
 from trace_dist.train.workbench import Stream
 from trace_dist.utils.env import code_version
 from trace_dist.utils.log import get_logger
-from trace_dist.utils.together import on_all
+from trace_dist.utils.shared_files import present
+from trace_dist.utils.together import on_all, on_main
 
 logger = get_logger(__name__)
 
@@ -89,7 +90,7 @@ def learn_task(
         facts["kept_step"] = result.kept_step
     # A mask that was given comes without a probe.
     path = setting.folder.sketch(task)
-    sketch = on_all(lambda: Sketch.load(path) if path.is_file() else None)
+    sketch = on_all(lambda: Sketch.load(present(path))) if on_main(path.is_file) else None
     prompts = to_keep(setting, [stream])
     bank.add(signature, delta, sketch=sketch, facts=facts, prompts=prompts, adapted=adapted, recipe=recipe)
     return result

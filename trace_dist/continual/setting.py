@@ -31,6 +31,7 @@ from trace_dist.train.validation import Validation
 from trace_dist.train.workbench import Stream, Workbench
 from trace_dist.utils import dist
 from trace_dist.utils.rng import random_numbers_kept
+from trace_dist.utils.shared_files import present
 from trace_dist.utils.together import on_all, on_main
 
 METHOD_OF = {"projected": "retrieved"}
@@ -115,9 +116,9 @@ class Setting:
         """
         task = stream.task.name
         path = self.folder.mask(task, kind)
-        if dist.broadcast_object(not path.is_file()):
+        if not on_main(path.is_file):
             self.project(stream)
-        mask = Mask.load(path)
+        mask = on_all(lambda: Mask.load(present(path)))
         check_base(mask, self.fingerprint, str(path))
         name = self.cfg.mask.isolation
         # One that was given, not made here, knows of none.
@@ -134,9 +135,14 @@ class Setting:
         """
         task, cfg = stream.task.name, self.cfg.mask
         path = self.folder.mask(task, recipe.kind)
-        found = on_all(lambda: Mask.load(path) if path.is_file() else None)
-        if found is not None and is_made(found, self.fingerprint, recipe.made_by, cfg.isolation):
-            return found
+
+        def made_before() -> bool:
+            return path.is_file() and is_made(
+                Mask.load(path), self.fingerprint, recipe.made_by, cfg.isolation
+            )
+
+        if on_main(made_before):
+            return on_all(lambda: Mask.load(present(path)))
         layouts = layouts_for(self.model, "tensor", cfg.block, cfg.maskable)
         refused, meta = self._refused(
             layouts, stream, recipe.kind, lambda other: self.own_mask(other, recipe)

@@ -8,6 +8,7 @@ from trace_dist.launching.environment import (
     alone_environment,
     followed,
     launch_environment,
+    ranks_environment,
     run_holders,
     run_process,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "free_port",
     "launch_command",
     "launch_environment",
+    "ranks_environment",
     "run_holders",
     "run_process",
     "shown_launch",

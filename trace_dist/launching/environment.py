@@ -6,7 +6,10 @@ import os
 import re
 import socket
 from collections.abc import Mapping
+from math import ceil
 
+from trace_dist.config import LaunchConfig
+from trace_dist.launching.hosts import hosts_of
 from trace_dist.utils.codes import FAILED
 from trace_dist.utils.launch import LAUNCHERS, process_name
 
@@ -50,14 +53,47 @@ def launch_environment(num_processes: int = 1, num_threads: int | None = None) -
     """
     import torch
 
+    environment = _with_threads(num_processes, num_threads)
+    if not torch.cuda.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+    return environment
+
+
+def ranks_environment(launch: LaunchConfig, together: int = 1) -> dict[str, str]:
+    """The environment of the ranks of a configuration.
+
+    On other machines each rank finds its accelerator itself. Hosts are taken to be like this one, whose cores are shared as on
+    the host with most ranks; Slurm says how many cores a rank has, where it was asked for them.
+
+    Args:
+        launch: how they are started.
+        together: jobs like this one that run at the same time.
+
+    Raises:
+        ValueError: the hosts are not as they must be.
+    """
+    if launch.launcher == "slurm":
+        cores, nodes = (os.environ.get(f"SLURM_{name}", "") for name in ("CPUS_PER_TASK", "JOB_NUM_NODES"))
+        chosen = cores.isdecimal() and not os.environ.get("OMP_NUM_THREADS")
+        of_node = ceil(launch.num_ranks / int(nodes)) if nodes.isdecimal() else launch.num_ranks
+        return _with_threads(together * of_node, int(cores) if chosen else None)
+    if hosts := hosts_of(launch):
+        return _with_threads(together * max(host.slots for host in hosts))
+    return launch_environment(together * launch.num_ranks)
+
+
+def num_cores() -> int:
+    """Cores that this process may use, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0))
+
+
+def _with_threads(num_processes: int, num_threads: int | None = None) -> dict[str, str]:
+    """This process's environment with a number of threads, as ``launch_environment``."""
     environment = dict(os.environ)
-    share = max(1, (os.cpu_count() or 1) // num_processes)
     if num_threads is not None:
         environment["OMP_NUM_THREADS"] = str(num_threads)
     elif not environment.get("OMP_NUM_THREADS"):
-        environment["OMP_NUM_THREADS"] = str(share)
-    if not torch.cuda.is_available():
-        environment.setdefault("DS_ACCELERATOR", "cpu")
+        environment["OMP_NUM_THREADS"] = str(max(1, num_cores() // num_processes))
     return environment
 
 
@@ -67,7 +103,7 @@ def alone_environment() -> dict[str, str]:
     hidden = ("TORCHELASTIC_", "SLURM_STEP")
     return {
         name: value
-        for name, value in launch_environment(num_threads=os.cpu_count() or 1).items()
+        for name, value in launch_environment(num_threads=num_cores()).items()
         if name not in RANKS and not name.startswith(hidden)
     }
 

@@ -25,13 +25,13 @@ from trace_dist.sharding.comm import Comm
 from trace_dist.sharding.index_shares import IndexShares, blocks_of, worth_sharing
 from trace_dist.sharding.masked_linear import MaskedLinear, RunningPass, patch_linear
 from trace_dist.sharding.reduction import CompactReducer
-from trace_dist.sharding.support import Accumulate, Partitioned, Support, add_to_grad, build_supports
+from trace_dist.sharding.support import Accumulate, Sharing, Support, add_to_grad, build_supports
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
 
 
-class Attachable(Partitioned, Protocol):
+class Attachable(Sharing, Protocol):
     """What a compactor must know of a sharded model (``sharding.base.ShardedModel``)."""
 
     module: Any
@@ -42,9 +42,6 @@ class Attachable(Partitioned, Protocol):
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
-
-    def indices_may_leave(self, name: str) -> bool:
-        """Whether nothing but a backward pass needs to know where the masked entries of other ranks are in a weight."""
 
     def after_backward(self) -> None:
         """Called at the end of each backward pass."""

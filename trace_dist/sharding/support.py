@@ -41,6 +41,13 @@ class Partitioned(Protocol):
         """An empty tensor of the dtype of a weight's values, on the device where this rank keeps them."""
 
 
+class Sharing(Partitioned, Protocol):
+    """A sharded model that may do without other ranks' indices."""
+
+    def indices_may_leave(self, name: str) -> bool:
+        """Whether nothing but a backward pass needs to know where the masked entries of other ranks are in a weight."""
+
+
 @dataclass(eq=False)
 class Support:
     """The masked entries of one parameter, seen from one rank.
@@ -145,6 +152,12 @@ def build_supports(model: Partitioned, mask: Mask, away: Container[str] = ()) ->
                 "give the mask that was made for this model, or project it"
             )
     return [_support(model, mask, name, name in away) for name in names if name in mask.units]
+
+
+def value_supports(model: Sharing, mask: Mask) -> list[Support]:
+    """As ``build_supports``, to read and write values alone: where other ranks' entries are is not kept, unless the model asks
+    for it outside of backward passes."""
+    return build_supports(model, mask, list(filter(model.indices_may_leave, mask.units)))
 
 
 def _support(model: Partitioned, mask: Mask, name: str, away: bool) -> Support:

@@ -41,6 +41,7 @@ from trace_dist.sharding.support import Support
 from trace_dist.sharding.throttle import Throttle
 from trace_dist.sharding.views import PartitionView, flat_views
 from trace_dist.utils import dist
+from trace_dist.utils.launch import MPI
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
@@ -67,11 +68,22 @@ def start_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     dist.ensure_group()
+    _say_device()
     import deepspeed
 
     deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OPERATOR] = False
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     return deepspeed
+
+
+def _say_device() -> None:
+    """DeepSpeed takes LOCAL_RANK, as it is, for the index of the device, which may be the only one that a rank sees; and Open
+    MPI's, which counts agents where torchrun runs under mpirun, must equal it."""
+    device, of_mpi = dist.local_device(), f"{MPI}_LOCAL_RANK"
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        os.environ["LOCAL_RANK"] = str(device.index)
+    if of_mpi in os.environ:
+        os.environ[of_mpi] = os.environ.setdefault("LOCAL_RANK", os.environ[of_mpi])
 
 
 def gathers_by_messages() -> bool:

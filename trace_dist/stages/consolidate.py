@@ -65,7 +65,7 @@ def run_consolidate(cfg: RunConfig) -> dict[str, float]:
     # Before anything older is forgotten.
     on_main(lambda: check_base(cfg, bank))
     on_main(lambda: _begin(cfg, bank, result))
-    if dist.broadcast_object(result.is_file()):
+    if on_main(result.is_file):
         logger.info("consolidate: kept %s; the bank is as it was", cfg.folder.product(METHOD))
     elif dist.world_size() == 1 and cfg.backend != "single" and cfg.launch.num_ranks > 1:
         run_pipeline(cfg, [[Stage("consolidate", ["consolidate"], [result], launched=True)]])

@@ -86,7 +86,7 @@ def _check_new(cfg: RunConfig, mask_given: bool) -> None:
     folder = cfg.bank_of()
     logger.info("learn: %s into the bank %s", ", ".join(task.name for task in cfg.tasks), folder.root)
     logger.info("learn: masks, checkpoints and results lie in %s", cfg.run_dir)
-    if not dist.broadcast_object(folder.index.is_file()):
+    if not on_main(folder.index.is_file):
         return
     bank = DeltaBank(folder.root)
     bank.check_kind(cfg.bank.signature)
@@ -94,7 +94,7 @@ def _check_new(cfg: RunConfig, mask_given: bool) -> None:
         bank.check_adapted()
     for task in cfg.tasks:
         # With a mask of its own the task was begun here; `continual.learn` compares mask and examples.
-        if task.name in bank.tasks and not dist.broadcast_object(cfg.folder.mask(task.name).is_file()):
+        if task.name in bank.tasks and not on_main(cfg.folder.mask(task.name).is_file):
             raise ValueError(
                 f"tasks.name={task.name!r}: the bank {folder.root} holds a task of this name; rename one "
                 f"(`trace-dist bank rename {folder.root} {task.name} NEW`), or remove it there"
@@ -132,7 +132,7 @@ def _take_mask(cfg: RunConfig, path: Path) -> None:
 
 def _in_one_process(stage: Stage, cfg: RunConfig) -> None:
     """Let a process of rank 0's do a stage, unless it is done; all ranks wait. Collective."""
-    if dist.broadcast_object(stage.done):
+    if on_main(lambda: stage.done):
         return
     running = start_stage(stage, cfg) if dist.is_main() else None
     code = None

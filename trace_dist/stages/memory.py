@@ -27,6 +27,7 @@ from trace_dist.train.workbench import Workbench
 from trace_dist.utils import dist
 from trace_dist.utils.files import write_json
 from trace_dist.utils.log import outcome
+from trace_dist.utils.together import on_main
 
 MEASURED_LR = 1e-4
 """Of the steps that are taken to be measured; states have the same size at any rate."""
@@ -51,7 +52,7 @@ def run_memory(cfg: RunConfig) -> dict[str, Any]:
     """
     if cfg.backend != "zero3":
         raise ValueError(f"backend={cfg.backend!r}: memory is measured under ZeRO-3; set --backend zero3")
-    describe(cfg).check_inputs()
+    on_main(describe(cfg).check_inputs)
     path = prepare_base(cfg, "target")
     bench = Workbench.load(cfg, path)
     mask = Mask.load(cfg.folder.mask(cfg.tasks[0].name))

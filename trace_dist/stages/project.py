@@ -10,8 +10,8 @@ from trace_dist.projection.project import needs_proxy
 from trace_dist.stages.base import prepare_base
 from trace_dist.stages.stage import Stage
 from trace_dist.stages.words import listed
-from trace_dist.utils import dist
 from trace_dist.utils.log import get_logger, outcome
+from trace_dist.utils.together import on_main
 
 logger = get_logger(__name__)
 
@@ -30,7 +30,7 @@ def run_project(cfg: RunConfig) -> None:
     Raises:
         ValueError: the proxy has not been probed.
     """
-    describe(cfg).check_inputs()
+    on_main(describe(cfg).check_inputs)
     prepare_base(cfg, "target")
     setting = with_density(Setting.load(cfg))
     cfg = setting.cfg
@@ -41,8 +41,9 @@ def run_project(cfg: RunConfig) -> None:
     elif cfg.mask.granularity == "tensor" and needs_proxy(cfg.projection):
         logger.info("project: whole tensors go by role and depth; projection.placement is not used")
     for stream in setting.bench.tasks:
-        if dist.broadcast_object(is_projected(cfg, stream.task.name, setting.fingerprint)):
-            logger.info("project %s: kept its masks", stream.task.name)
+        name = stream.task.name
+        if on_main(lambda name=name: is_projected(cfg, name, setting.fingerprint)):  # type: ignore[misc]
+            logger.info("project %s: kept its masks", name)
         else:
             setting.project(stream)
     outcome(f"{listed([task.name for task in cfg.tasks])}: density {cfg.mask.share:g}")

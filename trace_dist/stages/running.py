@@ -20,7 +20,7 @@ from trace_dist.launching import (
     alone_environment,
     followed,
     launch_command,
-    launch_environment,
+    ranks_environment,
 )
 from trace_dist.launching.supervisor import is_loss
 from trace_dist.stages.stage import Stage
@@ -111,7 +111,7 @@ def start_stage(stage: Stage, cfg: RunConfig, together: int = 1) -> Running:
     words = list(takewhile(lambda argument: not argument.startswith("-"), stage.arguments))
     command = launch_command(launch) + words
     command += ["--config", str(cfg.folder.config), *stage.arguments[len(words) :]]
-    environment = alone_environment() if is_launched() else launch_environment(together * launch.num_ranks)
+    environment = alone_environment() if is_launched() else ranks_environment(launch, together)
     log = cfg.folder.log(stage.name).absolute()
     events = EventReader(log.with_suffix(".events"))
     stop = log.with_suffix(".stop")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +25,7 @@ from trace_dist.utils.imports import importing
 from trace_dist.utils.launch import adopt_launch, job_size
 from trace_dist.utils.locks import hold_until_exit
 from trace_dist.utils.log import get_logger
+from trace_dist.utils.shared_files import check_shared
 from trace_dist.utils.together import on_main
 from trace_dist.utils.yaml import load_yaml
 
@@ -71,6 +70,8 @@ def start(cfg: RunConfig, command: str, **own: str | None) -> None:
     if command in FILL_BANKS:
         on_main(lambda: take_bank(cfg))
     check_shared(cfg.folder.lock, f"run_dir={cfg.run_dir!r}")
+    if command in FILL_BANKS:
+        _check_bank_is_shared(cfg)
     # After that, since it imports the parts, which takes seconds, and a folder that is taken is refused at once.
     check_parts(cfg)
     if cfg.train.sequence_parallel > 1:
@@ -159,37 +160,11 @@ def take_bank(cfg: RunConfig) -> None:
             check_newest(bank, read_index(bank))
 
 
-def check_shared(path: Path, what: str, seconds: float = 10.0) -> None:
-    """Ranks on all hosts see what rank 0 has just written: masks, checkpoints and banks pass through the run folder. Collective.
-
-    Args:
-        path: a file of rank 0's.
-        what: begins the message: ``field=value``.
-        seconds: how long a file may take from host to host.
-
-    Raises:
-        ValueError: on every rank: some host does not see it.
-    """
-    if dist.world_size() == 1:
-        return
-    text = dist.broadcast_object(_text_of(path) if dist.is_main() else None)
-    deadline = time.monotonic() + seconds
-    while not (seen := _text_of(path) == text) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    found = dist.gather_objects((socket.gethostname(), seen))
-    blind = sorted({host for host, seen in found if not seen})
-    if blind:
-        raise ValueError(
-            f"{what}: {', '.join(blind)} cannot see what rank 0 on {found[0][0]} writes there; put it on a file system that all "
-            "hosts share, at the same path"
-        )
-
-
-def _text_of(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return None
+def _check_bank_is_shared(cfg: RunConfig) -> None:
+    """A bank outside of the run folder, which ``take_bank`` has taken, is seen by ranks on all hosts. Collective."""
+    bank = cfg.bank_of()
+    if FILLS in cfg.continual.methods and not bank.root.is_relative_to(cfg.folder.root):
+        check_shared(bank.command_lock, f"bank.path={str(bank.root)!r}")
 
 
 def _check_number_of_ranks(cfg: RunConfig, command: str) -> None:

@@ -23,7 +23,7 @@ from trace_kernels.compact import compact_gather, compact_scatter
 from trace_dist.bank.delta import Delta, check_dtype
 from trace_dist.bank.recipe import GROUPS, change_of, group_of, mixed
 from trace_dist.sharding.base import ShardedModel
-from trace_dist.sharding.support import Support, build_supports
+from trace_dist.sharding.support import Support, value_supports
 from trace_dist.train.learner import Learner
 from trace_dist.utils import dist
 from trace_dist.utils.finite import check_finite
@@ -139,7 +139,7 @@ class CombinationLearner(Learner):
     def restore(self) -> None:
         """Let the model hold the base again, bit for bit, and collect no gradients. Collective."""
         self.model.detach()
-        for support, base in zip(build_supports(self.model, self.mask), self._base, strict=True):
+        for support, base in zip(value_supports(self.model, self.mask), self._base, strict=True):
             self._put(support, base)
         self.model.refresh(self._supports)
         self.model.release()

@@ -22,6 +22,7 @@ from trace_dist.models.tiny import MAX_POSITIONS
 from trace_dist.models.tokenizer import char_tokenizer
 from trace_dist.models.weight_files import resolve
 from trace_dist.train.checks import Reader, check_tasks
+from trace_dist.utils.together import first_once_per_host
 
 
 class Sections(Protocol):
@@ -126,7 +127,7 @@ class Workbench:
 
     @classmethod
     def load(cls, cfg: Sections, model_path: str | Path, plain: bool = False) -> Workbench:
-        """Read and check all tasks, and tokenise them with a model's tokenizer.
+        """Read and check all tasks, and tokenise them with a model's tokenizer, once on each host. Collective.
 
         Args:
             cfg: which tasks.
@@ -136,6 +137,10 @@ class Workbench:
         Raises:
             ValueError: as ``Tasks.load``.
         """
+        return first_once_per_host(lambda: cls._load(cfg, model_path, plain))
+
+    @classmethod
+    def _load(cls, cfg: Sections, model_path: str | Path, plain: bool) -> Workbench:
         loaded = Tasks.load(cfg)
         modality = load_modality(cfg.data.modality)
         tokenizer = modality.load_reader(model_path)

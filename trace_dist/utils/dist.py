@@ -25,6 +25,7 @@ import torch.distributed as dist
 from trace_dist.utils import network, stopping
 from trace_dist.utils.heartbeat import Heartbeat, Patience, Verdict
 from trace_dist.utils.launch import adopt_launch
+from trace_dist.utils.open_files import allow_connections
 from trace_dist.utils.wire import Place, connect, listen
 
 DRAIN_SECONDS = 0.1
@@ -89,7 +90,8 @@ def init_distributed(waiting: Waiting | None = None) -> None:
         waiting: how long ranks wait for each other; the defaults when None.
 
     Raises:
-        ValueError: the launcher's variables are incomplete or contradict each other, or the ranks cannot meet.
+        ValueError: the launcher's variables are incomplete or contradict each other, or the ranks cannot meet or may open
+            too few files.
     """
     if dist.is_initialized():
         return
@@ -100,6 +102,7 @@ def init_distributed(waiting: Waiting | None = None) -> None:
     waiting = waiting or Waiting()
     global _minutes
     _minutes = waiting.timeout_minutes
+    allow_connections(num_ranks)
     device, timeout = take_device(), _timeout(_minutes)
     network.choose_interface()
     options: dict[str, Any] = {}

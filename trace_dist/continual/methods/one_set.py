@@ -17,7 +17,6 @@ from trace_dist.continual.judge import Row
 from trace_dist.continual.methods.base import Method
 from trace_dist.continual.setting import Setting
 from trace_dist.models.fingerprint import check_same
-from trace_dist.utils import dist
 from trace_dist.utils.together import on_main
 
 
@@ -103,5 +102,5 @@ class OneSet(Method):
 def _missing(cfg: RunConfig) -> list[str]:
     """Tasks of a run that its bank does not hold yet."""
     folder = cfg.bank_of()
-    held = DeltaBank(folder.root).tasks if dist.broadcast_object(folder.index.is_file()) else []
+    held = DeltaBank(folder.root).tasks if on_main(folder.index.is_file) else []
     return [task.name for task in cfg.tasks if task.name not in held]
