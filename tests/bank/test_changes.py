@@ -143,6 +143,14 @@ def test_a_merge_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     assert contents(left.folder) == contents(fill(tmp_path / "left").folder)
 
 
+def test_a_bank_that_was_deleted_but_for_hidden_files_is_started_again(tmp_path: Path) -> None:
+    bank = fill(tmp_path)
+    bank.files.index.unlink()
+    shutil.rmtree(bank.files.tasks)
+    assert bank.files.newest.read_text() == "3\n"
+    assert fill(tmp_path).tasks == [BASE, *TASKS]
+
+
 def test_a_bank_is_started_whole_or_not_at_all(tmp_path: Path) -> None:
     def start() -> None:
         DeltaBank.create(folder, "aaaa", layer=1).add(drawn(BASE, 0), None)

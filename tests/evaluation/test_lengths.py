@@ -97,7 +97,7 @@ def test_an_answer_that_leaves_no_room_is_refused(tokenizer: PreTrainedTokenizer
     tokens_needed(tokenizer, task, EvalConfig(), DataConfig(max_length=9))
 
 
-@pytest.mark.parametrize("family", ["llama", "openai-gpt"])
+@pytest.mark.parametrize("family", ["llama", "openai-gpt", "falcon_h1", "bloom"])
 def test_each_prompt_has_its_own_cap(family: str, tokenizer: PreTrainedTokenizerFast) -> None:
     """Some together would pass the last position of the model."""
     torch.manual_seed(0)

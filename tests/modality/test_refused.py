@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +136,12 @@ def pictures(*answers: str) -> list[dict[str, str]]:
     ]
 
 
+def jpeg_of(prompt: str) -> bytes:
+    file = io.BytesIO()
+    picture_of(prompt).resize((64, 64)).save(file, "JPEG")
+    return file.getvalue()
+
+
 def check(train: list[dict[str, str]], test: list[dict[str, str]], validation: list[dict[str, str]]) -> None:
     parts = [as_dataset(rows) for rows in (train, test, validation)]
     task = Task("x", *parts[:2], None, "top1", 0.0, 0.0, validation=parts[2])
@@ -144,8 +151,12 @@ def check(train: list[dict[str, str]], test: list[dict[str, str]], validation: l
 
 def test_every_picture_and_class_is_checked() -> None:
     good = pictures("a", "b", "a")
-    cut = [*good[:2], {**good[2], "prompt": good[2]["prompt"][:-24]}]
+    good[1]["prompt"] = uri_of(photo := jpeg_of(good[1]["prompt"]))
     check(good, good, good)
+    # A JPEG file has no checksums: its pixels are looked at.
+    with pytest.raises(ValueError, match=r"^test example 1: prompt .* cannot be read .*; drop or mend it"):
+        check(good, [good[0], {**good[1], "prompt": uri_of(photo[: len(photo) // 2])}], good)
+    cut = [*good[:2], {**good[2], "prompt": good[2]["prompt"][:-24]}]
     for parts, name in (
         ((cut, good, good), "training"),
         ((good, cut, good), "test"),

@@ -123,6 +123,7 @@ def _start(files: BankFolder, index: Index) -> None:
                 f"bank {files.root}: {left.name} is there but {files.index.name} is missing; "
                 "restore it from a copy, or choose another folder"
             )
+    files.newest.unlink(missing_ok=True)  # of a bank that was deleted but for its hidden files
     index.save(files.index)
 
 

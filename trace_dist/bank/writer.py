@@ -77,7 +77,8 @@ class Writer:
             records.append(record)
         index = index.changed(records)
         index.save(self.files.index)
-        write_text(self.files.newest, f"{index.generation}\n")
+        with suppress(ValueError):  # the change is there; an older number guards less
+            write_text(self.files.newest, f"{index.generation}\n")
         self.index = index
         self.sweep()
 

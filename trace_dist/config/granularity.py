@@ -50,7 +50,8 @@ class Granularities:
         for kind in (usual, *found.values()):
             check(kind in get_args(Granularity), name, text, f"must be one of {kinds}", f"use {EXAMPLE}")
         mlp = {found.get(role, usual) == NEURON for role in ("gate", "up", "down")}
-        mlp |= {found[role] == NEURON for role in found if role == "gate_up"}
+        if "gate_up" in found:
+            mlp.add(found["gate_up"] == NEURON)
         check(
             len(mlp) == 1,
             name,

@@ -12,6 +12,10 @@ padding on the right changes all the same decodes one prompt at a time.
 A model whose own positions begin behind the id of padding (RoBERTa) is padded on the right too: given positions begin at 0,
 and are not those of training. Its ``generate`` gives it these.
 
+[Note: caps] Of prompts with caps of their own, a short one may go on where a long one has used up the model's positions. A model
+with rotary positions reads the long one on at its last position, and what it writes there is dropped. Others have tables that
+end: there such prompts are decoded apart.
+
 [Note: asking] Whether all prompts have ended only the device knows, and where forward passes are collective only all ranks
 together. To ask takes as long as an accelerator is behind its host, so it is asked every few tokens; what was decoded beyond
 the end is dropped. A CPU is never behind, and asks at each token.
@@ -19,6 +23,7 @@ the end is dropped. A CPU is never behind, and asks at each token.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from functools import cache as once
 from functools import partial
@@ -90,8 +95,9 @@ def greedy_decode(
     with evaluating(model) as alone:
         fill = fill_id(model, tokenizer)
         size = safe_batch_size(model, prompts, fill, batch_size)
-        for group, most in _groups(lengths, caps, context_length(config_of(model))):
-            decoder = _Decoder(model, stop_ids(tokenizer), fill, most, alone)
+        context = context_length(config_of(model))
+        for group, most in _groups(lengths, caps, None if _is_rotary(model) else context):
+            decoder = _Decoder(model, stop_ids(tokenizer), fill, most, alone, context)
             run = partial(_decoded, decoder, [prompts[i] for i in group])
             found = map_over_ranks([lengths[i] for i in group], size, run, alone)
             outputs.update(zip(group, found, strict=True))
@@ -102,10 +108,16 @@ def _decoded(decoder: _Decoder, prompts: list[list[int]], batch: list[int]) -> l
     return decoder([prompts[i] for i in batch])
 
 
+def _is_rotary(model: torch.nn.Module) -> bool:
+    """Whether positions are rotations, which end nowhere."""
+    return getattr(config_of(model).get_text_config(), "rope_parameters", None) is not None
+
+
 def _groups(
     lengths: Sequence[int], caps: Sequence[int], context: int | None
 ) -> Iterator[tuple[list[int], int]]:
-    """Prompts that are decoded together, and how many steps: those of the largest cap among them, all within the context."""
+    """Prompts that are decoded together, and how many steps: those of the largest cap among them, all within the context
+    ([Note: caps])."""
     left = list(range(len(lengths)))
     while left:
         most = max(caps[i] for i in left)
@@ -115,12 +127,22 @@ def _groups(
 
 
 class _Decoder:
-    """Decodes batches of one model ([Note: padding and caches]); ``alone``: its forward passes are not collective."""
+    """Decodes batches of one model ([Note: padding and caches]); ``alone``: its forward passes are not collective.
+
+    ``context``: its positions; None where it states no limit ([Note: caps]).
+    """
 
     def __init__(
-        self, model: torch.nn.Module, stops: list[int], fill: int, max_new_tokens: int, alone: bool
+        self,
+        model: torch.nn.Module,
+        stops: list[int],
+        fill: int,
+        max_new_tokens: int,
+        alone: bool,
+        context: int | None,
     ) -> None:
         self.model, self.fill, self.max_new_tokens, self.alone = model, fill, max_new_tokens, alone
+        self.last_place = sys.maxsize if context is None else context - 1
         self.is_stop = torch.tensor(stops, device=device_of(model))
 
     def __call__(self, prompts: list[list[int]]) -> list[list[int]]:
@@ -148,7 +170,7 @@ class _Decoder:
             if chosen.add(tokens[:, 0]):
                 break
             mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
-            position_ids = position_ids[:, -1:] + 1
+            position_ids = (position_ids[:, -1:] + 1).clamp(max=self.last_place)
         return chosen.ids()
 
     def _without_cache(self, prompts: list[list[int]]) -> list[list[int]]:
@@ -164,9 +186,10 @@ class _Decoder:
             best = logits[rows, here].argmax(dim=-1)
             if chosen.add(best):
                 break
-            ends = ends + 1
-            tokens = nn.functional.pad(tokens, (0, 1), value=self.fill).scatter(1, ends, best[:, None])
-            mask = nn.functional.pad(mask, (0, 1)).scatter(1, ends, 1)
+            ends = (ends + 1).clamp(max=self.last_place)
+            more = (0, int(tokens.shape[1] <= self.last_place))
+            tokens = nn.functional.pad(tokens, more, value=self.fill).scatter(1, ends, best[:, None])
+            mask = nn.functional.pad(mask, more).scatter(1, ends, 1)
         return chosen.ids()
 
 

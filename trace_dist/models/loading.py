@@ -61,7 +61,8 @@ def _is_embedded(token: int, folder: Path) -> bool:
     if not (folder / "config.json").is_file():
         return True
     config = read_config(folder, f"model.path={str(folder)!r}")
-    return token < getattr(config.get_text_config(), "vocab_size", token + 1)
+    vocab_size = getattr(config.get_text_config(), "vocab_size", None)
+    return vocab_size is None or token < vocab_size
 
 
 def load_model(

@@ -13,9 +13,9 @@ from trace_dist.parts import COMPOSITIONS
 
 NO_BLEND = "none"
 AUTO = "auto"
+"""Stands for a task where each prompt's is retrieved."""
 COLDEST = 1e-4
 """Temperatures below are 0."""
-"""Stands for a task where each prompt's is retrieved."""
 
 
 def check_task(task: str, known: Sequence[str]) -> None:

@@ -93,7 +93,8 @@ def write_out(
 
     Args:
         model: as its weights are.
-        rows: the answers, which nobody listens to or cancels; on every rank they hold all answers afterwards.
+        rows: the answers, which nobody listens to or cancels; on every rank they hold all answers afterwards. Which of them are
+            written together depends on the number of ranks, and so does rounding.
         batch_size: answers that one rank writes at a time, at most.
         ends, fill: as ``write``.
     """

@@ -60,7 +60,7 @@ class _Bucket:
             self._moves = moves.to(device, torch.int32), lengths.to(device, torch.int32)
 
     def by_rank(self, values: Sequence[Tensor]) -> Tensor:
-        """The parameters' gradients, each of which has the ranks' entries one after the other, as one that has: [entries]."""
+        """What is sent, [entries]: rank 0's of each parameter in turn, then rank 1's, and so on; ``values``: by parameter."""
         if len(values) == 1:
             return values[0]
         if self._moves is None:
