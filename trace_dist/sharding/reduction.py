@@ -29,6 +29,7 @@ from torch import Tensor
 
 from trace_dist.sharding.comm import Comm
 from trace_dist.sharding.support import Accumulate, Support
+from trace_dist.utils import devices
 
 BUCKET_BYTES = 32 * 2**20
 MESSAGE_BYTES = 32 * 2**10
@@ -56,8 +57,9 @@ class _Bucket:
             pieces = torch.tensor([support.splits for support in supports])
             begins = (pieces.flatten().cumsum(0) - pieces.flatten()).view_as(pieces)
             lengths = pieces.T.flatten()
-            moves = begins.T.flatten() - (lengths.cumsum(0) - lengths)
-            self._moves = moves.to(device, torch.int32), lengths.to(device, torch.int32)
+            ends = lengths.cumsum(0)
+            moves = begins.T.flatten() - (ends - lengths)
+            self._moves = devices.sent(moves.int(), device), devices.sent(ends.int(), device)
 
     def by_rank(self, values: Sequence[Tensor]) -> Tensor:
         """What is sent, [entries]: rank 0's of each parameter in turn, then rank 1's, and so on; ``values``: by parameter."""
@@ -66,10 +68,10 @@ class _Bucket:
         if self._moves is None:
             pieces = [each.split(support.splits) for each, support in zip(values, self.supports, strict=True)]
             return torch.cat([piece for of_rank in zip(*pieces, strict=True) for piece in of_rank])
-        (moves, lengths), whole = self._moves, torch.cat(list(values))
+        (moves, ends), whole = self._moves, torch.cat(list(values))
         places = torch.arange(len(whole), dtype=torch.int32, device=whole.device)
-        places += torch.repeat_interleave(moves, lengths, output_size=len(whole))
-        return whole.index_select(0, places)
+        piece = torch.bucketize(places, ends, right=True, out_int32=True)
+        return whole.index_select(0, places + moves.index_select(0, piece))
 
 
 @dataclass(frozen=True)
