@@ -58,7 +58,7 @@ def test_the_first_change_upgrades(folder: Path) -> None:
     assert bank.path("one").read_bytes() == content
     assert bank.path("one").stat().st_ino == file
     kept = {path.name for path in folder.iterdir()}
-    assert kept == {"bank.json", "tasks"}
+    assert kept == {".generation", "bank.json", "tasks"}
     # a reader from before the upgrade goes on reading
     check(reader)
 
