@@ -9,7 +9,7 @@ from operator import or_
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.delta import check_base
 from trace_dist.bank.index import Member, Record
-from trace_dist.bank.writer import check_newest
+from trace_dist.bank.writer import check_newest, read_index
 from trace_dist.masks.mask import Mask
 from trace_dist.run_folder import ADAPTED
 
@@ -31,8 +31,9 @@ def verify(bank: DeltaBank) -> list[str]:
 
 
 def _older(bank: DeltaBank) -> list[str]:
+    """Whether the index is older than its files: the one that lies there now, not the one that the bank was opened with."""
     try:
-        check_newest(bank.files, bank.index)
+        check_newest(bank.files, read_index(bank.files))
     except ValueError as error:
         return [str(error)]
     return []
