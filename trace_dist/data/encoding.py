@@ -175,11 +175,6 @@ def check_context(tokens_needed: int, model_config: PreTrainedConfig) -> None:
         )
 
 
-def vocabulary_size(model_config: PreTrainedConfig) -> int | None:
-    """Token ids that a model has an embedding for; None where its config states no number."""
-    return getattr(model_config.get_text_config(), "vocab_size", None)
-
-
 def context_length(model_config: PreTrainedConfig) -> int | None:
     """Positions of a model; None where its config states no limit."""
     return getattr(model_config.get_text_config(), "max_position_embeddings", None)

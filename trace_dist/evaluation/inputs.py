@@ -9,7 +9,8 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from trace_dist.data.encoding import pad_id, vocabulary_size
+from trace_dist.data.encoding import pad_id
+from trace_dist.models.architecture import vocabulary_size
 from trace_dist.models.forward import names_argument
 
 _ROUNDING = 0.02

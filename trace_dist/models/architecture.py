@@ -38,6 +38,11 @@ def read_config(source: str | Path, what: str) -> Any:
         raise ValueError(f"{what}: no readable config ({cause(error)}); restore its config.json") from error
 
 
+def vocabulary_size(config: Any) -> int | None:
+    """Token ids that a model has an embedding for; None where its config states no number."""
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
 def factory_of(config: Any) -> Any:
     """transformers' class that makes the model of a config: a causal LM, or what else its architecture says."""
     names = getattr(config, "architectures", None) or [""]

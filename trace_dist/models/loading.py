@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from trace_dist.config import Dtype, Quantize
-from trace_dist.models.architecture import cause, empty_model, factory_of, read_config
+from trace_dist.models.architecture import cause, empty_model, factory_of, read_config, vocabulary_size
 from trace_dist.models.filling import Slot, fill, missing_parameters
 from trace_dist.models.naming import pieces_of
 from trace_dist.models.nf4 import quantize_nf4
@@ -60,8 +60,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 def _is_embedded(token: int, folder: Path) -> bool:
     if not (folder / "config.json").is_file():
         return True
-    config = read_config(folder, f"model.path={str(folder)!r}")
-    vocab_size = getattr(config.get_text_config(), "vocab_size", None)
+    vocab_size = vocabulary_size(read_config(folder, f"model.path={str(folder)!r}"))
     return vocab_size is None or token < vocab_size
 
 

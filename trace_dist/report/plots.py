@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from trace_dist.report.results import Array, MaskView, MethodView, RunView, mapping, mean, number
 from trace_dist.report.tables import percent, shorten, shorten_all
@@ -44,7 +45,7 @@ def draw_accuracy_matrix(ax: Axes, method: MethodView, tasks: Sequence[str]) -> 
     scores = method.scores
     num_stages, num_tasks = scores.shape
     ax.imshow(np.ma.masked_invalid(scores), cmap=heat_map(under_text=True), vmin=0, vmax=100, aspect="auto")
-    font_size = 11 if num_tasks <= 6 else 7
+    font_size, digits = (11, 1) if num_tasks <= 6 else (7, 0)
     for stage, task in np.ndindex(scores.shape):
         if math.isfinite(scores[stage, task]):
             dark = scores[stage, task] >= 100 * STRONG_TINT
@@ -52,9 +53,7 @@ def draw_accuracy_matrix(ax: Axes, method: MethodView, tasks: Sequence[str]) -> 
             ax.text(
                 task,
                 stage,
-                f"{scores[stage, task]:.1f}".removesuffix(".0")
-                if num_tasks <= 6
-                else f"{scores[stage, task]:.0f}",
+                f"{scores[stage, task]:.{digits}f}".removesuffix(".0"),
                 ha="center",
                 va="center",
                 color=color,
@@ -168,9 +167,15 @@ def log_if_steep(ax: Axes, values: Array) -> bool:
     if not (values.size and values.min() > 0 and values.max() / values.min() > _LOG_FROM_RATIO):
         return False
     ax.set_yscale("log")
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    plain_numbers(ax.yaxis)
     return True
+
+
+def plain_numbers(axis: Axis, steps: Sequence[int] = (1,)) -> None:
+    """Write the numbers of a logarithmic axis out: of each decade these multiples."""
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def label_ends(

@@ -118,15 +118,14 @@ def write_out(
 
 def _fitting(model: PreTrainedModel, rows: Sequence[Row]) -> list[list[Row]]:
     """Rows that can be written together: one that has ended is read on until the last one ends, within the model's positions."""
-    context, parts = context_length(config_of(model)), list[list[Row]]()
+    context, parts, most = context_length(config_of(model)), list[list[Row]](), 0
     for row in sorted(rows, key=lambda row: len(row.prompt)):
-        together = [*parts[-1], row] if parts else [row]
+        most = max(most, row.limit)
         # The last token is not read again.
-        longest = len(row.prompt) + max(one.limit for one in together) - 1
-        if parts and (context is None or longest <= context):
-            parts[-1].append(row)
-        else:
-            parts.append([row])
+        if not parts or (context is not None and len(row.prompt) + most - 1 > context):
+            parts.append([])
+            most = row.limit
+        parts[-1].append(row)
     return parts
 
 

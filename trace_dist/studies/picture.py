@@ -9,12 +9,10 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from trace_dist.benchmarks.document import Result
-from trace_dist.report.plots import label_ends
+from trace_dist.report.plots import label_ends, plain_numbers
 from trace_dist.report.theme import LIGHT
 from trace_dist.studies.cells import by_kind
 
@@ -49,7 +47,7 @@ def _draw_quality(result: Result, points: Mapping[str, Points], ax: Axes) -> Non
     ax.set_xscale("log")
     ax.set_yscale("log")
     for axis in (ax.xaxis, ax.yaxis):
-        _number(axis)
+        plain_numbers(axis, (1, 2, 5))
     label_ends(ax, ends, gap=0.06, longest=34)
     ax.set_title("answer loss, nats per token", loc="left", fontsize=10)
     ax.set_xlabel("trained entries")
@@ -92,18 +90,11 @@ def _draw_forgetting(result: Result, points: Mapping[str, Points], ax: Axes) -> 
         label = result["arms"][arm]["label"]
         ax.plot(losses, rises, color=_colour(result, arm), marker="o", markersize=4, label=label)
     ax.set_xscale("log")
-    _number(ax.xaxis)
+    plain_numbers(ax.xaxis, (1, 2, 5))
     ax.set_title("rise of general text's loss, nats per token", loc="left", fontsize=10)
     ax.set_xlabel("answer loss, nats per token")
     if points:
         ax.legend(frameon=False, fontsize=8)
-
-
-def _number(axis: Axis) -> None:
-    """Plain numbers on a logarithmic axis."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axis.set_minor_formatter(NullFormatter())
 
 
 def _colour(result: Result, arm: str) -> str:

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from trace_dist.benchmarks.document import Result, Sections, grid, render, with_origin
+from trace_dist.report.plots import plain_numbers
 from trace_dist.report.theme import LIGHT, new_figure, theme
 from trace_dist.studies.transfer_summary import summary
 from trace_dist.utils.files import read_json, write_text
@@ -86,9 +86,7 @@ def _panel(ax: Axes, records: Sequence[Mapping[str, Any]], title: str) -> None:
     if ends:
         ax.axhline(float(np.mean(ends)), color=LIGHT["muted"], linewidth=1.2, linestyle=(0, (4, 3)))
     ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    plain_numbers(ax.yaxis, (1, 2, 5))
     ax.set_xlabel("steps, fit and trial included")
     ax.grid(axis="y")
     ax.set_axisbelow(True)

@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from trace_dist.config import BankConfig, DataConfig, EvalConfig, ModelConfig, TaskConfig, TrainConfig
 from trace_dist.data.batches import Batches, Step
-from trace_dist.data.encoding import context_length, vocabulary_size
+from trace_dist.data.encoding import context_length
 from trace_dist.data.examples import text_of
 from trace_dist.data.modality import TEXT, Modality, load_modality
 from trace_dist.data.tasks import Task, load_task
-from trace_dist.models.architecture import read_config
+from trace_dist.models.architecture import read_config, vocabulary_size
 from trace_dist.models.tiny import MAX_POSITIONS
 from trace_dist.models.tokenizer import char_tokenizer
 from trace_dist.models.weight_files import resolve
