@@ -1,4 +1,4 @@
-"""transformers' Trainer. Start it with `python hf_trainer.py`, or `torchrun --nproc_per_node 2 hf_trainer.py`."""
+"""transformers' Trainer. Start it with `python hf_trainer.py` on one GPU, or `torchrun --nproc_per_node 2 hf_trainer.py`."""
 
 import tempfile
 

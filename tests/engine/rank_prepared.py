@@ -108,6 +108,17 @@ def prepared(out: Path) -> dict[str, Any]:
         found[f"engine/{case.name}"] = plain_loop(case, theirs, optimizer, theirs.module)
         optimizer.model.detach()
 
+    for name, make in {**makers, "engine": engine}.items():
+        model = make(CASE)
+        run = model.module if name == "engine" else model
+        first = MaskedAdamW(model, Mask.random(CASE.model(), 0.3, "element", seed=7, maskable="all"))
+        with torch.no_grad():
+            run(input_ids=batches(CASE)[0][0])
+        optimizer = make_optimizer(CASE, model)
+        found[f"{name} again"] = plain_loop(CASE, model, optimizer, run)
+        found[f"{name} first"] = refused(first.step)
+        optimizer.model.detach()
+
     sharded = shard(CASE.model(), "zero3")
     found["loss.backward on zero3"] = plain_loop(CASE, sharded, make_optimizer(CASE, sharded))
     found["refused"] = refusals()

@@ -156,12 +156,31 @@ def wrapped_late(maskable: str) -> dict[str, Any]:
     }
 
 
+def scaled() -> dict[str, Any]:
+    """A GradScaler's scale and what its steps change, where the gradients of rank 1 overflow once."""
+    model = CASE.model()
+    optimizer, scaler = make(model, CASE), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    changed, scales = [], []
+    for number in range(2):
+        before = [p.detach().clone() for p in model.parameters()]
+        ids = batches(CASE)[number][0][:2].tensor_split(2)[dist.rank()]
+        scaler.scale(model(input_ids=ids, labels=ids).loss).backward()
+        if number == 0 and dist.rank() == 1:
+            optimizer.supports[0].grad[0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        changed.append(not all(map(torch.equal, model.parameters(), before)))
+        scales.append(scaler.get_scale())
+    return {"changed": changed, "scales": scales}
+
+
 def main(out: Path) -> None:
     dist.init_distributed()
     datasets.disable_progress_bars()
     found: dict[str, Any] = {"trainer": by_trainer(out), "accelerate": by_accelerate(out)}
     found["alone"] = {name: alone(out, name, **options) for name, options in OPTIONS.items()}
     found["late"] = {name: wrapped_late(maskable) for name, maskable in LATE.items()}
+    found["scaled"] = scaled()
     (out / f"rank{dist.rank()}.json").write_text(json.dumps(found))
     last = make(CASE.model(), CASE)
     if dist.is_main():  # rank 1 is through with the script meanwhile

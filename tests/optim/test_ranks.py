@@ -78,6 +78,11 @@ def test_the_others_stay_until_rank_0_has_saved(folder: Path) -> None:
     assert list(saved["others"]) == [1]
 
 
+def test_an_overflow_on_one_rank_skips_the_step_of_all(reports: list[Any]) -> None:
+    for report in reports:
+        assert report["scaled"] == {"changed": [False, True], "scales": [512, 512]}
+
+
 @pytest.mark.parametrize("maskable", LATE)
 def test_ddp_around_the_model_later_is_as_good_as_before(reports: list[Any], maskable: str) -> None:
     """It keeps a bucket for one parameter, reduces nothing, and leaves nothing behind."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,10 +10,20 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from trace_dist.config import LaunchConfig, TrainConfig
 from trace_dist.profiling.passes import OPERATORS_PER_MODULE, num_operators
-from trace_dist.profiling.speed import UTILISATION, Machine, matmul_rate, step_passes
+from trace_dist.profiling.speed import (
+    UTILISATION,
+    Machine,
+    dense_flops,
+    masked_flops,
+    matmul_rate,
+    step_passes,
+)
+from trace_dist.stages.effort import Outlook
+from trace_dist.stages.preview import _size
 
 
 def llama(layers: int) -> LlamaForCausalLM:
@@ -55,6 +66,34 @@ def test_time_is_products_and_operators() -> None:
 def test_passes_of_steps(batch: int, micro: int, ranks: int, passes: float) -> None:
     """Three for each micro-batch, and one for the update."""
     assert step_passes(10, batch, micro, ranks) == passes
+
+
+def test_recomputed_activations_are_one_more_forward_pass() -> None:
+    assert step_passes(10, 8, 4, recomputes=True) == 90
+    for recomputes, extra in ((False, 0), (True, 2)):
+        assert dense_flops(5, 10, recomputes) == (6 + extra) * 50
+        assert masked_flops(5, 10, 0.5, rows=True, recomputes=recomputes) == (5 + extra) * 50
+        assert masked_flops(5, 10, 0.5, rows=False, recomputes=recomputes) == (6 + extra) * 50
+
+
+@pytest.mark.parametrize(("ranks", "size", "passes"), [(4, 1, 40), (4, 2, 70), (4, 3, 40)])
+def test_ranks_that_share_rows_have_the_same_examples(ranks: int, size: int, passes: float) -> None:
+    train = TrainConfig(batch_size=8, micro_batch_size=2, sequence_parallel=size)
+    cfg: Any = SimpleNamespace(train=train, launch=LaunchConfig(num_ranks=ranks, launcher="torchrun"))
+    seen = Outlook(cfg, [], [], {}, {}, None, None)
+    assert seen.step_passes(10, launched=True) == passes
+    assert seen.gradient_passes(10, True, 8) == 40
+
+
+def test_a_token_is_multiplied_by_the_experts_that_it_is_sent_to() -> None:
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    experts = {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 24}
+    module = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts, num_key_value_heads=2, head_dim=8))
+    numel = {name: parameter.numel() for name, parameter in module.named_parameters()}
+    of_experts = sum(count for name, count in numel.items() if ".experts." in name)
+    assert of_experts == 2 * 4 * 3 * 16 * 24
+    expected = sum(numel.values()) - 32 * 16 - of_experts * 3 // 4
+    assert _size(SimpleNamespace(module=module, numel=numel)) == expected  # type: ignore[arg-type]
 
 
 def test_the_rate_is_that_of_all_three_products(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,15 @@ def test_wrapped_after_the_optimizer_and_without_model_backward(world, kind: str
 
 
 @pytest.mark.launcher
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_second_optimizer_on_the_same_model_replaces_the_first(world, kind: str) -> None:
+    """After an evaluation; embeddings, norms and biases, which hooks catch, are masked too."""
+    found = world(3).section("prepared")
+    assert found[f"{kind} again"] == pytest.approx(expected(CASE.name), rel=2e-6)
+    assert "another mask was attached to the model since" in found[f"{kind} first"]
+
+
+@pytest.mark.launcher
 @pytest.mark.parametrize("kind", ["plain", "ddp"])
 @pytest.mark.parametrize("case", [CASE.name, ROWS.name])
 def test_replicated_ranks_share_the_states(world, kind: str, case: str) -> None:

@@ -2,7 +2,8 @@
 
     python -m trace_dist.benchmarks.scale docs/results/scale.json
 
-Nothing but a CPU is needed, for half an hour. Each part is written when it is done; a study that was cut goes on.
+Nothing but a CPU is needed, for half an hour. Each part is written when it is done; a study that was cut goes on, where
+code and hardware are those of before.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from trace_dist.profiling.simulation.gpus import gpu_names
 from trace_dist.profiling.simulation.rank import simulated_rank
 from trace_dist.profiling.simulation.setup import METHODS, PEERS, SimulationSetup
 from trace_dist.sharding.zero3 import Zero3Model
-from trace_dist.utils.env import meta_info, run_info
+from trace_dist.utils.env import made_alike, meta_info, run_info
 from trace_dist.utils.files import read_json, write_json
 from trace_dist.utils.log import get_logger, setup_logging
 
@@ -175,9 +176,12 @@ class _Big(Race):
 
 
 def main(out: Path) -> None:
-    """Do all parts that ``out`` lacks."""
+    """Do all parts that ``out`` lacks; all of them where other code or hardware made those that it has."""
     setup_logging()
     found: Found = read_json(out) if out.is_file() else {"parts": {}}
+    if found["parts"] and not made_alike(found):
+        logger.warning("%s: other code or hardware; all parts are done anew", out)
+        found = {"parts": {}}
     with tempfile.TemporaryDirectory() as folder:
         study = Study(out.parent, Path(folder))
         for name, part in study.parts.items():

@@ -24,7 +24,7 @@ from trace_dist.benchmarks.timing import median_of, now
 from trace_dist.launching import ProcessFailed
 from trace_dist.profiling.wire import WireCounter
 from trace_dist.utils import dist
-from trace_dist.utils.env import meta_info, run_info
+from trace_dist.utils.env import made_alike, meta_info, run_info
 from trace_dist.utils.files import read_json, write_json
 from trace_dist.utils.log import get_logger
 
@@ -46,7 +46,8 @@ KINDS: dict[str, tuple[str, ...]] = {
 def race_in_turn(
     race: Race, names: Sequence[str], num_ranks: int, rounds: int, steps: int, out: Path | None
 ) -> dict[str, Any]:
-    """Run some contestants and write the result; what a file at ``out`` already holds is kept, so a cut run continues.
+    """Run some contestants and write the result; what a file at ``out`` already holds is kept, so a cut run continues, where the
+    same commit measured it on the same hardware.
 
     Args:
         race: model and batch.
@@ -65,7 +66,10 @@ def race_in_turn(
             raise ValueError(f"contestants: {name!r} is unknown; use some of {', '.join(known)}")
     settings = {**asdict(race), "num_ranks": num_ranks, "steps": steps}
     kept = read_json(out) if out is not None and out.is_file() else {}
-    runs: dict[str, list[dict[str, Any]]] = kept.get("runs", {}) if kept.get("settings") == settings else {}
+    if kept and not (kept.get("settings") == settings and made_alike(kept)):
+        logger.warning("%s: other settings, code or hardware; all is measured anew", out)
+        kept = {}
+    runs: dict[str, list[dict[str, Any]]] = kept.get("runs", {})
     result: dict[str, Any] = {}
     for round_number in range(rounds):
         for name in names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -35,6 +35,14 @@ def peel(model: nn.Module) -> list[nn.Module]:
             layers.append(outer.module)
         else:
             return layers
+
+
+def refuse_data_parallel() -> NoReturn:
+    """Raise ValueError where ``nn.DataParallel`` would copy a layer onto other devices."""
+    raise ValueError(
+        "model: wrapped by nn.DataParallel, whose copies of a layer get no gradients of their own; start one process for "
+        "each GPU (torchrun, deepspeed or accelerate launch), or let this one see a single GPU (CUDA_VISIBLE_DEVICES=0)"
+    )
 
 
 def unwrap(model: nn.Module) -> nn.Module:

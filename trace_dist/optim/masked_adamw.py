@@ -26,6 +26,7 @@ from trace_dist.optim.offload import HostEntries, Offload
 from trace_dist.optim.part_server import PartServer, Source
 from trace_dist.optim.parts import locate, owned
 from trace_dist.optim.pieces import restore
+from trace_dist.optim.scaled_gradient import ScaledGradient
 from trace_dist.optim.states import MOMENTS, State, StateOptions, new_state, scaled_update, tensors_of, update
 from trace_dist.sharding.prepared import as_sharded
 from trace_dist.sharding.single import ReplicatedModel
@@ -50,7 +51,8 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     Each entry of the parameter group stands for the masked entries of one parameter on this rank: [n] without storage, its
     ``.grad`` the compact gradient that backward passes accumulate. The first pass after a step begins from zero even where nobody
-    called ``zero_grad`` (Trainer calls that of the DDP model around it, which reaches no compact gradient).
+    called ``zero_grad`` (Trainer calls that of the DDP model around it, which reaches no compact gradient). A ``GradScaler`` for
+    fp16 skips a step, and lowers its scale, on all ranks together (``scaled_gradient``).
 
     Args:
         model: a sharded model, or a model that is plain, in DDP, sharded by ``fully_shard`` (by hand or by accelerate) or by a
@@ -97,12 +99,12 @@ class MaskedAdamW(torch.optim.Optimizer):
         self.max_grad_norm, self.check_first = max_grad_norm, check_first
         self.grad_norm = 0.0
         """Global gradient norm over masked entries before clipping, at the last step."""
-        self.supports = self.model.attach(mask)
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         agree({**defaults, "max_grad_norm": max_grad_norm, **vars(options)})
+        self.supports = self.model.attach(mask)
         self._offload = Offload(self.supports, self.model.storage) if offload == "cpu" else None
         self._factors = own_factors(scale or {}, self.supports, self._updates_on)
-        entries = [_entries(support) for support in self.supports]
+        entries = [_entries(support, self.model) for support in self.supports]
         super().__init__(entries, defaults)
         for support, parameter in zip(self.supports, entries, strict=True):
             self.state[parameter] = new_state(self._weights(support), options)
@@ -326,10 +328,10 @@ def _host_values(model: ShardedModel, offload: Offload | None, support: Support)
     return compact_gather(local, runs.to(local.device)).to(local.dtype)
 
 
-def _entries(support: Support) -> nn.Parameter:
+def _entries(support: Support, model: ShardedModel) -> nn.Parameter:
     """Stands for a support's entries in the parameter group: their shape and gradient, without storage."""
     parameter = nn.Parameter(support.grad.new_zeros(()).expand(support.runs.num_entries))
-    parameter.grad = support.grad
+    parameter.grad = ScaledGradient.of(support.grad, model)
     return parameter
 
 

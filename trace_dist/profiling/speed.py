@@ -1,9 +1,10 @@
 """How long a training takes, before it starts: floating-point operations over what this device reaches, and what it takes beside.
 
-Operations per token, with P parameters outside the embeddings (Kaplan et al. 2020, section 2.1): 2P forward, 2P for
-the gradients of activations, and 2P for those of the weights. A row mask pays the last for its rows alone; a
-scattered mask pays it whole, layer by layer. Beside them stand the operators that a pass launches
-(``profiling.passes``); in small models these are most of the time. Both rates are measured when they are asked for.
+Operations per token, with P parameters outside the embeddings (Kaplan et al. 2020, section 2.1), of the experts those that it
+is sent to: 2P forward, 2P for the gradients of activations, and 2P for those of the weights. A row mask pays the last for its
+rows alone; a scattered mask pays it whole, layer by layer. Recomputed activations cost one more forward pass. Beside them stand
+the operators that a pass launches (``profiling.passes``); in small models these are most of the time. Both rates are measured
+when they are asked for.
 """
 
 from __future__ import annotations
@@ -38,14 +39,17 @@ def forward_flops(num_parameters: int, num_tokens: float) -> float:
     return 2.0 * num_parameters * num_tokens
 
 
-def dense_flops(num_parameters: int, num_tokens: float) -> float:
-    """Operations of training every weight."""
-    return 6.0 * num_parameters * num_tokens
+def dense_flops(num_parameters: int, num_tokens: float, recomputes: bool = False) -> float:
+    """Operations of training every weight; ``recomputes``: activations, in the backward pass."""
+    return (8.0 if recomputes else 6.0) * num_parameters * num_tokens
 
 
-def masked_flops(num_parameters: int, num_tokens: float, density: float, rows: bool) -> float:
+def masked_flops(
+    num_parameters: int, num_tokens: float, density: float, rows: bool, recomputes: bool = False
+) -> float:
     """Operations of training a mask; ``rows``: whole rows or columns, whose gradient alone is computed."""
-    return (4.0 + 2.0 * (density if rows else 1.0)) * num_parameters * num_tokens
+    each = (6.0 if recomputes else 4.0) + 2.0 * (density if rows else 1.0)
+    return each * num_parameters * num_tokens
 
 
 @dataclass(frozen=True)
@@ -84,10 +88,21 @@ class Machine:
         return flops / (UTILISATION * self.matmul * sharers) + passes * operators * self.launch
 
 
-def step_passes(steps: int, batch_size: int, micro_batch_size: int, num_ranks: int = 1) -> float:
-    """Forward passes as long as some optimizer steps of a rank."""
-    each = -(-batch_size // num_ranks)
-    return steps * (-(-each // max(1, min(micro_batch_size, each))) * (1 + BACKWARD_PASSES) + STEP_PASSES)
+def step_passes(
+    steps: int, batch_size: int, micro_batch_size: int, num_groups: int = 1, recomputes: bool = False
+) -> float:
+    """Forward passes as long as some optimizer steps of a rank.
+
+    Args:
+        steps: how many.
+        batch_size: examples of a step.
+        micro_batch_size: examples of a pass.
+        num_groups: ranks among which the examples are divided; those that share rows count as one.
+        recomputes: whether the backward pass recomputes activations.
+    """
+    each = -(-batch_size // num_groups)
+    passes = 1 + BACKWARD_PASSES + recomputes
+    return steps * (-(-each // max(1, min(micro_batch_size, each))) * passes + STEP_PASSES)
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, width: int, num_tokens: int) -> float:

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from trace_dist.models.nf4 import NF4Linear, named_weights
 from trace_dist.models.roles import full_shape
 from trace_dist.models.wrapping import peel, plain_name
 from trace_dist.sharding.comm import Comm
-from trace_dist.sharding.compaction import Compactor
+from trace_dist.sharding.compaction import Compactor, supports_of
 from trace_dist.sharding.overlay import Overlay, union
 from trace_dist.sharding.overlay_gathers import OverlayGathers
 from trace_dist.sharding.saving import check_can_be_saved, write_pretrained
@@ -34,6 +35,24 @@ from trace_dist.utils import dist
 
 if TYPE_CHECKING:
     from trace_dist.sharding.sequence import SequenceParallel
+
+
+_VIEWS: WeakKeyDictionary[nn.Module, ref[ShardedModel]] = WeakKeyDictionary()
+"""Model -> its latest view. What an attached mask leaves in the model keeps the view alive."""
+
+
+def view_of(layers: list[nn.Module]) -> ShardedModel | None:
+    """The view that was made of a model before, frozen but for an attached mask; None where a new one would differ.
+
+    Args:
+        layers: the model and what wraps it (``models.wrapping.peel``).
+    """
+    reference = _VIEWS.get(layers[-1])
+    view = None if reference is None else reference()
+    if view is None or not view.still_fits(layers):
+        return None
+    view.freeze()
+    return view
 
 
 class ShardedModel(ABC):
@@ -56,11 +75,34 @@ class ShardedModel(ABC):
         self.sequence: SequenceParallel | None = None
         """How ranks share rows; None where each reads rows of its own."""
         self._compactor: Compactor | None = None
-        for parameter in module.parameters():
-            parameter.requires_grad_(False)
+        self._take_over()
+        self.freeze()
         self._parameters: dict[str, Any] = self._named_parameters()
         self._quantized = {name: w for name, w in named_weights(self.module) if isinstance(w, NF4Linear)}
         self._overlays = OverlayGathers(self.module, self._quantized)
+
+    def _take_over(self) -> None:
+        """Become the view of the model: a mask that was attached through another would take the gradients of the next."""
+        earlier = _VIEWS.get(self.module)
+        view = None if earlier is None else earlier()
+        if view is not None:
+            view.detach()
+        _VIEWS[self.module] = ref(self)
+
+    def _let_go(self) -> None:
+        """Be no longer the view of the model."""
+        _VIEWS.pop(self.module, None)
+
+    def freeze(self) -> None:
+        """Freeze every weight, unless a mask is attached."""
+        if self._compactor is None:
+            self.module.requires_grad_(False)
+
+    def still_fits(self, layers: list[nn.Module]) -> bool:
+        """Whether this is what a new view would be: the same lies around the model, and its parameters have not been replaced."""
+        now = self._named_parameters()
+        same = now.keys() == self._parameters.keys() and all(now[n] is p for n, p in self._parameters.items())
+        return self.roots == layers and same
 
     @classmethod
     @abstractmethod
@@ -87,13 +129,18 @@ class ShardedModel(ABC):
         """Let every ``size`` ranks, one after another, share rows (sharding/sequence.py). Collective.
 
         Raises:
-            ValueError: the ranks or the attention heads cannot be divided so, or the model's attention cannot be replaced.
+            ValueError: the ranks or the attention heads cannot be divided so, the model's attention cannot be replaced, or
+                another number of ranks shares rows already.
         """
-        if size > 1:
-            # It brings models and data, which whoever opens a bank does without.
-            from trace_dist.sharding.sequence import SequenceParallel
+        now = 1 if self.sequence is None else self.sequence.size
+        if size == now:
+            return
+        if now > 1:
+            raise ValueError(f"sequence_parallel={size}: the model was sharded with {now}; load it anew")
+        # It brings models and data, which whoever opens a bank does without.
+        from trace_dist.sharding.sequence import SequenceParallel
 
-            self.sequence = SequenceParallel(self.module, size, self.comm)
+        self.sequence = SequenceParallel(self.module, size, self.comm)
 
     def indices_may_leave(self, name: str) -> bool:
         """Whether nothing but a backward pass needs to know where the masked entries of other ranks are in a weight."""
@@ -231,11 +278,12 @@ class ShardedModel(ABC):
             One support per masked parameter, in the model's order; ``grad`` is its compact gradient, [entries on this rank] fp32.
 
         Raises:
-            ValueError: the mask is of another model, or the ranks hold different masks.
+            ValueError: the mask is of another model, or the ranks hold different masks; the mask attached before stays.
         """
+        supports = supports_of(self, mask)
         self.detach()
         self.release()
-        self._compactor = Compactor(self, mask, accumulate)
+        self._compactor = Compactor(self, mask, supports, accumulate)
         return self._compactor.supports
 
     def detach(self) -> None:

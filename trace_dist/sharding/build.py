@@ -11,8 +11,9 @@ from trace_dist.config import Quantize
 from trace_dist.config.checks import check_ranks
 from trace_dist.models.architecture import read_config
 from trace_dist.models.quantised import refuse_quantised_module
-from trace_dist.models.wrapping import unwrap
-from trace_dist.sharding.base import ShardedModel
+from trace_dist.models.wrapping import peel, unwrap
+from trace_dist.sharding.base import ShardedModel, view_of
+from trace_dist.sharding.holding import HoldingModel
 from trace_dist.sharding.prepared import refuse_tensor_parallel
 from trace_dist.sharding.saving import check_can_be_saved
 from trace_dist.sharding.single import SingleModel
@@ -54,8 +55,8 @@ def shard(model: nn.Module, backend: str = "single", sequence_parallel: int = 1)
         dtype and receive no gradient before a mask is attached.
 
     Raises:
-        ValueError: unknown backend, ``single`` with more than one rank, a model with quantised weights or PEFT adapters, or
-            one whose attention heads so many ranks cannot share.
+        ValueError: unknown backend, ``single`` with more than one rank, a model with quantised weights or PEFT adapters, one
+            whose attention heads so many ranks cannot share, or whose rows another number of ranks shares already.
     """
     _check_size(sequence_parallel)
     kind = _backend(backend)
@@ -65,7 +66,8 @@ def shard(model: nn.Module, backend: str = "single", sequence_parallel: int = 1)
     dist.init_distributed()
     if sequence_parallel > 1:
         _check_shared(unwrap(model).config, sequence_parallel)
-    sharded = kind(model)
+    known = view_of(peel(model))  # sharded in place it cannot be sharded again
+    sharded = known if isinstance(known, HoldingModel) and type(known) is kind else kind(model)
     sharded.share_rows(sequence_parallel)
     return sharded
 

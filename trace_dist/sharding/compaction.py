@@ -20,7 +20,7 @@ from trace_kernels.compact import compact_gather
 
 from trace_dist.masks.mask import Mask
 from trace_dist.models.nf4 import NF4Linear
-from trace_dist.models.wrapping import plain_name
+from trace_dist.models.wrapping import plain_name, refuse_data_parallel
 from trace_dist.sharding.comm import Comm
 from trace_dist.sharding.index_shares import IndexShares, blocks_of, worth_sharing
 from trace_dist.sharding.masked_linear import MaskedLinear, RunningPass, patch_linear
@@ -47,18 +47,35 @@ class Attachable(Sharing, Protocol):
         """Called at the end of each backward pass."""
 
 
-class Compactor:
-    """Catches gradients of one mask on one model until it is closed."""
+def supports_of(model: Attachable, mask: Mask) -> list[Support]:
+    """The supports of a mask for a ``Compactor``; nothing of the model is changed. Collective.
 
-    def __init__(self, model: Attachable, mask: Mask, accumulate: Accumulate | None = None) -> None:
-        digests = model.comm.objects(mask.digest())
-        if len(set(digests)) != 1:
-            raise ValueError(
-                f"mask: the ranks hold different masks ({digests}); load one mask file on every rank"
-            )
+    Raises:
+        ValueError: the mask is of another model, or the ranks hold different masks.
+    """
+    digests = model.comm.objects(mask.digest())
+    if len(set(digests)) != 1:
+        raise ValueError(
+            f"mask: the ranks hold different masks ({digests}); load one mask file on every rank"
+        )
+    return build_supports(model, mask, _away(model, mask, linear_modules(model.module)))
+
+
+class Compactor:
+    """Catches gradients of one mask on one model until it is closed.
+
+    Args:
+        model: the model, without another mask.
+        mask: which entries.
+        supports: of the mask, from ``supports_of``.
+        accumulate: as ``ShardedModel.attach``.
+    """
+
+    def __init__(
+        self, model: Attachable, mask: Mask, supports: list[Support], accumulate: Accumulate | None = None
+    ) -> None:
         linears = linear_modules(model.module)
-        away = _away(model, mask, linears)
-        self.supports = build_supports(model, mask, away)
+        self.supports = supports
         if accumulate is None:
             for support in self.supports:
                 support.grad = support.grad.new_zeros(support.runs.num_entries)
@@ -76,6 +93,7 @@ class Compactor:
         self._undo: list[Callable[[], None]] = []
         parameters = {plain_name(name): p for name, p in model.module.named_parameters()}
         self._undo += [_join_zero_grad(root, self.zero_grad) for root in model.roots]
+        self._undo.append(_stay_whole(model.module))
         # Backward must reach the lowest masked layer even though its input needs no gradient.
         self._anchor = torch.zeros((), device=model.device, requires_grad=True)
         self._undo.append(model.module.register_forward_pre_hook(_settle_checkpoints).remove)
@@ -273,6 +291,16 @@ def _join_zero_grad(module: nn.Module, reset: Callable[[], None]) -> Callable[[]
 
     def undo() -> None:
         del module.zero_grad
+
+    return undo
+
+
+def _stay_whole(module: nn.Module) -> Callable[[], None]:
+    """Let ``nn.DataParallel``, put around the model later, refuse to copy it; returns the undo."""
+    module._replicate_for_data_parallel = refuse_data_parallel  # type: ignore[method-assign,assignment]
+
+    def undo() -> None:
+        del module._replicate_for_data_parallel
 
     return undo
 

@@ -18,12 +18,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from trace_dist.config import Quantize
+from trace_dist.masks.mask import Mask
 from trace_dist.models.blocks import decoder_blocks
 from trace_dist.models.loading import load_model_fsdp2
 from trace_dist.models.wrapping import unwrap
 from trace_dist.sharding import gloo
 from trace_dist.sharding.holding import HoldingModel
-from trace_dist.sharding.support import Support
+from trace_dist.sharding.support import Accumulate, Support
 from trace_dist.sharding.views import PartitionView, chunk_views
 from trace_dist.utils import dist
 
@@ -37,6 +38,16 @@ def _wrap(module: nn.Module) -> None:
         sharded = fully_shard(part, mesh=mesh, mp_policy=policy)
         if mesh.device_type == "cpu":
             sharded.set_custom_all_gather(gloo.AllGather())  # type: ignore[arg-type]
+
+
+def _groups(module: nn.Module) -> list[FSDPModule]:
+    return [part for part in module.modules() if isinstance(part, FSDPModule)]
+
+
+def _drop_copies(module: nn.Module) -> None:
+    """Let shards be the parameters: the root's group stays gathered after a forward pass without backward."""
+    for group in _groups(module):
+        group.reshard()
 
 
 def _check_sharding(module: nn.Module) -> None:
@@ -71,6 +82,7 @@ class Fsdp2Model(HoldingModel):
         outermost, module = module, unwrap(module)
         if not isinstance(module, FSDPModule):
             _wrap(module)
+        _drop_copies(module)
         _check_sharding(module)
         super().__init__(outermost)
         # The first unshard settles where the shards live, so that `local` may be kept from then on, and, from what is
@@ -98,26 +110,33 @@ class Fsdp2Model(HoldingModel):
     def local(self, name: str) -> Tensor:
         return self._parameters[name].data.to_local().view(-1)
 
+    def still_fits(self, layers: list[nn.Module]) -> bool:
+        _drop_copies(self.module)
+        return super().still_fits(layers)
+
+    def attach(self, mask: Mask, accumulate: Accumulate | None = None) -> list[Support]:
+        _drop_copies(self.module)  # a hook on a copy would go with it, and see no slice
+        return super().attach(mask, accumulate)
+
     def copies(self) -> list[Tensor]:
         return [p.data for p in self.module.parameters() if not isinstance(p, DTensor)]
 
     def refresh(self, supports: Iterable[Support]) -> None:
         """The root group stays gathered after a forward pass without backward; drop every gathered copy."""
-        for group in self._groups():
+        for group in _groups(self.module):
             group.reshard()
             if self._is_held:
                 group.unshard()
-
-    def _groups(self) -> list[FSDPModule]:
-        return [part for part in self.module.modules() if isinstance(part, FSDPModule)]
 
     @contextmanager
     def _gather_all(self) -> Iterator[None]:
         # Settles what the root does after a forward pass, as the first of them would.
         self.module._get_fsdp_state()._lazy_init()
-        parts = [part for group in self._groups() for part in group._get_fsdp_state()._fsdp_param_groups]
+        parts = [
+            part for group in _groups(self.module) for part in group._get_fsdp_state()._fsdp_param_groups
+        ]
         before = [part.post_forward_mesh_info for part in parts]
-        for group in self._groups():
+        for group in _groups(self.module):
             group.unshard()
         for part in parts:
             part.post_forward_mesh_info = None
@@ -126,7 +145,7 @@ class Fsdp2Model(HoldingModel):
         finally:
             for part, info in zip(parts, before, strict=True):
                 part.post_forward_mesh_info = info
-            for group in self._groups():
+            for group in _groups(self.module):
                 group.reshard()
 
     @contextmanager

@@ -20,13 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trace_dist.models.nf4 import NF4Linear
+from trace_dist.models.wrapping import refuse_data_parallel
 from trace_dist.utils.devices import sent
 
 ALIGNED_LINES = 8
@@ -162,6 +163,9 @@ class MaskedLinear(nn.Linear):
     def weight(self) -> Any:  # type: ignore[override]
         """The parameter, or, while a pass runs, what stands for it."""
         return self.catch(self._parameters["weight"])  # type: ignore[arg-type]
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        refuse_data_parallel()
 
 
 class RunningPass:

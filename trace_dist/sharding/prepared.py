@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trace_dist.masks.mask import Mask
 from trace_dist.models.quantised import refuse_quantised_module
-from trace_dist.models.wrapping import is_deepspeed_engine, peel, unwrap
-from trace_dist.sharding.base import ShardedModel
+from trace_dist.models.wrapping import is_deepspeed_engine, peel, refuse_data_parallel, unwrap
+from trace_dist.sharding.base import ShardedModel, view_of
 from trace_dist.sharding.single import ReplicatedModel
 from trace_dist.sharding.support import Accumulate, Support
 from trace_dist.utils import dist
@@ -32,7 +32,7 @@ IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
 def as_sharded(model: ShardedModel | nn.Module) -> ShardedModel:
-    """The engine's view of a model, which it freezes.
+    """The engine's view of a model, which it freezes: the one that is there already, with its mask, as long as it fits.
 
     Args:
         model: a sharded model (returned as it is), or one that is plain, wrapped by DDP, sharded by ``fully_shard`` (by
@@ -52,10 +52,12 @@ def as_sharded(model: ShardedModel | nn.Module) -> ShardedModel:
     for ddp in around:
         ddp.require_backward_grad_sync = False  # what `no_sync` sets: its reducer then stays idle
     if any(isinstance(layer, nn.DataParallel) for layer in layers):
-        raise ValueError(
-            "model: wrapped by nn.DataParallel, whose copies of a layer get no gradients of their own; start one process for "
-            "each GPU (torchrun, deepspeed or accelerate launch)"
-        )
+        refuse_data_parallel()
+    known = view_of(layers)
+    if known is not None:
+        if isinstance(known, PreparedModel) and not around:
+            _check_same_weights(layers[-1])
+        return known
     for layer in layers:
         if is_deepspeed_engine(layer):
             from trace_dist.sharding.zero3 import Zero3Model

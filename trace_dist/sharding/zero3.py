@@ -243,6 +243,10 @@ class Zero3Model(HoldingModel):
         adopted._own(engine)
         return adopted
 
+    def still_fits(self, layers: list[nn.Module]) -> bool:
+        # It runs without what wraps the model, and an engine is no part of the roots.
+        return super().still_fits(self.roots)
+
     def _own(self, engine: Any) -> None:
         super().__init__(engine.module)
         self._deepspeed, self._engine = load_deepspeed(), engine
@@ -313,4 +317,5 @@ class Zero3Model(HoldingModel):
     def close(self) -> None:
         """Give DeepSpeed's hooks and buffers back; the model can no longer be used."""
         self.detach()
+        self._let_go()
         self._engine.destroy()

@@ -19,7 +19,7 @@ from trace_dist.stages.memory import EXAMPLES_PER_RANK, MEASURED_STEPS
 from trace_dist.stages.stage import Stage
 
 Size = int | None
-"""Parameters of a model outside its embeddings; None where it is not known yet."""
+"""Parameters of a model that multiply a token (``preview``); None where it is not known yet."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,29 @@ class Outlook:
         """Ranks that share a piece of work."""
         return self.cfg.launch.num_ranks if launched else 1
 
+    def groups(self, launched: bool) -> int:
+        """Ranks, or groups of ranks that share rows, among which the examples of a training step are divided."""
+        ranks, size = self.ranks(launched), self.cfg.train.sequence_parallel
+        return ranks // size if ranks % size == 0 else ranks
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether trainings recompute activations."""
+        return self.cfg.train.activation_checkpointing
+
+    def dense_flops(self, num_parameters: int, num_tokens: float) -> float:
+        """Operations of training every weight."""
+        return dense_flops(num_parameters, num_tokens, self.recomputes)
+
     def step_passes(self, steps: int, launched: bool = False, batch_size: int | None = None) -> float:
-        """Forward passes as long as some optimizer steps, of the training's batches unless told otherwise."""
+        """Forward passes as long as some steps of training, of its batches unless told otherwise."""
         train = self.cfg.train
         size = train.batch_size if batch_size is None else batch_size
-        return step_passes(steps, size, train.micro_batch_size, self.ranks(launched))
+        return step_passes(steps, size, train.micro_batch_size, self.groups(launched), self.recomputes)
+
+    def gradient_passes(self, count: int, launched: bool, batch_size: int) -> float:
+        """As many for steps outside of training, where ranks share no rows and nothing is recomputed."""
+        return step_passes(count, batch_size, self.cfg.train.micro_batch_size, self.ranks(launched))
 
     def read_passes(self, count: int, launched: bool = False) -> float:
         """Forward passes over so many examples."""
@@ -125,7 +143,7 @@ def _base(stage: Stage, seen: Outlook) -> Iterator[Work]:
 
 def _pretrained(stage: Stage, seen: Outlook, name: str, steps: int, batch_size: int, size: Size) -> Work:
     tokens = steps * batch_size * seen.mean_general()
-    flops = _known(size, lambda p: dense_flops(p, tokens))
+    flops = _known(size, lambda p: seen.dense_flops(p, tokens))
     detail, passes = f"on {len(seen.general)} general sets", seen.step_passes(steps, batch_size=batch_size)
     of_proxy = "target" not in stage.arguments
     return Work(stage.name, name, detail, steps, flops if steps else 0.0, passes=passes, of_proxy=of_proxy)
@@ -144,7 +162,7 @@ def _probe(stage: Stage, seen: Outlook) -> Iterator[Work]:
     for task in [*seen.tasks, *(seen.general if contrasts(probe.score) else [])]:
         warm, read = probe.num_steps(len(task.train)), probe.fisher_batch_size or probe.batch_size
         tokens = seen.tokens[task.name] * (warm * probe.batch_size + probe.fisher_batches * read)
-        flops = _known(seen.proxy, lambda p, tokens=tokens: dense_flops(p, tokens))  # type: ignore[misc]
+        flops = _known(seen.proxy, lambda p, tokens=tokens: seen.dense_flops(p, tokens))  # type: ignore[misc]
         passes = seen.step_passes(warm, batch_size=probe.batch_size)
         passes += seen.step_passes(probe.fisher_batches, batch_size=read)
         detail = f"{len(task.train):,} training examples"
@@ -161,7 +179,7 @@ def _project(stage: Stage, seen: Outlook) -> Iterator[Work]:
         flops = _known(seen.target, lambda p, tokens=tokens: dense_flops(p, tokens))  # type: ignore[misc]
         if count == 0:
             detail, flops = "weights alone are looked at", 0.0
-        passes = seen.step_passes(count, stage.launched, cfg.probe.batch_size)
+        passes = seen.gradient_passes(count, stage.launched, cfg.probe.batch_size)
         yield Work(stage.name, f"project {task.name}", detail, 0, flops, stage.launched, passes)
 
 
@@ -174,7 +192,7 @@ def _memory(stage: Stage, seen: Outlook) -> Iterator[Work]:
         seen.target, lambda p: masked_flops(p, tokens, mask.share, mask.in_lines) + dense_flops(p, tokens)
     )
     detail = "masked and full training, a few steps each"
-    passes = seen.step_passes(2 * MEASURED_STEPS, stage.launched, examples)
+    passes = seen.gradient_passes(2 * MEASURED_STEPS, stage.launched, examples)
     yield Work(stage.name, "measure memory", detail, 2 * MEASURED_STEPS, flops, stage.launched, passes)
 
 
@@ -288,7 +306,10 @@ def _density_race(stage: Stage, seen: Outlook) -> Work:
         f"{len(race.densities)} densities with {len(race.grid)} learning rates each, on "
         f"{len(seen.tasks[: race.tasks])} task(s)",
         trainings * steps,
-        _known(seen.target, lambda p: masked_flops(p, trainings * tokens, mask.share, mask.in_lines)),
+        _known(
+            seen.target,
+            lambda p: masked_flops(p, trainings * tokens, mask.share, mask.in_lines, seen.recomputes),
+        ),
         stage.launched,
         trainings * seen.step_passes(steps, stage.launched),
     )

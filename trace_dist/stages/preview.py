@@ -140,11 +140,18 @@ def _seconds(
 
 
 def _size(estimator: Estimator | None) -> int | None:
-    """Parameters outside the embeddings, which multiply nothing."""
+    """Parameters that multiply a token: outside the embeddings, and of the experts those that it is sent to."""
     if estimator is None:
         return None
-    embedding = estimator.module.get_input_embeddings()
-    return sum(estimator.numel.values()) - sum(p.numel() for p in embedding.parameters())
+    module = estimator.module
+    asked = getattr(module.config.get_text_config(), "num_experts_per_tok", None)
+    idle = sum(
+        p.numel() // len(p) * max(0, len(p) - asked)
+        for name, p in module.named_parameters()
+        if asked is not None and p.ndim == 3 and "experts" in name.split(".")
+    )
+    embedding = sum(p.numel() for p in module.get_input_embeddings().parameters())
+    return sum(estimator.numel.values()) - embedding - idle
 
 
 def _tokens(task: Task, tokenizer: PreTrainedTokenizerBase | None, limit: int) -> tuple[float, int]:

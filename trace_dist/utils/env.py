@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -97,6 +98,12 @@ def meta_info() -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": _versions(),
     }
+
+
+def made_alike(result: Mapping[str, Any]) -> bool:
+    """Whether the measurements in a result file were made by this commit, on this hardware and with these versions."""
+    commit = result.get("run_info", {}).get("commit")
+    return bool(commit == run_info()["commit"] and result.get("meta_info") == meta_info())
 
 
 def run_info() -> dict[str, Any]:

@@ -25,7 +25,8 @@ class Adapted(Dense):
     @classmethod
     def flops(cls, cfg: RunConfig, num_parameters: int, num_tokens: float) -> float:
         # The base has no weight gradients; those of adapters that train as many parameters as a mask are its rows'.
-        return masked_flops(num_parameters, num_tokens, cfg.largest.mask.share, rows=True)
+        share, recomputes = cfg.largest.mask.share, cfg.train.activation_checkpointing
+        return masked_flops(num_parameters, num_tokens, share, rows=True, recomputes=recomputes)
 
     @classmethod
     def memory_setup(cls, cfg: RunConfig, setup: MemorySetup) -> MemorySetup:

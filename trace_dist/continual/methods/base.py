@@ -83,7 +83,8 @@ class Method(ABC):
             num_tokens: of all examples of all steps.
         """
         mask = cfg.largest.mask
-        return masked_flops(num_parameters, num_tokens, mask.share, mask.in_lines)
+        recomputes = cfg.train.activation_checkpointing
+        return masked_flops(num_parameters, num_tokens, mask.share, mask.in_lines, recomputes)
 
     @classmethod
     def num_steps(cls, options: Any, cfg: RunConfig, steps: Sequence[int]) -> int:

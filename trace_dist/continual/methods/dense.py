@@ -71,7 +71,7 @@ class Dense(Method):
 
     @classmethod
     def flops(cls, cfg: RunConfig, num_parameters: int, num_tokens: float) -> float:
-        return dense_flops(num_parameters, num_tokens)
+        return dense_flops(num_parameters, num_tokens, cfg.train.activation_checkpointing)
 
     @classmethod
     def memory_setup(cls, cfg: RunConfig, setup: MemorySetup) -> MemorySetup:
