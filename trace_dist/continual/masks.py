@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trace_dist.config import RunConfig
 from trace_dist.continual.earlier import check_room
@@ -27,8 +27,10 @@ from trace_dist.projection.site import Shown
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.workbench import Stream, Workbench
 from trace_dist.utils.log import get_logger
-from trace_dist.utils.together import on_main
+from trace_dist.utils.shared_files import present
+from trace_dist.utils.together import on_all, on_main
 
+T = TypeVar("T")
 logger = get_logger(__name__)
 KINDS = ("projected", "random")
 PROBED = "probed"
@@ -151,8 +153,8 @@ def projected_mask(
         if maker == PROBED:
             return _chosen_again(proxy_mask, cfg.folder.saliency(task), refused)
         if needs_scores(cfg.projection):
-            scores, layouts, _ = load_saliency(probed_file(cfg.folder.saliency(task)))
-            module = proxy_module(cfg, bench) if needs_module(cfg.projection) else None
+            scores, layouts, _ = read_probed(cfg.folder.saliency(task), load_saliency)
+            module = on_all(lambda: proxy_module(cfg, bench)) if needs_module(cfg.projection) else None
             shown = Shown(scores, layouts, proxy_origin(cfg, model, model_id), module)
     return project_task(
         model,
@@ -176,26 +178,42 @@ def probed_file(path: Path) -> Path:
     return path
 
 
+def read_probed(path: Path, read: Callable[[Path], T]) -> T:
+    """A file that the probe leaves, read on every rank. Collective.
+
+    Raises:
+        ValueError: on all ranks: it is not there, or one of them cannot read it.
+    """
+    on_main(lambda: probed_file(path))
+    return on_all(lambda: read(present(path)))
+
+
 def _proxy_mask(cfg: RunConfig, task: str) -> Mask:
-    """The proxy's mask of a task, at the density of the run: the probe's own, or, where its density was raced for, made anew."""
-    made = Mask.load(probed_file(cfg.folder.proxy_mask(task)))
+    """The proxy's mask of a task, at the density of the run: the probe's own, or, where its density was raced for, made anew.
+
+    Collective.
+    """
+    made = read_probed(cfg.folder.proxy_mask(task), Mask.load)
     if not made.meta.get("raced"):
         return made
-    scores, layouts, _ = load_saliency(probed_file(cfg.folder.saliency(task)))
+    scores, layouts, _ = read_probed(cfg.folder.saliency(task), load_saliency)
     return mask_from_scores(scores, layouts, cfg.mask.granularity, cfg.mask.share, cfg.mask.spread)
 
 
 def _transferred(model: ShardedModel, cfg: RunConfig, task: str, refused: Units) -> Mask:
-    """The tensors of the target whose counterparts of the proxy score highest; a target that was probed is its own proxy."""
-    scores, layouts, _ = load_saliency(probed_file(cfg.folder.saliency(task)))
+    """The tensors of the target whose counterparts of the proxy score highest; a target that was probed is its own proxy.
+
+    Collective.
+    """
+    scores, layouts, _ = read_probed(cfg.folder.saliency(task), load_saliency)
     shapes = {name: layout.shape for name, layout in layouts.items()}
     return project_tensors(model, {n: float(score) for n, score in scores.items()}, shapes, cfg.mask, refused)
 
 
 def _chosen_again(mask: Mask, saliency: Path, refused: Units) -> Mask:
-    """A mask of the target itself, or, where something is refused, the next best by the same scores."""
+    """A mask of the target itself, or, where something is refused, the next best by the same scores. Collective."""
     if refused:
-        scores, _, _ = load_saliency(saliency)
+        scores, _, _ = read_probed(saliency, load_saliency)
         budgets = {name: mask.tensor_density(name) * layout.numel for name, layout in mask.layouts.items()}
         mask = place(mask.layouts, mask.granularity, budgets, lambda name, _: scores[name], refused)
     return replace(mask, meta={"method": PROBED})
