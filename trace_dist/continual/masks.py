@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from trace_dist.config import RunConfig
+from trace_dist.config.checks import AUTO
+from trace_dist.config.mask import Density
 from trace_dist.continual.earlier import check_room
 from trace_dist.continual.proxy import proxy_module, proxy_origin
 from trace_dist.masks.mask import Mask
@@ -78,7 +80,8 @@ def project_stream(
 
     def write() -> None:
         for kind, made in masks.items():
-            made.with_meta(task=task, model=model_id, **meta[kind]).save(cfg.folder.mask(task, kind))
+            told = {"task": task, "model": model_id, "density": mask.share, **meta[kind]}
+            made.with_meta(**told).save(cfg.folder.mask(task, kind))
 
     on_main(write)
     projected = masks["projected"]
@@ -109,14 +112,17 @@ def _told(matching: Mapping[str, Any]) -> str:
 
 
 def is_projected(cfg: RunConfig, task: str, model_id: str) -> bool:
-    """Whether a task's masks of this target, by this placement and isolation, are there.
+    """Whether a task's masks of this target, by this placement and isolation and at this density, are there.
 
     Raises:
         ValueError: one of them is corrupt.
     """
     for kind, method in (("projected", _maker(cfg)), ("random", "random")):
         path = cfg.folder.mask(task, kind)
-        if not (path.is_file() and is_made(Mask.load(path), model_id, method, cfg.mask.isolation)):
+        if not path.is_file():
+            return False
+        mask = Mask.load(path)
+        if not (is_made(mask, model_id, method, cfg.mask.isolation) and is_at(mask, cfg.mask.density)):
             return False
     return True
 
@@ -125,6 +131,16 @@ def is_made(mask: Mask, model_id: str, method: str, isolation: str) -> bool:
     """Whether a mask is of a model, and was made by a method under an isolation."""
     found = mask.meta.get("method"), mask.meta.get("isolation", "shared")
     return same_model(str(mask.meta.get("model")), model_id) and found == (method, isolation)
+
+
+def is_at(mask: Mask, density: Density) -> bool:
+    """Whether a mask was made at a density, as it says itself: one that was given says nothing, nor does an earlier release's."""
+    return density == AUTO or mask.meta.get("density", density) == density
+
+
+def masks_made_with(cfg: RunConfig) -> dict[str, Any]:
+    """The sections of a configuration that say which masks are trained, as plain values."""
+    return {section: asdict(cfg)[section] for section in ("mask", "projection", "probe")}
 
 
 def _maker(cfg: RunConfig) -> str:
