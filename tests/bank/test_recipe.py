@@ -11,7 +11,7 @@ import pytest
 import torch
 from bank.samples import base_model, drawn, make_delta, same_delta
 
-from trace_dist import Delta, DeltaBank
+from trace_dist import Delta, DeltaBank, Mask
 from trace_dist.bank.changes import Task
 from trace_dist.bank.delta import applied, extract_delta
 from trace_dist.bank.export import export
@@ -72,11 +72,18 @@ def whole(bank: DeltaBank, task: str, model: ShardedModel) -> Delta:
     return found
 
 
+def changed(mask: Mask) -> Mask:
+    """What a part of c takes of it: its share of the MLPs is 0."""
+    units = {name: mask.units[name] for name in mask if "mlp" not in name}
+    assert 0 < len(units) < len(mask)
+    return Mask(units, mask.layouts, mask.granularity, mask.meta)
+
+
 def test_it_holds_the_bits_of_the_combination_that_was_fitted(bank: DeltaBank, model: ShardedModel) -> None:
     before = model.full_state_dict()
     delta, own = whole(bank, "c", model), bank.own_delta("c")
     assert own is not None
-    assert delta.mask == own.mask | bank.mask("a") | bank.mask("b")
+    assert delta.mask == own.mask | changed(bank.mask("a")) | changed(bank.mask("b"))
     assert delta.mask == bank.mask("c")
     deltas = [whole(bank, task, model) for task in "ab"]
     learner = CombinationLearner(model, deltas, lr=1.0)
@@ -103,7 +110,7 @@ def test_recipes_may_be_made_of_recipes(bank: DeltaBank, model: ShardedModel) ->
     delta, own = whole(bank, "d", model), bank.own_delta("d")
     assert own is not None
     assert bank.needs("d") == ["c", "a"]
-    assert delta.mask == own.mask | bank.mask("c")
+    assert delta.mask == own.mask | changed(bank.mask("c")) | bank.mask("a")
     name = next(name for name in delta.mask if "q_proj" in name)
     base = extract_delta(model, delta.mask, "d").values[name].double()
     change = torch.zeros_like(base)
@@ -118,12 +125,36 @@ def test_recipes_may_be_made_of_recipes(bank: DeltaBank, model: ShardedModel) ->
 
 
 def test_it_is_some_hundred_bytes_beside_its_own_part(bank: DeltaBank, model: ShardedModel) -> None:
-    folder = bank.files.task("c")
+    own = bank.own_delta("c")
+    assert own is not None
+    all_of_both = Recipe((part(bank, "a", mlp=0.5), part(bank, "b", mlp=0.25)))
+    bank.add(drawn("e", 4), replace(own, task="e"), recipe=all_of_both)
+    folder = bank.files.task("e")
     size = (folder / "recipe.json").stat().st_size
     assert size < 600
-    assert bank.delta_bytes("c") == size + (folder / "delta.safetensors").stat().st_size
-    whole(bank, "c", model).save(folder.parent / "whole.safetensors")
-    assert bank.delta_bytes("c") < 0.5 * (folder.parent / "whole.safetensors").stat().st_size  # type: ignore[operator]
+    assert bank.delta_bytes("e") == size + (folder / "delta.safetensors").stat().st_size
+    whole(bank, "e", model).save(folder.parent / "whole.safetensors")
+    assert bank.delta_bytes("e") < 0.5 * (folder.parent / "whole.safetensors").stat().st_size  # type: ignore[operator]
+
+
+def test_its_own_part_may_be_where_nothing_is_taken(bank: DeltaBank, model: ShardedModel) -> None:
+    recipe = Recipe((part(bank, "a", attention=0.0, other=0.0, mlp=0.0), part(bank, "b", attention=0.0)))
+    mine = whole(bank, "a", model)
+    names = [name for name in mine.mask if "mlp" in name]
+    units = {name: mine.mask.units[name] for name in names}
+    mask = Mask(units, mine.mask.layouts, mine.mask.granularity, mine.mask.meta)
+    own = Delta(mask, {name: mine.values[name] for name in names}, "e")
+    bank.add(drawn("e", 4), own, recipe=recipe)
+    assert verify(bank) == []
+    delta = whole(bank, "e", model)
+    assert delta.mask == bank.mask("e")
+    assert all(torch.equal(delta.values[name], own.values[name]) for name in names)
+    assert set(delta.mask) > set(names)
+    assert not any("self_attn" in name for name in delta.mask)
+    nothing = Recipe((part(bank, "a", **dict.fromkeys(GROUPS, 0.0)),))
+    bank.add(drawn("f", 5), replace(own, task="f"), recipe=nothing)
+    assert same_delta(whole(bank, "f", model), own)
+    assert bank.mask("f") == own.mask
 
 
 def test_it_survives_a_rename_and_keeps_what_it_needs(bank: DeltaBank, model: ShardedModel) -> None:

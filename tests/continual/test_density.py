@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,17 @@ import pytest
 import torch
 from continual.small import TASKS, result
 
-from trace_dist.config import ContinualConfig, RaceConfig, RunConfig
+from trace_dist.config import ContinualConfig, ProjectionConfig, RaceConfig, RunConfig
 from trace_dist.continual import density as densities
 from trace_dist.continual.density import DensityRace, moved, with_density
 from trace_dist.continual.driver import run_continual
+from trace_dist.continual.masks import is_projected
 from trace_dist.continual.race import Race
 from trace_dist.continual.setting import Setting
 from trace_dist.masks import Mask
 from trace_dist.report.narrative import chosen_density
 from trace_dist.report.results import parse_results
+from trace_dist.stages.learn import _take_mask
 from trace_dist.stages.preview import preview
 from trace_dist.stages.project import run_project
 from trace_dist.stages.report import collect_results
@@ -109,6 +112,59 @@ def test_the_race_settles_masks_and_rates_and_leaves_nothing(
     monkeypatch.undo()
     with_density(Setting.load(cfg))
     check_run(cfg, settled)
+
+
+def test_densities_race_again_under_another_placement(
+    fresh: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only where all were done: a race of one density is of the masks that were placed then."""
+    cfg = racing(fresh)
+    number = counted(monkeypatch)
+    with_density(Setting.load(cfg))
+    first = number()
+    cfg.folder.density.unlink()
+    carried = replace(cfg, train=replace(cfg.train, log_every=1), probe=replace(cfg.probe, margin=0.7))
+    with_density(Setting.load(carried))
+    assert number() == first
+    with_density(Setting.load(replace(cfg, projection=ProjectionConfig("random"))))
+    second = number()
+    assert second >= first + len(DENSITIES) * len(GRID)
+    with_density(Setting.load(replace(cfg, mask=replace(cfg.mask, granularity="row"))))
+    assert number() >= second + len(DENSITIES) * len(GRID)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """How often a rate was tried so far; nothing is trained."""
+    tried: list[float] = []
+
+    def try_rate(setting: Setting, mask: Any, whole: Stream, part: Stream, lr: float, **_: Any) -> Any:
+        tried.append(lr)
+        return nullcontext()
+
+    monkeypatch.setattr(densities, "projected_mask", lambda *_: None)
+    monkeypatch.setattr(densities, "try_rate", try_rate)
+    monkeypatch.setattr("trace_dist.continual.race._loss_after", lambda *_: 1.0)
+    return lambda: len(tried)
+
+
+def test_masks_of_another_density_are_made_again(fresh: RunConfig) -> None:
+    """As where a race with another margin has chosen one; a mask that was given is trained as it is."""
+    cfg = replace(fresh, tasks=fresh.tasks[:1], projection=ProjectionConfig("random"))
+    proxy = cfg.folder.proxy_mask(TASKS[0])
+    Mask.load(proxy).with_meta(raced=True).save(proxy)
+    dense = Setting.load(cfg)
+    stream, path = dense.bench.tasks[0], cfg.folder.mask(TASKS[0])
+    made = dense.mask_for(stream)
+    assert made.meta["density"] == 0.3
+    assert is_projected(cfg, TASKS[0], dense.fingerprint)
+    sparse = cfg.at_density(0.1)
+    assert not is_projected(sparse, TASKS[0], dense.fingerprint)
+    assert Setting.load(sparse).mask_for(stream).density == pytest.approx(0.1, rel=0.05)
+    assert is_projected(sparse, TASKS[0], dense.fingerprint)
+    given = path.with_name("given.safetensors")
+    made.save(given)
+    _take_mask(sparse, given)
+    assert Setting.load(sparse).mask_for(stream) == made
 
 
 def check_run(cfg: RunConfig, settled: Setting) -> None:

@@ -18,7 +18,9 @@ from trace_dist.models.loading import load_model
 from trace_dist.run_folder import RunFolder
 from trace_dist.sharding.build import load_sharded
 from trace_dist.stages.continual import describe
+from trace_dist.stages.learn import as_learned
 from trace_dist.stages.report import collect_results
+from trace_dist.stages.start import keep_config
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -113,3 +115,23 @@ def test_a_damaged_result_is_refused_where_it_would_be_kept(
         ) as caught:
             work(cfg)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("command", ["run", "learn"])
+def test_a_first_task_that_diverged_is_learned_at_a_lower_rate(
+    command: str, fresh: RunConfig, tmp_path: Path
+) -> None:
+    """As the message says, in the same run folder, where the base's scores and signature lie by then."""
+    cfg = fresh
+    if command == "learn":
+        cfg = as_learned(replace(cfg, bank=replace(cfg.bank, path=str(tmp_path / "bank"))))
+    high = replace(cfg, train=replace(cfg.train, lr=1e38))
+    keep_config(high, whole_run=True)
+    with pytest.raises(ValueError, match=r"^train\.lr=1e\+38: .*lower train\.lr and start the same command"):
+        run_continual(high)
+    assert (cfg.folder.progress("retrieved") / "progress.json").is_file()
+    keep_config(cfg, whole_run=True)
+    run_continual(cfg)
+    assert result(cfg, "retrieved")["lr_by_task"] == dict.fromkeys(TASKS, cfg.train.lr)
+    with pytest.raises(ValueError, match=r"made with other values of train\.lr; choose another run_dir"):
+        keep_config(high, whole_run=True)

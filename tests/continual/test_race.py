@@ -20,8 +20,11 @@ from trace_dist.continual.driver import check_methods, run_continual
 from trace_dist.continual.methods.base import Method
 from trace_dist.continual.race import MOST_EXTENSIONS, Race, held_race, race_rates, split
 from trace_dist.continual.setting import Setting
+from trace_dist.masks import Mask, UnitLayout
+from trace_dist.stages import train as training
 from trace_dist.train.schedule import make_schedule
 from trace_dist.utils.finite import NotFinite
+from trace_dist.utils.sealed import read_record, write_record
 
 GRID = [1e-3, 1e-2, 1e-1]
 STEPS = 8
@@ -239,6 +242,85 @@ def test_a_race_under_other_conditions_is_held_again(fresh: RunConfig) -> None:
     other = replace(method.setting, cfg=replace(cfg, race=replace(cfg.race, steps=STEPS + 1)))
     with pytest.raises(ValueError, match="training diverges at each of"):
         held_race(other, "full", [stream], diverges)
+
+
+def test_how_a_run_is_carried_out_holds_no_race_again(
+    fresh: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does a record of an earlier release, which held such fields too; what the trials depend on does."""
+    cfg = racing(fresh, "full")
+    setting, trials = Setting.load(cfg), []
+    streams = setting.bench.tasks[:1]
+
+    def measured(*_: Any) -> float:
+        trials.append(1)
+        return 1.0 / len(trials)
+
+    monkeypatch.setattr("trace_dist.continual.race._loss_after", measured)
+    trial: Any = lambda *_: None  # noqa: E731 - nothing is trained
+    found = held_race(setting, "full", streams, trial, about={"options": {"replay": 0.1}})
+    number = len(trials)
+    train = replace(cfg.train, checkpoint_minutes=9.0, checkpoint_every=5, log_every=1, trackers=())
+    other = replace(setting, cfg=replace(cfg, train=train, data=replace(cfg.data, num_proc=2)))
+    assert held_race(other, "full", streams, trial, about={"options": {"replay": 0.1}}) == found
+    path = cfg.folder.race("full")
+    kept = read_record(path, "")
+    kept["about"]["train"] |= {"checkpoint_minutes": 3.0, "max_bad_steps": 3}
+    write_record(path, {key: kept[key] for key in ("about", "rates")})
+    assert held_race(other, "full", streams, trial, about={"options": {"replay": 0.1}}) == found
+    assert len(trials) == number
+    held_race(other, "full", streams, trial, about={"options": {"replay": 0.2}})
+    assert len(trials) > number
+
+
+def test_a_task_that_is_trained_by_itself_races_on_its_own_mask(
+    fresh: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`train` takes a mask file; the race that was held on another mask is not its."""
+    cfg = replace(fresh, train=replace(fresh.train, lr="auto"), race=RaceConfig(GRID, steps=STEPS))
+    setting, tried = Setting.load(cfg), []
+    monkeypatch.setattr(training, "try_rate", lambda *_, **__: tried.append(1))
+    monkeypatch.setattr("trace_dist.continual.race._loss_after", lambda *_: 1.0)
+    layouts = {"w": UnitLayout((4, 4), 1)}
+    numbers = []
+    for entry in (1, 1, 2):
+        mask = Mask({"w": torch.tensor([entry], dtype=torch.int32)}, layouts, "element")
+        training._won(setting, setting.bench.tasks[0], mask)
+        numbers.append(len(tried))
+    assert 0 < numbers[0] == numbers[1] < numbers[2]
+
+
+def test_a_stream_that_goes_on_keeps_its_race(fresh: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its later tasks are trained with the rate that won before the first one; the weights are no longer those that raced."""
+    cfg = racing(fresh, "full")
+    cfg = replace(cfg, race=replace(cfg.race, grid=GRID[:2], tasks=1))
+    kind = check_methods(cfg)[0].kind
+    learn = kind.learn
+
+    def cut(self: Any, stream: Any) -> Any:
+        if stream.task.name == TASKS[1]:
+            raise KeyboardInterrupt
+        return learn(self, stream)
+
+    monkeypatch.setattr(kind, "learn", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run_continual(cfg)
+    path = cfg.folder.race("full")
+    kept = read_record(path, "")
+    monkeypatch.setattr(kind, "learn", learn)
+    monkeypatch.setattr(kind, "trial", refuse)
+    content = path.read_bytes()
+    path.unlink()
+    other = replace(cfg, race=replace(cfg.race, steps=STEPS + 1))
+    with pytest.raises(
+        ValueError, match=r"full/race\.json: is missing, and full has finished tasks .* begin anew"
+    ):
+        run_continual(other)
+    path.write_bytes(content)
+    run_continual(other)
+    assert result(cfg, "full")["rates"] == kept["rates"]
+    rates = result(cfg, "full")["lr_by_task"]
+    assert rates[TASKS[1]] == rates[TASKS[0]]
 
 
 class Silent(Method):

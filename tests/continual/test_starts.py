@@ -17,13 +17,15 @@ from continual.small import STEPS, TASKS
 
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.delta import Delta
+from trace_dist.bank.recipe import group_of
 from trace_dist.bank.verify import verify
 from trace_dist.config import RunConfig, TaskConfig
 from trace_dist.continual.learn import learn_task
 from trace_dist.continual.setting import Setting
+from trace_dist.continual.starts import combination
 from trace_dist.masks.mask import Mask
 from trace_dist.run_folder import RunFolder
-from trace_dist.train.combination import GROUPS
+from trace_dist.train.combination import GROUPS, CombinationLearner
 from trace_dist.train.learner import MaskedLearner
 from trace_dist.train.loop import TrainResult
 
@@ -249,8 +251,57 @@ def test_cut_in_its_training_it_goes_on_alike(related: RunConfig, monkeypatch: p
     assert learned(other, mask)[3].losses == expected.losses
 
 
-def test_a_mask_that_the_combination_covers_is_refused(related: RunConfig) -> None:
+@pytest.fixture
+def fitted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float, float]]:
+    """A fit that ends at given scalars (attention, mlp, other of each delta) and helps."""
+    rows: list[tuple[float, float, float]] = []
+    losses = iter([1.0, 0.5])
+
+    def fit(learner: CombinationLearner, *_: Any, **__: Any) -> None:
+        learner.set(torch.tensor(rows, dtype=torch.float64))
+
+    monkeypatch.setattr(combination, "train_learner", fit)
+    monkeypatch.setattr(combination, "answer_loss", lambda *_: next(losses))
+    return rows
+
+
+@pytest.mark.parametrize("trial_steps", [0, 2])
+def test_a_mask_that_the_combination_covers_is_trained_from_the_base(
+    related: RunConfig, fitted: list[tuple[float, float, float]], trial_steps: int
+) -> None:
+    options = KIND["composition_options"] | {"trial_steps": trial_steps}
+    related = replace(related, bank=replace(related.bank, composition_options=options))
+    plain = without(related)
+    fitted += [(0.5, 0.5, 0.5)] * len(TASKS)
     mask = DeltaBank(RunFolder.of(related.run_dir).bank().root).mask(TASKS[0])
-    message = "bank.composition: task 'third': .*selects nothing.*set mask.isolation: exclusive, or bank.composition: none"
-    with pytest.raises(ValueError, match=message):
-        learned(related, mask)
+    _, composed, _, result = learned(related, mask)
+    facts = composed.facts("third")["training"]["composition"]
+    assert facts["used"] is False
+    assert facts["fitted"][TASKS[0]] == dict.fromkeys(GROUPS, 0.5)
+    check_as_from_the_base(composed, mask, result, plain)
+
+
+def test_weights_that_the_combination_leaves_stay_the_task_s_own(
+    related: RunConfig, fitted: list[tuple[float, float, float]]
+) -> None:
+    """Its scalars on them are 0, whatever the earlier tasks hold there."""
+    options = KIND["composition_options"] | {"trial_steps": 0}
+    related = replace(related, bank=replace(related.bank, composition_options=options))
+    fitted += [(0.5, 0.0, 0.0)] * len(TASKS)
+    bank = DeltaBank(RunFolder.of(related.run_dir).bank().root)
+    mask = bank.mask(TASKS[0])
+    setting, bank, _, _ = learned(related, mask)
+    assert bank.facts("third")["training"]["composition"]["used"] is True
+    delta, base = delta_of(bank, "third"), setting.model.full_state_dict()
+    moved = {
+        name: int((delta.values[name] != base[name].flatten()[delta.mask.elements(name)]).sum())
+        for name in delta.mask
+    }
+    theirs = {name for name in bank.mask(TASKS[1]) if group_of(name) == "attention"}
+    assert set(delta.mask) == set(mask) | theirs
+    for name in delta.mask:
+        if group_of(name) == "attention":
+            assert delta.mask.units[name].equal((mask | bank.mask(TASKS[1])).units[name])
+        else:
+            assert delta.mask.units[name].equal(mask.units[name])
+            assert moved[name] > 0.5 * len(mask.elements(name)), name

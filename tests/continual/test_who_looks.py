@@ -11,11 +11,15 @@ import pytest
 import torch
 
 from trace_dist.config import RunConfig
+from trace_dist.continual import masks
 from trace_dist.continual import setting as module
 from trace_dist.continual.earlier import bank_before
 from trace_dist.continual.methods.one_set import _missing
+from trace_dist.continual.proxy import proxy_origin
 from trace_dist.continual.setting import Recipe, Setting
 from trace_dist.masks import Mask, UnitLayout
+from trace_dist.masks.storage import save_saliency
+from trace_dist.models.origin import Origin
 from trace_dist.run_folder import RunFolder
 from trace_dist.utils import dist
 
@@ -54,7 +58,7 @@ def rank_1(monkeypatch: pytest.MonkeyPatch) -> Rank1:
 
 @pytest.fixture
 def setting(tmp_path: Path) -> Any:
-    mask = SimpleNamespace(isolation="shared", block=1, maskable=None)
+    mask = SimpleNamespace(isolation="shared", block=1, maskable=None, density=0.5)
     cfg = SimpleNamespace(mask=mask, folder=RunFolder(tmp_path), seed=0)
     return Setting(cfg, None, tmp_path, "base")  # type: ignore[arg-type]
 
@@ -110,3 +114,53 @@ def test_a_bank_that_is_not_there(rank_1: Rank1, tmp_path: Path) -> None:
     rank_1.says = [(False, lambda: None), (False, lambda: None)]
     assert bank_before(cfg, "retrieved", "base") == (None, [])
     assert _missing(cfg) == ["a"]
+
+
+def test_what_the_probe_has_left(rank_1: Rank1, setting: Any) -> None:
+    def meanwhile() -> None:
+        MASK.save(setting.folder.proxy_mask("a"))
+        rank_1.told = True
+
+    rank_1.says = [(True, meanwhile)]
+    assert masks._proxy_mask(setting.cfg, "a") == MASK
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda cfg: masks._proxy_mask(cfg, "a"),
+        lambda cfg: masks._transferred(None, cfg, "a", {}),
+        lambda cfg: masks._chosen_again(MASK, cfg.folder.saliency("a"), {"w": torch.tensor([0])}),
+    ],
+)
+def test_what_one_rank_cannot_read_is_an_error_on_all(
+    read: Callable[[Any], Any], rank_1: Rank1, setting: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = setting.folder
+    MASK.save(folder.proxy_mask("a"))
+    save_saliency(folder.saliency("a"), {"w": torch.rand(16)}, MASK.layouts, {})
+    rank_1.told = True
+    rank_1.says = [(True, lambda: None)]
+    monkeypatch.setattr(dist, "gather_objects", lambda mine: [(ValueError, "torn on rank 0"), mine])
+    with pytest.raises(ValueError, match="torn on rank 0"):
+        read(setting.cfg)
+    # What is wrong here reaches the others.
+    told: list[Any] = []
+    monkeypatch.setattr(dist, "gather_objects", lambda mine: told.append(mine) or [None, mine])
+    for path in (folder.proxy_mask("a"), folder.saliency("a")):
+        path.write_bytes(b"torn")
+    rank_1.says = [(True, lambda: None)]
+    with pytest.raises(ValueError, match="safetensors"):
+        read(setting.cfg)
+    assert told[0][0] is ValueError
+
+
+def test_where_a_proxy_comes_from(rank_1: Rank1, tmp_path: Path) -> None:
+    cfg: Any = SimpleNamespace(proxy=SimpleNamespace(path=str(tmp_path), prune=None))
+    cfg.target = SimpleNamespace(path="target")
+    origin = Origin("base", "layers", [0])
+    model: Any = None
+    rank_1.says = [(origin, lambda: None), (origin, lambda: None)]
+    assert proxy_origin(cfg, model, "base") == origin
+    with pytest.raises(ValueError, match="it was cut out of another model"):
+        proxy_origin(cfg, model, "other")

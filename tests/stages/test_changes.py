@@ -27,6 +27,8 @@ LOGS = [
 BASES = ["models/target/config.json", "models/proxy/config.json"]
 PROBED = ["probe/t.safetensors", "probe/masks/t.safetensors"]
 MASKS = ["masks/t.safetensors", "masks/random/t.safetensors"]
+BEGUN = ["progress/retrieved/progress.json", "bank/bank.json", "bank/tasks/base/signature.safetensors"]
+"""What a method leaves before its first task is learned: the base's scores, and a bank with its signature."""
 
 
 def make(folder: Path) -> RunConfig:
@@ -56,6 +58,12 @@ def lower(section: str, name: str, value: Any) -> Callable[[RunConfig], RunConfi
             lower("continual", "options", {"full": {"lr": 1e-4}}),
             [*BASES, *PROBED, *MASKS, "methods/retrieved.json", "bank/bank.json"],
         ),
+        (lower("train", "micro_batch_size", 1), [*BASES, *PROBED, *MASKS, *BEGUN]),
+        (lower("race", "steps", 9), [*BASES, *PROBED, *MASKS, *BEGUN]),
+        (lower("projection", "options", {"lr": 1e-4}), [*BASES, *PROBED, *BEGUN]),
+        (lower("continual", "options", {"retrieved": {"lr": 1e-4}}), [*BASES, *PROBED, *MASKS, *BEGUN]),
+        (lower("bank", "composition_options", {"lr": 0.01}), [*BASES, *PROBED, *MASKS, *BEGUN]),
+        (lambda cfg: replace(cfg, tasks=[replace(cfg.tasks[0], steps=7)]), [*BASES, *PROBED, *MASKS, *BEGUN]),
         (lambda cfg: replace(cfg, seed=1), []),
         (lambda cfg: replace(cfg, proxy=ModelConfig(cfg.proxy.path, dtype="bfloat16")), BASES[:1]),
         (lambda cfg: replace(cfg, target=ModelConfig(cfg.target.path, dtype="bfloat16")), [BASES[1], *PROBED]),
@@ -80,7 +88,13 @@ def test_work_that_has_no_result_may_change(
         (lower("train", "lr", 1e-4), "train.lr", "methods/full.json"),
         (lower("train", "lr", 1e-4), "train.lr", "bank/deltas/t.safetensors"),
         (lower("train", "lr", 1e-4), "train.lr", "bank_random/tasks/0001/delta.safetensors"),
-        (lower("race", "steps", 9), "race.steps", "progress/retrieved/progress.json"),
+        (lower("race", "steps", 9), "race.steps", "progress/retrieved/state-00001/bank.json"),
+        (lower("train", "lr", 1e-4), "train.lr", "progress/full/trained/t.json"),
+        (lower("continual", "options", {"random": {}}), "continual.options.random", "bank_random/tasks/t/delta.safetensors"),
+        (lower("eval", "max_new_tokens", 3), "eval.max_new_tokens", BEGUN[0]),
+        (lower("bank", "clusters", 3), "bank.clusters", BEGUN[2]),
+        (lambda cfg: replace(cfg, target=ModelConfig(cfg.target.path, dtype="bfloat16")), "target.dtype", BEGUN[0]),
+        (lambda cfg: replace(cfg, target=ModelConfig(cfg.target.path, dtype="bfloat16")), "target.dtype", BEGUN[2]),
         (lower("projection", "options", {"lr": 1e-4}), "projection.options.lr", "masks/t.safetensors"),
         (lower("probe", "lr", 1e-4), "probe.lr", "probe/t.safetensors"),
         (lower("mask", "density", 0.02), "mask.density", "masks/random/t.safetensors"),

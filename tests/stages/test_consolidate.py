@@ -15,7 +15,7 @@ from trace_dist.config import RunConfig
 from trace_dist.continual.driver import run_continual
 from trace_dist.continual.methods.consolidated import Consolidated
 from trace_dist.stages.consolidate import as_consolidated, run_consolidate
-from trace_dist.utils.files import read_json
+from trace_dist.utils.files import read_json, write_json
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,14 @@ def test_it_folds_tasks_that_the_configuration_does_not_name(
     monkeypatch.delattr(Consolidated, "learn")
     # Nothing is trained again while the bank is as it was.
     assert run_consolidate(as_consolidated(cfg)) == scores
+    # Nor with other fields that decide nothing, or beside a record of an earlier release, which held them.
+    train = replace(cfg.train, checkpoint_minutes=9.0, log_every=1, max_bad_steps=1)
+    carried = replace(cfg, train=train, data=replace(cfg.data, num_proc=2))
+    assert run_consolidate(as_consolidated(carried)) == scores
+    record = folding.folder.progress("consolidated") / "made_of.json"
+    kept = read_json(record)
+    write_json(record, kept | {"train": kept["train"] | {"checkpoint_minutes": 3.0, "trackers": []}})
+    assert run_consolidate(as_consolidated(carried)) == scores
     monkeypatch.setattr(Consolidated, "learn", learn)
     bank.remove(TASKS[0])
     run_consolidate(as_consolidated(cfg))

@@ -291,7 +291,8 @@ def test_without_a_proxy_the_target_keeps_its_own_masks(cfg: RunConfig, tmp_path
     run_project(alone)
     for task, mask in zip(TASKS, masks(alone), strict=True):
         assert mask == Mask.load(alone.folder.proxy_mask(task))
-        assert mask.meta == {"method": "probed", "task": task, "model": fingerprint(cfg.target.path)}
+        made = {"method": "probed", "density": cfg.mask.density, "model": fingerprint(cfg.target.path)}
+        assert mask.meta == {"task": task, **made}
 
 
 def test_projecting_before_probing_is_one_line(cfg: RunConfig, tmp_path: Path) -> None:

@@ -17,8 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import reduce
-from operator import or_
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +27,7 @@ from trace_dist.bank.delta import Delta, applied
 from trace_dist.bank.facts import describe, kind_of
 from trace_dist.bank.index import Index, Record
 from trace_dist.bank.prompts import PromptSets, load_prompts
-from trace_dist.bank.recipe import Recipe, prepared
+from trace_dist.bank.recipe import Recipe, prepared, taken
 from trace_dist.bank.retrieval import Retriever
 from trace_dist.bank.signature import Signature, check_comparable
 from trace_dist.bank.sketch import Sketch
@@ -207,7 +205,7 @@ class DeltaBank:
         return [] if recipe is None else changes.held(self._index, self.files, task, recipe)
 
     def mask(self, task: str) -> Mask:
-        """A task's mask, without reading its values; with the entries of its recipe, where it has one.
+        """A task's mask, without reading its values; with the entries that its recipe changes, where it has one.
 
         Raises:
             ValueError: as ``own_delta``, or the task is the base model.
@@ -216,7 +214,19 @@ class DeltaBank:
             raise ValueError(f"task={task!r}: the base model has no mask; leave it out")
         known = self._record(task).facts.get("mask")
         own: Mask = self._read(task, DELTA, lambda path, _: Delta.load_mask(path, known))
-        return reduce(or_, map(self.mask, self.needs(task)), own).with_meta(**own.meta)
+        begun = self.begun(task)
+        return own if begun is None else (own | begun).with_meta(**own.meta)
+
+    def begun(self, task: str) -> Mask | None:
+        """The entries that a task's recipe changes; None where it has none, or it changes nothing.
+
+        Raises:
+            ValueError: as ``mask``.
+        """
+        recipe = self.recipe(task)
+        if recipe is None:
+            return None
+        return taken(list(map(self.mask, self.needs(task))), [part.scalars for part in recipe.parts])
 
     def signature(self, task: str) -> Signature:
         """A task's signature. Raises ValueError as ``delta`` does."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from trace_dist.bank.delta import Delta, check_dtype, extract_delta
+from trace_dist.masks.mask import Mask
 from trace_dist.models.roles import Role, role_of
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.utils.sealed import check_version, read_record, write_record
@@ -107,6 +108,28 @@ def group_of(name: str) -> str:
     return _GROUP_OF.get(role_of(name), "other")
 
 
+def taken(masks: Sequence[Mask], shares: Sequence[Mapping[str, float]]) -> Mask | None:
+    """The entries that a combination changes: those of the weights of which it takes a share that is not 0; None where there are
+    none.
+
+    Args:
+        masks: of earlier tasks.
+        shares: of each, group of weights -> scalar.
+
+    Raises:
+        ValueError: the masks are of another model or granularity.
+    """
+    changed = []
+    for mask, row in zip(masks, shares, strict=True):
+        names = [name for name in mask if row[group_of(name)]]
+        if len(names) == len(mask):
+            changed.append(mask)
+        elif names:
+            units = {name: mask.units[name] for name in names}
+            changed.append(Mask(units, mask.layouts, mask.granularity, mask.meta))
+    return reduce(or_, changed) if changed else None
+
+
 def change_of(tuned: Tensor, base: Tensor) -> Tensor:
     """What a delta changes of some entries: fp32, or fp64 of an fp64 model."""
     wide = torch.promote_types(base.dtype, torch.float32)
@@ -136,25 +159,27 @@ def prepared(recipe: Recipe, parts: Sequence[Delta], own: Delta, base: ShardedMo
     Args:
         recipe: of the task.
         parts: the whole deltas of its parts, in order.
-        own: its own part, which shares no entry with them.
+        own: its own part, which shares no entry with what they change.
         base: the model, holding the base's values.
 
     Raises:
         ValueError: the parts are of another model, granularity or dtype, or they share entries with the own part.
     """
-    taken = reduce(or_, (part.mask for part in parts))
-    start = extract_delta(base, taken, own.task)
+    begun = taken([part.mask for part in parts], [part.scalars for part in recipe.parts])
+    if begun is None:
+        return own
+    start = extract_delta(base, begun, own.task)
     combined = {}
-    for name in taken:
-        changes, entries, mine = [], taken.elements(name), start.values[name]
+    for name in begun:
+        changes, entries, mine = [], begun.elements(name), start.values[name]
         for part, delta in zip(recipe.parts, parts, strict=True):
-            if name in delta.mask.units:
+            share = part.scalars[group_of(name)]
+            if share and name in delta.mask.units:
                 check_dtype(delta, name, mine.dtype)
                 places = torch.searchsorted(entries, delta.mask.elements(name))
-                change = change_of(delta.values[name], mine[places])
-                changes.append((places, change, part.scalars[group_of(name)]))
+                changes.append((places, change_of(delta.values[name], mine[places]), share))
         combined[name] = mixed(mine, changes)
-    return _joined(own, Delta(taken, combined, own.task))
+    return _joined(own, Delta(begun, combined, own.task))
 
 
 def _joined(own: Delta, begun: Delta) -> Delta:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import reduce
-from operator import or_
-
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.delta import check_base
 from trace_dist.bank.index import Member, Record
@@ -71,10 +67,10 @@ def _inconsistent(bank: DeltaBank, record: Record, dims: dict[int, str]) -> list
         if delta is None:
             return []
         check_base(delta.mask, bank.base, str(bank.path(name)))
-        begun = list(map(bank.mask, bank.needs(name)))
+        begun = bank.begun(name)
     except ValueError as error:
         return [str(error)]
-    if begun and _meet(delta.mask, begun):
+    if begun is not None and _meet(delta.mask, begun):
         return [f"{bank.path(name)}: shares entries with the tasks of its recipe; learn the task again"]
     found, known = delta.mask.num_entries, record.facts.get("entries")
     if record.folder and found != known:
@@ -82,7 +78,6 @@ def _inconsistent(bank: DeltaBank, record: Record, dims: dict[int, str]) -> list
     return []
 
 
-def _meet(mask: Mask, others: Sequence[Mask]) -> bool:
-    """Whether a mask shares entries with one of others."""
-    taken = reduce(or_, others)
-    return (mask | taken).num_entries < mask.num_entries + taken.num_entries
+def _meet(mask: Mask, other: Mask) -> bool:
+    """Whether two masks share entries."""
+    return (mask | other).num_entries < mask.num_entries + other.num_entries

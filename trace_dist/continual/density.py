@@ -12,7 +12,6 @@ Nothing of the races is left in weights, random numbers or files but their recor
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -21,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from trace_dist.config.checks import AUTO
+from trace_dist.config.how_it_runs import decisive
 from trace_dist.continual.learn import try_rate
-from trace_dist.continual.masks import projected_mask
+from trace_dist.continual.masks import masks_made_with, projected_mask
 from trace_dist.continual.progress import examples_digest
 from trace_dist.continual.race import Race, held_race
 from trace_dist.continual.setting import Setting
@@ -86,7 +86,7 @@ def with_density(setting: Setting) -> Setting:
         return setting
     path = setting.folder.density
     streams = setting.bench.tasks[: setting.cfg.race.tasks]
-    about = json.loads(json.dumps(_about(setting, streams)))
+    about = _about(setting, streams)
     found = on_main(lambda: read_density(path, about))
     if found is None:
         with random_numbers_kept():
@@ -131,7 +131,7 @@ def _race_at(setting: Setting, density: float, streams: Sequence[Stream]) -> Rac
             setting.seed(stream.task.name)
         return try_rate(setting, masks[stream.task.name], stream, part, lr, name=name)
 
-    return held_race(setting, name, streams, trial, grid=setting.grid)
+    return held_race(setting, name, streams, trial, grid=setting.grid, about=masks_made_with(setting.cfg))
 
 
 def moved(grid: Sequence[float], lr: float) -> list[float]:
@@ -144,9 +144,11 @@ def moved(grid: Sequence[float], lr: float) -> list[float]:
 def _about(setting: Setting, streams: Sequence[Stream]) -> dict[str, Any]:
     """What the race depends on."""
     cfg = setting.cfg
-    sections = {name: asdict(getattr(cfg, name)) for name in ("race", "mask", "projection", "probe", "train")}
-    sections["train"].pop("trackers")
-    return {**sections, "examples": examples_digest(streams), "model": setting.fingerprint}
+    sections = {"race": asdict(cfg.race), "train": asdict(cfg.train), **masks_made_with(cfg)}
+    found: dict[str, Any] = decisive(
+        {**sections, "examples": examples_digest(streams), "model": setting.fingerprint}
+    )
+    return found
 
 
 def read_density(path: Path, about: dict[str, Any]) -> DensityRace | None:
@@ -154,7 +156,7 @@ def read_density(path: Path, about: dict[str, Any]) -> DensityRace | None:
     if not path.is_file():
         return None
     found = read_record(path, "delete it to let the densities race again", bare=True)
-    if found.get("about") != about:
+    if decisive(found.get("about")) != about:
         return None
     with reading(path, "race of densities"):
         race = DensityRace.from_json(found)

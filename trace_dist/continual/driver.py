@@ -14,9 +14,10 @@ from typing import Any
 
 from trace_dist.config import RunConfig
 from trace_dist.continual.density import with_density
+from trace_dist.continual.masks import masks_made_with
 from trace_dist.continual.methods.base import Method
 from trace_dist.continual.progress import Progress, examples_digest, keep_trained
-from trace_dist.continual.race import held_race
+from trace_dist.continual.race import held_race, kept_race
 from trace_dist.continual.result import read_result, result_of
 from trace_dist.continual.setting import Setting
 from trace_dist.parts import METHODS
@@ -110,12 +111,10 @@ def run_method(setting: Setting, entry: Entry) -> None:
     """
     folder, name = setting.folder, entry.name
     method = entry.kind(name, setting, entry.options)
-    options = {} if entry.options is None else vars(entry.options)
     about = {
         "model": setting.fingerprint,
         "examples": examples_digest([*setting.bench.tasks, *setting.bench.general]),
-        "options": {key: value for key, value in options.items() if key != "lr"},
-        **method.made_of(),
+        **_made_with(method),
     }
     progress = Progress(folder.progress(name), about)
     streams = setting.bench.tasks[len(progress.record.tasks) :]
@@ -126,7 +125,7 @@ def run_method(setting: Setting, entry: Entry) -> None:
         logger.info("%s: going on after %s", name, ", ".join(progress.record.tasks))
     elif not progress.record.rows:
         progress.begin(method.score())
-    race(method, entry)
+    race(method, entry, going_on=bool(progress.record.tasks))
     for stream in streams:
         task = stream.task.name
         keep_trained(progress.folder, task, method.learn(stream))
@@ -140,14 +139,34 @@ def run_method(setting: Setting, entry: Entry) -> None:
     outcome(f"{name}: {' / '.join(f'{score:.1f}' for score in progress.record.rows[-1].tasks)} %")
 
 
-def race(method: Method, entry: Entry) -> None:
-    """Let a method's learning rate race where it is ``auto``. Collective."""
-    setting = method.setting
-    if entry.kind.races(entry.options, setting.cfg):
-        streams = setting.bench.tasks[: setting.cfg.race.tasks]
-        # Around the rate that won with the density, where that was raced for.
-        grid = setting.grid if entry.kind.masked else None
-        method.race = held_race(setting, method.name, streams, method.trial, method.continues, grid)
+def race(method: Method, entry: Entry, going_on: bool = False) -> None:
+    """Let a method's learning rate race where it is ``auto``. Collective.
+
+    Args:
+        method: the method.
+        entry: of the run.
+        going_on: it has finished tasks, which it trained with the rate that won then; that one stays.
+
+    Raises:
+        ValueError: that race is missing or damaged, or as ``held_race``.
+    """
+    setting, kind = method.setting, entry.kind
+    if not kind.races(entry.options, setting.cfg):
+        return
+    if going_on:
+        method.race = kept_race(setting, method.name)
+        return
+    streams = setting.bench.tasks[: setting.cfg.race.tasks]
+    # Around the rate that won with the density, where that was raced for.
+    grid = setting.grid if kind.masked else None
+    about = {**masks_made_with(setting.cfg), **_made_with(method)}
+    method.race = held_race(setting, method.name, streams, method.trial, method.continues, grid, about)
+
+
+def _made_with(method: Method) -> dict[str, Any]:
+    """A method's options but for its rate, and what else its result is made of."""
+    options = {} if method.options is None else vars(method.options)
+    return {"options": {key: value for key, value in options.items() if key != "lr"}, **method.made_of()}
 
 
 def _keep_product(method: Method) -> None:

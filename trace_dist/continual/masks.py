@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trace_dist.config import RunConfig
+from trace_dist.config.checks import AUTO
+from trace_dist.config.mask import Density
 from trace_dist.continual.earlier import check_room
 from trace_dist.continual.proxy import proxy_module, proxy_origin
 from trace_dist.masks.mask import Mask
@@ -27,8 +29,10 @@ from trace_dist.projection.site import Shown
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.workbench import Stream, Workbench
 from trace_dist.utils.log import get_logger
-from trace_dist.utils.together import on_main
+from trace_dist.utils.shared_files import present
+from trace_dist.utils.together import on_all, on_main
 
+T = TypeVar("T")
 logger = get_logger(__name__)
 KINDS = ("projected", "random")
 PROBED = "probed"
@@ -76,7 +80,8 @@ def project_stream(
 
     def write() -> None:
         for kind, made in masks.items():
-            made.with_meta(task=task, model=model_id, **meta[kind]).save(cfg.folder.mask(task, kind))
+            told = {"task": task, "model": model_id, "density": mask.share, **meta[kind]}
+            made.with_meta(**told).save(cfg.folder.mask(task, kind))
 
     on_main(write)
     projected = masks["projected"]
@@ -107,14 +112,17 @@ def _told(matching: Mapping[str, Any]) -> str:
 
 
 def is_projected(cfg: RunConfig, task: str, model_id: str) -> bool:
-    """Whether a task's masks of this target, by this placement and isolation, are there.
+    """Whether a task's masks of this target, by this placement and isolation and at this density, are there.
 
     Raises:
         ValueError: one of them is corrupt.
     """
     for kind, method in (("projected", _maker(cfg)), ("random", "random")):
         path = cfg.folder.mask(task, kind)
-        if not (path.is_file() and is_made(Mask.load(path), model_id, method, cfg.mask.isolation)):
+        if not path.is_file():
+            return False
+        mask = Mask.load(path)
+        if not (is_made(mask, model_id, method, cfg.mask.isolation) and is_at(mask, cfg.mask.density)):
             return False
     return True
 
@@ -123,6 +131,16 @@ def is_made(mask: Mask, model_id: str, method: str, isolation: str) -> bool:
     """Whether a mask is of a model, and was made by a method under an isolation."""
     found = mask.meta.get("method"), mask.meta.get("isolation", "shared")
     return same_model(str(mask.meta.get("model")), model_id) and found == (method, isolation)
+
+
+def is_at(mask: Mask, density: Density) -> bool:
+    """Whether a mask was made at a density, as it says itself: one that was given says nothing, nor does an earlier release's."""
+    return density == AUTO or mask.meta.get("density", density) == density
+
+
+def masks_made_with(cfg: RunConfig) -> dict[str, Any]:
+    """The sections of a configuration that say which masks are trained, as plain values."""
+    return {section: asdict(cfg)[section] for section in ("mask", "projection", "probe")}
 
 
 def _maker(cfg: RunConfig) -> str:
@@ -151,8 +169,8 @@ def projected_mask(
         if maker == PROBED:
             return _chosen_again(proxy_mask, cfg.folder.saliency(task), refused)
         if needs_scores(cfg.projection):
-            scores, layouts, _ = load_saliency(probed_file(cfg.folder.saliency(task)))
-            module = proxy_module(cfg, bench) if needs_module(cfg.projection) else None
+            scores, layouts, _ = read_probed(cfg.folder.saliency(task), load_saliency)
+            module = on_all(lambda: proxy_module(cfg, bench)) if needs_module(cfg.projection) else None
             shown = Shown(scores, layouts, proxy_origin(cfg, model, model_id), module)
     return project_task(
         model,
@@ -176,26 +194,42 @@ def probed_file(path: Path) -> Path:
     return path
 
 
+def read_probed(path: Path, read: Callable[[Path], T]) -> T:
+    """A file that the probe leaves, read on every rank. Collective.
+
+    Raises:
+        ValueError: on all ranks: it is not there, or one of them cannot read it.
+    """
+    on_main(lambda: probed_file(path))
+    return on_all(lambda: read(present(path)))
+
+
 def _proxy_mask(cfg: RunConfig, task: str) -> Mask:
-    """The proxy's mask of a task, at the density of the run: the probe's own, or, where its density was raced for, made anew."""
-    made = Mask.load(probed_file(cfg.folder.proxy_mask(task)))
+    """The proxy's mask of a task, at the density of the run: the probe's own, or, where its density was raced for, made anew.
+
+    Collective.
+    """
+    made = read_probed(cfg.folder.proxy_mask(task), Mask.load)
     if not made.meta.get("raced"):
         return made
-    scores, layouts, _ = load_saliency(probed_file(cfg.folder.saliency(task)))
+    scores, layouts, _ = read_probed(cfg.folder.saliency(task), load_saliency)
     return mask_from_scores(scores, layouts, cfg.mask.granularity, cfg.mask.share, cfg.mask.spread)
 
 
 def _transferred(model: ShardedModel, cfg: RunConfig, task: str, refused: Units) -> Mask:
-    """The tensors of the target whose counterparts of the proxy score highest; a target that was probed is its own proxy."""
-    scores, layouts, _ = load_saliency(probed_file(cfg.folder.saliency(task)))
+    """The tensors of the target whose counterparts of the proxy score highest; a target that was probed is its own proxy.
+
+    Collective.
+    """
+    scores, layouts, _ = read_probed(cfg.folder.saliency(task), load_saliency)
     shapes = {name: layout.shape for name, layout in layouts.items()}
     return project_tensors(model, {n: float(score) for n, score in scores.items()}, shapes, cfg.mask, refused)
 
 
 def _chosen_again(mask: Mask, saliency: Path, refused: Units) -> Mask:
-    """A mask of the target itself, or, where something is refused, the next best by the same scores."""
+    """A mask of the target itself, or, where something is refused, the next best by the same scores. Collective."""
     if refused:
-        scores, _, _ = load_saliency(saliency)
+        scores, _, _ = read_probed(saliency, load_saliency)
         budgets = {name: mask.tensor_density(name) * layout.numel for name, layout in mask.layouts.items()}
         mask = place(mask.layouts, mask.granularity, budgets, lambda name, _: scores[name], refused)
     return replace(mask, meta={"method": PROBED})

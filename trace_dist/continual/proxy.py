@@ -15,10 +15,11 @@ from trace_dist.models.prune import evenly_cut
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.workbench import Workbench
 from trace_dist.utils import dist
+from trace_dist.utils.together import on_main
 
 
 def proxy_origin(cfg: RunConfig, model: ShardedModel, model_id: str) -> Origin | None:
-    """Which part of the target the run's proxy is; None where it does not say that it is one.
+    """Which part of the target the run's proxy is; None where it does not say that it is one. Collective.
 
     Args:
         cfg: the run.
@@ -31,7 +32,7 @@ def proxy_origin(cfg: RunConfig, model: ShardedModel, model_id: str) -> Origin |
     if cfg.proxy is None:
         return None
     path, prune = cfg.proxy.path, cfg.proxy.prune
-    found = Origin.load(Path(path))
+    found = on_main(lambda: Origin.load(Path(path)))
     if found is None and prune is not None and not prune.is_narrow and prune.layers is not None:
         # Made by an earlier release, which kept no record of whole layers.
         found = evenly_cut(model.module, prune.layers, model_id)

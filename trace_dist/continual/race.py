@@ -15,7 +15,6 @@ is given the same trials. A rate that wins a short race may be too high for a lo
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from trace_dist.config import RaceConfig
+from trace_dist.config.how_it_runs import decisive
 from trace_dist.continual.progress import examples_digest
 from trace_dist.continual.setting import Setting
 from trace_dist.data.batches import Step
@@ -117,6 +117,7 @@ def held_race(
     trial: Trial,
     continues: bool = False,
     grid: list[float] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> Race:
     """The race of a method, from its progress if it was held before. Collective.
 
@@ -129,23 +130,24 @@ def held_race(
         trial: trains part of a task with a rate (``Method.trial``).
         continues: each task is trained on the weights that those before it left (``Method.continues``).
         grid: rates to begin with; those of the configuration when None.
+        about: what the trials depend on beside the model, the examples and how they are trained on, JSON-ready.
 
     Raises:
         ValueError: training diverges at every rate, or as it does.
     """
     cfg, path = setting.cfg.race, setting.folder.race(name)
     cfg = cfg if grid is None else replace(cfg, grid=grid)
-    # who is told of a training decides nothing
-    train = {key: value for key, value in asdict(setting.cfg.train).items() if key != "trackers"}
-    sections = {"race": asdict(cfg), "train": train}
-    horizons = [stream.steps for stream in streams]
-    about = {
-        **sections,
-        "examples": examples_digest(streams),
-        "horizons": horizons,
-        "model": setting.fingerprint,
-    }
-    kept = on_main(lambda: _read(path, about))
+    conditions = decisive(
+        {
+            "race": asdict(cfg),
+            "train": asdict(setting.cfg.train),
+            "examples": examples_digest(streams),
+            "horizons": [stream.steps for stream in streams],
+            "model": setting.fingerprint,
+            **(about or {}),
+        }
+    )
+    kept = on_main(lambda: _read(path, conditions))
     if kept is not None:
         return kept
     parts = [split(stream, cfg, setting.cfg.seed) for stream in streams]
@@ -170,8 +172,29 @@ def held_race(
     with random_numbers_kept():
         race = race_rates(cfg.grid, measure)
     logger.info("%s: lr %g has won the race", name, race.lr)
-    on_main(lambda: write_record(path, {"about": about, "rates": race.to_json()}))
+    on_main(lambda: write_record(path, {"about": conditions, "rates": race.to_json()}))
     return race
+
+
+def kept_race(setting: Setting, name: str) -> Race:
+    """The race that chose the rate of the tasks that a method has finished: it is never held again among them. Collective.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    path = setting.folder.race(name)
+
+    def read() -> Race:
+        if not path.is_file():
+            raise ValueError(
+                f"{path}: is missing, and {name} has finished tasks with the rate that won this race; restore it, or delete "
+                f"{path.parent} to begin anew"
+            )
+        found = read_record(path, f"restore it, or delete {path.parent} to begin anew", bare=True)
+        with reading(path, "race"):
+            return Race.from_json(found["rates"])
+
+    return on_main(read)
 
 
 def split(stream: Stream, cfg: RaceConfig, seed: int) -> tuple[Stream, Stream]:
@@ -204,8 +227,7 @@ def _read(path: Path, about: dict[str, Any]) -> Race | None:
     if not path.is_file():
         return None
     found = read_record(path, "delete it to let the rates race again", bare=True)
-    # as it will be read: JSON has no tuples
-    if found.get("about") != json.loads(json.dumps(about)):
+    if decisive(found.get("about")) != about:
         return None
     with reading(path, "race"):
         return Race.from_json(found["rates"])

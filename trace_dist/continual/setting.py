@@ -16,7 +16,7 @@ from trace_dist.config import RunConfig
 from trace_dist.continual.earlier import bank_before, check_apart
 from trace_dist.continual.isolation.base import Isolation, load_isolation
 from trace_dist.continual.judge import Judge, Row
-from trace_dist.continual.masks import KINDS, is_made, project_stream
+from trace_dist.continual.masks import KINDS, is_at, is_made, project_stream
 from trace_dist.data.tasks import Task
 from trace_dist.masks.mask import Mask
 from trace_dist.masks.ops import layouts_for, tensor_seed
@@ -30,10 +30,12 @@ from trace_dist.train.target import base_path, load_target
 from trace_dist.train.validation import Validation
 from trace_dist.train.workbench import Stream, Workbench
 from trace_dist.utils import dist
+from trace_dist.utils.log import get_logger
 from trace_dist.utils.rng import random_numbers_kept
 from trace_dist.utils.shared_files import present
 from trace_dist.utils.together import on_all, on_main
 
+logger = get_logger(__name__)
 METHOD_OF = {"projected": "retrieved"}
 """Kind of masks -> the method whose bank holds deltas on them, where it has another name."""
 
@@ -103,7 +105,7 @@ class Setting:
         return self.judge.score(self.model.module)
 
     def mask_for(self, stream: Stream, kind: str = "projected") -> Mask:
-        """A task's mask of the target, projected now if that was not done before. Collective.
+        """A task's mask of the target, projected now if that was not done before, or at another density. Collective.
 
         The model must hold the base, or what the mask shall be projected onto, and is left as it was.
 
@@ -119,6 +121,10 @@ class Setting:
         if not on_main(path.is_file):
             self.project(stream)
         mask = on_all(lambda: Mask.load(present(path)))
+        if not is_at(mask, self.cfg.mask.density):
+            logger.info("%s: was made at another density; made again at %g", path, self.cfg.mask.share)
+            self.project(stream)
+            mask = on_all(lambda: Mask.load(present(path)))
         check_base(mask, self.fingerprint, str(path))
         name = self.cfg.mask.isolation
         # One that was given, not made here, knows of none.

@@ -15,29 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from trace_dist.config import ModelConfig, RunConfig
+from trace_dist.config.how_it_runs import HOW_IT_RUNS
 from trace_dist.config.moved import PLACES
-
-HOW_IT_RUNS = (
-    "launch",
-    "backend",
-    "continual.methods",
-    "data.num_proc",
-    "probe.margin",
-    "probe.unlearned",
-    "target.trust_remote_code",
-    "proxy.trust_remote_code",
-    "train.activation_checkpointing",
-    "train.checkpoint_every",
-    "train.checkpoint_minutes",
-    "train.checkpoint_async",
-    "train.checkpoint_keep",
-    "train.log_every",
-    "train.max_bad_steps",
-    "train.sequence_parallel",
-    "train.spike_rollbacks",
-    "train.trackers",
-)
-"""Fields that say how a run is carried out, not what it computes: they may differ between its commands."""
 
 LOGS = (
     "config.yaml",
@@ -53,9 +32,19 @@ LOGS = (
 )
 """Files that are no results; a race is held again where anything differs that it was held with, and so is a folding."""
 PROBED = ("probe/*",)
-TRAINED = ("deltas/*", "bank*/deltas/*", "bank*/tasks/*", "methods/*", "progress/*")
+TRAINED = (
+    "deltas/*",
+    "bank*/deltas/*",
+    "bank*/tasks/*/delta.safetensors",
+    "methods/*",
+    "progress/*/state-*/*",
+    "progress/*/trained/*",
+)
+"""What a training has left: a method that was cut in its first task has the base's scores and signature alone."""
 MASKED = ("masks/*", "memory.json", *TRAINED)
 """Masks and what is made with them. Patterns are of paths in the run folder; ``*`` goes through folders."""
+SCORED = ("methods/*", "progress/*")
+"""Scores, those of the base among them."""
 
 
 def completed(kept: Any, cfg: Any) -> Any:
@@ -152,23 +141,29 @@ def _depending_on(field: str, cfg: RunConfig) -> tuple[str, ...]:
         "tasks.*.steps": TRAINED,
         "continual.options.*": _of_method(field.removeprefix("continual.options.").partition(".")[0]),
         "continual.options": TRAINED,
-        "bank.*": ("bank*/*", "methods/*", "progress/*"),
-        "eval.*": ("eval.json", "methods/*", "progress/*"),
+        "bank.composition*": TRAINED,
+        "bank.keep": TRAINED,
+        "bank.*": ("bank*/*", *SCORED),
+        "eval.*": ("eval.json", *SCORED),
         "projection.*": MASKED,
         "mask.isolation*": MASKED,
         "mask.*": (*PROBED, *MASKED),
         "probe.*": (*PROBED, *MASKED),
         "proxy*": (*proxy, *PROBED, *MASKED),
-        "target.*": (*_base(cfg, cfg.target), *upstream, "eval.json", *MASKED),
+        "target.*": (*_base(cfg, cfg.target), *upstream, "eval.json", "bank*/tasks/*", *SCORED, *MASKED),
         "*": ("*",),
     }
     return next(patterns for rule, patterns in rules.items() if fnmatchcase(field, rule))
 
 
 def _of_method(name: str) -> tuple[str, ...]:
-    """What a method leaves."""
-    bank = "bank/*" if name == "retrieved" else f"bank_{name}/*"
-    return (f"methods/{name}.json", f"progress/{name}/*", bank)
+    """What a method's training leaves."""
+    bank = "bank" if name == "retrieved" else f"bank_{name}"
+    return (
+        f"methods/{name}.json",
+        *(f"progress/{name}/{part}/*" for part in ("state-*", "trained")),
+        *(f"{bank}/{part}" for part in ("deltas/*", "tasks/*/delta.safetensors")),
+    )
 
 
 def _base(cfg: RunConfig, model: ModelConfig) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ in ``<run_dir>/consolidate``. A command that was cut continues; after the bank h
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from trace_dist.bank.bank import BASE, DeltaBank
 from trace_dist.config import RunConfig
+from trace_dist.config.how_it_runs import decisive
 from trace_dist.continual.driver import check_methods, race
 from trace_dist.continual.methods.base import Method
 from trace_dist.continual.result import thinned
@@ -84,16 +84,14 @@ def _begin(cfg: RunConfig, bank: DeltaBank, result: Path) -> None:
     """Forget what was made of a bank, or with options, that were others."""
     path = cfg.folder.progress(METHOD) / "made_of.json"
     sections = ("tasks", "general", "data", "train", "race", "eval", "seed")
-    about = {
-        **{section: asdict(cfg)[section] for section in sections},
-        "options": cfg.continual.options.get(METHOD, {}),
-        "bank": {record.name: dict(record.facts) for record in bank.index.records},
-    }
-    # As it will be read: JSON has no tuples.
-    about = json.loads(json.dumps(about))
-    # Who is told of a training decides nothing.
-    del about["train"]["trackers"]
-    if path.is_file() and read_json(path) == about:
+    about = decisive(
+        {
+            **{section: asdict(cfg)[section] for section in sections},
+            "options": cfg.continual.options.get(METHOD, {}),
+            "bank": {record.name: dict(record.facts) for record in bank.index.records},
+        }
+    )
+    if path.is_file() and decisive(read_json(path)) == about:
         return
     for stale in (cfg.folder.checkpoints(METHOD), path.parent):
         shutil.rmtree(stale, ignore_errors=True)

@@ -123,6 +123,8 @@ def _take_mask(cfg: RunConfig, path: Path) -> None:
 
     def keep() -> None:
         mask = Mask.load(path)
+        # It is taken at whatever density it was made for.
+        mask = replace(mask, meta={key: value for key, value in mask.meta.items() if key != "density"})
         kept = cfg.folder.mask(names[0])
         if not kept.is_file() or Mask.load(kept) != mask:
             mask.save(kept)

@@ -64,6 +64,5 @@ def _won(setting: Setting, stream: Stream, mask: Mask) -> float | None:
     """The learning rate that won this task's race; None where none is held."""
     if setting.cfg.train.lr != AUTO:
         return None
-    trial = partial(try_rate, setting, mask, name="train")
-
-    return held_race(setting, "train", [stream], trial, grid=setting.grid).lr
+    trial, about = partial(try_rate, setting, mask, name="train"), {"mask": mask.digest()}
+    return held_race(setting, "train", [stream], trial, grid=setting.grid, about=about).lr

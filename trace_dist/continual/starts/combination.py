@@ -2,7 +2,7 @@
 
 The earlier tasks whose prompts are most like the new one's are tried. A scalar for each of them and each group of weights is
 fitted on a part of the task's training examples (train/combination.py). The task's own mask gives up the entries that the
-combination changes, so its own update is orthogonal to it.
+combination changes, so its own update is orthogonal to it; where nothing of the mask would be left, the task begins at the base.
 
 [Note: trial] A lower loss before the first step proves little: deltas of any tasks teach a base to answer in so many words, which
 the task's own mask learns in a few steps. So a combination that lowers the answer loss on the examples held out stands a trial.
@@ -15,15 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
-from operator import or_
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from trace_dist.bank.bank import BASE, DeltaBank
 from trace_dist.bank.delta import Delta, applied, extract_delta
-from trace_dist.bank.recipe import GROUPS, Part, Recipe
+from trace_dist.bank.recipe import GROUPS, Part, Recipe, taken
 from trace_dist.bank.signature import Signature
 from trace_dist.config.checks import Section
 from trace_dist.continual.learn import apart, try_mask
@@ -106,7 +104,13 @@ class Combination(Start):
             setting.seed(stream.task.name)
             work = _Work(setting, stream, self.options, name)
             begun = self._fitted(work, bank, deltas)
-            if begun.delta is None or self.options.trial_steps == 0:
+            if begun.delta is None:
+                return begun
+            changed = begun.delta.mask
+            if (mask | changed).num_entries == changed.num_entries:
+                logger.info("%s: a combination changes all of its mask; it begins at the base", work.task)
+                return _refused(begun.facts)
+            if self.options.trial_steps == 0:
                 return begun
             return _tried(work, begun, mask, setting.cfg.train.rate if lr is None else lr)
 
@@ -150,17 +154,18 @@ class Combination(Start):
             after = answer_loss(learner, work.heldout)
             scalars = learner.scalars.detach().cpu()
             used = [row for row in range(len(deltas)) if bool(scalars[row].any())]
+            shares = _rows(deltas, scalars)
+            changed = taken([delta.mask for delta in deltas], list(shares.values()))
             facts = {
-                "scalars": _rows(deltas, scalars),
+                "scalars": shares,
                 "base_loss": before,
                 "loss": after,
                 "examples": options.steps * work.batch_size,
             }
-            if not used or not after <= (1 - options.least_gain) * before:
+            if changed is None or not after <= (1 - options.least_gain) * before:
                 logger.info("%s: earlier tasks do not help (loss %.4f, base %.4f)", task, after, before)
                 return _refused(facts)
             setting.model.detach()
-            changed = reduce(or_, (deltas[row].mask for row in used))
             begun = extract_delta(setting.model, changed.with_meta(model=setting.fingerprint), task)
         finally:
             learner.restore()
@@ -201,11 +206,8 @@ def _tried(work: _Work, begun: Begun, mask: Mask, lr: float) -> Begun:
     Args:
         work: the task.
         begun: from the combination.
-        mask: the task's.
+        mask: the task's, of which the combination leaves something.
         lr: peak rate with which it is trained.
-
-    Raises:
-        ValueError: the combination takes all entries of the mask.
     """
     if begun.delta is None:
         raise AssertionError(f"{work.task}: there is no combination to try")
