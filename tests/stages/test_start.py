@@ -171,6 +171,35 @@ def test_other_places_are_other_values(whole: RunConfig, tmp_path: Path) -> None
     assert read(own).run_dir == str(tmp_path / "new")
 
 
+def test_a_project_is_no_moved_run(whole: RunConfig, tmp_path: Path) -> None:
+    """A user's config.yaml beside files that are named as a run's, and one that a run has kept but a user has changed."""
+    project = tmp_path / "project"
+    for name in ("logs/job-1.log", "methods/mine.py", "results.json", "metrics.jsonl"):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text("")
+    own = "run_dir: runs/a\ntarget: {path: m}\ntasks: [{name: t, path: t.jsonl}]\n"
+    (project / "config.yaml").write_text(own)
+    assert read(project / "config.yaml").run_dir == "runs/a"
+    kept = Path(whole.run_dir) / "config.yaml"
+    kept.write_text(kept.read_text().replace(f"run_dir: {whole.run_dir}", "run_dir: runs/b"))
+    assert read(kept).run_dir == "runs/b"
+
+
+def test_a_run_of_an_earlier_release_has_no_mark(whole: RunConfig, tmp_path: Path) -> None:
+    whole.folder.mark.unlink()
+    new = Path(whole.run_dir).rename(tmp_path / "moved")
+    assert read(new / "config.yaml").run_dir == str(new)
+    (new / "metrics.jsonl").unlink()
+    assert read(new / "config.yaml").run_dir == whole.run_dir
+
+
+def test_texts_that_look_like_numbers_are_kept_as_texts(cfg: RunConfig) -> None:
+    answers = ["1e5", "-1.5e3", ".5E+2", "7", "1.0", "true", "null", "2026-01-01", "1:30", "a"]
+    cfg = replace(cfg, tasks=[replace(cfg.tasks[0], name="1e3", revision="12e4", answers=answers)])
+    start(cfg, "base")
+    assert read(cfg.folder.config) == cfg
+
+
 def test_a_command_in_another_folder(whole: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(whole.run_dir).parent)
     start(
