@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,6 +14,7 @@ import pytest
 import yaml
 from transformers import LlamaConfig
 
+from trace_dist.cli import commands
 from trace_dist.cli.parser import parse, run_config
 from trace_dist.config import ContinualConfig, LaunchConfig, MaskConfig, ModelConfig, RunConfig, TaskConfig
 from trace_dist.stages import start as starting
@@ -198,6 +200,23 @@ def test_texts_that_look_like_numbers_are_kept_as_texts(cfg: RunConfig) -> None:
     cfg = replace(cfg, tasks=[replace(cfg.tasks[0], name="1e3", revision="12e4", answers=answers)])
     start(cfg, "base")
     assert read(cfg.folder.config) == cfg
+
+
+def test_a_report_is_of_the_configuration_that_was_kept(
+    whole: RunConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The rows of the results are of the tasks as they were learned, whatever order the file of the user has by now."""
+    seen: list[RunConfig] = []
+    monkeypatch.setattr(commands, "say_report", lambda cfg, picture: seen.append(cfg))
+    monkeypatch.setattr(logging.getLogger("trace_dist"), "propagate", True)
+    commands.report_command(whole)
+    assert not caplog.records
+    commands.report_command(replace(whole, tasks=whole.tasks[::-1], backend="zero3"))
+    assert seen == [whole, whole]
+    assert "other values of tasks" in caplog.text
+    shutil.copytree(whole.run_dir, tmp := Path(whole.run_dir).with_name("copy"))
+    commands.report_command(replace(whole, run_dir=str(tmp)))
+    assert seen[-1].folder.root == tmp
 
 
 def test_a_command_in_another_folder(whole: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

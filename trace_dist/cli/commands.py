@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.table import Table
 
 from trace_dist.config import RunConfig
 from trace_dist.stages.stage import Stage
-from trace_dist.stages.start import start, take_folder
+from trace_dist.stages.start import changed, start, take_folder
 from trace_dist.utils import dist
+from trace_dist.utils.log import get_logger
 from trace_dist.utils.tables import print_table
+
+logger = get_logger(__name__)
 
 
 def run_command(cfg: RunConfig, dry_run: bool) -> None:
@@ -34,7 +38,7 @@ def run_command(cfg: RunConfig, dry_run: bool) -> None:
     if cfg.bank_of().index.is_file():
         check_room_beside(cfg, DeltaBank(cfg.bank_of().root))
     run_pipeline(cfg, stage_groups(cfg))
-    report_command(cfg)
+    say_report(cfg)
     if asks(cfg):
         print_answers(ask_bank(cfg))
     if cfg.bank_of().index.is_file():
@@ -147,10 +151,28 @@ def print_scores(scores: Mapping[str, float]) -> None:
 
 
 def report_command(cfg: RunConfig, picture: str | None = None) -> None:
+    take_folder(cfg)
+    say_report(_as_run(cfg), picture)
+
+
+def _as_run(cfg: RunConfig) -> RunConfig:
+    """The configuration that a run folder has kept, which says what the results there are of; the given one where there is none."""
+    from trace_dist.cli.parser import parse, run_config
+
+    path = cfg.folder.config
+    if not path.is_file():
+        return cfg
+    if others := changed(cfg):
+        logger.warning("report: shows the run as %s says, which has other values of %s", path, ", ".join(others))
+    kept = run_config(parse(["report", "--config", str(path)])["report"])
+    return replace(kept, run_dir=cfg.run_dir)
+
+
+def say_report(cfg: RunConfig, picture: str | None = None) -> None:
+    """Write the report of a run, and print its scores."""
     from trace_dist.report import summary_table
     from trace_dist.stages.report import run_report
 
-    take_folder(cfg)
     results = run_report(cfg, picture)
     print_table(summary_table(results), least_width=100)
     print(f"report: {cfg.folder.report}")

@@ -228,8 +228,12 @@ def keep_config(cfg: RunConfig, whole_run: bool) -> None:
 
 def check_folder(cfg: RunConfig) -> None:
     """Raise ``ValueError`` where the run folder holds results made with other values; nothing is written."""
-    if cfg.folder.config.is_file():
-        _check_results(cfg, _kept(cfg)[2])
+    _check_results(cfg, changed(cfg))
+
+
+def changed(cfg: RunConfig) -> list[str]:
+    """Names of the fields whose values differ from those that the run folder has kept, but for how a run is carried out."""
+    return _kept(cfg)[2] if cfg.folder.config.is_file() else []
 
 
 def _plain(cfg: RunConfig) -> dict[str, Any]:
