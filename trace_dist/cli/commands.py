@@ -14,7 +14,7 @@ from rich.table import Table
 
 from trace_dist.config import RunConfig
 from trace_dist.stages.stage import Stage
-from trace_dist.stages.start import changed, start, take_folder
+from trace_dist.stages.start import changed, check_start, start, take_folder
 from trace_dist.utils import dist
 from trace_dist.utils.log import get_logger
 from trace_dist.utils.tables import print_table
@@ -24,19 +24,18 @@ logger = get_logger(__name__)
 
 def run_command(cfg: RunConfig, dry_run: bool) -> None:
     if dry_run:
+        check_start(cfg, "run")
+        _check_room(cfg)
         say_preview(cfg)
         say_hosts_of_stages(cfg)
         return
     start(cfg, "run")
-    from trace_dist.bank.bank import DeltaBank
-    from trace_dist.continual.earlier import check_room_beside
     from trace_dist.stages.ask import ask_bank, asks
     from trace_dist.stages.generate import print_answers
     from trace_dist.stages.pipeline import run_pipeline, stage_groups
     from trace_dist.stages.words import next_steps
 
-    if cfg.bank_of().index.is_file():
-        check_room_beside(cfg, DeltaBank(cfg.bank_of().root))
+    _check_room(cfg)
     run_pipeline(cfg, stage_groups(cfg))
     say_report(cfg)
     if asks(cfg):
@@ -45,11 +44,22 @@ def run_command(cfg: RunConfig, dry_run: bool) -> None:
         print(next_steps(cfg))
 
 
+def _check_room(cfg: RunConfig) -> None:
+    """Raise ValueError where the masks of a run find no room beside the tasks that its bank holds."""
+    from trace_dist.bank.bank import DeltaBank
+    from trace_dist.continual.earlier import check_room_beside
+
+    if cfg.bank_of().index.is_file():
+        check_room_beside(cfg, DeltaBank(cfg.bank_of().root))
+
+
 def learn_command(cfg: RunConfig, mask_file: str | None, dry_run: bool) -> None:
-    from trace_dist.stages.learn import as_learned, run_learn, stages_of
+    from trace_dist.stages.learn import as_learned, check_new, run_learn, stages_of
 
     cfg = as_learned(cfg)
     if dry_run:
+        check_start(cfg, "learn", mask_file is not None)
+        check_new(cfg, mask_file is not None)
         first, masked = stages_of(cfg, mask_file)
         say_preview(cfg, [first, [masked]], mask_file is not None)
         say_hosts_of_stages(cfg)
@@ -163,7 +173,9 @@ def _as_run(cfg: RunConfig) -> RunConfig:
     if not path.is_file():
         return cfg
     if others := changed(cfg):
-        logger.warning("report: shows the run as %s says, which has other values of %s", path, ", ".join(others))
+        logger.warning(
+            "report: shows the run as %s says, which has other values of %s", path, ", ".join(others)
+        )
     kept = run_config(parse(["report", "--config", str(path)])["report"])
     return replace(kept, run_dir=cfg.run_dir)
 

@@ -61,7 +61,7 @@ def run_learn(cfg: RunConfig, mask_file: str | None = None) -> None:
         ValueError: the bank holds a task of one of the names, or is of another base; or the mask does not fit.
         ProcessFailed: a step failed; its own error is printed above.
     """
-    _check_new(cfg, mask_file is not None)
+    check_new(cfg, mask_file is not None)
     if mask_file is not None:
         _take_mask(cfg, Path(mask_file))
     first, masked = stages_of(cfg, mask_file)
@@ -82,8 +82,8 @@ def stages_of(cfg: RunConfig, mask_file: str | None = None) -> tuple[list[Stage]
     return first, Stage("learn", arguments, [cfg.folder.method(METHOD)], launched=True)
 
 
-def _check_new(cfg: RunConfig, mask_given: bool) -> None:
-    """Raise ValueError where the bank cannot take the tasks; before any long work. Collective."""
+def check_new(cfg: RunConfig, mask_given: bool) -> None:
+    """Raise ValueError where the bank cannot take the tasks; before any long work, and nothing is written. Collective."""
     folder = cfg.bank_of()
     logger.info("learn: %s into the bank %s", ", ".join(task.name for task in cfg.tasks), folder.root)
     logger.info("learn: masks, checkpoints and results lie in %s", cfg.run_dir)

@@ -81,6 +81,17 @@ def start(cfg: RunConfig, command: str, **own: str | None) -> None:
     on_main(lambda: keep_config(cfg, whole_run=command in STARTS_STAGES))
 
 
+def check_start(cfg: RunConfig, command: str, mask_given: bool = False) -> None:
+    """Raise ``ValueError`` where ``start`` would, but for what other processes hold; nothing is held or written."""
+    _check_number_of_ranks(cfg, command)
+    check_parts(cfg)
+    if cfg.train.sequence_parallel > 1:
+        _check_shared_rows(cfg)
+    if command in MAKES_MASKS and not mask_given:
+        _check_masks(cfg)
+    _check_results(cfg, changed(cfg))
+
+
 def check_parts(cfg: RunConfig) -> None:
     """Raise ``ValueError`` where the drop-in parts or their options do not exist or do not fit."""
     with importing():
@@ -224,11 +235,6 @@ def keep_config(cfg: RunConfig, whole_run: bool) -> None:
         write_text(folder.mark, cfg.run_dir)
     if differing:
         logger.info("%s: changed %s; no result there depends on it", cfg.run_dir, ", ".join(differing))
-
-
-def check_folder(cfg: RunConfig) -> None:
-    """Raise ``ValueError`` where the run folder holds results made with other values; nothing is written."""
-    _check_results(cfg, changed(cfg))
 
 
 def changed(cfg: RunConfig) -> list[str]:
