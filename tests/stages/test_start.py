@@ -158,6 +158,14 @@ def test_a_folder_that_moves_with_its_neighbours(whole: RunConfig, tmp_path: Pat
     assert stored(cfg)["bank"]["path"] == str(paths["bank.path"])
 
 
+def test_home_was_kept_as_it_was_written(whole: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an earlier release, which found models there all the same."""
+    monkeypatch.setenv("HOME", str(Path(whole.proxy.path).parent))
+    kept = Path(whole.run_dir) / "config.yaml"
+    kept.write_text(kept.read_text().replace(whole.proxy.path, "~/proxy"))
+    start(whole, "continual")
+
+
 def test_other_places_are_other_values(whole: RunConfig, tmp_path: Path) -> None:
     """A copy whose original is still there is a folder of its own, and other data are other data."""
     shutil.copytree(whole.run_dir, tmp_path / "copy")

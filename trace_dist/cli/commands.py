@@ -166,7 +166,7 @@ def report_command(cfg: RunConfig, picture: str | None = None) -> None:
 
 
 def _as_run(cfg: RunConfig) -> RunConfig:
-    """The configuration that a run folder has kept, which says what the results there are of; the given one where there is none."""
+    """The configuration that a run folder has kept, which says what its results are of; the given one where there is none."""
     from trace_dist.cli.parser import parse, run_config
 
     path = cfg.folder.config
