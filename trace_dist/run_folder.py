@@ -30,6 +30,11 @@ class RunFolder:
         return self.root / "config.yaml"
 
     @property
+    def mark(self) -> Path:
+        """The ``run_dir`` of the configuration that a run has kept here; ``config.yaml`` alone may be a file of the user's."""
+        return self.root / ".trace-dist-run"
+
+    @property
     def lock(self) -> Path:
         """Held by the command that writes into the folder."""
         return self.root / ".lock"

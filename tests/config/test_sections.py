@@ -384,3 +384,35 @@ def test_options_of_a_part_from_the_command_line(tmp_path: Path) -> None:
     cfg = run_config(parse(["probe", "--config", str(path), *words])["probe"])
     assert cfg.projection.options == {"steps": 4, "lr": 0.5}
     assert cfg.continual.options == {"lora": {"rank": 7}}
+
+
+def test_home_is_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no folder of the name ~ is made, and all commands mean the same one."""
+    monkeypatch.setenv("HOME", "/home/me")
+    models = {"target": c.ModelConfig("~/t"), "proxy": c.ModelConfig("~/p", gguf="~/p.gguf")}
+    launch = c.LaunchConfig("torchrun", 2, hostfile="~/hosts")
+    cfg = run(run_dir="~/r", bank=c.BankConfig(path="~/b"), launch=launch, backend="zero3", **models)
+    found = [cfg.run_dir, cfg.bank.path, cfg.target.path, cfg.proxy.path, cfg.proxy.gguf, cfg.launch.hostfile]
+    assert found == [f"/home/me/{name}" for name in ("r", "b", "t", "p", "p.gguf", "hosts")]
+    assert run(run_dir="", bank=c.BankConfig(path="~/b")).run_dir == "/home/me/b.work/t"
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"run_dir": "a/../b", "bank": c.BankConfig(path=f"{Path.cwd()}/b")}, ("bank.path", "run_dir")),
+        ({"run_dir": "m", "target": c.ModelConfig("m", tiny=c.TinyConfig())}, ("target.path", "run_dir")),
+        ({"proxy": c.ModelConfig("./m", prune=c.PruneConfig())}, ("proxy.path", "target.path")),
+        ({"proxy": c.ModelConfig("r", tiny=c.TinyConfig())}, ("proxy.path", "run_dir")),
+        ({"proxy": c.ModelConfig("m"), "target": c.ModelConfig("m", dtype="bfloat16")}, None),
+        ({name: c.ModelConfig("m", tiny=c.TinyConfig()) for name in ("proxy", "target")}, None),
+    ],
+)  # fmt: skip
+def test_what_a_run_fills_has_a_folder_of_its_own(
+    changes: dict[str, Any], names: tuple[str, str] | None
+) -> None:
+    if names is None:
+        run(**changes)
+        return
+    with pytest.raises(ValueError, match=rf"^{names[0]}='.*': is the folder of {names[1]}, too; give each"):
+        run(**changes)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from continual.small import TASKS, result
 
 from trace_dist.bank.bank import DeltaBank
+from trace_dist.bank.delta import Delta
 from trace_dist.config import RunConfig
 from trace_dist.masks.mask import Mask
 from trace_dist.run_folder import RunFolder
@@ -23,6 +25,17 @@ def test_train_and_eval_commands_reproduce_the_stream(whole: RunConfig) -> None:
     assert [scores[task] for task in TASKS] == pytest.approx(result(whole, "retrieved")["R"][-1])
     plain = run_evaluate(whole, None)
     assert [plain[task] for task in TASKS] == pytest.approx(result(whole, "retrieved")["R"][0])
+
+
+def test_another_mask_begins_anew(whole: RunConfig) -> None:
+    """Nothing of the first training is left that would be continued."""
+    cfg = replace(whole, train=replace(whole.train, checkpoint_every=1))
+    masks = [cfg.folder.mask(task) for task in TASKS]
+    for mask in masks:
+        path = run_train(cfg, TASKS[0], str(mask))
+        assert Delta.load(path).mask == Mask.load(mask)
+        assert not cfg.folder.checkpoints("train", TASKS[0]).exists()
+    assert Mask.load(masks[0]) != Mask.load(masks[1])
 
 
 def test_mask_of_another_model_is_refused(whole: RunConfig, tmp_path: Path) -> None:

@@ -136,6 +136,45 @@ def test_how_often_checkpoints_are_kept_changes_nothing(tmp_path: Path) -> None:
     assert differing_fields(asdict(old), asdict(new)) == []
 
 
+def test_what_cures_a_lack_of_memory_changes_nothing(tmp_path: Path) -> None:
+    """The loss of a step does not depend on the size of micro-batches, nor a score on how many prompts are answered at a time."""
+    old = make(tmp_path)
+    new = replace(
+        old,
+        train=replace(old.train, micro_batch_size=1, offload="cpu", activation_checkpointing=True),
+        eval=replace(old.eval, batch_size=1),
+    )
+    assert differing_fields(asdict(old), asdict(new)) == []
+
+
+def test_a_probe_that_has_not_learned_its_task_is_probed_again(tmp_path: Path) -> None:
+    """Traces of the tasks before it say themselves how they were made; masks that are there do not."""
+    cfg = make(tmp_path)
+    fill(tmp_path, [*LOGS, *BASES, "probe/traces/t.safetensors", "probe/sketches/t.safetensors"])
+    assert forbidden(cfg, ["probe.lr", "probe.steps"]) == {}
+    assert list(forbidden(cfg, ["mask.density", "proxy.dtype", "seed"])) == [
+        "mask.density",
+        "proxy.dtype",
+        "seed",
+    ]
+    fill(tmp_path, PROBED)
+    assert forbidden(cfg, ["probe.lr"]) == {"probe.lr": sorted(PROBED)}
+
+
+@pytest.mark.parametrize("name", ["lora", "my_pkg.mine"])
+def test_options_of_a_method_by_its_path(name: str, tmp_path: Path) -> None:
+    """Results of that method stand in the way of its options, given, changed or left out, and those of others do not."""
+    without = make(tmp_path)
+    other = {"my_pkg.other": {"k": 1}}
+    options = {**other, name: {"k": 1}}
+    old, new = (lower("continual", "options", {**options, name: {"k": k}})(without) for k in (1, 2))
+    fill(tmp_path, [f"methods/{name}.json", "methods/full.json"])
+    for before, after in ((old, new), (old, lower("continual", "options", other)(without))):
+        fields = differing_fields(asdict(before), asdict(after))
+        assert list(forbidden(after, fields).values()) == [[f"methods/{name}.json"]]
+    assert forbidden(new, ["continual.options.my_pkg.other.k"]) == {}
+
+
 def test_fields_that_an_earlier_release_did_not_have_had_their_defaults(tmp_path: Path) -> None:
     cfg = make(tmp_path)
     present = json.loads(json.dumps(asdict(cfg)))

@@ -26,8 +26,10 @@ from cli.program import (
 from launching import free_port, rank_environment
 
 from trace_dist.bank.bank import BASE, DeltaBank
+from trace_dist.config import ModelConfig, RunConfig, TaskConfig
 from trace_dist.masks.mask import Mask
 from trace_dist.run_folder import BankFolder
+from trace_dist.stages import learn
 
 LATER = "later"
 ONE_PROCESS = ["--backend", "single"]
@@ -206,3 +208,17 @@ def test_what_the_bank_cannot_take_is_refused_first(
     assert words in error_line(done)
     assert not (tmp_path / "r" / "probe").exists()
     assert learned(bank) == before
+
+
+def test_a_task_that_the_bank_holds_no_more_is_not_said_to_be_learned(tmp_path: Path) -> None:
+    """It was removed or renamed there; the run folder has the result of its learning."""
+    tasks = [TaskConfig(name, "t.jsonl") for name in ("t", "u")]
+    cfg = RunConfig(ModelConfig("m"), tasks, str(tmp_path / "run"))
+    result = cfg.folder.method(learn.METHOD)
+    result.parent.mkdir(parents=True)
+    result.write_text("{}")
+    with pytest.raises(ValueError, match=rf"^run_dir='{cfg.run_dir}': .* holds no t, u; delete {cfg.run_dir} to"):
+        learn.run_learn(cfg)
+    with pytest.raises(ValueError, match="holds no u;"):
+        learn._check_result(cfg, ["t"])
+    learn._check_result(cfg, ["t", "u"])

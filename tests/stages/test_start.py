@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,6 +14,7 @@ import pytest
 import yaml
 from transformers import LlamaConfig
 
+from trace_dist.cli import commands
 from trace_dist.cli.parser import parse, run_config
 from trace_dist.config import ContinualConfig, LaunchConfig, MaskConfig, ModelConfig, RunConfig, TaskConfig
 from trace_dist.stages import start as starting
@@ -156,6 +158,14 @@ def test_a_folder_that_moves_with_its_neighbours(whole: RunConfig, tmp_path: Pat
     assert stored(cfg)["bank"]["path"] == str(paths["bank.path"])
 
 
+def test_home_was_kept_as_it_was_written(whole: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an earlier release, which found models there all the same."""
+    monkeypatch.setenv("HOME", str(Path(whole.proxy.path).parent))
+    kept = Path(whole.run_dir) / "config.yaml"
+    kept.write_text(kept.read_text().replace(whole.proxy.path, "~/proxy"))
+    start(whole, "continual")
+
+
 def test_other_places_are_other_values(whole: RunConfig, tmp_path: Path) -> None:
     """A copy whose original is still there is a folder of its own, and other data are other data."""
     shutil.copytree(whole.run_dir, tmp_path / "copy")
@@ -169,6 +179,52 @@ def test_other_places_are_other_values(whole: RunConfig, tmp_path: Path) -> None
         (Path(whole.run_dir) / "config.yaml").read_text().replace(whole.run_dir, str(tmp_path / "new"))
     )
     assert read(own).run_dir == str(tmp_path / "new")
+
+
+def test_a_project_is_no_moved_run(whole: RunConfig, tmp_path: Path) -> None:
+    """A user's config.yaml beside files that are named as a run's, and one that a run has kept but a user has changed."""
+    project = tmp_path / "project"
+    for name in ("logs/job-1.log", "methods/mine.py", "results.json", "metrics.jsonl"):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text("")
+    own = "run_dir: runs/a\ntarget: {path: m}\ntasks: [{name: t, path: t.jsonl}]\n"
+    (project / "config.yaml").write_text(own)
+    assert read(project / "config.yaml").run_dir == "runs/a"
+    kept = Path(whole.run_dir) / "config.yaml"
+    kept.write_text(kept.read_text().replace(f"run_dir: {whole.run_dir}", "run_dir: runs/b"))
+    assert read(kept).run_dir == "runs/b"
+
+
+def test_a_run_of_an_earlier_release_has_no_mark(whole: RunConfig, tmp_path: Path) -> None:
+    whole.folder.mark.unlink()
+    new = Path(whole.run_dir).rename(tmp_path / "moved")
+    assert read(new / "config.yaml").run_dir == str(new)
+    (new / "metrics.jsonl").unlink()
+    assert read(new / "config.yaml").run_dir == whole.run_dir
+
+
+def test_texts_that_look_like_numbers_are_kept_as_texts(cfg: RunConfig) -> None:
+    answers = ["1e5", "-1.5e3", ".5E+2", "7", "1.0", "true", "null", "2026-01-01", "1:30", "a"]
+    cfg = replace(cfg, tasks=[replace(cfg.tasks[0], name="1e3", revision="12e4", answers=answers)])
+    start(cfg, "base")
+    assert read(cfg.folder.config) == cfg
+
+
+def test_a_report_is_of_the_configuration_that_was_kept(
+    whole: RunConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The rows of the results are of the tasks as they were learned, whatever order the file of the user has by now."""
+    seen: list[RunConfig] = []
+    monkeypatch.setattr(commands, "say_report", lambda cfg, picture: seen.append(cfg))
+    monkeypatch.setattr(logging.getLogger("trace_dist"), "propagate", True)
+    commands.report_command(whole)
+    assert not caplog.records
+    commands.report_command(replace(whole, tasks=whole.tasks[::-1], backend="zero3"))
+    assert seen == [whole, whole]
+    assert "other values of tasks" in caplog.text
+    shutil.copytree(whole.run_dir, tmp := Path(whole.run_dir).with_name("copy"))
+    commands.report_command(replace(whole, run_dir=str(tmp)))
+    assert seen[-1].folder.root == tmp
 
 
 def test_a_command_in_another_folder(whole: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from trace_dist.profiling.speed import UTILISATION, Machine
 from trace_dist.report.memory_tables import mib
 from trace_dist.stages.pipeline import stage_groups
 from trace_dist.stages.preview import Preview, describe, preview
+from trace_dist.stages.start import keep_config
 from trace_dist.stages.starter import Starter, starter_config
 
 
@@ -138,6 +139,34 @@ def test_a_dry_run_leaves_no_trace(folder: Path, capsys: pytest.CaptureFixture[s
         assert "made by the first run" in capsys.readouterr().out
     assert not (folder / "run").exists()
     assert not (folder / "bank").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "words"),
+    [
+        ("run", ["--train.scheduler", "cosin"], "train.scheduler='cosin'"),
+        ("run", ["--data.max_length", "4", "--run_dir", "new"], "tasks.copy: "),
+        ("run", ["--mask.density", "1e-9"], "mask.density=1e-09"),
+        ("run", ["--seed", "7"], "made with other values of seed"),
+        ("learn", ["--continual.methods", "[retrieved]"], "holds no copy"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(
+    command: str, options: list[str], words: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Parts, data, masks, and what the run folder holds already; nothing is written."""
+    path = folder / "mine.yaml"
+    cfg = read(starter_config(start(folder, "copy")), folder)
+    keep_config(cfg, whole_run=True)
+    result = cfg.folder.method("retrieved")
+    result.parent.mkdir()
+    result.write_text("{}")
+    before = sorted(folder.rglob("*"))
+    assert main([command, "--config", str(path), *options, "--dry_run", "true"]) == 2
+    said = capsys.readouterr()
+    assert words in said.err
+    assert "trained:" not in said.out
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_the_preview_counts_what_a_mask_trains(folder: Path) -> None:

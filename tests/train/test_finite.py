@@ -107,6 +107,18 @@ def test_the_step_where_it_happens_changes_nothing(
     assert f"(numbers {', '.join(map(str, batches.last_rows()))})" in str(refusal.value)
 
 
+def test_what_helps_may_be_something_else() -> None:
+    """Where the rate cannot be lowered any more."""
+    learner = dense(CONFIG)
+    spoil_at(learner, 1, spoil_rate)
+    with pytest.raises(
+        NotFinite, match=r"^a\.lr=0\.01: twist: .*; do this instead, or look at the training examples"
+    ):
+        train_steps(
+            learner, make_batches(), CONFIG, STEPS, description="twist", rate="a.lr", cure="do this instead"
+        )
+
+
 @pytest.mark.parametrize("make", [masked, dense])
 @pytest.mark.parametrize("spoil", [spoil_gradient(math.nan), spoil_moment], ids=["gradient", "moment"])
 def test_the_last_step_is_looked_at_too(make: Callable[[TrainConfig], Learner], spoil: Spoil) -> None:

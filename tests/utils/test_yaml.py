@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from trace_dist.utils.yaml import MOST_DEEP, MOST_NODES, check_yaml, load_yaml
+from trace_dist.utils.yaml import MOST_DEEP, MOST_NODES, check_yaml, dump_yaml, load_yaml
 
 
 def test_ordinary_documents() -> None:
@@ -61,3 +61,10 @@ def test_a_key_that_is_there_twice(text: str) -> None:
 
 def test_one_key_in_several_mappings() -> None:
     assert len(load_yaml("a: {b: 1}\nc: {b: a}\nd: [{b: 1}, {b: 1}]\ne: [b, b]\nb: a")) == 5
+
+
+def test_what_is_written_is_read_by_other_readers() -> None:
+    """YAML 1.2 and jsonargparse take ``1e3`` for a number, and PyYAML does not."""
+    assert dump_yaml({"b": ["1e3", "1.5e3", "-2E5", "e3"], "a": 1e-5}) == (
+        "b:\n- '1e3'\n- '1.5e3'\n- '-2E5'\n- e3\na: 1.0e-05\n"
+    )

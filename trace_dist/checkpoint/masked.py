@@ -133,7 +133,9 @@ def _locate(
     if not isinstance(kept_model, str | None) or not isinstance(steps, dict) or not is_map(steps, is_count):
         raise damaged(folder / MANIFEST)
     if not optimizer.mask.has_digest(manifest.get("mask_digest")):
-        raise ValueError(f"{folder}: the checkpoint is of another mask; resume with {folder / MASK}")
+        raise ValueError(
+            f"{folder}: the checkpoint is of another mask; resume with {folder / MASK}, or delete {folder.parent} to begin anew"
+        )
     model = optimizer.mask.meta.get("model")
     if model is not None and kept_model is not None and not same_model(str(model), kept_model):
         raise ValueError(

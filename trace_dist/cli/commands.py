@@ -7,45 +7,59 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.table import Table
 
 from trace_dist.config import RunConfig
 from trace_dist.stages.stage import Stage
-from trace_dist.stages.start import start, take_folder
+from trace_dist.stages.start import changed, check_start, start, take_folder
 from trace_dist.utils import dist
+from trace_dist.utils.log import get_logger
 from trace_dist.utils.tables import print_table
+
+logger = get_logger(__name__)
 
 
 def run_command(cfg: RunConfig, dry_run: bool) -> None:
     if dry_run:
+        check_start(cfg, "run")
+        _check_room(cfg)
         say_preview(cfg)
         say_hosts_of_stages(cfg)
         return
     start(cfg, "run")
-    from trace_dist.bank.bank import DeltaBank
-    from trace_dist.continual.earlier import check_room_beside
     from trace_dist.stages.ask import ask_bank, asks
     from trace_dist.stages.generate import print_answers
     from trace_dist.stages.pipeline import run_pipeline, stage_groups
     from trace_dist.stages.words import next_steps
 
-    if cfg.bank_of().index.is_file():
-        check_room_beside(cfg, DeltaBank(cfg.bank_of().root))
+    _check_room(cfg)
     run_pipeline(cfg, stage_groups(cfg))
-    report_command(cfg)
+    say_report(cfg)
     if asks(cfg):
         print_answers(ask_bank(cfg))
     if cfg.bank_of().index.is_file():
         print(next_steps(cfg))
 
 
+def _check_room(cfg: RunConfig) -> None:
+    """Raise ValueError where the masks of a run find no room beside the tasks that its bank holds."""
+    from trace_dist.bank.bank import DeltaBank
+    from trace_dist.continual.earlier import check_room_beside
+
+    if cfg.bank_of().index.is_file():
+        check_room_beside(cfg, DeltaBank(cfg.bank_of().root))
+
+
 def learn_command(cfg: RunConfig, mask_file: str | None, dry_run: bool) -> None:
-    from trace_dist.stages.learn import as_learned, run_learn, stages_of
+    from trace_dist.stages.learn import as_learned, check_new, run_learn, stages_of
 
     cfg = as_learned(cfg)
     if dry_run:
+        check_start(cfg, "learn", mask_file is not None)
+        check_new(cfg, mask_file is not None)
         first, masked = stages_of(cfg, mask_file)
         say_preview(cfg, [first, [masked]], mask_file is not None)
         say_hosts_of_stages(cfg)
@@ -147,10 +161,30 @@ def print_scores(scores: Mapping[str, float]) -> None:
 
 
 def report_command(cfg: RunConfig, picture: str | None = None) -> None:
+    take_folder(cfg)
+    say_report(_as_run(cfg), picture)
+
+
+def _as_run(cfg: RunConfig) -> RunConfig:
+    """The configuration that a run folder has kept, which says what its results are of; the given one where there is none."""
+    from trace_dist.cli.parser import parse, run_config
+
+    path = cfg.folder.config
+    if not path.is_file():
+        return cfg
+    if others := changed(cfg):
+        logger.warning(
+            "report: shows the run as %s says, which has other values of %s", path, ", ".join(others)
+        )
+    kept = run_config(parse(["report", "--config", str(path)])["report"])
+    return replace(kept, run_dir=cfg.run_dir)
+
+
+def say_report(cfg: RunConfig, picture: str | None = None) -> None:
+    """Write the report of a run, and print its scores."""
     from trace_dist.report import summary_table
     from trace_dist.stages.report import run_report
 
-    take_folder(cfg)
     results = run_report(cfg, picture)
     print_table(summary_table(results), least_width=100)
     print(f"report: {cfg.folder.report}")

@@ -69,6 +69,7 @@ class BankConfig(Section):
         return int(self.layer), cast(Pooling, self.pooling)
 
     def check(self) -> None:
+        self.expand("path")
         self.at_least(1, "clusters", "num_prompts", "candidates")
         self.at_least(0, "keep_prompts")
         SIGNATURES.check(self.signature)

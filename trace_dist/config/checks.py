@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os.path
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Final, Literal
@@ -64,6 +65,14 @@ class Section:
 
     def check(self) -> None:
         """Raise ``ValueError`` where a rule of the section does not hold."""
+
+    def expand(self, *names: str) -> None:
+        """Fields that hold a file or a folder, or None: ``~`` at their beginning is the user's home."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None:
+                # Before anyone else has the object.
+                object.__setattr__(self, name, os.path.expanduser(value))
 
     def at_least(self, least: int, *names: str) -> None:
         """Fields that are not None are this or more."""

@@ -35,6 +35,7 @@ class LaunchConfig(Section):
     overrides both."""
 
     def check(self) -> None:
+        self.expand("hostfile")
         self.at_least(1, "num_ranks", "parallel_stages", "silence_seconds", "timeout_minutes")
         self.positive("stuck_minutes")
         startable = self.launcher != "none" or self.num_ranks == 1

@@ -144,11 +144,17 @@ class ModelConfig(Section):
     """Cut the proxy out of the target when the folder does not exist (proxy only)."""
 
     @property
+    def source(self) -> tuple[TinyConfig | None, VitConfig | None, str | None, PruneConfig | None]:
+        """What the model is made of where its folder does not exist: at most one of these."""
+        return self.tiny, self.vit, self.gguf, self.prune
+
+    @property
     def made(self) -> bool:
         """Whether the model is made on the spot where its folder does not exist."""
-        return any(source is not None for source in (self.tiny, self.vit, self.gguf, self.prune))
+        return any(each is not None for each in self.source)
 
     def check(self) -> None:
+        self.expand("path", "gguf")
         sources = [name for name in ("tiny", "gguf", "prune", "vit") if getattr(self, name) is not None]
         rule = "at most one of tiny, gguf, prune, vit may be set"
         check(len(sources) <= 1, "model", sources, rule, "remove the others")

@@ -26,13 +26,24 @@ def in_new_place(cfg: RunConfig, source: Path) -> RunConfig:
         it lies in, where no run is any more.
     """
     here = RunFolder(source.parent)
-    work = (here.metrics, here.logs, here.results, here.methods, here.specificity)
-    if source.name != here.config.name or not any(path.exists() for path in work):
+    if source.name != here.config.name:
         return cfg
-    kept = load_yaml(source.read_text(encoding="utf-8")).get("run_dir")
-    if not isinstance(kept, str) or RunFolder.of(kept).config.exists():
+    kept = load_yaml(source.read_text(encoding="utf-8"))
+    place = kept.get("run_dir")
+    if not isinstance(place, str) or RunFolder.of(place).config.exists() or not _is_run(here, kept, place):
         return cfg
-    return _moved(cfg, Path(kept).absolute(), here.root)  # type: ignore[no-any-return]
+    return _moved(cfg, Path(place).absolute(), here.root)  # type: ignore[no-any-return]
+
+
+def _is_run(folder: RunFolder, kept: dict[str, Any], run_dir: str) -> bool:
+    """Whether a configuration was kept by a run, and not written by a user beside the files of a project.
+
+    A folder of an earlier release has no mark: its configuration names every field, and a stage has measured something.
+    """
+    if folder.mark.is_file():
+        return folder.mark.read_text(encoding="utf-8") == run_dir
+    whole = all(field.name in kept for field in fields(RunConfig))
+    return whole and (folder.metrics.is_file() or folder.stages.is_file())
 
 
 def _moved(value: Any, old: Path, new: Path, name: str = "") -> Any:

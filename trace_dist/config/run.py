@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,6 +70,7 @@ class RunConfig(Section):
     """How `run` starts distributed stages."""
 
     def check(self) -> None:
+        self.expand("run_dir")
         rule, cure = "must be set where bank.path is not", "name a folder, for example runs/mine"
         check(bool(self.run_dir or self.bank.path), "run_dir", self.run_dir, rule, cure)
         rule = "must lie between 0 and 2**32 - 1, as scikit-learn wants it"
@@ -91,6 +93,21 @@ class RunConfig(Section):
         if not self.run_dir:
             # The one value that is worked out from others; the object is not shared yet.
             object.__setattr__(self, "run_dir", f"{self.bank.path}.work/{self.tasks[0].name}")
+        self._check_places()
+
+    def _check_places(self) -> None:
+        """What a run fills has a folder of its own; a proxy may be the target, if it is made as the target is."""
+        filled = {"run_dir": self.run_dir, "bank.path": self.bank.path}
+        made = self.proxy is not None and self.proxy.made and self.proxy.source != self.target.source
+        filled["target.path"] = self.target.path if made or self.target.made else None
+        filled["proxy.path"] = self.probed.path if made else None
+        names: dict[str, str] = {}
+        for name, path in filled.items():
+            if path is not None:
+                place = os.path.abspath(path)
+                rule, cure = f"is the folder of {names.get(place)}, too", "give each a folder of its own"
+                check(place not in names, name, path, rule, cure)
+                names[place] = name
 
     def _check_sequence(self) -> None:
         size, ranks = self.train.sequence_parallel, self.launch.num_ranks

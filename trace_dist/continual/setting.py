@@ -23,6 +23,7 @@ from trace_dist.masks.ops import layouts_for, tensor_seed
 from trace_dist.masks.select import Units
 from trace_dist.masks.units import UnitLayout
 from trace_dist.models.fingerprint import fingerprint
+from trace_dist.parts import METHODS
 from trace_dist.run_folder import RunFolder
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.metric_log import MetricLog
@@ -228,12 +229,30 @@ class Setting:
 
     @contextmanager
     def training(self, method: str, task: str) -> Iterator[dict[str, Any]]:
-        """What every training of a task is given: its label, its log, where its checkpoints lie; its random numbers begin."""
+        """What every training of a task is given: its label, its log, where its checkpoints lie, what helps where it diverges;
+        its random numbers begin."""
         self.seed(task)
         tag = f"{method}/{task}"
         log = MetricLog(self.folder, tag, self.cfg.train.trackers)
-        yield {"description": tag, "log": log, "checkpoints": self.folder.checkpoints(method, task)}
+        yield {
+            "description": tag,
+            "log": log,
+            "checkpoints": self.folder.checkpoints(method, task),
+            "cure": self._cure(method, task),
+        }
         log.close()
+
+    def _cure(self, method: str, task: str) -> str | None:
+        """What helps where this training diverges and results in the run folder keep its rate from being lowered there; None
+        where nothing does."""
+        folder, own = self.folder, self.cfg.continual.options.get(method, {}).get("lr")
+        if any(path.stem != task for path in (folder.progress(method) / "trained").glob("*.json")):
+            return "a lower rate needs another run_dir, since tasks before this one were learned with it"
+        if own is None and any((*folder.methods.glob("*.json"), *folder.delta(task).parent.glob("*"))):
+            if method != "train" and hasattr(METHODS.options(method), "lr"):
+                return f"set continual.options.{method}.lr to a lower one and start the same command again"
+            return "a lower rate needs another run_dir, since there are results that were made with it"
+        return None
 
     def seed(self, task: str) -> None:
         """Begin a task's random numbers (dropout), so that they do not depend on what ran before it in this process."""

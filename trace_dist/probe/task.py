@@ -68,6 +68,8 @@ class Probed:
 
     def save(self, path: Path, sketch_path: Path, probe: ProbeConfig) -> None:
         """Write the scores and, before them, the sketch; with the fingerprint of the proxy and how it was probed."""
+        # An earlier one says how it was made for both.
+        path.unlink(missing_ok=True)
         self.sketch.save(sketch_path)
         header: dict[str, Any] = {"format": f"trace_dist.{KIND}", "model": self.sketch.model}
         header |= {"probe": _how(probe), "losses": self.losses, "tensors": asdict(self.tensors)}

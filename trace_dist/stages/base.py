@@ -84,6 +84,8 @@ def prepare_base(cfg: RunConfig, role: Role) -> Path | str:
     with hold(folder.with_name(f".{folder.name}.lock"), f"{role}.path={model.path!r}", wait=True):
         # Another run may have made it meanwhile.
         if not (folder / "config.json").is_file():
+            if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+                folder.rmdir()
             _make(model, cfg, folder, role)
     return folder
 
@@ -133,20 +135,20 @@ def _make_pruned(given: PruneConfig, cfg: RunConfig, folder: Path) -> None:
         prune(target, folder, given.layers, widths)
         outcome(f"proxy: cut out of {target}")
         return
-    with TemporaryDirectory(dir=folder.parent) as scratch:
+    # The folder comes first: where it cannot be, nothing is healed in vain.
+    with atomic_folder(folder) as partial, TemporaryDirectory(dir=folder.parent) as scratch:
         pruned = Path(scratch) / "pruned"
         prune(target, pruned, given.layers, widths)
         module = load_model(pruned, torch.float32)
         _pretrain(
             module, pruned, cfg, given.heal_steps, given.heal_lr, cfg.train.batch_size, "proxy.prune.heal_lr"
         )
-        with atomic_folder(folder) as partial:
-            load_tokenizer(pruned).save_pretrained(partial)
-            module.save_pretrained(partial)
-            origin = Origin.load(pruned)
-            if origin is None:
-                raise AssertionError(f"{pruned}: was cut out of {target}, but does not say what was kept")
-            origin.save(partial)
+        load_tokenizer(pruned).save_pretrained(partial)
+        module.save_pretrained(partial)
+        origin = Origin.load(pruned)
+        if origin is None:
+            raise AssertionError(f"{pruned}: was cut out of {target}, but does not say what was kept")
+        origin.save(partial)
 
 
 def _pretrain(

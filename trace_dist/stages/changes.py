@@ -31,6 +31,8 @@ LOGS = (
     "progress/*/made_of.json",
 )
 """Files that are no results; a race is held again where anything differs that it was held with, and so is a folding."""
+TRACES = ("probe/traces/*", "probe/sketches/*")
+"""What of a probe says itself with which options it was made, and is made again with others."""
 PROBED = ("probe/*",)
 TRAINED = (
     "deltas/*",
@@ -110,6 +112,8 @@ def at_home(old: Any, new: Any, old_root: Path, new_root: Path) -> Any:
 
 def _same_place(old: str, new: str, old_root: Path, new_root: Path) -> bool:
     """Whether two paths name one place, as such or as seen from the run folder."""
+    # Earlier releases have kept ~ as it was written.
+    old = os.path.expanduser(old)
     seen = (os.path.relpath(old, old_root), os.path.relpath(new, new_root))
     return Path(old).absolute() == Path(new).absolute() or seen[0] == seen[1]
 
@@ -121,10 +125,11 @@ def forbidden(cfg: RunConfig, fields: Iterable[str]) -> dict[str, list[str]]:
         cfg: the new configuration.
         fields: whose values differ from those of the folder.
     """
-    results = list(_results(Path(cfg.run_dir)))
-    found = {
-        field: [path for path in results if _matches(path, _depending_on(field, cfg))] for field in fields
-    }
+    results, found = list(_results(Path(cfg.run_dir))), dict[str, list[str]]()
+    for field in fields:
+        patterns = _depending_on(field, cfg)
+        remade = TRACES if field.startswith("probe.") else ()
+        found[field] = [path for path in results if _matches(path, patterns) and not _matches(path, remade)]
     return {field: paths for field, paths in found.items() if paths}
 
 
@@ -139,7 +144,7 @@ def _depending_on(field: str, cfg: RunConfig) -> tuple[str, ...]:
         "train.*": TRAINED,
         "race.*": TRAINED,
         "tasks.*.steps": TRAINED,
-        "continual.options.*": _of_method(field.removeprefix("continual.options.").partition(".")[0]),
+        "continual.options.*": _of_method(_method_of(field, cfg)),
         "continual.options": TRAINED,
         "bank.composition*": TRAINED,
         "bank.keep": TRAINED,
@@ -194,3 +199,11 @@ def _by_name(old: Any, new: Any) -> tuple[Any, Any]:
     if not all(named) or [item["name"] for item in old] != [item["name"] for item in new]:
         return old, new
     return {item["name"]: item for item in old}, {item["name"]: item for item in new}
+
+
+def _method_of(field: str, cfg: RunConfig) -> str:
+    """The method that an option is of: some are named by the path of a module, which has dots."""
+    option = field.removeprefix("continual.options.")
+    named = [name for name in cfg.continual.options if option.startswith(f"{name}.")]
+    # Without options of its own the method is all that differs.
+    return max(named, key=len, default=option)

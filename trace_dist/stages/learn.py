@@ -10,6 +10,7 @@ what one process does meanwhile (base models, probe) is a process of rank 0's, f
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -60,7 +61,7 @@ def run_learn(cfg: RunConfig, mask_file: str | None = None) -> None:
         ValueError: the bank holds a task of one of the names, or is of another base; or the mask does not fit.
         ProcessFailed: a step failed; its own error is printed above.
     """
-    _check_new(cfg, mask_file is not None)
+    check_new(cfg, mask_file is not None)
     if mask_file is not None:
         _take_mask(cfg, Path(mask_file))
     first, masked = stages_of(cfg, mask_file)
@@ -81,14 +82,15 @@ def stages_of(cfg: RunConfig, mask_file: str | None = None) -> tuple[list[Stage]
     return first, Stage("learn", arguments, [cfg.folder.method(METHOD)], launched=True)
 
 
-def _check_new(cfg: RunConfig, mask_given: bool) -> None:
-    """Raise ValueError where the bank cannot take the tasks; before any long work. Collective."""
+def check_new(cfg: RunConfig, mask_given: bool) -> None:
+    """Raise ValueError where the bank cannot take the tasks; before any long work, and nothing is written. Collective."""
     folder = cfg.bank_of()
     logger.info("learn: %s into the bank %s", ", ".join(task.name for task in cfg.tasks), folder.root)
     logger.info("learn: masks, checkpoints and results lie in %s", cfg.run_dir)
-    if not on_main(folder.index.is_file):
+    bank = DeltaBank(folder.root) if on_main(folder.index.is_file) else None
+    on_main(lambda: _check_result(cfg, [] if bank is None else bank.tasks))
+    if bank is None:
         return
-    bank = DeltaBank(folder.root)
     bank.check_kind(cfg.bank.signature)
     if cfg.bank.representation == "adapted":
         bank.check_adapted()
@@ -103,6 +105,17 @@ def _check_new(cfg: RunConfig, mask_given: bool) -> None:
     on_main(lambda: check_base(cfg, bank))
     if not mask_given:
         on_main(lambda: check_room_beside(cfg, bank))
+
+
+def _check_result(cfg: RunConfig, held: Collection[str]) -> None:
+    """Raise ValueError where the run folder says that tasks were learned which the bank does not hold (any more)."""
+    result = cfg.folder.method(METHOD)
+    gone = [task.name for task in cfg.tasks if task.name not in held]
+    if gone and result.is_file():
+        raise ValueError(
+            f"run_dir={cfg.run_dir!r}: by {result} its tasks are learned, but the bank {cfg.bank_of().root} holds no "
+            f"{', '.join(gone)}; delete {cfg.run_dir} to learn anew, or that file alone to keep its masks"
+        )
 
 
 def check_base(cfg: RunConfig, bank: DeltaBank) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from trace_dist.config import RunConfig
 from trace_dist.data.examples import text_of
 from trace_dist.data.modality import TEXT
-from trace_dist.data.tasks import Task, load_task
+from trace_dist.data.tasks import Task
 from trace_dist.evaluation.lengths import longest_answer
 from trace_dist.evaluation.metric import load_metric
 from trace_dist.models.loading import load_tokenizer
@@ -28,6 +28,7 @@ from trace_dist.stages.effort import Outlook, Work, pieces
 from trace_dist.stages.needs import Need, Needs, estimator_of, estimator_of_proxy, of_probe
 from trace_dist.stages.pipeline import stage_groups
 from trace_dist.stages.stage import Stage
+from trace_dist.train.workbench import Tasks
 from trace_dist.utils import dist
 
 CHARACTERS_PER_TOKEN = 4
@@ -75,8 +76,8 @@ def preview(
         mask_given: whether the tasks' masks need not be made.
 
     Raises:
-        ValueError: a task's data are missing or malformed, a model has no readable config, a method does not fit the run,
-            or the tasks are no texts.
+        ValueError: a task's data are missing or malformed or do not fit a model, a model has no readable config, a method does
+            not fit the run, or the tasks are no texts.
     """
     if cfg.data.modality != TEXT:
         raise ValueError(
@@ -84,8 +85,8 @@ def preview(
         )
     groups = stage_groups(cfg) if groups is None else groups
     stages = list({stage.name: stage for group in groups for stage in group}.values())
-    tasks = [load_task(task, cfg.seed, validate=cfg.train.eval_every > 0) for task in cfg.tasks]
-    general = [load_task(task, cfg.seed) for task in cfg.general]
+    data = Tasks.load(cfg)
+    tasks, general = data.tasks, data.general
     target = estimator_of(cfg.target)
     proxy = estimator_of_proxy(cfg, target)
     tokenizer = None if target is None else load_tokenizer(cfg.target.path)

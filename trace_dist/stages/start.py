@@ -27,7 +27,7 @@ from trace_dist.utils.locks import hold_until_exit
 from trace_dist.utils.log import get_logger
 from trace_dist.utils.shared_files import check_shared
 from trace_dist.utils.together import on_main
-from trace_dist.utils.yaml import load_yaml
+from trace_dist.utils.yaml import dump_yaml, load_yaml
 
 logger = get_logger(__name__)
 IN_ONE_PROCESS = ("run", "probe")
@@ -79,6 +79,17 @@ def start(cfg: RunConfig, command: str, **own: str | None) -> None:
     if command in MAKES_MASKS and own.get("mask_file") is None:
         on_main(lambda: _check_masks(cfg))
     on_main(lambda: keep_config(cfg, whole_run=command in STARTS_STAGES))
+
+
+def check_start(cfg: RunConfig, command: str, mask_given: bool = False) -> None:
+    """Raise ``ValueError`` where ``start`` would, but for what other processes hold; nothing is held or written."""
+    _check_number_of_ranks(cfg, command)
+    check_parts(cfg)
+    if cfg.train.sequence_parallel > 1:
+        _check_shared_rows(cfg)
+    if command in MAKES_MASKS and not mask_given:
+        _check_masks(cfg)
+    _check_results(cfg, changed(cfg))
 
 
 def check_parts(cfg: RunConfig) -> None:
@@ -211,16 +222,42 @@ def keep_config(cfg: RunConfig, whole_run: bool) -> None:
     Raises:
         ValueError: there are results made with other values.
     """
-    path = cfg.folder.config
-    present = json.loads(json.dumps(asdict(cfg)))
-    if not path.is_file():
-        write_text(path, yaml.safe_dump(present, sort_keys=False))
-        return
+    folder, present, differing = cfg.folder, _plain(cfg), list[str]()
+    if folder.config.is_file():
+        kept, here, differing = _kept(cfg)
+        _check_results(cfg, differing)
+        written = present if differing or whole_run else here
+    else:
+        kept, written = None, present
+    if written != kept or whole_run:
+        write_text(folder.config, dump_yaml(written))
+    if not folder.mark.is_file() or folder.mark.read_text(encoding="utf-8") != cfg.run_dir:
+        write_text(folder.mark, cfg.run_dir)
+    if differing:
+        logger.info("%s: changed %s; no result there depends on it", cfg.run_dir, ", ".join(differing))
+
+
+def changed(cfg: RunConfig) -> list[str]:
+    """Names of the fields whose values differ from those that the run folder has kept, but for how a run is carried out."""
+    return _kept(cfg)[2] if cfg.folder.config.is_file() else []
+
+
+def _plain(cfg: RunConfig) -> dict[str, Any]:
+    """A configuration as JSON holds it."""
+    return json.loads(json.dumps(asdict(cfg)))  # type: ignore[no-any-return]
+
+
+def _kept(cfg: RunConfig) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """The configuration that the folder has kept, the same with this one's words for places, and the fields that differ."""
+    path, present = cfg.folder.config, _plain(cfg)
     kept = _read_yaml(path)
     with reading(path, "configuration"):
         kept = completed(kept, cfg)
         here = at_home(kept, present, Path(kept["run_dir"]), Path(cfg.run_dir))
-        differing = differing_fields(here, present)
+        return kept, here, differing_fields(here, present)
+
+
+def _check_results(cfg: RunConfig, differing: list[str]) -> None:
     refused = forbidden(cfg, differing)
     if refused:
         results = sorted({result for found in refused.values() for result in found})
@@ -229,11 +266,6 @@ def keep_config(cfg: RunConfig, whole_run: bool) -> None:
             f"run_dir={cfg.run_dir!r}: it holds results ({shown}) made with other values of {', '.join(refused)}; "
             "choose another run_dir, or delete this one"
         )
-    written = present if differing or whole_run else here
-    if written != kept or whole_run:
-        write_text(path, yaml.safe_dump(written, sort_keys=False))
-    if differing:
-        logger.info("%s: changed %s; no result there depends on it", cfg.run_dir, ", ".join(differing))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml
-
 from trace_dist.config import TaskConfig
 from trace_dist.config.examples import SCHEME
 from trace_dist.data.encoding import encode_pairs
@@ -20,6 +18,7 @@ from trace_dist.data.sources import form_of
 from trace_dist.data.tasks import Task, load_task
 from trace_dist.models.loading import load_tokenizer
 from trace_dist.profiling.estimate import load_config
+from trace_dist.utils.yaml import dump_yaml
 
 _KIND = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet|txt)(\.gz)?$")
 FEW_ANSWERS = 10
@@ -87,7 +86,7 @@ def starter_config(starter: Starter) -> str:
 
 
 def _section(comment: str, values: dict[str, object]) -> str:
-    return f"\n# {comment}\n" + yaml.safe_dump(values, sort_keys=False, width=110).rstrip()
+    return f"\n# {comment}\n" + dump_yaml(values, width=110).rstrip()
 
 
 def _ranks(ranks: int) -> str:

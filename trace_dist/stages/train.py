@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -55,6 +56,8 @@ def run_train(cfg: RunConfig, task_name: str | None, mask_file: str | None) -> P
     out = cfg.folder.delta(name)
     if dist.is_main():
         delta.save(out)
+        # Another mask of this task begins anew.
+        shutil.rmtree(cfg.folder.checkpoints("train", name), ignore_errors=True)
     dist.barrier()
     logger.info("%s: %d entries, %.2f MiB", out, mask.num_entries, delta.nbytes / 2**20)
     return out

@@ -131,6 +131,7 @@ def train_steps(
     *,
     description: str = "train",
     rate: str = "train.lr",
+    cure: str | None = None,
     log: MetricLog | None = None,
     schedule: LambdaLR | None = None,
     first_step: int = 0,
@@ -147,6 +148,7 @@ def train_steps(
         steps: total optimizer steps of the schedule.
         description: label of the progress bar and of log lines; names the task.
         rate: the field that sets the learning rate, for messages.
+        cure: what helps where training diverges; None: a lower rate, and the same command.
         log: where scalars go.
         schedule: the learning-rate schedule; made from ``cfg`` when None.
         first_step: steps already done.
@@ -165,7 +167,9 @@ def train_steps(
     schedule = schedule or make_schedule(learner.optimizer, cfg, steps)
     result = result or TrainResult()
     begin = time.perf_counter() - result.seconds
-    diagnose = partial(_diagnosis, description, rate, float(schedule.base_lrs[0]), steps, batches)
+    what = f"{rate}={float(schedule.base_lrs[0]):g}: {description}"
+    cure = cure or f"lower {rate} and start the same command again"
+    diagnose = partial(_diagnosis, what, cure, steps, batches)
     learner.module.train()
     _checkpoint_activations(learner, cfg.activation_checkpointing)
     settle_packing(learner, batches)
@@ -300,16 +304,14 @@ def _check_update(learner: Learner) -> None:
 
 
 @contextmanager
-def _diagnosis(
-    description: str, rate: str, peak: float, steps: int, batches: Batches, step: int
-) -> Iterator[None]:
+def _diagnosis(what: str, cure: str, steps: int, batches: Batches, step: int) -> Iterator[None]:
     """Where something turns out not to be finite: says which step and which examples, and what helps."""
     try:
         yield
     except NotFinite as error:
         raise NotFinite(
-            f"{rate}={peak:g}: {description}: {error} at step {step} of {steps}; lower {rate} and start the same command "
-            f"again, or look at the training examples of this step (numbers {shown_rows(batches)})"
+            f"{what}: {error} at step {step} of {steps}; {cure}, or look at the training examples of this step (numbers "
+            f"{shown_rows(batches)})"
         ) from None
 
 

@@ -41,6 +41,7 @@ def train_mask(
     scale: Mapping[str, Tensor] | None = None,
     description: str,
     rate: str = "train.lr",
+    cure: str | None = None,
     log: MetricLog | None = None,
     checkpoints: Path | None = None,
     validation: Validation | None = None,
@@ -57,6 +58,7 @@ def train_mask(
         scale: factors on the learning rate, as of ``MaskedAdamW``.
         description: label of progress and logs; names the task.
         rate: the field that sets the learning rate, for messages.
+        cure: as of ``train_steps``.
         log: where scalars go.
         checkpoints: folder of checkpoints; the newest one there is continued. None keeps none, as ``cfg.checkpoint_every=0``.
         validation: what is looked at every ``cfg.eval_every`` steps; the model then holds what ``cfg.keep`` says.
@@ -77,6 +79,7 @@ def train_mask(
         horizon=horizon,
         description=description,
         rate=rate,
+        cure=cure,
         log=log,
         checkpoints=checkpoints,
         validation=validation,
@@ -93,6 +96,7 @@ def train_learner(
     horizon: int | None = None,
     description: str,
     rate: str = "train.lr",
+    cure: str | None = None,
     log: MetricLog | None = None,
     checkpoints: Path | None = None,
     validation: Validation | None = None,
@@ -128,6 +132,7 @@ def train_learner(
             steps,
             description=description,
             rate=rate,
+            cure=cure,
             log=log,
             schedule=schedule,
             first_step=first_step,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -76,3 +77,24 @@ def load_yaml(text: str) -> Any:
     """
     check_yaml(text)
     return yaml.safe_load(text)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that other readers of YAML take for numbers, such as ``1e3``."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9_]+)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def dump_yaml(value: Any, **options: Any) -> str:
+    """A document of plain types; the program's own parser and ``load_yaml`` read the same of it.
+
+    Args:
+        value: what it says.
+        options: as of ``yaml.dump``; keys stay in their order.
+    """
+    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, **options))
