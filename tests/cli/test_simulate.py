@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli.program import error_line, run_here
-from transformers import LlamaConfig
+from transformers import GptOssConfig, LlamaConfig
 
+from trace_dist.benchmarks import simulate as simulation
 from trace_dist.benchmarks.plan_times import method_of, plan_times
 from trace_dist.profiling.memory_setup import MemorySetup
 from trace_dist.profiling.plan import Option
+from trace_dist.profiling.simulation.setup import SimulationSetup
+
+SMALL: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "vocab_size": 64,
+    "num_attention_heads": 2,
+}
 
 
 @pytest.mark.parametrize(
@@ -39,6 +51,24 @@ def test_wrong_input_is_one_line(arguments: list[str], fragment: str, tmp_path: 
     assert fragment in error_line(run_here("simulate", *words, cache=tmp_path / "cache"))
 
 
+def test_a_family_whose_code_does_not_run_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one without fused attention is asked for its own."""
+    GptOssConfig(**SMALL, num_local_experts=2, head_dim=8).save_pretrained(tmp_path / "model")
+    built = []
+
+    def fails(make: Any, *_: Any) -> None:
+        built.append(inspect.getclosurevars(make).nonlocals["race"].attention)
+        raise RuntimeError("this family\nneeds pictures")
+
+    monkeypatch.setattr(simulation, "record", fails)
+    message = r"methods=\[row\]: a step of the family 'gpt_oss' cannot be simulated \(RuntimeError: this family needs pictures\)"
+    with pytest.raises(ValueError, match=message):
+        simulation.simulate(SimulationSetup(str(tmp_path / "model"), methods=("row",)))
+    assert built == ["eager"]
+
+
 def test_times_are_predicted_for_some_masks_alone() -> None:
     assert method_of(MemorySetup("m", granularity="row")) == "row"
     assert method_of(MemorySetup("m", granularity="block", block=64)) == "block 64"
@@ -54,8 +84,7 @@ def test_times_are_predicted_for_some_masks_alone() -> None:
 
 
 def test_options_that_offload_have_times_too(tmp_path: Path) -> None:
-    shape = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 64}
-    LlamaConfig(**shape, num_attention_heads=2).save_pretrained(tmp_path / "model")
+    LlamaConfig(**SMALL).save_pretrained(tmp_path / "model")
     kept = MemorySetup(str(tmp_path / "model"), backend="zero3", granularity="element", sequence_length=16)
     offloaded = replace(kept, offload="cpu")
     rows = plan_times([Option(setup, 1, 1, 0, 0, 0, 0) for setup in (kept, offloaded)], "h100", 400)

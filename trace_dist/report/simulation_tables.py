@@ -90,7 +90,10 @@ def times_table(rows: Sequence[Mapping[str, Any]], gpu: str) -> Table:
 def note(found: Found) -> str:
     """What was counted, and what is a prediction."""
     blocks = " and ".join(str(number) for number in found["simulated_blocks"])
-    return (
+    unfused = (
+        "" if found["attention"] == "sdpa" else "The family has no fused attention: its own is simulated. "
+    )
+    return unfused + (
         f"Memory, launches and bytes are counted on one rank that computes nothing ({blocks} decoder blocks simulated); times "
         "are predictions by a stated model, which no GPU has run: docs/scale.md"
     )
