@@ -72,7 +72,10 @@ def _by_method(found: Found, key: str, factor: float, title: str, whole: str) ->
 
 def times_table(rows: Sequence[Mapping[str, Any]], gpu: str) -> Table:
     """Predicted steps of the options of ``memory plan``, and of its peers (``benchmarks.plan_times``)."""
-    heads = ("density", "micro-batch", "recompute", "peak GiB", "fits", "step ms", "low to high", "tokens/s")
+    heads = ["density", "micro-batch", "recompute", "peak GiB", "fits", "step ms", "low to high", "tokens/s"]
+    priced = any("tokens_per_dollar" in row for row in rows)
+    if priced:
+        heads.append("M tokens/$")
     table = _table("method", *heads, title=f"simulated on {gpu}; times are predictions")
     for row in rows:
         step = {bound: f"{1e3 * seconds:,.0f}" for bound, seconds in row["step_s"].items()}
@@ -83,6 +86,7 @@ def times_table(rows: Sequence[Mapping[str, Any]], gpu: str) -> Table:
             "yes" if row["fits"] else "no",
             *(step["expected"], f"{step['low']} - {step['high']}"),
             f"{row['tokens_per_s']['expected']:,.0f}",
+            *([f"{row['tokens_per_dollar']['expected'] / 1e6:.2f}"] if priced else []),
         )
     return table
 
