@@ -8,8 +8,20 @@ from typing import Any
 
 import pytest
 from cli.program import error_line, run, run_here
+from jsonargparse import Namespace
 from launching import free_port
 from transformers import LlamaConfig
+
+from trace_dist.benchmarks import plan_times
+from trace_dist.cli import memory_commands
+from trace_dist.profiling import plan as planning
+from trace_dist.profiling.memory_setup import MemorySetup
+
+
+def asked(**arguments: Any) -> Any:
+    """The arguments of ``memory plan``, as they are parsed."""
+    usual = {"gpu": "h100", "gpus": 8, "gpu_gib": 24.0, "reserve_gib": 1.0, "link_gbps": 400.0}
+    return Namespace(**usual | {"price": None, "out": None} | arguments)
 
 
 @pytest.fixture
@@ -50,11 +62,45 @@ def test_plan_lists_what_fits_or_says_what_would(model: Path, tmp_path: Path) ->
         (["profile", "--model", "MODEL", "--steps", "1"], "steps=1: must be at least 2"),
         (["estimate", "--model", "MODEL", "--state_dtype", "4bit"], "state_dtype"),
         (["plan", "--model", "MODEL", "--density", "0.1"], "density"),
+        (["plan", "--model", "MODEL", "--gpus", "0"], "gpus=0: must be at least 1"),
+        (["plan", "--model", "MODEL", "--price", "2"], "price=2: is of predicted steps"),
     ],
 )
 def test_wrong_input_is_one_line(arguments: list[str], fragment: str, model: Path, tmp_path: Path) -> None:
     words = [str(model) if word == "MODEL" else word for word in arguments]
     assert fragment in error_line(run_here("memory", *words, cache=tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gpu": "h200"}, "gpu='h200': unknown"),
+        ({"link_gbps": -1.0}, "link_gbps=-1.0: must be a positive number"),
+        ({"price": 0.0}, "price=0.0: must be a positive number"),
+        ({"gpus": 12}, "gpus=12: must fill nodes"),
+    ],
+)
+def test_what_times_cannot_be_predicted_of_is_said_before_the_plan(
+    arguments: dict[str, Any], message: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "plan", lambda *_: pytest.fail("planned before"))
+    setup = MemorySetup(str(model), granularity="row")
+    with pytest.raises(ValueError, match=message):
+        memory_commands._plan(setup, asked(**arguments))
+
+
+def test_a_plan_is_written_before_its_times(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "plan.json"
+
+    def fails(*_: Any) -> None:
+        raise ValueError(f"{len(json.loads(out.read_text())['options'])} options were there")
+
+    monkeypatch.setattr(plan_times, "plan_times", fails)
+    setup = MemorySetup(str(model), granularity="row", sequence_length=16)
+    with pytest.raises(ValueError, match=r"^[1-9]\d* options were there"):
+        memory_commands._plan(setup, asked(out=str(out)))
 
 
 @pytest.mark.launcher

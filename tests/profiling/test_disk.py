@@ -17,9 +17,10 @@ from trace_dist.profiling.memory_setup import MemorySetup
 
 
 @pytest.mark.parametrize(
-    ("granularity", "state_dtype", "master"), [("element", "float32", True), ("row", "8bit", False)]
+    ("granularity", "state_dtype", "master", "keep_best"),
+    [("element", "float32", True, False), ("row", "8bit", False, True)],
 )
-def test_files_have_the_predicted_sizes(granularity, state_dtype, master, tmp_path: Path) -> None:
+def test_files_have_the_predicted_sizes(granularity, state_dtype, master, keep_best, tmp_path: Path) -> None:
     config = LlamaConfig(
         vocab_size=300, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512
     )
@@ -28,7 +29,8 @@ def test_files_have_the_predicted_sizes(granularity, state_dtype, master, tmp_pa
     model = shard(LlamaForCausalLM(config).bfloat16(), "single")
     mask = Mask.random(model, 0.1, granularity)
     optimizer = MaskedAdamW(model, mask, state_dtype=state_dtype, master=master)
-    folder = save_checkpoint(tmp_path / "checkpoints", 1, optimizer, {})
+    best = {support.name: optimizer.values(support) for support, _ in optimizer.compact()}
+    folder = save_checkpoint(tmp_path / "checkpoints", 1, optimizer, {}, best=best if keep_best else None)
     extract_delta(model, mask, "task").save(tmp_path / "delta.safetensors")
     setup = MemorySetup(
         str(tmp_path / "model"),
@@ -37,6 +39,7 @@ def test_files_have_the_predicted_sizes(granularity, state_dtype, master, tmp_pa
         density=0.1,
         state_dtype=state_dtype,
         master=master,
+        keep_best=keep_best,
     )
     found = disk_bytes(Estimator(setup.model, setup.dtype), setup)
     written = sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trace_dist import Mask, MaskedAdamW, quantize_nf4, shard
+from trace_dist.checkpoint import Background, save_checkpoint
 from trace_dist.masks.units import UnitLayout
 from trace_dist.profiling.activations import trace_step
 from trace_dist.profiling.estimate import Estimator, estimate
@@ -57,7 +58,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_states_are_those_of_a_real_run(options: dict[str, Any], llama: str) -> None:
-    setup = MemorySetup(llama, backend="single", device="cpu", **options)
+    setup = MemorySetup(llama, backend="single", device="cpu", checkpoint_async=False, **options)
     module = AutoModelForCausalLM.from_config(config_of("llama"), dtype=getattr(torch, setup.dtype))
     model = shard(quantize_nf4(module) if setup.quantize == "nf4" else module, "single")
     mask = Mask.random(model, setup.density, setup.granularity, 0, setup.block, setup.maskable)
@@ -201,6 +202,29 @@ def test_the_best_values_are_kept_in_host_memory(llama: str) -> None:
     assert estimate(replace(setup, keep_best=True, device="cpu")).states["best"] == plain.states["master"]
     halves = estimate(replace(setup, keep_best=True, master=False))
     assert halves.host["best"] == plain.states["master"] / 2
+
+
+def test_a_checkpoint_is_written_from_a_copy_in_host_memory(llama: str, tmp_path: Path) -> None:
+    """As large as a real one: values and moments, and the best values; pinned where it comes from an accelerator."""
+    setup = MemorySetup(llama, backend="single")
+    on_cpu = replace(setup, device="cpu")
+    plain, best = estimate(on_cpu), estimate(replace(on_cpu, keep_best=True))
+    module = AutoModelForCausalLM.from_config(config_of("llama"), dtype=torch.bfloat16)
+    model = shard(module, "single")
+    optimizer = MaskedAdamW(model, Mask.random(model, setup.density, setup.granularity))
+    values_of = {support.name: optimizer.values(support) for support, _ in optimizer.compact()}
+    background, kept = Background(), {}
+    for name, values in (("plain", None), ("best", values_of)):
+        save_checkpoint(tmp_path / name, 1, optimizer, {}, best=values, write=background.save)
+        background.finish()
+        kept[name] = tensor_bytes(background._buffers.values())
+    background.close()
+    assert plain.states["checkpoint"] == pytest.approx(kept["plain"], rel=0.001)
+    assert best.states["checkpoint"] == pytest.approx(kept["best"], rel=0.001)
+    assert "checkpoint" not in estimate(replace(on_cpu, checkpoint_async=False)).states
+    pinned, pageable = estimate(setup).host, estimate(replace(setup, offload="cpu")).host
+    assert plain.states["checkpoint"] == pageable["checkpoint"] < pinned["checkpoint"]
+    assert pinned["checkpoint"] < 2 * plain.states["checkpoint"]
 
 
 def test_where_a_kernel_decodes_indices_nothing_else_holds_them(llama: str) -> None:

@@ -21,6 +21,7 @@ from trace_dist.profiling.simulation.recorder import Recorder
 from trace_dist.profiling.simulation.replay import MESSAGE_US, Cluster, collective_seconds, replay, sent_where
 from trace_dist.profiling.simulation.setup import SimulationSetup
 from trace_dist.profiling.simulation.streams import Streams
+from trace_dist.profiling.stand_ins import grouped_flops
 
 # 1e12 operations, 1e9 bytes and 1e9 bytes to a neighbour take a second; nothing else takes time.
 GPU = Gpu("toy", 1, 1, 0.5, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 0, 0)
@@ -208,6 +209,37 @@ def test_work_and_memory_are_counted() -> None:
     assert (sums.kind, wait.kind) == ("kernel", "host_waits")
     with recorder, pytest.raises(RuntimeError, match="asks for values"):
         left.nonzero()
+
+
+def test_products_of_experts_are_counted_forward_and_backward() -> None:
+    """As many operations as the same products one by one, in any dtype and size."""
+    recorder = Recorder()
+    with recorder:
+        rows = torch.empty(10, 6, device="meta", requires_grad=True)
+        experts = torch.empty(3, 6, 5, device="meta", requires_grad=True)
+        ends = torch.tensor([2, 7, 10], dtype=torch.int32).to("meta")
+        torch.nn.functional.grouped_mm(rows, experts, offs=ends).sum().backward()
+    products = [event.flops for event in recorder.events if event.name == "matmul"]
+    assert products == 3 * [2 * 10 * 6 * 5]
+    assert (rows.grad is not None, experts.grad is not None) == (True, True)
+    batched = torch.empty(3, 4, 6, device="meta")
+    assert grouped_flops(batched, experts) == 2 * 3 * 4 * 6 * 5
+
+
+def test_a_model_that_asks_for_values_has_those_that_are_known() -> None:
+    """While it runs: an optimizer on a rank without values asks for none."""
+    recorder = Recorder()
+    with recorder:
+        recorder.mark("forward")
+        chosen = torch.empty(6, 4, device="meta").topk(2).indices
+        theirs = (chosen == 3).nonzero()
+        taken = torch.empty(6, device="meta")[(chosen == 3).any(-1)]
+        counts = chosen.flatten().bincount(minlength=4).tolist()
+        assert (counts, len(theirs), len(taken)) == ([3, 3, 3, 3], 3, 3)
+        assert recorder.events[-1].kind == "host_waits"
+        recorder.mark("optimizer")
+        with pytest.raises(RuntimeError, match="asks for values"):
+            (chosen == 3).nonzero()
 
 
 def test_copies_from_and_to_the_host_are_told_apart() -> None:

@@ -21,6 +21,7 @@ from trace_dist.models.tiny import build_tiny
 from trace_dist.models.tokenizer import char_tokenizer
 from trace_dist.profiling.speed import UTILISATION, Machine
 from trace_dist.report.memory_tables import mib
+from trace_dist.stages.needs import setup_of
 from trace_dist.stages.pipeline import stage_groups
 from trace_dist.stages.preview import Preview, describe, preview
 from trace_dist.stages.start import keep_config
@@ -248,7 +249,16 @@ def test_every_stage_and_method_of_a_run_is_in_the_preview(folder: Path) -> None
     # 16 bytes per parameter over two ranks, or 18: the estimate counts every gradient in fp32
     assert 8 * found.num_parameters <= measured <= 9.1 * found.num_parameters
     full, lora = needs["full"].estimate, needs["lora"].estimate
-    assert sum(full.states.values()) == pytest.approx(16 * found.num_parameters, rel=0.01)
+    # from a copy of weights and moments in the same memory checkpoints are written, with the best weights where they are kept
+    copies = sum(full.states.get(name, 0) for name in ("checkpoint", "best"))
+    assert sum(full.states.values()) - copies == pytest.approx(16 * found.num_parameters, rel=0.01)
+    kept = cfg.train.eval_every > 0 and cfg.train.keep == "best"
+    assert copies == pytest.approx((20 if kept else 12) * found.num_parameters, rel=0.01)
+    for train in (replace(cfg.train, checkpoint_every=0), replace(cfg.train, checkpoint_async=False)):
+        assert not setup_of(replace(cfg, train=train), 8).checkpoint_async
+    looking = replace(cfg.train, eval_every=5, keep="best")
+    assert setup_of(replace(cfg, train=looking), 8).keep_best
+    assert not setup_of(replace(cfg, train=replace(looking, keep="last")), 8).keep_best
     assert 4 * found.num_parameters < sum(lora.states.values()) < sum(full.states.values())
     _, lines = describe(cfg, found)
     (alone,) = (line for line in lines if line.startswith("memory in one process"))

@@ -161,7 +161,7 @@ class Race:
         """The tokens of this rank's group, on the CPU, the same on any device: [micro_batch, sequence]."""
         generator = torch.Generator().manual_seed(dist.rank() // self.sequence_parallel)
         shape = (self.micro_batch, self.sequence)
-        return torch.randint(self.config().vocab_size, shape, generator=generator)
+        return torch.randint(self.config().get_text_config().vocab_size, shape, generator=generator)
 
     def part(self) -> tuple[dict[str, Tensor], Tensor]:
         """What this rank reads of them, on the CPU, and its labels."""

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache
 from typing import Any
+
+import torch
 
 from trace_dist.benchmarks.contestants import OFFLOAD
 from trace_dist.benchmarks.simulate import simulate
+from trace_dist.models.architecture import empty_model
+from trace_dist.profiling.estimate import load_config
 from trace_dist.profiling.memory_setup import MemorySetup
-from trace_dist.profiling.plan import GIB, Option
+from trace_dist.profiling.plan import GIB, MICRO_BATCHES, Option
+from trace_dist.profiling.simulation.gpus import load_gpu
 from trace_dist.profiling.simulation.setup import SimulationSetup
 
 PEERS = ("full", "LoRA")
 GPUS_PER_NODE = 8
 BLOCK = 64
 """Elements of the blocks that are simulated."""
+Found = dict[str, Any]
 
 
 def method_of(setup: MemorySetup) -> str:
@@ -33,60 +41,138 @@ def method_of(setup: MemorySetup) -> str:
     )
 
 
-def plan_times(options: Sequence[Option], gpu: str, link_gbps: float) -> list[dict[str, Any]]:
-    """One row per option and peer: ``name``, ``step_s`` and ``tokens_per_s`` as ``simulate`` finds them, ``micro_batch_size``.
-
-    All states are simulated in fp32, so the peak of an option is that of ``plan``; that of a peer is simulated. Peers get the
-    largest micro-batch of the options, and no recomputation.
+def check_times(
+    setup: MemorySetup, gpu: str, link_gbps: float, price: float | None = None
+) -> SimulationSetup:
+    """What is simulated of a plan, but for what its options vary; nothing is built.
 
     Args:
-        options: of ``plan``, under ZeRO-3, without 4-bit weights.
+        setup: what is planned; ``world_size`` GPUs.
         gpu: name or file.
         link_gbps: network of each GPU.
+        price: dollars per GPU and hour.
 
     Raises:
-        ValueError: no time is predicted for such masks, backends or weights, or the GPUs do not fill nodes.
+        ValueError: no time is predicted for such masks, backends, weights or GPUs, or the GPUs do not fill nodes.
     """
-    base = options[0].setup
-    method = method_of(base)
-    if base.backend != "zero3" or base.quantize != "none":
-        raise ValueError(
-            f"gpu={gpu!r}: times are predicted for backend zero3 and unquantised weights; leave gpu out for others"
-        )
-    gpus = base.world_size
+    method = method_of(setup)
+    for name, known in (
+        ("backend", "zero3"),
+        ("quantize", "none"),
+        ("dtype", "bfloat16"),
+        ("maskable", "linear"),
+    ):
+        value = getattr(setup, name)
+        if value != known:
+            raise ValueError(
+                f"{name}={value!r}: times are predicted for backend zero3, unquantised bfloat16 weights and maskable linear; "
+                f"leave gpu out, or use {known}"
+            )
+    gpus = setup.world_size
     if gpus > GPUS_PER_NODE and gpus % GPUS_PER_NODE:
         raise ValueError(
             f"gpus={gpus}: must fill nodes of {GPUS_PER_NODE} GPUs where there are more; use a multiple"
         )
+    load_gpu(gpu)
     per_node = min(gpus, GPUS_PER_NODE)
-    rows, seen = [], set()
+    return SimulationSetup(
+        *(setup.model, gpus // per_node, per_node, gpu, link_gbps),
+        methods=(method,),
+        sequence_length=setup.sequence_length,
+        sequence_parallel=setup.sequence_parallel,
+        price=price,
+    )
 
-    def row(name: str, density: float, micro_batch: int, recomputes: bool, peak: float | None = None) -> None:
-        key = (name, density, micro_batch, recomputes)
-        if key in seen:
-            return
-        seen.add(key)
-        setup = SimulationSetup(
-            *(base.model, gpus // per_node, per_node, gpu, link_gbps),
-            methods=(name,),
-            density=density,
-            micro_batch_size=micro_batch,
-            sequence_length=base.sequence_length,
-            sequence_parallel=base.sequence_parallel,
-            activation_checkpointing=recomputes,
-        )
-        found = simulate(setup)
-        kept = {key: found["methods"][name][key] for key in ("peak_bytes", "step_s", "tokens_per_s")}
-        kept["peak_bytes"] = kept["peak_bytes"] if peak is None else peak * GIB
-        memory = found["gpu"]["memory_gib"] * GIB
-        way = {"density": density, "micro_batch_size": micro_batch, "activation_checkpointing": recomputes}
-        rows.append({"name": name, **way, **kept, "fits": kept["peak_bytes"] < memory})
 
+def plan_times(
+    options: Sequence[Option],
+    gpu: str,
+    link_gbps: float,
+    gpu_gib: float,
+    reserve_gib: float = 0.0,
+    price: float | None = None,
+) -> list[Found]:
+    """One row per option and per way of training each peer: ``name``, what it is, ``peak_bytes`` with the reserve, whether that
+    ``fits``, and ``step_s``, ``tokens_per_s`` and perhaps ``tokens_per_dollar`` as ``simulate`` finds them.
+
+    All states are simulated in fp32, so the peak of an option is that of ``plan``; that of a peer is simulated. A peer gets the
+    largest micro-batch that fits, and with recomputed activations another one where that lets a larger one fit. A peer that
+    fits in no way has its leanest.
+
+    Args:
+        options: of ``plan``.
+        gpu: name or file.
+        link_gbps: network of each GPU.
+        gpu_gib: memory of one GPU.
+        reserve_gib: of that, for other things.
+        price: dollars per GPU and hour.
+
+    Raises:
+        ValueError: see ``check_times``.
+    """
+    base = check_times(options[0].setup, gpu, link_gbps, price)
+    (method,) = base.methods
+
+    @cache
+    def simulated(name: str, density: float, micro_batch: int, recomputes: bool) -> Found:
+        way = {
+            "density": density,
+            "micro_batch_size": micro_batch,
+            "activation_checkpointing": recomputes,
+        }
+        found = simulate(replace(base, methods=(name,), **way))["methods"][name]
+        times = ("step_s", "tokens_per_s", "tokens_per_dollar")
+        peak = found["peak_bytes"] + reserve_gib * GIB
+        return {"name": name, **way, "peak_bytes": peak, **{key: found[key] for key in times if key in found}}
+
+    rows = []
     for option in options:
         way = option.setup
         name = method if way.offload == "none" else f"{method}{OFFLOAD}"
-        row(name, way.density, way.micro_batch_size, way.activation_checkpointing, option.gib)
-    largest = max(option.setup.micro_batch_size for option in options)
+        row = simulated(name, way.density, way.micro_batch_size, way.activation_checkpointing)
+        row = {**row, "peak_bytes": option.gib * GIB}
+        if all(row["name"] != other["name"] or _way(row) != _way(other) for other in rows):
+            rows.append(row)
+    density = options[0].setup.density
+    recomputing = _recomputing(base.model)
     for name in PEERS:
-        row(name, base.density, largest, False)
-    return rows
+        rows += _of_peer(lambda *way, name=name: simulated(name, density, *way), recomputing, gpu_gib * GIB)
+    return [{**row, "fits": row["peak_bytes"] <= gpu_gib * GIB} for row in rows]
+
+
+def _way(row: Found) -> tuple[Any, ...]:
+    return row["density"], row["micro_batch_size"], row["activation_checkpointing"]
+
+
+def _recomputing(model: str) -> tuple[bool, ...]:
+    """Whether activations can be kept, or recomputed as well."""
+    module = empty_model(load_config(model), torch.bfloat16, f"model={model!r}")
+    return (False, True) if module.supports_gradient_checkpointing else (False,)
+
+
+def _of_peer(simulated: Callable[..., Found], recomputing: Sequence[bool], room: float) -> Iterator[Found]:
+    """The ways of training a peer that fit; its leanest where none does."""
+    before = 0
+    for recomputes in recomputing:
+        largest = largest_fitting(lambda size: simulated(size, recomputes)["peak_bytes"], room)  # noqa: B023
+        if largest > before:
+            yield simulated(largest, recomputes)
+        before = max(before, largest)
+        if before == MICRO_BATCHES[0]:
+            return
+    if not before:
+        yield simulated(1, recomputing[-1])
+
+
+def largest_fitting(peak: Callable[[int], float], room: float) -> int:
+    """The largest of ``MICRO_BATCHES`` whose peak fits; 0 where none does.
+
+    A peak takes a while to find, so those that cannot fit are not asked for: peaks grow at least in a straight line, since each
+    is the most of several moments, all of which do.
+    """
+    one = peak(1)
+    if one > room:
+        return 0
+    each = peak(2) - one
+    sizes = (size for size in MICRO_BATCHES if size == 1 or one + (size - 1) * each <= room)
+    return next(size for size in sizes if peak(size) <= room)

@@ -143,7 +143,12 @@ class Study:
     @cached_property
     def _planned(self) -> MemorySetup:
         return MemorySetup(
-            self._config("Llama-3-70B"), block=64, world_size=8, sequence_length=LENGTH, **PLAN
+            self._config("Llama-3-70B"),
+            block=64,
+            world_size=8,
+            sequence_length=LENGTH,
+            checkpoint_async=False,
+            **PLAN,
         )
 
     @cached_property

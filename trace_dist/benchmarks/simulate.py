@@ -5,43 +5,39 @@
 What runs are the contestants of ``bench step``, on a rank of ``profiling.simulation``. Memory, launches and bytes on the wire are
 counted there; time is predicted (``simulation.replay``).
 
-[Note: repeated blocks] Decoder blocks are alike, and the program does for each what it did for the one before. So two models
-are simulated, of k and of k + 1 blocks, and everything that is counted or predicted is continued in a straight line. k is so
-large that blocks at both ends, of which DeepSpeed keeps 5e8 elements gathered between forward and backward, are not the same.
-Of an 8B model, 3 and 4 blocks give the bytes that gathers and reductions send with 8 and 9, those of all-to-all within 2 %, the
-memory within 0.2 % and the time within 2 %.
+Of a large model two or more are simulated that have fewer decoder blocks, and all numbers are continued from these
+([Note: repeated blocks] in ``simulation.blocks``).
 """
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping, MutableMapping
-from copy import deepcopy
+from collections.abc import Callable, MutableMapping
 from dataclasses import asdict, dataclass
-from math import ceil
 from typing import Any
 
-from torch import nn
+import torch
 from transformers import PreTrainedModel
 
 from trace_dist.benchmarks.contestants import KNOWN, Contestant, Race, build
 from trace_dist.data.slices import slice_length
-from trace_dist.models.architecture import empty_model
-from trace_dist.models.blocks import decoder_blocks
+from trace_dist.models.architecture import cause, empty_model
 from trace_dist.profiling.estimate import load_config
+from trace_dist.profiling.simulation.blocks import Part, added_up, parts_of
 from trace_dist.profiling.simulation.events import Program
 from trace_dist.profiling.simulation.gpus import load_gpu
 from trace_dist.profiling.simulation.rank import simulated_rank
 from trace_dist.profiling.simulation.replay import Cluster, replay
 from trace_dist.profiling.simulation.setup import SimulationSetup
+from trace_dist.sharding.sequence import check_divisible
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
 WARM_UP = 2
 """Steps before the one that is recorded: the first makes states and lets DeepSpeed learn the order of modules."""
-LOOKS_AHEAD = 6e8
-"""Elements that k blocks have at least ([Note: repeated blocks])."""
+ATTENTION = ("sdpa", "eager")
+"""Ways of attention that are simulated: torch's fused one, where the family has it, and transformers' own."""
 HOST_STATES = ("master", "exp_avg", "exp_avg_sq", "staging")
 """What an optimizer may keep in host memory."""
 Found = dict[str, Any]
@@ -53,17 +49,14 @@ class ModelRace(Race):
 
     Attributes:
         model_config: of transformers.
-        num_blocks: decoder blocks; those of the config where it is 0.
         recomputes: whether activations are recomputed in the backward pass.
     """
 
     model_config: Any = None
-    num_blocks: int = 0
     recomputes: bool = False
 
     def config(self) -> Any:
-        config = super().config() if self.model_config is None else self.model_config
-        return with_blocks(config, self.num_blocks) if self.num_blocks else config
+        return super().config() if self.model_config is None else self.model_config
 
     def model(self) -> PreTrainedModel:
         module = super().model()
@@ -72,17 +65,7 @@ class ModelRace(Race):
         return module
 
 
-def with_blocks(config: Any, number: int) -> Any:
-    """A copy of a transformers config with another number of decoder blocks."""
-    config = deepcopy(config)
-    text = config.get_text_config()
-    text.num_hidden_layers = number
-    if getattr(text, "layer_types", None):
-        text.layer_types = (text.layer_types * number)[:number]
-    return config
-
-
-Key = tuple[str, int, int]
+Key = tuple[str, tuple[int, ...], int]
 """Method, decoder blocks, ranks."""
 
 
@@ -95,67 +78,73 @@ def simulate(setup: SimulationSetup, recorded: MutableMapping[Key, Program] | No
             GPU asks for no others.
 
     Returns:
-        ``setup``, ``gpu`` and ``methods``: name -> memory, launches, bytes and predicted times, and their ratios to ``full``.
+        ``setup``, ``gpu`` and ``methods``: name -> memory, launches, bytes and predicted times, and their ratios to ``full``;
+        ``simulated_blocks``: how many decoder blocks the simulated models have; ``attention``: one of ``ATTENTION``.
 
     Raises:
-        ValueError: a value makes no sense, or the model has no readable config.
+        ValueError: a value makes no sense, the model has no readable config, its code needs values, or it has many decoder blocks
+            and cannot be continued from fewer.
     """
     for name in setup.methods:
         if name not in KNOWN:
             raise ValueError(f"methods: {name!r} is unknown; use some of {', '.join(KNOWN)}")
     gpu = load_gpu(setup.gpu)
     config = load_config(setup.model)
+    _check_blocks(setup, config)
+    if setup.sequence_parallel > 1:
+        check_divisible(config, setup.sequence_parallel)
     cluster = Cluster(gpu, setup.nodes, setup.gpus_per_node, setup.link_gbps)
-    counts = _blocks(setup, config)
+    whole = empty_model(config, torch.bfloat16, f"model={setup.model!r}")
+    chosen = whole.config._attn_implementation
+    attention = chosen if chosen in ATTENTION else ATTENTION[-1]
+    parts = parts_of(whole, config, f"model={setup.model!r}", setup.blocks)
     methods, recorded = {}, {} if recorded is None else recorded
     for name in setup.methods:
         begin = time.perf_counter()
-        for count in counts:
-            key = (name, count, setup.world_size)
+        for part in parts:
+            key = (name, part.layers, setup.world_size)
             if key not in recorded:
-                recorded[key] = _recorded(setup, config, name, count)
-        few, *more = [described(recorded[name, count, setup.world_size], cluster) for count in counts]
-        last = more[0] if more else few
-        methods[name] = continued(few, last, _num_blocks(setup, config) - counts[-1])
+                recorded[key] = _recorded(setup, part, name, attention)
+        found = [described(recorded[name, part.layers, setup.world_size], cluster) for part in parts]
+        methods[name] = added_up(found, [part.weight for part in parts])
         _derive(methods[name], setup)
         logger.info("%s: simulated in %.0f s", name, time.perf_counter() - begin)
     full = methods.get("full")
-    for found in methods.values():
+    for each in methods.values():
         if full is not None:
-            found["step_ratio"] = found["step_s"]["expected"] / full["step_s"]["expected"]
-    return {"setup": asdict(setup), "gpu": asdict(gpu), "simulated_blocks": counts, "methods": methods}
+            each["step_ratio"] = each["step_s"]["expected"] / full["step_s"]["expected"]
+    counts = [len(part.layers) for part in parts]
+    return {
+        "setup": asdict(setup),
+        "gpu": asdict(gpu),
+        "simulated_blocks": counts,
+        "attention": attention,
+        "methods": methods,
+    }
 
 
-def _num_blocks(setup: SimulationSetup, config: Any) -> int:
+def _check_blocks(setup: SimulationSetup, config: Any) -> None:
     number = config.get_text_config().num_hidden_layers
     if setup.blocks > number:
         raise ValueError(f"blocks={setup.blocks}: the model has {number} decoder blocks; use at most as many")
-    return int(number)
 
 
-def _blocks(setup: SimulationSetup, config: Any) -> list[int]:
-    """How many decoder blocks the models have that are simulated: one number, or k and k + 1."""
-    number = _num_blocks(setup, config)
-    if setup.blocks:
-        return [setup.blocks, setup.blocks + 1] if setup.blocks < number else [number]
-    one = empty_model(
-        with_blocks(config, 1), config.dtype or nn.Linear(1, 1).weight.dtype, f"model={setup.model!r}"
-    )
-    size = sum(each.numel() for block in decoder_blocks(one).values() for each in block.parameters())
-    fewest = max(2, ceil(LOOKS_AHEAD / size)) if size else number
-    return [fewest, fewest + 1] if fewest + 1 < number else [number]
-
-
-def _recorded(setup: SimulationSetup, config: Any, name: str, blocks: int) -> Program:
+def _recorded(setup: SimulationSetup, part: Part, name: str, attention: str) -> Program:
     race = ModelRace(
-        *("tiny", setup.density, setup.micro_batch_size, setup.sequence_length, "sdpa"),
+        *("tiny", setup.density, setup.micro_batch_size, setup.sequence_length, attention),
         sequence_parallel=setup.sequence_parallel,
-        model_config=config,
-        num_blocks=blocks,
+        model_config=part.config,
         recomputes=setup.activation_checkpointing,
     )
     num_tokens = race.micro_batch * slice_length(race.sequence, race.sequence_parallel)
-    return record(lambda: build(name, race), setup.world_size, num_tokens)
+    try:
+        return record(lambda: build(name, race), setup.world_size, num_tokens)
+    # A family's code, which may need values, another length, other inputs than tokens or another dtype; and that of peers.
+    except Exception as error:
+        raise ValueError(
+            f"model={setup.model!r}, methods=[{name}]: a step of the family {part.config.model_type!r} cannot be simulated "
+            f"({cause(error)}); change what it names, or leave the method out"
+        ) from error
 
 
 def record(make: Callable[[], Contestant], world: int, num_tokens: int, synchronous: bool = False) -> Program:
@@ -224,14 +213,6 @@ def described(program: Program, cluster: Cluster) -> Found:
         "spent_s": expected.spent,
         "collectives_s": expected.collectives,
     }
-
-
-def continued(few: Any, more: Any, further: int) -> Any:
-    """``more`` and ``further`` times what it has beyond ``few``, number by number ([Note: repeated blocks])."""
-    if isinstance(more, Mapping):
-        names = [*more, *(name for name in few if name not in more)]
-        return {name: continued(few.get(name, 0), more.get(name, 0), further) for name in names}
-    return more + further * (more - few)
 
 
 def _derive(found: Found, setup: SimulationSetup) -> None:

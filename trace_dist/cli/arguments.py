@@ -122,13 +122,14 @@ MEMORY_ACTIONS = {
                 "GPU as of `simulate`, to predict steps too, of full fine-tuning and LoRA as well; minutes"
             ),
             "link_gbps": (float, 400.0, "network of each GPU for that, in 1e9 bits per second"),
+            "price": (float | None, None, "dollars per GPU and hour, to say how many tokens one dollar buys"),
             "out": OUT,
         },
     ),
 }
 NOT_ASKED = {
     "estimate": frozenset[str](),
-    "profile": frozenset({"world_size", "device", "keep_best"}),
+    "profile": frozenset({"world_size", "device", "keep_best", "checkpoint_async"}),
     "plan": frozenset(
         {
             *("density", "state_dtype", "master", "offload", "micro_batch_size"),

@@ -42,8 +42,9 @@ def _estimate(setup: MemorySetup, arguments: Any) -> None:
     found = estimate(setup)
     print_table(estimate_table(found, asdict(setup)))
     print(f"peak: {found.peak_where}")
-    if any(found.host.values()):
-        print(f"in host memory: {mib(sum(found.host.values()))}")
+    parts = ", ".join(f"{name.replace('_', ' ')} {mib(size)}" for name, size in found.host.items() if size)
+    if parts:
+        print(f"in host memory: {mib(sum(found.host.values()))} ({parts})")
     if arguments.out is not None:
         write_json(Path(arguments.out), {"setup": asdict(setup), "estimate": found.as_dict()})
 
@@ -69,14 +70,33 @@ def _plan(setup: MemorySetup, arguments: Any) -> None:
     from trace_dist.profiling.plan import plan
     from trace_dist.report.memory_tables import plan_table, print_table
 
-    options = plan(replace(setup, world_size=arguments.gpus), arguments.gpu_gib, arguments.reserve_gib)
+    if arguments.gpus < 1:
+        raise ValueError(f"gpus={arguments.gpus}: must be at least 1; raise it")
+    if arguments.gpu is None and arguments.price is not None:
+        raise ValueError(
+            f"price={arguments.price:g}: is of predicted steps, and none are asked for; give gpu too"
+        )
+    setup = replace(setup, world_size=arguments.gpus)
+    if arguments.gpu is not None:
+        from trace_dist.benchmarks.plan_times import check_times
+
+        check_times(setup, arguments.gpu, arguments.link_gbps, arguments.price)
+    options = plan(setup, arguments.gpu_gib, arguments.reserve_gib)
     print_table(plan_table(options, arguments.gpus, arguments.gpu_gib))
     result: dict[str, Any] = {"options": [asdict(option) for option in options]}
+    if arguments.out is not None:
+        write_json(Path(arguments.out), result)
     if arguments.gpu is not None:
-        from trace_dist.benchmarks.plan_times import plan_times
-        from trace_dist.report.simulation_tables import times_table
+        _times(options, arguments, result)
 
-        result["times"] = plan_times(options, arguments.gpu, arguments.link_gbps)
-        print_table(times_table(result["times"], arguments.gpu))
+
+def _times(options: Any, arguments: Any, result: dict[str, Any]) -> None:
+    from trace_dist.benchmarks.plan_times import plan_times
+    from trace_dist.report.memory_tables import print_table
+    from trace_dist.report.simulation_tables import times_table
+
+    names = ("gpu", "link_gbps", "gpu_gib", "reserve_gib", "price")
+    result["times"] = plan_times(options, *(arguments[name] for name in names))
+    print_table(times_table(result["times"], arguments.gpu))
     if arguments.out is not None:
         write_json(Path(arguments.out), result)

@@ -36,7 +36,8 @@ _STEPS = ("decoder_sparse_step", "moe_layer_interval", "interleave_moe_layer_ste
 # One value per layer, taken again and again until there are enough.
 _CYCLES = ("block_types",)
 _DERIVED = {"all_tied_weights_keys", "training"}
-_OWN_INDEX = re.compile(r"(layer|block)\w*(idx|index|id|number)$|^idx$")
+OWN_INDEX = re.compile(r"(layer|block)\w*(idx|index|id|number)$|^idx$")
+"""Names of attributes that say which layer a module is of."""
 
 
 def layer_list(model: nn.Module, config: Any) -> str | None:
@@ -245,7 +246,7 @@ class _Comparison:
 
     def _same(self, name: str, old: Any, new: Any) -> bool:
         """Whether an attribute says the same of a layer; objects are compared by what they hold elsewhere."""
-        if _OWN_INDEX.search(name) and type(old) is int and type(new) is int:
+        if OWN_INDEX.search(name) and type(old) is int and type(new) is int:
             return new < len(self.kept) and self.kept[new] == old
         if (old, new) == (self.num_layers, len(self.kept)):
             return True

@@ -63,7 +63,7 @@ class Estimate:
         peak: the most at one moment, states included.
         peak_parts: what that is made of.
         peak_where: when it is.
-        host: host memory beside the device's, by category (``offload``, ``keep_best``).
+        host: host memory beside the device's, by category (``offload``, ``keep_best``, ``checkpoint_async``).
         num_parameters: of the model.
         num_entries: masked entries of the model.
     """
@@ -263,10 +263,13 @@ class Estimator:
             place["exp_avg_sq"] += moment_bytes(entries, setup.state_dtype)
             if offloads:
                 place["staging"] += sum(_pinned(size * entries, setup.device) for size in (self.itemsize, 4))
+            copies = device if setup.device == "cpu" else host
+            whole = entries * (4 if setup.master or self.itemsize == 4 else self.itemsize)
+            best = whole * setup.keep_best
             if setup.keep_best:
-                kept = device if setup.device == "cpu" else host
-                whole = 4 if setup.master or self.itemsize == 4 else self.itemsize
-                kept["best"] = kept.get("best", 0) + whole * entries
+                copies["best"] = copies.get("best", 0) + best
+            if setup.checkpoint_async:
+                copies["checkpoint"] = copies.get("checkpoint", 0) + best + _copied(setup, entries, whole)
         return device, host
 
     def _indices(
@@ -333,6 +336,14 @@ def _pinned(num_bytes: int, device: str) -> int:
     """Bytes that a buffer takes through which an accelerator and the host exchange: torch's allocator of pinned memory rounds up
     to a power of two (``c10/core/CachingHostAllocator.h``)."""
     return num_bytes if device == "cpu" or num_bytes == 0 else 1 << (num_bytes - 1).bit_length()
+
+
+def _copied(setup: MemorySetup, entries: int, value_bytes: int) -> int:
+    """Bytes of the copy of some entries' values and moments from which a checkpoint is written. Pinned is what comes from an
+    accelerator: the values too, unless a master in host memory has them."""
+    device = "cpu" if setup.offload == "cpu" else setup.device
+    holder = device if setup.master else setup.device
+    return _pinned(value_bytes, holder) + 2 * _pinned(moment_bytes(entries, setup.state_dtype), device)
 
 
 def _candidates(moment: Moment, gathered: int, exchange: Exchange) -> list[dict[str, int]]:

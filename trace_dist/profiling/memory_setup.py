@@ -50,6 +50,9 @@ class MemorySetup:
     """Recompute activations in the backward pass."""
     keep_best: bool = False
     """Whether training looks at validation examples and keeps a copy of the best values, in host memory (`train.keep`)."""
+    checkpoint_async: bool = True
+    """Whether checkpoints are written while training goes on, from a copy in host memory (`train.checkpoint_async`); false also
+    where none are kept."""
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:

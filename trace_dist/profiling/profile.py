@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ def run_profile(setup: MemorySetup, steps: int = 4) -> dict[str, Any]:
     """Measure a setup on the ranks of this job. Collective.
 
     Args:
-        setup: what to train; ``world_size`` and ``device`` are those of the job.
+        setup: what to train; ``world_size`` and ``device`` are those of the job, and no checkpoints are kept.
         steps: optimizer steps; DeepSpeed prefetches from the second on.
 
     Returns:
@@ -67,9 +67,8 @@ def run_profile(setup: MemorySetup, steps: int = 4) -> dict[str, Any]:
             f"steps={steps}: must be at least 2, since ZeRO-3 prefetches from the second step on; raise it"
         )
     dist.init_distributed()
-    setup = replace(
-        setup, world_size=dist.world_size(), device="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
+    setup = replace(setup, world_size=dist.world_size(), device=device, checkpoint_async=False)
     estimate = Estimator(setup.model, setup.dtype, setup.quantize)(setup)
     settle_allocator()
     before = _baseline()

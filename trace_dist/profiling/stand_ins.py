@@ -86,3 +86,14 @@ def grouped_product(
     if left.dim() == right.dim():
         shape.insert(0, left.shape[0] if ends is None else ends.shape[0])
     return left.new_empty(shape, dtype=dtype)
+
+
+def grouped_flops(left: Tensor, right: Tensor) -> int:
+    """Operations of a grouped product, forward or backward: each row, or each term of a sum, belongs to one group.
+
+    Args:
+        left: [rows, k], or [groups, rows, k].
+        right: [k, columns], or [groups, k, columns].
+    """
+    each = 2 * left.shape[-2] * left.shape[-1] * right.shape[-1]
+    return each * (left.shape[0] if left.dim() == right.dim() == 3 else 1)

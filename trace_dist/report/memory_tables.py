@@ -31,11 +31,12 @@ def comparison_table(result: Mapping[str, Any]) -> Table:
     title = _title(estimate["num_parameters"], result["setup"])
     table = _table("on each rank", "estimated", "measured", "error", title=title)
     for name, size in measured["states"].items():
-        predicted = estimate["states"][name]
+        predicted = estimate["states"][name] + estimate["host"][name]
         if size or predicted:
             table.add_row(name.replace("_", " "), mib(predicted), mib(size), _percent(predicted, size))
     table.add_section()
-    together, states = sum(estimate["states"].values()), max(measured["rank_states"])
+    together = sum((*estimate["states"].values(), *estimate["host"].values()))
+    states = max(measured["rank_states"])
     table.add_row("states", mib(together), mib(states), f"{errors['states']:+.1%}")
     for name, size in measured["between"].items():
         predicted = estimate["between"][name]

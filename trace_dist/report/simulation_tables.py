@@ -72,7 +72,10 @@ def _by_method(found: Found, key: str, factor: float, title: str, whole: str) ->
 
 def times_table(rows: Sequence[Mapping[str, Any]], gpu: str) -> Table:
     """Predicted steps of the options of ``memory plan``, and of its peers (``benchmarks.plan_times``)."""
-    heads = ("density", "micro-batch", "recompute", "peak GiB", "fits", "step ms", "low to high", "tokens/s")
+    heads = ["density", "micro-batch", "recompute", "peak GiB", "fits", "step ms", "low to high", "tokens/s"]
+    priced = any("tokens_per_dollar" in row for row in rows)
+    if priced:
+        heads.append("M tokens/$")
     table = _table("method", *heads, title=f"simulated on {gpu}; times are predictions")
     for row in rows:
         step = {bound: f"{1e3 * seconds:,.0f}" for bound, seconds in row["step_s"].items()}
@@ -83,6 +86,7 @@ def times_table(rows: Sequence[Mapping[str, Any]], gpu: str) -> Table:
             "yes" if row["fits"] else "no",
             *(step["expected"], f"{step['low']} - {step['high']}"),
             f"{row['tokens_per_s']['expected']:,.0f}",
+            *([f"{row['tokens_per_dollar']['expected'] / 1e6:.2f}"] if priced else []),
         )
     return table
 
@@ -90,7 +94,10 @@ def times_table(rows: Sequence[Mapping[str, Any]], gpu: str) -> Table:
 def note(found: Found) -> str:
     """What was counted, and what is a prediction."""
     blocks = " and ".join(str(number) for number in found["simulated_blocks"])
-    return (
+    unfused = (
+        "" if found["attention"] == "sdpa" else "The family has no fused attention: its own is simulated. "
+    )
+    return unfused + (
         f"Memory, launches and bytes are counted on one rank that computes nothing ({blocks} decoder blocks simulated); times "
         "are predictions by a stated model, which no GPU has run: docs/scale.md"
     )

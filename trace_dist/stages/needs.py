@@ -84,7 +84,7 @@ class Needs:
         if any(stage.arguments[0] == "memory" and not stage.done for stage in stages):
             size = min(self.setup.micro_batch_size, EXAMPLES_PER_RANK)
             full = replace(dense_setup(self.setup), dtype="bfloat16", master=True, micro_batch_size=size)
-            yield Need("measuring full training", full.world_size, self._estimate(full))
+            yield Need("measuring full training", full.world_size, self._estimate(_unkept(full)))
 
     def _estimate(self, setup: MemorySetup) -> Estimate:
         kind = setup.dtype, setup.quantize
@@ -96,7 +96,12 @@ class Needs:
 def of_probe(cfg: RunConfig, longest: int, proxy: Estimator) -> Need:
     """The warm start of the proxy."""
     setup = alone(cfg, setup_of(cfg, longest), cfg.probe.batch_size)
-    return Need("probe", 1, proxy(dense_setup(setup)))
+    return Need("probe", 1, proxy(_unkept(dense_setup(setup))))
+
+
+def _unkept(setup: MemorySetup) -> MemorySetup:
+    """The same training where nothing looks at validation examples, and no checkpoints are kept."""
+    return replace(setup, keep_best=False, checkpoint_async=False)
 
 
 def alone(cfg: RunConfig, setup: MemorySetup, batch_size: int) -> MemorySetup:
@@ -129,4 +134,6 @@ def setup_of(cfg: RunConfig, longest: int) -> MemorySetup:
         sequence_length=max(2, min(longest, cfg.data.max_length)),
         sequence_parallel=size,
         activation_checkpointing=cfg.train.activation_checkpointing,
+        keep_best=cfg.train.eval_every > 0 and cfg.train.keep == "best",
+        checkpoint_async=cfg.train.checkpoint_async and cfg.train.checkpoint_every != 0,
     )

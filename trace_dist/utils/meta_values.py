@@ -9,7 +9,7 @@ evenly. Every other question is answered with yes.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 from typing import Any
 
@@ -51,6 +51,11 @@ class MetaValues(TorchDispatchMode):
         storage, _ = self._storages[_key(tensor)]
         place = (tensor.storage_offset(), tensor.size(), tensor.stride())
         return torch.empty(0, dtype=tensor.dtype).set_(storage, *place)
+
+    def forget(self, tensors: Iterable[Tensor]) -> None:
+        """Of some tensors no values are known any more, nor of those that share their memory."""
+        for tensor in tensors:
+            self._storages.pop(_key(tensor), None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.run(func, args, kwargs or {})
@@ -107,7 +112,7 @@ class MetaValues(TorchDispatchMode):
         given = {_key(tensor) for tensor in tree_iter((args, kwargs)) if isinstance(tensor, Tensor)}
         made = [tensor for tensor in tree_iter(result) if isinstance(tensor, Tensor) and tensor.is_meta]
         fresh = [tensor for tensor in made if _key(tensor) not in given]
-        written = list(_written(func, args, kwargs))
+        written = list(written_by(func, args, kwargs))
         if not fresh and not written:
             return
         if func.overloadpacket in _FILLING and self.of(args[0]) is None and _is_whole(args[0]):
@@ -115,8 +120,7 @@ class MetaValues(TorchDispatchMode):
         small = sum(tensor.numel() for tensor in fresh) <= LARGEST
         values = self._computed(func, args, kwargs) if small else None
         if values is None:
-            for tensor in written:
-                self._storages.pop(_key(tensor), None)
+            self.forget(written)
             if small and func.overloadpacket in _CHOICES:
                 self._spread(func, args, fresh)
             return
@@ -172,7 +176,7 @@ def _is_whole(tensor: Tensor) -> bool:
     return tensor.nbytes == tensor.untyped_storage().nbytes() and tensor.numel() <= LARGEST
 
 
-def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> Iterator[Tensor]:
+def written_by(func: Any, args: Any, kwargs: dict[str, Any]) -> Iterator[Tensor]:
     """Tensors that an operator changes in place."""
     for place, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:

@@ -3,7 +3,8 @@
 Every operator passes through torch's dispatcher, where its work is counted: the operations of products by the formulas of
 torch's ``FlopCounterMode``, the bytes that it reads and writes from its operands, what a collective sends by ``profiling.wire``.
 Storages are counted from birth to death, as in ``profiling.activations``. Our own kernels are launched by the code itself, and
-told apart by ``kernels``.
+told apart by ``kernels``. What a model asks of values between the beginning of forward and the end of backward, as experts ask
+which tokens are theirs, is answered by ``utils.meta_values``, and the host waits for it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from torch.utils.flop_counter import flop_registry
 from trace_dist.profiling.simulation.calls import Call, Shape
 from trace_dist.profiling.simulation.events import COMPUTE, HOSTS, Event, Work
 from trace_dist.profiling.simulation.kernels import touched_bytes
+from trace_dist.profiling.stand_ins import grouped_flops, grouped_product
 from trace_dist.profiling.wire import group_size, sent_by
+from trace_dist.utils.meta_values import MetaValues, written_by
 
 aten = torch.ops.aten
 _FREE = (
@@ -56,6 +59,8 @@ _COPIED = (
 """Collectives for which gloo copies the whole of what all ranks have."""
 _PICKING = ("trace_dist.masks", "trace_dist.sharding", "trace_kernels")
 """Modules that work between a layer's gradient and the compact buffer."""
+_SHARDING = ("deepspeed", *_PICKING)
+"""Modules whose tensors have no values that a model could ask for."""
 
 
 class Recorder(TorchDispatchMode):
@@ -83,6 +88,7 @@ class Recorder(TorchDispatchMode):
         self.stream, self.lane, self.optimizing = COMPUTE, "gather", False
         self._storages: dict[int, tuple[Any, int]] = {}  # reference and bytes
         self._last: dict[str, int] = {}
+        self._values: MetaValues | None = None  # not None iff the model runs
 
     def clear(self) -> None:
         """Begin anew; what is alive stays counted."""
@@ -120,6 +126,7 @@ class Recorder(TorchDispatchMode):
     def mark(self, phase: str) -> None:
         """A phase begins."""
         self.optimizing = phase == "optimizer"
+        self._values = None if self.optimizing else self._values or MetaValues()
         self.add("mark", name=phase)
 
     def attention(self, flops: int, num_bytes: int) -> None:
@@ -146,20 +153,24 @@ class Recorder(TorchDispatchMode):
             return NotImplemented  # what it does with the local tensors comes here again
         if func is aten._local_scalar_dense.default and args[0].is_meta:
             self.host_waits()
-            return _answer(args[0], _caller())
+            known = self._known(args[0])
+            return _answer(args[0], _caller()) if known is None else known.item()
+        given = [each for each in tree_iter((args, kwargs)) if isinstance(each, Tensor)]
         if func.namespace == "c10d":
             result = func(*args, **kwargs)
             self._collective(func, args)
+            if self._values is not None:
+                self._values.forget(given)
             return result
-        given = [each for each in tree_iter((args, kwargs)) if isinstance(each, Tensor)]
         on_meta = any(each.is_meta for each in given)
         if func in _COPIES and on_meta:
             fetched = self._fetched(func, args, kwargs)
             if fetched is not None:
                 return fetched
-        if on_meta and _asks_values(func, args):
+        asks = on_meta and _asks_values(func, args)
+        if asks and self._values is None:
             raise RuntimeError(f"{func}: asks for values that a rank without values does not have")
-        result = func(*args, **kwargs)
+        result = self._run(func, args, kwargs)
         made = [each for each in tree_iter(result) if isinstance(each, Tensor) and each.is_meta]
         for tensor in made:
             self._count(tensor.untyped_storage())
@@ -167,13 +178,34 @@ class Recorder(TorchDispatchMode):
             self._crossed(made[0])
         elif (on_meta or made) and not (func in _FREE or func.is_view or func._opname == "detach"):
             self._operator(func, args, kwargs, result, given, made)
+        if asks:
+            self.host_waits()
         return result
+
+    def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What an operator gives; values are followed where a model asks for some."""
+        if func is aten._grouped_mm.default and args[0].is_meta:
+            return grouped_product(*args, **kwargs)
+        if self._values is None:
+            return func(*args, **kwargs)
+        if not _caller().startswith(_SHARDING):
+            return self._values.run(func, args, kwargs)
+        self._values.forget(written_by(func, args, kwargs))
+        return func(*args, **kwargs)
+
+    def _known(self, tensor: Tensor) -> Tensor | None:
+        """The values of a tensor, where they follow from shapes and constants."""
+        if self._values is None or _caller().startswith(_SHARDING):
+            return None
+        return self._values.of(tensor)
 
     def _operator(
         self, func: Any, args: Any, kwargs: Any, result: Any, given: list[Tensor], made: list[Tensor]
     ) -> None:
         formula = flop_registry.get(func._overloadpacket)
         flops = 0 if formula is None else formula(*args, **kwargs, out_val=result)
+        if func is aten._grouped_mm.default:
+            flops = grouped_flops(*args[:2])
         num_bytes, operator = _moved(func, given, made), self._kept(func, args, kwargs)
         if flops:
             wide = made[0].dtype not in (torch.bfloat16, torch.float16)
@@ -214,13 +246,15 @@ class Recorder(TorchDispatchMode):
                 return None
             self._crossed(source)
             self.host_waits()
-            return target.fill_(1)
+            known = self._known(source)
+            return target.fill_(1) if known is None else target.copy_(known)
         if not args[0].is_meta or torch.device(kwargs.get("device") or args[0].device).type == "meta":
             return None
         self._crossed(args[0])
         if not kwargs.get("non_blocking"):
             self.host_waits()
-        return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        known, dtype = self._known(args[0]), kwargs.get("dtype") or args[0].dtype
+        return torch.ones(args[0].shape, dtype=dtype) if known is None else known.to(dtype, copy=True)
 
     def _crossed(self, tensor: Tensor) -> None:
         self.add("kernel", name="bus", num_bytes=tensor.nbytes)

@@ -42,8 +42,8 @@ class SimulationSetup:
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     blocks: int = 0
-    """Decoder blocks that are simulated, of which one is repeated as often as the model has more; 0: as many as ZeRO-3 looks
-    ahead, or all."""
+    """Decoder blocks of each kind that are simulated, of which one is repeated as often as the model has more; 0: as many as
+    ZeRO-3 looks ahead, or all."""
     price: float | None = None
     """Dollars per GPU and hour, to say how many tokens one dollar buys."""
 
