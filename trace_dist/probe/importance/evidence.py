@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -25,7 +25,7 @@ class Evidence:
     update: Tensor
     gradient: Tensor
     fisher: Tensor
-    mean_square: float | None = None
+    mean_square: float | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ def narrow_scores(
             optimizer.values(support).to(squares.device).float(),
         )
         elements = pool.elements(support.name)[support.offset : support.offset + support.runs.num_entries]
-        evidence = Evidence(weight, after - weight, mean, squares, mean_square)
+        evidence = Evidence(weight, after - weight, mean, squares, mean_square=mean_square)
         energies[support.name] = [element_energy(evidence, part) for part in parts], elements
     optimizer.set_values(start)
     model.detach()
