@@ -161,7 +161,8 @@ def adamw(
     exp_avg_sq: Tensor,
     *,
     by_age: tuple[Tensor, Tensor, Tensor] | None,
-    keys: tuple[int, int] | None,
+    stochastic: bool,
+    keys: tuple[int, int],
     scalars: tuple[float, ...],
     squares: Tensor | None,
 ) -> None:
@@ -169,7 +170,8 @@ def adamw(
 
     Args:
         by_age: ages, int32 [num_entries], and the fp32 tables of hyper.py; None where all entries share one step.
-        keys: of the stochastic rounding, None to round to nearest.
+        stochastic: how the weight is rounded; to nearest otherwise.
+        keys: of all stochastic rounding.
         scalars: step size and root of the second correction (unused by age), grad_scale, decay, 1 - beta1, beta2, 1 - beta2, eps.
     """
     step = _Step(
@@ -184,8 +186,8 @@ def adamw(
         DTYPES[exp_avg.dtype],
         DTYPES[exp_avg_sq.dtype],
         by_age[1].numel() - 1 if by_age else 0,
-        keys is not None,
-        *(keys or (0, 0)),
+        stochastic,
+        *keys,
         *scalars,
         None if squares is None else squares.data_ptr(),
     )

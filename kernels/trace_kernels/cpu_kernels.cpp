@@ -45,7 +45,7 @@ uint32_t to_bits(float x) {
     return bits;
 }
 
-// rounding.py: truncate_bf16, round_bf16, stochastic_noise
+// rounding.py: truncate_bf16, round_bf16, random_word
 uint16_t truncate_bf16(uint32_t bits, uint32_t noise) {
     const uint32_t quiet = bits >> 16 | ((bits & 0x7FFFFF) != 0 ? 0x40 : 0);
     return (bits & 0x7F800000) != 0x7F800000 ? (bits + noise) >> 16 : quiet;
@@ -97,7 +97,7 @@ struct Step {
     const int32_t* ages;  // null: all entries share one step
     const float *step_sizes, *corrections2_sqrt;  // by age; null without ages
     int64_t weight_dtype, grad_dtype, exp_avg_dtype, exp_avg_sq_dtype;
-    int64_t last_age, stochastic, key_1, key_2;
+    int64_t last_age, stochastic, key_1, key_2;  // whether the weight is rounded so; a bf16 exp_avg_sq always is
     double step_size, correction2_sqrt;  // without ages
     double grad_scale, decay, weight1, beta2, weight2, eps;
     double* squares;  // the gradient's sum of squares is added here, unless null
@@ -203,18 +203,26 @@ void put_floats(const Runs& runs, int64_t begin, int64_t end, void* slice, int64
     put(runs, begin, end, slice, half);
 }
 
-void put_stochastic(const Runs& runs, int64_t begin, int64_t end, const Step& step, const float* values) {
+// The hash of each entry [begin, end): noise for its weight in the lower half, for its second moment in the upper one.
+void random_words(const Runs& runs, int64_t begin, int64_t end, const Step& step, uint32_t* words) {
     uint64_t global[TILE];
-    uint16_t half[TILE];
-    walk(runs, begin, end, static_cast<const uint16_t*>(step.weight), [&](int64_t local, int64_t p, int64_t n) {
+    const auto keep = [&](int64_t local, int64_t p, int64_t n) {
         for (int64_t i = 0; i < n; ++i) global[p - begin + i] = local + i + runs.base;
-    });
+    };
+    if (step.weight_dtype == FP32) {
+        walk(runs, begin, end, static_cast<const float*>(step.weight), keep);
+    } else {
+        walk(runs, begin, end, static_cast<const uint16_t*>(step.weight), keep);
+    }
     const uint32_t key_1 = step.key_1, key_2 = step.key_2;
     for (int64_t i = 0; i < end - begin; ++i) {
         const uint32_t low = global[i], high = global[i] >> 32;
-        half[i] = truncate_bf16(to_bits(values[i]), mix(mix(low ^ key_1) ^ high ^ key_2) & 0xFFFF);
+        words[i] = mix(mix(low ^ key_1) ^ high ^ key_2);
     }
-    put(runs, begin, end, step.weight, half);
+}
+
+void round_stochastic(const float* x, int64_t n, const uint32_t* words, int shift, uint16_t* out) {
+    for (int64_t i = 0; i < n; ++i) out[i] = truncate_bf16(to_bits(x[i]), words[i] >> shift & 0xFFFF);
 }
 
 // Runs body(tile, begin, end) over the tiles of num_entries. What a tile computes depends on its place alone, so
@@ -304,10 +312,16 @@ void step_tile(const Runs& runs, const Step& step, int64_t begin, int64_t end, d
         update_stretch(p, 0, n);
     }
     if (step.exp_avg_dtype == BF16) round_nearest(m, n, static_cast<uint16_t*>(step.exp_avg) + begin);
-    if (step.exp_avg_sq_dtype == BF16) round_nearest(v, n, static_cast<uint16_t*>(step.exp_avg_sq) + begin);
+    uint32_t words[TILE];
+    if (step.stochastic || step.exp_avg_sq_dtype == BF16) random_words(runs, begin, end, step, words);
+    if (step.exp_avg_sq_dtype == BF16) {
+        round_stochastic(v, n, words, 16, static_cast<uint16_t*>(step.exp_avg_sq) + begin);
+    }
     if (in_place) return;
     if (step.stochastic) {
-        put_stochastic(runs, begin, end, step, p);
+        uint16_t half[TILE];
+        round_stochastic(p, n, words, 0, half);
+        put(runs, begin, end, step.weight, half);
     } else if (step.weight_dtype == BF16 && runs.block >= LONG) {
         uint16_t* weight = static_cast<uint16_t*>(step.weight);
         walk(runs, begin, end, weight, [=](int64_t local, int64_t position, int64_t length) {

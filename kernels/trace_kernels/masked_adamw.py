@@ -11,6 +11,11 @@ rounds: a fused multiply-add in the two moments and nowhere else, square root an
 rounded. The C++ path does the same, bit for bit. Their moments have the bits of the torch path on a CPU with
 FMA; their weights agree with it to 2 ulp (rtol 2.4e-7), since torch's vectorised square root is not correctly
 rounded on a CPU. Elements outside the support are never written.
+
+[Note: bf16 second moment] One step lets v decay by 1 - b2, usually a thousandth. bf16 has 8 significant bits,
+so half of its last digit is between 2^-9 and 2^-8 of v, which is more: rounded to nearest, v would never fall
+again, nor grow beyond a third of g^2. Rounded stochastically it follows the formula on average. The first
+moment moves by a tenth in a step, and is rounded to nearest.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ from . import cpu
 from .compact import compact_sumsq
 from .dispatch import BenchCase, Impl, check_vector, choose, launch, locate, plan, run_args
 from .hyper import AdamWHyper
-from .rounding import round_bf16, seed_keys, stochastic_bf16, stochastic_noise, truncate_bf16
+from .rounding import random_word, round_bf16, seed_keys, stochastic_bf16, truncate_bf16
 from .runs import Runs
 
 Rounding = Literal["nearest", "stochastic"]
@@ -94,7 +99,11 @@ def adamw_update(p, m, v, g, step_size, correction2_sqrt, decay, weight1, beta2,
 def store_weight(weight_ptr, local, p, valid, base, key_1, key_2, STOCHASTIC: tl.constexpr):  # type: ignore[no-untyped-def]
     """Writes fp32 ``p`` to the weight, rounded to its dtype."""
     if weight_ptr.dtype.element_ty == tl.bfloat16:
-        p = truncate_bf16(p, stochastic_noise(local + base, key_1, key_2)) if STOCHASTIC else round_bf16(p)
+        p = (
+            truncate_bf16(p, random_word(local + base, key_1, key_2) & 0xFFFF)
+            if STOCHASTIC
+            else round_bf16(p)
+        )
     tl.store(weight_ptr + local, p, mask=valid)
 
 
@@ -134,7 +143,7 @@ def update_tile(  # type: ignore[no-untyped-def]
     if exp_avg_ptr.dtype.element_ty == tl.bfloat16:
         m = round_bf16(m)
     if exp_avg_sq_ptr.dtype.element_ty == tl.bfloat16:
-        v = round_bf16(v)
+        v = truncate_bf16(v, random_word(local + base, key_1, key_2) >> 16)
     tl.store(exp_avg_ptr + position, m, mask=valid)
     tl.store(exp_avg_sq_ptr + position, v, mask=valid)
     if master_ptr is not None:
@@ -234,12 +243,13 @@ def masked_adamw(
         master: [n] fp32 (fp64 for an fp64 ``weight``), or None: the weight is then its own master copy, which
             a half-precision weight can only be with stochastic rounding (small updates would be lost).
         grad: [n] any float dtype; not changed.
-        exp_avg, exp_avg_sq: [n] moments, fp32 (fp64 for an fp64 ``weight``) or, computed in fp32, bf16.
+        exp_avg, exp_avg_sq: [n] moments, fp32 (fp64 for an fp64 ``weight``) or, computed in fp32, bf16;
+            a bf16 ``exp_avg_sq`` is rounded stochastically ([Note: bf16 second moment]).
         step: 1-based step, or int32 [n] ages, 1 on an entry's first step (hyper.py, [Note: age]).
         grad_scale: factor on ``grad``: a float, or a 0-dim tensor on the same device (no synchronisation).
         rounding: how fp32 becomes a bf16 ``weight``; fp32 and fp64 are stored exactly.
-        seed: of the stochastic rounding; use another one for each parameter and step. The bits depend on it
-            and on the entries' global indices alone, not on the sharding.
+        seed: of stochastic rounding, of a weight and of a bf16 ``exp_avg_sq``; use another one for each parameter
+            and step. The bits depend on it and on the entries' global indices alone, not on the sharding.
         squares: 0-dim float64 on the same device, to which the sum of squares of ``grad``, unscaled, is added.
         impl: see dispatch.py.
 
@@ -255,17 +265,17 @@ def masked_adamw(
     grad_scale = grad_scale.to(state.dtype) if isinstance(grad_scale, Tensor) else float(grad_scale)
     operands = [weight, grad, exp_avg, exp_avg_sq, runs.units]
     operands += [t for t in (master, step, grad_scale) if isinstance(t, Tensor)]
-    seed_or_none = seed if rounding == "stochastic" and weight.dtype == torch.bfloat16 else None
+    stochastic = rounding == "stochastic" and weight.dtype == torch.bfloat16
     path = choose(impl, *operands)
     if path == "cpp":
-        _step_cpp(state, hyper, step, grad_scale, seed_or_none, squares)
+        _step_cpp(state, hyper, step, grad_scale, stochastic, seed, squares)
         return
     if squares is not None:
         squares.add_(compact_sumsq(grad))
     if path == "torch":
-        _step_torch(state, hyper, step, grad_scale, seed_or_none)
+        _step_torch(state, hyper, step, grad_scale, stochastic, seed)
     elif runs.num_entries:
-        _step_triton(state, hyper, step, grad_scale, seed_or_none)
+        _step_triton(state, hyper, step, grad_scale, stochastic, seed)
 
 
 def bench_case(numel: int, density: float, block: int, dtype: torch.dtype, device: str) -> BenchCase:
@@ -280,7 +290,12 @@ def bench_case(numel: int, density: float, block: int, dtype: torch.dtype, devic
 
 
 def _step_triton(
-    state: Operands, hyper: AdamWHyper, step: int | Tensor, grad_scale: float | Tensor, seed: int | None
+    state: Operands,
+    hyper: AdamWHyper,
+    step: int | Tensor,
+    grad_scale: float | Tensor,
+    stochastic: bool,
+    seed: int,
 ) -> None:
     corrections: tuple[float | Tensor, float | Tensor, int]
     if isinstance(step, Tensor):
@@ -296,10 +311,10 @@ def _step_triton(
         state.weight.device,
         *(state.weight, state.master, state.grad, state.exp_avg, state.exp_avg_sq, ages),
         *(*corrections, grad_scale, *map(float, scalars)),
-        *seed_keys(seed or 0),
+        *seed_keys(seed),
         *run_args(state.runs),
         SCALE_IS_POINTER=isinstance(grad_scale, Tensor),
-        STOCHASTIC=seed is not None,
+        STOCHASTIC=stochastic,
         **tile,
     )
 
@@ -309,7 +324,8 @@ def _step_cpp(
     hyper: AdamWHyper,
     step: int | Tensor,
     grad_scale: float | Tensor,
-    seed: int | None,
+    stochastic: bool,
+    seed: int,
     squares: Tensor | None,
 ) -> None:
     by_age, corrections = None, (0.0, 0.0)
@@ -318,12 +334,19 @@ def _step_cpp(
     else:
         corrections = (hyper.step_size(step), hyper.correction2_sqrt(step))
     rates = (float(grad_scale), hyper.decay, 1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2, hyper.eps)
-    keys = None if seed is None else seed_keys(seed)
-    cpu.adamw(*state, by_age=by_age, keys=keys, scalars=(*corrections, *rates), squares=squares)
+    scalars = (*corrections, *rates)
+    cpu.adamw(
+        *state, by_age=by_age, stochastic=stochastic, keys=seed_keys(seed), scalars=scalars, squares=squares
+    )
 
 
 def _step_torch(
-    state: Operands, hyper: AdamWHyper, step: int | Tensor, grad_scale: float | Tensor, seed: int | None
+    state: Operands,
+    hyper: AdamWHyper,
+    step: int | Tensor,
+    grad_scale: float | Tensor,
+    stochastic: bool,
+    seed: int,
 ) -> None:
     weight, runs, master = state.weight, state.runs, state.master
     for piece in runs.pieces():
@@ -344,10 +367,12 @@ def _step_torch(
         else:
             denom = v.sqrt().div_(hyper.correction2_sqrt(step)).add_(hyper.eps)
             p.addcdiv_(m, denom, value=-hyper.step_size(step))
-        for compact, value in ((state.exp_avg, m), (state.exp_avg_sq, v)):
-            if compact.dtype != state.dtype:
-                compact[span].copy_(value)
-        if seed is not None:
+        if state.exp_avg.dtype != state.dtype:
+            state.exp_avg[span].copy_(m)
+        if state.exp_avg_sq.dtype != state.dtype:
+            places = piece.indices(weight.device) + runs.base
+            state.exp_avg_sq[span].copy_(stochastic_bf16(v.float(), places, seed, upper=True))
+        if stochastic:
             p = stochastic_bf16(p, piece.indices(weight.device) + runs.base, seed)
         piece.scatter(weight, p.to(weight.dtype))
 

@@ -7,10 +7,11 @@ bf16 is the upper half of fp32, so both are "add to the lower half, then truncat
 
 (stochastic rounding: Gupta et al. 2015, arXiv 1502.02551, section 3).
 
-``r`` is a hash of (seed, global index of the entry): two rounds of the 32-bit finaliser "lowbias32" of C.
-Wellons' hash prospector. It is counter-based like Philox, with 4 multiplications against 20, and since it
-does not depend on where a shard begins, a run gives the same weights on any number of ranks. NaN and
-infinity pass through.
+``r`` is half of a hash of (seed, global index of the entry): the lower half for a weight, the upper one for a
+second moment, which may be rounded in the same step. The hash is two rounds of the 32-bit finaliser
+"lowbias32" of C. Wellons' hash prospector. It is counter-based like Philox, with 4 multiplications against 20,
+and since it does not depend on where a shard begins, a run gives the same weights on any number of ranks. NaN
+and infinity pass through.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def seed_keys(seed: int) -> tuple[int, int]:
     return _signed32(word & 0xFFFFFFFF), _signed32(word >> 32)
 
 
-def stochastic_bf16_ref(x: Tensor, indices: Tensor, seed: int) -> Tensor:
+def stochastic_bf16_ref(x: Tensor, indices: Tensor, seed: int, upper: bool = False) -> Tensor:
     """Plain Python-integer version of `stochastic_bf16`: slow, one entry at a time."""
 
     def mix(word: int) -> int:
@@ -44,22 +45,26 @@ def stochastic_bf16_ref(x: Tensor, indices: Tensor, seed: int) -> Tensor:
     keys = [key & 0xFFFFFFFF for key in seed_keys(seed)]
     out = torch.empty_like(x)
     for i, (bits, index) in enumerate(zip(x.view(torch.int32).tolist(), indices.tolist(), strict=True)):
-        noise = mix(mix(index & 0xFFFFFFFF ^ keys[0]) ^ index >> 32 ^ keys[1]) & _LOW_HALF
+        word = mix(mix(index & 0xFFFFFFFF ^ keys[0]) ^ index >> 32 ^ keys[1])
+        noise = word >> 16 if upper else word & _LOW_HALF
         out.view(torch.int32)[i] = (bits + noise if bool(x[i].isfinite()) else bits) & ~_LOW_HALF
     return out.to(torch.bfloat16)
 
 
-def stochastic_bf16(x: Tensor, indices: Tensor, seed: int) -> Tensor:
+def stochastic_bf16(x: Tensor, indices: Tensor, seed: int, upper: bool = False) -> Tensor:
     """Rounds fp32 ``x`` [n] to bf16 at random, without bias.
 
     Args:
         x: [n] fp32.
         indices: [n] int64, the global flat index of each entry in its parameter.
         seed: any int; use another one for each parameter and step.
+        upper: take the other half of the hash, for a second number of the same entry.
     """
     key_1, key_2 = seed_keys(seed)
     noise = _mix(indices.to(torch.int32).bitwise_xor_(key_1))
     noise = _mix(noise.bitwise_xor_((indices >> 32).to(torch.int32)).bitwise_xor_(key_2))
+    if upper:
+        noise >>= 16
     noise.bitwise_and_(_LOW_HALF).masked_fill_(~x.isfinite(), 0)
     return noise.add_(x.view(torch.int32)).bitwise_and_(~_LOW_HALF).view(torch.float32).to(torch.bfloat16)
 
@@ -75,10 +80,10 @@ def seed_keys_kernel(seed):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def stochastic_noise(index, key_1, key_2):  # type: ignore[no-untyped-def]
-    """16 random bits (as uint32) for each int64 global index."""
+def random_word(index, key_1, key_2):  # type: ignore[no-untyped-def]
+    """32 random bits (as uint32) for each int64 global index."""
     word = _mix_kernel(index.to(tl.uint32) ^ key_1.to(tl.uint32))
-    return _mix_kernel(word ^ (index >> 32).to(tl.uint32) ^ key_2.to(tl.uint32)) & 0xFFFF
+    return _mix_kernel(word ^ (index >> 32).to(tl.uint32) ^ key_2.to(tl.uint32))
 
 
 @triton.jit

@@ -186,6 +186,22 @@ def test_bf16_moments_follow_fp32_moments(impl: Impl, device: str, build_runs) -
     assert not torch.equal(*masters[:2])
 
 
+def test_a_bf16_second_moment_grows_and_falls_as_in_float64() -> None:
+    """1000 steps of a gradient of 1, then 1000 of 0.01: to nearest it would end its growth near 0.25 and stay there."""
+    numel, second = 2048, 0.0
+    runs = Runs.clip(torch.arange(numel), 1, 0, numel, numel)
+    weight, moments = torch.zeros(numel), zeros(runs, 2, torch.bfloat16)
+    for step in range(1, 2001):
+        grad = 1.0 if step <= 1000 else 0.01
+        second = HYPER["beta2"] * second + (1 - HYPER["beta2"]) * grad**2
+        options = {"step": step, "seed": step}
+        masked_adamw(weight, runs, None, torch.full((numel,), grad), *moments, **HYPER, **options)
+        if step in (1000, 2000):
+            found = moments[1].double()
+            assert found.mean().item() == pytest.approx(second, rel=0.02)
+            assert found.std().item() < 0.1 * second
+
+
 def test_a_bf16_weight_without_a_master_still_moves() -> None:
     """1000 steps of 1e-5 on 0.5: rounding to nearest loses them all, stochastic rounding keeps their mean."""
     numel = 512

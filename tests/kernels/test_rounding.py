@@ -12,8 +12,10 @@ def test_equals_the_plain_integer_version() -> None:
     )
     indices = torch.randint(0, 2**40, (x.numel(),))
     for seed in (0, 1, -1, 2**63 + 17):
-        got, expected = stochastic_bf16(x, indices, seed), stochastic_bf16_ref(x, indices, seed)
-        assert torch.equal(got.view(torch.int16), expected.view(torch.int16))
+        for upper in (False, True):
+            got = stochastic_bf16(x, indices, seed, upper)
+            expected = stochastic_bf16_ref(x, indices, seed, upper)
+            assert torch.equal(got.view(torch.int16), expected.view(torch.int16))
 
 
 def test_mean_over_seeds_is_the_value() -> None:
@@ -54,4 +56,6 @@ def test_seeds_and_indices_decorrelate() -> None:
     correlation = torch.corrcoef(torch.cat([ups[:, :-1], ups[:1, 1:]])) - torch.eye(9)
     assert bool((correlation.abs() < 5 / 20_000**0.5).all())
     high = stochastic_bf16(x, torch.arange(20_000) + 2**32, 0) > 0.5
-    assert abs(torch.corrcoef(torch.stack([ups[0], high.double()]))[0, 1]) < 5 / 20_000**0.5
+    other = stochastic_bf16(x, torch.arange(20_000), 0, upper=True) > 0.5
+    for each in (high, other):
+        assert abs(torch.corrcoef(torch.stack([ups[0], each.double()]))[0, 1]) < 5 / 20_000**0.5

@@ -112,6 +112,25 @@ def test_a_thousand_tiny_updates_move_a_bf16_weight_without_a_master() -> None:
     assert len(moved.unique()) > 2
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_a_second_moment_in_bf16_follows_float64_at_the_usual_betas(factor: float) -> None:
+    """500 steps of a gradient of 1 and 500 without one, at every learning rate; to nearest it would stay at the top."""
+    model = shard(CASE.model(), "single")
+    mask = Mask.random(model, 0.3, "element", seed=0)
+    scale = {name: torch.full((len(mask.elements(name)),), factor) for name in mask}
+    optimizer = MaskedAdamW(model, mask, lr=0.0, state_dtype="bfloat16", scale=scale)
+    second = 0.0
+    for step in range(1000):
+        grad = float(step < 500)
+        second = 0.999 * second + 0.001 * grad**2
+        for support in optimizer.supports:
+            support.grad.fill_(grad)
+            support.reached = True
+        optimizer.step()
+    found = torch.cat([state["exp_avg_sq"].double() for _, state in optimizer.compact()])
+    assert found.mean().item() == pytest.approx(second, rel=0.02)
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_state_dict_and_checkpoint_resume_bit_for_bit(option: str, tmp_path: Path) -> None:
     optimizer = make(**OPTIONS[option])

@@ -10,7 +10,7 @@ import torch
 from trace_dist.bank.sketch import Sketch, sketch_update
 from trace_dist.masks.units import UnitLayout
 from trace_dist.parts import SCORES
-from trace_dist.probe.importance import Evidence, Trace, unit_importance
+from trace_dist.probe.importance import Evidence, Trace, element_energy, unit_importance
 from trace_dist.probe.importance.contrast import Contrast
 from trace_dist.probe.specificity import cosine_matrix, mean_cosines, specificity, tensor_specificity
 
@@ -51,6 +51,13 @@ def test_formulas(score: str, unit: int, expected: list[float]) -> None:
 def test_columns() -> None:
     found = unit_importance(TRACE, {"w": UnitLayout((2, 3), 2, 3)}, "l2")["w"]
     assert found.tolist() == pytest.approx([sqrt(10 / 2), sqrt(4 / 2), sqrt(16 / 2)])
+
+
+def test_part_of_a_parameter_is_scored_as_in_the_whole() -> None:
+    """A rank's first row, beside the root mean square that the parameter has on all ranks."""
+    whole = element_energy(TRACE.evidence["w"], "relative_update")
+    part = Evidence(*(each[0] for each in (W, U, G, F)), mean_square=RMS**2)
+    torch.testing.assert_close(element_energy(part, "relative_update"), whole[0])
 
 
 def test_small_products_do_not_underflow() -> None:

@@ -9,8 +9,10 @@ import torch
 from probe.setting import make_batches, make_config, make_model
 
 from trace_dist.masks.ops import layouts_for, place
+from trace_dist.projection import activations
 from trace_dist.projection.activations import Moments, correlations
 from trace_dist.projection.assignment import Attention, assigned, match_heads
+from trace_dist.projection.placements import align
 from trace_dist.projection.placements.align import Options, matching, scores
 from trace_dist.projection.site import Shown, Site
 from trace_dist.sharding.build import shard
@@ -166,6 +168,38 @@ def test_correlations_put_the_models_back_in_their_modes() -> None:
         for place, size in (("hidden", 24), ("heads", 24), ("intermediate", 40))
     }
     assert not any(module._forward_pre_hooks for module in proxy.modules())
+
+
+def test_layers_are_read_a_few_at_a_time_where_their_sums_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same matches."""
+    target, proxy, read = make_model(**SHAPE, num_hidden_layers=3), make_model(**SHAPE), []
+
+    def watched(*arguments: Any) -> Any:
+        read.append(list(arguments[2]))
+        return correlations(*arguments)
+
+    monkeypatch.setattr(align, "correlations", watched)
+    site = site_for(target, proxy, proxy)
+    one_pass = align.Alignment.of(site, 2)
+    # of a layer: 24 channels, 24 columns of heads and 40 neurons, of both
+    monkeypatch.setattr(activations, "MOST_BYTES", 2 * 4 * (24**2 + 24**2 + 40**2))
+    passes = align.Alignment.of(site, 2)
+    assert read == [[0, 1, 2], [0, 1], [2]]
+    monkeypatch.setattr(activations, "MOST_BYTES", 1)
+    assert list(activations.passes(target, proxy, {0: 0, 1: 0, 2: 1})) == [{0: 0}, {1: 0}, {2: 1}]
+    assert torch.equal(passes.hidden.units, one_pass.hidden.units)
+    assert passes.rows.keys() == one_pass.rows.keys()
+    assert all(torch.equal(passes.rows[key].units, each.units) for key, each in one_pass.rows.items())
+
+
+def test_layers_of_several_experts_are_refused() -> None:
+    model = make_model(**SHAPE)
+    mlp = model.model.layers[1].mlp
+    mlp.experts = torch.nn.ModuleList(
+        torch.nn.ModuleDict({"down_proj": torch.nn.Linear(40, 24)}) for _ in "ab"
+    )
+    with pytest.raises(ValueError, match="layer 1 has several down weights, such as model"):
+        activations.places_of(model)
 
 
 def test_a_proxy_of_other_tokens_is_refused() -> None:

@@ -6,12 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from probe.setting import make_model
 
+from trace_dist.config import MaskConfig
 from trace_dist.config.mask import Spread
 from trace_dist.masks import Mask, UnitLayout
-from trace_dist.masks.ops import mask_from_scores, place
+from trace_dist.masks.ops import layouts_for, mask_from_scores, place
 from trace_dist.models.roles import describe
-from trace_dist.projection.budget import carry_over, project_budgets, scale_budgets
+from trace_dist.projection.budget import carry_over, project_budgets, scale_budgets, unmatched
+from trace_dist.projection.project import project_tensors
+from trace_dist.sharding.build import shard
 
 Layouts = dict[str, UnitLayout]
 
@@ -57,9 +61,78 @@ def test_layers_are_interpolated_by_relative_depth() -> None:
 def test_roles_are_matched_and_a_missing_role_takes_the_mean_density() -> None:
     proxy_layouts = layouts_of(2, 10, ("self_attn.q_proj", "mlp.up_proj"))
     densities = {name: 0.4 if "q_proj" in name else 0.2 for name in proxy_layouts}
-    target = layouts_of(1, 10, ("self_attn.q_proj", "mlp.up_proj", "mlp.gate_proj"))
+    target = layouts_of(1, 10, ("self_attn.q_proj", "mlp.up_proj", "self_attn.o_proj"))
     budgets = projected(mask_with(proxy_layouts, densities), target, 0.3)
     assert list(budgets.values()) == pytest.approx([40, 20, 30])
+
+
+def infos_of(layouts: Layouts) -> dict:
+    return describe({name: layout.shape for name, layout in layouts.items()})
+
+
+Q, K, V, QKV = (f"self_attn.{part}_proj" for part in ("q", "k", "v", "qkv"))
+GATE, UP, GATE_UP, DOWN = (f"mlp.{part}_proj" for part in ("gate", "up", "gate_up", "down"))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "densities", "ours", "expected"),
+    [
+        ((Q, K, V), (0.1, 0.2, 0.3), (QKV,), [0.2]),
+        ((QKV,), (0.2,), (Q, K, V), [0.2] * 3),
+        ((GATE, UP), (0.1, 0.3), (GATE_UP,), [0.2]),
+        ((GATE_UP,), (0.2,), (GATE, UP), [0.2] * 2),
+        ((UP,), (0.2,), (UP, GATE), [0.2] * 2),
+    ],
+)
+def test_what_a_family_fuses_is_matched(
+    theirs: tuple[str, ...], densities: tuple[float, ...], ours: tuple[str, ...], expected: list[float]
+) -> None:
+    """Beside another role of density 0.6, which is not averaged in; of the first of two layers."""
+    proxy, target = layouts_of(2, 10, (*theirs, DOWN)), layouts_of(3, 20, (*ours, DOWN))
+    values = {name: 0.6 if DOWN in name else densities[theirs.index(name[15:-7])] for name in proxy}
+    carried = carry_over(values, infos_of(proxy), infos_of(target), target, default=9.0)
+    assert list(carried.values()) == pytest.approx([*expected, 0.6] * 3)
+    assert not unmatched(infos_of(proxy), infos_of(target), target)
+
+
+@pytest.mark.parametrize("fused", ["proxy", "target"])
+def test_experts_are_matched_with_matrices_of_their_role(fused: str) -> None:
+    dense = layouts_of(2, 10, (GATE, UP, DOWN))
+    experts = {
+        f"model.layers.{layer}.mlp.experts.{part}": UnitLayout((4, size, 10), 1)
+        for layer in range(2)
+        for part, size in (("gate_up_proj", 20), ("down_proj", 10))
+    }
+    proxy, target = (experts, dense) if fused == "proxy" else (dense, experts)
+    values = {name: 0.6 if "down" in name else 0.2 for name in proxy}
+    carried = carry_over(values, infos_of(proxy), infos_of(target), target, default=9.0)
+    assert carried == pytest.approx({name: 0.6 if "down" in name else 0.2 for name in target})
+
+
+def test_what_the_proxy_has_no_like_of_is_counted() -> None:
+    """Neither the norm, though the proxy has biases of its size, nor the output weight."""
+    bias = {"model.layers.0.mlp.up_proj.bias": UnitLayout((10,), 1)}
+    norm = {"model.layers.0.input_layernorm.weight": UnitLayout((10,), 1)}
+    proxy = layouts_of(1, 10, (UP,)) | bias
+    target = layouts_of(1, 10, (UP, "self_attn.o_proj")) | norm | bias
+    assert unmatched(infos_of(proxy), infos_of(target), target) == pytest.approx(
+        {"o": 100 / 220, "norm": 10 / 220}
+    )
+    assert not unmatched(infos_of(target), infos_of(target), target)
+
+
+def test_a_mask_says_what_the_proxy_had_no_like_of(caplog: pytest.LogCaptureFixture) -> None:
+    model = shard(make_model())
+    shapes = {name: layout.shape for name, layout in layouts_for(model, "tensor", 1, "linear").items()}
+    scores = {name: 1.0 for name in shapes if "mlp" not in name}
+    mask = MaskConfig(density=0.5, granularity="tensor")
+    made = project_tensors(model, scores, {name: shapes[name] for name in scores}, mask)
+    # 36 channels, 50 neurons, 3 heads of 12 rows and one of keys and values
+    mlp, attention = 36 * 50, 36 * 12 * (3 + 1 + 1 + 3)
+    share = pytest.approx(mlp / (3 * mlp + attention))
+    assert made.meta["unmatched"] == {"gate": share, "up": share, "down": share}
+    assert f"the roles gate, up, down, {round(300 * mlp / (3 * mlp + attention))} %" in caplog.text
+    assert "unmatched" not in project_tensors(model, dict.fromkeys(shapes, 1.0), shapes, mask).meta
 
 
 def test_a_bias_is_not_matched_with_a_matrix() -> None:

@@ -13,6 +13,7 @@ from projection.rank_script import GRANULARITIES
 from trace_dist.config import MaskConfig, ProjectionConfig
 from trace_dist.masks import Mask, UnitLayout
 from trace_dist.masks.ops import Scores, layouts_for, overlap, place, random_mask
+from trace_dist.projection.placements import narrow as narrow_placement_file
 from trace_dist.projection.placements.narrow import OUTSIDE, narrow_scores
 from trace_dist.projection.placements.narrow import Options as NarrowOptions
 from trace_dist.projection.placements.narrow import scores as narrow_placement
@@ -247,6 +248,60 @@ def test_the_target_alone_is_narrowed_from_its_largest_gradients() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.full_state_dict().items())
     with pytest.raises(ValueError, match="pool"):
         made("narrow_target", 0.05, pool="magnitude")
+    with pytest.raises(ValueError, match=r"pool_density=0\.1: must be at least mask\.density=0\.3"):
+        made("narrow_target", 0.3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"scope": "tensor"}, {"floor": 0.04}, {"cap": 0.06}, {"granularity": "row", "scope": "tensor"}],
+    ids=str,
+)
+def test_what_is_narrowed_from_the_target_alone_was_in_the_pool(
+    changes: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where each tensor is to have its share: those of few large gradients would get their first units."""
+    cfg, model, pools = make_config(), shard(make_model()), []
+
+    def watched(model: ShardedModel, pool: Mask, *rest: Any) -> Scores:
+        pools.append(pool)
+        return narrow_scores(model, pool, *rest)
+
+    monkeypatch.setattr(narrow_placement_file, "narrow_scores", watched)
+    made = project_task(
+        model, None, "t", make_batches, mask=MaskConfig(density=0.05, **changes),
+        projection=ProjectionConfig("narrow_target", {"pool_density": 0.1, "steps": 1}), probe=cfg.probe,
+        train=cfg.train, seed=0,
+    )  # fmt: skip
+    (pool,) = pools
+    for name, units in made.units.items():
+        assert bool(torch.isin(units, pool.units[name]).all()), name
+
+
+def test_the_least_weight_that_counts_is_that_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another rank holds two weights of 3, beside this one's 1 and 2, and none of a second parameter."""
+
+    def both(value: torch.Tensor) -> torch.Tensor:
+        return value + torch.tensor([[18.0, 2.0], [0.0, 0.0]])
+
+    monkeypatch.setattr(narrow_placement_file.dist, "sum_over_ranks", both)
+    found = narrow_placement_file._mean_squares([torch.tensor([1.0, 2.0]), torch.zeros(0)])
+    assert found == [23 / 4, 0.0]
+
+
+def test_narrowing_hands_on_the_mean_square_of_each_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = shard(make_model()), []
+    pool = Mask.random(model, 0.3, "row")
+    of = narrow_placement_file.element_energy
+
+    def watched(evidence: Any, score: str) -> torch.Tensor:
+        seen.append((evidence.mean_square, float(evidence.weight.double().square().mean())))
+        return of(evidence, score)
+
+    monkeypatch.setattr(narrow_placement_file, "element_energy", watched)
+    narrow(model, pool)
+    assert len(seen) == len(pool.units)
+    assert all(mean == pytest.approx(expected) for mean, expected in seen)
 
 
 def test_narrowing_restores_bf16_weights_bit_for_bit() -> None:
@@ -265,6 +320,21 @@ def test_fisher_finds_the_entries_that_matter() -> None:
     layouts = {name: UnitLayout((50, 36), 36)}
     scores = fisher_scores(model, layouts, make_batches(), 1)(name, layouts[name])
     assert scores.nonzero().flatten().tolist() == active.tolist()
+
+
+def test_units_are_never_listed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of a large embedding's entries takes tens of bytes for each."""
+    model, tensor = shard(make_model()), torch.tensor
+    layouts = layouts_for(model, "element", 1, "linear")
+    scores = fisher_scores(model, layouts, make_batches(), 1)
+
+    def small(data: Any, **options: Any) -> torch.Tensor:
+        assert not isinstance(data, range)
+        return tensor(data, **options)
+
+    monkeypatch.setattr(torch, "tensor", small)
+    for name, layout in layouts.items():
+        scores(name, layout)
 
 
 def test_fisher_does_not_grow_with_the_number_of_micro_batches() -> None:

@@ -32,6 +32,7 @@ from trace_dist.stages.start import check_parts
 ONE = [TaskConfig("one", "one.jsonl")]
 TRACE = ContinualConfig(["trace"])
 SPECIFIC = ContinualConfig(["trace"], {"trace": {"select": "specificity"}})
+OF_TARGET = ProjectionConfig("narrow_target")
 
 
 def make(folder: Path, **changes: object) -> RunConfig:
@@ -130,6 +131,8 @@ def test_what_one_stage_needs_another_leaves(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"mask": MaskConfig(density=0.2)}, "projection.options.pool_density=0.1: must be at least mask.density=0.2"),
+        ({"mask": MaskConfig(density=0.3), "proxy": None, "projection": OF_TARGET}, "must be at least mask.density=0.3"),
+        ({"mask": MaskConfig(density=0.3, granularity="tensor"), "projection": OF_TARGET}, "must be at least mask.density=0.3"),
         ({"projection": ProjectionConfig(options={"steps": 0})}, "projection.options.steps=0: must be at least 1"),
         ({"projection": ProjectionConfig(options={"pool_density": 1.5})}, "projection.options.pool_density=1.5: must lie in"),
         ({"projection": ProjectionConfig(options={"narrow_steps": 3})}, "'narrow_steps' is not an option"),

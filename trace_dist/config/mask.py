@@ -28,6 +28,10 @@ class Spread:
     floor: float = 0.0
     cap: float = 1.0
 
+    def scaled(self, factor: float) -> Spread:
+        """Of that many times the density, at most all of it."""
+        return replace(self, floor=min(self.floor * factor, 1.0), cap=min(self.cap * factor, 1.0))
+
 
 FREE = Spread()
 """Of the elements, wherever they lie."""

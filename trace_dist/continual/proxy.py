@@ -29,19 +29,38 @@ def proxy_origin(cfg: RunConfig, model: ShardedModel, model_id: str) -> Origin |
     Raises:
         ValueError: the proxy was cut out of another model.
     """
-    if cfg.proxy is None:
-        return None
-    path, prune = cfg.proxy.path, cfg.proxy.prune
-    found = on_main(lambda: Origin.load(Path(path)))
-    if found is None and prune is not None and not prune.is_narrow and prune.layers is not None:
-        # Made by an earlier release, which kept no record of whole layers.
-        found = evenly_cut(model.module, prune.layers, model_id)
+    found = on_main(lambda: stated_origin(cfg, model.module, model_id))
     if found is not None and not same_model(found.target, model_id):
         raise ValueError(
-            f"proxy.path={path!r}: it was cut out of another model than target.path={cfg.target.path!r}; delete the proxy to "
-            "have it made of this one, or choose another projection.placement"
+            f"proxy.path={cfg.probed.path!r}: it was cut out of another model than target.path={cfg.target.path!r}; delete the "
+            "proxy to have it made of this one, or choose another projection.placement"
         )
     return found
+
+
+def stated_origin(cfg: RunConfig, target: nn.Module, model_id: str) -> Origin | None:
+    """Which part of its target the run's proxy says that it is; None where it says nothing.
+
+    Args:
+        cfg: the run.
+        target: with storage or without.
+        model_id: its fingerprint, for copies of earlier releases, which keep none.
+    """
+    if cfg.proxy is None:
+        return None
+    prune = cfg.proxy.prune
+    found = Origin.load(Path(cfg.proxy.path))
+    if found is None and prune is not None and not prune.is_narrow and prune.layers is not None:
+        # Made by an earlier release, which kept no record of whole layers.
+        found = evenly_cut(target, prune.layers, model_id)
+    return found
+
+
+def same_tokens(cfg: RunConfig) -> bool:
+    """Whether proxy and target have one vocabulary."""
+    paths = (cfg.probed.path, cfg.target.path)
+    mine, its = (load_tokenizer(path).get_vocab() for path in paths)
+    return bool(mine == its)
 
 
 def proxy_module(cfg: RunConfig, bench: Workbench) -> nn.Module | None:

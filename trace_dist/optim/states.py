@@ -3,7 +3,7 @@
 | option | bytes per entry and moment | |
 |---|---|---|
 | ``state_dtype="float32"`` | 4 | |
-| ``state_dtype="bfloat16"`` | 2 | computed in fp32, rounded to nearest |
+| ``state_dtype="bfloat16"`` | 2 | computed in fp32; the second moment is rounded stochastically, or it would stand still |
 | ``state_dtype="8bit"`` | 1 + 4/256 | blockwise dynamic codes (Dettmers et al. 2022, arXiv 2110.02861), bitsandbytes' format |
 | ``master=True`` | 4 (no moment) | fp32 copy of half-precision weights; fp32 weights are their own |
 | ``master=False`` | 0 | bf16 weights are their own, rounded stochastically so that small updates survive on average |
@@ -181,6 +181,8 @@ def scaled_update(
         factors: [runs.num_entries] fp32, where the state lives.
     """
     rounds_by_chance = rounding_of(state, weight) == "stochastic"
+    second = MOMENTS[1]
+    narrow = state[second].dtype == torch.bfloat16
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     before = state["master"] if "master" in state else compact_gather(weight, runs).to(wide)
     after, count = before.clone(), len(before)
@@ -188,16 +190,22 @@ def scaled_update(
         torch.zeros(min(count, 1), dtype=torch.int32, device=weight.device), max(count, 1), count
     )
     moments = {key: value for key, value in state.items() if key != "master"}
+    if narrow:
+        moments[second] = state[second].float()
     update(name, after, whole, grad, moments, group, grad_scale, squares)
     state["step"] = moments["step"]
     # from the nearer end: exact for the factors 0 and 1
     values = torch.lerp(before, after, factors.to(wide))
     if "master" in state:
         state["master"].copy_(values)
-    if rounds_by_chance:
+    if rounds_by_chance or narrow:
+        seed = seed_of(name, state["step"])
         for piece in runs.pieces():
             span, places = slice(piece.start, piece.stop), piece.indices(weight.device) + runs.base
-            values[span] = stochastic_bf16(values[span], places, seed_of(name, state["step"]))
+            if rounds_by_chance:
+                values[span] = stochastic_bf16(values[span], places, seed)
+            if narrow:
+                state[second][span] = stochastic_bf16(moments[second][span], places, seed, upper=True)
     compact_scatter(weight, runs, values)
 
 

@@ -2,7 +2,8 @@
 
 Three places of each decoder layer are read: the residual stream at its input, the attention heads' outputs at the input of the
 output weight, and the MLP's neurons at the input of its down weight. A layer of the target is compared with the proxy's at its
-relative depth. Sums over tokens are added up over ranks, so each rank runs its own share of a batch.
+relative depth. Sums over tokens are added up over ranks, so each rank runs its own share of a batch. Every rank holds all sums,
+so a few layers are read at a time (``passes``).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from trace_dist.utils import dist
 from trace_dist.utils.devices import sent
 
 Place = Literal["hidden", "heads", "intermediate"]
+MOST_BYTES = 2 * 2**30
+"""Sums that a rank holds in host memory at once, unless those of one layer are more."""
 
 
 @dataclass
@@ -52,23 +55,28 @@ class Moments:
         self.cross += target.T @ proxy
 
     def correlation(self) -> Tensor:
-        """[n_target, n_proxy] fp32, 0 where a unit never changes. Collective."""
+        """[n_target, n_proxy] fp32, 0 where a unit never changes; the sums are spent then. Collective."""
         if self.cross is None:
             raise AssertionError("no activation was seen")
         device = dist.local_device()
         count = torch.tensor([self.count], dtype=torch.float64, device=device)
         dist.sum_over_ranks(count)
         summed = [each.to(device) for each in (*self.sums, *self.squares, self.cross.double())]
+        self.cross = None
         for each in summed:
             dist.sum_over_ranks(each)
-        left, right, left_squares, right_squares, cross = (each.cpu() / float(count) for each in summed)
+        left, right, left_squares, right_squares, cross = (each.cpu() for each in summed)
+        del summed
+        for each in (left, right, left_squares, right_squares, cross):
+            each.div_(float(count))
         deviations = [
             (squares - means.square()).clamp_min(0).sqrt()
             for means, squares in ((left, left_squares), (right, right_squares))
         ]
         scale = deviations[0][:, None] * deviations[1]
-        found = (cross - left[:, None] * right) / scale.clamp_min(1e-12)
-        return torch.where(scale > 1e-9, found, 0.0).float()
+        # In place: it is as large as an MLP of both models.
+        cross.addr_(left, right, alpha=-1).div_(scale.clamp_min(1e-12))
+        return cross.masked_fill_(scale <= 1e-9, 0.0).float()
 
 
 class _Recorder:
@@ -94,16 +102,21 @@ class _Recorder:
 
 
 def places_of(module: nn.Module) -> dict[tuple[Place, int], nn.Module]:
-    """(place, layer) -> the module whose input is read there, of the text model.
+    """(place, layer) -> the module whose input is read there, of the text model, in the order of the layers.
 
     Raises:
-        ValueError: a layer has no output weight or down weight of its own.
+        ValueError: a layer has no output weight or down weight of its own, or several, as those of experts.
     """
     found: dict[tuple[Place, int], nn.Module] = {}
     infos = [info for info in describe(module).values() if info.layer is not None and info.tower == "text"]
     for info in infos:
         role: Place | None = {"o": "heads", "down": "intermediate"}.get(info.role)  # type: ignore[assignment]
         if role is not None and len(info.shape) == 2 and info.layer is not None:
+            if (role, info.layer) in found:
+                raise ValueError(
+                    f"projection.placement='align': layer {info.layer} has several {info.role} weights, such as {info.name}; "
+                    "choose another placement"
+                )
             found[role, info.layer] = module.get_submodule(info.name.removesuffix(".weight"))
             found["hidden", info.layer] = module.get_submodule(_layer_path(info))
     layers = {info.layer for info in infos}
@@ -119,6 +132,40 @@ def _layer_path(info: ParamInfo) -> str:
     return ".".join(path[: path.index(str(info.layer)) + 1])
 
 
+def widths(module: nn.Module) -> dict[tuple[Place, int], int]:
+    """(place, layer) -> numbers that are read there of each token, of the text model."""
+    found: dict[tuple[Place, int], int] = {}
+    for info in describe(module).values():
+        if info.layer is None or info.tower != "text" or len(info.shape) != 2:
+            continue
+        if info.role == "o":
+            found["hidden", info.layer], found["heads", info.layer] = info.shape
+        elif info.role == "down":
+            found["intermediate", info.layer] = info.shape[1]
+    return found
+
+
+def passes(target: nn.Module, proxy: nn.Module, pairs: Mapping[int, int]) -> list[dict[int, int]]:
+    """The pairs in parts, in order: the sums of one take at most MOST_BYTES, or it is one layer.
+
+    Args:
+        target, proxy: both models.
+        pairs: layer of the target -> layer of the proxy.
+    """
+    ours, theirs = widths(target), widths(proxy)
+    parts: list[dict[int, int]] = []
+    room = 0
+    for layer, other in pairs.items():
+        places = [place for place, each in ours if each == layer]
+        num_bytes = sum(4 * ours[place, layer] * theirs[place, other] for place in places)
+        if not parts or num_bytes > room:
+            parts.append({})
+            room = MOST_BYTES
+        parts[-1][layer] = other
+        room -= num_bytes
+    return parts
+
+
 def correlations(
     target: Any, proxy: nn.Module, pairs: Mapping[int, int], batches: Batches, num_batches: int
 ) -> dict[tuple[Place, int], Tensor]:
@@ -127,12 +174,17 @@ def correlations(
     Args:
         target: the sharded target.
         proxy: the proxy, whole on every rank.
-        pairs: layer of the target -> layer of the proxy.
+        pairs: layer of the target -> layer of the proxy; others are not read.
         batches: in the tokens of both.
         num_batches: how many are read.
     """
     moments: dict[tuple[Place, int], Moments] = {}
-    recorders = [_Recorder(places_of(module)) for module in (target.module, proxy)]
+    layers = set(pairs), set(pairs.values())
+    read = [
+        {key: each for key, each in places_of(module).items() if key[1] in wanted}
+        for module, wanted in zip((target.module, proxy), layers, strict=True)
+    ]
+    recorders = [_Recorder(places) for places in read]
     modes = target.module.training, proxy.training
     target.eval(), proxy.eval()
     try:
@@ -152,7 +204,7 @@ def correlations(
         for recorder in recorders:
             recorder.close()
         target.train(modes[0]), proxy.train(modes[1])
-    return {key: each.correlation() for key, each in moments.items()}
+    return {key: moments.pop(key).correlation() for key in list(moments)}
 
 
 def _run(forward: Any, batch: dict[str, Tensor], device: torch.device) -> None:

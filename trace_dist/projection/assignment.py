@@ -7,7 +7,6 @@ match is worth is its correlation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -100,8 +99,3 @@ def _by_place(heads: Tensor, worth: Tensor, rows: int, proxy_rows: int) -> Match
     """Rows of matched heads: each at its relative place in the head."""
     places = torch.arange(rows) * proxy_rows // rows
     return Matched((heads[:, None] * proxy_rows + places).flatten(), worth.repeat_interleave(rows))
-
-
-def mean_likeness(correlations: Mapping[int, Tensor]) -> Tensor:
-    """Absolute correlations of the residual stream's channels, root of the mean square over layers: [n_target, n_proxy]."""
-    return torch.stack([each.square() for each in correlations.values()]).mean(0).sqrt()

@@ -2,12 +2,13 @@
 
 The proxy's mask has a density per tensor. A tensor of the target takes the density that the proxy's tensors of the same role
 have at its relative depth (linear interpolation between layers), and all budgets are scaled so that the target's density is
-exact. Tensors of one role in one layer (its norms, its biases) count as one. The same model is its own projection.
+exact. Tensors of one role in one layer (its norms, its biases) count as one. The same model is its own projection. In a family
+that fuses what the other keeps apart (query, key and value; gate and up; experts), roles are those of what is fused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 
 import numpy as np
@@ -21,6 +22,20 @@ from trace_dist.models.roles import ParamInfo
 Kind = tuple[str, str, int, bool]
 """Tower, role, number of dimensions, and whether it lies in a layer: neither an image encoder is matched with the text model nor
 a bias with a matrix nor the last norm with those of the first layer."""
+Curve = dict[float, tuple[float, int]]
+"""Relative depth -> sum over the elements of all tensors there, and their number."""
+_RELATED: Mapping[str, Sequence[tuple[str, ...]]] = {
+    **dict.fromkeys(("q", "k", "v"), (("qkv",),)),
+    "qkv": (("q", "k", "v"),),
+    "gate": (("gate_up",), ("up",)),
+    "up": (("gate_up",),),
+    "gate_up": (("gate", "up"),),
+}
+"""Role -> roles that do its work in other families, the nearest first; of several, the mean over their elements counts."""
+_OTHER_DIMS = {2: 3, 3: 2}
+"""Experts fused in one parameter [num_experts, ...] do the work of a matrix."""
+_ALIKE = ("other", "norm", "bias")
+"""Roles whose tensors are alike only where they have as many dimensions."""
 
 
 def project_budgets(
@@ -70,27 +85,73 @@ def carry_over(
     }:
         return dict(values)
     curves = _curves(values, proxy_infos)
-    return {name: _at(target_infos[name], curves, default) for name in names}
+    found = {kind: _curve(kind, curves) for kind in {_kind(target_infos[name]) for name in names}}
+    return {name: _at(target_infos[name], found[_kind(target_infos[name])], default) for name in names}
 
 
-def _curves(values: Mapping[str, float], infos: Mapping[str, ParamInfo]) -> dict[Kind, dict[float, float]]:
-    """Role -> relative depth -> mean over the elements of all tensors there."""
-    sums: dict[Kind, dict[float, list[float]]] = {}
+def unmatched(
+    proxy_infos: Mapping[str, ParamInfo],
+    target_infos: Mapping[str, ParamInfo],
+    target_layouts: Mapping[str, UnitLayout],
+) -> dict[str, float]:
+    """Role -> share of the target's maskable elements whose tensors are like none of the proxy's, so that ``carry_over`` gives
+    them the default.
+
+    Args:
+        proxy_infos: of the proxy's maskable tensors.
+        target_infos: roles and shapes.
+        target_layouts: every maskable parameter of the target.
+    """
+    curves = _curves(dict.fromkeys(proxy_infos, 0.0), proxy_infos)
+    total = sum(layout.numel for layout in target_layouts.values())
+    found: dict[str, float] = {}
+    for name, layout in target_layouts.items():
+        info = target_infos[name]
+        if not _curve(_kind(info), curves):
+            found[info.role] = found.get(info.role, 0.0) + layout.numel / total
+    return found
+
+
+def _curves(values: Mapping[str, float], infos: Mapping[str, ParamInfo]) -> dict[Kind, Curve]:
+    curves: dict[Kind, Curve] = {}
     for name, value in values.items():
-        point = sums.setdefault(_kind(infos[name]), {}).setdefault(_depth(infos[name]), [0.0, 0.0])
-        numel = prod(infos[name].shape)
-        point[0] += value * numel
-        point[1] += numel
-    return {
-        kind: {depth: total / numel for depth, (total, numel) in sorted(points.items())}
-        for kind, points in sums.items()
-    }
+        curve, depth, numel = (
+            curves.setdefault(_kind(infos[name]), {}),
+            _depth(infos[name]),
+            prod(infos[name].shape),
+        )
+        total, count = curve.get(depth, (0.0, 0))
+        curve[depth] = total + value * numel, count + numel
+    return curves
 
 
-def _at(info: ParamInfo, curves: Mapping[Kind, Mapping[float, float]], default: float) -> float:
-    """The value at a tensor's depth on its role's curve; ``default`` where the proxy has no such role."""
-    curve = curves.get(_kind(info))
-    return default if curve is None else float(np.interp(_depth(info), list(curve), list(curve.values())))
+def _curve(kind: Kind, curves: Mapping[Kind, Curve]) -> Curve:
+    """Of the proxy's tensors that are most like those of a kind; empty where none is."""
+    tower, role, num_dims, in_layer = kind
+    dims = [num_dims] if role in _ALIKE else [num_dims, _OTHER_DIMS.get(num_dims, num_dims)]
+    for roles in [(role,), *_RELATED.get(role, ())]:
+        for num in dims:
+            found = [curves[each] for part in roles if (each := (tower, part, num, in_layer)) in curves]
+            if found:
+                return _merged(found)
+    return {}
+
+
+def _merged(curves: Sequence[Curve]) -> Curve:
+    merged: Curve = {}
+    for curve in curves:
+        for depth, (total, count) in curve.items():
+            before, others = merged.get(depth, (0.0, 0))
+            merged[depth] = before + total, others + count
+    return merged
+
+
+def _at(info: ParamInfo, curve: Curve, default: float) -> float:
+    """The mean at a tensor's depth on a curve; ``default`` where that is empty."""
+    if not curve:
+        return default
+    depths = sorted(curve)
+    return float(np.interp(_depth(info), depths, [curve[depth][0] / curve[depth][1] for depth in depths]))
 
 
 def _kind(info: ParamInfo) -> Kind:

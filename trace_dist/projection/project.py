@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
 from trace_dist.config import MaskConfig, ProbeConfig, ProjectionConfig, TrainConfig
 from trace_dist.data.batches import Batches
@@ -14,12 +16,16 @@ from trace_dist.masks.select import Units
 from trace_dist.masks.units import UnitLayout
 from trace_dist.models.roles import describe
 from trace_dist.parts import PLACEMENTS
-from trace_dist.projection.budget import carry_over, project_budgets
+from trace_dist.projection.budget import carry_over, project_budgets, unmatched
 from trace_dist.projection.site import Shown, Site
 from trace_dist.sharding.base import ShardedModel
+from trace_dist.utils.log import get_logger
 
+logger = get_logger(__name__)
 TRANSFERRED = "transferred"
 """What made a mask of whole tensors."""
+MUCH = 0.1
+"""Share of the target without its like in the proxy, above which that is said."""
 
 
 def needs_proxy(projection: ProjectionConfig) -> bool:
@@ -71,20 +77,39 @@ def project_task(
         shown: what the proxy has shown; not None iff the placement reads it.
 
     Raises:
-        ValueError: the placement or one of its options does not exist, or the placement cannot use the proxy.
+        ValueError: the placement or one of its options does not exist or does not fit the section ``mask``, or the placement
+            cannot use the proxy.
     """
     layouts = layouts_for(model, mask.granularity, mask.block, mask.maskable)
     budgets = {} if proxy_mask is None else _budgets(model, proxy_mask, layouts, mask)
-    options = PLACEMENTS.options(projection.placement, projection.options)
-    refused = refused or {}
-    site = Site(model, layouts, mask.granularity, budgets, task, batches, probe, train, seed, refused, shown)
     part = PLACEMENTS.load(projection.placement)
+    options = PLACEMENTS.options(projection.placement, projection.options)
+    if hasattr(part, "check_mask"):
+        part.check_mask(options, mask)
+    refused = refused or {}
+    site = Site(
+        model,
+        layouts,
+        mask.granularity,
+        budgets,
+        task,
+        batches,
+        probe,
+        train,
+        seed,
+        refused,
+        shown,
+        mask.share,
+        mask.spread,
+    )
     scores = part.scores(site, options)
     if proxy_mask is None:
         placed = compete(layouts, mask.granularity, mask.share, scores, mask.spread, refused)
     else:
         placed = place(layouts, mask.granularity, budgets, scores, refused)
-    meta = {"matching": part.matching(site, placed)} if shown is not None else {}
+    meta: dict[str, Any] = {"matching": part.matching(site, placed)} if shown is not None else {}
+    if proxy_mask is not None:
+        meta |= without_counterpart(_shapes(proxy_mask), model.module, layouts)
     return placed.with_meta(method=f"projected/{projection.placement}", **meta)
 
 
@@ -92,8 +117,34 @@ def _budgets(
     model: ShardedModel, proxy_mask: Mask, layouts: Mapping[str, UnitLayout], mask: MaskConfig
 ) -> dict[str, float]:
     """Elements that each parameter of the target is to receive."""
-    infos = describe({name: layout.shape for name, layout in proxy_mask.layouts.items()})
+    infos = describe(_shapes(proxy_mask))
     return project_budgets(proxy_mask, infos, layouts, describe(model.module), mask.share, mask.spread)
+
+
+def _shapes(mask: Mask) -> dict[str, tuple[int, ...]]:
+    return {name: layout.shape for name, layout in mask.layouts.items()}
+
+
+def without_counterpart(
+    proxy_shapes: Mapping[str, Sequence[int]], target: nn.Module, layouts: Mapping[str, UnitLayout]
+) -> dict[str, dict[str, float]]:
+    """What a mask says of tensors that are like none of the proxy's: ``unmatched``, role -> share of the maskable elements.
+
+    There is none where the proxy has its like of everything. Where much has none, it is said.
+
+    Args:
+        proxy_shapes: of the proxy's maskable parameters.
+        target: the target, with storage or without.
+        layouts: its maskable parameters.
+    """
+    found = unmatched(describe(proxy_shapes), describe(target), layouts)
+    if sum(found.values()) > MUCH:
+        logger.warning(
+            "projection: the proxy has no tensors like those of the roles %s, %d %% of what is maskable in the target; all of "
+            "them get its mean, whatever their layer; name a proxy of the target's family",
+            ", ".join(found), round(100 * sum(found.values())),
+        )  # fmt: skip
+    return {"unmatched": found} if found else {}
 
 
 def project_tensors(
@@ -121,4 +172,4 @@ def project_tensors(
     placed = compete(
         layouts, "tensor", mask.share, lambda name, _: torch.tensor([carried[name]]), mask.spread, refused
     )
-    return placed.with_meta(method=TRANSFERRED)
+    return placed.with_meta(method=TRANSFERRED, **without_counterpart(proxy_shapes, model.module, layouts))

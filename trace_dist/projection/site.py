@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from trace_dist.config import ProbeConfig, TrainConfig
+from trace_dist.config.mask import FREE, Spread
 from trace_dist.data.batches import Batches
 from trace_dist.masks.select import Units
 from trace_dist.masks.units import UnitLayout
@@ -33,6 +34,27 @@ class Shown:
 
 
 @dataclass(frozen=True)
+class Outline:
+    """What is known of proxy and target before weights are loaded and anything is probed.
+
+    Attributes:
+        target, proxy: the models, without storage.
+        target_layouts, layouts: their maskable parameters.
+        origin: which part of the target the proxy says that it is; None where it says nothing.
+        modality: name of what examples are.
+        same_tokens: whether both have one vocabulary; reads their tokenizers.
+    """
+
+    target: nn.Module
+    proxy: nn.Module
+    target_layouts: Mapping[str, UnitLayout]
+    layouts: Mapping[str, UnitLayout]
+    origin: Origin | None
+    modality: str
+    same_tokens: Callable[[], bool]
+
+
+@dataclass(frozen=True)
 class Site:
     """One task on the sharded target, for which places are chosen.
 
@@ -48,6 +70,8 @@ class Site:
         seed: of the run.
         refused: units that the task may not have, which earlier ones hold.
         shown: what the proxy has shown; not None iff the placement has ``needs_scores``.
+        density: of the mask that is wanted.
+        spread: least and greatest density of a tensor in it.
     """
 
     model: ShardedModel
@@ -61,3 +85,5 @@ class Site:
     seed: int
     refused: Units
     shown: Shown | None = None
+    density: float = 1.0
+    spread: Spread = FREE

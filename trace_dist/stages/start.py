@@ -98,6 +98,7 @@ def check_parts(cfg: RunConfig) -> None:
         from trace_dist.continual.driver import check_methods
         from trace_dist.continual.isolation.base import load_isolation
         from trace_dist.continual.starts.base import load_start
+        from trace_dist.projection.project import needs_proxy
         from trace_dist.train.metric_log import check_trackers
         from trace_dist.train.schedule import check_schedule
 
@@ -105,8 +106,9 @@ def check_parts(cfg: RunConfig) -> None:
     cfg = cfg.largest
     placement = PLACEMENTS.load(cfg.projection.placement)
     options = PLACEMENTS.options(cfg.projection.placement, cfg.projection.options)
-    # Without a proxy nothing is projected.
-    if cfg.proxy is not None and cfg.mask.granularity != "tensor" and hasattr(placement, "check_mask"):
+    # Otherwise nothing is placed: the target is probed itself, or whole tensors take the proxy's scores.
+    places = not needs_proxy(cfg.projection) or (cfg.proxy is not None and cfg.mask.granularity != "tensor")
+    if places and hasattr(placement, "check_mask"):
         placement.check_mask(options, cfg.mask)
     load_isolation(cfg.mask).check(cfg.mask, len(cfg.tasks))
     load_start(cfg.bank)

@@ -2,8 +2,8 @@
 
 RanPAC (arXiv 2307.02251) without its first-session adapter: h = relu(x W), W random and fixed; the Gram matrix of h and its sums
 by class are added up over the tasks, and the ridge is chosen on a fifth of each new task. It decorrelates as LDA does, in far
-more dimensions. Representations are first scaled by the mean and the deviation that the first task had.
-"""
+more dimensions. Representations are first scaled by the mean and the deviation that the first task had, where it had
+one."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ class RandomFeatures(Frozen):
     def add(self, x: Tensor, labels: Tensor) -> None:
         if "mean" not in self.sums:
             self.sums["mean"] = x.double().mean(0)
-            self.sums["scale"] = x.double().std(0).clamp(min=1e-6)
+            deviation = x.double().std(0, correction=0)
+            self.sums["scale"] = deviation.masked_fill(deviation < 1e-6, 1.0)
         h = self._expanded(x)
         targets = torch.nn.functional.one_hot(labels, len(self.classes)).double()
         gram, cross = self._so_far(h.shape[1])

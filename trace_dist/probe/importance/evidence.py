@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -11,19 +11,21 @@ from trace_dist.probe.learning import Learning
 
 @dataclass(frozen=True)
 class Evidence:
-    """Four tensors of one shape, fp32.
+    """Four tensors of one shape, fp32: of the parameter, or of some of its elements.
 
     Attributes:
         weight: before the warm start.
         update: weight after minus weight before.
         gradient: mean over batches of the gradient of the mean loss, after the warm start.
         fisher: mean over batches of its square (empirical Fisher information).
+        mean_square: of the weights before the warm start, of all ranks together; None where ``weight`` holds all of them.
     """
 
     weight: Tensor
     update: Tensor
     gradient: Tensor
     fisher: Tensor
+    mean_square: float | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)

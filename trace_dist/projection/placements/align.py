@@ -15,24 +15,26 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trace_dist.config.checks import Section
+from trace_dist.data.modality import TEXT
 from trace_dist.masks.mask import Mask
 from trace_dist.masks.ops import Scores
 from trace_dist.masks.units import UnitLayout
 from trace_dist.models.axes import axes_of
 from trace_dist.models.heads import head_rows
 from trace_dist.models.roles import ParamInfo, describe, role_of
-from trace_dist.projection.activations import Place, correlations
-from trace_dist.projection.assignment import Attention, Matched, assigned, match_heads, mean_likeness
+from trace_dist.projection.activations import correlations, passes, places_of
+from trace_dist.projection.assignment import Attention, Matched, assigned, match_heads
 from trace_dist.projection.matching import entry_scores, unit_means
 from trace_dist.projection.placements.magnitude import magnitude_scores
-from trace_dist.projection.site import Shown, Site
+from trace_dist.projection.site import Outline, Shown, Site
 
 label = "the proxy's entries, by alike activations"
 needs_scores = needs_module = True
 CURE = "name a proxy that shares the target's tokenizer, or choose another placement"
+OTHERS_TOKENS = f"projection.placement='align': the proxy does not read the target's tokens; {CURE}"
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,20 @@ def scores(site: Site, options: Options) -> Scores:
     return scores
 
 
+def check_models(options: Options, outline: Outline) -> None:
+    """Raise ``ValueError`` where the proxy reads other tokens, or the layers of one of the models are not known well enough."""
+    if outline.modality != TEXT:
+        raise ValueError(
+            f"projection.placement='align': compares models that read text, and data.modality is {outline.modality!r}; choose "
+            "another placement"
+        )
+    for module in (outline.target, outline.proxy):
+        places_of(module)
+    _heads(outline.target, outline.proxy, _pairs(describe(outline.target), describe(outline.proxy)))
+    if not outline.same_tokens():
+        raise ValueError(OTHERS_TOKENS)
+
+
 @dataclass(frozen=True)
 class Alignment:
     """Which rows and columns of the proxy those of the target are like.
@@ -82,7 +98,7 @@ class Alignment:
         ours, theirs: parameters of target and proxy.
         pairs: layer of the target -> of the proxy.
         names: (tower's role, layer) of the proxy -> its parameter.
-        hidden: the residual stream's channels.
+        hidden: the residual stream's channels, by the root of the mean square of their correlations over layers.
         rows: (role, layer of the target) -> rows of query, key and value, columns of the output weight, neurons.
     """
 
@@ -98,24 +114,23 @@ class Alignment:
         """Run both models and match their units. Collective."""
         shown = site.shown
         if shown is None or shown.module is None:
-            raise ValueError(
-                f"projection.placement='align': the proxy does not read the target's tokens; {CURE}"
-            )
+            raise ValueError(OTHERS_TOKENS)
         ours, theirs = describe(site.model.module), describe(shown.module)
         pairs = _pairs(ours, theirs)
-        found = correlations(site.model, shown.module, pairs, site.batches(), num_batches)
-
-        def at(place: Place) -> dict[int, Tensor]:
-            return {layer: each for (kind, layer), each in found.items() if kind == place}
-
+        heads = _heads(site.model.module, shown.module, pairs)
         rows: dict[tuple[str, int], Matched] = {}
-        heads = _attentions(site.model.module, ours), _attentions(shown.module, theirs)
-        for layer, correlation in at("heads").items():
-            for role, each in match_heads(correlation, heads[0](layer), heads[1](pairs[layer])).items():
-                rows[role, layer] = each
-        for layer, correlation in at("intermediate").items():
-            rows["mlp", layer] = assigned(correlation.abs())
-        return cls(shown, ours, theirs, pairs, assigned(mean_likeness(at("hidden"))), rows)
+        squares = torch.zeros(1)
+        for part in passes(site.model.module, shown.module, pairs):
+            found = correlations(site.model, shown.module, part, site.batches(), num_batches)
+            for (place, layer), correlation in found.items():
+                if place == "hidden":
+                    squares = squares + correlation.square()
+                elif place == "heads":
+                    matched = match_heads(correlation, *heads[layer])
+                    rows |= {(role, layer): each for role, each in matched.items()}
+                else:
+                    rows["mlp", layer] = assigned(correlation.abs())
+        return cls(shown, ours, theirs, pairs, assigned((squares / len(pairs)).sqrt()), rows)
 
     def source(self, name: str) -> str | None:
         """The proxy's parameter of the same name at the paired layer; None where its dimensions or it are not known."""
@@ -163,6 +178,14 @@ def _pairs(ours: dict[str, ParamInfo], theirs: dict[str, ParamInfo]) -> dict[int
         layer: min(depths[1], key=lambda other: (abs((depths[1][other] or 0.0) - (depth or 0.0)), other))
         for layer, depth in depths[0].items()
     }
+
+
+def _heads(
+    target: nn.Module, proxy: nn.Module, pairs: dict[int, int]
+) -> dict[int, tuple[Attention, Attention]]:
+    """Layer of the target -> its heads, and those of the proxy's layer."""
+    ours, theirs = (_attentions(module, describe(module)) for module in (target, proxy))
+    return {layer: (ours(layer), theirs(other)) for layer, other in pairs.items()}
 
 
 def _attentions(module: Any, infos: dict[str, ParamInfo]) -> Callable[[int], Attention]:

@@ -12,6 +12,7 @@ A proxy that is no piece of the target is refused.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -26,7 +27,7 @@ from trace_dist.models.origin import Origin
 from trace_dist.projection.matching import Match, by_channels, by_position, match, unit_means
 from trace_dist.projection.placements.magnitude import magnitude_scores
 from trace_dist.projection.placements.refine import fisher_scores
-from trace_dist.projection.site import Shown, Site
+from trace_dist.projection.site import Outline, Shown, Site
 
 label = "the proxy's entries, by position"
 needs_scores = True
@@ -50,13 +51,8 @@ def scores(site: Site, options: Options) -> Scores:
     Raises:
         ValueError: the proxy is no piece of the target, or nothing of it has been matched.
     """
-    shown, origin = _checked(site)
-    found = match(shown, origin, site.layouts)
-    if not any(each.sources for each in found.values()):
-        reasons = "; ".join(sorted({each.why for each in found.values()}))
-        raise ValueError(
-            f"projection.placement='identity': nothing of the proxy is found in the target: {reasons}; {CURE}"
-        )
+    shown, origin = _checked(site.shown)
+    found = _found(shown, origin, site.layouts)
     magnitudes = magnitude_scores(site.model)
     own = _own(site, options, magnitudes)
 
@@ -77,8 +73,23 @@ def scores(site: Site, options: Options) -> Scores:
     return scores
 
 
-def _checked(site: Site) -> tuple[Shown, Origin]:
-    shown = site.shown
+def check_models(options: Options, outline: Outline) -> None:
+    """Raise ``ValueError`` where the proxy is no piece of the target, or nothing of it is found there."""
+    shown, origin = _checked(Shown({}, outline.layouts, outline.origin))
+    _found(shown, origin, outline.target_layouts)
+
+
+def _found(shown: Shown, origin: Origin, layouts: Mapping[str, UnitLayout]) -> dict[str, Match]:
+    found = match(shown, origin, layouts)
+    if not any(each.sources for each in found.values()):
+        reasons = "; ".join(sorted({each.why for each in found.values()}))
+        raise ValueError(
+            f"projection.placement='identity': nothing of the proxy is found in the target: {reasons}; {CURE}"
+        )
+    return found
+
+
+def _checked(shown: Shown | None) -> tuple[Shown, Origin]:
     if shown is None or shown.origin is None:
         raise ValueError(
             f"projection.placement='identity': the proxy does not say which part of the target it is; {CURE}"
@@ -115,7 +126,7 @@ def matching(site: Site, mask: Mask) -> dict[str, Any]:
     JSON-ready: ``{"position": {"tensors", "entries"}, "channels": ..., "nothing": {..., "why": {reason: tensors}},
     "layers": {layer of the target: layers of the proxy}}``.
     """
-    shown, origin = _checked(site)
+    shown, origin = _checked(site.shown)
     found = match(shown, origin, site.layouts)
     report: dict[str, Any] = {}
     for rule in ("position", "channels", "nothing"):

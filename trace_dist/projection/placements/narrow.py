@@ -30,6 +30,7 @@ from trace_dist.projection.unit_means import reduce_units
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.learner import MaskedLearner
 from trace_dist.train.loop import train_steps
+from trace_dist.utils import dist
 
 label = "trace of some masked steps on a pool"
 OUTSIDE = -1.0
@@ -140,17 +141,28 @@ def narrow_scores(
     train_steps(learner, batches, train.strict(), options.steps, description=label, rate=rate)
     gradients = compact_gradients(learner, batches, probe.fisher_batches)
     parts, energies = parts_of(probe.score), {}
-    for support, before, (mean, squares) in zip(optimizer.supports, start, gradients, strict=True):
+    pairs = zip(start, _mean_squares(start), gradients, strict=True)
+    for support, (before, mean_square, (mean, squares)) in zip(optimizer.supports, pairs, strict=True):
         weight, after = (
             before.to(squares.device).float(),
             optimizer.values(support).to(squares.device).float(),
         )
         elements = pool.elements(support.name)[support.offset : support.offset + support.runs.num_entries]
-        evidence = Evidence(weight, after - weight, mean, squares)
+        evidence = Evidence(weight, after - weight, mean, squares, mean_square=mean_square)
         energies[support.name] = [element_energy(evidence, part) for part in parts], elements
     optimizer.set_values(start)
     model.detach()
     return _pool_scores(model, pool, energies, probe.score)
+
+
+def _mean_squares(values: Sequence[Tensor]) -> list[float]:
+    """Of each parameter's values, of which every rank holds some. Collective."""
+    sums = [
+        torch.stack([each.double().square().sum(), each.new_tensor(len(each), dtype=torch.float64)])
+        for each in values
+    ]
+    total, count = dist.sum_over_ranks(torch.stack(sums).to(dist.local_device())).cpu().unbind(1)
+    return [float(mean) for mean in total / count.clamp(min=1)]
 
 
 def _pool_scores(

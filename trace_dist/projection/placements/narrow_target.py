@@ -31,5 +31,8 @@ class Options(narrow.Options):
 def scores(site: Site, options: Options) -> Scores:
     """Scores of every unit of the target. Collective."""
     steepest = refine.scores(site, None)
-    pool = compete(site.layouts, site.granularity, options.pool_density, steepest, refused=site.refused)
+    density = options.pool_density
+    # So the pool has in every tensor what the mask may want there.
+    spread = site.spread.scaled(max(1.0, density / site.density))
+    pool = compete(site.layouts, site.granularity, density, steepest, spread, site.refused)
     return narrow.narrow_scores(site.model, pool, site.batches(), options, site.probe, site.train, site.task)

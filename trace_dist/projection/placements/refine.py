@@ -69,7 +69,7 @@ def fisher_scores(
     model.detach()
 
     def scores(name: str, layout: UnitLayout) -> Tensor:
-        units = torch.tensor(touched[name], device=model.device)
+        units = torch.arange(touched[name].start, touched[name].stop, device=model.device)
         local = sums.get(name, torch.zeros(len(units), device=model.device))
         return reduce_units(model, name, layout, local, units, by_unit=True).sqrt()
 
