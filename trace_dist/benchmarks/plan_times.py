@@ -115,7 +115,7 @@ def plan_times(
 
     @cache
     def simulated(name: str, density: float, micro_batch: int, recomputes: bool) -> Found:
-        way = {
+        way: dict[str, Any] = {
             "density": density,
             "micro_batch_size": micro_batch,
             "activation_checkpointing": recomputes,
@@ -125,11 +125,11 @@ def plan_times(
         peak = found["peak_bytes"] + reserve_gib * GIB
         return {"name": name, **way, "peak_bytes": peak, **{key: found[key] for key in times if key in found}}
 
-    rows = []
+    rows: list[Found] = []
     for option in options:
-        way = option.setup
-        name = method if way.offload == "none" else f"{method}{OFFLOAD}"
-        row = simulated(name, way.density, way.micro_batch_size, way.activation_checkpointing)
+        setup = option.setup
+        name = method if setup.offload == "none" else f"{method}{OFFLOAD}"
+        row = simulated(name, setup.density, setup.micro_batch_size, setup.activation_checkpointing)
         row = {**row, "peak_bytes": option.gib * GIB}
         if all(row["name"] != other["name"] or _way(row) != _way(other) for other in rows):
             rows.append(row)

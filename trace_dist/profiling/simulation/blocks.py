@@ -117,7 +117,7 @@ def added_up(found: Sequence[Any], weights: Sequence[int]) -> Any:
 def _kinds(module: nn.Module, config: Any) -> list[_Kind]:
     """Of each decoder block; empty where a model has no one list of them, or some share parameters."""
     path = layer_list(module, config)
-    blocks: list[nn.Module] = [] if path is None else list(module.get_submodule(path))  # type: ignore[arg-type]
+    blocks: Any = [] if path is None else module.get_submodule(path)
     owned = [id(parameter) for block in blocks for parameter in block.parameters()]
     return [_kind(block) for block in blocks] if len(set(owned)) == len(owned) else []
 
