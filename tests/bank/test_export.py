@@ -71,7 +71,8 @@ def test_a_checkpoint(tasks: list[str], kind: str, bank: DeltaBank, base: str, t
     with applied(model, delta):
         wanted = model.full_state_dict()
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
-    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (Path(base) / file).read_bytes()
 
 
 def test_a_delta_that_is_no_task_of_the_bank(bank: DeltaBank, base: str, tmp_path: Path) -> None:
@@ -112,6 +113,16 @@ def test_refusals_come_before_the_work(bank: DeltaBank, base: str, tmp_path: Pat
         ((bank, [], tmp_path / "out", base), "name at least one"),
         ((bank, ["one"], tmp_path / "file", base), "is a file; give a folder"),
         ((bank, ["one"], tmp_path / "out", str(other)), "made for the model with fingerprint"),
+        ((bank, ["one", "two", "one"], tmp_path / "out", base), "task='one': is given twice; name it once"),
+        ((bank, ["one"], Path(base), base), r"base': is the folder of the base model"),
+        ((bank, ["one"], Path(base) / "out", base), r"out': lies in the folder of the base model"),
+        ((bank, ["one"], tmp_path, base), "holds the folder of the base model"),
+        ((bank, ["one"], bank.folder / "tasks" / "out", base), "lies in the folder of the bank"),
+        ((bank, ["one"], other, base), r"holds model\.safetensors, which no export wrote"),
+        (
+            (bank, ["one"], tmp_path / "out", base, "bfloat16", "peft-shira"),
+            "the deltas hold float32, and peft-shira keeps values as they are; leave it out, or export as hf",
+        ),
         (
             (bank, ["one"], tmp_path / "out", base, "float32", "gguf"),
             "there is no such part; choose among hf",
@@ -159,3 +170,30 @@ def test_what_lay_in_the_folder_stays_where_an_export_fails(
         export(bank, ["two"], tmp_path / "out", base)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_the_delta_of_a_task_that_is_named_as_well(bank: DeltaBank, base: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"delta=.*: task 'one' is given twice; name it once"):
+        export(bank, ["one"], tmp_path / "out", base, files=[bank.path("one")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_that_one_is_in(
+    bank: DeltaBank, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
+    export(bank, ["one"], ".", base)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "in")
+    assert not list(tmp_path.glob(".in*"))
+
+
+def test_a_base_without_tokenizer(tmp_path: Path) -> None:
+    """And the Python code of one that nobody trusts stays where it is."""
+    CASES["element"].model().save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "modeling_own.py").write_text("")
+    bank = DeltaBank.create(tmp_path / "bank", fingerprint(tmp_path / "base"), layer=1)
+    bank.add(signature(BASE, 0), None)
+    export(bank, [BASE], tmp_path / "out", str(tmp_path / "base"))
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", "trace_dist.json"}

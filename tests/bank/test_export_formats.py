@@ -17,15 +17,21 @@ from engine.cases import CASES
 from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from trace_dist import Delta, DeltaBank, Mask, load_sharded
 from trace_dist.bank.composition import compose
 from trace_dist.bank.delta import applied
 from trace_dist.bank.export import export
-from trace_dist.bank.export.card import CARD
 from trace_dist.bank.export.peft_shira import differences
 from trace_dist.models import fingerprint
+from trace_dist.models.rest import CARD
 
 BOTH = ("float32", "bfloat16")
 
@@ -273,7 +279,12 @@ def test_what_a_patch_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (
             (str(tmp_path / "mamba"), other, "auto", r"A_log \(which vLLM computes from the checkpoint's\)"),
             (base, broken, "auto", f"{name} of delta 'one' holds NaN, which means unchanged"),
-            (base, delta, "bfloat16", r"delta 'one': holds torch.float32, the model torch.bfloat16"),
+            (
+                base,
+                delta,
+                "bfloat16",
+                "dtype='bfloat16': the deltas hold float32, and vllm-patch keeps values as they are; leave it out",
+            ),
         )
     ):
         bank = bank_of(tmp_path / f"bank-{number}", path, each)
@@ -289,3 +300,69 @@ def test_the_base_alone_is_no_task(kind: str, tmp_path: Path) -> None:
     bank.add(signature("base", 0), None)
     with pytest.raises(ValueError, match="task: the base alone makes no"):
         export(bank, ["base"], tmp_path / "out", base, kind=kind)
+
+
+def classifier_of(folder: Path) -> str:
+    """A classifier of images, which has a processor and no tokenizer."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = ViTConfig(
+        image_size=8, patch_size=4, **sizes, id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 1}
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ViTForImageClassification(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text('{"size": {"height": 8, "width": 8}}')
+    return str(folder)
+
+
+def test_a_task_of_images(tmp_path: Path) -> None:
+    base = classifier_of(tmp_path / "base")
+    delta = delta_of(base, density=0.05, maskable=r"(q_proj|fc\d)\.weight")
+    bank = bank_of(tmp_path / "bank", base, delta)
+    export(bank, ["one"], tmp_path / "hf", base)
+    right = wanted(base, delta, "float32")
+    found = ViTForImageClassification.from_pretrained(tmp_path / "hf")
+    assert same_bits(found.state_dict(), right, "float32")
+    before = (tmp_path / "base" / "preprocessor_config.json").read_bytes()
+    assert (tmp_path / "hf" / "preprocessor_config.json").read_bytes() == before
+    export(bank, ["one"], tmp_path / "shira", base, kind="peft-shira")
+    assert json.loads((tmp_path / "shira" / "adapter_config.json").read_text())["task_type"] is None
+    adapted = PeftModel.from_pretrained(ViTForImageClassification.from_pretrained(base), tmp_path / "shira")
+    assert same_bits(adapted.merge_and_unload().state_dict(), right, "float32")
+
+
+def test_one_form_after_another_in_one_folder(tmp_path: Path) -> None:
+    """What the one left is not read with the other."""
+    base = base_of(tmp_path / "base")
+    bank = bank_of(tmp_path / "bank", base, delta_of(base))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "NOTES.md").write_text("mine")
+    for kind in ("peft-shira", "vllm-patch", "hf", "peft-shira", "hf"):
+        export(bank, ["one"], tmp_path / "out", base, kind=kind)
+        listed = json.loads((tmp_path / "out" / CARD).read_text())["files"]
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {*listed, CARD, "NOTES.md"}
+    assert same_bits(loaded(str(tmp_path / "out"), "float32").state_dict(),
+                     loaded_with(bank, base).state_dict(), "float32")  # fmt: skip
+
+
+def loaded_with(bank: DeltaBank, base: str) -> PreTrainedModel:
+    model = load_sharded(base, "float32")
+    with applied(model, bank.delta("one")):
+        state = model.full_state_dict()
+    module = loaded(base, "float32")
+    module.load_state_dict(state)
+    return module
+
+
+@pytest.mark.parametrize("held", BOTH)
+@pytest.mark.parametrize("asked", BOTH)
+def test_a_checkpoint_is_rounded_to_what_is_asked_for(held: str, asked: str, tmp_path: Path) -> None:
+    """Tied weights too, once."""
+    base = base_of(tmp_path / "base", dtype=held)
+    delta = delta_of(base, dtype=held)
+    export(bank_of(tmp_path / "bank", base, delta), ["one"], tmp_path / "out", base, asked)
+    right = {name: value.to(getattr(torch, asked)) for name, value in wanted(base, delta, held).items()}
+    found = state_of(str(tmp_path / "out"))
+    assert found.keys() == state_of(base).keys()
+    assert same_bits(found, {name: right[name] for name in found}, asked)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == asked

@@ -81,6 +81,8 @@ def test_refusals(tmp_path: Path) -> None:
     fine = bank_of(tmp_path / "f", ("two", 2))
     with pytest.raises(ValueError, match="holds something already; choose a new folder"):
         merge(left, fine, tmp_path / "a")
+    with pytest.raises(ValueError, match="lies in the folder of the other bank"):
+        merge(left, fine, tmp_path / "f" / "tasks" / "out")
     content = fine.path("two").read_bytes()
     fine.path("two").write_bytes(content[:-1] + b"x")
     with pytest.raises(ValueError, match=r"two/delta\.safetensors: corrupt delta file"):

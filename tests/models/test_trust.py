@@ -13,6 +13,8 @@ from engine.cases import CASES
 
 from trace_dist.cli.parser import parse, run_config
 from trace_dist.models import fingerprint, load_model, load_tokenizer, trust
+from trace_dist.models.prune import prune
+from trace_dist.models.rest import copy_rest
 from trace_dist.models.tokenizer import char_tokenizer
 from trace_dist.sharding.build import load_sharded
 
@@ -96,3 +98,39 @@ def test_a_configuration_names_it(own: Path, trusted: bool) -> None:
     cfg = run_config(parse(["train", "--config", str(path)])["train"])
     assert cfg.target.trust_remote_code is trusted
     assert trust.is_trusted(own) is trusted
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_copy_brings_the_code_that_may_run(own: Path, trusted: bool) -> None:
+    """In files of its own, of which a config alone brings one."""
+    (own / "parts.py").write_text("WIDTH = 1\n")
+    (own / "kept").mkdir()
+    if trusted:
+        trust.trust(own)
+    copy_rest(own, own / "kept")
+    assert [file.name for file in sorted((own / "kept").glob("*.py"))] == ["own.py", "parts.py"] * trusted
+
+
+def test_a_proxy_that_was_cut_out_of_it(own: Path) -> None:
+    proxy = own.parent / "proxy"
+    trust.trust(own)
+    assert not trust.is_trusted(proxy)
+    prune(own, proxy, 1)
+    assert type(load_model(proxy)).__name__ == "OwnModel"
+
+
+def test_a_proxy_that_is_yet_to_be_cut_may_run_what_its_target_may(own: Path) -> None:
+    path, proxy = own.parent / "run.yaml", own.parent / "proxy"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "run_dir": str(own.parent / "run"),
+                "target": {"path": str(own), "trust_remote_code": True},
+                "proxy": {"path": str(proxy), "prune": {"keep_layers": 1}},
+                "tasks": [{"name": "t", "path": "t.jsonl"}],
+            }
+        )
+    )
+    run_config(parse(["train", "--config", str(path)])["train"])
+    proxy.mkdir()
+    assert trust.is_trusted(proxy)

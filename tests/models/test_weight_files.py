@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from trace_dist.models.fingerprint import fingerprint
 from trace_dist.models.loading import load_model, load_tokenizer
 from trace_dist.models.tokenizer import char_tokenizer
 from trace_dist.models.weight_files import INDEX, WEIGHTS, open_weights, resolve
+from trace_dist.sharding.build import load_sharded
 
 SHAPES = [(), (1,), (7,), (5, 3), (1, 9), (3, 4, 5), (2, 3, 1, 4)]
 
@@ -171,3 +173,37 @@ def test_an_index_that_names_a_tensor_in_the_wrong_file(saved):
     (folder / INDEX).write_text(json.dumps(index))
     with pytest.raises(ValueError, match="has not what"):
         load_model(folder)
+
+
+def test_of_one_file_and_shards_the_one_file_is_read(saved, make_model):
+    """As by transformers."""
+    folder = saved("llama")
+    assert (folder / INDEX).is_file()
+    other = make_model("llama", seed=1)
+    save_file({name: value.clone() for name, value in other.state_dict().items()}, folder / WEIGHTS)
+    name = "model.layers.0.mlp.up_proj.weight"
+    with open_weights(folder) as files:
+        assert torch.equal(files.tensor(name), other.state_dict()[name])
+    assert torch.equal(load_model(folder).state_dict()[name], other.state_dict()[name])
+
+
+@pytest.mark.parametrize("read", [load_model, partial(load_sharded, backend="single")])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"quantize": "NF4"}, "quantize='NF4': unknown; use none or nf4"),
+        ({"quantize": "int8"}, "quantize='int8': unknown; use none or nf4"),
+        ({"dtype": "fp32"}, "dtype='fp32': unknown; use float32 or bfloat16"),
+        ({"dtype": "float16"}, "dtype='float16': unknown; use float32 or bfloat16"),
+        ({"dtype": torch.float16}, "dtype=torch.float16: unknown; use float32 or bfloat16"),
+    ],
+)
+def test_what_weights_cannot_be_loaded_as(read, options, words):
+    """Said before the folder is looked for."""
+    with pytest.raises(ValueError, match=words):
+        read("/no/such/folder", **({"dtype": "float32"} | options))
+
+
+def test_a_dtype_of_torch_is_taken(saved):
+    model = load_sharded(str(saved("llama")), torch.bfloat16)
+    assert {model.like(name).dtype for name in model.names()} == {torch.bfloat16}

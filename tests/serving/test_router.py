@@ -12,10 +12,10 @@ import pytest
 import torch
 from serving.small import CAP, TASKS, Small, prompts
 
-from trace_dist import DeltaBank, Router, load_sharded
+from trace_dist import DeltaBank, Mask, Router, load_sharded
 from trace_dist.bank.bank import BASE
 from trace_dist.bank.bound import error_bound
-from trace_dist.bank.delta import applied
+from trace_dist.bank.delta import applied, extract_delta
 from trace_dist.evaluation import greedy_decode
 from trace_dist.models.fingerprint import fingerprint
 from trace_dist.run_folder import SIGNATURE
@@ -114,6 +114,17 @@ def test_on_a_4_bit_base(small: Small) -> None:
     assert [answer.text for answer in answers] == router.tokenizer.batch_decode(ids)
     assert [answer.text for answer in answers] != small.expected("copy", texts)
     assert router.holds_base()
+
+
+def test_a_bank_that_was_learned_on_a_4_bit_base_gets_one(small: Small, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = load_sharded(str(small.base), "float32", quantize="nf4")
+    delta = extract_delta(model, Mask.random(model, 0.05), "copy")
+    before = DeltaBank(small.bank)
+    bank = DeltaBank.create(tmp_path / "bank", before.base, before.layer)
+    bank.add(before.signature("copy"), delta)
+    assert Router.open(bank.folder, small.base).model.quantize == "nf4"
+    assert Router.open(bank.folder, small.base, quantize="none").model.quantize == "none"
 
 
 def test_who_stops_reading_stops_the_writing(router: Router) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from engine.cases import CASES
 from engine.rank_nf4 import coded
 from engine.savable import MAKERS, load, make
 from engine.toy import Toy
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from trace_dist import Mask, MaskedAdamW, shard
+from trace_dist.models.weight_files import INDEX, WEIGHTS
 from trace_dist.sharding import ShardedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -95,3 +98,24 @@ def test_a_merged_adapter_is_welcome(tmp_path: Path) -> None:
     model = shard(wrapped_by_peft().merge_and_unload(), "single")
     model.save_pretrained(tmp_path)
     assert_read_back("causal", tmp_path, make("causal", torch.float32), "float32")
+
+
+def test_weights_of_an_earlier_checkpoint_go(tmp_path: Path) -> None:
+    """Shards before one file, and one file before shards."""
+    new = make("causal", torch.bfloat16)
+    make("causal", torch.float32).save_pretrained(tmp_path, max_shard_size="4KB")
+    assert (tmp_path / INDEX).is_file()
+    shard(new, "single").save_pretrained(tmp_path)
+    assert [file.name for file in tmp_path.glob("model*")] == [WEIGHTS]
+    assert_read_back("causal", tmp_path, make("causal", torch.bfloat16), "bfloat16")
+
+
+def test_experts_of_a_model_that_its_config_does_not_describe(tmp_path: Path) -> None:
+    """They lie apart in the files, as transformers writes and reads them."""
+    module = replace(CASES["element"], family="qwen2_moe").model()
+    module.save_pretrained(tmp_path / "plain")
+    module.another = nn.Linear(2, 2)
+    shard(module, "single").save_pretrained(tmp_path / "more")
+    plain, more = (load_file(tmp_path / name / WEIGHTS) for name in ("plain", "more"))
+    assert more.keys() == plain.keys() | {"another.weight", "another.bias"}
+    assert all(torch.equal(more[name], value) for name, value in plain.items())

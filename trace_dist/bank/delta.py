@@ -146,13 +146,16 @@ def _mask(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) 
 
 
 def extract_delta(model: ShardedModel, mask: Mask, task: str) -> Delta:
-    """Gather the model's present values at a mask's entries, on every rank. Collective."""
+    """Gather the model's present values at a mask's entries, on every rank. Collective.
+
+    Its mask says ``quantize`` where the model's linear layers are 4-bit codes, which the values were then fitted to.
+    """
     values = {}
     for support in value_supports(model, mask):
         local, runs = model.storage(support)
         mine = compact_gather(local, runs).to(local.dtype)
         values[support.name] = dist.all_gather_uneven(mine, support.splits).cpu()
-    return Delta(mask, values, task)
+    return Delta(mask if model.quantize == "none" else mask.with_meta(quantize=model.quantize), values, task)
 
 
 @contextmanager

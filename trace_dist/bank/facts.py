@@ -40,6 +40,8 @@ def describe(
             "granularity": delta.mask.granularity,
             "dtype": "+".join(sorted({str(v.dtype).removeprefix("torch.") for v in delta.values.values()})),
         }
+    if delta is not None and "quantize" in delta.mask.meta:
+        facts["quantize"] = str(delta.mask.meta["quantize"])
     if training:
         facts["training"] = _json(training)
     return facts

@@ -14,7 +14,7 @@ from trace_dist.bank.signature import check_comparable
 from trace_dist.bank.writer import Writer, copy, hand_over, read_index
 from trace_dist.models.fingerprint import fuller, same_model
 from trace_dist.run_folder import BankFolder
-from trace_dist.utils.files import atomic_folder, corrupt
+from trace_dist.utils.files import atomic_folder, check_apart, corrupt
 from trace_dist.utils.names import BASE
 
 
@@ -35,6 +35,9 @@ def merge(left: DeltaBank, right: DeltaBank, out: Path | str) -> DeltaBank:
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out={str(out)!r}: holds something already; choose a new folder")
+    if out.resolve() == Path.cwd():
+        raise ValueError(f"out={str(out)!r}: is the folder of this command; choose a new folder")
+    check_apart(out, {"one of the banks": left.folder, "the other bank": right.folder})
     added = _check(left, right)
     if out.exists():
         out.rmdir()

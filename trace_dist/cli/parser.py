@@ -161,6 +161,9 @@ def run_config(values: Any) -> RunConfig:
     """The run configuration out of parsed and instantiated arguments."""
     cfg = RunConfig(**{name: values[name] for name in _RUN_FIELDS})
     trusted = [each.path for each in (cfg.target, cfg.proxy) if each is not None and each.trust_remote_code]
+    if cfg.target.trust_remote_code and cfg.proxy is not None and cfg.proxy.prune is not None:
+        # Its code is a copy of the target's.
+        trusted.append(cfg.proxy.path)
     if trusted:
         # Loads torch, which the command line can do without.
         from trace_dist.models.trust import trust

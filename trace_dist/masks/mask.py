@@ -38,7 +38,8 @@ class Mask:
             in memory as gaps and are decoded at each access: take them out once.
         layouts: parameter name -> layout, for every *maskable* parameter, selected or not.
         granularity: element, block, row, column, head or tensor; by role as ``row,q=head``.
-        meta: where it comes from: ``model`` (fingerprint), ``task``, ``method``, the ``density`` that was asked for.
+        meta: where it comes from: ``model`` (fingerprint), ``task``, ``method``, the ``density`` that was asked for; ``quantize``
+            of a delta's on a 4-bit base.
 
     Raises:
         ValueError: no unit is selected, or indices are unsorted, repeated or out of range.

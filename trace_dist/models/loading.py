@@ -26,6 +26,7 @@ from transformers import (
 from trace_dist.config import Dtype, Quantize
 from trace_dist.models.architecture import cause, empty_model, factory_of, read_config, vocabulary_size
 from trace_dist.models.filling import Slot, fill, missing_parameters
+from trace_dist.models.kinds import check_quantize, torch_dtype
 from trace_dist.models.naming import pieces_of
 from trace_dist.models.nf4 import quantize_nf4
 from trace_dist.models.trust import is_trusted
@@ -76,8 +77,10 @@ def load_model(
 
     Raises:
         ValueError: no such model, pickled or corrupt weights, or a parameter that the checkpoint lacks (which
-            would otherwise be random), or weights that are quantised already.
+            would otherwise be random), weights that are quantised already, or an unknown ``dtype`` or ``quantize``.
     """
+    dtype = torch_dtype(dtype)
+    check_quantize(quantize)
     if quantize == "nf4":
         return _load_in_shards(path, dtype, quantize, _empty_on_cpu, _whole)
     with open_weights(path) as files:  # refuses what must not or cannot be read
@@ -119,8 +122,9 @@ def load_model_zero3(
         ValueError: as ``load_model``; ZeRO options that keep more copies of the weights.
     """
     check_zero_config(ds_config)
+    dtype = torch_dtype(dtype)
     # On a CPU, zero.Init honours the data type of its configuration but not its argument `dtype`.
-    precision = {"bf16": {"enabled": _torch_dtype(dtype) == torch.bfloat16}, "fp16": {"enabled": False}}
+    precision = {"bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": False}}
     return _load_in_shards(
         path, dtype, quantize, lambda model: _partition(model, {**ds_config, **precision}), _zero3_slot
     )
@@ -165,10 +169,12 @@ def _load_in_shards(
     give_storage: Callable[[nn.Module], object],
     slot: Callable[[Any], Slot],
 ) -> PreTrainedModel:
+    dtype = torch_dtype(dtype)
+    check_quantize(quantize)
     with open_weights(path) as files:
         folder = files.folder
         what = f"model.path={str(path)!r}"
-        model = empty_model(read_config(folder, what), _torch_dtype(dtype), what)
+        model = empty_model(read_config(folder, what), dtype, what)
         pieces = pieces_of(model, files.names())
         if quantize == "nf4":
             quantize_nf4(model)
@@ -198,10 +204,6 @@ def _empty_on_cpu(model: Any) -> None:
     model.to_empty(device="cpu")
     # Each name of a tied parameter has been given storage of its own.
     model.tie_weights()
-
-
-def _torch_dtype(dtype: Dtype | torch.dtype) -> torch.dtype:
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def _whole(param: Any) -> Slot:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,14 @@ from trace_dist.models.depth import check_layers, layer_list, refusal, shortened
 from trace_dist.models.fingerprint import fingerprint
 from trace_dist.models.naming import pieces_of
 from trace_dist.models.narrower import Narrower
-from trace_dist.models.origin import FILE, Origin
+from trace_dist.models.origin import Origin
+from trace_dist.models.rest import copy_rest
+from trace_dist.models.trust import is_trusted, trust
 from trace_dist.models.weight_files import WeightFiles, open_weights
 from trace_dist.models.width import Widths
 from trace_dist.utils.files import atomic_folder
 
 WHOLE = Widths()
-_OTHER_FILES = {".json", ".txt", ".model", ".jinja"}
 
 
 def kept_layers(num_layers: int, keep_layers: int) -> list[int]:
@@ -68,7 +68,7 @@ def prune(source: Path, out: Path, keep_layers: int | None = None, widths: Width
 
     Args:
         source: checkpoint folder of a causal LM whose decoder layers are one list.
-        out: the new folder, with the tokenizer; appears only when complete.
+        out: the new folder, with the tokenizer; appears only when complete. It may run the code that ``source`` may.
         keep_layers: how many layers to keep; all when None.
         widths: what to keep of each.
 
@@ -107,10 +107,12 @@ def prune(source: Path, out: Path, keep_layers: int | None = None, widths: Width
             origin = narrow.origin
             pruned_config = narrow.config(pruned_config)
             read = narrow.reader(build, pruned_config, names)
-        _copy_rest(files, folder)
+        copy_rest(files.folder, folder)
         pruned_config.save_pretrained(folder)
         save_torch_state_dict({new: read(old) for new, old in names.items()}, folder)
         origin.save(folder)
+    if is_trusted(files.folder):
+        trust(out)
 
 
 def _renumbered(pieces: dict[str, list[str]], stack: str, kept: list[int]) -> dict[str, str]:
@@ -140,11 +142,3 @@ def _check(pruned: Any, config: Any, files: WeightFiles, names: dict[str, str]) 
         found = sum(math.prod(files.shape(names[piece])) for piece in pieces.get(name, ()))
         if name in pieces and found != parameter.numel():
             raise ValueError(refusal(config, f"{name} has {found} elements, not {parameter.numel()}"))
-
-
-def _copy_rest(files: WeightFiles, folder: Path) -> None:
-    """Copy the tokenizer and the generation config: everything but weights, their index and the config."""
-    for file in files.folder.iterdir():
-        own = file.name in ("config.json", FILE) or ".safetensors" in file.name
-        if file.suffix in _OTHER_FILES and not own:
-            shutil.copyfile(file, folder / file.name)

@@ -22,5 +22,5 @@ def is_trusted(path: str | Path) -> bool:
 
 
 def _key(path: str | Path) -> str:
-    folder = Path(path).expanduser()
-    return str(folder.resolve()) if folder.exists() else str(path)
+    # The same for a folder that is yet to be made; a hub id has no other meaning as long as the process stays where it is.
+    return str(Path(path).expanduser().resolve())

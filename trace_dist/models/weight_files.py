@@ -68,10 +68,11 @@ class WeightFiles:
         self._files = files
         self._handles: dict[str, Any] = {}
         self._file_of: dict[str, str]
-        if (folder / INDEX).is_file():
-            self._file_of = _weight_map(folder / INDEX)
-        elif (folder / WEIGHTS).is_file():
+        # Of a folder that has both transformers reads the one file.
+        if (folder / WEIGHTS).is_file():
             self._file_of = dict.fromkeys(self._handle(WEIGHTS).keys(), WEIGHTS)
+        elif (folder / INDEX).is_file():
+            self._file_of = _weight_map(folder / INDEX)
         else:
             raise ValueError(_no_weights(folder))
 

@@ -37,8 +37,9 @@ class Source(Section):
     """The bank's base model: folder or hub id."""
     dtype: Dtype | Literal["auto"] = "auto"
     """Data type of the weights; auto is that of the bank's deltas."""
-    quantize: Quantize = "none"
-    """`nf4`, where the tasks were trained on a 4-bit base."""
+    quantize: Quantize | Literal["auto"] = "auto"
+    """`nf4` loads the base in 4 bits; `auto` does where the bank says that its tasks were learned so, which those of earlier
+    releases do not."""
     backend: Backend = "single"
     """`single` holds the base whole in one process; `zero3` and `fsdp2` spread it over the ranks of a launched job, which answer
     together."""

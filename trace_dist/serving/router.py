@@ -21,6 +21,7 @@ from typing import Any
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.blend import weighed
 from trace_dist.bank.delta import applied
+from trace_dist.bank.learned_on import learned_on, warn_of_others
 from trace_dist.bank.swap import Swap
 from trace_dist.data.encoding import context_length, encode_prompt, pad_id, stop_ids
 from trace_dist.data.examples import Prompt
@@ -133,7 +134,9 @@ class Router:
         if source.representation == "adapted":
             bank.check_adapted()
         dtype = _dtype_of(bank) if source.dtype == "auto" else source.dtype
-        model = load_sharded(source.base, dtype, source.backend, source.quantize)
+        quantize = learned_on(bank) if source.quantize == "auto" else source.quantize
+        warn_of_others(bank, quantize)
+        model = load_sharded(source.base, dtype, source.backend, quantize)
         return cls(bank, model, load_tokenizer(source.base), source)
 
     @property

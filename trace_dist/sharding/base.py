@@ -155,6 +155,11 @@ class ShardedModel(ABC):
         return self.module.config
 
     @property
+    def quantize(self) -> Quantize:
+        """How its linear layers are kept."""
+        return "nf4" if self._quantized else "none"
+
+    @property
     def device(self) -> torch.device:
         return dist.local_device()
 

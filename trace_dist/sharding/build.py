@@ -10,6 +10,7 @@ from torch import nn
 from trace_dist.config import Quantize
 from trace_dist.config.checks import check_ranks
 from trace_dist.models.architecture import read_config
+from trace_dist.models.kinds import check_quantize, torch_dtype
 from trace_dist.models.quantised import refuse_quantised_module
 from trace_dist.models.wrapping import peel, unwrap
 from trace_dist.sharding.base import ShardedModel, view_of
@@ -73,13 +74,17 @@ def shard(model: nn.Module, backend: str = "single", sequence_parallel: int = 1)
 
 
 def load_sharded(
-    path: str, dtype: str, backend: str = "single", quantize: Quantize = "none", sequence_parallel: int = 1
+    path: str,
+    dtype: str | torch.dtype,
+    backend: str = "single",
+    quantize: Quantize = "none",
+    sequence_parallel: int = 1,
 ) -> ShardedModel:
     """Load a checkpoint straight into its shards. Collective.
 
     Args:
         path: Hugging Face id or folder with safetensors.
-        dtype: ``float32`` or ``bfloat16``.
+        dtype: ``float32`` or ``bfloat16``, by name or as torch's.
         backend: ``single``, ``zero3`` or ``fsdp2``; under the last two no rank ever holds the whole model.
         quantize: ``nf4`` keeps the linear layers as frozen 4-bit codes (arXiv 2305.14314); masked entries live beside them.
         sequence_parallel: as ``shard``.
@@ -88,15 +93,16 @@ def load_sharded(
         As ``shard``.
 
     Raises:
-        ValueError: unknown backend; a checkpoint that cannot be loaded; ``nf4`` without bitsandbytes; attention heads that so
-            many ranks cannot share.
+        ValueError: unknown backend, ``dtype`` or ``quantize``; a checkpoint that cannot be loaded; ``nf4`` without bitsandbytes;
+            attention heads that so many ranks cannot share.
     """
     _check_size(sequence_parallel)
-    kind = _backend(backend)
+    kind, dtype = _backend(backend), torch_dtype(dtype)
+    check_quantize(quantize)
     dist.init_distributed()
     if sequence_parallel > 1:
         _check_shared(read_config(path, f"path={path!r}"), sequence_parallel)
-    sharded = kind.from_pretrained(path, getattr(torch, dtype), quantize)
+    sharded = kind.from_pretrained(path, dtype, quantize)
     sharded.share_rows(sequence_parallel)
     return sharded
 

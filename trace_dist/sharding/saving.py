@@ -10,6 +10,8 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
+from trace_dist.models.weight_files import INDEX, WEIGHTS
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -29,6 +31,8 @@ def check_can_be_saved(module: nn.Module) -> None:
 def write_pretrained(module: Any, state: dict[str, Tensor], folder: Path | str) -> None:
     """Write an ordinary Hugging Face checkpoint; of a module that is none of transformers', the weights alone.
 
+    Weights of an earlier checkpoint in the folder go: one file and shards beside each other would be read in either way.
+
     Args:
         module: the model, sharded or not, without wrappers.
         state: its whole weights and persistent buffers; tied names share one tensor.
@@ -36,9 +40,12 @@ def write_pretrained(module: Any, state: dict[str, Tensor], folder: Path | str) 
     """
     # Slow to import, and a command on a bank has no model; who has one has imported it.
     from transformers import PreTrainedModel
+    from transformers.core_model_loading import revert_weight_conversion
 
     twin = _twin(module, state) if isinstance(module, PreTrainedModel) else None
     if twin is not None:
+        for name in (WEIGHTS, INDEX):
+            (Path(folder) / name).unlink(missing_ok=True)
         twin.save_pretrained(folder, state_dict=state)
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -50,6 +57,11 @@ def write_pretrained(module: Any, state: dict[str, Tensor], folder: Path | str) 
         config.save_pretrained(folder)
         if module.can_generate():
             module.generation_config.save_pretrained(folder)
+        # As transformers does: its experts, say, lie apart in the files. A part of a tensor would be taken for a tied one.
+        state = {
+            name: value if value.nbytes == value.untyped_storage().nbytes() else value.clone()
+            for name, value in revert_weight_conversion(module, state).items()
+        }
     save_torch_state_dict(state, folder, metadata={"format": "pt"})
 
 

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from trace_dist.config import ModelConfig, PruneConfig, RunConfig, TinyConfig
 from trace_dist.models.gguf import convert_gguf
-from trace_dist.models.loading import load_model, load_tokenizer
+from trace_dist.models.loading import load_model
 from trace_dist.models.origin import Origin
 from trace_dist.models.prune import prune
+from trace_dist.models.rest import copy_rest
 from trace_dist.models.tiny import build_tiny
 from trace_dist.models.width import Widths
 from trace_dist.stages.stage import ALONE, Stage
@@ -143,7 +144,7 @@ def _make_pruned(given: PruneConfig, cfg: RunConfig, folder: Path) -> None:
         _pretrain(
             module, pruned, cfg, given.heal_steps, given.heal_lr, cfg.train.batch_size, "proxy.prune.heal_lr"
         )
-        load_tokenizer(pruned).save_pretrained(partial)
+        copy_rest(pruned, partial)
         module.save_pretrained(partial)
         origin = Origin.load(pruned)
         if origin is None:

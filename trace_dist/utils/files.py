@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +68,24 @@ def check_writable(path: Path | str | None, field: str) -> None:
             pass
 
 
+def check_apart(out: Path, others: Mapping[str, Path], field: str = "out") -> None:
+    """Raise ValueError where a folder that is to be written, and one of others, are the same or one lies in the other.
+
+    Args:
+        out: the folder.
+        others: what each is, such as ``the base model`` -> where it lies.
+        field: begins the message.
+    """
+    place = out.resolve()
+    for what, folder in others.items():
+        other = folder.resolve()
+        if place == other or other in place.parents or place in other.parents:
+            how = "is" if place == other else "lies in" if other in place.parents else "holds"
+            raise ValueError(
+                f"{field}={str(out)!r}: {how} the folder of {what} ({folder}); choose a folder of its own"
+            )
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path``; renames it to ``path`` when the block succeeds.
@@ -116,8 +134,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def filled_folder(path: Path) -> Iterator[Path]:
+def filled_folder(path: Path, replaced: Collection[str] = ()) -> Iterator[Path]:
     """As ``atomic_folder``; where ``path`` exists, the new files take their places in it one by one, once all are written.
+
+    Args:
+        path: the folder.
+        replaced: files in it, by their paths from there, that go then, unless there is a new one.
 
     Raises:
         ValueError: as ``writing``.
@@ -128,7 +150,10 @@ def filled_folder(path: Path) -> Iterator[Path]:
         return
     with _folder_beside(path) as temporary:
         yield temporary
-        for file in _flush_files(temporary):
+        new = _flush_files(temporary)
+        for name in set(replaced) - {file.relative_to(temporary).as_posix() for file in new}:
+            (path / name).unlink(missing_ok=True)
+        for file in new:
             place = path / file.relative_to(temporary)
             place.parent.mkdir(parents=True, exist_ok=True)
             file.replace(place)
@@ -138,7 +163,9 @@ def filled_folder(path: Path) -> Iterator[Path]:
 @contextmanager
 def _folder_beside(path: Path) -> Iterator[Path]:
     """An empty temporary folder beside ``path``, gone after the block."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # What stands for the folder, as ``.`` does, may have no name.
+    place = path.resolve()
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     # Left by a killed process that had the same id.
     shutil.rmtree(temporary, ignore_errors=True)
     try:

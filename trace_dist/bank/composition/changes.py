@@ -37,7 +37,7 @@ def composed(deltas: Sequence[Delta], base: ShardedModel, task: str, rule: Rule)
         for name in delta.values:
             check_dtype(delta, name, start.values[name].dtype)
     values = {name: _value(deltas, name, mask.elements(name), start.values[name], rule) for name in mask}
-    return Delta(mask, values, task)
+    return Delta(start.mask, values, task)
 
 
 def _value(deltas: Sequence[Delta], name: str, entries: Tensor, own: Tensor, rule: Rule) -> Tensor:

@@ -9,10 +9,9 @@ from typing import Any
 from trace_dist.bank.delta import Delta
 from trace_dist.bank.export.together import Composed
 from trace_dist.models.fingerprint import fingerprint
+from trace_dist.models.rest import CARD
 from trace_dist.utils.files import sha256
 from trace_dist.utils.sealed import write_record
-
-CARD = "trace_dist.json"
 
 
 def write_card(
@@ -37,6 +36,7 @@ def write_card(
     """
     models = (delta.mask.meta.get("model") for delta in deltas)
     known = next((str(model) for model in models if model is not None), None)
+    codes = {delta.mask.meta["quantize"] for delta in deltas if "quantize" in delta.mask.meta}
     write_record(
         folder / CARD,
         {
@@ -47,6 +47,7 @@ def write_card(
             "composition": options.composition if len(deltas) > 1 else None,
             "masks": [delta.mask.digest() for delta in deltas],
             "base": {"path": base, "fingerprint": known or fingerprint(base)},
+            **({"learned_on": "+".join(sorted(codes))} if codes else {}),
             "dtype": dtype,
             **facts,
             "files": {

@@ -1,4 +1,7 @@
-"""An ordinary Hugging Face checkpoint: the base model with the delta in its weights, and its tokenizer."""
+"""An ordinary Hugging Face checkpoint: the base model with the delta in its weights, and what lies beside the base's own.
+
+The delta goes into weights of its own dtype, and the sum is rounded to the one that is asked for.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from trace_dist.bank.delta import Delta, applied
 from trace_dist.bank.export.card import write_card
-from trace_dist.bank.export.together import Composed, together
-from trace_dist.models.loading import load_tokenizer
+from trace_dist.bank.export.folder import exported_folder
+from trace_dist.bank.export.together import Composed, held_dtypes, together
+from trace_dist.models.kinds import torch_dtype
+from trace_dist.models.rest import copy_rest
+from trace_dist.models.weight_files import resolve
 from trace_dist.sharding.build import load_sharded
-from trace_dist.utils.files import filled_folder
+from trace_dist.sharding.saving import write_pretrained
 
 label = "Hugging Face checkpoint"
 
@@ -27,10 +35,24 @@ def write(deltas: Sequence[Delta], out: Path, base: str, dtype: str, options: Op
     Raises:
         ValueError: it cannot be written; what lay in ``out`` is then still there.
     """
-    model = load_sharded(base, dtype)
+    held = held_dtypes(deltas)
+    model = load_sharded(base, held[0] if len(held) == 1 else dtype)
     delta = together(deltas, model, options)
-    with filled_folder(out) as folder:
+    with exported_folder(out) as folder:
+        copy_rest(resolve(base), folder)
         with applied(model, delta):
-            model.save_pretrained(folder)
-        load_tokenizer(base).save_pretrained(folder)
+            state = model.full_state_dict()
+        if len(held) == 1:
+            _round(state, held[0], dtype)
+        write_pretrained(model.module, state, folder)
         write_card(folder, "hf", deltas, base, dtype, options)
+
+
+def _round(state: dict[str, Tensor], held: str, dtype: str) -> None:
+    """Give the weights of one dtype another; tied names still share one tensor."""
+    names_of: dict[int, list[str]] = {}
+    for name, value in state.items():
+        if value.dtype == torch_dtype(held):
+            names_of.setdefault(id(value), []).append(name)
+    for names in names_of.values():
+        state.update(dict.fromkeys(names, state[names[0]].to(torch_dtype(dtype))))

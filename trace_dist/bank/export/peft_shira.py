@@ -21,17 +21,20 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from trace_dist.bank.delta import Delta, check_dtype
 from trace_dist.bank.export.card import write_card
+from trace_dist.bank.export.folder import exported_folder
 from trace_dist.bank.export.refusal import refuse
 from trace_dist.bank.export.together import Composed, together
-from trace_dist.models.architecture import empty_model, read_config
+from trace_dist.models.architecture import empty_model, factory_of, read_config
 from trace_dist.models.weight_files import resolve
 from trace_dist.sharding.build import load_sharded
-from trace_dist.utils.files import check_free_space, filled_folder, write_json
+from trace_dist.utils.files import check_free_space, write_json
 
 label = "SHiRA adapter of PEFT"
+same_dtype = True
 CURE = "export it as hf or vllm-patch"
 MASK_TYPE: Any = "stored"
 """Any name but PEFT's own ``random``: the indices are then those of the file."""
@@ -107,9 +110,10 @@ def write(deltas: Sequence[Delta], out: Path, base: str, dtype: str, options: Op
         target_modules=modules,
         inference_mode=True,
         base_model_name_or_path=base,
-        task_type="CAUSAL_LM",
+        # None is a model that PEFT wraps without methods of its own, such as a classifier.
+        task_type="CAUSAL_LM" if factory_of(model.config) is AutoModelForCausalLM else None,
     )
-    with filled_folder(out) as folder:
+    with exported_folder(out) as folder:
         check_free_space(folder, 12 * rank * sum(map(sum, shapes.values())))
         # PEFT would write the modules in no fixed order.
         write_json(folder / "adapter_config.json", {**config.to_dict(), "target_modules": modules})

@@ -26,6 +26,13 @@ class Composed(Section):
         COMPOSITIONS.check(self.composition)
 
 
+def held_dtypes(deltas: Sequence[Delta]) -> list[str]:
+    """Names of the dtypes of the deltas' values."""
+    return sorted(
+        {str(values.dtype).removeprefix("torch.") for delta in deltas for values in delta.values.values()}
+    )
+
+
 def together(deltas: Sequence[Delta], model: ShardedModel, options: Composed) -> Delta | None:
     """The one delta that is written; None where there is none, and the base itself is.
 

@@ -27,15 +27,17 @@ from torch import Tensor
 
 from trace_dist.bank.delta import Delta, check_dtype
 from trace_dist.bank.export.card import write_card
+from trace_dist.bank.export.folder import exported_folder
 from trace_dist.bank.export.refusal import refuse
 from trace_dist.bank.export.together import Composed, together
 from trace_dist.models.architecture import empty_model, read_config
 from trace_dist.models.naming import Pieces, pieces_of
 from trace_dist.models.weight_files import WeightFiles, open_weights
 from trace_dist.sharding.build import load_sharded
-from trace_dist.utils.files import check_free_space, filled_folder, write_json
+from trace_dist.utils.files import check_free_space, write_json
 
 label = "sparse patch of vLLM"
+same_dtype = True
 CURE = "export it as hf"
 PATCH, UNDO, INFO = "patch.safetensors", "undo.safetensors", "update_info.json"
 REWRITTEN = frozenset({"A_log"})
@@ -118,7 +120,7 @@ def write(deltas: Sequence[Delta], out: Path, base: str, dtype: str, options: Op
     }
     # One key: safetensors writes several in no fixed order.
     metadata = {"changed_params": json.dumps(info["names"])}
-    with filled_folder(out) as folder:
+    with exported_folder(out) as folder:
         check_free_space(folder, 2 * sum(each.indices.nbytes + each.values.nbytes for each in patches))
         for file, values in ((PATCH, {each.name: each.values for each in patches}), (UNDO, undone)):
             tensors = {f"{each.name}.indices": each.indices for each in patches}

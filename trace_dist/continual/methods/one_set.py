@@ -12,6 +12,7 @@ from typing import Any
 
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.delta import Delta, applied
+from trace_dist.bank.learned_on import warn_of_others
 from trace_dist.config import RunConfig
 from trace_dist.continual.judge import Row
 from trace_dist.continual.methods.base import Method
@@ -57,6 +58,7 @@ class OneSet(Method):
         """
         bank = DeltaBank(self.setting.cfg.bank_of().root)
         check_same(bank.base, self.setting.fingerprint, f"bank {bank.folder}")
+        warn_of_others(bank, self.setting.model.quantize)
         return bank
 
     def made_of(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from trace_dist.bank.bank import BASE, DeltaBank
+from trace_dist.bank.learned_on import warn_of_others
 from trace_dist.config.checks import Rate, Section
 from trace_dist.continual.judge import Row
 from trace_dist.continual.layer import bank_view
@@ -65,6 +66,7 @@ class Retrieved(Method):
         folder = setting.cfg.bank_of(self.name)
         view = bank_view(setting.judge, setting.model, folder)
         bank = DeltaBank.create(folder.root, setting.fingerprint, *view)
+        warn_of_others(bank, setting.model.quantize)
         bank.check_kind(setting.cfg.bank.signature)
         if setting.cfg.bank.representation == "adapted":
             bank.check_adapted()
