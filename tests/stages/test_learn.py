@@ -217,7 +217,9 @@ def test_a_task_that_the_bank_holds_no_more_is_not_said_to_be_learned(tmp_path: 
     result = cfg.folder.method(learn.METHOD)
     result.parent.mkdir(parents=True)
     result.write_text("{}")
-    with pytest.raises(ValueError, match=rf"^run_dir='{cfg.run_dir}': .* holds no t, u; delete {cfg.run_dir} to"):
+    with pytest.raises(
+        ValueError, match=rf"^run_dir='{cfg.run_dir}': .* holds no t, u; delete {cfg.run_dir} to"
+    ):
         learn.run_learn(cfg)
     with pytest.raises(ValueError, match="holds no u;"):
         learn._check_result(cfg, ["t"])
