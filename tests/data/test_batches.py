@@ -139,6 +139,18 @@ def test_state_of_other_data_is_refused() -> None:
         make(encoded(13), seed=8).load_state_dict(state)
 
 
+def test_state_of_data_that_were_changed_in_place_is_refused() -> None:
+    """As many examples, other ones; a state of an earlier release says nothing of them."""
+    state = make(encoded(13)).state_dict()
+    other = make(encoded(13, offset=2))
+    with pytest.raises(
+        ValueError, match=r"digest=\d+: this run has \d+; resume with the seed and the data of the"
+    ):
+        other.load_state_dict(state)
+    del state["digest"]
+    other.load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -81,6 +81,9 @@ class Batches(Iterator[Step]):
         ValueError: no examples, sizes below 1, a share outside [0, 1), a share without replay datasets, or
             ranks with other examples or options (checked only on the process group's own ranks).
     """
+
+    are_given: ClassVar[bool] = True
+    """Whether the examples are the user's. Those that a model has written may differ a little where they are written again."""
 
     def __init__(
         self,
@@ -188,11 +191,14 @@ class Batches(Iterator[Step]):
 
     def state_dict(self) -> dict[str, int]:
         """Position in the stream, and what the stream is made of."""
-        return {
+        state = {
             "examples_consumed": self._consumed,
             "seed": self._seed,
             "num_examples": len(self._datasets[0]),
         }
+        # Of images only the places are known, and those may move.
+        compared = self.are_given and "input_ids" in self._datasets[0].column_names
+        return state | ({"digest": int(self._digests[0], 16)} if compared else {})
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue where ``state_dict`` was taken, on any world size.
@@ -201,7 +207,8 @@ class Batches(Iterator[Step]):
             ValueError: the state belongs to another seed or another dataset.
         """
         mine = self.state_dict()
-        for name in ("seed", "num_examples"):
+        # A state of an earlier release has no digest.
+        for name in ("seed", "num_examples", *({"digest"} & state.keys() & mine.keys())):
             if state.get(name) != mine[name]:
                 raise ValueError(
                     f"checkpoint data {name}={state.get(name)}: this run has {mine[name]}; "
@@ -217,7 +224,7 @@ class Batches(Iterator[Step]):
         if self._world_size > 1:
             agree(
                 {
-                    "training data": [_digest(each) for each in self._datasets],
+                    "training data": self._digests,
                     "batch_size": self._batch_size,
                     "micro_batch_size": self._micro_batch_size,
                     "seed": self._seed,
@@ -240,6 +247,11 @@ class Batches(Iterator[Step]):
     def _slots(self, first: int) -> list[Slot]:
         """A global batch, from a position on."""
         return [self._slot(p) for p in range(first, first + self._batch_size)]
+
+    @cached_property
+    def _digests(self) -> list[str]:
+        """Of each dataset."""
+        return [_digest(each) for each in self._datasets]
 
     @cached_property
     def _lengths(self) -> list[np.ndarray]:

@@ -66,19 +66,23 @@ class Probed:
     tensors: Tensors
     learning: Learning | None = None
 
-    def save(self, path: Path, sketch_path: Path, probe: ProbeConfig) -> None:
-        """Write the scores and, before them, the sketch; with the fingerprint of the proxy and how it was probed."""
+    def save(self, path: Path, sketch_path: Path, probe: ProbeConfig, examples: str | None = None) -> None:
+        """Write the scores and, before them, the sketch; with the fingerprint of the proxy, how it was probed, and a digest of
+        the task's examples."""
         # An earlier one says how it was made for both.
         path.unlink(missing_ok=True)
         self.sketch.save(sketch_path)
         header: dict[str, Any] = {"format": f"trace_dist.{KIND}", "model": self.sketch.model}
         header |= {"probe": _how(probe), "losses": self.losses, "tensors": asdict(self.tensors)}
         header["learning"] = None if self.learning is None else self.learning.to_json()
+        header["examples"] = examples
         save_sealed(path, self.scores, header)
 
     @classmethod
-    def load(cls, path: Path, sketch_path: Path, model: str, probe: ProbeConfig) -> Probed | None:
-        """Read it; None where there is none of this proxy, probed in this way.
+    def load(
+        cls, path: Path, sketch_path: Path, model: str, probe: ProbeConfig, examples: str | None = None
+    ) -> Probed | None:
+        """Read it; None where there is none of this proxy, probed in this way on these examples (on any where None).
 
         Raises:
             ValueError: the file is damaged.
@@ -87,7 +91,8 @@ class Probed:
             return None
         tensors, header = load_sealed(path, KIND, bare=True)
         same = same_model(str(header.get("model")), model) and header.get("probe") == _how(probe)
-        # A trace of an earlier version says nothing of whole tensors.
+        # A trace of an earlier version says nothing of its examples, and nothing of whole tensors.
+        same = same and (examples is None or header.get("examples") in (None, examples))
         if not same or "tensors" not in header:
             return None
         with reading(path, KIND):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import islice
 
 import datasets
@@ -19,6 +20,7 @@ from trace_dist.bank.sketch import Sketch, cosines
 from trace_dist.config import RunConfig
 from trace_dist.config.checks import AUTO
 from trace_dist.continual.driver import method_class
+from trace_dist.continual.progress import examples_digest
 from trace_dist.continual.race import split
 from trace_dist.data.modality import TEXT
 from trace_dist.data.validation import MOST_HELDOUT
@@ -81,7 +83,15 @@ class Proxy:
     def kept(self, task: str) -> Probed | None:
         """What the proxy has shown of one task before, in this way; read from the run folder."""
         folder = self.cfg.folder
-        return Probed.load(folder.trace(task), folder.sketch(task), self.model_id, self.cfg.probe)
+        return Probed.load(
+            folder.trace(task), folder.sketch(task), self.model_id, self.cfg.probe, self._examples[task]
+        )
+
+    @cached_property
+    def _examples(self) -> dict[str, str]:
+        """Task -> digest of its examples."""
+        streams = (*self.bench.tasks, *self.bench.general)
+        return {stream.task.name: examples_digest([stream]) for stream in streams}
 
     def probe(self, stream: Stream) -> Probed:
         """What the proxy shows of one task; kept in the run folder, and measured once."""
@@ -110,7 +120,7 @@ class Proxy:
             own,
             heldout,
         )
-        found.save(path, cfg.folder.sketch(task), probe)
+        found.save(path, cfg.folder.sketch(task), probe, self._examples[task])
         return found
 
     def _apart(self, stream: Stream, steps: int) -> tuple[Stream, HeldOut]:

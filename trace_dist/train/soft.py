@@ -29,6 +29,8 @@ LEAST = 1e-30
 class SoftBatches(Batches):
     """Batches of a taught dataset (``train.teacher``)."""
 
+    are_given = False
+
     def _tensors(self, rows: list[list[dict[str, Any]]]) -> dict[str, Tensor]:
         batch = super()._tensors(rows)
         examples = [example for row in rows for example in row]
