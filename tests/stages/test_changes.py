@@ -58,7 +58,7 @@ def lower(section: str, name: str, value: Any) -> Callable[[RunConfig], RunConfi
             lower("continual", "options", {"full": {"lr": 1e-4}}),
             [*BASES, *PROBED, *MASKS, "methods/retrieved.json", "bank/bank.json"],
         ),
-        (lower("train", "micro_batch_size", 1), [*BASES, *PROBED, *MASKS, *BEGUN]),
+        (lower("train", "lr", 1e-4), [*BASES, *PROBED, *MASKS, *BEGUN]),
         (lower("race", "steps", 9), [*BASES, *PROBED, *MASKS, *BEGUN]),
         (lower("projection", "options", {"lr": 1e-4}), [*BASES, *PROBED, *BEGUN]),
         (lower("continual", "options", {"retrieved": {"lr": 1e-4}}), [*BASES, *PROBED, *MASKS, *BEGUN]),
