@@ -31,6 +31,8 @@ from trace_dist.sharding.saving import check_can_be_saved, write_pretrained
 from trace_dist.sharding.support import Accumulate, Support
 from trace_dist.sharding.views import PartitionView
 from trace_dist.utils import dist
+from trace_dist.utils.files import check_folder
+from trace_dist.utils.together import on_main
 
 if TYPE_CHECKING:
     from trace_dist.sharding.sequence import SequenceParallel
@@ -315,10 +317,10 @@ class ShardedModel(ABC):
         """Write the whole model as an ordinary Hugging Face checkpoint, from rank 0. Collective.
 
         Raises:
-            ValueError: the model holds PEFT adapters.
+            ValueError: the model holds PEFT adapters, or the folder cannot be written, and what lay in it is then still there. It
+                is tried before weights are gathered.
         """
         check_can_be_saved(self.module)
+        on_main(lambda: check_folder(Path(folder)))
         state = self.full_state_dict()
-        if self.rank == 0:
-            write_pretrained(self.module, state, folder)
-        self.comm.barrier()
+        on_main(lambda: write_pretrained(self.module, state, Path(folder)))

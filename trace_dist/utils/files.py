@@ -68,6 +68,15 @@ def check_writable(path: Path | str | None, field: str) -> None:
             pass
 
 
+def check_folder(path: Path) -> None:
+    """Raise ValueError where a folder cannot be made or filled; asked before the work whose result it takes."""
+    existing = path if path.exists() else path.parent
+    with writing(path):
+        existing.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path``; renames it to ``path`` when the block succeeds.
@@ -108,7 +117,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists():
         raise ValueError(f"{path}: exists already; delete it or choose another folder")
-    with _folder_beside(path) as temporary:
+    with _temporary_folder(path, path.parent) as temporary:
         yield temporary
         _flush_files(temporary)
         temporary.rename(path)
@@ -126,7 +135,8 @@ def filled_folder(path: Path) -> Iterator[Path]:
         with atomic_folder(path) as temporary:
             yield temporary
         return
-    with _folder_beside(path) as temporary:
+    # In it: the folder beside may be of another disk, or of somebody else.
+    with _temporary_folder(path, path) as temporary:
         yield temporary
         for file in _flush_files(temporary):
             place = path / file.relative_to(temporary)
@@ -136,9 +146,9 @@ def filled_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _folder_beside(path: Path) -> Iterator[Path]:
-    """An empty temporary folder beside ``path``, gone after the block."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _temporary_folder(path: Path, parent: Path) -> Iterator[Path]:
+    """An empty temporary folder for ``path`` in ``parent``, gone after the block."""
+    temporary = parent / f".{path.name}.{os.getpid()}.tmp"
     # Left by a killed process that had the same id.
     shutil.rmtree(temporary, ignore_errors=True)
     try:
