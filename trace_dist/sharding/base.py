@@ -51,7 +51,7 @@ class ShardedModel(ABC):
 
     def __init__(self, module: nn.Module) -> None:
         self.roots = peel(module)
-        """What wraps the model, from outside, and the model: any of them may be asked to reset the gradients."""
+        """What wraps the model, from outside, and the model, then the caller's engine: each may be asked to reset gradients."""
         self.module: Any = self.roots[-1]
         self.comm = Comm()
         self.rank, self.world = self.comm.rank, self.comm.world
