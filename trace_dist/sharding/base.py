@@ -196,6 +196,11 @@ class ShardedModel(ABC):
             return None
         return [self.local(support.name).data_ptr() for support in supports]
 
+    def stamp(self, name: str) -> tuple[int, int]:
+        """Another one once a dense weight was written to or replaced, as by ``load_state_dict``; ``local`` does not count."""
+        parameter = self._parameters[name]
+        return parameter._version, parameter.data_ptr()
+
     def release(self) -> None:
         """Drop the overlays of NF4 weights that hold what the codes say, as after a delta was taken off. Collective."""
         for name, layer in self._quantized.items():

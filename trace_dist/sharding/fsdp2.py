@@ -98,6 +98,10 @@ class Fsdp2Model(HoldingModel):
     def local(self, name: str) -> Tensor:
         return self._parameters[name].data.to_local().view(-1)
 
+    def stamp(self, name: str) -> tuple[int, int]:
+        parameter = self._parameters[name]
+        return parameter._version, parameter._local_tensor.data_ptr()
+
     def copies(self) -> list[Tensor]:
         return [p.data for p in self.module.parameters() if not isinstance(p, DTensor)]
 

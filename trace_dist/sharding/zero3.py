@@ -270,6 +270,11 @@ class Zero3Model(HoldingModel):
     def local(self, name: str) -> Tensor:
         return self._parameters[name].ds_tensor.data.view(-1)[: len(self.views(name)[self.rank])]
 
+    def stamp(self, name: str) -> tuple[int, int]:
+        # Written to where DeepSpeed cuts a gathered weight that was changed (``modifier_rank``), not where it gathers one.
+        shard = self._parameters[name].ds_tensor
+        return shard._version, shard.data_ptr()
+
     def copies(self) -> list[Tensor]:
         if self.world == 1:  # a single rank's shard is the parameter
             return []
