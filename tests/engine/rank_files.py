@@ -194,7 +194,7 @@ def exporting(out: Path) -> Found:
     for backend, kind in (("zero3", Zero3Model), ("fsdp2", Fsdp2Model)):
         for name in ("causal", "classifier", "encoder without pooler"):
             kind(make(name, torch.bfloat16)).save_pretrained(out / f"saved-{backend}-{name}")
-    return {}
+    return {"no folder": refused(lambda: model.save_pretrained(out / "exported.safetensors"))}
 
 
 def full_density(case: Case) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,8 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from engine.cases import CASES, Case, batches
 from engine.training import make_optimizer, refused
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -26,7 +28,11 @@ ROWS = CASES["row"]
 
 
 def plain_loop(
-    case: Case, model: nn.Module, optimizer: MaskedAdamW, run: nn.Module | None = None
+    case: Case,
+    model: nn.Module,
+    optimizer: MaskedAdamW,
+    run: nn.Module | None = None,
+    backward: Callable[[Tensor], Any] = Tensor.backward,
 ) -> list[float]:
     """Losses over the global batch; ``run`` is called in place of the model where the caller wraps it later."""
     losses = []
@@ -38,7 +44,7 @@ def plain_loop(
             ids.tensor_split(case.accumulation), labels.tensor_split(case.accumulation), strict=True
         ):
             loss = answer_nll_sum_((run or model)(input_ids=x).logits, y) / num_tokens
-            (dist.world_size() * loss).backward()  # data-parallel loops average over ranks
+            backward(dist.world_size() * loss)  # data-parallel loops average over ranks
             total += loss.detach().double()
         optimizer.step()
         optimizer.zero_grad()
@@ -107,6 +113,8 @@ def prepared(out: Path) -> dict[str, Any]:
         optimizer = make_optimizer(case, theirs)
         found[f"engine/{case.name}"] = plain_loop(case, theirs, optimizer, theirs.module)
         optimizer.model.detach()
+    found["called"] = called()
+    found["loaded"] = {name: loaded(name, make) for name, make in {**makers, "engine": engine}.items()}
 
     for name, make in {**makers, "engine": engine}.items():
         model = make(CASE)
@@ -123,6 +131,57 @@ def prepared(out: Path) -> dict[str, Any]:
     found["loss.backward on zero3"] = plain_loop(CASE, sharded, make_optimizer(CASE, sharded))
     found["refused"] = refusals()
     return found
+
+
+def called() -> dict[str, Any]:
+    """Losses where the engine itself is called, with its way of backward passes and without; what else its loop may ask of it."""
+    found: dict[str, Any] = {}
+    case = replace(CASE, steps=3)
+    passes = case.accumulation
+    ways: dict[str, tuple[int, Callable[[Any], Callable[[Tensor], Any]]]] = {
+        "loss.backward": (1, lambda theirs: Tensor.backward),
+        "engine.backward": (1, lambda theirs: theirs.backward),
+        "accumulated by loss.backward": (passes, lambda theirs: lambda loss: (passes * loss).backward()),
+        "accumulated by engine.backward": (
+            passes,
+            lambda theirs: lambda loss: theirs.backward(passes * loss),
+        ),
+    }
+    for name, (steps, backward) in ways.items():
+        theirs = engine(case, gradient_accumulation_steps=steps, wall_clock_breakdown=True)
+        optimizer = make_optimizer(case, theirs)
+        found[name] = plain_loop(case, theirs, optimizer, backward=backward(theirs))
+    theirs.backward(theirs(input_ids=batches(case)[0][0]).logits.square().mean())
+    reached = any(support.grad.any() for support in optimizer.supports)
+    theirs.zero_grad()
+    found["reset"] = bool(reached) and not any(support.grad.any() for support in optimizer.supports)
+    found["engine.step"] = refused(theirs.step)
+    return found
+
+
+def loaded(name: str, make: Callable[..., Any]) -> dict[str, int]:
+    """Of a bf16 model that is loaded after the optimizer was built: copies taken anew in the steps before, and values that differ
+    from what was loaded after steps that move nothing."""
+    case = replace(CASES["bf16"], lr=0.0, weight_decay=0.0, steps=2)
+    model = make(case, bf16={"enabled": True}) if name == "engine" else make(case)
+    optimizer, taken = make_optimizer(case, model), []
+    take = optimizer._loaded._take
+    optimizer._loaded._take = lambda support: taken.append(support.name) or take(support)  # type: ignore[method-assign,func-returns-value]
+    plain_loop(case, model, optimizer)
+    before = len(taken)
+    state = {key: value + 0.25 for key, value in case.model().state_dict().items()}
+    if name == "engine":
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):
+            for key, parameter in model.module.named_parameters():
+                parameter.data.copy_(state[key])
+    else:
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(optimizer.model.module, dict(state), options=options)
+    plain_loop(case, model, optimizer)
+    now = optimizer.model.full_state_dict()
+    return {"taken": before, "wrong": sum(int((now[key] != state[key]).sum()) for key in now)}
 
 
 def another_seed() -> nn.Module:

@@ -45,6 +45,35 @@ def test_a_second_optimizer_on_the_same_model_replaces_the_first(world, kind: st
 
 
 @pytest.mark.launcher
+@pytest.mark.parametrize(
+    "way",
+    [
+        *("loss.backward", "engine.backward"),
+        *("accumulated by loss.backward", "accumulated by engine.backward"),
+    ],
+)
+def test_an_engine_is_trained_by_calling_it(world, way: str) -> None:
+    """DeepSpeed divides by the passes that its config accumulates, once."""
+    assert world(3).section("prepared")["called"][way] == pytest.approx(expected(CASE.name)[:3], rel=2e-6)
+
+
+@pytest.mark.launcher
+def test_what_else_a_loop_asks_of_an_engine(world) -> None:
+    for report in world(3).reports:
+        found = report["prepared"]["called"]
+        assert found["reset"]
+        assert "call step() of the MaskedAdamW" in found["engine.step"]
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_are_loaded_later_are_trained_on(world, kind: str) -> None:
+    """Neither training nor DDP, put around before, looks like loading; on no rank is what was loaded overwritten."""
+    for report in world(3).reports:
+        assert report["prepared"]["loaded"][kind] == {"taken": 0, "wrong": 0}
+
+
+@pytest.mark.launcher
 @pytest.mark.parametrize("kind", ["plain", "ddp"])
 @pytest.mark.parametrize("case", [CASE.name, ROWS.name])
 def test_replicated_ranks_share_the_states(world, kind: str, case: str) -> None:

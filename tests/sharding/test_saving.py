@@ -12,12 +12,13 @@ from engine.cases import CASES
 from engine.rank_nf4 import coded
 from engine.savable import MAKERS, load, make
 from engine.toy import Toy
+from full_disk import full_disk
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import nn
 
 from trace_dist import Mask, MaskedAdamW, shard
-from trace_dist.models.weight_files import INDEX, WEIGHTS
+from trace_dist.models.weight_files import INDEX, WEIGHTS, open_weights
 from trace_dist.sharding import ShardedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,6 +51,55 @@ def test_read_back(name: str, dtype: str, tmp_path: Path) -> None:
 def test_read_back_from_ranks(world, backend: str, name: str) -> None:
     folder = world(2).folder / f"saved-{backend}-{name}"
     assert_read_back(name, folder, make(name, torch.bfloat16), "bfloat16")
+
+
+@pytest.mark.launcher
+def test_all_ranks_hear_that_rank_0_cannot_write(world) -> None:
+    for report in world(2).reports:
+        assert "exported.safetensors: cannot be written" in report["exporting"]["no folder"]
+
+
+def test_the_folder_is_tried_before_weights_are_gathered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shard(make("causal", torch.float32), "single")
+    monkeypatch.setattr(model, "full_state_dict", None)
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match=r"file.*: cannot be written .*choose another folder"):
+            model.save_pretrained(place)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_half_a_checkpoint_is_none(existed: bool, tmp_path: Path) -> None:
+    folder, model = tmp_path / "out", shard(make("causal", torch.float32), "single")
+    if existed:
+        model.save_pretrained(folder)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with torch.no_grad():
+        model.module.model.norm.weight.add_(1)
+    with full_disk(5000), pytest.raises(ValueError, match="out: cannot be written"):
+        model.save_pretrained(folder)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert folder.exists() == existed
+
+
+def test_a_new_checkpoint_replaces_one_of_several_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make("causal", torch.float32).save_pretrained(tmp_path, max_shard_size="5KB")
+    (tmp_path / "notes.txt").touch()
+    module = make("causal", torch.float32)
+    with torch.no_grad():
+        module.model.norm.weight.add_(1)
+    shard(module, "single").save_pretrained(".")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", "notes.txt"}
+    assert_read_back("causal", tmp_path, module, "float32")
+    with open_weights(tmp_path) as files:
+        assert torch.equal(files.tensor("model.norm.weight"), module.model.norm.weight)
 
 
 def test_the_model_itself_is_not_changed(tmp_path: Path) -> None:

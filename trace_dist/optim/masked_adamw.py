@@ -22,6 +22,7 @@ from trace_kernels.compact import compact_gather, compact_scatter, compact_sumsq
 from trace_dist.config import StateDtype
 from trace_dist.optim.batches import Batches, Entry, can_batch, sum_of_squares
 from trace_dist.optim.factors import own_factors
+from trace_dist.optim.loaded import Loaded
 from trace_dist.optim.offload import HostEntries, Offload
 from trace_dist.optim.part_server import PartServer, Source
 from trace_dist.optim.parts import locate, owned
@@ -53,6 +54,10 @@ class MaskedAdamW(torch.optim.Optimizer):
     ``.grad`` the compact gradient that backward passes accumulate. The first pass after a step begins from zero even where nobody
     called ``zero_grad`` (Trainer calls that of the DDP model around it, which reaches no compact gradient). A ``GradScaler`` for
     fp16 skips a step, and lowers its scale, on all ranks together (``scaled_gradient``).
+
+    Weights that are loaded later, by ``load_state_dict`` or by a Trainer that resumes, are trained on from there. What is written
+    through ``.data`` is not noticed where there is a master copy or offload. The loop may go on calling a DeepSpeed engine, but
+    for its ``step()``.
 
     Args:
         model: a sharded model, or a model that is plain, in DDP, sharded by ``fully_shard`` (by hand or by accelerate) or by a
@@ -108,6 +113,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         super().__init__(entries, defaults)
         for support, parameter in zip(self.supports, entries, strict=True):
             self.state[parameter] = new_state(self._weights(support), options)
+        self._loaded = Loaded(self.model, [(s, self._copies(s, state)) for s, state in self.compact()])
         self._batches = Batches()
         self._server = self._serve() if dist.world_size() > 1 else None
 
@@ -148,8 +154,14 @@ class MaskedAdamW(torch.optim.Optimizer):
         local, runs = self.model.storage(support)
         return compact_gather(local, runs).to(local.dtype)
 
+    def _copies(self, support: Support, state: State) -> list[Tensor]:
+        """What holds a support's entries beside the weight: [n] each."""
+        staged = [] if self._offload is None else [self._offload.entries[support.name].values]
+        return [*staged, state["master"]] if "master" in state else staged
+
     def values(self, support: Support) -> Tensor:
         """Present values of a support's entries in full precision: the master copy, or the weights where there is none. [n]."""
+        self._loaded.follow([support])
         parameter = self.param_groups[0]["params"][self.supports.index(support)]
         state = self.state[parameter]
         return state["master"] if "master" in state else self._weights(support)
@@ -169,6 +181,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             else:
                 self._offload.entries[support.name].values.copy_(new)
                 self._offload.write_back(support)
+        self._loaded.agree()
         self.model.refresh(self.supports)
 
     def _check_ready(self) -> None:
@@ -200,6 +213,7 @@ class MaskedAdamW(torch.optim.Optimizer):
                 changed, and after ``zero_grad()`` training can go on.
         """
         self._check_ready()
+        self._loaded.follow(self.supports)
         result = None
         if closure is not None:
             with torch.enable_grad():

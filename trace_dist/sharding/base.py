@@ -32,6 +32,8 @@ from trace_dist.sharding.saving import check_can_be_saved, write_pretrained
 from trace_dist.sharding.support import Accumulate, Support
 from trace_dist.sharding.views import PartitionView
 from trace_dist.utils import dist
+from trace_dist.utils.files import check_folder
+from trace_dist.utils.together import on_main
 
 if TYPE_CHECKING:
     from trace_dist.sharding.sequence import SequenceParallel
@@ -68,7 +70,7 @@ class ShardedModel(ABC):
 
     def __init__(self, module: nn.Module) -> None:
         self.roots = peel(module)
-        """What wraps the model, from outside, and the model: any of them may be asked to reset the gradients."""
+        """What wraps the model, from outside, and the model, then the caller's engine: each may be asked to reset gradients."""
         self.module: Any = self.roots[-1]
         self.comm = Comm()
         self.rank, self.world = self.comm.rank, self.comm.world
@@ -246,6 +248,11 @@ class ShardedModel(ABC):
             return None
         return [self.local(support.name).data_ptr() for support in supports]
 
+    def stamp(self, name: str) -> tuple[int, int]:
+        """Another one once a dense weight was written to or replaced, as by ``load_state_dict``; ``local`` does not count."""
+        parameter = self._parameters[name]
+        return parameter._version, parameter.data_ptr()
+
     def release(self) -> None:
         """Drop the overlays of NF4 weights that hold what the codes say, as after a delta was taken off. Collective."""
         for name, layer in self._quantized.items():
@@ -368,10 +375,10 @@ class ShardedModel(ABC):
         """Write the whole model as an ordinary Hugging Face checkpoint, from rank 0. Collective.
 
         Raises:
-            ValueError: the model holds PEFT adapters.
+            ValueError: the model holds PEFT adapters, or the folder cannot be written, and what lay in it is then still there. It
+                is tried before weights are gathered.
         """
         check_can_be_saved(self.module)
+        on_main(lambda: check_folder(Path(folder)))
         state = self.full_state_dict()
-        if self.rank == 0:
-            write_pretrained(self.module, state, folder)
-        self.comm.barrier()
+        on_main(lambda: write_pretrained(self.module, state, Path(folder)))

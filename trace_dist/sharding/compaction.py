@@ -282,8 +282,8 @@ def _is_reentrant(module: nn.Module) -> bool:
 def _join_zero_grad(module: nn.Module, reset: Callable[[], None]) -> Callable[[], None]:
     """Let ``module.zero_grad()`` reset compact gradients too (transformers' Trainer calls no other); returns the undo."""
 
-    def zero_grad(self: nn.Module, set_to_none: bool = True) -> None:
-        type(self).zero_grad(self, set_to_none)
+    def zero_grad(self: nn.Module, *options: Any, **named: Any) -> None:
+        type(self).zero_grad(self, *options, **named)
         if self is module:  # and not a deep copy of it
             reset()
 

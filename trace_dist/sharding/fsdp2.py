@@ -118,6 +118,10 @@ class Fsdp2Model(HoldingModel):
         _drop_copies(self.module)  # a hook on a copy would go with it, and see no slice
         return super().attach(mask, accumulate)
 
+    def stamp(self, name: str) -> tuple[int, int]:
+        parameter = self._parameters[name]
+        return parameter._version, parameter._local_tensor.data_ptr()
+
     def copies(self) -> list[Tensor]:
         return [p.data for p in self.module.parameters() if not isinstance(p, DTensor)]
 

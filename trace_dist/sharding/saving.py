@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,13 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
-from trace_dist.models.weight_files import INDEX, WEIGHTS
+from trace_dist.utils.files import filled_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+"""The names under which transformers and we look for weights."""
 
 
 def check_can_be_saved(module: nn.Module) -> None:
@@ -28,27 +32,33 @@ def check_can_be_saved(module: nn.Module) -> None:
         )
 
 
-def write_pretrained(module: Any, state: dict[str, Tensor], folder: Path | str) -> None:
+def write_pretrained(module: Any, state: dict[str, Tensor], folder: Path) -> None:
     """Write an ordinary Hugging Face checkpoint; of a module that is none of transformers', the weights alone.
-
-    Weights of an earlier checkpoint in the folder go: one file and shards beside each other would be read in either way.
 
     Args:
         module: the model, sharded or not, without wrappers.
         state: its whole weights and persistent buffers; tied names share one tensor.
-        folder: made if missing.
+        folder: made if missing; filled once all is written. The weights of a checkpoint that lay there go: one file and
+            shards beside each other would be read in either way.
+
+    Raises:
+        ValueError: it cannot be written; what lay in the folder is then still there.
     """
+    there = folder.iterdir() if folder.is_dir() else ()
+    stale = [path.name for path in there if _WEIGHT_FILE.fullmatch(path.name)]
+    with filled_folder(folder, stale) as temporary:
+        _write(module, state, temporary)
+
+
+def _write(module: Any, state: dict[str, Tensor], folder: Path) -> None:
     # Slow to import, and a command on a bank has no model; who has one has imported it.
     from transformers import PreTrainedModel
     from transformers.core_model_loading import revert_weight_conversion
 
     twin = _twin(module, state) if isinstance(module, PreTrainedModel) else None
     if twin is not None:
-        for name in (WEIGHTS, INDEX):
-            (Path(folder) / name).unlink(missing_ok=True)
         twin.save_pretrained(folder, state_dict=state)
         return
-    Path(folder).mkdir(parents=True, exist_ok=True)
     if isinstance(module, PreTrainedModel):
         config = copy.deepcopy(module.config)
         floating = next((value.dtype for value in state.values() if value.is_floating_point()), None)

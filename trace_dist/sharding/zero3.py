@@ -36,6 +36,7 @@ from trace_dist.models.blocks import decoder_blocks, largest, whole_blocks
 from trace_dist.models.loading import check_zero_config, load_model_zero3
 from trace_dist.models.wrapping import unwrap
 from trace_dist.sharding import gloo
+from trace_dist.sharding.engine_loop import let_train
 from trace_dist.sharding.holding import HoldingModel
 from trace_dist.sharding.support import Support
 from trace_dist.sharding.throttle import Throttle
@@ -224,7 +225,9 @@ class Zero3Model(HoldingModel):
 
     @classmethod
     def adopt(cls, engine: Any) -> Zero3Model:
-        """Take over a DeepSpeed engine of the caller's.
+        """Take over a DeepSpeed engine of the caller's, which the caller's loop goes on calling (``engine_loop``).
+
+        A pass through ``engine(...)`` is divided by its ``gradient_accumulation_steps``; one through this model is not.
 
         Raises:
             ValueError: the engine is not ZeRO-3, has an optimizer, or keeps more copies of the weights.
@@ -241,6 +244,8 @@ class Zero3Model(HoldingModel):
         check_zero_config(engine.config)
         adopted = cls.__new__(cls)
         adopted._own(engine)
+        adopted.roots.append(engine)  # last: a call of this model goes past it
+        let_train(engine)
         return adopted
 
     def still_fits(self, layers: list[nn.Module]) -> bool:
@@ -268,6 +273,11 @@ class Zero3Model(HoldingModel):
 
     def local(self, name: str) -> Tensor:
         return self._parameters[name].ds_tensor.data.view(-1)[: len(self.views(name)[self.rank])]
+
+    def stamp(self, name: str) -> tuple[int, int]:
+        # Written to where DeepSpeed cuts a gathered weight that was changed (``modifier_rank``), not where it gathers one.
+        shard = self._parameters[name].ds_tensor
+        return shard._version, shard.data_ptr()
 
     def copies(self) -> list[Tensor]:
         if self.world == 1:  # a single rank's shard is the parameter

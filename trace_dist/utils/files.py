@@ -86,6 +86,15 @@ def check_apart(out: Path, others: Mapping[str, Path], field: str = "out") -> No
             )
 
 
+def check_folder(path: Path) -> None:
+    """Raise ValueError where a folder cannot be made or filled; asked before the work whose result it takes."""
+    existing = path if path.exists() else path.parent
+    with writing(path):
+        existing.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path``; renames it to ``path`` when the block succeeds.
@@ -126,7 +135,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists():
         raise ValueError(f"{path}: exists already; delete it or choose another folder")
-    with _folder_beside(path) as temporary:
+    with _temporary_folder(path, path.parent) as temporary:
         yield temporary
         _flush_files(temporary)
         temporary.rename(path)
@@ -148,7 +157,8 @@ def filled_folder(path: Path, replaced: Collection[str] = ()) -> Iterator[Path]:
         with atomic_folder(path) as temporary:
             yield temporary
         return
-    with _folder_beside(path) as temporary:
+    # In it: the folder beside may be of another disk, or of somebody else.
+    with _temporary_folder(path, path) as temporary:
         yield temporary
         new = _flush_files(temporary)
         for name in set(replaced) - {file.relative_to(temporary).as_posix() for file in new}:
@@ -161,11 +171,10 @@ def filled_folder(path: Path, replaced: Collection[str] = ()) -> Iterator[Path]:
 
 
 @contextmanager
-def _folder_beside(path: Path) -> Iterator[Path]:
-    """An empty temporary folder beside ``path``, gone after the block."""
+def _temporary_folder(path: Path, parent: Path) -> Iterator[Path]:
+    """An empty temporary folder for ``path`` in ``parent``, gone after the block."""
     # What stands for the folder, as ``.`` does, may have no name.
-    place = path.resolve()
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    temporary = parent.resolve() / f".{path.resolve().name}.{os.getpid()}.tmp"
     # Left by a killed process that had the same id.
     shutil.rmtree(temporary, ignore_errors=True)
     try:

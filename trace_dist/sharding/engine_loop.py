@@ -1,0 +1,34 @@
+"""A DeepSpeed engine of the caller's in a loop that calls it, without an optimizer of DeepSpeed's.
+
+The engine expects that optimizer to count, reduce and apply gradients, and refuses a backward pass without one. Here they are
+caught, exchanged and applied elsewhere (``compaction``, ``optim``), so there is nothing to count and nothing to refuse.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+
+
+def let_train(engine: Any) -> None:
+    """Let ``engine.backward(loss)`` and ``loss.backward()`` run on what ``engine(...)`` gives; ``engine.step()`` says who steps.
+
+    Either pass is divided by the engine's ``gradient_accumulation_steps``, as DeepSpeed does.
+    """
+
+    def begin(is_boundary: bool) -> None:
+        # Called as a pass begins. After loss.backward() a DeepSpeed optimizer, which counts gradients, would stop the timers.
+        if torch._C._current_graph_task_id() >= 0 and not engine._running_engine_backward:
+            torch.autograd.Variable._execution_engine.queue_callback(engine._backward_epilogue)
+
+    engine.step = _refuse_step
+    engine._support_torch_style_backward = True
+    engine.enable_backward_allreduce = False
+    engine.optimizer.set_gradient_accumulation_boundary = begin
+
+
+def _refuse_step(*_: Any, **__: Any) -> NoReturn:
+    raise ValueError(
+        "engine.step(): this DeepSpeed engine has no optimizer of its own; call step() of the MaskedAdamW that was built on it"
+    )
