@@ -249,7 +249,7 @@ class Zero3Model(HoldingModel):
         return adopted
 
     def still_fits(self, layers: list[nn.Module]) -> bool:
-        # It runs without what wraps the model, and an engine is no part of the roots.
+        # It runs without what wraps the model: the layers do not matter.
         return super().still_fits(self.roots)
 
     def _own(self, engine: Any) -> None:
