@@ -107,7 +107,7 @@ def test_a_missing_task_file_can_be_mended_in_the_same_run_folder(
     line = error_line(run("run", "--config", path, cache=cache))
     assert "tasks.copy.path=" in line
     assert "absent.jsonl': no such file or folder; fix the path" in line
-    assert files(tmp_path / "run") == ["config.yaml", "logs/base-target.log"]
+    assert files(tmp_path / "run") == [".trace-dist-run", "config.yaml", "logs/base-target.log"]
 
     path = write_config(tmp_path, config)
     done = run_here("base", "--config", path, "--which", "proxy", cache=cache)
@@ -136,7 +136,7 @@ def test_a_mask_file_that_cannot_be_read(
     line = error_line(run_here("train", "--config", path, "--mask_file", mask, cache=cache))
     assert f"{mask}: " in line
     assert fragment in line
-    assert files(tmp_path / "run") == ["config.yaml"]
+    assert files(tmp_path / "run") == [".trace-dist-run", "config.yaml"]
 
 
 def test_a_prompt_longer_than_the_context(config: dict[str, Any], cache: Path, tmp_path: Path) -> None:
@@ -148,14 +148,14 @@ def test_a_prompt_longer_than_the_context(config: dict[str, Any], cache: Path, t
     assert "tasks.twist: a training example needs 305 tokens" in line
     assert "the target has 256 positions" in line
     assert "set data.max_length to at most 256 with data.truncate_prompt=true" in line
-    assert files(tmp_path / "run") == ["config.yaml"]
+    assert files(tmp_path / "run") == [".trace-dist-run", "config.yaml"]
 
 
 def test_a_prompt_longer_than_max_length(config: dict[str, Any], cache: Path, tmp_path: Path) -> None:
     path = write_config(tmp_path, edited(config, "data.max_length", 8))
     line = error_line(run_here("base", "--config", path, cache=cache))
     assert "exceed data.max_length=8; raise data.max_length or set data.truncate_prompt=true" in line
-    assert files(tmp_path / "run") == ["config.yaml"]
+    assert files(tmp_path / "run") == [".trace-dist-run", "config.yaml"]
 
 
 def test_a_mask_of_another_model(config: dict[str, Any], cache: Path, tmp_path: Path) -> None:
