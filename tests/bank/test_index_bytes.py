@@ -28,7 +28,7 @@ WHOLE = torch.randn(1000, generator=torch.Generator().manual_seed(0))
 class OneRank:
     """One of eight ranks, which keeps what it was asked for the values of."""
 
-    device, world = torch.device("cpu"), WORLD
+    device, world, quantize = torch.device("cpu"), WORLD, "none"
 
     def __init__(self, rank: int) -> None:
         self.rank, self.asked = rank, list[Support]()
