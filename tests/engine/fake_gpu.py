@@ -15,6 +15,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+# While it is imported it wants torch.cuda.Stream to be a class.
+from transformers import GenerationMixin  # noqa: F401
+
+from trace_dist.optim.scaled_gradient import ScaledGradient
 from trace_dist.utils import dist
 
 GPU = torch.device("cuda", 0)
@@ -28,6 +32,19 @@ class OnGpu(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return run(func, args, kwargs or {})
+
+
+class ScaledOnGpu(OnGpu, ScaledGradient):
+    """A gradient for a scaler, on the GPU."""
+
+    @classmethod
+    def of(cls, grad: Tensor, model: Any) -> ScaledGradient:
+        """As ``ScaledGradient.of``, which does not know that a tensor lies there."""
+        kind = cls if isinstance(grad, OnGpu) else ScaledGradient
+        return OF(kind, grad, model)  # type: ignore[no-any-return]
+
+
+OF = ScaledGradient.of.__func__  # type: ignore[attr-defined]
 
 
 def on_gpu(tensor: Tensor) -> OnGpu:
@@ -171,6 +188,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
     }
     with monkeypatch.context() as patch:
         patch.setattr(dist, "local_device", lambda: GPU)
+        patch.setattr(ScaledGradient, "of", ScaledOnGpu.of)
         for name, replacement in patches.items():
             patch.setattr(torch.cuda, name, replacement)
         # A module's parameters become new objects, as their data cannot change the kind of tensor.
