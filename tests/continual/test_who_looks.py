@@ -157,7 +157,7 @@ def test_what_one_rank_cannot_read_is_an_error_on_all(
 
 def test_where_a_proxy_comes_from(rank_1: Rank1, tmp_path: Path) -> None:
     cfg: Any = SimpleNamespace(proxy=SimpleNamespace(path=str(tmp_path), prune=None))
-    cfg.target = SimpleNamespace(path="target")
+    cfg.target, cfg.probed = SimpleNamespace(path="target"), cfg.proxy
     origin = Origin("base", "layers", [0])
     model: Any = None
     rank_1.says = [(origin, lambda: None), (origin, lambda: None)]
