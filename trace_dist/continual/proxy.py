@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from trace_dist.config import RunConfig
 from trace_dist.models.fingerprint import same_model
@@ -56,17 +57,15 @@ def stated_origin(cfg: RunConfig, target: nn.Module, model_id: str) -> Origin | 
     return found
 
 
-def same_tokens(cfg: RunConfig) -> bool:
-    """Whether proxy and target have one vocabulary."""
-    paths = (cfg.probed.path, cfg.target.path)
-    mine, its = (load_tokenizer(path).get_vocab() for path in paths)
-    return bool(mine == its)
+def same_tokens(cfg: RunConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> bool:
+    """Whether proxy and target have one vocabulary; the target's tokenizer is read where it is not given."""
+    its = load_tokenizer(cfg.target.path) if tokenizer is None else tokenizer
+    return bool(load_tokenizer(cfg.probed.path).get_vocab() == its.get_vocab())
 
 
 def proxy_module(cfg: RunConfig, bench: Workbench) -> nn.Module | None:
     """The proxy, frozen, in fp32 on this rank's device; None where it does not read the tokens of the target's data."""
-    path = cfg.probed.path
-    if load_tokenizer(path).get_vocab() != bench.tokenizer.get_vocab():
+    if not same_tokens(cfg, bench.tokenizer):
         return None
-    module: nn.Module = load_model(path, torch.float32)
+    module: nn.Module = load_model(cfg.probed.path, torch.float32)
     return module.to(dist.local_device()).requires_grad_(False).eval()

@@ -43,14 +43,18 @@ _VIEWS: WeakKeyDictionary[nn.Module, ref[ShardedModel]] = WeakKeyDictionary()
 """Model -> its latest view. What an attached mask leaves in the model keeps the view alive."""
 
 
+def _latest(module: nn.Module) -> ShardedModel | None:
+    reference = _VIEWS.get(module)
+    return None if reference is None else reference()
+
+
 def view_of(layers: list[nn.Module]) -> ShardedModel | None:
     """The view that was made of a model before, frozen but for an attached mask; None where a new one would differ.
 
     Args:
         layers: the model and what wraps it (``models.wrapping.peel``).
     """
-    reference = _VIEWS.get(layers[-1])
-    view = None if reference is None else reference()
+    view = _latest(layers[-1])
     if view is None or not view.still_fits(layers):
         return None
     view.freeze()
@@ -85,10 +89,9 @@ class ShardedModel(ABC):
 
     def _take_over(self) -> None:
         """Become the view of the model: a mask that was attached through another would take the gradients of the next."""
-        earlier = _VIEWS.get(self.module)
-        view = None if earlier is None else earlier()
-        if view is not None:
-            view.detach()
+        earlier = _latest(self.module)
+        if earlier is not None:
+            earlier.detach()
         _VIEWS[self.module] = ref(self)
 
     def _let_go(self) -> None:

@@ -47,10 +47,16 @@ def write_pretrained(module: Any, state: dict[str, Tensor], folder: Path) -> Non
     there = folder.iterdir() if folder.is_dir() else ()
     stale = [path.name for path in there if _WEIGHT_FILE.fullmatch(path.name)]
     with filled_folder(folder, stale) as temporary:
-        _write(module, state, temporary)
+        write_files(module, state, temporary)
 
 
-def _write(module: Any, state: dict[str, Tensor], folder: Path) -> None:
+def write_files(module: Any, state: dict[str, Tensor], folder: Path) -> None:
+    """The files of ``write_pretrained``, one by one into a folder that is there and holds no weights.
+
+    Args:
+        module, state: as of ``write_pretrained``.
+        folder: the folder.
+    """
     # Slow to import, and a command on a bank has no model; who has one has imported it.
     from transformers import PreTrainedModel
     from transformers.core_model_loading import revert_weight_conversion

@@ -181,11 +181,6 @@ def _temporary_folder(path: Path, parent: Path) -> Iterator[Path]:
         with writing(path):
             temporary.mkdir(parents=True)
             yield temporary
-    except ValueError as error:
-        if type(error) is not ValueError or str(temporary) not in str(error):
-            raise
-        # What fills it may write it as a folder of its own.
-        raise ValueError(str(error).replace(str(temporary), str(path))) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -19,7 +19,7 @@ from trace_dist.models.kinds import torch_dtype
 from trace_dist.models.rest import copy_rest
 from trace_dist.models.weight_files import resolve
 from trace_dist.sharding.build import load_sharded
-from trace_dist.sharding.saving import write_pretrained
+from trace_dist.sharding.saving import write_files
 
 label = "Hugging Face checkpoint"
 
@@ -44,7 +44,7 @@ def write(deltas: Sequence[Delta], out: Path, base: str, dtype: str, options: Op
             state = model.full_state_dict()
         if len(held) == 1:
             _round(state, held[0], dtype)
-        write_pretrained(model.module, state, folder)
+        write_files(model.module, state, folder)
         write_card(folder, "hf", deltas, base, dtype, options)
 
 
