@@ -6,8 +6,11 @@ import os
 import socket
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Literal
+
+from warm.start import start
 
 Launcher = Literal["python", "torchrun", "deepspeed"]
 TESTS = Path(__file__).parent
@@ -30,19 +33,33 @@ def rank_environment() -> dict[str, str]:
         **kept,
         "CUDA_VISIBLE_DEVICES": "",
         "DS_ACCELERATOR": "cpu",
+        "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(TESTS)))),
     }
 
 
-def launch(script: Path, num_ranks: int, *args: object, launcher: Launcher, timeout: float = 400) -> None:
+@cache
+def warm_folder() -> Path:
+    """Where ``python`` and the launchers' programs lie that need not import what commands import."""
+    return start(rank_environment())
+
+
+def python() -> str:
+    """What starts a command where a test asks what it does; with TRACE_DIST_TESTS_COLD, the interpreter of the tests."""
+    return sys.executable if os.environ.get("TRACE_DIST_TESTS_COLD") else str(warm_folder() / "python")
+
+
+def launch(
+    script: Path, num_ranks: int, *args: object, launcher: Launcher, timeout: float = 400, warm: bool = True
+) -> None:
     """Run ``script args...`` on ``num_ranks`` ranks of this machine; fails with what they wrote to standard error."""
-    python, port = sys.executable, str(free_port())
-    start = {
-        "python": [python],
+    program, port = python() if warm else sys.executable, str(free_port())
+    words = {
+        "python": [program],
         "torchrun": [
-            python,
+            program,
             "-m",
             "torch.distributed.run",
             "--nproc_per_node",
@@ -51,7 +68,7 @@ def launch(script: Path, num_ranks: int, *args: object, launcher: Launcher, time
             port,
         ],
         "deepspeed": [
-            python,
+            program,
             "-m",
             "deepspeed.launcher.runner",
             "--num_gpus",
@@ -61,7 +78,7 @@ def launch(script: Path, num_ranks: int, *args: object, launcher: Launcher, time
         ],
     }[launcher]
     done = subprocess.run(
-        [*start, str(script), *map(str, args)],
+        [*words, str(script), *map(str, args)],
         env=rank_environment(),
         capture_output=True,
         text=True,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from launching import free_port, rank_environment
+from launching import free_port, python, rank_environment
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 TORCHRUN = ("torch.distributed.run", "--nproc_per_node", "2", "--master_port")
@@ -22,7 +21,7 @@ LAUNCHES = {"bare_loop": TORCHRUN, "hf_trainer": TORCHRUN, "accelerate_loop": AC
 @pytest.mark.launcher
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_on_two_ranks(name: str) -> None:
-    command = [sys.executable, "-m", *LAUNCHES[name], str(free_port()), str(EXAMPLES / f"{name}.py")]
+    command = [python(), "-m", *LAUNCHES[name], str(free_port()), str(EXAMPLES / f"{name}.py")]
     done = subprocess.run(command, env=rank_environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     losses = [float(loss) for loss in re.findall(r"loss'?:? '?([\d.]+)", done.stdout)]

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from bank.samples import drawn, small_delta
 from cli.program import run_here
-from launching import free_port, rank_environment
+from launching import free_port, python, rank_environment
 
 from trace_dist import DeltaBank
 from trace_dist.bank.bank import BASE
@@ -87,6 +87,7 @@ def test_tables_are_those_of_the_committed_results(section: str) -> None:
 @pytest.mark.timeout(1800)  # twenty commands, each of which has a limit of its own
 def test_commands_run_one_after_the_other(checkout: Path) -> None:
     environment = rank_environment() | {"PYTHONPATH": "", "HF_DATASETS_CACHE": str(checkout / "cache")}
+    environment["PATH"] = f"{Path(python()).parent}{os.pathsep}{environment['PATH']}"
     for command in (line for line in commands() if not line.startswith(MAKE)):
         environment["MASTER_PORT"] = str(free_port())
         if "deepspeed" in command or "torchrun" in command:

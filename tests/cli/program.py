@@ -7,7 +7,6 @@ import logging
 import os
 import random
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import chdir, redirect_stderr, redirect_stdout
@@ -18,7 +17,7 @@ from unittest.mock import patch
 
 import datasets
 import yaml
-from launching import rank_environment
+from launching import python, rank_environment
 
 from trace_dist.cli.main import main
 
@@ -59,7 +58,7 @@ def write_config(folder: Path, config: dict[str, Any], name: str = "config.yaml"
 
 def environment(cache: Path) -> dict[str, str]:
     """One thread per process, no hub, tokenised data in a folder of the test's own."""
-    return rank_environment() | {"HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    return rank_environment() | {"HF_DATASETS_CACHE": str(cache), "PYTHONPATH": ""}
 
 
 def run(
@@ -69,7 +68,7 @@ def run(
     changes: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """``python -m trace_dist arguments...``; ``launcher`` is what starts its ranks, ``changes`` are to the environment."""
-    start = [sys.executable, *(launcher or []), *([] if launcher else ["-m"]), "trace_dist"]
+    start = [python(), *(launcher or []), *([] if launcher else ["-m"]), "trace_dist"]
     return subprocess.run(
         [*start, *map(str, arguments)],
         env=environment(cache) | dict(changes or {}),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from cli.program import environment, files, make_config, write_config, write_tasks
-from launching import free_port
+from launching import free_port, python
 
 from trace_dist import Delta
 from trace_dist.masks import Mask, UnitLayout
@@ -51,7 +50,7 @@ def start(
 ) -> list[tuple[int, str]]:
     """Exit code and error lines of each rank, each with options of its own; fails when one hangs."""
     shared = environment(root / "cache") | {"MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-m", "trace_dist", *command, "--config", "config.yaml"]
+    command = [python(), "-m", "trace_dist", *command, "--config", "config.yaml"]
     ranks = [
         subprocess.Popen(
             [*command, *own], env=shared | launcher(rank), stderr=subprocess.PIPE, text=True, cwd=root

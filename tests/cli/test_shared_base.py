@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 from cli.program import environment, make_config, write_config, write_tasks
+from launching import python
 
 from trace_dist.models.loading import load_model
 
@@ -16,7 +16,7 @@ def test_one_makes_the_base_and_the_other_waits_for_it(tmp_path: Path) -> None:
     config, target = make_config(tmp_path), tmp_path / "models" / "target"
     config["target"]["path"] = str(target)
     config["target"]["tiny"]["steps"] = 60
-    command = [sys.executable, "-m", "trace_dist", "base", "--which", "target", "--config"]
+    command = [python(), "-m", "trace_dist", "base", "--which", "target", "--config"]
     runs = []
     for name in ("one", "two"):
         path = write_config(tmp_path, config | {"run_dir": str(tmp_path / name)}, f"{name}.yaml")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from cli.program import environment, make_config, processes_with, write_config, write_tasks
+from launching import python
 
 pytestmark = pytest.mark.launcher
 SCRIPT = Path(__file__).parents[2] / "launch" / "slurm.sbatch"
@@ -31,7 +31,7 @@ JOB = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_JOB_NODELIST": "localhos
 
 
 def test_a_job_whose_time_is_up_goes_back_into_the_queue_with_a_checkpoint(tmp_path: Path) -> None:
-    for name, text in (("srun", SRUN.format(python=sys.executable)), ("scontrol", SCONTROL)):
+    for name, text in (("srun", SRUN.format(python=python())), ("scontrol", SCONTROL)):
         (tmp_path / "bin").mkdir(exist_ok=True)
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from continual.small import CHECKPOINT_EVERY, METHODS, STEPS, TASKS, make_config, outcome, result
-from launching import rank_environment
+from launching import python, rank_environment
 
 from trace_dist.run_folder import RunFolder
 
@@ -48,7 +47,7 @@ def test_killed_at_every_moment(folder: Path, method: str) -> None:
         shutil.copytree(folder / "whole" / "bank", folder / run / "bank")
     script = Path(__file__).with_name("lives.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(folder), run, method, *moments(method)],
+        [python(), str(script), str(folder), run, method, *moments(method)],
         env=rank_environment(),
         capture_output=True,
         text=True,

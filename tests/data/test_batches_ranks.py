@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import datasets
+from launching import free_port, python, rank_environment
 
 from trace_dist.data import Batches
 
@@ -19,12 +17,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_two_processes_share_the_batches_of_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    env |= {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(SCRIPT), str(tmp_path)]
+    env = rank_environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    env |= {"WORLD_SIZE": "2"}
+    command = [python(), str(SCRIPT), str(tmp_path)]
     ranks = [subprocess.Popen(command, env={**env, "RANK": str(rank)}) for rank in range(2)]
     try:
         assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import runpy
-import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import free_port, python, rank_environment
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trace_dist.data import encode_prompt
@@ -23,12 +21,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_ranks(world_size: int, folder: Path, out: Path) -> list[dict[str, Any]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    env |= {"WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(SCRIPT), str(folder), str(out)]
+    env = rank_environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    env |= {"WORLD_SIZE": str(world_size)}
+    command = [python(), str(SCRIPT), str(folder), str(out)]
     ranks = [subprocess.Popen(command, env={**env, "RANK": str(rank)}) for rank in range(world_size)]
     try:
         assert [rank.wait(timeout=120) for rank in ranks] == [0] * world_size

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launching import free_port, python, rank_environment
 from transformers import PreTrainedModel
 
 from trace_dist.models.fingerprint import same_model
@@ -24,22 +22,13 @@ ZERO3: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization
 
 
 def launch(num_ranks: int, out: Path, dtype: str, folders: list[Path]) -> list[dict[str, Any]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    bin_folder = str(Path(sys.executable).parent)  # where DeepSpeed finds ninja
     result = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run"),
-            *("--nproc_per_node", str(num_ranks), "--master_port", str(port)),
+            *(python(), "-m", "torch.distributed.run"),
+            *("--nproc_per_node", str(num_ranks), "--master_port", str(free_port())),
             *(str(WORKER), str(out), dtype, *map(str, folders)),
         ],
-        env={
-            **os.environ,
-            "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": "1",
-            "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
-        },
+        env=rank_environment(),
         capture_output=True,
         text=True,
         timeout=300,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from launching import free_port, launch, rank_environment
+from launching import free_port, launch, python, rank_environment
 from serving.rank_script import ASKED, LONG
 from serving.small import CAP, TASKS, Small
 
@@ -44,7 +43,7 @@ def test_two_ranks_answer_together(backend: str, small: Small, tmp_path: Path) -
 @pytest.mark.launcher
 def test_the_command_writes_once(small: Small, tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command = [python(), "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     command += ["--master_port", str(free_port()), "-m", "trace_dist", "generate", "--backend", "fsdp2"]
     command += ["--bank", str(small.bank), "--base", str(small.base), "--max_new_tokens", str(CAP)]
     for words in (["--output", str(out)], []):

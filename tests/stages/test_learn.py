@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +22,7 @@ from cli.program import (
     write_config,
     write_tasks,
 )
-from launching import free_port, rank_environment
+from launching import free_port, python, rank_environment
 
 from trace_dist.bank.bank import BASE, DeltaBank
 from trace_dist.config import ModelConfig, RunConfig, TaskConfig
@@ -153,7 +152,7 @@ def test_killed_between_and_inside_the_steps(first: Path, later: Callable[..., P
     config = later(train=make_config(first)["train"] | {"checkpoint_every": 2}, tasks=tasks)
     shutil.copytree(first / "run" / "bank", tmp_path / "whole" / "bank")
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("lives_of_learn.py"), tmp_path, config, "fourth"],
+        [python(), Path(__file__).with_name("lives_of_learn.py"), tmp_path, config, "fourth"],
         env=environment(first / "cache") | {"PYTHONPATH": rank_environment()["PYTHONPATH"]},
         capture_output=True,
         text=True,

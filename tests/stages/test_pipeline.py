@@ -6,7 +6,6 @@ import json
 import re
 import signal
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 import torch
 import yaml
 from cli.program import environment, processes_with, wait_for
+from launching import python
 
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.masks import Mask
@@ -78,7 +78,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = root / "run"
     config = reduced(folder)
     (root / "config.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "trace_dist", "run", "--config", str(root / "config.yaml"), *OVERRIDES]
+    command = [python(), "-m", "trace_dist", "run", "--config", str(root / "config.yaml"), *OVERRIDES]
     own = environment(root / "cache") | SECRETS
     options: dict[str, Any] = {"env": own, "text": True, "cwd": root}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import free_port, rank_environment
+from launching import free_port, python, rank_environment
 
 from trace_dist.utils.agreement import agree
 from trace_dist.utils.together import first_once_per_host, on_all, on_main
@@ -73,7 +72,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     common["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), common["PYTHONPATH"]])
     prefix = "OMPI_COMM_WORLD"
     sizes = {f"{prefix}_SIZE": "3", f"{prefix}_LOCAL_SIZE": "3"}
-    command = [sys.executable, "-c", RANKS, str(out)]
+    command = [python(), "-c", RANKS, str(out)]
     ranks = [
         subprocess.Popen(
             command, env=common | sizes | {f"{prefix}_RANK": str(rank), f"{prefix}_LOCAL_RANK": str(rank)}
