@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 from cli.program import error_line, run_here
-from transformers import GptOssConfig, LlamaConfig
+from transformers import GptOssConfig, LlamaConfig, LlamaForCausalLM
 
+from trace_dist.benchmarks import plan_peers as peers_module
 from trace_dist.benchmarks import plan_times as times
 from trace_dist.benchmarks import simulate as simulation
-from trace_dist.benchmarks.plan_times import largest_fitting, method_of, plan_times
+from trace_dist.benchmarks.plan_peers import largest_fitting, plan_peers
+from trace_dist.benchmarks.plan_times import method_of, plan_times
+from trace_dist.profiling.bounds import SIMULATION_ERROR
 from trace_dist.profiling.memory_setup import MemorySetup
 from trace_dist.profiling.plan import GIB, Option
 from trace_dist.profiling.simulation.setup import SimulationSetup
@@ -83,17 +86,44 @@ def test_times_are_predicted_for_some_masks_alone() -> None:
         (MemorySetup("m", world_size=12), "gpus=12: must fill nodes of 8"),
     ):
         with pytest.raises(ValueError, match=message):
-            plan_times([Option(setup, 1, 1, 0, 0, 0, 0)], "h100", 400, 80)
+            plan_times([Option(setup, 1, 0, 2, 1, 0, 0, 0, 0)], "h100", 400, 80)
 
 
 def test_options_that_offload_have_times_too(tmp_path: Path) -> None:
     LlamaConfig(**SMALL).save_pretrained(tmp_path / "model")
     kept = MemorySetup(str(tmp_path / "model"), backend="zero3", granularity="element", sequence_length=16)
     offloaded = replace(kept, offload="cpu")
-    rows = plan_times([Option(setup, 1, 1, 0, 0, 0, 0) for setup in (kept, offloaded)], "h100", 400, 80)
+    options = [Option(setup, 1, 0, 2, 1, 0, 0, 0, 0) for setup in (kept, offloaded)]
+    rows = plan_times(options, "h100", 400, 80)
     steps = {row["name"]: row["step_s"]["expected"] for row in rows}
     assert list(steps) == ["element", "element, offload", "full", "LoRA"]
     assert steps["element"] < steps["element, offload"]
+    # Without a GPU the same is counted of the peers, and nothing predicted.
+    times_alone = ("step_s", "tokens_per_s")
+    peers = [{key: row[key] for key in row if key not in times_alone} for row in rows[2:]]
+    assert plan_peers(options, 80) == peers
+    full, lora = peers
+    module = LlamaForCausalLM(LlamaConfig.from_pretrained(kept.model))
+    assert full["num_trained"] == sum(parameter.numel() for parameter in module.parameters())
+    assert full["checkpoint_bytes"] == 12 * full["num_trained"] > lora["checkpoint_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"backend": "fsdp2"}, "backend='fsdp2': they are simulated for backend zero3, .*; use zero3"),
+        ({"quantize": "nf4"}, "quantize='nf4': they are simulated"),
+        ({"dtype": "float32"}, "dtype='float32': they are simulated"),
+        ({"maskable": "all"}, "maskable='all': they are simulated"),
+        ({"world_size": 5000}, "gpus=5000: they are simulated on at most 4096 ranks"),
+    ],
+)
+def test_peers_are_simulated_of_some_values_alone(
+    values: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers_module, "count", lambda *_: pytest.fail("simulated"))
+    with pytest.raises(ValueError, match=message):
+        plan_peers([Option(MemorySetup("m", **values), 1, 0, 2, 1, 0, 0, 0, 0)], 80)
 
 
 def test_peers_get_what_fits_with_and_without_recomputation(
@@ -109,6 +139,7 @@ def test_peers_get_what_fits_with_and_without_recomputation(
         prices = {} if setup.price is None else {"tokens_per_dollar": {"expected": 1e6}}
         method = {
             "peak_bytes": peak,
+            "num_trained": 10,
             "step_s": {"expected": 1.0},
             "tokens_per_s": {"expected": 1.0},
             **prices,
@@ -118,7 +149,8 @@ def test_peers_get_what_fits_with_and_without_recomputation(
     monkeypatch.setattr(times, "simulate", simulated)
     options = [
         Option(
-            MemorySetup(str(tmp_path / "model"), granularity="row", micro_batch_size=2), 19.5, 0, 0, 0, 0, 0
+            MemorySetup(str(tmp_path / "model"), granularity="row", micro_batch_size=2),
+            *(19.5, 18.5, 20.5, 0, 0, 0, 0, 0),
         )
     ]
     rows = plan_times(options, "h100", 400, gpu_gib=20, reserve_gib=1, price=2.5)
@@ -130,6 +162,11 @@ def test_peers_get_what_fits_with_and_without_recomputation(
         ("LoRA", 1, True, False),
     ]
     assert [row["peak_bytes"] / GIB for row in rows] == [19.5, 19, 19, 21.5]
+    assert [row["low_bytes"] / GIB for row in rows] == [18.5, 18, 18, 20.5]
+    high = [20.5, *(peak + SIMULATION_ERROR * (peak - 1) for peak in (19, 19, 21.5))]
+    assert [row["high_bytes"] / GIB for row in rows] == pytest.approx(high)
+    assert [row["fits_at_high"] for row in rows] == [False, False, False, False]
+    assert [row.get("checkpoint_bytes") for row in rows] == [None, 120, 120, 120]
     assert all("tokens_per_dollar" in row for row in rows)
     kept = plan_times(options, "h100", 400, gpu_gib=200)
     assert [tuple(row[name] for name in shown[:3]) for row in kept[1:]] == [

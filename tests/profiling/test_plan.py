@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trace_dist.profiling.estimate import estimate
+from trace_dist.config import Backend
+from trace_dist.profiling.bounds import ESTIMATE_ERROR
+from trace_dist.profiling.estimate import Estimator, estimate
 from trace_dist.profiling.memory_setup import MemorySetup
 from trace_dist.profiling.plan import GIB, plan
 
@@ -79,3 +81,29 @@ def test_one_process_reads_all_weights_and_many_read_parts(base: MemorySetup) ->
     assert alone.loading_gib == itemsize * sum(each.numel() for each in module.parameters()) / GIB
     shared = plan(replace(base, world_size=3), 4.0)[0]
     assert shared.loading_gib == itemsize * -(-largest // 3) / GIB
+
+
+@pytest.mark.parametrize(("backend", "ranks", "blocks"), [("zero3", 2, 2), ("fsdp2", 2, 0), ("single", 1, 0)])
+def test_high_adds_the_measured_error_and_blocks_that_wait(
+    base: MemorySetup, backend: Backend, ranks: int, blocks: int
+) -> None:
+    """And low leaves the reserve out."""
+    estimator = Estimator(base.model, base.dtype)
+    (block,) = {
+        2 * sum(parameter.numel() for parameter in layer.parameters())
+        for layer in estimator.module.model.layers
+    }
+    for option in plan(replace(base, backend=backend, world_size=ranks), 0.2, 0.01):
+        peak = estimate(option.setup).peak
+        assert option.low_gib == peak / GIB
+        assert option.gib == pytest.approx(option.low_gib + 0.01)
+        added = option.high_gib - option.gib
+        assert added == pytest.approx((ESTIMATE_ERROR * peak + blocks * block) / GIB)
+        assert added > 0
+
+
+def test_an_option_that_fits_as_expected_may_not_at_its_high_bound(base: MemorySetup) -> None:
+    expected = plan(base, 4.0, 0.0)[0].gib
+    first = plan(base, expected, 0.0)[0]
+    assert first.headroom_gib == 0
+    assert first.high_gib > expected

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from trace_dist.report.memory_tables import comparison_table, mib
+import pytest
+
+from trace_dist.profiling.memory_setup import MemorySetup
+from trace_dist.profiling.plan import Option
+from trace_dist.report.memory_tables import NOT_AT_HIGH, comparison_table, mib, plan_table, print_table
+from trace_dist.report.simulation_tables import times_table
 
 
 def test_states_in_host_memory_stand_beside_those_that_were_measured() -> None:
@@ -24,3 +29,34 @@ def test_states_in_host_memory_stand_beside_those_that_were_measured() -> None:
     what, estimated, measured, _ = (list(column.cells) for column in comparison_table(result).columns)
     assert what == ["weights", "master", "states", "peak"]
     assert estimated == measured == [mib(size << 20) for size in (2, 3, 5, 4)]
+
+
+def test_a_plan_marks_what_may_not_fit_and_is_readable(capsys: pytest.CaptureFixture[str]) -> None:
+    setup = MemorySetup("m", state_dtype="bfloat16", offload="cpu", activation_checkpointing=True)
+    sizes = (12.5, 123.4, 0.52, 123.45, 12.34)
+    options = [Option(setup, 102.3, 101.3, high, *sizes) for high in (103.0, 104.5)]
+    print_table(plan_table(options[:1], 8, 103))
+    assert NOT_AT_HIGH not in capsys.readouterr().out
+    table = plan_table(options, 8, 103)
+    print_table(table)
+    printed = capsys.readouterr().out
+    assert "\u2026" not in printed
+    assert NOT_AT_HIGH in printed
+    spans = next(column.cells for column in table.columns if column.header == "low to\nhigh")
+    assert list(spans) == ["101.3 - 103.0", "101.3 - 104.5*"]
+
+
+def test_predicted_times_mark_what_may_not_fit() -> None:
+    row = {
+        "name": "row",
+        "density": 0.1,
+        "micro_batch_size": 1,
+        "activation_checkpointing": False,
+        "peak_bytes": 2**30,
+        "step_s": dict.fromkeys(("low", "expected", "high"), 1.0),
+        "tokens_per_s": {"expected": 1.0},
+    }
+    told = ((True, True), (True, False), (False, False))
+    table = times_table([{**row, "fits": fits, "fits_at_high": high} for fits, high in told], "h100")
+    assert list(table.columns[5].cells) == ["yes", "yes*", "no"]
+    assert table.caption == NOT_AT_HIGH

@@ -85,15 +85,47 @@ def simulate(setup: SimulationSetup, recorded: MutableMapping[Key, Program] | No
         ValueError: a value makes no sense, the model has no readable config, its code needs values, or it has many decoder blocks
             and cannot be continued from fewer.
     """
+    gpu = load_gpu(setup.gpu)
+    cluster = Cluster(gpu, setup.nodes, setup.gpus_per_node, setup.link_gbps)
+    found = _simulated(setup, lambda program: described(program, cluster), recorded)
+    methods = found["methods"]
+    for each in methods.values():
+        _derive(each, setup)
+    full = methods.get("full")
+    for each in methods.values():
+        if full is not None:
+            each["step_ratio"] = each["step_s"]["expected"] / full["step_s"]["expected"]
+    return {"setup": asdict(setup), "gpu": asdict(gpu), **found}
+
+
+def count(setup: SimulationSetup) -> Found:
+    """What ``simulate`` counts, without times; the kind of GPU does not matter.
+
+    Args:
+        setup: what, and on how many ranks.
+
+    Returns:
+        As of ``simulate``, but ``setup``, ``gpu`` and what is predicted of ``methods``.
+
+    Raises:
+        ValueError: see ``simulate``.
+    """
+    return _simulated(setup, counted)
+
+
+def _simulated(
+    setup: SimulationSetup,
+    describe: Callable[[Program], Found],
+    recorded: MutableMapping[Key, Program] | None = None,
+) -> Found:
+    """Each method's recorded steps, as ``describe`` has them, continued to all decoder blocks."""
     for name in setup.methods:
         if name not in KNOWN:
             raise ValueError(f"methods: {name!r} is unknown; use some of {', '.join(KNOWN)}")
-    gpu = load_gpu(setup.gpu)
     config = load_config(setup.model)
     _check_blocks(setup, config)
     if setup.sequence_parallel > 1:
         check_divisible(config, setup.sequence_parallel)
-    cluster = Cluster(gpu, setup.nodes, setup.gpus_per_node, setup.link_gbps)
     whole = empty_model(config, torch.bfloat16, f"model={setup.model!r}")
     chosen = whole.config._attn_implementation
     attention = chosen if chosen in ATTENTION else ATTENTION[-1]
@@ -105,22 +137,11 @@ def simulate(setup: SimulationSetup, recorded: MutableMapping[Key, Program] | No
             key = (name, part.layers, setup.world_size)
             if key not in recorded:
                 recorded[key] = _recorded(setup, part, name, attention)
-        found = [described(recorded[name, part.layers, setup.world_size], cluster) for part in parts]
+        found = [describe(recorded[name, part.layers, setup.world_size]) for part in parts]
         methods[name] = added_up(found, [part.weight for part in parts])
-        _derive(methods[name], setup)
         logger.info("%s: simulated in %.0f s", name, time.perf_counter() - begin)
-    full = methods.get("full")
-    for each in methods.values():
-        if full is not None:
-            each["step_ratio"] = each["step_s"]["expected"] / full["step_s"]["expected"]
     counts = [len(part.layers) for part in parts]
-    return {
-        "setup": asdict(setup),
-        "gpu": asdict(gpu),
-        "simulated_blocks": counts,
-        "attention": attention,
-        "methods": methods,
-    }
+    return {"simulated_blocks": counts, "attention": attention, "methods": methods}
 
 
 def _check_blocks(setup: SimulationSetup, config: Any) -> None:
@@ -190,10 +211,8 @@ def _device_bytes(tensors: Any) -> int:
     return sum(storages.values())
 
 
-def described(program: Program, cluster: Cluster) -> Found:
-    """Everything that is counted and predicted, in numbers that grow in a straight line with the blocks."""
-    times = {bound: replay(program, there) for bound, there in cluster.bounds().items()}
-    expected = times["expected"]
+def counted(program: Program) -> Found:
+    """Everything that is counted, in numbers that grow in a straight line with the blocks."""
     sent = program.sent()
     return {
         "peak_bytes": program.peak,
@@ -207,6 +226,15 @@ def described(program: Program, cluster: Cluster) -> Found:
         "host_waits": program.host_waits,
         "collectives": {name: number for name, (number, _) in sent.items()},
         "sent_bytes": {name: size for name, (_, size) in sent.items()},
+    }
+
+
+def described(program: Program, cluster: Cluster) -> Found:
+    """Everything that is counted and predicted, in numbers that grow so too."""
+    times = {bound: replay(program, there) for bound, there in cluster.bounds().items()}
+    expected = times["expected"]
+    return {
+        **counted(program),
         "link_bytes": expected.crossing,
         "step_s": {bound: timing.step for bound, timing in times.items()},
         "phases_s": expected.phases,

@@ -121,6 +121,11 @@ MEMORY_ACTIONS = {
             "gpu": _text(
                 "GPU as of `simulate`, to predict steps too, of full fine-tuning and LoRA as well; minutes"
             ),
+            "peers": (
+                bool,
+                True,
+                "list full fine-tuning and LoRA beside the plan; they are simulated, minutes for a large model",
+            ),
             "link_gbps": (float, 400.0, "network of each GPU for that, in 1e9 bits per second"),
             "price": (float | None, None, "dollars per GPU and hour, to say how many tokens one dollar buys"),
             "out": OUT,

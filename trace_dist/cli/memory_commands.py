@@ -88,6 +88,23 @@ def _plan(setup: MemorySetup, arguments: Any) -> None:
         write_json(Path(arguments.out), result)
     if arguments.gpu is not None:
         _times(options, arguments, result)
+    elif arguments.peers:
+        _peers(options, arguments, result)
+
+
+def _peers(options: Any, arguments: Any, result: dict[str, Any]) -> None:
+    """Full fine-tuning and LoRA; where they cannot be simulated, one line says why."""
+    from trace_dist.benchmarks.plan_peers import plan_peers
+    from trace_dist.report.memory_tables import peers_table, print_table
+
+    try:
+        result["peers"] = plan_peers(options, arguments.gpu_gib, arguments.reserve_gib)
+    except ValueError as error:
+        print(f"full fine-tuning and LoRA are left out: {error}")
+        return
+    print_table(peers_table(result["peers"], arguments.gpus, arguments.gpu_gib))
+    if arguments.out is not None:
+        write_json(Path(arguments.out), result)
 
 
 def _times(options: Any, arguments: Any, result: dict[str, Any]) -> None:
@@ -95,7 +112,7 @@ def _times(options: Any, arguments: Any, result: dict[str, Any]) -> None:
     from trace_dist.report.memory_tables import print_table
     from trace_dist.report.simulation_tables import times_table
 
-    names = ("gpu", "link_gbps", "gpu_gib", "reserve_gib", "price")
+    names = ("gpu", "link_gbps", "gpu_gib", "reserve_gib", "price", "peers")
     result["times"] = plan_times(options, *(arguments[name] for name in names))
     print_table(times_table(result["times"], arguments.gpu))
     if arguments.out is not None:

@@ -234,6 +234,15 @@ class Estimator:
             blocks |= {name: number for name in self.numel if name.startswith(f"{path}.")}
         return blocks
 
+    @cached_property
+    def block_bytes(self) -> int:
+        """Bytes of the largest decoder block, gathered; 0 where the family names none."""
+        sizes: dict[int, int] = {}
+        for name, block in self._blocks.items():
+            if block is not None:
+                sizes[block] = sizes.get(block, 0) + self.itemsize * self.numel[name]
+        return max(sizes.values(), default=0)
+
     def _stored(self, setup: MemorySetup, shape: tuple[int, ...]) -> int:
         """Elements of the first rank's shard of a parameter."""
         if setup.backend == "fsdp2":

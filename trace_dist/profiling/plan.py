@@ -13,6 +13,7 @@ from math import ceil, inf
 from typing import Literal
 
 from trace_dist.config import StateDtype
+from trace_dist.profiling.bounds import ESTIMATE_ERROR, bounds, waiting_bytes
 from trace_dist.profiling.disk import disk_bytes
 from trace_dist.profiling.estimate import Estimator
 from trace_dist.profiling.memory_setup import MemorySetup
@@ -44,8 +45,10 @@ class Option:
 
     Attributes:
         setup: the way.
-        gib: peak on one GPU, the reserve included.
-        headroom_gib: what is left.
+        gib: expected peak on one GPU, the reserve included; by it is told what fits.
+        low_gib: the predicted peak without the reserve.
+        high_gib: the expected peak and what may come to it (profiling/bounds.py); an option may fit at ``gib`` alone.
+        headroom_gib: what is left at the expected peak.
         host_gib: host memory per rank.
         loading_gib: host memory per rank while a checkpoint is read; mapped files, which the system lets go of, apart.
         checkpoint_gib: one checkpoint on disk, of all ranks; two are kept.
@@ -54,6 +57,8 @@ class Option:
 
     setup: MemorySetup
     gib: float
+    low_gib: float
+    high_gib: float
     headroom_gib: float
     host_gib: float
     loading_gib: float
@@ -123,11 +128,14 @@ def _leanest(base: MemorySetup, estimator: Estimator) -> MemorySetup:
 
 def _option(estimator: Estimator, setup: MemorySetup, gpu_gib: float, reserve_gib: float) -> Option:
     estimate = estimator(setup)
-    gib = estimate.peak / GIB + reserve_gib
+    waiting = waiting_bytes(estimator.block_bytes, setup.backend, setup.world_size)
+    sizes = bounds(estimate.peak, reserve_gib * GIB, ESTIMATE_ERROR, waiting)
+    low, gib, high = (size / GIB for size in sizes)
     disk = disk_bytes(estimator, setup)
     host = sum(estimate.host.values()) / GIB
     loading = loading_bytes(estimator, setup) / GIB
-    return Option(setup, gib, gpu_gib - gib, host, loading, disk.checkpoint / GIB, disk.delta / GIB)
+    on_disk = disk.checkpoint / GIB, disk.delta / GIB
+    return Option(setup, gib, low, high, gpu_gib - gib, host, loading, *on_disk)
 
 
 def loading_bytes(estimator: Estimator, setup: MemorySetup) -> int:

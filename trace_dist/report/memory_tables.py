@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any
 
 from rich.table import Table
 
 from trace_dist.utils import tables
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
+NOT_AT_HIGH = "* fits at the expected peak, but not at the high bound"
 
 
 def estimate_table(found: Any, setup: Mapping[str, Any]) -> Table:
@@ -47,28 +49,56 @@ def comparison_table(result: Mapping[str, Any]) -> Table:
 
 
 def plan_table(options: Sequence[Any], gpus: int, gpu_gib: float) -> Table:
-    """The ways of training that fit (``profiling.plan.Option``)."""
-    heads = ("density", "moments", "master", "offload", "recompute", "micro-batch")
-    what = "one GPU" if gpus == 1 else f"{gpus} GPUs"
-    title = f"{what} of {gpu_gib:g} GiB: what fits, most faithful first"
-    sizes = ("GiB per GPU", "headroom", "host GiB", "loading GiB", "checkpoint GiB", "delta GiB")
-    table = _table(*heads, *sizes, title=title)
+    """The ways of training that fit (``profiling.plan.Option``); those that may not, by their high bound, are marked."""
+    ways = ("density", "moments", "master", "off-\nload", "recom-\npute", "micro-\nbatch")
+    sizes = ("GiB per\nGPU", "low to\nhigh", "head-\nroom", "host\nGiB", "load-\ning\nGiB")
+    disk = ("check-\npoint\nGiB", "delta\nGiB")
+    title = f"{_gpus(gpus)} of {gpu_gib:g} GiB: what fits, most faithful first"
+    table = _table(*ways, *sizes, *disk, title=title)
+    table.collapse_padding = True
     for option in options:
         way = option.setup
         table.add_row(
             f"{way.density:g}",
-            way.state_dtype,
+            way.state_dtype.replace("float32", "fp32").replace("bfloat16", "bf16"),
             "fp32" if way.master else "-",
             way.offload.replace("none", "-"),
             "yes" if way.activation_checkpointing else "-",
             str(way.micro_batch_size),
             f"{option.gib:.1f}",
+            _span(option.low_gib, option.high_gib, gpu_gib),
             f"{option.headroom_gib:.1f}",
             f"{option.host_gib:.1f}" if option.host_gib else "-",
             f"{option.loading_gib:.2f}",
             f"{option.checkpoint_gib:.2f}",
             f"{option.delta_gib:.2f}",
         )
+    if any(option.high_gib > gpu_gib for option in options):
+        table.caption = NOT_AT_HIGH
+    return table
+
+
+def peers_table(rows: Sequence[Mapping[str, Any]], gpus: int, gpu_gib: float) -> Table:
+    """Memory of full fine-tuning and LoRA on the GPUs of a plan (``benchmarks.plan_peers``)."""
+    heads = ("method", "M trained", "recompute", "micro-batch", "GiB per GPU", "low to high", "fits")
+    density = f"LoRA of as many parameters as density {rows[0]['density']:g}"
+    title = f"{_gpus(gpus)} of {gpu_gib:g} GiB: full fine-tuning and LoRA, simulated; {density}"
+    table = _table(*heads, "host GiB", "checkpoint GiB", title=title)
+    for row in rows:
+        low, peak, high = (row[f"{bound}_bytes"] / GIB for bound in ("low", "peak", "high"))
+        table.add_row(
+            row["name"],
+            f"{row['num_trained'] / 1e6:,.1f}",
+            "yes" if row["activation_checkpointing"] else "-",
+            str(row["micro_batch_size"]),
+            f"{peak:.1f}",
+            _span(low, high, gpu_gib if row["fits"] else inf),
+            "yes" if row["fits"] else "no",
+            f"{row['host_bytes'] / GIB:.1f}" if row["host_bytes"] else "-",
+            f"{row['checkpoint_bytes'] / GIB:.2f}",
+        )
+    if any(row["fits"] and not row["fits_at_high"] for row in rows):
+        table.caption = NOT_AT_HIGH
     return table
 
 
@@ -87,6 +117,14 @@ def _table(*heads: str, title: str) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     return table
+
+
+def _gpus(number: int) -> str:
+    return "one GPU" if number == 1 else f"{number} GPUs"
+
+
+def _span(low: float, high: float, room: float) -> str:
+    return f"{low:.1f} - {high:.1f}" + "*" * (high > room)
 
 
 def _title(num_parameters: int, setup: Mapping[str, Any]) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
+from trace_dist.report.memory_tables import NOT_AT_HIGH
+
 GIB = 2**30
 Found = Mapping[str, Any]
 
@@ -83,11 +85,13 @@ def times_table(rows: Sequence[Mapping[str, Any]], gpu: str) -> Table:
             *(row["name"], f"{row['density']:g}", str(row["micro_batch_size"])),
             "yes" if row["activation_checkpointing"] else "-",
             f"{row['peak_bytes'] / GIB:.1f}",
-            "yes" if row["fits"] else "no",
+            ("yes" if row["fits_at_high"] else "yes*") if row["fits"] else "no",
             *(step["expected"], f"{step['low']} - {step['high']}"),
             f"{row['tokens_per_s']['expected']:,.0f}",
             *([f"{row['tokens_per_dollar']['expected'] / 1e6:.2f}"] if priced else []),
         )
+    if any(row["fits"] and not row["fits_at_high"] for row in rows):
+        table.caption = NOT_AT_HIGH
     return table
 
 
