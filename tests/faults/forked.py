@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launching import free_port
+from warm.server import warm
 
 from trace_dist.utils.codes import LOST
 
@@ -96,15 +97,6 @@ def rank(job: Mapping[str, Any], number: int, port: int) -> None:
     from faults.entry import main
 
     sys.exit(main())
-
-
-def warm() -> None:
-    """Import what a command imports."""
-    import deepspeed  # noqa: F401
-
-    from trace_dist.cli import commands  # noqa: F401
-    from trace_dist.sharding import fsdp2, zero3  # noqa: F401
-    from trace_dist.train import task  # noqa: F401
 
 
 def main(lines: Sequence[str] | Any = sys.stdin) -> None:

@@ -10,11 +10,30 @@ import signal
 import socket
 import sys
 
-PLACE = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "CROSS_", "NODE_RANK", "SLURM_", "OMPI_", "PMI")
+PLACE = (
+    "RANK",
+    "LOCAL_",
+    "WORLD_SIZE",
+    "MASTER_",
+    "GROUP_",
+    "ROLE_",
+    "CROSS_",
+    "NODE_RANK",
+    "SLURM_",
+    "OMPI_",
+    "PMI",
+)
 """What the names of variables begin with that tell a rank its place."""
-LAUNCHERS = ("TORCHELASTIC_", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "ACCELERATE_", "FSDP_", "CUDA_VISIBLE_DEVICES")
+LAUNCHERS = (
+    "TORCHELASTIC_",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+    "ACCELERATE_",
+    "FSDP_",
+    "CUDA_VISIBLE_DEVICES",
+)
 SHELL = ("PATH", "PWD", "OLDPWD", "SHLVL", "COLUMNS", "PYTHONPATH", "PYTHONUNBUFFERED")
 OURS = ("TRACE_DIST_", "TEST_", "PYTEST_", "HF_DATASETS_CACHE")
+SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")
 QUIET = {
     "DS_LOG_LEVEL": "error",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -26,18 +45,13 @@ SET_BY_IMPORTS = (
     *("PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR"),  # torch
     *("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"),  # scikit-learn
 )
-MAY_DIFFER = (*PLACE, *LAUNCHERS, *SHELL, *OURS, *QUIET, *SET_BY_IMPORTS)
+MAY_DIFFER = (*PLACE, *LAUNCHERS, *SHELL, *OURS, *SECRETS, *QUIET, *SET_BY_IMPORTS)
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
 
 
 def read_at_import(environment: dict[str, str]) -> dict[str, str]:
     """The part of an environment that modules may read while they are imported."""
-    return {
-        key: value
-        for key, value in environment.items()
-        if key != "_"
-        and not any(key == name or (len(name) > 1 and key.startswith(name)) for name in MAY_DIFFER)
-    }
+    return {key: value for key, value in environment.items() if key != "_" and not key.startswith(MAY_DIFFER)}
 
 
 def main(path: str, python: str, words: list[str]) -> None:
@@ -56,7 +70,8 @@ def main(path: str, python: str, words: list[str]) -> None:
             signal.signal(number, lambda number, _: os.kill(pid, number))
         code = json.loads(answers.readline())["code"]
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL) if -code not in (signal.SIGKILL, signal.SIGSTOP) else None
+        if -code in FORWARDED:
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
 

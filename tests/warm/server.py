@@ -33,6 +33,7 @@ Request = dict[str, Any]
 def warm() -> None:
     """Import what a command imports."""
     import torch.distributed.run  # noqa: F401
+    from deepspeed.launcher import launch, runner  # noqa: F401
 
     from trace_dist.cli import commands  # noqa: F401
     from trace_dist.sharding import fsdp2, zero3  # noqa: F401
@@ -42,9 +43,9 @@ def warm() -> None:
 def receive(client: socket.socket) -> tuple[Request, list[int]]:
     """A request, and the client's three standard files."""
     size, files, _, _ = socket.recv_fds(client, 8, 3)
-    data = b""
-    while len(data) < int.from_bytes(size, "big"):
-        data += client.recv(1 << 20)
+    length, data = int.from_bytes(size, "big"), b""
+    while len(data) < length and (part := client.recv(length - len(data))):
+        data += part
     return json.loads(data), files
 
 
@@ -76,8 +77,6 @@ class Server:
         client, _ = self._listener.accept()
         request, files = receive(client)
         if read_at_import(request["environment"]) != self._read:
-            wanted = read_at_import(request["environment"])
-            print("COLD", request["words"][:4], set(wanted.items()) ^ set(self._read.items()), file=open("/tmp/cold.log", "a"))
             say(client, pid=None)
             client.close()
         elif (pid := os.fork()) == 0:
@@ -116,7 +115,7 @@ class Server:
         end, client = self._ends.pop(pid), self._clients.pop(pid)
         self._selector.unregister(end)
         os.close(end)
-        if client in (key.fileobj for key in self._selector.get_map().values()):
+        with suppress(KeyError):  # it was killed before
             self._selector.unregister(client)
         say(client, code=code)
         client.close()
@@ -195,8 +194,8 @@ def main(path: str, executable: str) -> None:
     listener.listen(64)
     environment = dict(os.environ)
     warm()
-    tests = str(Path(__file__).parents[1])
-    sys.path[:] = [entry for entry in sys.path if entry not in ("", os.getcwd(), tests)]
+    own = ["", os.getcwd(), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    sys.path[:] = [entry for entry in sys.path if entry not in own]
     gc.collect()
     gc.freeze()
     end(Server(listener, environment).serve(), executable)
