@@ -98,9 +98,9 @@ scale: $(VENV)/.dev
 	$(BIN)/python -m trace_dist.benchmarks.scale docs/results/scale.json
 	$(BIN)/python -m trace_dist.benchmarks.scale_page docs/results docs/scale.md
 
-# Two at a time, one thread per process: the tests start several.
+# Two at a time, one thread per process: the tests start several. None of them is meant for a GPU, which `make gpu` tests.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 # Ten thousand damaged copies for every reader of files; with MISSING=1 for those that have not had them.
 fuzz: $(VENV)/.dev

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import pickle
+import sys
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from launching import python
 
 from trace_dist.benchmarks import agreement, cpu_clock
 from trace_dist.benchmarks.contestants import Race
@@ -27,6 +29,7 @@ def test_two_ranks_beside_their_simulation(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(agreement, "RANKS", (2,))
     monkeypatch.setattr(agreement, "METHODS", ("row",))
     monkeypatch.setattr(agreement, "TINY", ("row", "LoRA"))
+    monkeypatch.setattr(sys, "executable", python())  # which starts its ranks
     result = agreement.compare(RACE, steps=1, rounds=1)
     (row,) = result["rows"]
     simulated, measured = row["simulated"], row["measured"]

@@ -16,6 +16,7 @@ VOCAB, LENGTH, ROWS = 101, 9, 6
 _LLAMA = {
     "vocab_size": VOCAB,
     "hidden_size": 36,
+    "num_hidden_layers": 2,
     "num_attention_heads": 3,
     "num_key_value_heads": 3,
     "intermediate_size": 51,
@@ -84,7 +85,8 @@ class Case:
         kind = "llama" if self.family == "sliver" else self.family
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            config = AutoConfig.for_model(kind, **FAMILIES[self.family], num_hidden_layers=self.num_layers)
+            layers = {"num_hidden_layers": self.num_layers}
+            config = AutoConfig.for_model(kind, **{**FAMILIES[self.family], **layers})
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             for name, parameter in model.named_parameters():
                 mean = 1.0 if parameter.dim() == 1 and "bias" not in name else 0.0

@@ -17,7 +17,7 @@ import yaml
 from cli.program import make_config, processes_with, write_config, write_tasks
 from hosts import namespaces
 from hosts.namespaces import Hosts
-from launching import free_port
+from launching import free_port, python
 
 from trace_dist.cli.main import main
 from trace_dist.masks import Mask, UnitLayout
@@ -95,7 +95,16 @@ def on(hosts: Hosts, root: Path, host: int, *command: object) -> list[str]:
 @pytest.fixture(scope="module")
 def one_host(work: Path) -> list[tuple[int, float, float]]:
     """Losses of two ranks on one host."""
-    start = ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port()), "-m", "trace_dist"]
+    start = [
+        python(),
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
+    start += ["-m", "trace_dist"]
     done = run(work, [*start, *map(str, learn(work, "one"))])
     assert done.returncode == 0, done.stderr[-3000:]
     found = curve(work, "one")

@@ -57,7 +57,7 @@ class Shared:
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            config = AutoConfig.for_model(self.family, **FAMILIES[self.name], **self._layers())
+            config = AutoConfig.for_model(self.family, **{**FAMILIES[self.name], **self._layers()})
             model = AutoModelForCausalLM.from_config(
                 config, dtype=getattr(torch, self.dtype), attn_implementation="sdpa"
             )

@@ -53,7 +53,7 @@ def family(name: str, attention: str = "eager", dtype: torch.dtype = torch.float
     layers = {} if name in ("gpt2", *STATEFUL) else {"num_hidden_layers": 2}
     if name == "gemma3_text":
         layers |= {"sliding_window": 3}
-    config = AutoConfig.for_model(name, **options, **layers)
+    config = AutoConfig.for_model(name, **{**options, **layers})
     known = {} if name in STATEFUL else {"attn_implementation": attention}
     return AutoModelForCausalLM.from_config(config, dtype=dtype, **known)
 
