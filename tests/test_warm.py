@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,17 @@ def test_what_is_read_while_modules_are_imported_wants_an_interpreter_of_its_own
         for changes in ({}, {"RANK": "3"}, {"TRITON_INTERPRET": "1"}, {"OMP_NUM_THREADS": "2"})
     ]
     assert said == [program, program, sys.executable, sys.executable]
+
+
+def test_whoever_is_killed_before_it_asked_takes_nobody_along(program: str) -> None:
+    for said in (b"", (9).to_bytes(8, "big") + b"{}"):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(Path(program).with_name("socket")))
+            client.sendall(said)
+    done = subprocess.run(
+        [program, "-c", "print('there')"], env=rank_environment(), capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout == "there\n"
 
 
 def test_what_a_fork_starts_is_forked_too(program: str) -> None:

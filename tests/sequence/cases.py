@@ -57,16 +57,13 @@ class Shared:
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            config = AutoConfig.for_model(self.family, **{**FAMILIES[self.name], **self._layers()})
+            config = AutoConfig.for_model(self.family, **FAMILIES[self.name])
             model = AutoModelForCausalLM.from_config(
                 config, dtype=getattr(torch, self.dtype), attn_implementation="sdpa"
             )
             for name, parameter in model.named_parameters():
                 parameter.data.normal_(1.0 if parameter.dim() == 1 and "bias" not in name else 0.0, 0.1)
         return model.train()
-
-    def _layers(self) -> dict[str, int]:
-        return {} if self.family == "gpt2" else {"num_hidden_layers": 2}
 
     def batches(self, kind: type[Batches] = Batches, **options: Any) -> Batches:
         """Global batches of seven rows, two at a time."""

@@ -50,10 +50,8 @@ def batches(layout: Layout | None, kind: type[Batches] = Batches, micro: int = 2
 def family(name: str, attention: str = "eager", dtype: torch.dtype = torch.float64) -> Any:
     torch.manual_seed(1)
     options = {**FAMILIES, **STATEFUL}[name]
-    layers = {} if name in ("gpt2", *STATEFUL) else {"num_hidden_layers": 2}
-    if name == "gemma3_text":
-        layers |= {"sliding_window": 3}
-    config = AutoConfig.for_model(name, **{**options, **layers})
+    window = {"sliding_window": 3} if name == "gemma3_text" else {}
+    config = AutoConfig.for_model(name, **options, **window)
     known = {} if name in STATEFUL else {"attn_implementation": attention}
     return AutoModelForCausalLM.from_config(config, dtype=dtype, **known)
 

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import socket
-import sys
 
 PLACE = (
     "RANK",
@@ -74,7 +73,3 @@ def main(path: str, python: str, words: list[str]) -> None:
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3:])

@@ -40,13 +40,13 @@ def warm() -> None:
     from trace_dist.train import task  # noqa: F401
 
 
-def receive(client: socket.socket) -> tuple[Request, list[int]]:
-    """A request, and the client's three standard files."""
+def receive(client: socket.socket) -> tuple[Request | None, list[int]]:
+    """A request, and the client's three standard files; no request from a client that was killed before it had asked."""
     size, files, _, _ = socket.recv_fds(client, 8, 3)
     length, data = int.from_bytes(size, "big"), b""
     while len(data) < length and (part := client.recv(length - len(data))):
         data += part
-    return json.loads(data), files
+    return json.loads(data) if length and len(data) == length else None, files
 
 
 def say(client: socket.socket, **what: int | None) -> None:
@@ -76,7 +76,9 @@ class Server:
     def _accept(self) -> Request | None:
         client, _ = self._listener.accept()
         request, files = receive(client)
-        if read_at_import(request["environment"]) != self._read:
+        if request is None:
+            client.close()
+        elif read_at_import(request["environment"]) != self._read:
             say(client, pid=None)
             client.close()
         elif (pid := os.fork()) == 0:

@@ -7,9 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from trace_dist.report.memory_tables import NOT_AT_HIGH
+from trace_dist.report.memory_tables import GIB, NOT_AT_HIGH
 
-GIB = 2**30
 Found = Mapping[str, Any]
 
 
