@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: quickstart quickstart-smollm2 publish bench stream20 later trace-small retrieval-study study study-toy study-one-model study-one-model-toy study-images study-transfer gpu scale test fuzz faults soak hosts audit lint format docs wheel clean
+.PHONY: quickstart quickstart-smollm2 publish bench stream20 later trace-small retrieval-study study study-toy study-two-widths study-one-model study-one-model-toy study-images study-transfer gpu scale test fuzz faults soak hosts audit lint format docs wheel clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/trace-dist run --config configs/quickstart.yaml
@@ -59,6 +59,10 @@ study: $(VENV)/.smollm2
 # The same on two tiny models, to see that all of it runs; a quarter of an hour.
 study-toy: $(VENV)/.quickstart
 	OMP_NUM_THREADS=1 $(BIN)/trace-dist study small-to-large --config configs/study-toy.yaml
+
+# The same on two tiny models, trained from nothing in two widths, with ten tasks and three seeds; hours of one core.
+study-two-widths: $(VENV)/.quickstart
+	OMP_NUM_THREADS=1 $(BIN)/trace-dist study small-to-large --config configs/study-two-widths.yaml
 
 # What does one set of weights keep of several tasks? Days of one core; a study that was cut goes on.
 study-one-model: $(VENV)/.smollm2
