@@ -54,7 +54,7 @@ retrieval-study: $(VENV)/.smollm2
 # When is a probed mask worth its probe? Several days of one core; a study that was cut goes on.
 study: $(VENV)/.smollm2
 	OMP_NUM_THREADS=1 $(BIN)/trace-dist study small-to-large --config configs/study-small-to-large.yaml
-	$(BIN)/python -m trace_dist.studies.page docs/results docs/studies.md docs/studies.png
+	$(BIN)/python -m trace_dist.studies.page docs/studies.md
 
 # The same on two tiny models, to see that all of it runs; a quarter of an hour.
 study-toy: $(VENV)/.quickstart
@@ -63,6 +63,7 @@ study-toy: $(VENV)/.quickstart
 # The same on two tiny models, trained from nothing in two widths, with ten tasks and three seeds; hours of one core.
 study-two-widths: $(VENV)/.quickstart
 	OMP_NUM_THREADS=1 $(BIN)/trace-dist study small-to-large --config configs/study-two-widths.yaml
+	$(BIN)/python -m trace_dist.studies.page docs/two-widths.md
 
 # What does one set of weights keep of several tasks? Days of one core; a study that was cut goes on.
 study-one-model: $(VENV)/.smollm2
@@ -70,7 +71,7 @@ study-one-model: $(VENV)/.smollm2
 
 study-one-model-toy: $(VENV)/.quickstart
 	OMP_NUM_THREADS=1 $(BIN)/trace-dist study one-model --config configs/study-one-model-toy.yaml
-	$(BIN)/python -m trace_dist.studies.page docs/results docs/studies.md docs/studies.png
+	$(BIN)/python -m trace_dist.studies.page docs/studies.md
 
 # Handwritten digits, two and five new classes at a time, three seeds; a study that was cut goes on.
 study-images: $(VENV)/.quickstart

@@ -17,7 +17,7 @@ from trace_dist.studies import one_model
 from trace_dist.studies.one_model import Runs, run_study, summarise
 from trace_dist.studies.one_model_page import one_model_table
 from trace_dist.studies.one_model_plan import OneModelConfig, check_study, orders
-from trace_dist.studies.page import SECTIONS
+from trace_dist.studies.page import PAGES
 from trace_dist.utils import locks
 
 METHODS = ["separate", "full"]
@@ -132,8 +132,7 @@ def test_a_study_its_cut_and_its_page(
     monkeypatch.setattr(one_model, "_learn", lambda *_: pytest.fail("all is there"))
     assert run_study(cfg, plan)["methods"] == whole["methods"]
     locks.release()
-    shown = render(
-        "<!-- one-model -->\n<!-- /one-model -->\n", tmp_path, {"one-model": SECTIONS["one-model"]}
-    )
+    own = {"one-model": PAGES["studies.md"][1]["one-model"]}
+    shown = render("<!-- one-model -->\n<!-- /one-model -->\n", tmp_path, own)
     assert one_model_table(whole) in shown
     assert "| a model per task (bound) |" in shown

@@ -21,7 +21,7 @@ from trace_dist.studies import small_to_large
 from trace_dist.studies.arm import Masked, load_arm
 from trace_dist.studies.claims import FOR, UNDECIDED, claims
 from trace_dist.studies.lab import Case, Lab
-from trace_dist.studies.page import RESULT, SECTIONS, draw
+from trace_dist.studies.page import PAGES, RESULT, draw, sections_of
 from trace_dist.studies.plan import StageConfig
 from trace_dist.studies.probes import Probes
 from trace_dist.studies.settings import abouts, chosen
@@ -116,9 +116,7 @@ def test_a_study_its_cut_and_its_page(setup: Setup, tmp_path: Path, monkeypatch:
     again = json.loads(json.dumps(run_study(setup.cfg, study)))
     assert again["cells"] == begun["cells"]
     assert again["differences"] == begun["differences"]
-    for section, (names, table) in SECTIONS.items():
-        if names != (RESULT,):
-            continue
+    for section, (_, table) in sections_of(RESULT).items():
         assert "random" in table(again) or section in ("progress", "costs", "claims", "enough"), section
     assert {claim.verdict for claim in claims(again)} <= {FOR, "against", UNDECIDED}
     draw(again, tmp_path / "picture.png")
@@ -140,6 +138,7 @@ def test_records_of_other_settings_are_left_out(setup: Setup) -> None:
     assert abouts(more, setup.study)["first"] == abouts(setup.cfg, setup.study)["first"]
 
 
-def test_the_page_shows_the_committed_results() -> None:
-    page = (DOCS / "studies.md").read_text(encoding="utf-8")
-    assert render(page, DOCS / "results", SECTIONS) == page
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_shows_the_committed_results(name: str) -> None:
+    page = (DOCS / name).read_text(encoding="utf-8")
+    assert render(page, DOCS / "results", PAGES[name][1]) == page

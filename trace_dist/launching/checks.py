@@ -89,16 +89,53 @@ def check_hosts(
 
 def _ask(host: Host, request: Answer, environment: Mapping[str, str]) -> Answer | str:
     """What a host says; or why it says nothing."""
-    command = [sys.executable, "-m", "trace_dist.launching.host_facts"]
-    asked = dict(request)
-    if host.is_here:
-        asked["place"] = None
-    else:
-        told = [f"{name}={value}" for name, value in sorted(forwarded(environment).items())]
-        text = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(['env', *told, *command])}"
-        command = [*ssh(host.name), text]
+    asked = {**request, "place": None} if host.is_here else request
+    talk = _talk(host, json.dumps(asked), environment)
+    if talk is None:
+        return (
+            f"has not answered within {ANSWER_SECONDS} s; log in with `ssh {host.name}` to see what it does"
+        )
+    if talk.code != 0:
+        last = (talk.complaint.strip().splitlines() or ["no word"])[-1]
+        how = "the same checkout and virtual environment must be there, at the same paths"
+        if talk.code == 255:
+            how = f"`ssh {host.name} true` must work without a question"
+        return f"cannot start anything there ({last}); {how}"
+    try:
+        answer = json.loads(talk.said)
+    except (ValueError, RecursionError):
+        answer = None
+    if not isinstance(answer, dict) or not answer.keys() >= KEYS:
+        return (
+            f"says {(talk.port + talk.said)[:80]!r} where it should answer; let its shell print nothing when it is no "
+            f"terminal (`ssh {host.name} true` must be silent), and have the same checkout there"
+        )
+    return {**answer, "knocked": talk.knocked}
+
+
+@dataclass(frozen=True)
+class Talk:
+    """What was heard of a host.
+
+    Attributes:
+        port: its first line, the port at which it listens.
+        knocked: whether a connection to that port was taken.
+        said: the rest.
+        complaint: what it wrote to standard error.
+        code: exit status.
+    """
+
+    port: str
+    knocked: bool
+    said: str
+    complaint: str
+    code: int
+
+
+def _talk(host: Host, asked: str, environment: Mapping[str, str]) -> Talk | None:
+    """Ask a host and knock at the port that it names; None where it takes too long."""
     process = subprocess.Popen(
-        command,
+        _command(host, environment),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -118,7 +155,7 @@ def _ask(host: Host, request: Answer, environment: Mapping[str, str]) -> Answer 
     timer.start()
     try:
         with suppress(BrokenPipeError):
-            process.stdin.write(json.dumps(asked))
+            process.stdin.write(asked)
             process.stdin.close()
         port = process.stdout.readline().strip()
         at = "127.0.0.1" if host.is_here else host.name
@@ -127,26 +164,17 @@ def _ask(host: Host, request: Answer, environment: Mapping[str, str]) -> Answer 
         said, complaint = process.communicate()
     finally:
         timer.cancel()
-    if late:
-        return (
-            f"has not answered within {ANSWER_SECONDS} s; log in with `ssh {host.name}` to see what it does"
-        )
-    if process.returncode != 0:
-        last = (complaint.strip().splitlines() or ["no word"])[-1]
-        how = "the same checkout and virtual environment must be there, at the same paths"
-        if process.returncode == 255:
-            how = f"`ssh {host.name} true` must work without a question"
-        return f"cannot start anything there ({last}); {how}"
-    try:
-        answer = json.loads(said)
-    except (ValueError, RecursionError):
-        answer = None
-    if not isinstance(answer, dict) or not answer.keys() >= KEYS:
-        return (
-            f"says {(port + said)[:80]!r} where it should answer; let its shell print nothing when it is no terminal "
-            f"(`ssh {host.name} true` must be silent), and have the same checkout there"
-        )
-    return {**answer, "knocked": knocked}
+    return None if late else Talk(port, knocked, said, complaint, process.returncode)
+
+
+def _command(host: Host, environment: Mapping[str, str]) -> list[str]:
+    """What asks a host: here, or over ssh in the same folder and with what ranks are told."""
+    command = [sys.executable, "-m", "trace_dist.launching.host_facts"]
+    if host.is_here:
+        return command
+    told = [f"{name}={value}" for name, value in sorted(forwarded(environment).items())]
+    text = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(['env', *told, *command])}"
+    return [*ssh(host.name), text]
 
 
 def _knock(address: str, port: int) -> bool:

@@ -213,63 +213,88 @@ def _continual(stage: Stage, seen: Outlook) -> Iterator[Work]:
 
 
 def _method(stage: Stage, seen: Outlook, entry: Entry) -> Iterator[Work]:
-    cfg, kind, name = seen.cfg, entry.kind, entry.name
-
-    def work(what: str, detail: str, steps: int, flops: Callable[[int], float], passes: float) -> Work:
-        known = _known(seen.target, flops)
-        return Work(stage.name, f"{name}: {what}", detail, steps, known, stage.launched, passes)
-
-    if kind.races(entry.options, cfg):
+    kind = entry.kind
+    if kind.races(entry.options, seen.cfg):
         yield _race(stage, seen, entry)
     if kind.teaches:
-        asked = {
-            task.name: min(len(task.train), cfg.bank.keep_prompts or len(task.train)) for task in seen.tasks
-        }
-        tokens = sum(2 * seen.tokens[task] * count for task, count in asked.items())
-        detail = f"{sum(asked.values()):,} prompts, by each task's delta"
-        passes = sum(
-            seen.read_passes(count, stage.launched) * seen.answers[task] for task, count in asked.items()
-        )
-        yield work("answers to learn from", detail, 0, lambda p: forward_flops(p, tokens), passes)
+        yield _teaching(stage, seen, entry)
     for number, task in enumerate(seen.tasks if kind.trains else [], start=1):
-        steps = kind.num_steps(entry.options, cfg, seen.steps()[:number])
-        mean, examples = seen.tokens[task.name], steps * cfg.train.batch_size
-        epochs = examples / len(task.train)
-        detail = f"{epochs:.1f} epochs of {len(task.train):,} examples, {mean:.0f} tokens each"
-        if number > 1 and steps != seen.steps()[number - 1]:
-            detail = f"{examples:,} examples of all tasks so far"
-        yield work(
-            f"learn {task.name}",
-            detail,
-            steps,
-            lambda p, tokens=mean * examples: kind.flops(cfg, p, tokens),  # type: ignore[misc]
-            seen.step_passes(steps, stage.launched),
-        )
+        steps = kind.num_steps(entry.options, seen.cfg, seen.steps()[:number])
+        yield _learning(stage, seen, entry, number, steps)
         if task.validation is not None and not kind.teaches:
-            looks = -(-steps // cfg.train.eval_every)
-            tokens = (1 if cfg.train.eval_by == "loss" else 3) * mean * len(task.validation) * looks
-            detail = f"{looks} looks at {len(task.validation):,} examples, at most"
-            passes = looks * step_passes(
-                1, len(task.validation), cfg.train.micro_batch_size, seen.ranks(stage.launched)
-            )
-            passes /= 1 + BACKWARD_PASSES
-            if cfg.train.eval_by != "loss":
-                passes += (
-                    looks * seen.read_passes(len(task.validation), stage.launched) * seen.answers[task.name]
-                )
-            forward = lambda p, tokens=tokens: forward_flops(p, tokens)  # noqa: E731
-            yield work(f"validate {task.name}", detail, 0, forward, passes)
-    times = kind.num_scorings(len(seen.tasks))
+            yield _looking(stage, seen, entry, task, steps)
+    yield _scoring(stage, seen, entry)
+
+
+def _part(
+    stage: Stage,
+    seen: Outlook,
+    name: str,
+    detail: str,
+    passes: float,
+    flops: Callable[[int], float],
+    steps: int = 0,
+) -> Work:
+    """A piece of a method, on the target."""
+    return Work(stage.name, name, detail, steps, _known(seen.target, flops), stage.launched, passes)
+
+
+def _teaching(stage: Stage, seen: Outlook, entry: Entry) -> Work:
+    """The bank answers the prompts that it has kept."""
+    kept = seen.cfg.bank.keep_prompts
+    asked = {task.name: min(len(task.train), kept or len(task.train)) for task in seen.tasks}
+    tokens = sum(2 * seen.tokens[task] * count for task, count in asked.items())
+    passes = sum(
+        seen.read_passes(count, stage.launched) * seen.answers[task] for task, count in asked.items()
+    )
+    detail = f"{sum(asked.values()):,} prompts, by each task's delta"
+    name = f"{entry.name}: answers to learn from"
+    return _part(stage, seen, name, detail, passes, lambda p: forward_flops(p, tokens))
+
+
+def _learning(stage: Stage, seen: Outlook, entry: Entry, number: int, steps: int) -> Work:
+    """The training of the task of a number, from 1."""
+    cfg, task = seen.cfg, seen.tasks[number - 1]
+    mean, examples = seen.tokens[task.name], steps * cfg.train.batch_size
+    detail = (
+        f"{examples / len(task.train):.1f} epochs of {len(task.train):,} examples, {mean:.0f} tokens each"
+    )
+    if number > 1 and steps != seen.steps()[number - 1]:
+        detail = f"{examples:,} examples of all tasks so far"
+    passes = seen.step_passes(steps, stage.launched)
+    name = f"{entry.name}: learn {task.name}"
+    return _part(
+        stage, seen, name, detail, passes, lambda p: entry.kind.flops(cfg, p, mean * examples), steps
+    )
+
+
+def _looking(stage: Stage, seen: Outlook, entry: Entry, task: Task, steps: int) -> Work:
+    """The looks at a task's validation examples while it is trained; a score is generated, which takes longer than a loss."""
+    train, validation = seen.cfg.train, task.validation or []
+    looks, scored = -(-steps // train.eval_every), train.eval_by != "loss"
+    tokens = (3 if scored else 1) * seen.tokens[task.name] * len(validation) * looks
+    ranks = seen.ranks(stage.launched)
+    passes = looks * step_passes(1, len(validation), train.micro_batch_size, ranks) / (1 + BACKWARD_PASSES)
+    if scored:
+        passes += looks * seen.read_passes(len(validation), stage.launched) * seen.answers[task.name]
+    detail = f"{looks} looks at {len(validation):,} examples, at most"
+    name = f"{entry.name}: validate {task.name}"
+    return _part(stage, seen, name, detail, passes, lambda p: forward_flops(p, tokens))
+
+
+def _scoring(stage: Stage, seen: Outlook, entry: Entry) -> Work:
+    """All scores after the tasks. Answers are generated after a pass over the prompt."""
+    times = entry.kind.num_scorings(len(seen.tasks))
     tests = [*seen.tasks, *seen.general]
-    # Answers are generated after a pass over the prompt.
     tokens = sum(2 * times * seen.tokens[task.name] * len(task.test) for task in tests)
-    detail = f"{sum(len(task.test) for task in tests):,} test examples, {times} times"
     # Each answer is decoded token by token; its prompt is read once more to be retrieved by, as are those of signatures.
-    read = sum(seen.read_passes(cfg.bank.num_prompts, stage.launched) for _ in seen.tasks)
+    read = len(seen.tasks) * seen.read_passes(seen.cfg.bank.num_prompts, stage.launched)
     decoded = sum(
         seen.read_passes(len(task.test), stage.launched) * (1 + seen.answers[task.name]) for task in tests
     )
-    yield work("score", detail, 0, lambda p: forward_flops(p, tokens), times * decoded + read)
+    detail = f"{sum(len(task.test) for task in tests):,} test examples, {times} times"
+    passes = times * decoded + read
+    return _part(stage, seen, f"{entry.name}: score", detail, passes, lambda p: forward_flops(p, tokens))
 
 
 def _race(stage: Stage, seen: Outlook, entry: Entry) -> Work:

@@ -1,6 +1,6 @@
-"""docs/studies.md and its picture, from the results of a study; a test compares the tables.
+"""Pages of the studies small-to-large, each with its picture, from the results beside it; a test compares the tables.
 
-python -m trace_dist.studies.page docs/results docs/studies.md docs/studies.png
+python -m trace_dist.studies.page docs/studies.md
 """
 
 from __future__ import annotations
@@ -181,21 +181,31 @@ def _text_grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
-SECTIONS: Sections = {
-    "progress": ((RESULT,), progress_line),
-    "claims": ((RESULT,), claims_table),
-    "losses": ((RESULT,), losses_table),
-    "differences": ((RESULT,), differences_table),
-    "enough": ((RESULT,), enough_table),
-    "text": ((RESULT,), text_table),
-    "rates": ((RESULT,), rates_table),
-    "costs": ((RESULT,), costs_table),
-    "one-model": ((ONE_MODEL,), one_model_table),
+def sections_of(result: str) -> Sections:
+    """Section of a page -> its result file, the study's, and its table."""
+    tables = {
+        "progress": progress_line,
+        "claims": claims_table,
+        "losses": losses_table,
+        "differences": differences_table,
+        "enough": enough_table,
+        "text": text_table,
+        "rates": rates_table,
+        "costs": costs_table,
+    }
+    return {section: ((result,), table) for section, table in tables.items()}
+
+
+TWO_WIDTHS = "study_two_widths.json"
+PAGES: dict[str, tuple[str, Sections]] = {
+    "studies.md": (RESULT, {**sections_of(RESULT), "one-model": ((ONE_MODEL,), one_model_table)}),
+    "two-widths.md": (TWO_WIDTHS, sections_of(TWO_WIDTHS)),
 }
-"""Section of docs/studies.md -> its result files and its table."""
+"""Page in docs -> the result file of its picture, and its sections."""
 
 
 if __name__ == "__main__":
-    results, page = Path(sys.argv[1]), Path(sys.argv[2])
-    write_text(page, render(page.read_text(encoding="utf-8"), results, SECTIONS))
-    draw(read_json(results / RESULT), Path(sys.argv[3]))
+    page = Path(sys.argv[1])
+    file, sections = PAGES[page.name]
+    write_text(page, render(page.read_text(encoding="utf-8"), page.parent / "results", sections))
+    draw(read_json(page.parent / "results" / file), page.with_suffix(".png"))
