@@ -231,6 +231,25 @@ def test_frozen_adapters_stay_in_the_answer(method: Callable[..., Any]) -> None:
     assert [len(each) for each in made.memory.values()] == [1] * len(made.trained())
 
 
+def test_each_task_draws_adapters_of_its_own(method: Callable[..., Any]) -> None:
+    """From the same ones it would begin in the subspace of the task before, which it has to leave again."""
+    made = method("olora", rank=2)
+    first, second = made.setting.bench.tasks
+    made.learn(first)
+    numbers = torch.get_rng_state()
+    made.begin(second)
+    assert torch.equal(torch.get_rng_state(), numbers)
+    cosines = []
+    for name, new in made.trained().items():
+        if ".lora_A." not in name:
+            assert not new.any()
+            continue
+        (old,) = made.memory[name]
+        cosines.append(torch.nn.functional.cosine_similarity(old, new.detach()).abs())
+        assert float(new.detach().abs().max()) <= new.shape[1] ** -0.5
+    assert float(torch.cat(cosines).mean()) < 0.3
+
+
 def test_subspaces_are_kept_off_each_other(method: Callable[..., Any]) -> None:
     overlaps = []
     for strength in (0.0, 20.0):

@@ -47,12 +47,18 @@ class LoRA(Adapted):
 
     @torch.no_grad()
     def put(self, adapters: Mapping[str, Tensor]) -> None:
-        """Make the adapters others, by name."""
-        for name, parameter in self.trained().items():
-            parameter.copy_(adapters[name])
+        """Make those that are given others, by name."""
+        trained = self.trained()
+        for name, value in adapters.items():
+            trained[name].copy_(value)
 
     def facts(self) -> dict[str, Any]:
         return {**super().facts(), "lora_rank": self.rank}
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is an adapter's; others are trained whole."""
+    return ".lora_A." in name or ".lora_B." in name
 
 
 def is_a(name: str) -> bool:

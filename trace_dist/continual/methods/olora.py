@@ -2,8 +2,9 @@
 
     loss + strength * sum over layers and earlier tasks t of |A_t A^T|^2
 
-``A`` [rank, inputs] of the present task spans what its adapters read. Those of earlier tasks are frozen and lie in the base's
-weights. What is kept of them is what they are made of.
+``A`` [rank, inputs] of the present task spans what its adapters read. Each task draws one of its own: with that of an earlier
+task it would begin in that task's subspace. Adapters of earlier tasks are frozen and lie in the base's weights. What is kept
+of them is what they are made of. A head that is trained whole, as that of images, goes on from task to task.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from trace_dist.continual.methods import lora
 from trace_dist.continual.methods.adapted import ADAPTER
+from trace_dist.masks.ops import tensor_seed
 from trace_dist.train.workbench import Stream
+from trace_dist.utils.rng import random_numbers_kept
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,22 @@ class OLoRA(lora.LoRA):
         self.memory = {
             name: torch.cat([self.memory[name], each[None]]) if self.memory else each.detach().clone()[None]
             for name, each in self.trained().items()
+            if lora.is_adapter(name)
         }
         self._fold()
-        self.renew()
+        self._draw()
+
+    def _draw(self) -> None:
+        """Make the adapters new ones, which add nothing and read what no earlier ones were drawn to read."""
+        with random_numbers_kept():
+            torch.manual_seed(tensor_seed(self.setting.cfg.seed, f"adapters/{self._number_frozen}"))
+            for layer in self.layers().values():
+                layer.reset_lora_parameters(ADAPTER, True)
+
+    @property
+    def _number_frozen(self) -> int:
+        """Earlier tasks whose adapters lie in the weights."""
+        return len(next(iter(self.memory.values()), ()))
 
     @torch.no_grad()
     def _fold(self) -> None:
@@ -73,13 +89,13 @@ class OLoRA(lora.LoRA):
             self.drop()
         super().restore(kept)
         present = {name: each.detach().clone() for name, each in self.trained().items()}
-        for number in range(len(next(iter(self.memory.values()), ()))):
+        for number in range(self._number_frozen):
             self.put({name: each[number] for name, each in self.memory.items()})
             self._fold()
         self.put(present)
 
     def facts(self) -> dict[str, Any]:
-        return {**super().facts(), "adapters": 1 + len(next(iter(self.memory.values()), ()))}
+        return {**super().facts(), "adapters": 1 + self._number_frozen}
 
 
 def overlap_slope(a: Tensor, earlier: Tensor) -> Tensor:

@@ -47,8 +47,10 @@ class Separate(Full):
 
     def learn(self, stream: Stream) -> TrainResult:
         result = super().learn(stream)
+        # as that of retrieved weights, which have learned the answers of one task alone, too
+        asked = replace(stream.task, among=stream.task.answers)
         with autocast(self.setting.cfg.target.dtype):
-            score = self.setting.judge.evaluate(self.module, stream.task)
+            score = self.setting.judge.evaluate(self.module, asked)
         self._scores[stream.task.name] = score.value
         self._per_example[stream.task.name] = score.per_example
         return result
