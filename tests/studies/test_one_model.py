@@ -90,6 +90,20 @@ def test_differences_are_paired_by_example_and_run() -> None:
     assert unsure["methods"]["separate"]["ours_above"]["verdict"] == "undecided"
 
 
+def test_orders_of_a_seed_are_no_runs_of_their_own() -> None:
+    """A method that keeps tasks apart has one result in all orders; to count it twice would make it surer than it is."""
+    generator = np.random.default_rng(0)
+    theirs = [(generator.random(200) < 0.5).astype(float) for _ in range(3)]
+    ours = [np.clip(each + gain, 0, 2) for each, gain in zip(theirs, (0.1, 0.4, 0.2), strict=True)]
+    once = results([list(e) for e in ours], [list(e) for e in theirs])
+    twice = {(order, seed): found for order in range(2) for (_, seed), found in once.items()}
+    above, again = (
+        summarise(runs, ["task"], PLAN)["methods"]["separate"]["ours_above"] for runs in (once, twice)
+    )
+    assert above == again
+    assert above["high"] - above["low"] > 50
+
+
 def test_a_study_its_cut_and_its_page(
     cfg: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

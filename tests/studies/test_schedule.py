@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from trace_dist.studies.plan import StageConfig, StudyConfig
 from trace_dist.studies.rates import fitted_product, is_bracketed, next_rate, on_grid
 from trace_dist.studies.records import Cell, Journal, Records
 from trace_dist.studies.schedule import Job, Make, Schedule, ScoreBase, Train, Traits
+from trace_dist.studies.summary import MARGIN, _difference, _enough
 
 TRAITS = {"random": Traits(True, True), "probed": Traits(True, True), "lora": Traits(False, False)}
 
@@ -126,6 +128,44 @@ def test_a_record_that_was_changed_is_left_out_and_its_work_done_again(tmp_path:
     journal.path.write_text('{"about": "b", "task": "two", "kind": "trial"}\n')
     with pytest.raises(ValueError, match=r"records\.jsonl: corrupt study file"):
         journal.read()
+
+
+@pytest.mark.parametrize("diverged", ["probed", "random"])
+def test_a_seed_that_diverges_is_not_left_out_in_silence(diverged: str) -> None:
+    stages = [StageConfig(["random", "probed"], [1e-2], seeds=3)]
+    records, plan = Records(), study(stages=stages)
+    all_of(schedule(plan), records)
+    kept = dict(records.trials)
+    for arm, shift in (("random", 1.0), ("probed", 0.0)):
+        cell = Cell(arm, "one", 1e-2)
+        records.trials[cell] = {
+            seed: [replace(trial, losses=[shift, shift]) for trial in trials]
+            for seed, trials in kept[cell].items()
+        }
+    (row,) = _difference(records, ("probed", 1e-2), ("random", 1e-2), ["one"])
+    assert row["tasks"][0]["verdict"] == "lower"
+    assert row["mean"]["tasks"] == 1
+    cell = Cell(diverged, "one", 1e-2)
+    (lost,) = records.of(cell, 2)
+    records.trials[cell][2] = [replace(lost, validation=math.inf, losses=None, right=None, text=None)]
+    (row,) = _difference(records, ("probed", 1e-2), ("random", 1e-2), ["one"])
+    assert [row["tasks"][0][key] for key in ("verdict", "tuned", "seeds")] == ["undecided", False, 2]
+    assert row["mean"] is None
+
+
+def test_the_best_density_is_enough_however_much_its_seeds_differ() -> None:
+    stages = [StageConfig(["random"], [1e-3, 1e-2], seeds=3)]
+    records = Records()
+    plan = study(stages=stages)
+    all_of(schedule(plan), records)
+    for cell, seeds in records.trials.items():
+        shift = 0.5 if cell.density == 1e-3 else 0.0
+        records.trials[cell] = {
+            seed: [replace(trial, losses=[shift + seed, shift + seed]) for trial in trials]
+            for seed, trials in seeds.items()
+        }
+    found = list(_enough(records, plan, ["one"]))
+    assert found == [{"arm": "random", "task": "one", "density": 1e-2, "margin": MARGIN}]
 
 
 def test_wrong_values_are_named() -> None:

@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -121,6 +121,17 @@ def test_a_study_its_cut_and_its_page(setup: Setup, tmp_path: Path, monkeypatch:
     assert {claim.verdict for claim in claims(again)} <= {FOR, "against", UNDECIDED}
     draw(again, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_random_masks_differ_between_tasks_and_seeds(setup: Setup) -> None:
+    lab = Lab(setup.cfg, setup.study)
+    arm = cast(Masked, load_arm("random", lab, Probes(lab)))
+    first, *others = (arm.masks(Case(*case)) for case in (("first", 0), ("last", 0), ("first", 1)))
+    for density, mask in first.items():
+        assert mask == arm.masks(Case("first", 0))[density]
+        for other in others:
+            assert mask.num_entries == other[density].num_entries
+            assert (mask & other[density]).num_entries < 0.5 * mask.num_entries
 
 
 def test_records_of_other_settings_are_left_out(setup: Setup) -> None:

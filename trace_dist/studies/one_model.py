@@ -6,11 +6,14 @@ Every method of the configuration learns the tasks through the driver of ``trace
 seeds; each order and seed is a run in a folder of its own. A study that was cut goes on behind the last task that a method has
 learned. Learning rates race as the configuration says, anew in each run.
 
-[Note: runs] Order 0 is that of the configuration, the others are shuffled by their number. The seed draws masks, adapters and
-the order of the examples; base, proxy and test examples are the same in all runs.
+[Note: runs] Order 0 is that of the configuration, the others are shuffled by their number. The seed draws masks, adapters, the
+examples and their order, as in any run: runs of one seed have the same examples, and another seed picks or generates others. Base
+and proxy are the same in all runs, and are those of the study's own seed.
 
-[Note: pairs] Two methods answer the same test examples in the same runs. A draw takes the examples of each task and the runs
-with replacement, the same for both (studies/statistics.py). With one run an interval knows nothing of how runs differ.
+[Note: pairs] In a run two methods answer the same test examples. A draw takes the examples of each task with replacement, and
+moves the mean over the runs, for both methods and all tasks together (studies/statistics.py). Orders of one seed share masks
+and examples, and a method that keeps tasks apart has the same result in each: where there are several seeds, they count as
+one run, by their mean. With one run an interval knows nothing of how runs differ.
 """
 
 from __future__ import annotations
@@ -175,14 +178,22 @@ def _mean(values: Sequence[float]) -> float:
 
 def _pairs(runs: Runs, tasks: Sequence[str], first: str, second: str) -> list[tuple[Answers, Answers]] | None:
     """Per task the scores, in percent, of two methods in the runs that both have; None where there is none."""
-    both = [found for found in runs.values() if first in found and second in found]
+    both = {key: found for key, found in runs.items() if first in found and second in found}
     if not both:
         return None
-    return [(_scores(both, first, task), _scores(both, second, task)) for task in tasks]
+    # orders of one seed count as one run
+    kinds = [seed if len({of for _, of in both}) > 1 else order for order, seed in both]
+    groups: dict[int, list[Mapping[str, Any]]] = {}
+    for kind, found in zip(kinds, both.values(), strict=True):
+        groups.setdefault(kind, []).append(found)
+    own = [*groups.values()]
+    return [(_scores(own, first, task), _scores(own, second, task)) for task in tasks]
 
 
-def _scores(found: Sequence[Mapping[str, Any]], method: str, task: str) -> Answers:
-    each = np.array([result[method]["per_example"][task] for result in found], dtype=np.float64)
+def _scores(groups: Sequence[Sequence[Mapping[str, Any]]], method: str, task: str) -> Answers:
+    """A method's scores in percent, the mean of each group of runs."""
+    means = [np.mean([found[method]["per_example"][task] for found in group], axis=0) for group in groups]
+    each = np.array(means, dtype=np.float64)
     return Answers(100 * each, np.ones(each.shape[1]))
 
 

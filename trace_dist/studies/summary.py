@@ -71,6 +71,12 @@ def _best(records: Records, cell: Cell) -> Iterator[tuple[int, Trial]]:
             yield seed, best
 
 
+def _is_settled(records: Records, cell: Cell) -> bool:
+    """Whether its rate is tuned and no seed diverged at it: the answers of those that are left would be too good."""
+    seeds = records.trials.get(cell, {})
+    return is_bracketed(tried_in(records, cell)) and all(records.best(cell, seed) for seed in seeds)
+
+
 def _ordered(records: Records, study: StudyConfig, tasks: Sequence[str]) -> list[Cell]:
     """All cells with a trial: by task, density and arm."""
     arms = study.arms
@@ -98,7 +104,7 @@ def _cell(records: Records, cell: Cell) -> dict[str, Any]:
             {"lr": lr, "validation": loss if math.isfinite(loss) else None}
             for lr, loss in sorted(tried.items())
         ],
-        "bracketed": is_bracketed(tried),
+        "bracketed": _is_settled(records, cell),
         "seeds": 0,
     }
     trials = [trial for _, trial in _best(records, cell)]
@@ -147,7 +153,7 @@ def _difference(
         if ours is None or theirs is None:
             continue
         found = difference([(ours, theirs)])
-        tuned = all(is_bracketed(tried_in(records, cell)) for cell in cells)
+        tuned = all(_is_settled(records, cell) for cell in cells)
         rows.append(
             {
                 "task": task,
@@ -176,13 +182,13 @@ def _difference(
 def _shares(records: Records, study: StudyConfig, tasks: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Share of the gain of probing the target that a projected mask keeps."""
     for density in study.densities:
-        for best in PROBED:
+        for best in (name for name in PROBED if name != study.reference):
             for arm in PROJECTED:
                 triples, used = [], []
                 for task in tasks:
-                    names = (study.reference, best, arm)
-                    three = [answers(records, Cell(name, task, density)) for name in names]
-                    tuned = all(is_bracketed(tried_in(records, Cell(name, task, density))) for name in names)
+                    cells = [Cell(name, task, density) for name in (study.reference, best, arm)]
+                    three = [answers(records, cell) for cell in cells]
+                    tuned = all(_is_settled(records, cell) for cell in cells)
                     if tuned and three[0] is not None and three[1] is not None and three[2] is not None:
                         triples.append((three[0], three[1], three[2]))
                         used.append(task)
@@ -206,12 +212,17 @@ def _enough(records: Records, study: StudyConfig, tasks: Sequence[str]) -> Itera
                 density: found
                 for density in study.densities
                 if (found := answers(records, Cell(arm, task, density))) is not None
-                and is_bracketed(tried_in(records, Cell(arm, task, density)))
+                and _is_settled(records, Cell(arm, task, density))
             }
             if len(known) == len(study.densities) > 1:
                 best = min(known.values(), key=lambda found: found.loss)
-                near = [d for d in study.densities if difference([(known[d], best)]).high <= MARGIN]
+                # the best one is, however much its seeds differ
+                near = [d for d, mine in known.items() if mine is best or _is_near(mine, best)]
                 yield {"arm": arm, "task": task, "density": min(near), "margin": MARGIN}
+
+
+def _is_near(mine: Answers, best: Answers) -> bool:
+    return difference([(mine, best)]).high <= MARGIN
 
 
 def _checked(records: Records, tasks: Sequence[str], fitted: float) -> Iterator[dict[str, Any]]:
