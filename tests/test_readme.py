@@ -214,10 +214,10 @@ def test_what_one_set_of_weights_keeps_is_what_the_study_found() -> None:
     bounds = f"level with a model per task ({average['separate']:.1f} %) and "
     bounds += f"{-verdicts['joint']['ours_above']['value']:.1f} points below joint training ({average['joint']:.1f} %)"
     assert (
-        f"`consolidated` {ours:.1f} %, {bounds}; ELLA {average['ella']:.0f} %; full fine-tuning, LoRA, O-LoRA"
+        f"`consolidated` {ours:.1f} %, {bounds}; ELLA {average['ella']:.0f} %; full fine-tuning, LoRA, OSFT"
         in said
     )
-    some = [average[name] for name in ("full", "lora", "olora", "osft", "ps", "slao")]
+    some = [average[name] for name in ("full", "lora", "osft", "ps", "slao")]
     assert f"{min(some):.0f} to {max(some):.0f} %; averaged or TIES-merged deltas less than 1 %" in said
     assert max(average["average"], average["ties"]) < 1
     found = [verdicts[bound]["ours_above"]["verdict"] for bound in ("separate", "joint")]
