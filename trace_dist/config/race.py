@@ -16,7 +16,8 @@ class RaceConfig(Section):
     section: ClassVar[str] = "race"
 
     grid: list[float] = field(default_factory=lambda: [1e-3, 3e-3, 1e-2])
-    """Rates that race; where the best one is the lowest or the highest, the next one beyond it races too, twice at most."""
+    """Rates that race; where the best one is the lowest or the highest, the next one beyond it races too, four times at
+    most."""
     tasks: int = 2
     """First tasks that each rate trains, one after another; the mean of the losses after each counts."""
     steps: int = 40

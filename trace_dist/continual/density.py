@@ -3,7 +3,7 @@
 [Note: density and rate] The best learning rate differs between densities by factors of ten, so each density races for its own,
 by the rule of every race (continual/race.py): the mask of the run's placement is trained on the run's first tasks for a few steps
 with each rate, and the least held-out loss counts. Densities are raced from the largest one down, and the grid of each is that of
-``race.grid``, moved to where the density before it had its best rate: neighbours lie close, and a race goes two rates beyond its
+``race.grid``, moved to where the density before it had its best rate: neighbours lie close, and a race goes beyond its
 grid where it must. What was found decides the density of all tasks; masked methods then race for their rates from there. Earlier
 tasks' entries are not refused in the race, whatever ``mask.isolation`` says.
 

@@ -5,8 +5,9 @@ start, on the same batches, with the same random numbers. After a warm-up of at 
 whole training of the task, of which the race is the beginning: one that fell to the end within the race would bear peaks that
 are too high for a long training. The rate whose answer loss on held-out training examples, or on the validation examples of a
 run that has them, is least on average wins; it is taken just after each task was trained. Of rates that are level within 5 %
-the lowest wins, since a short training still bears higher rates than a long one. One that diverges has lost. Where the winner
-is the lowest or the highest rate, the next one beyond it races too.
+the lowest wins, since a short training still bears higher rates than a long one: 5 % of the loss, and of what the best rate has
+won since the start, too, or a rate that learns nothing would be level where a short training wins little. One that diverges has
+lost. Where the winner is the lowest or the highest rate, the next one beyond it races too.
 
 Two tasks, since a rate can be the best for the first one and leave weights that learn no other: a method that goes on from what
 earlier tasks left does so in the race too. Not more: what comes later is not known when a stream begins. Every method
@@ -44,9 +45,9 @@ from trace_dist.utils.together import on_main
 logger = get_logger(__name__)
 
 LEVEL = 0.05
-"""Share by which a loss may lie above the best one and still be level with it."""
-MOST_EXTENSIONS = 2
-"""Rates beyond the grid that may race."""
+"""Share of the best loss, and of what it lies below the start, by which a loss may lie above it and still be level with it."""
+MOST_EXTENSIONS = 4
+"""Rates beyond the grid that may race: a grid that suits masks begins far above the rates of full fine-tuning."""
 Trial = Callable[[Stream, Stream, float], AbstractContextManager[Learner]]
 """``Method.trial``."""
 
@@ -57,43 +58,63 @@ class Race:
 
     Attributes:
         losses: rate -> nats per answer token of the held-out examples, infinite where training diverged; rising rates.
+        start: the same before any training; None where nothing but the best was near.
     """
 
     losses: Mapping[float, float]
+    start: float | None = None
+
+    @property
+    def best(self) -> float:
+        """The rate with the least loss."""
+        return min(self.losses, key=self.losses.__getitem__)
 
     @property
     def lr(self) -> float:
         """The rate that won: the lowest of those that are level with the best."""
-        best = min(self.losses.values())
-        return min(rate for rate, loss in self.losses.items() if loss <= (1 + LEVEL) * best)
+        best = self.losses[self.best]
+        margin = LEVEL * (best if self.start is None else min(best, max(self.start - best, 0.0)))
+        return min(rate for rate, loss in self.losses.items() if loss <= best + margin)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """JSON-ready; no loss where training diverged."""
-        return [{"lr": lr, "loss": loss if math.isfinite(loss) else None} for lr, loss in self.losses.items()]
+        """JSON-ready; no loss where training diverged, and no start where it was not asked for."""
+        start = {} if self.start is None else {"start": self.start}
+        return [
+            {"lr": lr, "loss": loss if math.isfinite(loss) else None, **start}
+            for lr, loss in self.losses.items()
+        ]
 
     @classmethod
     def from_json(cls, value: list[dict[str, Any]]) -> Race:
         """What ``to_json`` gave."""
-        return cls({each["lr"]: math.inf if each["loss"] is None else each["loss"] for each in value})
+        losses = {each["lr"]: math.inf if each["loss"] is None else each["loss"] for each in value}
+        return cls(losses, value[0].get("start") if value else None)
 
 
-def race_rates(grid: list[float], measure: Callable[[float], float]) -> Race:
+def race_rates(
+    grid: list[float], measure: Callable[[float], float], untrained: Callable[[], float] | None = None
+) -> Race:
     """Let the rates of a grid race, and up to ``MOST_EXTENSIONS`` beyond it.
 
     Args:
         grid: two or more.
         measure: the loss that a rate leads to; infinite or NaN where it diverges.
+        untrained: the loss before any training; asked where another rate than the best may win.
 
     Raises:
         ValueError: every rate diverges.
     """
     losses: dict[float, float] = {}
+    start: float | None = None
     waiting = sorted(grid)
     for extensions in range(MOST_EXTENSIONS + 1):
         for lr in waiting:
             loss = measure(lr)
             losses[lr] = loss if math.isfinite(loss) else math.inf
-        race = Race(dict(sorted(losses.items())))
+        race = Race(dict(sorted(losses.items())), start)
+        if untrained is not None and start is None and race.lr != race.best:
+            start = untrained()
+            race = replace(race, start=start)
         waiting = _beyond(race)
         if not waiting or extensions == MOST_EXTENSIONS:
             break
@@ -154,10 +175,11 @@ def held_race(
     # one global batch of each, the same for each rate
     steps = [setting.bench.one_batch([heldout.encoded]) for _, heldout in parts]
 
-    def measure(lr: float) -> float:
+    def measure(lr: float, most: int = cfg.steps) -> float:
         losses = []
         with ExitStack() as trained:
-            for stream, (part, _), step in zip(streams, parts, steps, strict=True):
+            for stream, (whole, _), step in zip(streams, parts, steps, strict=True):
+                part = replace(whole, steps=min(most, whole.steps))
                 setting.seed(stream.task.name)
                 losses.append(_loss_after(trial(stream, part, lr), step, trained))
                 if math.isinf(losses[-1]):
@@ -165,13 +187,19 @@ def held_race(
                 if not continues:
                     trained.close()
         loss = float(dist.broadcast_object(sum(losses) / len(losses)))
-        tasks = " and ".join(f"{part.steps} steps of {part.task.name}" for part, _ in parts)
+        tasks = " and ".join(f"{min(most, part.steps)} steps of {part.task.name}" for part, _ in parts)
         logger.info("%s: lr %g: held-out loss %.4f after %s", name, lr, loss, tasks)
         return loss
 
     with random_numbers_kept():
-        race = race_rates(cfg.grid, measure)
+        race = race_rates(cfg.grid, measure, lambda: measure(min(cfg.grid), 0))
     logger.info("%s: lr %g has won the race", name, race.lr)
+    if _beyond(race):
+        logger.warning(
+            "%s: lr %g has won the race and is at the edge of all rates that raced; a better one may lie beyond: move race.grid",
+            name,
+            race.lr,
+        )
     on_main(lambda: write_record(path, {"about": conditions, "rates": race.to_json()}))
     return race
 
