@@ -18,8 +18,8 @@ from trace_kernels.rounding import seed_keys, seed_keys_kernel
 HYPER = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 VIEWS = [
     (1, 5000, 777, 4321),
-    (64, 8192, 37, 6001),
-    (64, 8192, 64, 8184),
+    (64, 8192, 37, 3001),
+    (64, 4096, 64, 4088),
     (16, 4096, 0, 4096),
     (1, 900, 0, 900),
 ]
@@ -80,7 +80,7 @@ def test_the_bits_are_those_of_single_steps(
     batch = AdamWBatch(together, seeds, rounding)
     assert 1 < batch.num_launches < len(together)
     scale = torch.tensor(0.37, device=device) if scale_on_device else 0.37
-    for step in (1, 2, 3):
+    for step in (1, 2):
         assert batch.holds(together)
         batch.step(AdamWHyper(**HYPER), step, scale)
         for state, seed in zip(alone, seeds, strict=True):
