@@ -16,6 +16,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from warm.client import read_at_import
+
+from trace_dist.launching.environment import forwarded
+
 PACKAGES = {"ip": "iproute2", "sshd": "openssh-server", "pdsh": "pdsh", "nsenter": "util-linux"}
 SBIN = "/usr/sbin:/sbin"
 SSH_CONFIG = "Host *\n  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n"
@@ -154,6 +158,10 @@ def _write_files(folder: Path, number: int) -> None:
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key], check=True)
     shutil.copy(folder / "ssh/id_ed25519.pub", folder / "ssh/authorized_keys")
     (folder / "ssh/config").write_text(SSH_CONFIG)
+    # What all processes of this machine have alike, but for what a launcher has to hand on.
+    alike = read_at_import(dict(os.environ))
+    lines = [f"{name}={value}\n" for name, value in alike.items() if name not in forwarded(os.environ)]
+    (folder / "ssh/environment").write_text("".join(line for line in lines if line.count("\n") == 1))
     others = {host: f"10.77.0.{host} node-{host}\n" for host in range(1, number + 1)}
     for host in others:
         lines = [line for other, line in others.items() if other != host]
@@ -161,7 +169,7 @@ def _write_files(folder: Path, number: int) -> None:
     (folder / "hostfile").write_text("".join(f"node-{host} slots=1\n" for host in others))
     (folder / "sshd_config").write_text(
         f"HostKey {folder}/host_key\nAuthorizedKeysFile {folder}/ssh/authorized_keys\nPasswordAuthentication no\n"
-        "PermitRootLogin prohibit-password\nStrictModes no\nUsePAM no\nMaxStartups 100\n"
+        "PermitRootLogin prohibit-password\nPermitUserEnvironment yes\nStrictModes no\nUsePAM no\nMaxStartups 100\n"
     )
     Path("/run/sshd").mkdir(parents=True, exist_ok=True)
 

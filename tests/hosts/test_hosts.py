@@ -42,12 +42,9 @@ def environment(**changes: str) -> dict[str, str]:
     tests = ROOT / "tests"
     paths = (ROOT, ROOT / "kernels", tests, tests / "cli", os.environ.get("PYTHONPATH"))
     own = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return (
-        namespaces.environment()
-        | own
-        | {"PYTHONPATH": os.pathsep.join(map(str, filter(None, paths)))}
-        | changes
-    )
+    own["PYTHONPATH"] = os.pathsep.join(map(str, filter(None, paths)))
+    own["PATH"] = f"{Path(python()).parent}:{namespaces.environment()['PATH']}"
+    return namespaces.environment() | own | changes
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ Tests of either, of signals and of process ids start interpreters of their own.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import importlib
 import json
@@ -18,6 +19,7 @@ import runpy
 import selectors
 import signal
 import socket
+import struct
 import sys
 import threading
 import types
@@ -28,15 +30,23 @@ from typing import Any
 from warm.client import read_at_import
 
 Request = dict[str, Any]
+NAMESPACES = ("ipc", "uts", "net", "mnt")
+"""In which hosts of the tests differ (hosts/namespaces.py)."""
 
 
 def warm() -> None:
-    """Import what a command imports."""
+    """Import what commands import, also what they do not import before they need it."""
+    import matplotlib.backends.backend_svg  # noqa: F401
+    import scipy.stats  # noqa: F401
     import torch.distributed.run  # noqa: F401
     from deepspeed.launcher import launch, runner  # noqa: F401
+    from transformers.models.llama import modeling_llama, tokenization_llama  # noqa: F401
 
-    from trace_dist.cli import commands  # noqa: F401
+    from trace_dist.cli import bank_commands, commands  # noqa: F401
+    from trace_dist.continual import driver  # noqa: F401
+    from trace_dist.serving import router, server  # noqa: F401
     from trace_dist.sharding import fsdp2, zero3  # noqa: F401
+    from trace_dist.stages import ask, learn, pipeline, report, shapes  # noqa: F401
     from trace_dist.train import task  # noqa: F401
 
 
@@ -52,6 +62,18 @@ def receive(client: socket.socket) -> tuple[Request | None, list[int]]:
 def say(client: socket.socket, **what: int | None) -> None:
     with suppress(OSError):  # the client was killed
         client.sendall(json.dumps(what).encode() + b"\n")
+
+
+def enter_host(client: socket.socket) -> None:
+    """Go where the client is, if that is a host made of namespaces."""
+    size = struct.calcsize("3i")
+    pid, _, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    places = [(f"/proc/{pid}/ns/{kind}", f"/proc/self/ns/{kind}") for kind in NAMESPACES]
+    files = [os.open(theirs, os.O_RDONLY) for theirs, own in places if not os.path.samefile(theirs, own)]
+    for file in files:
+        if ctypes.CDLL(None, use_errno=True).setns(file, 0) != 0:
+            raise OSError(ctypes.get_errno(), "setns")
+        os.close(file)
 
 
 class Server:
@@ -83,11 +105,12 @@ class Server:
             client.close()
         elif (pid := os.fork()) == 0:
             self._forget()
-            client.close()
             os.setsid()
             for own, file in enumerate(files):
                 os.dup2(file, own)
                 os.close(file)
+            enter_host(client)
+            client.close()
             return request
         else:
             self._clients[pid], self._ends[pid] = client, os.pidfd_open(pid)
