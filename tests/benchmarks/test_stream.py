@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ RESULT, LATER = RESULTS / "stream20.json", RESULTS / "learn_later.json"
 
 
 def test_tasks_are_learned_by_commands_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What is measured is a process of its own; those that it starts may be forks.
+    # The task whose measures are looked at has a process of its own; other commands may be forks, and what it starts.
     warm = {"PYTHONPATH": str(Path(__file__).parents[1] / "warm" / "children"), "TEST_PYTHON": python()}
     for name, value in (environment(tmp_path / "cache") | warm).items():
         monkeypatch.setenv(name, value)
@@ -26,6 +27,15 @@ def test_tasks_are_learned_by_commands_of_their_own(tmp_path: Path, monkeypatch:
     config = make_config(tmp_path) | {"backend": "single"}
     config["bank"] |= {"layer": 0}
     path, out, learn = write_config(tmp_path, config), tmp_path / "stream.json", stream._learn
+
+    interpreter = sys.executable
+    monkeypatch.setattr(sys, "executable", python())
+
+    def measured(whole: Any, task: Any, *folders: Path) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            if task["name"] == "twist":
+                patch.setattr(sys, "executable", interpreter)
+            return learn(whole, task, *folders)
 
     def cut(whole: Any, task: Any, *folders: Path) -> Any:
         if task["name"] == "twist":
@@ -36,6 +46,7 @@ def test_tasks_are_learned_by_commands_of_their_own(tmp_path: Path, monkeypatch:
         patch.setattr(stream, "_learn", cut)
         with pytest.raises(KeyboardInterrupt):
             stream.run_stream(path, out)
+    monkeypatch.setattr(stream, "_learn", measured)
     (first,) = json.loads(out.read_text())["tasks"]
     result = stream.run_stream(path, out)
     assert result == json.loads(out.read_text())
