@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import datasets
 import huggingface_hub.constants
 import pytest
+from datasets.arrow_writer import ArrowWriter
 
 from trace_dist.config import TaskConfig
 from trace_dist.data import load_examples
@@ -34,11 +36,19 @@ def some(start: int, stop: int) -> set[str]:
     return {f"q{i}" for i in range(start, stop)}
 
 
+def listed(names: set[str]) -> list[dict[str, str]]:
+    return [{"prompt": name, "answer": f"0{name[1:]}"} for name in sorted(names)]
+
+
 def write(path: Path, rows: list[dict[str, str]] = ROWS) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     data = datasets.Dataset.from_list(rows)
     if path.suffix == ".parquet":
         data.to_parquet(path)
+    elif path.suffix == ".arrow":
+        with ArrowWriter(path=str(path)) as writer:
+            writer.write_table(data.data.table)
+            writer.finalize()
     elif path.suffix == ".csv":
         path.write_text(
             "".join(
@@ -300,6 +310,31 @@ def test_a_folder_that_cannot_be_read(content: dict[str, str], tmp_path: Path) -
     with pytest.raises(ValueError, match=r"tasks\.t\.path='.*/d'") as error:
         load_examples(task(tmp_path / "d"), seed=0)
     assert "\n" not in str(error.value)
+
+
+def test_classes_and_short_floats_in_lists_are_read_as_alone(tmp_path: Path) -> None:
+    text, label = datasets.Value("string"), datasets.ClassLabel(names=["no", "yes"])
+    kinds = {"label": datasets.List(label), "size": {"text": datasets.List(datasets.Value("float32"))}}
+    rows = [{"prompt": f"q{i}", "label": [i % 2], "size": {"text": [0.1, i]}} for i in range(40)]
+    data = datasets.Dataset.from_list(rows, features=datasets.Features({"prompt": text, **kinds}))
+    data.to_parquet(tmp_path / "d.parquet")
+    labelled = load_examples(task(tmp_path / "d.parquet", answer_field="label"), seed=0).train
+    assert all(row["answer"] == ("yes" if int(row["prompt"][1:]) % 2 else "no") for row in labelled)
+    measured = load_examples(task(tmp_path / "d.parquet", answer_field="size"), seed=0).train
+    assert all(row["references"] == ["0.1", f"{row['prompt'][1:]}.0"] for row in measured)
+
+
+@pytest.mark.parametrize("name", ["d.csv", "d.csv.gz", "d.parquet", "folder/d.arrow"])
+def test_a_file_that_another_of_the_same_time_has_replaced(name: str, tmp_path: Path) -> None:
+    """As ``cp -p``, ``rsync`` and ``tar`` leave it."""
+    path = tmp_path / name
+    for rows in (some(0, 40), some(40, 80)):
+        made = write(path.with_suffix("") if path.suffix == ".gz" else path, listed(rows))
+        if path.suffix == ".gz":
+            path.write_bytes(gzip.compress(made.read_bytes(), mtime=0))
+        os.utime(path, (1e9, 1e9))
+        trained, tested = prompts(task(path.parent if path.suffix == ".arrow" else path))
+        assert trained | tested == rows
 
 
 def test_cells_are_texts_as_they_stand(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import datasets
 from trace_dist.config import TaskConfig
 from trace_dist.config.examples import example_file
 from trace_dist.data.bars import bars_on_main
+from trace_dist.data.cache import place_of
 from trace_dist.data.files import GZIP, cells_header, read_json_lines, read_json_values, read_text
 from trace_dist.data.tables import Table
 from trace_dist.parts import IMAGES
@@ -155,6 +156,8 @@ def _from_folder(path: Path, task: TaskConfig, field: str) -> Splits:
     if all(_kind(file) in _READERS for each in files.values() for file in each):
         return _from_files(files, field)
     with _one_line(f"{field}: cannot be read", cure):
+        place = place_of(file for each in files.values() for file in each)
+        builder = datasets.load_dataset_builder(str(path), task.subset, cache_dir=place)
         with bars_on_main():
             builder.download_and_prepare()
         loaded = builder.as_dataset()
@@ -198,7 +201,9 @@ def _text(files: list[Path], field: str) -> datasets.Dataset:
 def _loaded(kind: str, files: list[Path], field: str, **options: Any) -> datasets.Dataset:
     with _one_line(f"{field}: cannot be read", "write the file again"), bars_on_main():
         names = [glob.escape(str(file)) for file in files]
-        return datasets.load_dataset(kind, data_files=names, split=TRAIN, **options)
+        return datasets.load_dataset(
+            kind, data_files=names, split=TRAIN, cache_dir=place_of(files), **options
+        )
 
 
 _READERS: dict[str, Callable[[list[Path], str], datasets.Dataset | list[Any]]] = {

@@ -52,8 +52,8 @@ class Table:
         return Table(self.where, self.data[start:stop])
 
     def rows(self, columns: Sequence[str]) -> Iterator[Mapping[str, Any]]:
-        """All rows with these columns; class labels as their names, short floats with their own digits alone, images as data
-        URIs (``data.pictures``).
+        """All rows with these columns; class labels as their names and short floats with their own digits alone, also in lists
+        and objects; images as data URIs (``data.pictures``).
 
         Raises:
             ValueError: a text is not UTF-8, or an image cannot be read.
@@ -62,20 +62,12 @@ class Table:
             yield from self.data
             return
         kept = self.data.select_columns([name for name in self.data.column_names if name in columns])
-        labels = {
-            name: kind.names for name, kind in kept.features.items() if isinstance(kind, datasets.ClassLabel)
-        }
-        short = {
-            name: np.dtype(kind.dtype).type
-            for name, kind in kept.features.items()
-            if isinstance(kind, datasets.Value) and kind.dtype in ("float16", "float32")
-        }
+        coded = {name: kind for name, kind in kept.features.items() if _is_coded(kind)}
         images = [name for name, kind in kept.features.items() if isinstance(kind, datasets.Image)]
         for start in range(0, len(kept), _AT_A_TIME):
             for row in self._batch(kept, range(start, min(start + _AT_A_TIME, len(kept)))):
-                named = {name: _label(row[name], names) for name, names in labels.items()}
-                rounded = {name: _rounded(row[name], kind) for name, kind in short.items()}
-                yield row | named | rounded | {name: stored_uri(row[name], self.where) for name in images}
+                written = {name: _written(row[name], kind) for name, kind in coded.items()}
+                yield row | written | {name: stored_uri(row[name], self.where) for name in images}
 
     def _batch(self, data: datasets.Dataset, places: range) -> list[dict[str, Any]]:
         for name, kind in data.features.items():
@@ -97,11 +89,29 @@ class Table:
         return rows
 
 
-def _rounded(value: float | None, kind: Any) -> float | None:
-    """0.1 in fp32 is 0.10000000149011612 as a longer number, and 0.1 wherever it is printed."""
-    return None if value is None else float(str(kind(value)))
+def _parts(kind: Any) -> list[Any]:
+    """The kinds of what a list or an object holds."""
+    if isinstance(kind, Mapping):
+        return list(kind.values())
+    return [kind.feature] if hasattr(kind, "feature") else []
 
 
-def _label(value: Any, names: Sequence[str]) -> Any:
-    """The name of a class; what is none (a hidden label is -1) stays, and is refused as no text."""
-    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
+def _is_coded(kind: Any) -> bool:
+    """Whether there are classes or short floats in values of a kind, however deep."""
+    short = isinstance(kind, datasets.Value) and kind.dtype in ("float16", "float32")
+    return short or isinstance(kind, datasets.ClassLabel) or any(map(_is_coded, _parts(kind)))
+
+
+def _written(value: Any, kind: Any) -> Any:
+    """A value with classes as their names, and short floats with their own digits alone."""
+    if value is None or not _is_coded(kind):
+        return value
+    if isinstance(kind, datasets.ClassLabel):
+        # What is none (a hidden label is -1) is refused as no text.
+        return kind.names[value] if 0 <= value < len(kind.names) else None
+    if isinstance(kind, datasets.Value):
+        # 0.1 in fp32 is 0.10000000149011612 as a longer number, and 0.1 wherever it is printed.
+        return float(str(np.dtype(kind.dtype).type(value)))
+    if isinstance(kind, Mapping):
+        return {name: _written(value[name], part) for name, part in kind.items()}
+    return [_written(each, kind.feature) for each in value]
