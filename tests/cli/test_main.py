@@ -97,6 +97,17 @@ def test_examples_are_command_lines_that_the_program_takes(
     assert parsed.command == words[0]
 
 
+def test_of_an_option_that_is_given_again_every_value_counts() -> None:
+    models = ["--base", "model", "--out", "folder"]
+    exported = parse(["bank", "export", "bank", *models, "--task", "one", "two", "--task=three"]).bank.export
+    assert (exported.task, exported.delta) == (["one", "two", "three"], [])
+    begun = parse(["init", "--model", "model", "--data", "a.csv", "--data", "b.csv"]).init
+    assert begun.data == ["a.csv", "b.csv"]
+    source = ["generate", "--bank", "bank", "--base", "model"]
+    assert parse([*source, "--prompt", "a", "--prompt", "b"]).generate.prompt == ["a", "b"]
+    assert parse(source).generate.prompt == []
+
+
 def test_help_loads_no_torch() -> None:
     """So that it answers within a second."""
     script = (

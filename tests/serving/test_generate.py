@@ -105,11 +105,17 @@ def test_a_bad_line_is_named_by_its_number(line: Any, fragment: str, tmp_path: P
 
 def test_nothing_is_loaded_for_what_cannot_be_answered(small: Small, tmp_path: Path) -> None:
     missing, empty = tmp_path / "none.jsonl", write(tmp_path / "empty.jsonl")
+    asked = write(tmp_path / "asked.jsonl", {"prompt": "a"})
+    (tmp_path / "linked.jsonl").symlink_to(asked)
     for words, fragment in (
         ((), "prompt: nothing is asked; give --prompt TEXT or --input FILE"),
         (("--input", missing), f"input='{missing}': no such file"),
         (("--input", empty), "holds no prompt; write one object per line"),
         (("--prompt", "a", "--output", tmp_path), f"output='{tmp_path}': is a folder"),
+        (
+            ("--input", asked, "--output", tmp_path / "linked.jsonl"),
+            "linked.jsonl': is the file of the prompts",
+        ),
         (
             ("--prompt", "a", "--output", empty / "a.jsonl"),
             f"output='{empty / 'a.jsonl'}': cannot be written",

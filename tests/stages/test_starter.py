@@ -132,6 +132,27 @@ def test_the_command_writes_it_once_and_shows_the_dry_run(
     assert not Path("runs").exists()
 
 
+def test_an_answer_that_is_always_the_same_is_no_choice(folder: Path) -> None:
+    rows = [{"prompt": f"{i} is", "answer": "odd" + " " * (i % 2)} for i in range(80)]
+    (folder / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = read(starter_config(start(folder, "odd")), folder)
+    assert cfg.tasks[0].metric == "exact_match"
+    preview(cfg)
+
+
+def test_a_configuration_that_cannot_run_is_said_to_be_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same command refuses to replace it."""
+    monkeypatch.chdir(folder)
+    Path("COPY.jsonl").write_text(Path("twist.jsonl").read_text())
+    words = ["init", "--model", "model", "--data", "copy.jsonl", "COPY.jsonl", "--out", "new.yaml"]
+    assert main(words) == 2
+    shown = capsys.readouterr()
+    assert "names must be unique" in shown.err
+    assert "written: new.yaml; mend it, or delete it" in shown.out
+
+
 def test_a_dry_run_leaves_no_trace(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also where the models are not made yet: their size is then said to be unknown."""
     path = write_config(folder, make_config(folder))

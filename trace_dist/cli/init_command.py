@@ -27,6 +27,10 @@ def init_command(arguments: Any) -> None:
         out,
         starter_config(Starter(arguments.model, arguments.data, arguments.proxy, run_dir, arguments.ranks)),
     )
-    parsed = parse(["run", "--config", str(out)])
-    say_preview(run_config(parsed["run"]))
+    try:
+        parsed = parse(["run", "--config", str(out)])
+        say_preview(run_config(parsed["run"]))
+    except ValueError:
+        print(f"written: {out}; mend it, or delete it and begin anew. What is wrong with it:")
+        raise
     print(f"written: {out}; look it through, then: trace-dist run --config {out}")

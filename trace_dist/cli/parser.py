@@ -240,6 +240,9 @@ def _add_options(parser: Parser, arguments: known.Options) -> None:
         if choices := typed.pop("choices", None):
             # With `choices` beside `type`, help would show the name of a function.
             typed["type"] = Literal[tuple(choices)]
+        if typed.get("nargs") == "+" and argument.startswith("--"):
+            # Of an option that is given again and again every value counts.
+            typed["action"] = "extend"
         parser.add_argument(argument, **typed)
 
 

@@ -44,12 +44,14 @@ def run_generate(
         out: JSON lines to write, whole or not at all: each line of the input with the answer and how it came about.
 
     Raises:
-        ValueError: nothing is asked, or ``out`` cannot be written, before anything is loaded; or as ``Router``.
+        ValueError: nothing is asked, or ``out`` cannot be written or is ``file``, before anything is loaded; or as ``Router``.
     """
     asked = [Question(check_prompt(prompt, "prompt"), task) for prompt in prompts]
     asked += [] if file is None else read_questions(file, task)
     if not asked:
         raise ValueError("prompt: nothing is asked; give --prompt TEXT or --input FILE")
+    if out is not None and file is not None and out.resolve() == file.resolve():
+        raise ValueError(f"output={str(out)!r}: is the file of the prompts; name another file")
     dist.init_distributed()
     on_main(lambda: check_writable(out, "output"))
     found = answer(source, sampling, asked)

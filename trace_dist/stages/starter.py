@@ -22,7 +22,7 @@ from trace_dist.utils.yaml import dump_yaml
 
 _KIND = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet|txt)(\.gz)?$")
 FEW_ANSWERS = 10
-"""With at most so many distinct answers a task is a choice among them."""
+"""With at most so many distinct answers, and more than one, a task is a choice among them."""
 EPOCHS = 3
 BATCH_SIZE = 16
 FEWEST_STEPS, MOST_STEPS = 50, 1000
@@ -138,7 +138,8 @@ def _task(path: str) -> tuple[TaskConfig, Task]:
     config = TaskConfig(name=name, path=path)
     config = replace(config, **form_of(config).fields)
     task = load_task(config, seed=0)
-    choice = len(set(task.train["answer"][:])) <= FEW_ANSWERS < len(task.train)
+    answers = {answer.strip() for answer in task.train["answer"][:]}
+    choice = 1 < len(answers) <= FEW_ANSWERS < len(task.train)
     return replace(config, metric="choice" if choice else "exact_match"), task
 
 
