@@ -26,7 +26,7 @@ from trace_dist import DeltaBank
 from trace_dist.bank.bank import BASE
 from trace_dist.models.fingerprint import fingerprint
 from trace_dist.serving.options import Listening, Source
-from trace_dist.serving.server import serve
+from trace_dist.serving.server import _key, serve
 
 KEY = "kept to ourselves"
 GENERATION = len((BASE, *TASKS, *MORE))
@@ -330,6 +330,12 @@ def test_what_cannot_be_served_is_said_before_the_model_is_loaded(
             options["port"] = taken.getsockname()[1]
         with pytest.raises(ValueError, match=fragment):
             serve(Source("no bank", "no base"), Listening(**options))
+
+
+def test_a_key_may_end_with_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As secrets do that were written to a file; nobody could send such a one."""
+    monkeypatch.setenv("TRACE_DIST_API_KEY", f"{KEY}\n")
+    assert _key() == KEY
 
 
 def test_a_base_on_several_ranks_is_not_served() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 from bank.samples import same_bits
 from serving.small import CAP, TASKS, Small, prompts
 
-from trace_dist import Router
+from trace_dist import DeltaBank, Router
 from trace_dist.serving.api import make_app
 from trace_dist.serving.finding import Shares
 from trace_dist.serving.gate import Gate
@@ -151,14 +153,16 @@ def test_too_many_are_refused_and_the_unwanted_are_passed_by(
     assert bench.worker.num_open == 0
 
 
-def test_who_hangs_up_is_not_answered(bench: Bench) -> None:
-    """Neither in a stream, which ends of itself, nor before: the prompt still waits, and nothing is written."""
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_hangs_up_is_not_answered(stream: bool, bench: Bench) -> None:
+    """A stream that has begun ends of itself; before, the prompt still waits, and nothing is written."""
     tally = Tally()
     app = Gate(make_app(bench.router, bench.worker, Listening(), tally), None, 1 << 20, tally)
     path, sent = "/v1/completions", list[Any]()
     headers = [(b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": path, "headers": headers, "query_string": b""}
-    body = json.dumps({"model": "copy", "prompt": ["copy ab", "copy cd"], "max_tokens": CAP}).encode()
+    asked = {"model": "copy", "prompt": ["copy ab", "copy cd"], "max_tokens": CAP, "stream": stream}
+    body = json.dumps(asked).encode()
     received = iter([{"type": "http.request", "body": body}, {"type": "http.disconnect"}])
 
     async def receive() -> Any:
@@ -167,12 +171,40 @@ def test_who_hangs_up_is_not_answered(bench: Bench) -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(app(scope, receive, send))
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), 60))
     assert sent[0]["status"] == 499, sent
     assert bench.worker.num_open == 2
     bench.worker.start()
     bench.worker.close()
     assert bench.batches == []
+
+
+def test_a_prompt_whose_task_is_removed_while_it_waits_is_anothers(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asked for no task by name cannot be told that there is none of this name."""
+    folder = Path(shutil.copytree(small.bank, tmp_path / "bank"))
+    router = Router.open(folder, small.base, batch_size=4)
+    bench = Bench(router, monkeypatch)
+    write = router.write
+
+    def removed(*args: Any) -> None:
+        bank = DeltaBank(folder)
+        if "copy" in bank.tasks:
+            bank.remove("copy")
+        write(*args)
+
+    monkeypatch.setattr(router, "write", removed)
+    first, named, found = bench.job("plain ab", "plain"), bench.job("copy ab", "copy"), bench.job("copy ab")
+    bench.worker.submit([first, named, found])
+    bench.worker.start()
+    (answer,) = found.done.result(60)
+    assert answer.text == small.expected(answer.task, ["copy ab"])[0]
+    assert answer.task != "copy"
+    assert first.done.result(60)[0].task == "plain"
+    with pytest.raises(ValueError, match="task='copy': the bank does not hold it"):
+        named.done.result(60)
+    bench.worker.close()
 
 
 def test_a_batch_waits_a_moment_for_others(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:

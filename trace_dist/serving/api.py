@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -26,6 +26,7 @@ from trace_dist.utils.log import get_logger
 from trace_dist.utils.names import BASE
 
 logger = get_logger(__name__)
+T = TypeVar("T")
 Events = asyncio.Queue[tuple[int, str] | None]
 """Number of an answer and the next piece of it; None behind the last one."""
 HUNG_UP = 499
@@ -98,9 +99,10 @@ class Api:
         shape = Shape(chat, asked.model)
         if asked.stream:
             pieces = _Pieces(shape, jobs, events, asked.stream_options.include_usage)
-            return StreamingResponse(await pieces.begun(), media_type="text/event-stream")
+            return StreamingResponse(await pieces.begun(request), media_type="text/event-stream")
         try:
-            return JSONResponse(shape.whole(await _unless_gone(_answers(jobs), request)))
+            found = await _unless_gone(_answers(jobs), request)
+            return JSONResponse(shape.whole(found))
         except Exception as error:
             raise _as_api_error(error) from None
         finally:
@@ -167,15 +169,17 @@ class _Pieces:
         _asked_for(found)
         self._events.put_nowait(None)
 
-    async def begun(self) -> AsyncIterator[bytes]:
+    async def begun(self, request: Request) -> AsyncIterator[bytes]:
         """The stream, once there is something to send; what fails before is an answer with a status of its own.
 
         Raises:
-            ApiError: nothing was written.
+            ApiError: nothing was written, or the client hung up before.
         """
+        waited = asyncio.ensure_future(self._events.get())
         try:
-            first = await self._events.get()
-        except asyncio.CancelledError:
+            first = await _unless_gone(waited, request)
+        except BaseException:
+            waited.cancel()
             _cancel(self._jobs)
             raise
         if first is None and (error := self._failure()) is not None:
@@ -217,8 +221,8 @@ def _answers(jobs: Sequence[Job]) -> asyncio.Future[list[list[Answer]]]:
     return asyncio.gather(*(asyncio.wrap_future(job.done) for job in jobs))
 
 
-async def _unless_gone(found: asyncio.Future[list[list[Answer]]], request: Request) -> list[list[Answer]]:
-    """The answers. Raises ApiError where the client hangs up before."""
+async def _unless_gone(found: asyncio.Future[T], request: Request) -> T:
+    """What is waited for. Raises ApiError where the client hangs up before."""
     found.add_done_callback(_asked_for)
     # Behind the body, which has been read, nothing else comes.
     gone = asyncio.ensure_future(request.receive())
@@ -231,7 +235,7 @@ async def _unless_gone(found: asyncio.Future[list[list[Answer]]], request: Reque
     return found.result()
 
 
-def _asked_for(found: asyncio.Future[list[list[Answer]]]) -> None:
+def _asked_for(found: asyncio.Future[T]) -> None:
     """Whether something failed, asked for even where nobody reads on; asyncio would complain of it."""
     if not found.cancelled():
         found.exception()

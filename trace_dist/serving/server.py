@@ -62,7 +62,8 @@ def _key() -> str | None:
     key = os.environ.get(KEY)
     if key is not None and not key.strip():
         raise ValueError(f"{KEY}: is set and empty; set a key, or unset it to let everybody ask")
-    return key
+    # As a request's is read: secrets that were written to a file end with a line.
+    return None if key is None else key.strip()
 
 
 def _bound(listening: Listening) -> socket.socket:

@@ -63,6 +63,11 @@ class Job:
         seeded = bool(self.sampling.way) and self.sampling.seed is not None
         return (held, self.sampling.way, id(self) if seeded else None)
 
+    @property
+    def answered_by(self) -> set[str]:
+        """Tasks whose deltas will answer, as far as they are known."""
+        return set() if self.route is None else {self.route.task, *dict(self.route.shares)}
+
     def cancel(self) -> None:
         """Nobody waits for it any more."""
         self.unwanted = True
@@ -136,6 +141,7 @@ class Worker:
             self._take(None if not self._jobs else 0)
             while (pause := self._pause()) > 0 and not self._closing:
                 self._take(pause)
+            self._look()
             if batch := self._batch():
                 self._answer(batch)
 
@@ -154,15 +160,24 @@ class Worker:
                 item = self._arrivals.get_nowait()
         new = self._wanted(new)
         if new:
+            self._look()
             self._find_tasks(new)
             self._jobs += [job for job in new if not job.done.done()]
 
-    def _find_tasks(self, jobs: list[Job]) -> None:
+    def _look(self) -> None:
+        """See the bank as it is now; where the task that was found for a prompt is there no more, find another."""
         try:
-            self._router.refresh()
+            changed = self._router.refresh()
         # What was there before is still there, and this thread must not end.
         except Exception as error:
             logger.warning("the bank cannot be looked at anew: %s", error)
+            return
+        if changed:
+            held = set(self._router.tasks)
+            self._find_tasks([job for job in self._jobs if job.task is None and not job.answered_by <= held])
+            self._jobs = [job for job in self._jobs if not job.done.done()]
+
+    def _find_tasks(self, jobs: list[Job]) -> None:
         # One by one where the name is given, so that a wrong name is the trouble of its own job alone.
         for some in (
             *([job] for job in jobs if job.task is not None),
