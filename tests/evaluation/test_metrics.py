@@ -130,6 +130,24 @@ def test_rouge_of_ascii_texts_is_rouge_scores_own() -> None:
             assert score("rouge_l", said, reference) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("said", "reference", "expected"),
+    [
+        ("हिन्दू की", "हिन्दी का", 0),
+        ("हिन्दी की किताब", "हिन्दी का किताब", 2 / 3),
+        ("தமிழ் மொழி", "தமிழ் மொழி", 1),
+        ("กิน", "กัน", 0.5),
+        ("我喜欢 Tee", "我喜欢 Kaffee", 3 / 4),
+        ("cafe\u0301 noir", "café noir", 1),
+        ("cafe noir", "café noir", 0.5),
+    ],
+)
+def test_rouge_of_other_scripts_compares_letters_with_their_marks(
+    said: str, reference: str, expected: float
+) -> None:
+    assert score("rouge_l", said, reference) == pytest.approx(expected)
+
+
 SOURCE = "About 95 species are currently accepted."
 REFERENCES = (
     "About 95 species are currently known.",
