@@ -170,6 +170,52 @@ def test_a_deep_copy_runs_on_its_own_weights() -> None:
     assert torch.equal(twin(input_ids=IDS).logits, before)
 
 
+def test_a_backward_pass_through_a_deep_copy_leaves_the_model_alone() -> None:
+    """A frozen teacher, say, through which a loss is computed with gradients enabled."""
+
+    def through(copied: nn.Module) -> None:
+        embedded = copied.get_input_embeddings()(IDS).detach().requires_grad_()  # type: ignore[operator]
+        copied(inputs_embeds=embedded).logits.square().mean().backward()
+        assert embedded.grad is not None
+
+    model, mask = attach()
+    twin = copy.deepcopy(model.module)
+    through(twin)
+    assert not any(bool(grad.any()) for grad in compact_gradients(model).values())
+    optimizer = MaskedAdamW(twin, mask)
+    model.backward(model(input_ids=IDS, labels=IDS).loss)
+    through(copy.deepcopy(twin))
+    assert not any(bool(support.grad.any()) for support in optimizer.supports)
+    assert all(bool(grad.any()) for grad in compact_gradients(model).values())
+
+
+def test_a_deep_copy_of_a_sharded_model_is_refused() -> None:
+    """Its hooks and buffers would be those of the original."""
+    model, _ = attach()
+    with pytest.raises(
+        ValueError, match="copy: a sharded model cannot be copied; shard a copy of the plain model"
+    ):
+        copy.deepcopy(model)
+
+
+def test_a_gradient_that_is_only_asked_for_is_not_accumulated() -> None:
+    """As of torch's own parameters: ``torch.autograd.grad`` and ``backward(inputs=...)`` fill what they are asked for, alone."""
+    model, _ = attach(maskable="all")
+    embedded = model.module.model.embed_tokens(IDS).detach().requires_grad_()
+
+    def loss() -> torch.Tensor:
+        return model(inputs_embeds=embedded, labels=IDS).loss
+
+    (asked,) = torch.autograd.grad(loss(), embedded)
+    loss().backward(inputs=[embedded])
+    assert embedded.grad is not None
+    torch.testing.assert_close(embedded.grad, asked)
+    assert not any(bool(grad.any()) for grad in compact_gradients(model).values())
+    assert not any(support.reached for support in model._compactor.supports)
+    loss().backward()
+    assert bool(compact_gradients(model)["model.layers.0.mlp.up_proj.weight"].any())
+
+
 def test_an_unknown_reduction_is_refused() -> None:
     model, _ = attach()
     with pytest.raises(ValueError, match="reduction='average': unknown; use 'mean' or 'sum'"):

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -274,6 +274,10 @@ class ShardedModel(ABC):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.roots[0](*args, **kwargs)
+
+    def __deepcopy__(self, _: Any) -> NoReturn:
+        # The copy would go on with this one's hooks and buffers.
+        raise ValueError("copy: a sharded model cannot be copied; shard a copy of the plain model instead")
 
     def train(self, mode: bool = True) -> ShardedModel:
         self.module.train(mode)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from trace_kernels.compact import compact_gather
 
 from trace_dist.masks.mask import Mask
@@ -96,13 +97,14 @@ class Compactor:
         self._undo.append(_stay_whole(model.module))
         # Backward must reach the lowest masked layer even though its input needs no gradient.
         self._anchor = torch.zeros((), device=model.device, requires_grad=True)
+        self._anchor_node = get_gradient_edge(self._anchor).node
         self._undo.append(model.module.register_forward_pre_hook(_settle_checkpoints).remove)
         running = RunningPass(model.module)
         self._undo.append(running.close)
         for support in self.supports:
             linear = linears.get(support.name)
             if linear is not None:
-                sink = self._sink(support)
+                sink = self._where_accumulated(self._sink(support))
                 self._undo.append(patch_linear(linear, self._anchor, support.part, sink, running))
             else:
                 self._hook(parameters[support.name], support)
@@ -121,6 +123,16 @@ class Compactor:
                 self._reducer.add(support, support.pick(flat, self._scale))
 
         return deliver
+
+    def _where_accumulated(self, deliver: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+        """``deliver``, but not from passes of ``torch.autograd.grad`` or ``backward(inputs=...)``, which accumulate no gradient
+        of ours: hooks of parameters do not hear of them either."""
+
+        def delivered(grad: Tensor) -> None:
+            if torch._C._will_engine_execute_node(self._anchor_node):
+                deliver(grad)
+
+        return delivered
 
     def _deliver_slice(self, support: Support) -> Callable[[Tensor], None]:
         """Takes a gradient that the sharding library has reduced: this rank's slice of the mean over ranks."""

@@ -218,19 +218,20 @@ def patch_linear(
         A function that restores the layer.
     """
 
+    # Methods, not closures over the layer: a deep copy of the model runs on its own weights, and delivers nothing.
     def forward(self: nn.Linear | NF4Linear, input: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
+        if self is not module or not torch.is_grad_enabled():
             return F.linear(input, self.weight, self.bias)
         return _MaskedLinear.apply(input, self.bias, anchor, self, part, deliver)
 
-    def catch(weight: Tensor) -> Tensor:
-        return _CaughtWeight.apply(weight, anchor, deliver) if torch.is_grad_enabled() and running else weight
+    def catch(self: nn.Linear | NF4Linear, weight: Tensor) -> Tensor:
+        caught = self is module and torch.is_grad_enabled() and running
+        return _CaughtWeight.apply(weight, anchor, deliver) if caught else weight
 
     layer: Any = module
     # Not None where another library, or another mask, has replaced it.
     before, caught = layer.__dict__.get("forward"), layer.__dict__.get("catch")
-    # A method, not a closure over the layer: a deep copy of the model must run on its own weights.
-    layer.forward, layer.catch = MethodType(forward, layer), catch
+    layer.forward, layer.catch = MethodType(forward, layer), MethodType(catch, layer)
     if isinstance(layer, nn.Linear):
         layer.__class__ = MaskedLinear
 

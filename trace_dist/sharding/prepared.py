@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -105,11 +106,18 @@ class PreparedModel(ReplicatedModel):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self._undo: list[Callable[[], None]] = []
+        self._frozen: list[tuple[str, Any]] = []
+        """What no mask covers, where several ranks share the model."""
 
     def attach(self, mask: Mask, accumulate: Accumulate | None = None) -> list[Support]:
         supports = super().attach(mask, accumulate)
-        self._undo.append(self.module.register_forward_pre_hook(self._before_forward).remove)
         self._attached_on = self.device
+
+        def before_forward(module: nn.Module, *_: Any) -> None:
+            if module is self.module:  # and not a deep copy of it, which shares the hook
+                self._before_forward()
+
+        self._undo.append(self.module.register_forward_pre_hook(before_forward).remove)
         if self.world > 1:
             self._undo.append(self._suit_ddp(supports))
         return supports
@@ -132,6 +140,8 @@ class PreparedModel(ReplicatedModel):
         others = [name for name, p in self.module.named_parameters() if p is not claims]
         # The names that DDP sees, around the model itself or around what torch.compile makes of it.
         setattr(self.module, IGNORED, sorted({*before, *others, *(f"_orig_mod.{name}" for name in others)}))
+        masked = {support.name for support in supports}
+        self._frozen = [(n, p) for n, p in self._parameters.items() if n not in masked and p is not claims]
 
         def undo() -> None:
             dropped.remove()
@@ -140,13 +150,23 @@ class PreparedModel(ReplicatedModel):
 
         return undo
 
-    def _before_forward(self, *_: Any) -> None:
+    def _before_forward(self) -> None:
         around = DistributedDataParallel._get_active_ddp_module()
         if around is not None and unwrap(around) is self.module:
             around.require_backward_grad_sync = False
+            self._check_frozen()
         if self.device != self._attached_on:
             raise ValueError(
                 f"model: moved to {self.device} after MaskedAdamW was built on {self._attached_on}; move it first"
+            )
+
+    def _check_frozen(self) -> None:
+        """Raise ValueError where a gradient would arise that DDP, whose reducer is idle, leaves different on each rank."""
+        trained = [name for name, p in self._frozen if p.requires_grad] if torch.is_grad_enabled() else []
+        if trained:
+            raise ValueError(
+                f"model: {trained[0]!r} requires a gradient beside the mask, which DDP would not sum over the ranks; add it to "
+                "the mask, freeze it, or move it to a module with a DDP of its own"
             )
 
 
