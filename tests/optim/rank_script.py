@@ -13,6 +13,7 @@ import datasets
 import torch
 from accelerate import Accelerator
 from engine.cases import CASES, Case, batches
+from engine.training import refused
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, Trainer, TrainingArguments, default_data_collator
@@ -156,6 +157,19 @@ def wrapped_late(maskable: str) -> dict[str, Any]:
     }
 
 
+def beside() -> dict[str, str]:
+    """What is said to a loop that trains or clips, beside the mask, what its ranks would not do together."""
+    model = CASE.model()
+    optimizer = make(model, CASE)
+    run = DistributedDataParallel(model)
+    step(run, optimizer, 0)
+    clipped = refused(lambda: torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0))
+    model.model.norm.weight.requires_grad_(True)
+    with torch.no_grad():
+        run(input_ids=batches(CASE)[0][0])
+    return {"clipped": clipped, "trained": refused(lambda: step(run, optimizer, 1))}
+
+
 def scaled() -> dict[str, Any]:
     """A GradScaler's scale and what its steps change, where the gradients of rank 1 overflow once."""
     model = CASE.model()
@@ -180,7 +194,7 @@ def main(out: Path) -> None:
     found: dict[str, Any] = {"trainer": by_trainer(out), "accelerate": by_accelerate(out)}
     found["alone"] = {name: alone(out, name, **options) for name, options in OPTIONS.items()}
     found["late"] = {name: wrapped_late(maskable) for name, maskable in LATE.items()}
-    found["scaled"] = scaled()
+    found["beside"], found["scaled"] = beside(), scaled()
     (out / f"rank{dist.rank()}.json").write_text(json.dumps(found))
     last = make(CASE.model(), CASE)
     if dist.is_main():  # rank 1 is through with the script meanwhile

@@ -228,3 +228,13 @@ def test_options_out_of_range(option: dict, message: str) -> None:
     model = shard(CASES["element"].model(), "single")
     with pytest.raises(ValueError, match=message):
         MaskedAdamW(model, Mask.random(model, 0.3, "element", seed=0), **option)
+
+
+def test_a_second_parameter_group_is_refused() -> None:
+    """It would never be stepped."""
+    model = shard(CASES["element"].model(), "single")
+    optimizer = MaskedAdamW(model, Mask.random(model, 0.3, seed=0))
+    head = torch.nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="add_param_group: MaskedAdamW trains the entries of its mask alone"):
+        optimizer.add_param_group({"params": head.parameters(), "lr": 1.0})
+    assert len(optimizer.param_groups) == 1

@@ -83,6 +83,16 @@ def test_an_overflow_on_one_rank_skips_the_step_of_all(reports: list[Any]) -> No
         assert report["scaled"] == {"changed": [False, True], "scales": [512, 512]}
 
 
+def test_what_ranks_would_not_do_together_is_refused(reports: list[Any]) -> None:
+    """A norm of one rank's gradients; a parameter beside the mask whose gradients DDP's idle reducer would not sum."""
+    for report in reports:
+        assert (
+            "clip_grad_norm_: the gradients of MaskedAdamW are this rank's part"
+            in report["beside"]["clipped"]
+        )
+        assert "'model.norm.weight' requires a gradient beside the mask" in report["beside"]["trained"]
+
+
 @pytest.mark.parametrize("maskable", LATE)
 def test_ddp_around_the_model_later_is_as_good_as_before(reports: list[Any], maskable: str) -> None:
     """It keeps a bucket for one parameter, reduces nothing, and leaves nothing behind."""

@@ -291,6 +291,15 @@ class MaskedAdamW(torch.optim.Optimizer):
         check_finite(self.grad_norm, "the gradient norm")
         return self.grad_norm
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: the mask says what is trained, at one rate."""
+        if self.param_groups:
+            raise ValueError(
+                "add_param_group: MaskedAdamW trains the entries of its mask alone; give other parameters to an optimizer of "
+                "their own, and other rates of masked entries as scale="
+            )
+        super().add_param_group(param_group)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the compact gradients; the buffers stay."""
         if self.model.is_attached(self.supports):

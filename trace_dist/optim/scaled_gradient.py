@@ -14,11 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from trace_dist.utils import dist
+
 if TYPE_CHECKING:
     from trace_dist.sharding.base import ShardedModel
 
 CHECK = torch._amp_foreach_non_finite_check_and_unscale_
 """(gradients, found_inf, factor): multiply, and set ``found_inf`` [1] fp32 to 1 where one is infinite or NaN."""
+NORMS = (torch._foreach_norm, torch.linalg.vector_norm)
+"""What ``torch.nn.utils.clip_grad_norm_`` asks gradients for."""
 
 
 class ScaledGradient(Tensor):
@@ -40,6 +44,11 @@ class ScaledGradient(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
+        if func in NORMS and dist.world_size() > 1:
+            raise ValueError(
+                "clip_grad_norm_: the gradients of MaskedAdamW are this rank's part, and so would be their norm; give "
+                "max_grad_norm to MaskedAdamW, and read grad_norm after its step"
+            )
         with torch._C.DisableTorchFunctionSubclass():
             found = func(*args, **(kwargs or {}))
         if func is CHECK:
