@@ -151,12 +151,25 @@ def called() -> dict[str, Any]:
         theirs = engine(case, gradient_accumulation_steps=steps, wall_clock_breakdown=True)
         optimizer = make_optimizer(case, theirs)
         found[name] = plain_loop(case, theirs, optimizer, backward=backward(theirs))
+    found["boundaries"] = boundaries(theirs, batches(case)[0][0])
     theirs.backward(theirs(input_ids=batches(case)[0][0]).logits.square().mean())
     reached = any(support.grad.any() for support in optimizer.supports)
     theirs.zero_grad()
     found["reset"] = bool(reached) and not any(support.grad.any() for support in optimizer.supports)
     found["engine.step"] = refused(theirs.step)
     return found
+
+
+def boundaries(theirs: Any, ids: Tensor) -> list[bool]:
+    """What an engine says of four more passes, after an evaluation: whether the loop is to step."""
+    said = []
+    for number in range(4):
+        loss = theirs(input_ids=ids).logits.square().mean()
+        theirs.backward(loss) if number % 2 else loss.backward()
+        with torch.no_grad():
+            theirs(input_ids=ids)
+        said.append(theirs.is_gradient_accumulation_boundary())
+    return said
 
 
 def loaded(name: str, make: Callable[..., Any]) -> dict[str, int]:

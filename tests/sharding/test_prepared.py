@@ -61,6 +61,7 @@ def test_an_engine_is_trained_by_calling_it(world, way: str) -> None:
 def test_what_else_a_loop_asks_of_an_engine(world) -> None:
     for report in world(3).reports:
         found = report["prepared"]["called"]
+        assert found["boundaries"] == [False, True, False, True]
         assert found["reset"]
         assert "call step() of the MaskedAdamW" in found["engine.step"]
 
