@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from trace_dist.config import DataConfig
 from trace_dist.data import IGNORE, check_context, encode, encode_pairs, encode_prompt, pad_id, stop_ids
+from trace_dist.data.examples import as_dataset
 
 
 def rows(*pairs: tuple[str, str]) -> datasets.Dataset:
@@ -63,6 +65,33 @@ def test_merge_across_the_seam_keeps_the_prompt_tokens() -> None:
     assert [pair.prompt] == encode_prompt(["ab"], tokenizer)
     assert tokenizer.decode(pair.prompt) == "ab"
     assert tokenizer.decode(pair.answer) == "cd<eos>"
+
+
+@pytest.mark.parametrize("closes", [False, True])
+@pytest.mark.parametrize(
+    ("prompt", "text", "trained"),
+    [
+        ("2+2=<eos>", "2+2=<eos>4<eos>", "4<eos>"),
+        ("<eos>", "<eos>4<eos>", "4<eos>"),
+        ("2+2=", "2+2=4<eos>", "4<eos>"),
+        ([("user", "2+2"), ("assistant", "is")], "2+2is<eos>4<eos>", "is<eos>4<eos>"),
+        ([("user", "2+2"), ("assistant", "is"), ("user", "")], "2+2is<eos>4<eos>", "is<eos>4<eos>"),
+    ],
+)
+def test_a_prompt_may_end_with_the_end_token(
+    prompt: Any, text: str, trained: str, closes: bool, plain: PreTrainedTokenizerFast
+) -> None:
+    """Whether the tokenizer closes each text with one or not; the answer is trained whole, and asked for behind it."""
+    if closes:
+        ends = [("<eos>", plain.eos_token_id)]
+        plain.backend_tokenizer.post_processor = processors.TemplateProcessing("$A <eos>", None, ends)
+        assert plain("a")["input_ids"][-1] == plain.eos_token_id
+    if not isinstance(prompt, str):
+        prompt = [{"role": role, "content": said} for role, said in prompt]
+    encoded = encode(as_dataset([{"prompt": prompt, "answer": "4"}]), plain, DataConfig(max_length=64))[0]
+    assert plain.decode(encoded["input_ids"]) == text
+    assert plain.decode([label for label in encoded["labels"] if label != IGNORE]) == trained
+    assert plain.decode(encode_prompt([prompt], plain)[0]) == text.removesuffix("4<eos>")
 
 
 def test_too_long_prompt_is_an_error_that_names_the_example(plain: PreTrainedTokenizerFast) -> None:

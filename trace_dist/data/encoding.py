@@ -214,9 +214,20 @@ def tokenize(
             f"{text!r:.200}: the tokenizer cannot read it ({error}); give the tokenizer an unk_token that its "
             "vocabulary holds, or drop the example"
         ) from error
-    if special_tokens:  # some tokenizers close every text with eos, which would end the prompt
-        encoded = [ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids for ids in encoded]
+    if special_tokens:
+        encoded = [_unclosed(ids, text, tokenizer) for ids, text in zip(encoded, texts, strict=True)]
     return encoded
+
+
+def _unclosed(ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A text's ids without the eos with which some tokenizers close every text, which would end the prompt; its own stays."""
+    eos = tokenizer.eos_token_id
+    if not ids or ids[-1] != eos:
+        return ids
+    own: list[int] = []
+    if text.endswith(str(tokenizer.eos_token)):
+        own = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids[:-1] if not own or ids[-len(own) - 1 : -1] == own else ids
 
 
 def _is_tokenized(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
