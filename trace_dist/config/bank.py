@@ -28,7 +28,7 @@ class BankConfig(Section):
     clusters: int = 4
     """Largest number of clusters per task; the number used is chosen by held-out likelihood (by dirichlet itself)."""
     num_prompts: int = 400
-    """Training prompts per task from which a signature is made."""
+    """Different training prompts per task from which a signature is made."""
     layer: int | Literal["auto"] = -1
     """Hidden layer whose states at the prompt's tokens represent it (-1 is the last), or `auto`: chosen by held-out retrieval
     among the tasks and general sets of the run that begins the bank; the bank keeps it for good."""

@@ -19,6 +19,7 @@ from trace_dist.config import RunConfig
 from trace_dist.config.bank import Pooling
 from trace_dist.continual.clarity import margins, typicality
 from trace_dist.continual.examples import Answered, few
+from trace_dist.continual.sample import seen_once
 from trace_dist.continual.scored import Scored
 from trace_dist.data.examples import references_of
 from trace_dist.data.tasks import Task
@@ -307,7 +308,7 @@ class Judge:
     ) -> Signature:
         """Fit the signature of a task (or of the general sets together) from training prompts under the model as it is."""
         per_stream = -(-self.cfg.bank.num_prompts // len(streams))
-        prompts = [prompt for stream in streams for prompt in stream.task.train["prompt"][:per_stream]]
+        prompts = [prompt for stream in streams for prompt in seen_once(stream.task, per_stream)]
         x = self.represent(model, prompts, layer, pooling)
         bank = self.cfg.bank
         return fit_signature(x, bank.clusters * len(streams), self.cfg.seed, name, kind=bank.signature)

@@ -19,6 +19,7 @@ from trace_dist.bank.signature import fit_signature
 from trace_dist.config.bank import View
 from trace_dist.config.checks import AUTO
 from trace_dist.continual.judge import Judge
+from trace_dist.continual.sample import seen_once
 from trace_dist.run_folder import BankFolder
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.workbench import Stream
@@ -62,8 +63,7 @@ def choose_view(judge: Judge, model: ShardedModel) -> View:
         layers = [wanted.layer]
     poolings = list(judge.bench.modality.poolings) if wanted.pooling == "auto" else [wanted.pooling]
     found = [
-        judge.represent_views(model, stream.task.train["prompt"][:NUM_PROMPTS], layers, poolings)
-        for stream in sets
+        judge.represent_views(model, seen_once(stream.task, NUM_PROMPTS), layers, poolings) for stream in sets
     ]
 
     def choose() -> View:

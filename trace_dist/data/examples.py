@@ -8,7 +8,7 @@ last one.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -44,6 +44,16 @@ def references_of(example: Mapping[str, Any]) -> list[str]:
 def prompt_key(prompt: Prompt) -> str:
     """Equal for equal prompts; of a plain prompt, its text."""
     return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+
+
+def different(prompts: Iterable[Prompt], most: int) -> list[Prompt]:
+    """The first prompts that differ from those before them, ``most`` at most."""
+    found: dict[str, Prompt] = {}
+    for prompt in prompts:
+        found.setdefault(prompt_key(prompt), prompt)
+        if len(found) == most:
+            break
+    return list(found.values())
 
 
 def as_dataset(examples: Sequence[Example]) -> datasets.Dataset:
