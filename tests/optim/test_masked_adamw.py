@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -238,3 +239,31 @@ def test_a_second_parameter_group_is_refused() -> None:
     with pytest.raises(ValueError, match="add_param_group: MaskedAdamW trains the entries of its mask alone"):
         optimizer.add_param_group({"params": head.parameters(), "lr": 1.0})
     assert len(optimizer.param_groups) == 1
+
+
+def by_assignment(model: PreTrainedModel) -> None:
+    model.load_state_dict(CASES["element"].model().state_dict(), assign=True)
+
+
+def by_new_layer(model: PreTrainedModel) -> None:
+    old = model.model.layers[1].mlp.up_proj
+    model.model.layers[1].mlp.up_proj = torch.nn.Linear(old.in_features, old.out_features, bias=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [by_assignment, by_new_layer, lambda model: model.resize_token_embeddings(120)],
+    ids=["assigned", "new layer", "resized"],
+)
+def test_parameters_that_were_replaced_are_refused(change: Callable[[PreTrainedModel], object]) -> None:
+    """The optimizer would go on with tensors that the model no longer uses."""
+    model = CASES["element"].model()
+    optimizer = MaskedAdamW(model, Mask.random(model, 0.3, seed=0, maskable="all"))
+    model(input_ids=BATCHES[0], labels=BATCHES[0]).loss.backward()
+    optimizer.step()
+    change(model)
+    with pytest.raises(
+        ValueError, match=r"was replaced in the model since, as .*; build the optimizer after them"
+    ):
+        optimizer.step()
+    assert MaskedAdamW(model, Mask.random(model, 0.3, seed=0, maskable="all")).step() is None

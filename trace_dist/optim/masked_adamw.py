@@ -189,6 +189,12 @@ class MaskedAdamW(torch.optim.Optimizer):
             raise ValueError(
                 "MaskedAdamW: another mask was attached to the model since; build a new optimizer for each mask"
             )
+        replaced = self.model.replaced()
+        if replaced:
+            raise ValueError(
+                f"MaskedAdamW: {replaced[0]!r} was replaced in the model since, as resize_token_embeddings, fully_shard and "
+                "load_state_dict(assign=True) do; build the optimizer after them"
+            )
         if self.model.has_unreduced_gradients():
             raise ValueError(
                 "MaskedAdamW: a backward pass was cut short and its gradients were not summed over the ranks; call zero_grad() "
@@ -208,7 +214,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             What the closure returned; None without one.
 
         Raises:
-            ValueError: another optimizer has taken over the model, or a backward pass ended in an error.
+            ValueError: another optimizer has taken over the model, parameters were replaced, or a backward pass was cut short.
             NotFinite: the gradient norm is infinite or NaN, on all ranks together; where it is checked first, nothing has
                 changed, and after ``zero_grad()`` training can go on.
         """

@@ -48,6 +48,19 @@ def _latest(module: nn.Module) -> ShardedModel | None:
     return None if reference is None else reference()
 
 
+_Slot = tuple[nn.Module, str, str, Any]
+
+
+def _slots(module: nn.Module) -> list[_Slot]:
+    """Where each part and parameter of a module lies: (its owner, which dictionary of it, key, itself)."""
+    return [
+        (part, kind, key, value)
+        for part in module.modules()
+        for kind in ("_modules", "_parameters")
+        for key, value in getattr(part, kind).items()
+    ]
+
+
 def view_of(layers: list[nn.Module]) -> ShardedModel | None:
     """The view that was made of a model before, frozen but for an attached mask; None where a new one would differ.
 
@@ -84,6 +97,9 @@ class ShardedModel(ABC):
         self._take_over()
         self.freeze()
         self._parameters: dict[str, Any] = self._named_parameters()
+        self._slots: list[_Slot] = []
+        """What lay where when nothing was replaced: names are looked up again only where something else does."""
+        self._shapes = {name: full_shape(parameter) for name, parameter in self._parameters.items()}
         self._quantized = {name: w for name, w in named_weights(self.module) if isinstance(w, NF4Linear)}
         self._overlays = OverlayGathers(self.module, self._quantized)
 
@@ -105,9 +121,25 @@ class ShardedModel(ABC):
 
     def still_fits(self, layers: list[nn.Module]) -> bool:
         """Whether this is what a new view would be: the same lies around the model, and its parameters have not been replaced."""
-        now = self._named_parameters()
-        same = now.keys() == self._parameters.keys() and all(now[n] is p for n, p in self._parameters.items())
-        return self.roots == layers and same
+        same_names = self._named_parameters().keys() == self._parameters.keys()
+        return self.roots == layers and same_names and not self.replaced()
+
+    def replaced(self) -> list[str]:
+        """Parameters that the model no longer has, or has anew or in another shape: what is known of them here is wrong."""
+        if self._slots and all(
+            getattr(part, kind).get(key) is value for part, kind, key, value in self._slots
+        ):
+            now = self._parameters
+        else:  # or somebody has put a wrapper in between
+            now = self._named_parameters()
+        found = [
+            name
+            for name, parameter in self._parameters.items()
+            if full_shape(parameter) != self._shapes[name] or now.get(name) is not parameter
+        ]
+        if now is not self._parameters:
+            self._slots = [] if found else _slots(self.module)
+        return found
 
     @classmethod
     @abstractmethod

@@ -110,9 +110,9 @@ class Fsdp2Model(HoldingModel):
     def local(self, name: str) -> Tensor:
         return self._parameters[name].data.to_local().view(-1)
 
-    def still_fits(self, layers: list[nn.Module]) -> bool:
+    def replaced(self) -> list[str]:
         _drop_copies(self.module)
-        return super().still_fits(layers)
+        return super().replaced()
 
     def attach(self, mask: Mask, accumulate: Accumulate | None = None) -> list[Support]:
         _drop_copies(self.module)  # a hook on a copy would go with it, and see no slice
