@@ -68,6 +68,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         eps: added to the denominator, positive.
         weight_decay: decoupled, on masked entries only.
         max_grad_norm: global norm over the masked entries of all ranks above which gradients are scaled down; None for no limit.
+            Tools that clip ``model.parameters()``, as Trainer does, find no gradient there and clip nothing.
         state_dtype: of both moments: float32, bfloat16, or 8bit (blockwise codes).
         master: keep an fp32 copy of masked half-precision weights; without it bf16 weights are rounded stochastically.
         offload: ``cpu`` keeps moments and master in host memory and updates there.
