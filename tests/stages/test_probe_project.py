@@ -8,6 +8,7 @@ import weakref
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -310,3 +311,17 @@ def test_specificity_moves_budgets(cfg: RunConfig, tmp_path: Path) -> None:
     plain, moved = (Mask.load(each.folder.proxy_mask("copy")) for each in (cfg, weighted))
     assert plain.num_entries == moved.num_entries
     assert plain != moved
+
+
+def test_a_task_that_is_another_one_again_keeps_its_scores() -> None:
+    """Its specificity is 0 in every tensor; zeros alone would choose the first entries of the model."""
+    scores = {"a": torch.tensor([0.1, 0.4]), "b": torch.tensor([0.3, 0.2])}
+    probe = SimpleNamespace(specificity_weight=2.0)
+    proxy: Any = SimpleNamespace(
+        cfg=SimpleNamespace(probe=probe), kept=lambda task: SimpleNamespace(scores=scores)
+    )
+    found = stages._scores(proxy, "again", None, {"a": 0.0, "b": 2e-16})
+    assert all(torch.equal(found[name], values) for name, values in scores.items())
+    weighed = stages._scores(proxy, "other", None, {"a": 0.0, "b": 0.5})
+    assert torch.equal(weighed["b"], 0.25 * scores["b"])
+    assert not weighed["a"].any()

@@ -43,6 +43,8 @@ from trace_dist.utils.files import write_json
 from trace_dist.utils.log import get_logger, outcome
 
 logger = get_logger(__name__)
+ALIKE = 1e-6
+"""Specificity below which two updates differ by rounding alone."""
 
 
 def describe(cfg: RunConfig) -> Stage:
@@ -233,6 +235,13 @@ def _scores(
         raise AssertionError(f"{task}: was probed, but its trace is not there")
     scores = probed.scores if contrast is None else contrast.of(probed.scores)
     if exponent == 0:
+        return scores
+    if max(weight.values()) < ALIKE:
+        logger.warning(
+            "probe %s: its update is that of another task in every tensor, so probe.specificity_weight tells none apart; it is "
+            "left out for this task",
+            task,
+        )
         return scores
     return {name: score * weight[name] ** exponent for name, score in scores.items()}
 
