@@ -36,6 +36,7 @@ NAMESPACES = ("ipc", "uts", "net", "mnt")
 
 def warm() -> None:
     """Import what commands import, also what they do not import before they need it."""
+    import bitsandbytes  # noqa: F401
     import matplotlib.backends.backend_svg  # noqa: F401
     import scipy.stats  # noqa: F401
     import torch.distributed.run  # noqa: F401
