@@ -125,7 +125,7 @@ CASES = {
         Case("experts", "element", "qwen2_moe", maskable="all"),
         Case("experts-columns", "column", "qwen2_moe"),
         Case("sliver", "element", "sliver", maskable="all", density=0.6, threshold=0),
-        Case("bf16", "element", dtype="bfloat16", maskable="all", steps=20),
+        Case("bf16", "element", dtype="bfloat16", maskable="all", steps=50),
     )
 }
 
