@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import subprocess
 from datetime import timedelta
@@ -41,8 +42,11 @@ def test_a_group_of_one_can_be_made_and_left(monkeypatch: pytest.MonkeyPatch) ->
     finally:
         dist.close()
     assert not torch.distributed.is_initialized()
+    assert "RANK" not in os.environ  # Trainer would take this process for a rank that somebody launched
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "01"[name == "WORLD_SIZE"])
     dist.close()
-    dist.init_distributed()  # the variables that DeepSpeed wanted are still there, but nobody launched this process
+    dist.init_distributed()  # somebody has destroyed the group alone: nobody launched this process
     assert not torch.distributed.is_initialized()
 
 

@@ -36,6 +36,8 @@ _beside: tuple[Any, dict[str, Any]] | None = None
 VERDICT_SECONDS = 3.0
 """How long a rank whose collective has failed waits to hear of a rank that was lost."""
 _BEATING: Heartbeat | None = None
+_told: dict[str, str] = {}
+"""Variables that ``ensure_group`` has set."""
 _minutes: int | None = None
 """``Waiting.timeout_minutes`` of this job's groups."""
 
@@ -96,7 +98,7 @@ def init_distributed(waiting: Waiting | None = None) -> None:
     if dist.is_initialized():
         return
     num_ranks = adopt_launch()
-    # A launcher always names a meeting point; `ensure_group` does not, and its variables outlive its group.
+    # A launcher always names a meeting point; `ensure_group` does not, and its variables may outlive its group.
     if num_ranks == 1 and not ("RANK" in os.environ and "MASTER_ADDR" in os.environ):
         return
     waiting = waiting or Waiting()
@@ -308,8 +310,9 @@ def ensure_group() -> None:
     """Make sure a process group exists, of one process where nothing was launched (DeepSpeed needs one)."""
     init_distributed()
     if not dist.is_initialized():
-        for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-            os.environ.setdefault(key, value)
+        own = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        _told.update({key: value for key, value in own.items() if key not in os.environ})
+        os.environ.update(_told)
         dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
 
 
@@ -323,6 +326,9 @@ def close(ok: bool = True) -> None:
     if dist.is_initialized():
         _drain()
         dist.destroy_process_group()
+    # Left behind they would say to whoever comes next, such as TrainingArguments, that a launcher has started this process.
+    while _told:
+        os.environ.pop(_told.popitem()[0], None)
 
 
 @atexit.register
