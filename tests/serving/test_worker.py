@@ -179,28 +179,31 @@ def test_who_hangs_up_is_not_answered(stream: bool, bench: Bench) -> None:
     assert bench.batches == []
 
 
+@pytest.mark.parametrize("during", ["plain", "copy"])
 def test_a_prompt_whose_task_is_removed_while_it_waits_is_anothers(
-    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: str
 ) -> None:
-    """Who asked for no task by name cannot be told that there is none of this name."""
+    """Who asked for no task by name cannot be told that there is none of this name; also where it goes as its delta is read."""
     folder = Path(shutil.copytree(small.bank, tmp_path / "bank"))
     router = Router.open(folder, small.base, batch_size=4)
     bench = Bench(router, monkeypatch)
     write = router.write
 
-    def removed(*args: Any) -> None:
+    def removed(task: str, *args: Any) -> None:
         bank = DeltaBank(folder)
-        if "copy" in bank.tasks:
+        if task == during and "copy" in bank.tasks:
             bank.remove("copy")
-        write(*args)
+        write(task, *args)
 
     monkeypatch.setattr(router, "write", removed)
     first, named, found = bench.job("plain ab", "plain"), bench.job("copy ab", "copy"), bench.job("copy ab")
-    bench.worker.submit([first, named, found])
+    # Other sampling, so it is of a later batch than the others.
+    later = bench.job("copy ab", sampling=Sampling(temperature=0.5, seed=1))
+    bench.worker.submit([first, named, found, later])
     bench.worker.start()
     (answer,) = found.done.result(60)
     assert answer.text == small.expected(answer.task, ["copy ab"])[0]
-    assert answer.task != "copy"
+    assert answer.task != "copy" != later.done.result(60)[0].task
     assert first.done.result(60)[0].task == "plain"
     with pytest.raises(ValueError, match="task='copy': the bank does not hold it"):
         named.done.result(60)

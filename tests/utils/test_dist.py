@@ -43,9 +43,8 @@ def test_a_group_of_one_can_be_made_and_left(monkeypatch: pytest.MonkeyPatch) ->
         dist.close()
     assert not torch.distributed.is_initialized()
     assert "RANK" not in os.environ  # Trainer would take this process for a rank that somebody launched
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.setenv(name, "01"[name == "WORLD_SIZE"])
-    dist.close()
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
     dist.init_distributed()  # somebody has destroyed the group alone: nobody launched this process
     assert not torch.distributed.is_initialized()
 

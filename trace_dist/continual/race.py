@@ -58,7 +58,7 @@ class Race:
 
     Attributes:
         losses: rate -> nats per answer token of the held-out examples, infinite where training diverged; rising rates.
-        start: the same before any training; None where nothing but the best was near.
+        start: the same before any training; None where it was not asked for.
     """
 
     losses: Mapping[float, float]
@@ -187,7 +187,10 @@ def held_race(
                 if not continues:
                     trained.close()
         loss = float(dist.broadcast_object(sum(losses) / len(losses)))
-        tasks = " and ".join(f"{min(most, part.steps)} steps of {part.task.name}" for part, _ in parts)
+        if most == 0:
+            logger.info("%s: held-out loss %.4f before training", name, loss)
+            return loss
+        tasks = " and ".join(f"{part.steps} steps of {part.task.name}" for part, _ in parts)
         logger.info("%s: lr %g: held-out loss %.4f after %s", name, lr, loss, tasks)
         return loss
 

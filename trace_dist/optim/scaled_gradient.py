@@ -2,7 +2,8 @@
 
 Each rank has those of its own entries. If one alone saw the overflow, it would skip the step for which the others wait, and lower
 its scale, with which the loss of its batches would count less from then on. So the look is collective, as at DTensors: what one
-rank finds, every rank finds. The scaler does nothing else to gradients but to divide them, and no other tool calls what it calls.
+rank finds, every rank finds. The scaler does nothing else to gradients but to divide them, and no other tool calls what it
+calls. Who asks for their norm, to clip them, is refused on several ranks: it would be that of a rank's part.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ NORMS = (torch._foreach_norm, torch.linalg.vector_norm)
 
 
 class ScaledGradient(Tensor):
-    """A compact gradient that shares its storage with another tensor; an ordinary one to whoever is no ``GradScaler``."""
+    """A compact gradient that shares its storage with another tensor; without a norm on several ranks, and otherwise an
+    ordinary one to whoever is no ``GradScaler``."""
 
     _agree: Callable[[Tensor], None]
 

@@ -167,14 +167,14 @@ class Worker:
     def _look(self) -> None:
         """See the bank as it is now; where the task that was found for a prompt is there no more, find another."""
         try:
-            changed = self._router.refresh()
+            self._router.refresh()
         # What was there before is still there, and this thread must not end.
         except Exception as error:
             logger.warning("the bank cannot be looked at anew: %s", error)
-            return
-        if changed:
-            held = set(self._router.tasks)
-            self._find_tasks([job for job in self._jobs if job.task is None and not job.answered_by <= held])
+        held = set(self._router.tasks)
+        lost = [job for job in self._jobs if job.task is None and not job.answered_by <= held]
+        if lost:
+            self._find_tasks(lost)
             self._jobs = [job for job in self._jobs if not job.done.done()]
 
     def _find_tasks(self, jobs: list[Job]) -> None:
@@ -189,10 +189,12 @@ class Worker:
     def _assign(self, jobs: list[Job]) -> None:
         begin = time.monotonic()
         routes = self._router.routes([job.prompt for job in jobs], [job.task for job in jobs])
+        # A prompt whose first task has gone was counted with that one.
+        first = [route for job, route in zip(jobs, routes, strict=True) if job.route is None]
         for job, route in zip(jobs, routes, strict=True):
             job.route = route
-        if jobs[0].task is None:
-            self._tally.retrieved(routes, time.monotonic() - begin)
+        if jobs[0].task is None and first:
+            self._tally.retrieved(first, time.monotonic() - begin)
 
     def _batch(self) -> list[Job]:
         """The oldest job, and those that go with it."""
@@ -215,7 +217,17 @@ class Worker:
     def _answer(self, jobs: list[Job]) -> None:
         taken = set(map(id, jobs))
         self._jobs = [job for job in self._jobs if id(job) not in taken]
-        self._guarded(jobs, partial(self._write, jobs))
+        self._guarded(jobs, partial(self._write_or_wait, jobs))
+
+    def _write_or_wait(self, jobs: list[Job]) -> None:
+        """Write answers; where the task has gone since it was found, prompts that name none wait for another."""
+        try:
+            self._write(jobs)
+        except UnknownTask:
+            self._jobs = [job for job in jobs if job.task is None] + self._jobs
+            # The others hear of it.
+            jobs[:] = [job for job in jobs if job.task is not None]
+            raise
 
     def _write(self, jobs: list[Job]) -> None:
         begin, route = time.monotonic(), jobs[0].route

@@ -126,7 +126,7 @@ class Compactor:
 
     def _where_accumulated(self, deliver: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
         """``deliver``, but not from passes of ``torch.autograd.grad`` or ``backward(inputs=...)``, which accumulate no gradient
-        of ours: hooks of parameters do not hear of them either."""
+        of ours: hooks of parameters that are not asked for do not hear of them either."""
 
         def delivered(grad: Tensor) -> None:
             if torch._C._will_engine_execute_node(self._anchor_node):

@@ -181,11 +181,11 @@ def _pairs(runs: Runs, tasks: Sequence[str], first: str, second: str) -> list[tu
     both = {key: found for key, found in runs.items() if first in found and second in found}
     if not both:
         return None
-    # orders of one seed count as one run
-    kinds = [seed if len({of for _, of in both}) > 1 else order for order, seed in both]
+    several = len({seed for _, seed in both}) > 1
     groups: dict[int, list[Mapping[str, Any]]] = {}
-    for kind, found in zip(kinds, both.values(), strict=True):
-        groups.setdefault(kind, []).append(found)
+    for (order, seed), found in both.items():
+        # Orders of one seed count as one run.
+        groups.setdefault(seed if several else order, []).append(found)
     own = [*groups.values()]
     return [(_scores(own, first, task), _scores(own, second, task)) for task in tasks]
 

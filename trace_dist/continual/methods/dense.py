@@ -2,7 +2,7 @@
 
 [Note: hooks of dense training] A task is ``begin``, the training, ``end``. A penalty adds its gradient in ``penalise``, before
 the gradients are clipped: it is a part of the loss. What is kept of earlier tasks beside the weights is in ``memory``. A training
-that was cut goes on from its checkpoint after ``begin``, once more; so both hooks draw no random numbers.
+that was cut goes on from its checkpoint after ``begin``, once more; so both hooks leave the random numbers as they are.
 """
 
 from __future__ import annotations
