@@ -22,6 +22,7 @@ from trace_dist.studies.arm import Masked, load_arm
 from trace_dist.studies.claims import FOR, UNDECIDED, claims
 from trace_dist.studies.lab import Case, Lab
 from trace_dist.studies.page import PAGES, RESULT, draw, sections_of
+from trace_dist.studies.picture import at_first_density
 from trace_dist.studies.plan import StageConfig
 from trace_dist.studies.probes import Probes
 from trace_dist.studies.settings import abouts, chosen
@@ -119,6 +120,9 @@ def test_a_study_its_cut_and_its_page(setup: Setup, tmp_path: Path, monkeypatch:
     for section, (_, table) in sections_of(RESULT).items():
         assert "random" in table(again) or section in ("progress", "costs", "claims", "enough"), section
     assert {claim.verdict for claim in claims(again)} <= {FOR, "against", UNDECIDED}
+    shown = at_first_density(again)
+    assert {each["other"] for each in shown} == {"random"}
+    assert len({(each["density"], each["other_density"]) for each in shown}) == 1 < len(again["differences"])
     draw(again, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 

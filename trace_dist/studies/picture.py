@@ -55,7 +55,7 @@ def _draw_quality(result: Result, points: Mapping[str, Points], ax: Axes) -> Non
 
 def _draw_differences(result: Result, ax: Axes) -> None:
     """By task and arm how far its loss lies from that of the reference, with its interval: one density makes no curve."""
-    differences = result["differences"]
+    differences = at_first_density(result)
     rows = list(dict.fromkeys(["mean", *(each["task"] for found in differences for each in found["tasks"])]))
     for number, found in enumerate(differences):
         each = {"mean": found["mean"], **{one["task"]: one for one in found["tasks"]}}
@@ -69,19 +69,26 @@ def _draw_differences(result: Result, ax: Axes) -> None:
             "markersize": 4,
             "capsize": 2,
         }
-        label = f"{result['arms'][found['arm']]['label']}, {found['density']:.2%}"
+        label = f"{result['arms'][found['arm']]['label']}, {100 * found['density']:g} %"
         places = [row + shift for row, _ in known]
         ax.errorbar(values, places, xerr=list(zip(*errors, strict=True)) or None, label=label, **style)
     ax.axvline(0, color=LIGHT["muted"], linewidth=1)
     ax.set_yticks(range(len(rows)), rows)
     ax.invert_yaxis()
-    others = sorted({result["arms"][found["other"]]["label"] for found in differences})
-    ax.set_title(
-        f"answer loss minus that of {' or '.join(others)}, nats, with 95 % intervals", loc="left", fontsize=10
-    )
+    reference = result["arms"][result["settings"]["study"]["reference"]]["label"]
+    ax.set_title(f"answer loss minus that of {reference}, nats, with 95 % intervals", loc="left", fontsize=10)
     ax.set_xlabel("below 0 is better")
     if differences:
-        ax.legend(frameon=False, fontsize=8, loc="lower left")
+        # Above the panel's lower edge nothing is free where there are many tasks.
+        ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+
+
+def at_first_density(result: Result) -> list[Any]:
+    """Differences to the reference, at the density that a study begins with; of several the panel could show none."""
+    study = result["settings"]["study"]
+    wanted = (study["reference"], study["stages"][0]["densities"][0])
+    found = [each for each in result["differences"] if each["density"] == each["other_density"]]
+    return [each for each in found if (each["other"], each["density"]) == wanted]
 
 
 def _draw_forgetting(result: Result, points: Mapping[str, Points], ax: Axes) -> None:
