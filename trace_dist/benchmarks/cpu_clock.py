@@ -99,7 +99,9 @@ def all_seconds(calls: dict[str, Call]) -> dict[str, float]:
             found[key] = operator_seconds(call)
         # Of hundreds of operators some may ask for values that mean something.
         except (RuntimeError, TypeError, IndexError, NotImplementedError) as error:
-            logger.warning("%s: not timed (%s)", call.name, str(error).splitlines()[0])
+            # Some say nothing.
+            why = next(iter(str(error).splitlines()), type(error).__name__)
+            logger.warning("%s: not timed (%s)", call.name, why)
     return found
 
 
