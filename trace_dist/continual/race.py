@@ -171,31 +171,9 @@ def held_race(
     kept = on_main(lambda: _read(path, conditions))
     if kept is not None:
         return kept
-    parts = [split(stream, cfg, setting.cfg.seed) for stream in streams]
-    # one global batch of each, the same for each rate
-    steps = [setting.bench.one_batch([heldout.encoded]) for _, heldout in parts]
-
-    def measure(lr: float, most: int = cfg.steps) -> float:
-        losses = []
-        with ExitStack() as trained:
-            for stream, (whole, _), step in zip(streams, parts, steps, strict=True):
-                part = replace(whole, steps=min(most, whole.steps))
-                setting.seed(stream.task.name)
-                losses.append(_loss_after(trial(stream, part, lr), step, trained))
-                if math.isinf(losses[-1]):
-                    break
-                if not continues:
-                    trained.close()
-        loss = float(dist.broadcast_object(sum(losses) / len(losses)))
-        if most == 0:
-            logger.info("%s: held-out loss %.4f before training", name, loss)
-            return loss
-        tasks = " and ".join(f"{part.steps} steps of {part.task.name}" for part, _ in parts)
-        logger.info("%s: lr %g: held-out loss %.4f after %s", name, lr, loss, tasks)
-        return loss
-
+    course = _Course.of(setting, name, streams, cfg, trial, continues)
     with random_numbers_kept():
-        race = race_rates(cfg.grid, measure, lambda: measure(min(cfg.grid), 0))
+        race = race_rates(cfg.grid, course.loss, lambda: course.loss(min(cfg.grid), trained=False))
     logger.info("%s: lr %g has won the race", name, race.lr)
     if _beyond(race):
         logger.warning(
@@ -205,6 +183,61 @@ def held_race(
         )
     on_main(lambda: write_record(path, {"about": conditions, "rates": race.to_json()}))
     return race
+
+
+@dataclass(frozen=True)
+class _Course:
+    """What every rate trains on, from the same start, and is compared by.
+
+    Attributes:
+        setting: the run.
+        name: of the method, for logs.
+        parts: of each task the stream, the part of it that is trained on, and one global batch of held-out examples.
+        trial: as for ``held_race``, and ``continues`` likewise.
+    """
+
+    setting: Setting
+    name: str
+    parts: list[tuple[Stream, Stream, Step]]
+    trial: Trial
+    continues: bool
+
+    @classmethod
+    def of(
+        cls,
+        setting: Setting,
+        name: str,
+        streams: Sequence[Stream],
+        cfg: RaceConfig,
+        trial: Trial,
+        continues: bool,
+    ) -> _Course:
+        """Of the tasks of a race."""
+        parts = []
+        for stream in streams:
+            part, heldout = split(stream, cfg, setting.cfg.seed)
+            parts.append((stream, part, setting.bench.one_batch([heldout.encoded])))
+        return cls(setting, name, parts, trial, continues)
+
+    def loss(self, lr: float, trained: bool = True) -> float:
+        """Held-out nats per answer token after each task, on average; with ``trained`` false, before any training. Collective."""
+        losses = []
+        with ExitStack() as trials:
+            for stream, part, step in self.parts:
+                part = part if trained else replace(part, steps=0)
+                self.setting.seed(stream.task.name)
+                losses.append(_loss_after(self.trial(stream, part, lr), step, trials))
+                if math.isinf(losses[-1]):
+                    break
+                if not self.continues:
+                    trials.close()
+        loss = float(dist.broadcast_object(sum(losses) / len(losses)))
+        if trained:
+            tasks = " and ".join(f"{part.steps} steps of {part.task.name}" for _, part, _ in self.parts)
+            logger.info("%s: lr %g: held-out loss %.4f after %s", self.name, lr, loss, tasks)
+        else:
+            logger.info("%s: held-out loss %.4f before training", self.name, loss)
+        return loss
 
 
 def kept_race(setting: Setting, name: str) -> Race:

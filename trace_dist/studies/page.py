@@ -19,6 +19,7 @@ from trace_dist.studies.picture import draw
 from trace_dist.utils.files import read_json, write_text
 
 RESULT = "study_small_to_large.json"
+TWO_WIDTHS = "study_two_widths.json"
 MISSING = "–"  # noqa: RUF001
 
 
@@ -196,7 +197,6 @@ def sections_of(result: str) -> Sections:
     return {section: ((result,), table) for section, table in tables.items()}
 
 
-TWO_WIDTHS = "study_two_widths.json"
 PAGES: dict[str, tuple[str, Sections]] = {
     "studies.md": (RESULT, {**sections_of(RESULT), "one-model": ((ONE_MODEL,), one_model_table)}),
     "two-widths.md": (TWO_WIDTHS, sections_of(TWO_WIDTHS)),

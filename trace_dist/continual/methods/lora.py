@@ -58,7 +58,7 @@ class LoRA(Adapted):
 
 def is_adapter(name: str) -> bool:
     """Whether a parameter is an adapter's; others are trained whole."""
-    return ".lora_A." in name or ".lora_B." in name
+    return is_a(name) or ".lora_B." in name
 
 
 def is_a(name: str) -> bool:
