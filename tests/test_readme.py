@@ -224,6 +224,23 @@ def test_what_one_set_of_weights_keeps_is_what_the_study_found() -> None:
     assert found == ["undecided", "below"]
 
 
+def test_what_masks_of_two_widths_reach_is_what_the_study_found() -> None:
+    study = json.loads((ROOT / "docs/results/study_two_widths.json").read_text())
+    found = {
+        row["arm"]: [task["verdict"] for task in row["tasks"]]
+        for row in study["differences"]
+        if (row["density"], row["other"], row["other_density"]) == (1e-3, "random", 1e-3)
+    }
+    page = (ROOT / "docs/two-widths.md").read_text()
+    for text in (README, page):
+        assert "seven of ten tasks" in " ".join(text.split())
+    for arm in ("probed", "projected"):
+        assert (found[arm].count("lower"), len(found[arm])) == (7, 10)
+    assert [found[arm].count("higher") for arm in ("probed", "projected")] == [2, 1]
+    assert max(cell["seeds"] for cell in study["cells"]) == 1
+    assert "also with one seed" in README
+
+
 @pytest.mark.parametrize("page", [README, *(path.read_text() for path in (ROOT / "docs").glob("*.md"))])
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page):
