@@ -84,10 +84,10 @@ study-transfer: $(VENV)/.quickstart
 	OMP_NUM_THREADS=1 $(BIN)/python -m trace_dist.studies.transfer --config configs/transfer.yaml --out docs/results/transfer.json
 	$(BIN)/python -m trace_dist.studies.transfer_page docs/results docs/transfer.md docs/transfer.png
 
-# Where there is a GPU: the kernels' tests on it, and what the benchmarks say of it. Half an hour.
+# Where there are GPUs: the tests of kernels and of training on them, and what the benchmarks say of one. Half an hour.
 STEP = $(BIN)/trace-dist bench step --ranks 1 --rounds 1 --sequence 2048
 gpu: $(VENV)/.gpu
-	$(BIN)/python -m pytest tests/kernels tests/optim/test_batches.py
+	$(BIN)/python -m pytest tests/kernels tests/optim/test_batches.py tests/sharding/test_gpus.py
 	$(BIN)/trace-dist bench kernels --out docs/results/gpu_kernels.json
 	$(BIN)/trace-dist bench optimizer --out docs/results/gpu_optimizer.json
 	$(STEP) --shape Llama-3.2-1B --micro_batch 4 --steps 7 \
@@ -103,7 +103,7 @@ scale: $(VENV)/.dev
 	$(BIN)/python -m trace_dist.benchmarks.scale docs/results/scale.json
 	$(BIN)/python -m trace_dist.benchmarks.scale_page docs/results docs/scale.md
 
-# Two at a time, one thread per process: the tests start several. None of them is meant for a GPU, which `make gpu` tests.
+# Two at a time, one thread per process: the tests start several. GPUs are hidden from them; `make gpu` tests on those.
 test: lint
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 

@@ -23,16 +23,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def rank_environment() -> dict[str, str]:
-    """The environment of a rank: CPU, one thread, no launcher's variables, and this folder importable."""
+def rank_environment(gpus: bool = False) -> dict[str, str]:
+    """The environment of a rank: CPU or a GPU, one thread, no launcher's variables, and this folder importable."""
     bin_folder = str(Path(sys.executable).parent)  # where DeepSpeed finds ninja
+    hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     kept = {
         key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     }
     return {
         **kept,
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
+        **hidden,
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
@@ -52,9 +52,16 @@ def python() -> str:
 
 
 def launch(
-    script: Path, num_ranks: int, *args: object, launcher: Launcher, timeout: float = 400, warm: bool = True
+    script: Path,
+    num_ranks: int,
+    *args: object,
+    launcher: Launcher,
+    timeout: float = 400,
+    warm: bool = True,
+    gpus: bool = False,
 ) -> None:
-    """Run ``script args...`` on ``num_ranks`` ranks of this machine; fails with what they wrote to standard error."""
+    """Run ``script args...`` on ``num_ranks`` ranks of this machine, on CPUs or each on a GPU (then not ``warm``); fails
+    with what they wrote to standard error."""
     program, port = python() if warm else sys.executable, str(free_port())
     words = {
         "python": [program],
@@ -79,7 +86,7 @@ def launch(
     }[launcher]
     done = subprocess.run(
         [*words, str(script), *map(str, args)],
-        env=rank_environment(),
+        env=rank_environment(gpus),
         capture_output=True,
         text=True,
         timeout=timeout,

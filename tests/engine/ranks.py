@@ -105,7 +105,8 @@ def hooks_alone() -> dict[str, Any]:
     model = Fsdp2Model(CASES["element"].model())
     model.comm = comm = CountedComm()
     optimizer = MaskedAdamW(model, Mask.random(model, 1.0, "element", maskable="norm"))
-    model.backward(model(input_ids=batches(CASES["element"])[0][0]).logits.square().mean())
+    ids = batches(CASES["element"])[0][0].to(model.device)
+    model.backward(model(input_ids=ids).logits.square().mean())
     return {"sent": comm.bytes_sent, "trained": all(bool(s.grad.all()) for s in optimizer.supports)}
 
 

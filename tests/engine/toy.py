@@ -56,7 +56,7 @@ def train_toy(granularity: str) -> dict[str, list[float]]:
     optimizer = MaskedAdamW(model, mask, lr=1e-2, eps=1e-5)
     rank, num_ranks = dist.rank(), dist.world_size()
     for step, inputs in enumerate(toy_inputs(num_ranks)):
-        model.backward(toy_loss(model(inputs[rank], skip=skips(step))))
+        model.backward(toy_loss(model(inputs[rank].to(model.device), skip=skips(step))))
         optimizer.step()
         optimizer.zero_grad()
     return {name: value.flatten().tolist() for name, value in model.full_state_dict().items()}
@@ -69,7 +69,7 @@ def train_toy_in_one_process(granularity: str, num_ranks: int) -> dict[str, Tens
     optimizer = MaskedAdamW(model, mask, lr=1e-2, eps=1e-5)
     for step, inputs in enumerate(toy_inputs(num_ranks)):
         for x in inputs:
-            model.backward(toy_loss(model(x, skip=skips(step))) / num_ranks)
+            model.backward(toy_loss(model(x.to(model.device), skip=skips(step))) / num_ranks)
         optimizer.step()
         optimizer.zero_grad()
     return {name: value.flatten() for name, value in model.full_state_dict().items()}

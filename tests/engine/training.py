@@ -42,9 +42,9 @@ def train_step(
     case: Case, model: ShardedModel, optimizer: MaskedAdamW, batch: tuple[Tensor, Tensor]
 ) -> float:
     """One step on this rank's rows of a global batch; the mean loss over the tokens of the global batch."""
-    ids, labels = (part.tensor_split(dist.world_size())[dist.rank()] for part in batch)
+    ids, labels = (part.tensor_split(dist.world_size())[dist.rank()].to(model.device) for part in batch)
     num_tokens = int((batch[1][:, 1:] != -100).sum())
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
     for x, y in zip(ids.tensor_split(case.accumulation), labels.tensor_split(case.accumulation), strict=True):
         loss = answer_nll_sum_(model(input_ids=x).logits, y) / num_tokens
         model.backward(loss, reduction="sum")
