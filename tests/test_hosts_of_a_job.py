@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from trace_dist.cli import main
 from trace_dist.config import LaunchConfig
 from trace_dist.launching import checks, launch_command, shown_launch
 from trace_dist.launching.commands import first_node, starts
@@ -208,3 +209,34 @@ def test_a_host_that_does_not_answer_as_it_should(
     assert found.lines == []
     (said,) = found.problems
     assert said.startswith(problem)
+
+
+def test_without_ssh_the_hosts_are_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Host, "is_here", False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = checks.check_hosts([Host("far", 1)], str(tmp_path), [], dict(os.environ))
+    assert found.problems[0].startswith(
+        "far: ssh: cannot be started here (No such file or directory); install"
+    )
+
+
+def test_what_the_system_refuses_is_one_line(
+    hostfile: Callable[[str], str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "file").write_text("")
+    asked = [
+        "--backend",
+        "zero3",
+        "--launch.launcher",
+        "torchrun",
+        "--launch.num_ranks",
+        "2",
+        "--launch.hostfile",
+    ]
+    asked += [hostfile(f"{HERE} slots=1\n127.0.0.2 slots=1"), "--run_dir", str(tmp_path / "file" / "run")]
+    assert main(["launch", "--dry_run", "true", "train", "--config", "example:words", *asked]) == 2
+    assert capfd.readouterr().err.startswith(f"error: {tmp_path}/file/run: Not a directory; check paths")

@@ -254,6 +254,11 @@ def first_node(environment: Mapping[str, str]) -> str:
     return nodes.partition(",")[0] or socket.gethostname()
 
 
+def not_startable(program: str, error: OSError) -> str:
+    """What is said of a program, such as ssh or srun, that cannot be started."""
+    return f"{program}: cannot be started here ({error.strerror}); install it, or put it on the PATH"
+
+
 def free_port() -> int:
     """A TCP port that nothing listens on now."""
     with socket.socket() as probe:
