@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from trace_dist.config import LaunchConfig
 from trace_dist.launching import (
@@ -42,6 +45,39 @@ def test_a_module_runs_once_on_every_rank(launcher: str, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr[-4000:]
     found = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
     assert found == {str(rank): f"{num_ranks} 1" for rank in range(num_ranks)}
+
+
+def test_deepspeed_takes_the_gpus_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own runner takes the first ones, whoever works there, once it is told a number."""
+
+    def gpus(visible: str) -> list[int | str]:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        (world,) = (
+            word for word in launch_command(LaunchConfig("deepspeed", 2)) if word.startswith("--world_info=")
+        )
+        return json.loads(base64.urlsafe_b64decode(world.partition("=")[2]))["localhost"]
+
+    assert gpus("4,5") == [0, 1]  # of CPUs
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert gpus("") == [0, 1]
+    assert gpus("4, 5,6") == ["4", "5"]
+    assert gpus("MIG-a,GPU-b") == ["MIG-a", "GPU-b"]
+    with pytest.raises(ValueError, match=r"^launch.num_ranks=2: CUDA_VISIBLE_DEVICES=7 names 1 for them; "):
+        gpus("7")
+
+
+@pytest.mark.launcher
+def test_what_ends_deepspeeds_launcher_is_no_success(tmp_path: Path) -> None:
+    """Its own runner ends with 0 where what it has started is killed."""
+    script = "import os, signal, time; os.kill(os.getppid(), signal.SIGKILL); time.sleep(0.1)"
+    (tmp_path / "said.py").write_text(script)
+    command = launch_command(LaunchConfig("deepspeed", 2), "said")
+    paths = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        command, env=launch_environment(num_threads=1) | {"PYTHONPATH": paths}, cwd=tmp_path, timeout=300
+    )
+    assert done.returncode != 0
 
 
 def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

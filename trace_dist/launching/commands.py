@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shlex
@@ -18,6 +19,7 @@ from trace_dist.launching.environment import forwarded
 from trace_dist.launching.hosts import Host, hosts_of
 
 KEEPALIVE_SECONDS = 5
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 SHOWN = {
     "none": "trace-dist",
     "deepspeed": "deepspeed --num_gpus {ranks} --module trace_dist",
@@ -93,16 +95,31 @@ def _none(ranks: int, port: int, module: str) -> list[str]:
 
 
 def _deepspeed(ranks: int, port: int, module: str) -> list[str]:
-    start = [
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_gpus",
-        str(ranks),
-        "--master_port",
-        str(port),
-        "--module",
-    ]
-    return [sys.executable, *start, module]
+    # What its runner starts on one machine. That passes CUDA_VISIBLE_DEVICES by, and ends with 0 where what it started is killed.
+    here = json.dumps({"localhost": _gpus(ranks)}).encode()
+    world = f"--world_info={base64.urlsafe_b64encode(here).decode()}"
+    place = ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    return [sys.executable, "-m", "deepspeed.launcher.launch", world, *place, "--module", module]
+
+
+def _gpus(ranks: int) -> list[int | str]:
+    """The GPUs of ranks: those that CUDA_VISIBLE_DEVICES names, or the first ones.
+
+    Raises:
+        ValueError: it names fewer.
+    """
+    named = [each.strip() for each in os.environ.get(VISIBLE, "").split(",") if each.strip()]
+    # Loads torch, which the command line can do without.
+    import torch
+
+    if not named or os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        return list(range(ranks))
+    if len(named) < ranks:
+        raise ValueError(
+            f"launch.num_ranks={ranks}: {VISIBLE}={os.environ[VISIBLE]} names {len(named)} for them; name one for each rank, or "
+            f"set --launch.num_ranks {len(named)}"
+        )
+    return list(named[:ranks])
 
 
 def _torchrun(ranks: int, port: int, module: str) -> list[str]:
