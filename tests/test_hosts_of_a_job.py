@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from deepspeed.launcher.multinode_runner import PDSHRunner
 
 from trace_dist.cli import main
 from trace_dist.config import LaunchConfig
@@ -112,14 +118,58 @@ def test_deepspeed_over_pdsh(hostfile: Callable[[str], str], tmp_path: Path) -> 
         match=r"pdsh, which is not installed here; install pdsh, or set launch.launcher to torchrun",
     ):
         starts(launch, "trace_dist", [], {"PATH": "/nowhere"}, tmp_path)
-    (tmp_path / "pdsh").write_text("#!/bin/sh\n")
-    (tmp_path / "pdsh").chmod(0o755)
-    told = {"PATH": str(tmp_path), "DS_ACCELERATOR": "cpu"}
+    told = {"PATH": pdsh(tmp_path), "DS_ACCELERATOR": "cpu"}
     (start,) = starts(launch, "trace_dist", ["train", "--methods", "[a]", "--x", "100%"], told, tmp_path)
     # Its shells get the words as they are, and pdsh a percent sign as two.
     assert start.command[-5:] == ["train", "--methods", "'[a]'", "--x", "100%%"]
     lines = Path(start.environment["DS_ENV_FILE"]).read_text().splitlines()
     assert {f"PATH={tmp_path}", "DS_ACCELERATOR=cpu"} <= set(lines)
+
+
+def pdsh(folder: Path) -> str:
+    """A folder with a program of this name."""
+    (folder / "pdsh").write_text("#!/bin/sh\n")
+    (folder / "pdsh").chmod(0o755)
+    return str(folder)
+
+
+def test_the_shells_of_pdsh_get_what_was_typed(hostfile: Callable[[str], str], tmp_path: Path) -> None:
+    """Words and variables pass through DeepSpeed, pdsh and a shell, where ``$(...)`` would be run."""
+    launch = LaunchConfig("deepspeed", 2, hostfile(f"{HERE} slots=1\nnode-b slots=1"))
+    words = ["train", "a $HOME b", "`id` x", 'say "\\" $(id)', "it's 100%", "\\ \\n", "$HOME", "", "a\nb"]
+    told = {"HF_HOME": '/a "b" $(id) `id` \\ 5%h', "OMP_X": "$HOME", "PATH": pdsh(tmp_path)}
+    (start,) = starts(launch, "trace_dist", words, told, tmp_path)
+    runner = PDSHRunner(SimpleNamespace(user_args=start.command[-len(words) :], user_script=""), "")
+    for line in Path(start.environment["DS_ENV_FILE"]).read_text().splitlines():
+        runner.add_export(*line.split("=", maxsplit=1))
+    exports = "".join(f"export {name}={value}; " for name, value in runner.exports.items() if name != "PATH")
+    show = (
+        "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ['HF_HOME'], os.environ['OMP_X']]))"
+    )
+    line = f"{exports} {sys.executable} -c {shlex.quote(show)} {' '.join(runner.user_arguments)}"
+    said = subprocess.run(["sh", "-c", line.replace("%%", "%")], capture_output=True, text=True, check=True)
+    assert json.loads(said.stdout) == [words, told["HF_HOME"], told["OMP_X"]]
+
+
+def test_deepspeed_itself_is_not_told_what_is_secret(hostfile: Callable[[str], str], tmp_path: Path) -> None:
+    """It tells the other hosts each variable whose name begins with MLFLOW."""
+    launch = LaunchConfig("deepspeed", 2, hostfile(f"{HERE} slots=1\nnode-b slots=1"))
+    told = {"MLFLOW_TRACKING_TOKEN": "secret", "PATH": pdsh(tmp_path)}
+    (start,) = starts(launch, "trace_dist", [], told, tmp_path)
+    assert start.command[:3] == ["env", "--unset=MLFLOW_TRACKING_TOKEN", sys.executable]
+
+
+def test_a_folder_that_pdsh_would_split_is_refused(
+    hostfile: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks would begin in the home folder."""
+    launch = LaunchConfig("deepspeed", 2, hostfile(f"{HERE} slots=1\nnode-b slots=1"))
+    (tmp_path / "my work").mkdir()
+    monkeypatch.chdir(tmp_path / "my work")
+    with pytest.raises(
+        ValueError, match=r"cannot hand '.*/my work' to the shells of other hosts; start in a"
+    ):
+        starts(launch, "trace_dist", [], {"PATH": pdsh(tmp_path)}, tmp_path)
 
 
 def test_slurm(tmp_path: Path) -> None:

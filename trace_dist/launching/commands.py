@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -15,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from trace_dist.config import LaunchConfig
-from trace_dist.launching.environment import forwarded
+from trace_dist.launching.environment import SECRET, forwarded
 from trace_dist.launching.hosts import Host, hosts_of
 
 KEEPALIVE_SECONDS = 5
@@ -206,6 +207,13 @@ def _over_pdsh(
             "launch.launcher='deepspeed': it starts other hosts' ranks with pdsh, which is not installed here; install pdsh, or "
             "set launch.launcher to torchrun, which takes ssh alone"
         )
+    for place in (os.getcwd(), sys.executable):
+        # It writes both into a line of a shell as they are.
+        if shlex.quote(place) != place or "%" in place:
+            raise ValueError(
+                f"launch.launcher='deepspeed': DeepSpeed cannot hand {place!r} to the shells of other hosts; start in a "
+                "folder, and with an environment, whose path has no special character, or set launch.launcher to torchrun"
+            )
     start = ["-m", "deepspeed.launcher.runner", "--hostfile", str(launch.hostfile), "--launcher", "pdsh"]
     # -N: what ranks print stays as it is.
     start += [
@@ -216,18 +224,31 @@ def _over_pdsh(
         str(free_port()),
         "--module",
     ]
-    # pdsh hands all to the shells of the hosts; DeepSpeed itself quotes words with blanks.
-    quoted = [word if " " in word else shlex.quote(word) for word in words]
+    # pdsh hands all to the shells of the hosts; DeepSpeed itself puts words with blanks into quotation marks, and escapes those.
+    quoted = [_in_marks(word) if " " in word else shlex.quote(word) for word in words]
     own = {
         "DS_ENV_FILE": str(_environment_file(environment, scratch)),
         "PDSH_SSH_ARGS_APPEND": " ".join(ssh("", launch.silence_seconds)[1:-1]),
     }
-    return Start([sys.executable, *start, module, *(word.replace("%", "%%") for word in quoted)], None, own)
+    # It would tell the hosts some of them by itself (MLFLOW_TRACKING_TOKEN).
+    hidden = [f"--unset={name}" for name in sorted(environment) if SECRET.search(name)]
+    begin = [*(["env", *hidden] if hidden else []), sys.executable, *start, module]
+    return Start([*begin, *(word.replace("%", "%%") for word in quoted)], None, own)
+
+
+def _in_marks(text: str) -> str:
+    """What a shell reads as ``text`` between quotation marks, its own quotation marks left as they are."""
+    return re.sub(r"[\\$`]", r"\\\g<0>", text)
 
 
 def _environment_file(environment: Mapping[str, str], scratch: Path) -> Path:
     """What DeepSpeed tells every host: ours, and what the user's own file adds."""
-    lines = [f"{variable}={value}" for variable, value in sorted(forwarded(environment).items())]
+    # Of a value DeepSpeed escapes nothing, and puts quotation marks around one that has special characters.
+    told = {
+        name: _in_marks(value).replace('"', r"\"").replace("%", "%%")
+        for name, value in forwarded(environment).items()
+    }
+    lines = [f"{name}={value}" for name, value in sorted(told.items())]
     own = Path.home() / ".deepspeed_env"
     if own.is_file():
         lines += [line for line in own.read_text().splitlines() if "=" in line]
