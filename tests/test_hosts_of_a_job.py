@@ -71,6 +71,18 @@ def test_a_hostfile(hostfile: Callable[[str], str]) -> None:
             "launch.num_ranks=2: .* has 4 slots; set --launch.num_ranks 4",
         ),
         (f"b.invalid slots=1\n{HERE} slots=1", "torchrun", 2, "its first host is b.invalid, and this is"),
+        (
+            "localhost slots=1\nb slots=1",
+            "torchrun",
+            2,
+            "its first host is localhost, by which every other host",
+        ),
+        (
+            "127.0.0.1 slots=1\nb slots=1",
+            "deepspeed",
+            2,
+            "is 127.0.0.1, .*; give the name by which they reach",
+        ),
         (f"{HERE} slots=1\nb slots=2", "accelerate", 3, "accelerate starts as many ranks on every host"),
     ],
 )
