@@ -160,9 +160,9 @@ class Draft:
 
     def _drop_abandoned(self) -> None:
         """Delete what a writer has left that was killed."""
-        with writing(self.hidden):
-            for abandoned in self.final.parent.glob(".step-*.partial"):
-                shutil.rmtree(abandoned)
+        for abandoned in self.final.parent.glob(".step-*.partial"):
+            # Over NFS a file that is still open stays, which is in nobody's way.
+            shutil.rmtree(abandoned, ignore_errors=True)
 
     def _make_folder(self) -> None:
         with writing(self.hidden):
