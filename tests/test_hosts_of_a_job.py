@@ -212,6 +212,9 @@ def test_what_other_hosts_are_told() -> None:
         "NCCL_SOCKET_IFNAME",
         "DS_ACCELERATOR",
         "TOKENIZERS_PARALLELISM",
+        "PYTORCH_CUDA_ALLOC_CONF",
+        "TRANSFORMERS_OFFLINE",
+        "CUBLAS_WORKSPACE_CONFIG",
     ]
     kept = ["HOME", "HF_TOKEN", "TRACE_API_KEY", "MASTER_ADDR", "LOCAL_RANK", "SLURM_PROCID"]
     assert list(forwarded(dict.fromkeys([*names, *kept], "1"))) == names

@@ -149,7 +149,7 @@ def run_script(name: str, folder: Path, *arguments: str, **environment: str) -> 
         (folder / stub).write_text('#!/bin/sh\necho "$OMP_NUM_THREADS" "$(basename "$0")" "$@"\n')
     (folder / "nproc").write_text("#!/bin/sh\necho 16\n")
     (folder / "scontrol").write_text("#!/bin/sh\necho node-1\n")
-    (folder / "python3").write_text("#!/bin/sh\nexit 1\n")  # as where torch sees no GPU
+    (folder / "python3").write_text("#!/bin/sh\nexit ${NO_GPU:-1}\n")  # as where torch sees no GPU
     for path in folder.iterdir():
         path.chmod(0o755)
     kept = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
@@ -163,6 +163,18 @@ def test_scripts_give_each_rank_its_share_of_the_cores(launcher: str, tmp_path: 
     assert run_script(f"{launcher}.sh", tmp_path, "4", "train").startswith(f"4 {launcher} ")
     assert run_script(f"{launcher}.sh", tmp_path, "32", "train").startswith("1 ")
     assert run_script(f"{launcher}.sh", tmp_path, "4", "train", OMP_NUM_THREADS="2").startswith("2 ")
+
+
+def test_so_does_the_script_of_hosts_that_come_and_go(tmp_path: Path) -> None:
+    assert run_script("elastic.sh", tmp_path, "node-1", "4", "train").startswith("4 torchrun ")
+
+
+def test_the_script_of_deepspeed_takes_the_gpus_that_are_visible(tmp_path: Path) -> None:
+    seen = {"CUDA_VISIBLE_DEVICES": "4,5,6", "DS_ACCELERATOR": ""}
+    assert " --num_gpus 2 " in run_script("deepspeed.sh", tmp_path, "2", "train", **seen)  # of CPUs
+    assert " --include localhost:4,5 " in run_script(
+        "deepspeed.sh", tmp_path, "2", "train", **seen, NO_GPU="0"
+    )
 
 
 def test_a_free_port_can_be_taken() -> None:
