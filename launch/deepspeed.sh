@@ -6,4 +6,8 @@ ranks=${1:?number of ranks}; shift
 # A rank's share of the cores, for what runs on the CPU (offloaded optimizer states, data).
 share=$(($(nproc) / ranks)); export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((share > 0 ? share : 1))}"
 python3 -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || export DS_ACCELERATOR=cpu
-exec deepspeed --num_gpus "$ranks" --master_port "${MASTER_PORT:-29500}" --module trace_dist "$@"
+gpus=(--num_gpus "$ranks")
+if [ -n "${CUDA_VISIBLE_DEVICES:-}" ] && [ "${DS_ACCELERATOR:-}" != cpu ]; then # with --num_gpus it would take the first ones
+  gpus=(--include "localhost:$(cut -d, -f"1-$ranks" <<<"$CUDA_VISIBLE_DEVICES")")
+fi
+exec deepspeed "${gpus[@]}" --master_port "${MASTER_PORT:-29500}" --module trace_dist "$@"

@@ -9,7 +9,7 @@
 set -euo pipefail
 hostfile=${1:?hostfile, see launch/hostfile.example}; shift
 if [ "${LAUNCHER:-}" = openmpi ]; then # mpirun tells its ranks no place to meet
-  head_node=$(awk '!/^#/ && NF { print $1; exit }' "$hostfile")
+  head_node=$(awk '{ sub(/#.*/, "") } NF { print $1; exit }' "$hostfile")
   port=${MASTER_PORT:-29500}
   forward="-x PATH"
   for name in DS_ACCELERATOR OMP_NUM_THREADS GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME; do

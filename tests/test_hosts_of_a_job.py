@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from deepspeed.launcher.multinode_runner import PDSHRunner
 
+from trace_dist.cli import main
 from trace_dist.config import LaunchConfig
 from trace_dist.launching import checks, launch_command, shown_launch
 from trace_dist.launching.commands import first_node, starts
@@ -64,6 +71,18 @@ def test_a_hostfile(hostfile: Callable[[str], str]) -> None:
             "launch.num_ranks=2: .* has 4 slots; set --launch.num_ranks 4",
         ),
         (f"b.invalid slots=1\n{HERE} slots=1", "torchrun", 2, "its first host is b.invalid, and this is"),
+        (
+            "localhost slots=1\nb slots=1",
+            "torchrun",
+            2,
+            "its first host is localhost, by which every other host",
+        ),
+        (
+            "127.0.0.1 slots=1\nb slots=1",
+            "deepspeed",
+            2,
+            "is 127.0.0.1, .*; give the name by which they reach",
+        ),
         (f"{HERE} slots=1\nb slots=2", "accelerate", 3, "accelerate starts as many ranks on every host"),
     ],
 )
@@ -111,14 +130,58 @@ def test_deepspeed_over_pdsh(hostfile: Callable[[str], str], tmp_path: Path) -> 
         match=r"pdsh, which is not installed here; install pdsh, or set launch.launcher to torchrun",
     ):
         starts(launch, "trace_dist", [], {"PATH": "/nowhere"}, tmp_path)
-    (tmp_path / "pdsh").write_text("#!/bin/sh\n")
-    (tmp_path / "pdsh").chmod(0o755)
-    told = {"PATH": str(tmp_path), "DS_ACCELERATOR": "cpu"}
+    told = {"PATH": pdsh(tmp_path), "DS_ACCELERATOR": "cpu"}
     (start,) = starts(launch, "trace_dist", ["train", "--methods", "[a]", "--x", "100%"], told, tmp_path)
     # Its shells get the words as they are, and pdsh a percent sign as two.
     assert start.command[-5:] == ["train", "--methods", "'[a]'", "--x", "100%%"]
     lines = Path(start.environment["DS_ENV_FILE"]).read_text().splitlines()
     assert {f"PATH={tmp_path}", "DS_ACCELERATOR=cpu"} <= set(lines)
+
+
+def pdsh(folder: Path) -> str:
+    """A folder with a program of this name."""
+    (folder / "pdsh").write_text("#!/bin/sh\n")
+    (folder / "pdsh").chmod(0o755)
+    return str(folder)
+
+
+def test_the_shells_of_pdsh_get_what_was_typed(hostfile: Callable[[str], str], tmp_path: Path) -> None:
+    """Words and variables pass through DeepSpeed, pdsh and a shell, where ``$(...)`` would be run."""
+    launch = LaunchConfig("deepspeed", 2, hostfile(f"{HERE} slots=1\nnode-b slots=1"))
+    words = ["train", "a $HOME b", "`id` x", 'say "\\" $(id)', "it's 100%", "\\ \\n", "$HOME", "", "a\nb"]
+    told = {"HF_HOME": '/a "b" $(id) `id` \\ 5%h', "OMP_X": "$HOME", "PATH": pdsh(tmp_path)}
+    (start,) = starts(launch, "trace_dist", words, told, tmp_path)
+    runner = PDSHRunner(SimpleNamespace(user_args=start.command[-len(words) :], user_script=""), "")
+    for line in Path(start.environment["DS_ENV_FILE"]).read_text().splitlines():
+        runner.add_export(*line.split("=", maxsplit=1))
+    exports = "".join(f"export {name}={value}; " for name, value in runner.exports.items() if name != "PATH")
+    show = (
+        "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ['HF_HOME'], os.environ['OMP_X']]))"
+    )
+    line = f"{exports} {sys.executable} -c {shlex.quote(show)} {' '.join(runner.user_arguments)}"
+    said = subprocess.run(["sh", "-c", line.replace("%%", "%")], capture_output=True, text=True, check=True)
+    assert json.loads(said.stdout) == [words, told["HF_HOME"], told["OMP_X"]]
+
+
+def test_deepspeed_itself_is_not_told_what_is_secret(hostfile: Callable[[str], str], tmp_path: Path) -> None:
+    """It tells the other hosts each variable whose name begins with MLFLOW."""
+    launch = LaunchConfig("deepspeed", 2, hostfile(f"{HERE} slots=1\nnode-b slots=1"))
+    told = {"MLFLOW_TRACKING_TOKEN": "secret", "PATH": pdsh(tmp_path)}
+    (start,) = starts(launch, "trace_dist", [], told, tmp_path)
+    assert start.command[:3] == ["env", "--unset=MLFLOW_TRACKING_TOKEN", sys.executable]
+
+
+def test_a_folder_that_pdsh_would_split_is_refused(
+    hostfile: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks would begin in the home folder."""
+    launch = LaunchConfig("deepspeed", 2, hostfile(f"{HERE} slots=1\nnode-b slots=1"))
+    (tmp_path / "my work").mkdir()
+    monkeypatch.chdir(tmp_path / "my work")
+    with pytest.raises(
+        ValueError, match=r"cannot hand '.*/my work' to the shells of other hosts; start in a"
+    ):
+        starts(launch, "trace_dist", [], {"PATH": pdsh(tmp_path)}, tmp_path)
 
 
 def test_slurm(tmp_path: Path) -> None:
@@ -149,6 +212,9 @@ def test_what_other_hosts_are_told() -> None:
         "NCCL_SOCKET_IFNAME",
         "DS_ACCELERATOR",
         "TOKENIZERS_PARALLELISM",
+        "PYTORCH_CUDA_ALLOC_CONF",
+        "TRANSFORMERS_OFFLINE",
+        "CUBLAS_WORKSPACE_CONFIG",
     ]
     kept = ["HOME", "HF_TOKEN", "TRACE_API_KEY", "MASTER_ADDR", "LOCAL_RANK", "SLURM_PROCID"]
     assert list(forwarded(dict.fromkeys([*names, *kept], "1"))) == names
@@ -208,3 +274,34 @@ def test_a_host_that_does_not_answer_as_it_should(
     assert found.lines == []
     (said,) = found.problems
     assert said.startswith(problem)
+
+
+def test_without_ssh_the_hosts_are_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Host, "is_here", False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = checks.check_hosts([Host("far", 1)], str(tmp_path), [], dict(os.environ))
+    assert found.problems[0].startswith(
+        "far: ssh: cannot be started here (No such file or directory); install"
+    )
+
+
+def test_what_the_system_refuses_is_one_line(
+    hostfile: Callable[[str], str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "file").write_text("")
+    asked = [
+        "--backend",
+        "zero3",
+        "--launch.launcher",
+        "torchrun",
+        "--launch.num_ranks",
+        "2",
+        "--launch.hostfile",
+    ]
+    asked += [hostfile(f"{HERE} slots=1\n127.0.0.2 slots=1"), "--run_dir", str(tmp_path / "file" / "run")]
+    assert main(["launch", "--dry_run", "true", "train", "--config", "example:words", *asked]) == 2
+    assert capfd.readouterr().err.startswith(f"error: {tmp_path}/file/run: Not a directory; check paths")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from trace_dist.config import LaunchConfig
 from trace_dist.launching import (
@@ -42,6 +45,39 @@ def test_a_module_runs_once_on_every_rank(launcher: str, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr[-4000:]
     found = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
     assert found == {str(rank): f"{num_ranks} 1" for rank in range(num_ranks)}
+
+
+def test_deepspeed_takes_the_gpus_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own runner takes the first ones, whoever works there, once it is told a number."""
+
+    def gpus(visible: str) -> list[int | str]:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        (world,) = (
+            word for word in launch_command(LaunchConfig("deepspeed", 2)) if word.startswith("--world_info=")
+        )
+        return json.loads(base64.urlsafe_b64decode(world.partition("=")[2]))["localhost"]
+
+    assert gpus("4,5") == [0, 1]  # of CPUs
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert gpus("") == [0, 1]
+    assert gpus("4, 5,6") == ["4", "5"]
+    assert gpus("MIG-a,GPU-b") == ["MIG-a", "GPU-b"]
+    with pytest.raises(ValueError, match=r"^launch.num_ranks=2: CUDA_VISIBLE_DEVICES=7 names 1 for them; "):
+        gpus("7")
+
+
+@pytest.mark.launcher
+def test_what_ends_deepspeeds_launcher_is_no_success(tmp_path: Path) -> None:
+    """Its own runner ends with 0 where what it has started is killed."""
+    script = "import os, signal, time; os.kill(os.getppid(), signal.SIGKILL); time.sleep(0.1)"
+    (tmp_path / "said.py").write_text(script)
+    command = launch_command(LaunchConfig("deepspeed", 2), "said")
+    paths = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        command, env=launch_environment(num_threads=1) | {"PYTHONPATH": paths}, cwd=tmp_path, timeout=300
+    )
+    assert done.returncode != 0
 
 
 def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +149,7 @@ def run_script(name: str, folder: Path, *arguments: str, **environment: str) -> 
         (folder / stub).write_text('#!/bin/sh\necho "$OMP_NUM_THREADS" "$(basename "$0")" "$@"\n')
     (folder / "nproc").write_text("#!/bin/sh\necho 16\n")
     (folder / "scontrol").write_text("#!/bin/sh\necho node-1\n")
-    (folder / "python3").write_text("#!/bin/sh\nexit 1\n")  # as where torch sees no GPU
+    (folder / "python3").write_text("#!/bin/sh\nexit ${NO_GPU:-1}\n")  # as where torch sees no GPU
     for path in folder.iterdir():
         path.chmod(0o755)
     kept = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
@@ -127,6 +163,18 @@ def test_scripts_give_each_rank_its_share_of_the_cores(launcher: str, tmp_path: 
     assert run_script(f"{launcher}.sh", tmp_path, "4", "train").startswith(f"4 {launcher} ")
     assert run_script(f"{launcher}.sh", tmp_path, "32", "train").startswith("1 ")
     assert run_script(f"{launcher}.sh", tmp_path, "4", "train", OMP_NUM_THREADS="2").startswith("2 ")
+
+
+def test_so_does_the_script_of_hosts_that_come_and_go(tmp_path: Path) -> None:
+    assert run_script("elastic.sh", tmp_path, "node-1", "4", "train").startswith("4 torchrun ")
+
+
+def test_the_script_of_deepspeed_takes_the_gpus_that_are_visible(tmp_path: Path) -> None:
+    seen = {"CUDA_VISIBLE_DEVICES": "4,5,6", "DS_ACCELERATOR": ""}
+    assert " --num_gpus 2 " in run_script("deepspeed.sh", tmp_path, "2", "train", **seen)  # of CPUs
+    assert " --include localhost:4,5 " in run_script(
+        "deepspeed.sh", tmp_path, "2", "train", **seen, NO_GPU="0"
+    )
 
 
 def test_a_free_port_can_be_taken() -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,35 @@ child.wait()
     job = Supervisor([start], os.environ | {STOP: str(tmp_path / "stop")})
     assert job.wait() == 75
     assert not is_alive(int((tmp_path / "pid").read_text()))
+
+
+def test_a_program_that_is_not_there_leaves_nothing_running(tmp_path: Path) -> None:
+    """The ranks of the first host would wait for those of the second, which no ssh has started."""
+    child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    begun = iter([Start([sys.executable, "-c", child]), Start(["no-such-ssh", "node-2"], "node-2")])
+
+    def one_by_one() -> Iterator[Start]:
+        yield next(begun)
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            time.sleep(0.02)
+        yield next(begun)
+
+    with pytest.raises(
+        ValueError, match=r"^no-such-ssh: cannot be started here \(No such file or directory\); "
+    ):
+        Supervisor(one_by_one(), os.environ | {STOP: str(tmp_path / "stop")})
+    assert not is_alive(int((tmp_path / "pid").read_text()))
+
+
+def test_srun_that_is_not_there_is_one_line(folder: Path) -> None:
+    words = [json.dumps({"launcher": "slurm", "num_ranks": 2}), "acting", "wait", str(folder)]
+    done = subprocess.run(
+        [sys.executable, "-m", "trace_dist.launching.supervisor", *words],
+        env=os.environ | {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node-1", "PATH": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "error: srun: cannot be started here (No such file or directory); install it, or put it on the PATH"
+    ]

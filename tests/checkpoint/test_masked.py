@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine.cases import CASES, batches
+from full_disk import full_disk
 from masks.earlier import earlier_digest
 
 from trace_dist import Mask, MaskedAdamW, shard
@@ -358,3 +359,25 @@ def test_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     again = make()
     load_checkpoint(older, again)
     assert_equal(again, saved)
+
+
+def test_what_a_killed_writer_left_gives_its_room_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is hidden: nobody would know what to delete."""
+    optimizer = make()
+    left = tmp_path / ".step-00000001.partial"
+    left.mkdir()
+    (left / "rank-00000.safetensors").write_bytes(b"0" * 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 0 if left.exists() else 10**9))
+    folder = save_checkpoint(tmp_path, 2, optimizer, {})
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_disk_that_fills_up_meanwhile_keeps_nothing_of_it(tmp_path: Path) -> None:
+    optimizer = make()
+    step(optimizer)
+    older = save_checkpoint(tmp_path, 1, optimizer, {})
+    with full_disk(), pytest.raises(ValueError, match="cannot be written"):
+        save_checkpoint(tmp_path, 2, optimizer, {})
+    assert list(tmp_path.iterdir()) == [older]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,3 +147,22 @@ def test_examples_that_were_scored_are_not_scored_again(whole: RunConfig) -> Non
             scores.update(dict.fromkeys(scores, 0.5))
     kept.texts["text"] = 9.0
     assert judge.score_retrieved(setting.model, bank, kept) == Row([50.0, 50.0], [50.0], [9.0])
+
+
+def test_an_older_state_that_cannot_be_deleted_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As over NFS, where a file of it is still open."""
+    progress, rmdir = finished(tmp_path), os.rmdir
+
+    def refusing(path: Any, **options: Any) -> None:
+        if Path(os.fspath(path)).name == "state-00002":
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", path)
+        rmdir(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", refusing)
+    progress.finish("c", progress.record.rows[-1], None, {}, lambda folder: None)
+    assert Progress(tmp_path, progress._about).record.state == "state-00003"
+    monkeypatch.undo()
+    progress.finish("d", progress.record.rows[-1], None, {}, lambda folder: None)
+    assert [path.name for path in tmp_path.glob("state-*")] == ["state-00004"]

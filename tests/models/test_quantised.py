@@ -17,6 +17,7 @@ from trace_dist.models.fingerprint import fingerprint
 from trace_dist.models.loading import load_model, load_model_fsdp2, load_model_zero3
 from trace_dist.models.prune import depth_prune
 from trace_dist.models.weight_files import WEIGHTS, WeightFiles
+from trace_dist.profiling.estimate import Estimator
 from trace_dist.sharding.prepared import as_sharded
 
 ZERO3: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
@@ -199,3 +200,15 @@ def test_models_in_memory_are_refused(spoil, wrap, enter, make_model) -> None:
 def peft_wrapped(model: Any) -> Any:
     peft = pytest.importorskip("peft")
     return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+def test_no_memory_is_planned_for_weights_that_are_not_trained(saved) -> None:
+    """The estimate was that of plain weights, and the training refuses these."""
+    folder = saved("llama")
+    edit_config(folder, quantization_config={"quant_method": "fp8"})
+    for model in (folder, folder / "config.json"):
+        with pytest.raises(
+            ValueError, match=r"^model='.*': its weights are quantised \(fp8\); give a"
+        ) as caught:
+            Estimator(str(model), "bfloat16")
+        one_line(caught)

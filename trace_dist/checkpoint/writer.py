@@ -82,8 +82,13 @@ def write_checkpoint(
     """
     on_all(lambda: check_values(step, contents))
     draft = Draft.begin(root, step, contents, state, keep)
-    files = dict(dist.gather_objects(on_all(draft.write)))
-    on_all(lambda: draft.announce(files) if dist.is_main() else None)
+    try:
+        files = dict(dist.gather_objects(on_all(draft.write)))
+        on_all(lambda: draft.announce(files) if dist.is_main() else None)
+    except Exception:
+        if dist.is_main():
+            draft.abandon()
+        raise
     return draft.final
 
 
@@ -115,8 +120,10 @@ class Draft:
             ValueError: the state is not JSON, or the disk has no room: nothing has changed then.
         """
         kept = on_all(lambda: checked_state(state))
-        _check_room(root, contents)
         draft = cls(root / folder_name(step), step, contents, random_state(), kept, keep)
+        # First, as they take room that nobody sees.
+        on_all(lambda: draft._drop_abandoned() if dist.is_main() else None)
+        _check_room(root, contents)
         on_all(lambda: draft._make_folder() if dist.is_main() else None)
         return draft
 
@@ -151,10 +158,14 @@ class Draft:
         """Delete what was written. On rank 0, once no rank writes any more."""
         shutil.rmtree(self.hidden, ignore_errors=True)
 
+    def _drop_abandoned(self) -> None:
+        """Delete what a writer has left that was killed."""
+        for abandoned in self.final.parent.glob(".step-*.partial"):
+            # Over NFS a file that is still open stays, which is in nobody's way.
+            shutil.rmtree(abandoned, ignore_errors=True)
+
     def _make_folder(self) -> None:
         with writing(self.hidden):
-            for abandoned in self.final.parent.glob(".step-*.partial"):
-                shutil.rmtree(abandoned)
             self.hidden.mkdir(parents=True)
 
 

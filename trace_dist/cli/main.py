@@ -67,8 +67,10 @@ def _run(words: Sequence[str]) -> int:
             from trace_dist.cli.launch_command import launch_command
 
             return launch_command(parsed.launch.dry_run, split_launch(words)[1])
-    except ValueError as error:
-        report_error(error)
+    except (ValueError, OSError) as error:
+        if not _is_users(error):
+            raise
+        report_error(explain_system(error) if isinstance(error, OSError) else error)
         return FAILED
     _quiet()
     with importing():

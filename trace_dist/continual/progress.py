@@ -120,7 +120,8 @@ class Progress:
         if dist.is_main():
             for old in self.folder.glob("state-*"):
                 if old != final:
-                    shutil.rmtree(old)
+                    # Over NFS a file that is still open stays; it goes after the next task.
+                    shutil.rmtree(old, ignore_errors=True)
         dist.barrier()
 
     def _write(self, record: Record) -> None:

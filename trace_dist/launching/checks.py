@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trace_dist.launching.commands import ssh
+from trace_dist.launching.commands import not_startable, ssh
 from trace_dist.launching.environment import forwarded
 from trace_dist.launching.host_facts import KEYS
 from trace_dist.launching.hosts import Host
@@ -90,7 +90,10 @@ def check_hosts(
 def _ask(host: Host, request: Answer, environment: Mapping[str, str]) -> Answer | str:
     """What a host says; or why it says nothing."""
     asked = {**request, "place": None} if host.is_here else request
-    talk = _talk(host, json.dumps(asked), environment)
+    try:
+        talk = _talk(host, json.dumps(asked), environment)
+    except OSError as error:
+        return not_startable(_command(host, environment)[0], error)
     if talk is None:
         return (
             f"has not answered within {ANSWER_SECONDS} s; log in with `ssh {host.name}` to see what it does"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -14,10 +16,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from trace_dist.config import LaunchConfig
-from trace_dist.launching.environment import forwarded
+from trace_dist.launching.environment import SECRET, forwarded
 from trace_dist.launching.hosts import Host, hosts_of
 
 KEEPALIVE_SECONDS = 5
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 SHOWN = {
     "none": "trace-dist",
     "deepspeed": "deepspeed --num_gpus {ranks} --module trace_dist",
@@ -93,16 +96,31 @@ def _none(ranks: int, port: int, module: str) -> list[str]:
 
 
 def _deepspeed(ranks: int, port: int, module: str) -> list[str]:
-    start = [
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_gpus",
-        str(ranks),
-        "--master_port",
-        str(port),
-        "--module",
-    ]
-    return [sys.executable, *start, module]
+    # What its runner starts on one machine. That passes CUDA_VISIBLE_DEVICES by, and ends with 0 where what it started is killed.
+    here = json.dumps({"localhost": _gpus(ranks)}).encode()
+    world = f"--world_info={base64.urlsafe_b64encode(here).decode()}"
+    place = ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    return [sys.executable, "-m", "deepspeed.launcher.launch", world, *place, "--module", module]
+
+
+def _gpus(ranks: int) -> list[int | str]:
+    """The GPUs of ranks: those that CUDA_VISIBLE_DEVICES names, or the first ones.
+
+    Raises:
+        ValueError: it names fewer.
+    """
+    named = [each.strip() for each in os.environ.get(VISIBLE, "").split(",") if each.strip()]
+    # Loads torch, which the command line can do without.
+    import torch
+
+    if not named or os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        return list(range(ranks))
+    if len(named) < ranks:
+        raise ValueError(
+            f"launch.num_ranks={ranks}: {VISIBLE}={os.environ[VISIBLE]} names {len(named)} for them; name one for each rank, or "
+            f"set --launch.num_ranks {len(named)}"
+        )
+    return list(named[:ranks])
 
 
 def _torchrun(ranks: int, port: int, module: str) -> list[str]:
@@ -189,6 +207,13 @@ def _over_pdsh(
             "launch.launcher='deepspeed': it starts other hosts' ranks with pdsh, which is not installed here; install pdsh, or "
             "set launch.launcher to torchrun, which takes ssh alone"
         )
+    for place in (os.getcwd(), sys.executable):
+        # It writes both into a line of a shell as they are.
+        if shlex.quote(place) != place or "%" in place:
+            raise ValueError(
+                f"launch.launcher='deepspeed': DeepSpeed cannot hand {place!r} to the shells of other hosts; start in a "
+                "folder, and with an environment, whose path has no special character, or set launch.launcher to torchrun"
+            )
     start = ["-m", "deepspeed.launcher.runner", "--hostfile", str(launch.hostfile), "--launcher", "pdsh"]
     # -N: what ranks print stays as it is.
     start += [
@@ -199,18 +224,31 @@ def _over_pdsh(
         str(free_port()),
         "--module",
     ]
-    # pdsh hands all to the shells of the hosts; DeepSpeed itself quotes words with blanks.
-    quoted = [word if " " in word else shlex.quote(word) for word in words]
+    # pdsh hands all to the shells of the hosts; DeepSpeed itself puts words with blanks into quotation marks, and escapes those.
+    quoted = [_in_marks(word) if " " in word else shlex.quote(word) for word in words]
     own = {
         "DS_ENV_FILE": str(_environment_file(environment, scratch)),
         "PDSH_SSH_ARGS_APPEND": " ".join(ssh("", launch.silence_seconds)[1:-1]),
     }
-    return Start([sys.executable, *start, module, *(word.replace("%", "%%") for word in quoted)], None, own)
+    # It would tell the hosts some of them by itself (MLFLOW_TRACKING_TOKEN).
+    hidden = [f"--unset={name}" for name in sorted(environment) if SECRET.search(name)]
+    begin = [*(["env", *hidden] if hidden else []), sys.executable, *start, module]
+    return Start([*begin, *(word.replace("%", "%%") for word in quoted)], None, own)
+
+
+def _in_marks(text: str) -> str:
+    """What a shell reads as ``text`` between quotation marks, its own quotation marks left as they are."""
+    return re.sub(r"[\\$`]", r"\\\g<0>", text)
 
 
 def _environment_file(environment: Mapping[str, str], scratch: Path) -> Path:
     """What DeepSpeed tells every host: ours, and what the user's own file adds."""
-    lines = [f"{variable}={value}" for variable, value in sorted(forwarded(environment).items())]
+    # Of a value DeepSpeed escapes nothing, and puts quotation marks around one that has special characters.
+    told = {
+        name: _in_marks(value).replace('"', r"\"").replace("%", "%%")
+        for name, value in forwarded(environment).items()
+    }
+    lines = [f"{name}={value}" for name, value in sorted(told.items())]
     own = Path.home() / ".deepspeed_env"
     if own.is_file():
         lines += [line for line in own.read_text().splitlines() if "=" in line]
@@ -252,6 +290,11 @@ def first_node(environment: Mapping[str, str]) -> str:
                 f"({error}); put scontrol on the PATH"
             ) from None
     return nodes.partition(",")[0] or socket.gethostname()
+
+
+def not_startable(program: str, error: OSError) -> str:
+    """What is said of a program, such as ssh or srun, that cannot be started."""
+    return f"{program}: cannot be started here ({error.strerror}); install it, or put it on the PATH"
 
 
 def free_port() -> int:

@@ -20,7 +20,7 @@ RUN_HOST = "TRACE_DIST_RUN_HOST"
 FORWARDED = (
     *("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "DEEPSPEED_TIMEOUT", "TOKENIZERS_PARALLELISM"),
     *("TRACE_*", "DS_*", "OMP_*", "MKL_*", "GLOO_*", "NCCL_*", "TORCH_*", "TORCHELASTIC_*", "TRITON_*"),
-    *("HF_*", "PYTHON*", "UCX_*", "FI_*", "CUDA_HOME", "LC_ALL"),
+    *("HF_*", "TRANSFORMERS_*", "PYTHON*", "PYTORCH_*", "CUBLAS_*", "UCX_*", "FI_*", "CUDA_HOME", "LC_ALL"),
 )
 """Variables that every host is told, where they are set here."""
 SECRET = re.compile(r"TOKEN(?!IZERS)|KEY|SECRET|PASSW")

@@ -13,6 +13,8 @@ from trace_dist.utils import network
 
 _LINE = re.compile(r"^(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)\s+slots=(?P<slots>[1-9][0-9]{0,5})$")
 
+_LOOPBACK = re.compile(r"localhost(\.|$)|127\.")
+
 
 @dataclass(frozen=True)
 class Host:
@@ -89,6 +91,11 @@ def hosts_of(launch: LaunchConfig) -> list[Host]:
         raise ValueError(
             f"launch.hostfile={launch.hostfile!r}: its first host is {hosts[0].name}, and this is {socket.gethostname()}; start "
             "the command on the first host, whose rank 0 writes the results, or put this host first"
+        )
+    if _LOOPBACK.match(hosts[0].name) and not all(host.is_here for host in hosts):
+        raise ValueError(
+            f"launch.hostfile={launch.hostfile!r}: its first host is {hosts[0].name}, by which every other host means itself, "
+            f"and would look for rank 0 there; give the name by which they reach this machine, as {socket.gethostname()}"
         )
     if launch.launcher == "accelerate" and len({host.slots for host in hosts}) > 1:
         raise ValueError(

@@ -17,14 +17,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
 
 from trace_dist.config import LaunchConfig
-from trace_dist.launching.commands import Start, starts
+from trace_dist.launching.commands import Start, not_startable, starts
 from trace_dist.launching.ending import end_tree
 from trace_dist.launching.environment import RUN_PID, followed
 from trace_dist.utils.codes import FAILED, LOST
@@ -51,16 +51,26 @@ class Supervisor:
     Args:
         begun: what to start.
         environment: of all of them.
+
+    Raises:
+        ValueError: a program is not there; nothing runs then.
     """
 
-    def __init__(self, begun: Sequence[Start], environment: dict[str, str]) -> None:
+    def __init__(self, begun: Iterable[Start], environment: dict[str, str]) -> None:
         self._lost_at: float | None = None
         self._explained = False
         self._signal, self._asked = 0, 0.0
         self._environment = environment
         self._stop_file = Path(environment[STOP])
         self._copies: list[threading.Thread] = []
-        self._processes = [self._begin(start) for start in begun]
+        self._processes: list[subprocess.Popen[bytes]] = []
+        for start in begun:
+            try:
+                self._processes.append(self._begin(start))
+            except OSError as error:
+                # Those that were begun would wait for it.
+                self.end()
+                raise ValueError(not_startable(start.command[0], error)) from None
 
     def _begin(self, start: Start) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
@@ -181,6 +191,6 @@ if __name__ == "__main__":
     settings, name, *rest = sys.argv[1:]
     try:
         sys.exit(supervise(LaunchConfig(**json.loads(settings)), name, rest))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

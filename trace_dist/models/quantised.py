@@ -48,12 +48,17 @@ _LIBRARIES = frozenset(
 
 def refuse_quantised_config(folder: Path, what: str) -> None:
     """Raise ValueError if a checkpoint folder says that its weights are quantised; reads JSON alone."""
-    for section in _sections(read_json(folder / "config.json")):
-        method = section.get("quant_method") or "a quantization_config"
-        raise ValueError(f"{what}: its weights are quantised ({method}); {_CURE}")
+    refuse_quantised_sections(read_json(folder / "config.json"), what)
     for file, method in _SIDE_FILES.items():
         if (folder / file).is_file():
             raise ValueError(f"{what}: its weights are quantised ({method}: it holds a {file}); {_CURE}")
+
+
+def refuse_quantised_sections(config: Any, what: str) -> None:
+    """Raise ValueError if a config, as JSON, says that its model's weights are quantised; ``what`` begins the message."""
+    for section in _sections(config):
+        method = section.get("quant_method") or "a quantization_config"
+        raise ValueError(f"{what}: its weights are quantised ({method}); {_CURE}")
 
 
 def _sections(config: Any) -> Iterator[Mapping[str, Any]]:

@@ -28,6 +28,7 @@ from trace_dist.masks.units import UnitLayout
 from trace_dist.models.architecture import cause, empty_model, read_config
 from trace_dist.models.blocks import decoder_blocks
 from trace_dist.models.nf4 import NF4Linear, named_weights, quantize_nf4
+from trace_dist.models.quantised import refuse_quantised_sections
 from trace_dist.models.roles import full_shape
 from trace_dist.profiling.activations import Moment, StepTrace, trace_step
 from trace_dist.profiling.exchange import Exchange
@@ -87,7 +88,7 @@ def load_config(model: str) -> Any:
     """The transformers config of a model.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it is of weights that are not trained, as others have quantised them.
     """
     is_path = model.startswith((".", "~", "/")) or model.endswith(".json") or model.count("/") > 1
     path = Path(model).expanduser()
@@ -95,7 +96,9 @@ def load_config(model: str) -> Any:
         raise ValueError(
             f"model={model!r}: no such file or folder; give a config.json, a folder that holds one, or a hub id"
         )
-    return read_config(path if path.exists() else model, f"model={model!r}")
+    config = read_config(path if path.exists() else model, f"model={model!r}")
+    refuse_quantised_sections(config.to_dict(), f"model={model!r}")
+    return config
 
 
 class Estimator:

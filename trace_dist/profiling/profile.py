@@ -60,7 +60,7 @@ def run_profile(setup: MemorySetup, steps: int = 4) -> dict[str, Any]:
         ``setup``, ``estimate``, ``measured`` and relative ``errors`` of states and peak, and the ``timeline`` of rank 0.
 
     Raises:
-        ValueError: a value makes no sense, or the model has no readable config.
+        ValueError: a value makes no sense, the model has no readable config, or its steps are too small to be measured.
     """
     if steps < 2:
         raise ValueError(
@@ -95,10 +95,20 @@ def run_profile(setup: MemorySetup, steps: int = 4) -> dict[str, Any]:
         "libraries": baseline - before,
         "errors": {
             "states": sum((*estimate.states.values(), *estimate.host.values())) / max(states) - 1,
-            "peak": estimate.peak / max(peaks) - 1,
+            "peak": _peak_error(estimate.peak, max(peaks), setup.model),
         },
         "timeline": asdict(measured.timeline),
     }
+
+
+def _peak_error(estimated: int, measured: int, model: str) -> float:
+    """How far an estimated peak is off; raises ValueError where the steps were lost in what the process held before."""
+    if measured <= 0:
+        raise ValueError(
+            f"model={model!r}: its steps took no more memory than was there before, so nothing was measured; give a larger "
+            "model, or raise sequence_length"
+        )
+    return estimated / measured - 1
 
 
 def _one_layer(config: Any) -> Any:
