@@ -193,7 +193,7 @@ class DeltaBank:
         """What a task began with, where it is kept as a recipe. Raises ValueError as ``delta``."""
         if RECIPE not in self._record(task).files:
             return None
-        return self._read(task, RECIPE, lambda path, _: Recipe.load(path))
+        return self._read(task, RECIPE, Recipe.load)
 
     def needs(self, task: str) -> list[str]:
         """The earlier tasks that a task's recipe is made of, by their present names; none where it is not kept as one.

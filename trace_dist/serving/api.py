@@ -16,14 +16,14 @@ from starlette.exceptions import HTTPException
 
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.serving.options import Listening
-from trace_dist.serving.protocol import AUTO, ApiError, ChatRequest, CompletionRequest, Shape, failed
+from trace_dist.serving.protocol import ApiError, ChatRequest, CompletionRequest, Shape, failed
 from trace_dist.serving.protocol import Request as Asked
 from trace_dist.serving.router import Answer, Router, UnknownTask
 from trace_dist.serving.tally import Tally
 from trace_dist.serving.watch import Watched
 from trace_dist.serving.worker import Busy, Job, Worker
 from trace_dist.utils.log import get_logger
-from trace_dist.utils.names import BASE
+from trace_dist.utils.names import AUTO, BASE
 
 logger = get_logger(__name__)
 T = TypeVar("T")
