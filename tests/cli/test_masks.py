@@ -164,6 +164,13 @@ def test_stats(folder: Path, capsys) -> None:
     assert found[LATE] == ["0/1", "0", "0", "0.00000", "0.00"]
 
 
+def test_stats_of_a_mask_that_names_a_tensor_without_elements(folder: Path, capsys) -> None:
+    """Ours leave such a tensor out."""
+    empty, made = {"model.layers.9.mlp.up_proj.weight": UnitLayout((0, 5), 1)}, MASKS["first"]
+    Mask(made.units, {**LAYOUTS, **empty}, "block").save("empty.safetensors")
+    assert rows(run(capsys, "stats", "empty.safetensors"))["9"] == ["0/1", "0", "0", "0.00000", "0.00"]
+
+
 def test_pictures(folder: Path, capsys) -> None:
     run(capsys, "show", "first.safetensors", "--picture", "first.png")
     run(capsys, "show", "first.safetensors", "--picture", "first.svg")
