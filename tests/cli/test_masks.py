@@ -122,6 +122,14 @@ def test_one_mask_is_not_combined_and_no_input_is_overwritten(folder: Path, caps
     assert Mask.load(folder / "second.safetensors") == MASKS["second"]
 
 
+@pytest.mark.parametrize("place", ["a folder.png", "/proc/nowhere/made.png"])
+def test_a_place_that_takes_no_file_is_named_before_the_work(place: str, folder: Path, capsys) -> None:
+    (folder / "a folder.png").mkdir()
+    for field, words in (("out", ("union", *FILES[:2])), ("picture", ("show", "missing"))):
+        assert refused(capsys, *words, f"--{field}", place).startswith(f"error: {field}={place!r}: ")
+    assert refused(capsys, "union", *FILES[:2], "--out", ".").startswith("error: out='.': is a folder")
+
+
 def test_diff(folder: Path, capsys) -> None:
     """Units of 3 in rows of 7: the third of each row has one element."""
     text = run(capsys, "diff", "first.safetensors", "second.safetensors")
