@@ -146,6 +146,25 @@ def test_signatures_are_read_once_each(tmp_path: Path) -> None:
     assert torch.equal(bank.retriever.scores(x), fresh.scores(x))
 
 
+def test_an_index_that_is_put_back_needs_no_file(tmp_path: Path) -> None:
+    """A new task is damaged, and the files of one that was seen before are gone."""
+    writer = DeltaBank.create(tmp_path, "aaaa", layer=1)
+    x = torch.stack([torch.full((8,), 10.0 * seed) for seed in range(3)])
+    for seed in range(3):
+        writer.add(drawn(f"t{seed}", seed), small_delta(f"t{seed}", seed))
+    reader = DeltaBank(tmp_path)
+    before, found = reader.index, reader.retriever.scores(x)
+    writer.remove("t1")
+    writer.add(drawn("t3", 3), small_delta("t3", 3))
+    writer.path("t3").with_name("signature.safetensors").write_bytes(b"")
+    reader.reload()
+    with pytest.raises(ValueError, match="signature"):
+        reader.retrieve(x)
+    reader.reload(before)
+    assert torch.equal(reader.retriever.scores(x), found)
+    assert reader.retrieve(x) == ["t0", "t1", "t2"]
+
+
 @pytest.mark.parametrize("name", ["base", "Base"])
 def test_a_task_called_base(name: str, tmp_path: Path) -> None:
     bank = DeltaBank.create(tmp_path, "aaaa", layer=1)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from bank.samples import drawn, same_delta, small_delta, write_old_bank
 from trace_dist import DeltaBank
 from trace_dist.bank import merge as merging
 from trace_dist.bank.bank import BASE
+from trace_dist.bank.folder import read_task
 from trace_dist.bank.merge import merge
 from trace_dist.bank.sketch import sketch_update
 from trace_dist.bank.verify import verify
@@ -339,6 +341,66 @@ def test_a_reader_and_a_task_that_was_taken_away_or_replaced(tmp_path: Path) -> 
     reader.reload()
     assert same_delta(reader.delta("one"), small_delta("one", 7))
     assert reader.retriever.tasks == [BASE, "deux", "one"]
+
+
+def test_a_task_whose_place_is_taken_gets_another(tmp_path: Path) -> None:
+    """A task's files were moved to another disk and a link left in their place; the link outlived the task, and kept its name."""
+    bank, moved = fill(tmp_path / "bank"), tmp_path / "elsewhere"
+    shutil.move(bank.path("one").parent, moved)
+    bank.path("one").parent.symlink_to(moved)
+    assert verify(bank) == []
+    bank.remove("one")
+    assert not bank.files.task("one").is_symlink()
+    assert len(list(moved.iterdir())) == 3
+    bank.files.task("one").write_text("what cannot be deleted")
+    add(bank, "one", 5)
+    assert same_delta(DeltaBank(bank.folder).delta("one"), small_delta("one", 5))
+    assert verify(bank) == []
+
+
+def test_a_bank_that_is_changed_while_it_is_verified(tmp_path: Path) -> None:
+    """What was taken away meanwhile is not missed."""
+    opened = fill(tmp_path)
+    DeltaBank(tmp_path).remove("one")
+    assert verify(opened) == []
+    opened.path("two").unlink()
+    add(DeltaBank(tmp_path), "three", 3)
+    assert len(verify(opened)) == 1
+
+
+@pytest.mark.parametrize("way", ["plain", "dots", "link", "linked files"])
+def test_a_task_keeps_its_name_and_facts_however_its_folder_is_named(way: str, tmp_path: Path) -> None:
+    bank = fill(tmp_path / "bank")
+    bank.rename("one", "first")
+    folder = bank.path("first").parent
+    if way == "dots":
+        folder = folder.parent / "two" / ".." / folder.name
+    elif way == "link":
+        (tmp_path / "link").symlink_to(folder)
+        folder = tmp_path / "link"
+    elif way == "linked files":
+        folder.rename(tmp_path / "elsewhere")
+        folder.symlink_to(tmp_path / "elsewhere")
+    task = read_task(folder, bank)
+    assert (task.signature.task, task.facts) == ("first", {"lr": 1e-3, "steps": 1})
+
+
+def test_a_name_that_nobody_can_ask_for(tmp_path: Path) -> None:
+    bank = fill(tmp_path)
+    rule = "task='auto': stands for the task that each prompt retrieves; rename the task"
+    with pytest.raises(ValueError, match=rule):
+        add(bank, "auto", 3)
+    with pytest.raises(ValueError, match=rule):
+        bank.rename("one", "auto")
+    # As an earlier release left it.
+    index = bank.index
+    records = tuple(replace(each, name=each.name.replace("one", "auto")) for each in index.records)
+    replace(index, records=records).save(bank.files.index)
+    bank = DeltaBank(tmp_path)
+    assert bank.tasks == [BASE, "auto", "two"]
+    assert verify(bank) == []
+    bank.rename("auto", "one")
+    assert bank.tasks == [BASE, *TASKS]
 
 
 def test_an_index_that_was_lost_is_no_reason_to_start_anew(tmp_path: Path) -> None:

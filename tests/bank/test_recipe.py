@@ -247,6 +247,15 @@ def test_verify_finds_what_a_recipe_lacks(bank: DeltaBank, model: ShardedModel) 
     assert all("does not hold 1 of them as they were" in problem for problem in problems)
 
 
+def test_the_recipe_of_another_task_is_refused(bank: DeltaBank, model: ShardedModel) -> None:
+    """Whole, but not the one that was written: its values would be others."""
+    mine, other = (bank.files.task(task) / "recipe.json" for task in ("c", "d"))
+    mine.write_bytes(other.read_bytes())
+    for read in (bank.recipe, bank.needs, bank.mask, lambda task: bank.delta_on(task, model)):
+        with pytest.raises(ValueError, match=r"recipe\.json: damaged recipe \(its bytes are not those"):
+            read("c")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -122,6 +122,14 @@ def test_one_mask_is_not_combined_and_no_input_is_overwritten(folder: Path, caps
     assert Mask.load(folder / "second.safetensors") == MASKS["second"]
 
 
+@pytest.mark.parametrize("place", ["a folder.png", "/proc/nowhere/made.png"])
+def test_a_place_that_takes_no_file_is_named_before_the_work(place: str, folder: Path, capsys) -> None:
+    (folder / "a folder.png").mkdir()
+    for field, words in (("out", ("union", *FILES[:2])), ("picture", ("show", "missing"))):
+        assert refused(capsys, *words, f"--{field}", place).startswith(f"error: {field}={place!r}: ")
+    assert refused(capsys, "union", *FILES[:2], "--out", ".").startswith("error: out='.': is a folder")
+
+
 def test_diff(folder: Path, capsys) -> None:
     """Units of 3 in rows of 7: the third of each row has one element."""
     text = run(capsys, "diff", "first.safetensors", "second.safetensors")
@@ -162,6 +170,13 @@ def test_stats(folder: Path, capsys) -> None:
     assert found["outside"][2] == "1"
     assert found[UP] == found["up"]
     assert found[LATE] == ["0/1", "0", "0", "0.00000", "0.00"]
+
+
+def test_stats_of_a_mask_that_names_a_tensor_without_elements(folder: Path, capsys) -> None:
+    """Ours leave such a tensor out."""
+    empty, made = {"model.layers.9.mlp.up_proj.weight": UnitLayout((0, 5), 1)}, MASKS["first"]
+    Mask(made.units, {**LAYOUTS, **empty}, "block").save("empty.safetensors")
+    assert rows(run(capsys, "stats", "empty.safetensors"))["9"] == ["0/1", "0", "0", "0.00000", "0.00"]
 
 
 def test_pictures(folder: Path, capsys) -> None:

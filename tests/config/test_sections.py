@@ -127,6 +127,7 @@ def run(**changes: Any) -> c.RunConfig:
         (lambda: c.LaunchConfig(num_ranks=2), "launch.num_ranks", "needs a launcher"),
         (lambda: run(tasks=[]), "tasks", "at least one task"),
         (lambda: run(general=[task()]), "tasks.name", "names must be unique"),
+        (lambda: run(tasks=[task(name="auto")]), "tasks.name", "stands for the task"),
         (lambda: run(target=c.ModelConfig("m", prune=c.PruneConfig())), "target.prune", "only a proxy"),
         (lambda: run(target=nf4()), "target.quantize", "probing trains every weight"),
         (lambda: run(target=nf4(), proxy=nf4()), "proxy.quantize", "probing trains every weight"),

@@ -273,6 +273,26 @@ def test_a_task_that_is_damaged_leaves_the_others_as_they_are(small: Small, tmp_
     assert router.ask(asked, sampling=SHORT) == before
 
 
+def test_a_damaged_task_beside_one_that_was_removed(small: Small, tmp_path: Path) -> None:
+    """What was seen before is answered from what is in memory; the files of the task that is gone cannot be read again."""
+    folder = shutil.copytree(small.bank, tmp_path / "bank")
+    router, writer = Router.open(folder, small.base), DeltaBank(folder)
+    asked = prompts("copy", 2, seed=1)
+    before = router.ask(asked, sampling=SHORT)
+    writer.remove("plain")
+    writer.add(*small.parts("later"))
+    file = writer.path("later").with_name(SIGNATURE)
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="signature"):
+        router.refresh()
+    assert "plain" in router.tasks
+    assert router.ask(asked, sampling=SHORT) == before
+    writer.remove("later")
+    assert router.refresh()
+    assert router.tasks == [BASE, "copy", "twist"]
+    assert {answer.task for answer in router.ask(asked, sampling=SHORT)} == {"copy"}
+
+
 def test_deltas_are_kept_in_memory_as_far_as_there_is_room(router: Router) -> None:
     bank, model = router.bank, router.model
     one = DeltaCache(bank, model, 0).get("copy")

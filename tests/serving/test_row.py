@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -51,6 +52,15 @@ def test_a_stop_text_ends_the_row_with_its_last_token() -> None:
 def test_pieces_come_at_once() -> None:
     assert written("ab", ["bx"])[1] == ["a", "b"]
     assert written("a€b", [])[1] == ["a", "€", "b"]
+
+
+@pytest.mark.parametrize("listen", [True, False])
+def test_a_stop_text_as_long_as_a_request_costs_nothing(listen: bool) -> None:
+    """Looked for letter by letter, one of this length took seconds for each token, and everybody waited."""
+    begin = time.process_time()
+    row, pieces = written("a" * 9, ["a" * 500_000, "x" * 500_000], listen=listen)
+    assert time.process_time() - begin < 5
+    assert (row.text, pieces) == ("a" * 9, ["a" * 9] if listen else [])
 
 
 @pytest.mark.parametrize("listen", [True, False])

@@ -16,7 +16,7 @@ from bank.samples import same_bits
 from serving.small import CAP, TASKS, Small, prompts
 
 from trace_dist import DeltaBank, Router
-from trace_dist.serving.api import make_app
+from trace_dist.serving.api import Api, make_app
 from trace_dist.serving.finding import Shares
 from trace_dist.serving.gate import Gate
 from trace_dist.serving.options import Listening, Sampling
@@ -127,6 +127,36 @@ def test_weights_that_are_not_the_base_answer_nothing_more(bench: Bench) -> None
     assert bench.worker.broken is not None
     with torch.no_grad():
         weight.data.copy_(kept)
+
+
+def test_all_who_ask_for_the_weights_at_once_wait_for_one_look(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look reads every weight; asked for more often than that takes, they kept answers waiting for ever."""
+    looks = list[None]()
+    monkeypatch.setattr(bench.worker, "check_weights", lambda: looks.append(None))
+    api = Api(bench.router, bench.worker, Listening())
+
+    async def ask() -> list[Any]:
+        waiting = [asyncio.ensure_future(api.health(weights=True)) for _ in range(5)]
+        await asyncio.sleep(0)
+        waiting[0].cancel()
+        bench.worker.start()
+        found = await asyncio.gather(*waiting[1:])
+        return [*found, await api.health(weights=True)]
+
+    assert [answer.status_code for answer in asyncio.run(asyncio.wait_for(ask(), 60))] == [200] * 5
+    assert len(looks) == 2
+
+
+def test_what_nobody_waits_for_any_more_does_not_end_the_thread(bench: Bench, small: Small) -> None:
+    unwanted, wanted = (bench.worker.call(lambda: 7) for _ in range(2))
+    assert unwanted.cancel()
+    bench.worker.start()
+    assert wanted.result(60) == 7
+    job = bench.job("copy abcd", "copy")
+    bench.worker.submit([job])
+    assert job.done.result(60)[0].text == small.expected("copy", ["copy abcd"])[0]
 
 
 def test_too_many_are_refused_and_the_unwanted_are_passed_by(

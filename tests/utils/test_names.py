@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trace_dist.utils.names import check_distinct, check_task_name
+from trace_dist.utils.names import check_distinct, check_new_name, check_task_name
 
 
 @pytest.mark.parametrize("name", ["copy", "a b: ü", "database", "base2", "-x", "x.y", "a" * 150, "数学"])
@@ -27,6 +27,15 @@ def test_refusals(name: object, rule: str) -> None:
         check_task_name(name)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("tasks.name=")
+
+
+def test_a_name_that_asks_for_whatever_is_retrieved() -> None:
+    """Banks of earlier releases may hold it."""
+    check_task_name("auto")
+    check_new_name("Auto")
+    for name, rule in (("auto", "stands for the task that each prompt retrieves"), ("base", "reserved")):
+        with pytest.raises(ValueError, match=rf"^task='{name}': .*{rule}.*; rename the task$"):
+            check_new_name(name, "task")
 
 
 def test_names_that_some_file_systems_do_not_tell_apart() -> None:

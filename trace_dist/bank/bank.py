@@ -193,7 +193,7 @@ class DeltaBank:
         """What a task began with, where it is kept as a recipe. Raises ValueError as ``delta``."""
         if RECIPE not in self._record(task).files:
             return None
-        return self._read(task, RECIPE, lambda path, _: Recipe.load(path))
+        return self._read(task, RECIPE, Recipe.load)
 
     def needs(self, task: str) -> list[str]:
         """The earlier tasks that a task's recipe is made of, by their present names; none where it is not kept as one.
@@ -268,13 +268,25 @@ class DeltaBank:
     @property
     def retriever(self) -> Retriever:
         """Retrieval among the tasks; the signatures are read at the first use, those that were added since at the next."""
-        records = self._index.records
-        if records[: len(self._retrieved)] != self._retrieved:
+        records, held = self._index.records, len(self._retrieved)
+        grown = records[:held] == self._retrieved
+        new = records[held:] if grown else records
+        # First of all: where one is damaged and the index is put back, tasks of it may be gone from the disk.
+        signatures = list(map(self._signature_of, new))
+        if not grown:
             self._retriever, self._retrieved = Retriever(), ()
-        for record in records[len(self._retrieved) :]:
-            self._retriever.add(self.signature(record.name))
+        for record, signature in zip(new, signatures, strict=True):
+            self._retriever.add(signature)
             self._retrieved = (*self._retrieved, record)
         return self._retriever
+
+    def _signature_of(self, record: Record) -> Signature:
+        """A task's signature; what has been read of the same file is not read again, whatever the task was called."""
+        file = record.files.get(SIGNATURE)
+        for held, signature in zip(self._retrieved, self._retriever.signatures, strict=True):
+            if file is not None and held.files.get(SIGNATURE) == file:
+                return replace(signature, task=record.name)
+        return self.signature(record.name)
 
     def retrieve(self, representations: Tensor, reject: float | None = None) -> list[str]:
         """The task of each prompt.

@@ -19,7 +19,7 @@ from trace_dist.config.bank import Pooling
 from trace_dist.config.checks import check
 from trace_dist.models.fingerprint import fuller, same_model
 from trace_dist.run_folder import ADAPTED, DELTA, PROMPTS, RECIPE, SIGNATURE, SKETCH, BankFolder
-from trace_dist.utils.names import BASE, check_task_name
+from trace_dist.utils.names import BASE, check_new_name, check_task_name
 from trace_dist.utils.sealed import same_content
 
 
@@ -135,6 +135,8 @@ def add(writer: Writer, task: Task) -> None:
     """
     name = task.signature.task
     if task.delta is not None:
+        if name not in writer.index.names:
+            check_new_name(name, "task")
         check_base(task.delta.mask, writer.index.base, f"delta {name!r}")
         task.delta.check_finite()
     if task.recipe is not None:
@@ -143,7 +145,7 @@ def add(writer: Writer, task: Task) -> None:
     writer.upgrade()
     _check_fits(writer, task.signature)
     present = writer.index.get(name)
-    new = writer.stage(Record(name, writer.index.folder_for(name), facts=facts), task.save)
+    new = writer.stage(Record(name, writer.folder_for(name), facts=facts), task.save)
     if present is None:
         writer.publish(new)
         base = fuller(writer.index.base, _model_of(task))
@@ -217,7 +219,7 @@ def rename(writer: Writer, name: str, new: str) -> None:
     found(writer.index, writer.files, name)
     if name == BASE:
         raise ValueError(f"task={name!r}: stands for the base model and keeps its name; rename another task")
-    check_task_name(new, "task")
+    check_new_name(new, "task")
     if new in writer.index.names:
         raise ValueError(f"task={new!r}: in the bank {writer.files.root} already; choose another name")
     writer.upgrade()

@@ -6,6 +6,7 @@ A task that was renamed keeps its files, so its name is what the index of its ba
 from __future__ import annotations
 
 from dataclasses import replace
+from os.path import abspath
 from pathlib import Path
 
 from trace_dist.bank.bank import DeltaBank
@@ -30,9 +31,11 @@ def read_task(source: Path, bank: DeltaBank, name: str | None = None) -> Task:
     Raises:
         ValueError: a file is missing or damaged, or the bank that the folder belongs to holds another layer's representations.
     """
-    place = source.absolute()
-    files = BankFolder(place.parent.parent)
-    if place.parent == files.tasks and files.index.is_file():
+    # A link may lead to a task of a bank, and a bank may hold a link to the files of a task.
+    for place in (Path(abspath(source)), source.resolve()):
+        files = BankFolder(place.parent.parent)
+        if place.parent != files.tasks or not files.index.is_file():
+            continue
         other = DeltaBank(files.root)
         for record in other.index.records:
             if record.folder == place.name:

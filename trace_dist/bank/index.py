@@ -103,13 +103,13 @@ class Index:
         """The next generation, with these records."""
         return replace(self, records=tuple(records), generation=self.generation + 1, version=VERSION)
 
-    def folder_for(self, name: str) -> str:
-        """A name for the folder of a new task: readable, safe, and not taken."""
+    def folder_for(self, name: str, others: Iterable[str] = ()) -> str:
+        """A name for the folder of a new task: readable, safe, and not taken, also by none of ``others``."""
         slug = name
         if not PLAIN.fullmatch(name):
             readable = re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")[:40]
             slug = f"{readable or 'task'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-        taken = {record.folder for record in self.records}
+        taken = {*(record.folder for record in self.records), *others}
         suffixes = ("", *(f"-{number}" for number in range(2, len(taken) + 3)))
         return next(slug + suffix for suffix in suffixes if slug + suffix not in taken)
 

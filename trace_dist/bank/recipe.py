@@ -25,6 +25,7 @@ from trace_dist.bank.delta import Delta, check_dtype, extract_delta
 from trace_dist.masks.mask import Mask
 from trace_dist.models.roles import Role, role_of
 from trace_dist.sharding.base import ShardedModel
+from trace_dist.utils.files import sha256
 from trace_dist.utils.sealed import check_version, read_record, write_record
 
 FORMAT, VERSION = "trace_dist.recipe", 1
@@ -73,13 +74,19 @@ class Recipe:
         write_record(path, {"format": FORMAT, "version": VERSION, "parts": parts})
 
     @classmethod
-    def load(cls, path: Path) -> Recipe:
+    def load(cls, path: Path, digest: str | None = None) -> Recipe:
         """Read a recipe.
+
+        Args:
+            path: the file.
+            digest: SHA-256 of the file, where it is known.
 
         Raises:
             ValueError: missing, damaged, not a recipe, or of a newer version.
         """
         found = read_record(path, CURE)
+        if digest is not None and sha256(path) != digest:
+            raise ValueError(f"{path}: damaged recipe (its bytes are not those that were written); {CURE}")
         if found.get("format") != FORMAT:
             raise ValueError(f"{path}: this is no recipe of a task; {CURE}")
         check_version(found.get("version"), path, VERSION)

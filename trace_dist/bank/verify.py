@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.delta import check_base
 from trace_dist.bank.index import Member, Record
@@ -15,8 +17,19 @@ def verify(bank: DeltaBank) -> list[str]:
 
     Returns:
         One line for each problem; none where all is well. In a bank of version 1, whose index has no checksums, the files'
-        own ones are all there is.
+        own ones are all there is. Where the bank is changed meanwhile it is reloaded, and read again.
     """
+    while problems := _problems(bank):
+        before = bank.generation
+        with suppress(ValueError):  # what is wrong with the index is one of the problems
+            bank.reload()
+        if bank.generation == before:
+            break
+    return problems
+
+
+def _problems(bank: DeltaBank) -> list[str]:
+    """One line for each problem of a bank as it was when it was opened."""
     problems = _older(bank)
     dims: dict[int, str] = {}
     for record in bank.index.records:

@@ -82,6 +82,10 @@ class Writer:
         self.index = index
         self.sweep()
 
+    def folder_for(self, name: str) -> str:
+        """As ``Index.folder_for``; what could not be deleted, and what somebody has put there, keeps its place."""
+        return self.index.folder_for(name, [path.name for path in self.files.tasks.glob("*")])
+
     def stage(self, record: Record, fill: Callable[[Path], None]) -> Record:
         """Write a task's files into a temporary folder.
 
@@ -139,7 +143,13 @@ class Writer:
             return
         kept = {record.folder for record in self.index.records}
         for path in self.files.tasks.glob("*"):
-            if path.name not in kept:
+            if path.name in kept:
+                continue
+            if path.is_symlink():
+                # Of a task that somebody has moved to another disk, whose files are theirs.
+                with suppress(OSError):
+                    path.unlink()
+            else:
                 shutil.rmtree(path, ignore_errors=True)
         for file in (self.files.index, self.files.newest):
             for path in self.files.root.glob(f".{file.name}.*.tmp"):

@@ -15,6 +15,7 @@ from trace_dist.masks.mask import Mask, check_combinable, combine
 from trace_dist.masks.ops import overlap
 from trace_dist.masks.select import SetOperation, combined_units
 from trace_dist.masks.stats import Count, summed, tensor_counts
+from trace_dist.utils.files import check_writable
 from trace_dist.utils.tables import print_table
 
 
@@ -43,6 +44,7 @@ def _drawn(file: str, picture: Path) -> Mask:
     from trace_dist.stages.report import mask_heat_map
 
     check_picture(picture)
+    check_writable(picture, "picture")
     mask = Mask.load(file)
     mask_picture(mask_heat_map(mask), str(mask.meta.get("task") or Path(file).stem), picture)
     return mask
@@ -137,6 +139,7 @@ def _operate(operation: SetOperation, arguments: Any) -> None:
     files, out = arguments.masks, arguments.out
     if Path(out).resolve() in [Path(file).resolve() for file in files]:
         raise ValueError(f"out={out!r}: is one of the masks that are combined; name another file")
+    check_writable(out, "out")
     masks = _load(files)
     names = (" and ".join(files[:-1]), files[-1])
     result = reduce(lambda left, right: combine(left, right, operation, names), masks)

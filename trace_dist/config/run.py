@@ -22,7 +22,7 @@ from trace_dist.config.race import RaceConfig
 from trace_dist.config.task import TaskConfig
 from trace_dist.config.train import TrainConfig
 from trace_dist.run_folder import BankFolder, RunFolder
-from trace_dist.utils.names import check_distinct
+from trace_dist.utils.names import check_distinct, check_new_name
 
 Backend = Literal["single", "zero3", "fsdp2"]
 
@@ -76,6 +76,8 @@ class RunConfig(Section):
         rule = "must lie between 0 and 2**32 - 1, as scikit-learn wants it"
         check(0 <= self.seed < 2**32, "seed", self.seed, rule, "choose another one")
         check(len(self.tasks) >= 1, "tasks", self.tasks, "must hold at least one task", "add a task")
+        for task in self.tasks:
+            check_new_name(task.name)
         check_distinct(task.name for task in (*self.tasks, *self.general))
         ranks, one_process = self.launch.num_ranks, self.backend == "single"
         rule, cure = "backend single runs in one process", "set backend: zero3 or fsdp2"

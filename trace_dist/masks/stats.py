@@ -32,8 +32,8 @@ class Count:
 
     @property
     def density(self) -> float:
-        """Selected elements / elements."""
-        return self.entries / self.numel
+        """Selected elements / elements; 0 where there are none, as in files of others."""
+        return self.entries / self.numel if self.numel else 0.0
 
     def __add__(self, other: Count) -> Count:
         return Count(**{name: value + getattr(other, name) for name, value in vars(self).items()})

@@ -16,14 +16,14 @@ from starlette.exceptions import HTTPException
 
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.serving.options import Listening
-from trace_dist.serving.protocol import AUTO, ApiError, ChatRequest, CompletionRequest, Shape, failed
+from trace_dist.serving.protocol import ApiError, ChatRequest, CompletionRequest, Shape, failed
 from trace_dist.serving.protocol import Request as Asked
 from trace_dist.serving.router import Answer, Router, UnknownTask
 from trace_dist.serving.tally import Tally
 from trace_dist.serving.watch import Watched
 from trace_dist.serving.worker import Busy, Job, Worker
 from trace_dist.utils.log import get_logger
-from trace_dist.utils.names import BASE
+from trace_dist.utils.names import AUTO, BASE
 
 logger = get_logger(__name__)
 T = TypeVar("T")
@@ -46,6 +46,7 @@ class Api:
         self._router, self._worker, self._limits = router, worker, limits
         # Of its own: the worker's is in use, in another thread.
         self._watched = Watched(DeltaBank(router.bank.folder))
+        self._checking: asyncio.Future[None] | None = None
 
     def names(self) -> list[str]:
         """Models that can be asked for, as the bank is now."""
@@ -76,7 +77,7 @@ class Api:
     async def health(self, weights: bool) -> JSONResponse:
         """``/health``; with ``weights`` the worker compares the weights with those that were loaded."""
         if weights and self._worker.broken is None:
-            await asyncio.wrap_future(self._worker.call(self._worker.check_weights))
+            await self._weights_checked()
         broken, bank = self._worker.broken, self._router.bank
         found = {
             "status": "ok" if broken is None else broken,
@@ -86,6 +87,12 @@ class Api:
             "weights": self._router.fingerprint,
         }
         return JSONResponse(found, 200 if broken is None else 503)
+
+    async def _weights_checked(self) -> None:
+        """All who ask while the weights are looked at wait for one look: it takes a while, in which nothing is answered."""
+        if self._checking is None or self._checking.done():
+            self._checking = asyncio.wrap_future(self._worker.call(self._worker.check_weights))
+        await asyncio.shield(self._checking)
 
     async def answer(self, asked: Asked, prompts: Sequence[Any], chat: bool, request: Request) -> Response:
         """A request for answers; who hangs up is not answered further."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -15,6 +16,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
 """Paths that are counted by name; anybody can make up others."""
+BODY_SECONDS = 60.0
+"""How long a request's body may take."""
 OPEN = (("/health", b""),)
 """Paths and queries that need no key; what makes the worker do something needs one."""
 
@@ -42,7 +45,7 @@ class Gate:
         try:
             if (scope["path"], scope["query_string"]) not in OPEN:
                 self._check_key(headers.get(b"authorization", b""))
-            body = await self._body(headers, receive)
+            body = await _in_time(self._body(headers, receive))
         except ApiError as error:
             await _refuse(error, send)
             return
@@ -85,6 +88,15 @@ class Gate:
     def _too_long(self) -> ApiError:
         message = f"the request is longer than {self._max_bytes} bytes, the most that this server reads"
         return ApiError(413, message, code="request_too_large")
+
+
+async def _in_time(body: Awaitable[bytes]) -> bytes:
+    """A body, unless it takes too long to come: whoever begins requests and goes to sleep would keep connections for ever."""
+    try:
+        return await asyncio.wait_for(body, BODY_SECONDS)
+    except TimeoutError:
+        message = f"the request has not come whole within {BODY_SECONDS:g} seconds; send it again"
+        raise ApiError(408, message, code="request_timeout") from None
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

@@ -22,10 +22,10 @@ from lm_eval.models.huggingface import HFLM
 
 from trace_dist.data.examples import Prompt
 from trace_dist.serving.finding import Shares
-from trace_dist.serving.options import AUTO, Source, check_task
+from trace_dist.serving.options import Source, check_task
 from trace_dist.serving.router import Router
 from trace_dist.utils.log import get_logger
-from trace_dist.utils.names import BASE
+from trace_dist.utils.names import AUTO, BASE
 
 logger = get_logger(__name__)
 NAME = "trace-dist"

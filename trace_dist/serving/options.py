@@ -10,10 +10,9 @@ from trace_dist.config.checks import Section, check
 from trace_dist.config.model import Dtype, Quantize
 from trace_dist.config.run import Backend
 from trace_dist.parts import COMPOSITIONS
+from trace_dist.utils.names import AUTO
 
 NO_BLEND = "none"
-AUTO = "auto"
-"""Stands for a task where each prompt's is retrieved."""
 COLDEST = 1e-4
 """Temperatures below are 0."""
 

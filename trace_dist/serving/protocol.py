@@ -27,8 +27,6 @@ from trace_dist.serving.options import Listening, Sampling
 from trace_dist.serving.prompts import check_prompt
 from trace_dist.serving.router import Answer
 
-AUTO = "auto"
-"""The model that is the task that each prompt's representation retrieves."""
 FINISH = {"stop": "stop", "length": "length", "cancelled": "stop"}
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),

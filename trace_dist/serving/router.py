@@ -41,7 +41,7 @@ from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.build import load_sharded
 from trace_dist.utils import dist
 from trace_dist.utils.log import get_logger
-from trace_dist.utils.names import BASE
+from trace_dist.utils.names import AUTO, BASE
 
 logger = get_logger(__name__)
 MOST_TOKENS = 256
@@ -128,6 +128,13 @@ class Router:
         """``open``, with the options as one value."""
         dist.init_distributed()
         bank = DeltaBank(source.bank)
+        if AUTO in bank.tasks:
+            logger.warning(
+                "bank %s: a task called %s is answered where it is retrieved, and cannot be asked for by name; rename it "
+                "(`trace-dist bank rename`)",
+                source.bank,
+                AUTO,
+            )
         if source.trust_remote_code:
             trust(source.base)
         check_same(bank.base, fingerprint(source.base, together=True), f"bank {source.bank}")

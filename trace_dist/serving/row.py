@@ -104,13 +104,12 @@ class Row:
 
     def _held_back(self) -> int:
         """Characters at the end that may be the beginning of a stop text."""
-        ends = (
-            length
-            for stop in self._stops
-            for length in range(1, len(stop))
-            if self._text.endswith(stop[:length])
-        )
-        return max(ends, default=0)
+        return max(map(self._begun, self._stops), default=0)
+
+    def _begun(self, stop: str) -> int:
+        """How much of a stop text, but not all of it, stands at the end of what was not handed on; stop texts may be huge."""
+        most = min(len(stop) - 1, len(self._text) - self._sent)
+        return next((length for length in range(most, 0, -1) if self._text.endswith(stop[:length])), 0)
 
     def _send(self, held_back: int) -> None:
         piece = self._text[self._sent : len(self._text) - held_back]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
 
@@ -52,7 +53,7 @@ def serve(source: Source, listening: Listening) -> None:
             # From here on connections wait for the server rather than being refused: who reads the line below may ask at once.
             place.listen()
             _say(router.tasks, source, place, key is not None)
-            _listen(app, place)
+            _listen(app, place, lambda: worker.num_open)
         finally:
             worker.close()
     logger.info("ended; all that was asked is answered")
@@ -76,6 +77,8 @@ def _bound(listening: Listening) -> socket.socket:
         place = socket.socket(family, kind, proto)
         try:
             place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # Its connections have it too: one whose client was switched off amid a request is closed some day.
+            place.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             place.bind(address)
         except OSError:
             place.close()
@@ -95,9 +98,11 @@ def _say(tasks: list[str], source: Source, place: socket.socket, with_key: bool)
     logger.info("%d models of %s on http://%s:%d/v1", len(tasks) + 1, source.bank, shown, port)
 
 
-def _listen(app: object, place: socket.socket) -> None:
-    """Until SIGTERM or Ctrl+C; open requests are answered first."""
+def _listen(app: object, place: socket.socket, num_open: Callable[[], int]) -> None:
+    """Until SIGTERM or Ctrl+C; open requests, of which ``num_open`` prompts are not answered yet, are answered first."""
     import uvicorn
+
+    from trace_dist.serving.ending import Server
 
     config = uvicorn.Config(
         app,  # type: ignore[arg-type]
@@ -110,7 +115,7 @@ def _listen(app: object, place: socket.socket) -> None:
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         with suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[place])
+            Server(config, num_open).run(sockets=[place])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -128,6 +128,8 @@ class Worker:
         done: Future[T] = Future()
 
         def carry_out() -> None:
+            if not done.set_running_or_notify_cancel():
+                return  # nobody waits for it any more
             try:
                 done.set_result(work())
             except Exception as error:

@@ -1,0 +1,30 @@
+"""Tables are read by people and by programs; names are not cut for either."""
+
+from __future__ import annotations
+
+import pytest
+from rich.table import Table
+
+from trace_dist.utils.tables import print_table
+
+NAMES = [f"model.layers.{number}.{'self_attn.' * 12}q_proj.weight" for number in (1, 2)]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_no_name_is_cut(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In 80 columns both names began alike and ended with dots: a file of them could not be told apart."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    if terminal:
+        monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    table = Table("tensor", "units")
+    for name in NAMES:
+        table.add_row(name, "12")
+    print_table(table, markup=False)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    cells = [line.split("│")[1].strip() for line in lines]
+    assert "".join(cells) == "".join(NAMES)
+    assert (cells == NAMES) is not terminal
+    assert (max(map(len, lines)) <= 80) is terminal
