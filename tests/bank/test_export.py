@@ -12,9 +12,9 @@ from engine.cases import CASES
 from full_disk import full_disk
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from trace_dist import DeltaBank
+from trace_dist import Delta, DeltaBank, Mask
 from trace_dist.bank.bank import BASE
 from trace_dist.bank.composition import compose
 from trace_dist.bank.delta import applied
@@ -22,7 +22,24 @@ from trace_dist.bank.export import export
 from trace_dist.bank.verify import verify
 from trace_dist.models import fingerprint
 from trace_dist.parts import EXPORTERS
+from trace_dist.sharding.build import load_sharded
 
+MIXED = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
 EXPORTER = '''
 """Writes what it was given."""
 import json
@@ -197,3 +214,23 @@ def test_a_base_without_tokenizer(tmp_path: Path) -> None:
     export(bank, [BASE], tmp_path / "out", str(tmp_path / "base"))
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "generation_config.json", "model.safetensors", "trace_dist.json"}
+
+
+def test_a_family_that_keeps_some_tensors_in_fp32(tmp_path: Path) -> None:
+    """The model was loaded in bfloat16; a mask may hold its router, which stays in fp32."""
+    folder, seen = str(tmp_path / "base"), {}
+    config = AutoConfig.for_model("glm4_moe", **MIXED)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model = load_sharded(folder, "bfloat16")
+    mask = Mask.random(model, 0.5, maskable=r"mlp\.gate\.weight|q_proj").with_meta(model=fingerprint(folder))
+    values = {name: (model.local(name)[mask.elements(name)] + 1) for name in mask}
+    assert {each.dtype for each in values.values()} == {torch.float32, torch.bfloat16}
+    bank = DeltaBank.create(tmp_path / "bank", fingerprint(folder), layer=1)
+    bank.add(signature(BASE, 0), None)
+    bank.add(signature("one", 1), Delta(mask, values, "one"))
+    for dtype in ("auto", "bfloat16", "float32"):
+        export(bank, ["one"], tmp_path / dtype, folder, dtype)
+        loaded = load_sharded(str(tmp_path / dtype), "bfloat16")
+        seen[dtype] = {name: loaded.local(name)[mask.elements(name)] for name in mask}
+    for found in seen.values():
+        assert all(torch.equal(found[name], values[name]) for name in mask)

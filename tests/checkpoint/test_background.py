@@ -7,6 +7,8 @@ from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -230,3 +232,17 @@ def test_what_is_being_written_is_kept_when_training_diverges(
     with pytest.raises(NotFinite), checkpoints:
         train_steps(learner, batches, cfg, STEPS, log=log, keeper=checkpoints)
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["step-00000003"]
+
+
+def test_copies_are_awaited_on_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of the caller's may lie on a GPU that is not the current one, whose stream has copied nothing."""
+    awaited: list[object] = []
+
+    def current_stream(device: object = None) -> SimpleNamespace:
+        return SimpleNamespace(synchronize=lambda: awaited.append(device))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    second = torch.device("cuda", 1)
+    there: list[Any] = [SimpleNamespace(device=second, is_cuda=True)] * 2
+    background._await_copies([torch.zeros(1), *there])
+    assert awaited == [second]

@@ -95,6 +95,7 @@ def run(**changes: Any) -> c.RunConfig:
         (lambda: c.ProbeConfig(steps=-1), "probe.steps", "must be at least 0"),
         (lambda: c.ProbeConfig(fisher_batches=0), "probe.fisher_batches", "must be at least 1"),
         (lambda: c.TrainConfig(steps=0), "train.steps", "must be at least 1"),
+        (lambda: c.TrainConfig(eps=1e-50), "train.eps", "is too small for fp32"),
         (lambda: c.TrainConfig(lr=0), "train.lr", "must be positive"),
         (lambda: c.TrainConfig(sequence_parallel=0), "train.sequence_parallel", "must be at least 1"),
         (

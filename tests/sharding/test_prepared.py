@@ -10,6 +10,7 @@ from engine.cases import CASES
 from engine.rank_prepared import CASE, ROWS, plain_loop
 from engine.training import make_optimizer, train_reference
 
+from trace_dist import Mask, MaskedAdamW
 from trace_dist.sharding import ReplicatedModel
 from trace_dist.sharding.prepared import as_sharded
 
@@ -138,3 +139,18 @@ def test_an_error_in_a_backward_pass_does_not_spoil_the_next() -> None:
         each(input_ids=ids, labels=ids).loss.backward()
         its.step()
     assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
+def test_an_embedding_with_sparse_gradients_is_trained_as_a_dense_one() -> None:
+    grads = []
+    for sparse in (False, True):
+        model = CASE.model()
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        model.get_input_embeddings().sparse = sparse
+        optimizer = MaskedAdamW(model, Mask.random(model, 0.5, "row", seed=0, maskable="embed_tokens"))
+        ids = torch.arange(12).view(2, 6)
+        model(input_ids=ids, labels=ids).loss.backward()
+        grads += [support.grad for support in optimizer.supports]
+    dense, found = grads
+    assert found.any()
+    torch.testing.assert_close(found, dense, rtol=0, atol=0)

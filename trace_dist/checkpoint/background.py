@@ -12,7 +12,7 @@ was written; what a killed job loses by that is this one step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
@@ -110,8 +110,7 @@ class Background:
     def _copied(self, contents: Contents) -> Contents:
         """The contents, the tensors as they are now, in host memory that is used again and again."""
         tensors = {name: self._copy(name, tensor.detach()) for name, tensor in contents.tensors.items()}
-        if any(tensor.is_cuda for tensor in contents.tensors.values()):
-            torch.cuda.current_stream().synchronize()
+        _await_copies(contents.tensors.values())
         return replace(contents, tensors=tensors)
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
@@ -120,6 +119,12 @@ class Background:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._buffers[name] = buffer
         return buffer.copy_(tensor, non_blocking=True)
+
+
+def _await_copies(tensors: Iterable[Tensor]) -> None:
+    """Wait until copies of some tensors are there: they run where the tensors are, which need not be the current device."""
+    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _write(draft: Draft) -> tuple[str, dict[str, Any]]:

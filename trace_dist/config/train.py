@@ -8,6 +8,8 @@ from typing import ClassVar, Literal
 from trace_dist.config.checks import AUTO, Rate, Section, check
 
 StateDtype = Literal["float32", "bfloat16", "8bit"]
+LEAST_EPS = 1e-37
+"""Of AdamW: what is much smaller is 0 in fp32, and an entry without a gradient would become 0/0."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class TrainConfig(Section):
         self._check_spikes()
         self.rates("lr")
         self.positive("eps", "max_grad_norm", "checkpoint_minutes")
+        rule, cure = "is too small for fp32", f"use at least {LEAST_EPS}, for example 1e-8"
+        check(self.eps >= LEAST_EPS, "train.eps", self.eps, rule, cure)
         rates = all(0 <= beta < 1 for beta in self.betas)
         check(rates, "train.betas", self.betas, "both must lie in [0, 1)", "use for example [0.9, 0.98]")
         ratio, inside = self.min_lr_ratio, 0 <= self.min_lr_ratio <= 1

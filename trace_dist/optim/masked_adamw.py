@@ -11,6 +11,7 @@ The update runs inside this rank's partition; every other weight stays bit-ident
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from trace_kernels.compact import compact_gather, compact_scatter, compact_sumsq
 
 from trace_dist.config import StateDtype
+from trace_dist.config.train import LEAST_EPS
 from trace_dist.optim.batches import Batches, Entry, can_batch, sum_of_squares
 from trace_dist.optim.factors import own_factors
 from trace_dist.optim.loaded import Loaded
@@ -65,7 +67,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         mask: which entries to train.
         lr: learning rate, 0 or more.
         betas: decay rates of the two moments, in [0, 1).
-        eps: added to the denominator, positive.
+        eps: added to the denominator, 1e-37 or more.
         weight_decay: decoupled, on masked entries only.
         max_grad_norm: global norm over the masked entries of all ranks above which gradients are scaled down; None for no limit.
             Tools that clip ``model.parameters()``, as Trainer does, find no gradient there and clip nothing.
@@ -368,12 +370,17 @@ def _entries(support: Support, model: ShardedModel) -> nn.Parameter:
 def _check_hyperparameters(
     lr: float, betas: tuple[float, float], eps: float, weight_decay: float, max_grad_norm: float | None
 ) -> None:
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if math.isinf(value):
+            raise ValueError(f"{name}={value!r}: must be finite; give a number")
     if not lr >= 0:
         raise ValueError(f"lr={lr!r}: must not be negative; use for example 1e-3")
     if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):
         raise ValueError(f"betas={betas!r}: both must lie in [0, 1); use for example (0.9, 0.999)")
     if not eps > 0:
         raise ValueError(f"eps={eps!r}: must be positive; use for example 1e-8")
+    if eps < LEAST_EPS:
+        raise ValueError(f"eps={eps!r}: is too small for fp32; use at least {LEAST_EPS}, for example 1e-8")
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay={weight_decay!r}: must not be negative; use 0 for none")
     if max_grad_norm is not None and not max_grad_norm > 0:

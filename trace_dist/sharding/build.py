@@ -11,6 +11,7 @@ from trace_dist.config import Quantize
 from trace_dist.config.checks import check_ranks
 from trace_dist.models.architecture import read_config
 from trace_dist.models.kinds import check_quantize, torch_dtype
+from trace_dist.models.places import lay_out, refuse_empty, refuse_scattered
 from trace_dist.models.quantised import refuse_quantised_module
 from trace_dist.models.wrapping import peel, unwrap
 from trace_dist.sharding.base import ShardedModel, view_of
@@ -56,14 +57,18 @@ def shard(model: nn.Module, backend: str = "single", sequence_parallel: int = 1)
         dtype and receive no gradient before a mask is attached.
 
     Raises:
-        ValueError: unknown backend, ``single`` with more than one rank, a model with quantised weights or PEFT adapters, one
-            whose attention heads so many ranks cannot share, or whose rows another number of ranks shares already.
+        ValueError: unknown backend, ``single`` with more than one rank, a model with quantised weights or PEFT adapters, with
+            weights on several devices or without values, one whose attention heads so many ranks cannot share, or whose rows
+            another number of ranks shares already.
     """
     _check_size(sequence_parallel)
     kind = _backend(backend)
     refuse_quantised_module(model)
     refuse_tensor_parallel(model)
+    refuse_scattered(model)
+    refuse_empty(model)
     check_can_be_saved(model)
+    lay_out(model)
     dist.init_distributed()
     if sequence_parallel > 1:
         _check_shared(unwrap(model).config, sequence_parallel)

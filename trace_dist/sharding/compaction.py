@@ -149,7 +149,8 @@ class Compactor:
 
         def caught(param: Tensor) -> None:
             if param.grad is not None:
-                deliver(param.grad)
+                # An embedding's may be sparse.
+                deliver(param.grad.to_dense())
                 param.grad = None
 
         parameter.requires_grad_(True)

@@ -23,6 +23,7 @@ from trace_dist.models.blocks import decoder_blocks
 from trace_dist.models.loading import load_model_fsdp2
 from trace_dist.models.wrapping import unwrap
 from trace_dist.sharding import gloo
+from trace_dist.sharding.compaction import linear_modules
 from trace_dist.sharding.holding import HoldingModel
 from trace_dist.sharding.support import Accumulate, Support
 from trace_dist.sharding.views import PartitionView, chunk_views
@@ -85,13 +86,8 @@ class Fsdp2Model(HoldingModel):
         _drop_copies(module)
         _check_sharding(module)
         super().__init__(outermost)
-        # The first unshard settles where the shards live, so that `local` may be kept from then on, and, from what is
-        # trainable at that moment, in which dtype gradients are reduced.
-        uniform = len({parameter.dtype for parameter in module.parameters()}) == 1  # FSDP2 asks for it
-        module.requires_grad_(uniform)
-        self.module.unshard()
-        self.module.reshard()
-        module.requires_grad_(False)
+        # Settles where the shards live, so that `local` may be kept from then on.
+        self.module._get_fsdp_state()._lazy_init()
         self._parameters = self._named_parameters()
 
     @classmethod
@@ -116,7 +112,34 @@ class Fsdp2Model(HoldingModel):
 
     def attach(self, mask: Mask, accumulate: Accumulate | None = None) -> list[Support]:
         _drop_copies(self.module)  # a hook on a copy would go with it, and see no slice
-        return super().attach(mask, accumulate)
+        self._check_dtypes(mask)
+        supports = super().attach(mask, accumulate)
+        # By what is trainable at the first forward pass FSDP2 settles in which dtype it reduces. Where that was an evaluation,
+        # nothing is, and gradients would be summed in bf16; another mask may hold weights of another dtype.
+        for part in self._param_groups():
+            part._init_mp_dtypes()
+        return supports
+
+    def _param_groups(self) -> list[Any]:
+        return [part for group in _groups(self.module) for part in group._get_fsdp_state()._fsdp_param_groups]
+
+    def _check_dtypes(self, mask: Mask) -> None:
+        """Raise ValueError where FSDP2 would reduce gradients of two dtypes as one: it can only do so with those of one."""
+        linears = linear_modules(self.module)
+        hooked = {
+            id(p): name for name, p in self._parameters.items() if name in mask.units and name not in linears
+        }
+        for part in self._param_groups():
+            params = [p.sharded_param for p in part.fsdp_params if id(p.sharded_param) in hooked]
+            names = {p.dtype: hooked[id(p)] for p in params}
+            if len(names) > 1:
+                both = " and ".join(
+                    f"{name!r} in {str(dtype).removeprefix('torch.')}" for dtype, name in names.items()
+                )
+                raise ValueError(
+                    f"mask: it holds {both}, whose gradients FSDP2 cannot reduce together; leave one out (mask.maskable), or "
+                    "use backend zero3"
+                )
 
     def stamp(self, name: str) -> tuple[int, int]:
         parameter = self._parameters[name]
@@ -134,11 +157,7 @@ class Fsdp2Model(HoldingModel):
 
     @contextmanager
     def _gather_all(self) -> Iterator[None]:
-        # Settles what the root does after a forward pass, as the first of them would.
-        self.module._get_fsdp_state()._lazy_init()
-        parts = [
-            part for group in _groups(self.module) for part in group._get_fsdp_state()._fsdp_param_groups
-        ]
+        parts = self._param_groups()
         before = [part.post_forward_mesh_info for part in parts]
         for group in _groups(self.module):
             group.unshard()

@@ -27,10 +27,10 @@ class Composed(Section):
 
 
 def held_dtypes(deltas: Sequence[Delta]) -> list[str]:
-    """Names of the dtypes of the deltas' values."""
-    return sorted(
-        {str(values.dtype).removeprefix("torch.") for delta in deltas for values in delta.values.values()}
-    )
+    """Names of the dtypes in which the deltas' models were loaded; some families keep a few tensors in fp32 beside that."""
+    held = [{values.dtype for values in delta.values.values()} for delta in deltas]
+    narrowest = {min(of_delta, key=lambda dtype: dtype.itemsize) for of_delta in held if of_delta}
+    return sorted(str(dtype).removeprefix("torch.") for dtype in narrowest)
 
 
 def together(deltas: Sequence[Delta], model: ShardedModel, options: Composed) -> Delta | None:
