@@ -226,19 +226,38 @@ def test_what_one_set_of_weights_keeps_is_what_the_study_found() -> None:
 
 def test_what_masks_of_two_widths_reach_is_what_the_study_found() -> None:
     study = json.loads((ROOT / "docs/results/study_two_widths.json").read_text())
-    found = {
-        row["arm"]: [task["verdict"] for task in row["tasks"]]
-        for row in study["differences"]
-        if (row["density"], row["other"], row["other_density"]) == (1e-3, "random", 1e-3)
-    }
+
+    def decided(arm: str, density: float, other_density: float | None = None) -> tuple[int, int, int]:
+        """Tasks on which the arm ends lower than random beyond doubt, those on which it ends higher, and all."""
+        kind = (arm, density, "random", other_density or density)
+        row = next(
+            row
+            for row in study["differences"]
+            if (row["arm"], row["density"], row["other"], row["other_density"]) == kind
+        )
+        verdicts = [task["verdict"] for task in row["tasks"]]
+        return verdicts.count("lower"), verdicts.count("higher"), len(verdicts)
+
     page = (ROOT / "docs/two-widths.md").read_text()
     for text in (README, page):
-        assert "seven of ten tasks" in " ".join(text.split())
-    for arm in ("probed", "projected"):
-        assert (found[arm].count("lower"), len(found[arm])) == (7, 10)
-    assert [found[arm].count("higher") for arm in ("probed", "projected")] == [2, 1]
-    assert max(cell["seeds"] for cell in study["cells"]) == 1
-    assert "also with one seed" in README
+        assert "five of ten tasks" in " ".join(text.split())
+    assert decided("probed", 1e-3) == decided("projected", 1e-3) == decided("narrowed", 1e-3) == (5, 1, 10)
+    assert decided("probed", 1e-4) == (1, 3, 10)
+    assert decided("projected", 1e-4) == (1, 2, 10)
+    assert decided("probed", 1e-3, 1e-2) == (0, 7, 10)
+    assert decided("probed", 1e-4, 1e-3) == (0, 5, 10)
+    first = [cell for cell in study["cells"] if cell["arm"] in ("random", "probed", "projected")]
+    assert all(cell["seeds"] == (1 if cell["task"] == "crop" else 3) for cell in first)
+    shares = {
+        row["arm"]: row["share"] for row in study["shares"] if (row["of"], row["density"]) == ("probed", 1e-3)
+    }
+    assert {arm: round(100 * share["value"]) for arm, share in shares.items()} == {
+        "projected": 91,
+        "align": 53,
+        "budgets": 20,
+        "places": 45,
+    }
+    assert [arm for arm, share in shares.items() if share["high"] > 0.8] == ["projected"]
 
 
 @pytest.mark.parametrize("page", [README, *(path.read_text() for path in (ROOT / "docs").glob("*.md"))])

@@ -174,7 +174,7 @@ def log_if_steep(ax: Axes, values: Array) -> bool:
 def plain_numbers(axis: Axis, steps: Sequence[int] = (1,)) -> None:
     """Write the numbers of a logarithmic axis out: of each decade these multiples."""
     axis.set_major_locator(LogLocator(subs=steps))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
