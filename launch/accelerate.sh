@@ -7,4 +7,4 @@ ranks=${1:?number of ranks}; shift
 # A rank's share of the cores, for what runs on the CPU (offloaded optimizer states, data). The launcher would give it one.
 share=$(($(nproc) / ranks)); export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((share > 0 ? share : 1))}"
 exec accelerate launch --multi_gpu --num_processes "$ranks" --num_machines 1 --mixed_precision no --dynamo_backend no \
-  --main_process_port "${MASTER_PORT:-29500}" -m trace_dist "$@"
+  --gpu_ids all --main_process_port "${MASTER_PORT:-29500}" -m trace_dist "$@"

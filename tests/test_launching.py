@@ -68,6 +68,26 @@ def test_deepspeed_takes_the_gpus_that_are_visible(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.launcher
+def test_accelerate_takes_the_gpus_that_are_visible(tmp_path: Path) -> None:
+    """Whatever the user's own configuration of it says: one GPU for two ranks is an error to it."""
+    (tmp_path / "accelerate").mkdir()
+    own = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "gpu_ids": "7"}
+    (tmp_path / "accelerate" / "default_config.yaml").write_text(json.dumps(own))
+    (tmp_path / "said.py").write_text(
+        "import os, pathlib; pathlib.Path(os.environ['RANK']).write_text(os.environ['CUDA_VISIBLE_DEVICES'])"
+    )
+    seen = {"HF_HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        launch_command(LaunchConfig("accelerate", 2), "said"),
+        env=launch_environment(num_threads=1) | seen,
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert done.returncode == 0
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["", ""]
+
+
+@pytest.mark.launcher
 def test_what_ends_deepspeeds_launcher_is_no_success(tmp_path: Path) -> None:
     """Its own runner ends with 0 where what it has started is killed."""
     script = "import os, signal, time; os.kill(os.getppid(), signal.SIGKILL); time.sleep(0.1)"

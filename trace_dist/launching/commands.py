@@ -138,6 +138,8 @@ def _accelerate(ranks: int, port: int, module: str, *machines: str) -> list[str]
         str(port),
     ]
     start += [*(machines or ("--num_machines", "1")), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    # Those that are visible: a user's own configuration of accelerate may name others.
+    start += ["--gpu_ids", "all"]
     # Its word for several processes; without a GPU they compute on the CPU.
     return [sys.executable, *start, "--multi_gpu", "-m", module]
 
