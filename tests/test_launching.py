@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -137,7 +138,7 @@ def test_ranks_of_a_host_share_its_cores(
     login_node: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of other hosts take none of them, and find their own accelerators."""
-    (tmp_path / "hostfile").write_text("localhost slots=4\nnode-b slots=4\n")
+    (tmp_path / "hostfile").write_text(f"{socket.gethostname()} slots=4\nnode-b slots=4\n")
     on_hosts = LaunchConfig("torchrun", 8, str(tmp_path / "hostfile"))
     environment = ranks_environment(on_hosts)
     assert environment["OMP_NUM_THREADS"] == "4"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from rich.console import Console
 from rich.table import Table
 
 from trace_dist.utils.tables import print_table
@@ -16,9 +17,7 @@ def test_no_name_is_cut(
 ) -> None:
     """In 80 columns both names began alike and ended with dots: a file of them could not be told apart."""
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
-    if terminal:
-        monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setattr(Console, "is_terminal", terminal)
     table = Table("tensor", "units")
     for name in NAMES:
         table.add_row(name, "12")
