@@ -178,13 +178,12 @@ def plain_numbers(axis: Axis, steps: Sequence[int] = (1,)) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def label_ends(
-    ax: Axes, ends: Sequence[tuple[str, float, str]], gap: float = 0.09, longest: int = 16
-) -> None:
-    """Write (label, y, colour) at the right edge, pushed apart to at least `gap` of the axes' height.
+def label_ends(ax: Axes, ends: Sequence[tuple[str, float, str]], longest: int = 16) -> None:
+    """Write (label, y, colour) at the right edge, pushed apart to at least 0.09 of the axes' height.
 
     All curves are drawn by now; labels are cut to ``longest`` characters.
     """
+    gap = 0.09
     ax.autoscale_view()
     to_fraction = ax.transData + ax.transAxes.inverted()
     placed = sorted((float(to_fraction.transform((0.0, y))[1]), label, color) for label, y, color in ends)
