@@ -114,7 +114,10 @@ def test_a_study_its_cut_and_its_page(setup: Setup, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(
         small_to_large.Worker, "lab", property(lambda _: pytest.fail("the models were loaded"))
     )
+    # What trained is named, not what sums up.
+    monkeypatch.setattr(small_to_large, "meta_info", lambda: begun["meta_info"] | {"hardware": "another one"})
     again = json.loads(json.dumps(run_study(setup.cfg, study)))
+    assert again["meta_info"] == begun["meta_info"]
     assert again["cells"] == begun["cells"]
     assert again["differences"] == begun["differences"]
     for section, (_, table) in sections_of(RESULT).items():

@@ -17,6 +17,8 @@ from trace_dist.data.batches import collate
 from trace_dist.data.encoding import IGNORE, tokenize
 from trace_dist.data.files import read_text
 from trace_dist.train.loss import answer_logits
+from trace_dist.utils import dist
+from trace_dist.utils.devices import sent
 
 Rows = Sequence[Mapping[str, Any]]
 """Encoded examples: ``input_ids`` and ``labels``."""
@@ -64,25 +66,23 @@ def held_out(forward: Callable[..., Any], rows: Rows, pad_id: int, batch_size: i
     """Score examples; those of similar length together, so that little is padded.
 
     Args:
-        forward: the model, in evaluation mode, or a function that passes its arguments on.
+        forward: the model, in evaluation mode and on this rank's device, or a function that passes its arguments on.
         rows: the examples.
         pad_id: id for padded positions.
         batch_size: examples per forward pass.
     """
+    device = dist.local_device()
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
     nats, right, tokens = [0.0] * len(rows), [False] * len(rows), [0] * len(rows)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         inputs = collate([rows[index] for index in batch], pad_id)
         labels = inputs.pop("labels")
+        inputs = {name: sent(each, device) for name, each in inputs.items()}
         logits, targets = answer_logits(forward, inputs, labels)
         each = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="none")
         hits = (logits.argmax(-1) == targets) | (targets == IGNORE)
-        columns = (
-            each.view(len(batch), -1),
-            hits.view(len(batch), -1),
-            (targets != IGNORE).view(len(batch), -1),
-        )
+        columns = [found.view(len(batch), -1).cpu() for found in (each, hits, targets != IGNORE)]
         for place, index in enumerate(batch):
             nats[index] = float(columns[0][place].double().sum())
             right[index] = bool(columns[1][place].all())

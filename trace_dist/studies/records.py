@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,11 +69,13 @@ class Records:
         trials: cell -> seed -> trials.
         masks: (arm, task, seed) -> what making the masks found and cost.
         bases: task -> the base model's scores.
+        hardware: what trained -> how many trainings; those of records that do not say are not counted.
     """
 
     trials: dict[Cell, dict[int, list[Trial]]] = field(default_factory=dict)
     masks: dict[tuple[str, str, int], dict[str, Any]] = field(default_factory=dict)
     bases: dict[str, dict[str, Any]] = field(default_factory=dict)
+    hardware: Counter[str] = field(default_factory=Counter)
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Take a record up."""
@@ -85,6 +88,8 @@ class Records:
         else:
             trial = _trial(record)
             self.trials.setdefault(trial.cell, {}).setdefault(trial.seed, []).append(trial)
+            if "hardware" in record:
+                self.hardware[str(record["hardware"])] += 1
 
     def of(self, cell: Cell, seed: int = 0) -> list[Trial]:
         """Trials of a cell and a seed."""

@@ -74,9 +74,11 @@ def write_summary(cfg: RunConfig, study: StudyConfig, records: Records, schedule
     """Write what the records say by now."""
     missing = {cell for cell, _ in schedule.pending(records)}
     labels = {name: ARMS.load(name).ARM for name in study.arms}
+    # What trained, where the records say so: another machine may have summed up.
+    hardware = {"hardware": ", ".join(records.hardware)} if records.hardware else {}
     result = {
         "run_info": run_info(),
-        "meta_info": meta_info(),
+        "meta_info": meta_info() | hardware,
         "settings": _settings(cfg, study),
         "arms": {name: {"label": arm.label, "colour": arm.colour} for name, arm in labels.items()},
         "complete": not missing,
@@ -108,6 +110,7 @@ class Worker:
         self._lab: Lab | None = None
         self._probes: Probes | None = None
         self._longest: dict[type, float] = {}
+        self._hardware = meta_info()["hardware"]
 
     @property
     def lab(self) -> Lab:
@@ -125,7 +128,7 @@ class Worker:
         begin = time.perf_counter()
         record = {ScoreBase: self._score, Make: self._make, Train: self._train}[type(job)](job)  # type: ignore[operator]
         seconds = time.perf_counter() - begin
-        record = {"date": run_info()["date"], **record, "seconds": seconds}
+        record = {"date": run_info()["date"], "hardware": self._hardware, **record, "seconds": seconds}
         self._journal.append(record)
         self._records.add(record)
         self._longest[type(job)] = max(seconds, self._longest.get(type(job), 0.0))
