@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trace_dist import Mask, MaskedAdamW, quantize_nf4, shard
 from trace_dist.checkpoint import Background, save_checkpoint
 from trace_dist.masks.units import UnitLayout
+from trace_dist.profiling import activations
 from trace_dist.profiling.activations import trace_step
 from trace_dist.profiling.estimate import Estimator, estimate
 from trace_dist.profiling.exchange import Exchange
@@ -130,6 +132,27 @@ def test_the_loss_upcasts_as_many_logits_as_on_the_device(
     on_gpu, on_cpu = (estimate(replace(setup, device=name)).transient["logits"] for name in ("cuda", "cpu"))
     assert on_gpu - on_cpu == pytest.approx(4 * (rows - upcast) * vocabulary, rel=0.1)
     assert "meta" not in cross_entropy.CHUNK_ELEMENTS
+
+
+def test_a_large_batch_is_no_longer_work(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many chunks of logits there are, two are looked at, and the peak is that of all."""
+    looked_at = list[slice]()
+    chunks = cross_entropy.chunks
+
+    def counted(num_rows: int, size: int) -> Iterator[slice]:
+        for rows in chunks(num_rows, size):
+            looked_at.append(rows)
+            yield rows
+
+    monkeypatch.setattr(cross_entropy, "chunks", counted)
+    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", 3 * config_of("llama").vocab_size)
+    setup = MemorySetup(llama, micro_batch_size=BATCH, sequence_length=LENGTH, backend="single")
+    setup = replace(setup, device="cpu")
+    found = estimate(setup)
+    assert len(looked_at) == 2
+    monkeypatch.setattr(activations, "CHUNKS", None)
+    assert estimate(setup) == found
+    assert len(looked_at) > 4
 
 
 def test_recomputation_and_few_columns_keep_less(llama: str) -> None:

@@ -8,7 +8,7 @@ import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from trace_dist.serving.api import Api, make_app
 from trace_dist.serving.finding import Shares
 from trace_dist.serving.gate import Gate
 from trace_dist.serving.options import Listening, Sampling
+from trace_dist.serving.protocol import ApiError, CompletionRequest
 from trace_dist.serving.row import Row
 from trace_dist.serving.tally import Tally
 from trace_dist.serving.worker import Busy, Job, Worker
@@ -181,6 +182,18 @@ def test_too_many_are_refused_and_the_unwanted_are_passed_by(
     assert begun.is_set()
     bench.worker.close()
     assert bench.worker.num_open == 0
+
+
+def test_what_cannot_be_taken_on_is_not_read(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt of a megabyte takes a second to tokenise, which no full server should spend."""
+    bench = Bench(router, monkeypatch, max_waiting=1)
+    bench.worker.submit([bench.job("copy abcd", "copy")])
+    monkeypatch.setattr(router, "encode", lambda _: pytest.fail("it was read"))
+    api = Api(router, bench.worker, Listening(max_waiting=1))
+    asked = CompletionRequest(model="copy", prompt="copy ab")
+    with pytest.raises(ApiError, match="1 prompts are waiting") as refused:
+        asyncio.run(api.answer(asked, ["copy ab"], False, cast(Any, None)))
+    assert refused.value.status == 429
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -61,6 +61,10 @@ class Moment:
     at_delivery: Mapping[Kind, int] | None = None
 
 
+CHUNKS = 2
+"""Of logits that a loss upcasts in turn: the second begins while the first is there, and the others are like it."""
+
+
 @dataclass(frozen=True, eq=False)
 class StepTrace:
     """One forward and backward pass.
@@ -140,7 +144,7 @@ def trace_step(
     _checkpoint(module, activation_checkpointing)
     known = [*module.parameters(), *module.buffers()]
     live = _LiveStorages(iter(known))
-    with warnings.catch_warnings(), _prepared(module, masked, live), live, chunks_on_meta(device):
+    with warnings.catch_warnings(), _prepared(module, masked, live), live, chunks_on_meta(device, CHUNKS):
         warnings.simplefilter("ignore")
         loss = _loss(module, micro_batch_size, sequence_length, live)
         saved = sum(live.alive.values())

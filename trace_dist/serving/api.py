@@ -98,8 +98,8 @@ class Api:
         """A request for answers; who hangs up is not answered further."""
         self._check_model(asked.model)
         events: Events = asyncio.Queue()
-        jobs = await self._jobs(asked, prompts, events if asked.stream else None)
         try:
+            jobs = await self._jobs(asked, prompts, events if asked.stream else None)
             self._worker.submit(jobs)
         except Busy as error:
             raise ApiError(429, str(error), "server_error", code="busy") from None
@@ -121,6 +121,8 @@ class Api:
                 f"prompt: {len(prompts)} texts, may be {self._limits.max_waiting} at most on this server"
             )
             raise ApiError(400, message, param="prompt")
+        # Texts that will not be taken on are not read first.
+        self._worker.check_room(len(prompts))
         try:
             encoded = await asyncio.to_thread(self._router.encode, prompts)
         except ValueError as error:

@@ -115,13 +115,15 @@ class Worker:
             Busy: too many wait.
         """
         with self._lock:
-            if self._open + len(jobs) > self._limits.max_waiting:
-                raise Busy(
-                    f"{self._open} prompts are waiting, {self._limits.max_waiting} may; ask again later"
-                )
+            self.check_room(len(jobs))
             self._open += len(jobs)
         for job in jobs:
             self._arrivals.put(job)
+
+    def check_room(self, num: int) -> None:
+        """Raises Busy where so many jobs more would be too many."""
+        if self._open + num > self._limits.max_waiting:
+            raise Busy(f"{self._open} prompts are waiting, {self._limits.max_waiting} may; ask again later")
 
     def call(self, work: Callable[[], T]) -> Future[T]:
         """Have something done with the model between two batches."""

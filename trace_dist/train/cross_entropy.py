@@ -23,22 +23,39 @@ CHUNK_ELEMENTS = {"cpu": 2**20}
 DEFAULT_CHUNK_ELEMENTS = 2**25
 """On a GPU: 128 MiB in fp32, enough that a chunk's dozen kernels take longer than their launches."""
 
+MOST_CHUNKS: int | None = None
+"""After which a loss ends; all when None (``chunks_on_meta``)."""
+
 
 def rows_at_a_time(logits: Tensor) -> int:
     """How many rows of logits [n, vocabulary] are upcast at a time."""
     return max(1, CHUNK_ELEMENTS.get(logits.device.type, DEFAULT_CHUNK_ELEMENTS) // logits.shape[1])
 
 
+def chunks(num_rows: int, size: int) -> Iterator[slice]:
+    """The rows that are upcast together, one chunk after the other."""
+    for start in range(0, num_rows, size)[:MOST_CHUNKS]:
+        yield slice(start, start + size)
+
+
 @contextmanager
-def chunks_on_meta(device: str) -> Iterator[None]:
-    """Let tensors of the meta device be upcast by as many rows as those of a type of device, such as ``cpu``."""
-    before = dict(CHUNK_ELEMENTS)
+def chunks_on_meta(device: str, most: int | None = None) -> Iterator[None]:
+    """Let tensors of the meta device be upcast by as many rows as those of a type of device, such as ``cpu``.
+
+    Args:
+        device: the type.
+        most: chunks after which a loss ends: without values all full ones are alike. All when None.
+    """
+    global MOST_CHUNKS
+    before = dict(CHUNK_ELEMENTS), MOST_CHUNKS
+    MOST_CHUNKS = most
     CHUNK_ELEMENTS["meta"] = CHUNK_ELEMENTS.get(device, DEFAULT_CHUNK_ELEMENTS)
     try:
         yield
     finally:
         CHUNK_ELEMENTS.clear()
-        CHUNK_ELEMENTS.update(before)
+        CHUNK_ELEMENTS.update(before[0])
+        MOST_CHUNKS = before[1]
 
 
 class GradientInPlace(torch.autograd.Function):
@@ -64,8 +81,7 @@ class _NllSum(GradientInPlace):
         nll = torch.empty_like(weights)
         size = rows_at_a_time(logits)
         buffer = logits.new_empty(min(size, len(logits)), logits.shape[1], dtype=wide)
-        for start in range(0, len(logits), size):
-            rows = slice(start, start + size)
+        for rows in chunks(len(logits), size):
             chunk = buffer[: len(logits[rows])].copy_(logits[rows])
             largest, picked = chunk.amax(1, keepdim=True), chunk.gather(1, targets[rows])
             sums = chunk.sub_(largest).exp_().sum(1, keepdim=True)
