@@ -195,6 +195,10 @@ def test_pictures(folder: Path, capsys) -> None:
     )
     assert "nothing to draw" in refused(capsys, "show", "norm.safetensors", "--picture", "norm.png")
     assert not (folder / "norm.png").exists()
+    deep = Q.replace(".0.", ".4000000000.")
+    Mask({deep: MASKS["first"].units[Q]}, {deep: LAYOUTS[Q]}, "block").save(folder / "deep.safetensors")
+    error = refused(capsys, "show", "deep.safetensors", "--picture", "deep.png")
+    assert "would be of layer 4000000000, and no model has more than 2000" in error
 
 
 @pytest.mark.parametrize("action", ["show", "stats"])

@@ -13,6 +13,7 @@ from trace_dist.bank.overlap import mask_overlap, overlap
 from trace_dist.config import RunConfig
 from trace_dist.continual.result import read_result
 from trace_dist.masks.mask import Mask
+from trace_dist.models.architecture import MOST_LAYERS
 from trace_dist.models.roles import describe
 from trace_dist.parts import METHODS
 from trace_dist.report import render_png, write_report
@@ -127,10 +128,19 @@ def _densities(paths: Iterable[tuple[str, Path]]) -> dict[str, Any]:
 
 
 def mask_heat_map(mask: Mask) -> dict[str, Any]:
-    """Layers and roles of the text model, and the density of every maskable tensor at their crossing."""
+    """Layers and roles of the text model, and the density of every maskable tensor at their crossing.
+
+    Raises:
+        ValueError: a tensor's name has a layer number that no model has.
+    """
     infos = describe({name: layout.shape for name, layout in mask.layouts.items()})
     placed = [info for info in infos.values() if info.layer is not None and info.tower == "text"]
     num_layers = 1 + max((info.layer for info in placed if info.layer is not None), default=0)
+    if num_layers > MOST_LAYERS:
+        deepest = max(placed, key=lambda info: info.layer or 0).name
+        raise ValueError(
+            f"mask: {deepest!r} would be of layer {num_layers - 1}, and no model has more than {MOST_LAYERS}; make the mask anew"
+        )
     roles = [role for role in ROLES if any(info.role == role for info in placed)]
     selected = {(layer, role): [0.0, 0.0] for layer in range(num_layers) for role in roles}
     for info in placed:
