@@ -73,6 +73,46 @@ def test_a_killed_process_leaves_the_old_file(tmp_path: Path) -> None:
     assert path.read_text() == "new"
 
 
+DIES = """
+import os, sys
+from pathlib import Path
+from trace_dist.utils import files
+with files.atomic_folder(Path(sys.argv[1])) as temporary:
+    (temporary / "weights").write_bytes(bytes(1000))
+    if sys.argv[2] == "waits":
+        print("here", flush=True)
+        sys.stdin.read()
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_what_a_killed_process_has_half_written_goes_with_the_next_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an export it holds all weights of a model. What another process is writing stays, also of one in another container."""
+    command = [sys.executable, "-c", DIES, str(tmp_path / "out")]
+    assert subprocess.run([*command, "at once"]).returncode == -signal.SIGKILL
+    (dead,) = names(tmp_path)
+    with subprocess.Popen([*command, "waits"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"here\n"
+        (alive,) = names(tmp_path)
+        assert alive != dead
+        with files.atomic_folder(tmp_path / "out") as mine:
+            assert names(tmp_path) == sorted([alive, mine.name])
+        (tmp_path / "out").rmdir()
+        monkeypatch.setattr(files.psutil, "pid_exists", lambda _: False)
+        with files.atomic_folder(tmp_path / "out"):
+            assert alive in names(tmp_path)
+        other.kill()
+    monkeypatch.undo()
+    with files.atomic_folder(tmp_path / "else"):
+        assert alive in names(tmp_path)
+    with files.filled_folder(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == [alive, "else", "out"]
+
+
 def test_folders_are_made_and_text_is_utf8(tmp_path: Path) -> None:
     path = tmp_path / "b" / "c" / "a.txt"
     files.write_text(path, "π · ≤")

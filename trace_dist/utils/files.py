@@ -5,16 +5,21 @@ Tensors are stored as safetensors with a JSON header (never pickle).
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from safetensors import SafetensorError, safe_open
 
 if TYPE_CHECKING:
@@ -174,15 +179,40 @@ def filled_folder(path: Path, replaced: Collection[str] = ()) -> Iterator[Path]:
 def _temporary_folder(path: Path, parent: Path) -> Iterator[Path]:
     """An empty temporary folder for ``path`` in ``parent``, gone after the block."""
     # What stands for the folder, as ``.`` does, may have no name.
-    temporary = parent.resolve() / f".{path.resolve().name}.{os.getpid()}.tmp"
+    begin = f".{path.resolve().name}.{zlib.crc32(platform.node().encode()):08x}-"
+    temporary = parent.resolve() / f"{begin}{os.getpid()}.tmp"
+    _remove_abandoned(parent.resolve(), begin)
     # Left by a killed process that had the same id.
     shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
         with writing(path):
             temporary.mkdir(parents=True)
+            # Where a file system has no locks, abandoned folders stay.
+            with suppress(OSError):
+                stack.enter_context(_locked(temporary))
             yield temporary
+
+
+def _remove_abandoned(parent: Path, begin: str) -> None:
+    """Remove temporary folders of processes of this host that were killed: of a model they hold all its weights."""
+    for left in parent.glob(f"{glob.escape(begin)}*.tmp"):
+        number = left.name.removeprefix(begin).removesuffix(".tmp")
+        if number.isdecimal() and not psutil.pid_exists(int(number)):
+            # Held by a process that is seen from another container alone.
+            with suppress(OSError), _locked(left):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock; OSError where another process does, or where there are no locks."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(handle)
 
 
 def _flush_files(folder: Path) -> list[Path]:
