@@ -130,6 +130,11 @@ def test_every_family_has_an_answer(family: str, dtype: Any, tmp_path: Path) -> 
         ("llama", {**_COMMON, "hidden_size": "many"}, r"no readable config|cannot be built"),
         ("no-such-family", {}, "no readable config"),
         (
+            "vit",
+            {"architectures": ["ViTForImageClassification"]},
+            "a ViTForImageClassification reads no tokens",
+        ),
+        (
             "reformer",
             {"is_decoder": True, "axial_pos_shape": [4, 8]},
             "a step of the family 'reformer' is not known before one is run .ValueError: .*axial_pos_shape",

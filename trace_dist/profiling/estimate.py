@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from trace_dist.config import Backend, Quantize
 from trace_dist.config.checks import check_ranks
 from trace_dist.data.slices import slice_length
 from trace_dist.masks.layouts import layouts_for
 from trace_dist.masks.units import UnitLayout
-from trace_dist.models.architecture import cause, empty_model, read_config
+from trace_dist.models.architecture import cause, empty_model, factory_of, read_config
 from trace_dist.models.blocks import decoder_blocks
 from trace_dist.models.nf4 import NF4Linear, named_weights, quantize_nf4
 from trace_dist.models.quantised import refuse_quantised_sections
@@ -88,7 +89,7 @@ def load_config(model: str) -> Any:
     """The transformers config of a model.
 
     Raises:
-        ValueError: there is none, or it is of weights that are not trained, as others have quantised them.
+        ValueError: there is none, it is of weights that are not trained, as others have quantised them, or of no causal LM.
     """
     is_path = model.startswith((".", "~", "/")) or model.endswith(".json") or model.count("/") > 1
     path = Path(model).expanduser()
@@ -98,6 +99,11 @@ def load_config(model: str) -> Any:
         )
     config = read_config(path if path.exists() else model, f"model={model!r}")
     refuse_quantised_sections(config.to_dict(), f"model={model!r}")
+    if factory_of(config) is not AutoModelForCausalLM:
+        raise ValueError(
+            f"model={model!r}: a {config.architectures[0]} reads no tokens, and a step of it is not foreseen; "
+            "name a causal LM, or measure a training step"
+        )
     return config
 
 
