@@ -17,7 +17,7 @@ def random_state() -> dict[str, Tensor]:
     """State of this rank's generators, on the CPU."""
     state = {"random/cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        state["random/cuda"] = torch.cuda.get_rng_state()
+        state["random/cuda"] = torch.cuda.get_rng_state(dist.local_device())
     return state
 
 
@@ -43,4 +43,4 @@ def restore_random_state(files: dict[str, Any]) -> None:
     names = mine.keys()
     torch.set_rng_state(mine.get_tensor("random/cpu"))
     if torch.cuda.is_available() and "random/cuda" in names:
-        torch.cuda.set_rng_state(mine.get_tensor("random/cuda"))
+        torch.cuda.set_rng_state(mine.get_tensor("random/cuda"), dist.local_device())
