@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from trace_dist import Mask, MaskedAdamW, shard
 from trace_dist.sharding import ShardedModel
+from trace_dist.sharding.zero3 import load_deepspeed
 
 HYPER = {"lr": 3e-3, "betas": (0.9, 0.98), "weight_decay": 0.1}
 BATCHES = [batch[0] for batch in batches(replace(CASES["element"], steps=25))]
@@ -243,6 +245,20 @@ def test_a_second_parameter_group_is_refused() -> None:
     with pytest.raises(ValueError, match="add_param_group: MaskedAdamW trains the entries of its mask alone"):
         optimizer.add_param_group({"params": head.parameters(), "lr": 1.0})
     assert len(optimizer.param_groups) == 1
+
+
+def test_deepspeed_is_not_given_it() -> None:
+    """It would shard, clip and step the entries as a model's parameters. What it does first with any optimizer is refused."""
+    model = shard(CASES["element"].model(), "single")
+    optimizer = MaskedAdamW(model, Mask.random(model, 0.3, seed=0))
+    engine = SimpleNamespace(
+        _supported_optims=lambda: [torch.optim.Optimizer], zero_use_cpu_optimizer=lambda: False
+    )
+    configure = load_deepspeed().runtime.engine.DeepSpeedEngine._configure_optimizer
+    with pytest.raises(ValueError, match=r"param_groups: .* call deepspeed\.initialize without an optimizer"):
+        configure(engine, optimizer, None)
+    optimizer.param_groups[0]["lr"] = 0.5
+    assert optimizer.state_dict()["param_groups"][0]["lr"] == 0.5
 
 
 def by_assignment(model: PreTrainedModel) -> None:

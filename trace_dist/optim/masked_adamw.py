@@ -24,6 +24,7 @@ from trace_dist.config import StateDtype
 from trace_dist.config.train import LEAST_EPS
 from trace_dist.optim.batches import Batches, Entry, can_batch, sum_of_squares
 from trace_dist.optim.factors import own_factors
+from trace_dist.optim.groups import Groups
 from trace_dist.optim.loaded import Loaded
 from trace_dist.optim.offload import HostEntries, Offload
 from trace_dist.optim.part_server import PartServer, Source
@@ -114,6 +115,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._factors = own_factors(scale or {}, self.supports, self._updates_on)
         entries = [_entries(support, self.model) for support in self.supports]
         super().__init__(entries, defaults)
+        self.param_groups = Groups(self.param_groups)
         for support, parameter in zip(self.supports, entries, strict=True):
             self.state[parameter] = new_state(self._weights(support), options)
         self._loaded = Loaded(self.model, [(s, self._copies(s, state)) for s, state in self.compact()])
