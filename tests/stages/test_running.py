@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pytest
 
 from trace_dist.config import ModelConfig, RunConfig, TaskConfig
 from trace_dist.launching import ProcessFailed
+from trace_dist.stages import running
 from trace_dist.stages.pipeline import run_pipeline
 from trace_dist.stages.running import NUM_LINES, last_words
 from trace_dist.stages.stage import Stage
+from trace_dist.utils.codes import LOST
 
 TRACEBACK = [
     "Traceback (most recent call last):",
@@ -50,6 +53,21 @@ def test_a_stage_that_fails(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     assert str(log) in str(failed.value)
     assert errors[0] in log.read_text().splitlines()
     assert [path.name for path in log.parent.iterdir()] == ["make-it.log"]
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_a_stage_that_ends_well_without_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under DeepSpeed's launcher, whose exit code is 0 where pdsh was killed."""
+    monkeypatch.setattr(running, "launch_command", lambda _: [sys.executable, "-c", "print('so far')"])
+    monkeypatch.setattr(running, "APPEARS_SECONDS", 0.1)
+    cfg = RunConfig(run_dir=str(tmp_path), target=ModelConfig("m"), tasks=[TaskConfig("t", "t.jsonl")])
+    outputs = [tmp_path / "made", tmp_path / "lacking"]
+    outputs[0].touch()
+    with pytest.raises(ProcessFailed, match=r"ended without an error, but .*lacking is not there") as failed:
+        run_pipeline(cfg, [[Stage("make it", ["train"], outputs, launched=True)]])
+    assert failed.value.code == LOST
+    outputs[1].touch()
+    run_pipeline(cfg, [[Stage("make it", ["train"], [], launched=True)]])
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from trace_dist.models.fingerprint import check_same, fingerprint
 from trace_dist.stages import base, continual, probe
 from trace_dist.stages.display import Display
 from trace_dist.stages.pipeline import run_pipeline
-from trace_dist.stages.running import Running, failure, start_stage
+from trace_dist.stages.running import Running, failure, start_stage, unfinished
 from trace_dist.stages.stage import Stage
 from trace_dist.stages.words import next_steps
 from trace_dist.utils import dist
@@ -158,8 +158,11 @@ def _in_one_process(stage: Stage, cfg: RunConfig) -> None:
         code = dist.broadcast_object(code)
     if running is not None:
         _say_end(running, code)
-    if code != 0:
-        raise dist.broadcast_object(None if running is None else failure(running, code))
+    lost = None
+    if running is not None:
+        lost = failure(running, code) if code else unfinished(running)
+    if (lost := dist.broadcast_object(lost)) is not None:
+        raise lost
 
 
 def _say_end(running: Running, code: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from trace_dist.config import RunConfig
 from trace_dist.stages import base, continual, memory, probe, project
 from trace_dist.stages.display import Display
-from trace_dist.stages.running import Running, failure, start_stage
+from trace_dist.stages.running import Running, failure, start_stage, unfinished
 from trace_dist.stages.stage import Stage, read_timings
 from trace_dist.utils import stopping
 from trace_dist.utils.files import write_json
@@ -95,6 +95,9 @@ def _run_group(stages: list[Stage], cfg: RunConfig, display: Display) -> Iterato
                         raise Stopped(f"stage {name} has ended early")
                     one.explain()
                     raise failure(one, code)
+                if (lost := unfinished(one)) is not None:
+                    display.drop(name)
+                    raise lost
                 display.end(name, one.seconds)
                 yield name, one.seconds
     finally:

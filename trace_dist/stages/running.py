@@ -28,6 +28,7 @@ from trace_dist.utils.codes import LOST
 from trace_dist.utils.events import EVENTS, EventReader
 from trace_dist.utils.files import writing
 from trace_dist.utils.launch import is_launched
+from trace_dist.utils.shared_files import APPEARS_SECONDS, comes
 from trace_dist.utils.stopping import STOP
 
 NUM_LINES = 15
@@ -144,6 +145,22 @@ def failure(running: Running, code: int) -> ProcessFailed:
         f"stage {running.stage.name}: failed with exit code {code}; its error is above, its log is {running.log}. "
         f"{cure} the same command again: finished stages are kept",
         *([LOST] if lost else []),
+    )
+
+
+def unfinished(running: Running) -> ProcessFailed | None:
+    """What is said of a stage that ended without an error and without its files: DeepSpeed's launcher does so where the program
+    that it starts ranks of other hosts with is killed."""
+    stage = running.stage
+    # Ranks of other hosts may have written them, which this one sees late.
+    seconds = APPEARS_SECONDS if stage.launched else 0.0
+    missing = next((path for path in stage.outputs if not comes(path.exists, path, seconds)), None)
+    if missing is None:
+        return None
+    return ProcessFailed(
+        f"stage {stage.name}: ended without an error, but {missing} is not there, so something has killed its ranks; what they "
+        f"said is in {running.log}. Start the same command again: finished stages are kept",
+        LOST,
     )
 
 

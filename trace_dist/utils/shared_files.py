@@ -27,7 +27,7 @@ def present(path: Path, seconds: float = APPEARS_SECONDS) -> Path:
     Raises:
         ValueError: this rank does not see it in time. Collective callers want ``together.on_all`` around it.
     """
-    if not dist.is_main() and not _comes(path.is_file, path, seconds):
+    if not dist.is_main() and not comes(path.is_file, path, seconds):
         raise ValueError(
             f"{path}: {socket.gethostname()} does not see this file of rank 0's after {seconds:g} s; put it on a file system "
             "that all hosts share, at the same path"
@@ -49,7 +49,7 @@ def check_shared(path: Path, what: str, seconds: float = 10.0) -> None:
     if dist.world_size() == 1:
         return
     text = dist.broadcast_object(_text_of(path) if dist.is_main() else None)
-    seen = _comes(lambda: _text_of(path) == text, path, seconds)
+    seen = comes(lambda: _text_of(path) == text, path, seconds)
     found = dist.gather_objects((socket.gethostname(), seen))
     blind = sorted({host for host, seen in found if not seen})
     if blind:
@@ -59,7 +59,7 @@ def check_shared(path: Path, what: str, seconds: float = 10.0) -> None:
         )
 
 
-def _comes(is_there: Callable[[], bool], path: Path, seconds: float) -> bool:
+def comes(is_there: Callable[[], bool], path: Path, seconds: float) -> bool:
     """Whether something is seen of a file within some seconds."""
     deadline = time.monotonic() + seconds
     while not is_there():
