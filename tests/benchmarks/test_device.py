@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from engine.cases import CASES
 from engine.fake_gpu import OnGpu, fake_gpu
 from torch import Tensor
 
-from trace_dist.benchmarks import optimizer, step
+from trace_dist.benchmarks import agreement, optimizer, representations, step
 from trace_dist.benchmarks.contestants import Contestant, Race
 from trace_dist.benchmarks.timing import now
+from trace_dist.config import BankConfig, DataConfig, EvalConfig, ModelConfig, TaskConfig
 
 
 @pytest.fixture
@@ -69,3 +73,27 @@ def test_optimizers_race_on_one_device(monkeypatch: pytest.MonkeyPatch, waits: l
     assert raced
     assert all(isinstance(tensor, OnGpu) for tensor in raced)
     assert waits
+
+
+def test_prompts_are_represented_on_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(representations, "load_model", lambda *_: CASES["element"].model())
+    monkeypatch.setattr(representations, "load_tokenizer", lambda _: None)
+    plan = representations.RetrievalSettings(
+        tmp_path,
+        ModelConfig(str(tmp_path)),
+        DataConfig(),
+        BankConfig(layer=1),
+        EvalConfig(),
+        (TaskConfig("one", path="one.jsonl"), TaskConfig("two", path="two.jsonl")),
+        seed=0,
+        layers=(1,),
+    )
+    with fake_gpu(monkeypatch):
+        model, _ = representations.Reader(plan).loaded
+    assert all(isinstance(parameter, OnGpu) for parameter in model.parameters())
+
+
+def test_a_comparison_with_cpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ranks would share the GPU, and be compared with what a CPU takes for each operator."""
+    with fake_gpu(monkeypatch), pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES="):
+        agreement.compare(Race("tiny"), steps=1, rounds=1)

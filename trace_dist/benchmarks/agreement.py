@@ -54,7 +54,14 @@ def compare(race: Race, steps: int, rounds: int) -> Found:
 
     Raises:
         ProcessFailed: a job failed; its own error is printed above.
+        ValueError: ranks would compute on a GPU here.
     """
+    device = dist.local_device()
+    if device.type != "cpu":
+        raise ValueError(
+            f"bench simulate: compares with ranks on CPUs, and ranks would compute on {device} here; set CUDA_VISIBLE_DEVICES= "
+            "and DS_ACCELERATOR=cpu"
+        )
     rows = []
     for world in RANKS:
         tiny = replace(race, shape="tiny", micro_batch=1, sequence=16)

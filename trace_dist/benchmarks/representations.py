@@ -23,6 +23,7 @@ from trace_dist.config.bank import Pooling, View
 from trace_dist.data.encoding import encode_prompt, pad_id
 from trace_dist.data.sources import load_examples
 from trace_dist.models import convert_gguf, load_model, load_tokenizer
+from trace_dist.utils import dist
 from trace_dist.utils.files import load_tensors, save_tensors
 
 SPLITS = ("train", "test", "shifted")
@@ -122,8 +123,8 @@ class Reader:
             source, path = self._plan.model, Path(self._plan.model.path)
             if source.gguf is not None and not (path / "config.json").is_file():
                 convert_gguf(source.gguf, path)
-            model = shortened(load_model(path, source.dtype), max(self._plan.layers))
-            self._loaded = model, load_tokenizer(path)
+            model: Any = shortened(load_model(path, source.dtype), max(self._plan.layers))
+            self._loaded = model.to(dist.local_device()), load_tokenizer(path)
         return self._loaded
 
     def represent(self, prompts: Sequence[str]) -> Views:

@@ -49,16 +49,21 @@ def warm_start(
     for parameter in parameters.values():
         parameter.requires_grad_(False)
     tuned = {name: parameters[name] for name in names}
-    before = {name: parameter.detach().clone() for name, parameter in tuned.items()}
+    # In host memory, where all evidence goes: on a GPU a copy of the proxy would lie beside its training.
+    before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in tuned.items()}
     # A warm start is short: one bad step says that its rate is too high.
     train = train.strict()
     learner = DenseLearner(module, tuned.values(), train, probe.lr, dtype)
     before_loss = None if heldout is None else answer_loss(learner, heldout.step)
     result = train_steps(learner, batches, train, probe.steps, description=description, rate="probe.lr")
-    update = {name: parameter.detach().float() - before[name].float() for name, parameter in tuned.items()}
+    update = {
+        name: parameter.detach().float().cpu() - before[name].float() for name, parameter in tuned.items()
+    }
     learning = None
     if heldout is not None and before_loss is not None:
         learning = Learning(before_loss, answer_loss(learner, heldout.step), heldout.chance, heldout.examples)
+    # The sums of gradients take the place of the moments.
+    learner.optimizer.state.clear()
     gradient, fisher = mean_gradients(learner, tuned, iter(measured or batches), probe.fisher_batches)
     evidence = {
         # in the order of its fields

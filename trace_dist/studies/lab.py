@@ -35,6 +35,7 @@ from trace_dist.train.learner import Learner, MaskedLearner
 from trace_dist.train.loss import accumulate
 from trace_dist.train.task import train_mask
 from trace_dist.train.workbench import Stream, Workbench
+from trace_dist.utils import dist
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
@@ -50,9 +51,20 @@ class Case:
     seed: int
 
 
+@contextmanager
+def on_device(module: nn.Module) -> Iterator[None]:
+    """Inside the block a model is on this rank's device, afterwards where it was: idle, it would take the room of a training."""
+    before = next(module.parameters()).device
+    module.to(dist.local_device())
+    try:
+        yield
+    finally:
+        module.to(before)
+
+
 @dataclass(frozen=True)
 class Small:
-    """The proxy: the model in fp32, its maskable parameters, and the tasks in its tokens."""
+    """The proxy: the model in fp32 in host memory, its maskable parameters, and the tasks in its tokens."""
 
     module: nn.Module
     layouts: dict[str, UnitLayout]
@@ -83,7 +95,7 @@ class Lab:
 
     @cached_property
     def dense(self) -> nn.Module:
-        """The target in fp32, for dense warm starts: itself, or a second copy where masks are trained in bf16."""
+        """The target in fp32, for dense warm starts: itself, or a second copy in host memory where masks are trained in bf16."""
         if self.cfg.target.dtype == "float32":
             found: nn.Module = self.model.module
             return found

@@ -18,7 +18,7 @@ from trace_dist.probe.importance import Trace
 from trace_dist.probe.learning import Learning, chance_loss
 from trace_dist.probe.warm_start import warm_start
 from trace_dist.studies.heldout import held_out
-from trace_dist.studies.lab import EVAL_BATCH, Case, Lab, Small
+from trace_dist.studies.lab import EVAL_BATCH, Case, Lab, Small, on_device
 from trace_dist.train.workbench import Stream
 from trace_dist.utils.log import get_logger
 
@@ -74,8 +74,9 @@ class Probes:
             stream, heldout = self._lab.parts(case.task, small.bench)
             probe, seed = self._lab.study.proxy_probe or self._lab.cfg.probe, self._lab.cfg.seed + case.seed
             batches = small.bench.batches([stream], probe.batch_size, seed=seed)
-            trace = self._warm(small.module, small.layouts, batches, stream, probe)
-            return replace(trace, learning=self._learning(small, trace, stream, heldout))
+            with on_device(small.module):
+                trace = self._warm(small.module, small.layouts, batches, stream, probe)
+                return replace(trace, learning=self._learning(small, trace, stream, heldout))
 
         return self._once(("proxy", case), make)
 
@@ -140,11 +141,12 @@ class Probes:
         """A warm start, after which all is frozen again."""
         probe = replace(probe, steps=probe.num_steps(len(stream.encoded)), epochs=None)
         dtype, train = self._lab.cfg.probed.dtype, self._lab.cfg.train
-        try:
-            return warm_start(
-                module, list(layouts), batches, probe, train, dtype, f"probe {stream.task.name}"
-            )
-        finally:
-            for parameter in module.parameters():
-                parameter.requires_grad_(False)
-                parameter.grad = None
+        with on_device(module):
+            try:
+                return warm_start(
+                    module, list(layouts), batches, probe, train, dtype, f"probe {stream.task.name}"
+                )
+            finally:
+                for parameter in module.parameters():
+                    parameter.requires_grad_(False)
+                    parameter.grad = None

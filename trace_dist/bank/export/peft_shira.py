@@ -97,7 +97,7 @@ def write(deltas: Sequence[Delta], out: Path, base: str, dtype: str, options: Op
     for name in delta.mask:
         check_dtype(delta, name, model.like(name).dtype)
         flat = delta.mask.elements(name)
-        entries[name] = differences(name, flat, model.local(name)[flat], delta.values[name])
+        entries[name] = differences(name, flat, model.local(name)[flat].cpu(), delta.values[name])
     entries = {name: found for name, found in entries.items() if len(found[0])}
     if not entries:
         raise ValueError(f"delta {delta.task!r}: equals the base everywhere, so there is no adapter to write")

@@ -151,8 +151,9 @@ class Dense(Method):
 
     @contextmanager
     def trial(self, stream: Stream, part: Stream, lr: float) -> Iterator[Learner]:
+        # In host memory: a GPU that holds the training may have no room for a copy of the model.
         before = {
-            name: value.detach().clone() if isinstance(value, nn.Parameter) else value
+            name: value.detach().to("cpu", copy=True) if isinstance(value, nn.Parameter) else value
             for name, value in self.kept().items()
         }
         try:

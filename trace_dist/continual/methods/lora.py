@@ -51,6 +51,8 @@ class LoRA(Adapted):
         trained = self.trained()
         for name, value in adapters.items():
             trained[name].copy_(value)
+        # Mixed precision keeps weights that it has rounded until its block ends, and scores several tasks in one.
+        torch.clear_autocast_cache()
 
     def facts(self) -> dict[str, Any]:
         return {**super().facts(), "lora_rank": self.rank}

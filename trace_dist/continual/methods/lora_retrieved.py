@@ -51,7 +51,7 @@ class Adapters:
         self.layer, self.pooling = lora.setting.cfg.bank.view
         self.retriever = Retriever()
         self.values: dict[str, dict[str, Tensor]] = {}
-        """Task -> adapters by name."""
+        """Task -> adapters by name, in host memory: a GPU would fill with tasks."""
         self._lora = lora
 
     @property
@@ -120,7 +120,9 @@ class LoRARetrieved(LoRA):
         bank, task = self.bank, stream.task.name
         signature = self._signature(bank, [stream], task)
         result = super().learn(stream)
-        bank.values[task] = {name: value.detach().clone() for name, value in self.trained().items()}
+        bank.values[task] = {
+            name: value.detach().to("cpu", copy=True) for name, value in self.trained().items()
+        }
         bank.retriever.add(signature)
         self.renew()
         return result

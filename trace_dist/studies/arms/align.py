@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from trace_dist.masks.mask import Mask
 from trace_dist.projection.site import Shown, Site
 from trace_dist.studies.arm import Placed
-from trace_dist.studies.lab import Case
+from trace_dist.studies.lab import Case, on_device
 
 
 class Align(Placed):
@@ -16,6 +17,10 @@ class Align(Placed):
     warms = reads_proxy = True
     colour = "sky"
     placement = "align"
+
+    def masks(self, case: Case) -> dict[float | None, Mask]:
+        with on_device(self.lab.small.module):
+            return super().masks(case)
 
     def _site(self, case: Case, budgets: dict[str, float]) -> Site:
         lab, site = self.lab, super()._site(case, budgets)
