@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from trace_dist.config import MaskConfig, RunConfig
 from trace_dist.continual.methods.dense import Dense
@@ -57,6 +58,16 @@ class Adapted(Dense):
 
         modules = self.module.get_base_model().named_modules()
         return {name: each for name, each in modules if isinstance(each, BaseTunerLayer)}
+
+
+def linear_layers(module: Any) -> dict[str, tuple[int, int]]:
+    """Shapes of the weights of the layers that PEFT calls all linear ones: those but the output head."""
+    head = getattr(module, "get_output_embeddings", lambda: None)()
+    return {
+        name: tuple(each.weight.shape)
+        for name, each in module.named_modules()
+        if isinstance(each, nn.Linear | Conv1D) and each is not head
+    }
 
 
 def rank_for(module: nn.Module, mask: MaskConfig) -> int:
