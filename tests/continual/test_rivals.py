@@ -22,6 +22,7 @@ from trace_dist.continual.driver import check_methods
 from trace_dist.continual.race import held_race, split
 from trace_dist.continual.setting import Setting
 from trace_dist.data.batches import Batches
+from trace_dist.models.loading import load_model
 from trace_dist.report.results import parse_results
 from trace_dist.report.tables import summary_table
 from trace_dist.stages.report import collect_results
@@ -310,6 +311,18 @@ def test_a_gate_of_one_output_stays_as_it_is(method: Callable[..., Any], name: s
     gate = "model.layers.0.mlp.shared_expert_gate"
     assert gate in linear
     assert set(made.layers()) == linear - {gate, "lm_head"}
+
+
+@pytest.mark.parametrize("name", ["osft", "olora"])
+def test_what_is_merged_into_a_weight_that_two_layers_share(method: Callable[..., Any], name: str) -> None:
+    made = method(name)
+    base = load_model(made.setting.base)
+    first, second = (layer.mlp for layer in base.model.layers[:2])
+    second.up_proj.weight = first.up_proj.weight
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.mlp.up_proj.weight and .*layers\.1\..* are one weight, into which"
+    ):
+        made.prepare(base)
 
 
 def test_frozen_directions_are_one_at_least(method: Callable[..., Any]) -> None:

@@ -70,6 +70,25 @@ def linear_layers(module: Any) -> dict[str, tuple[int, int]]:
     }
 
 
+def refuse_shared(name: str, module: nn.Module) -> None:
+    """Raise ValueError where a linear layer shares its weight: what is added to it for one layer would change the other, too.
+
+    Args:
+        name: of the method.
+        module: the base.
+    """
+    names: dict[nn.Parameter, list[str]] = {}
+    for each, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(each)
+    linear = {f"{layer}.weight" for layer in linear_layers(module)}
+    shared = next((held for held in names.values() if len(held) > 1 and linear.intersection(held)), None)
+    if shared is not None:
+        raise ValueError(
+            f"continual.methods={name!r}: {shared[0]} and {shared[1]} are one weight, into which it would merge what each "
+            "has learned; remove the method"
+        )
+
+
 def rank_for(module: nn.Module, mask: MaskConfig) -> int:
     """The rank at which LoRA trains about as many parameters as a mask has entries."""
     layouts = layouts_for(module, "element", 1, mask.maskable)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trace_dist.config.checks import check
-from trace_dist.continual.methods.adapted import ADAPTER, Adapted, linear_layers
+from trace_dist.continual.methods.adapted import ADAPTER, Adapted, linear_layers, refuse_shared
 from trace_dist.continual.methods.options import Replayed
 from trace_dist.train.learner import DenseLearner
 from trace_dist.train.workbench import Stream
@@ -47,6 +47,7 @@ class OSFT(Adapted):
     def config(self, module: Any) -> Any:
         from peft import OSFConfig  # slow to import, and needed here alone
 
+        refuse_shared(self.name, module)
         # a gate of one output has one direction, which cannot be shared out
         widths = {name: min(shape) for name, shape in linear_layers(module).items() if min(shape) > 1}
         least, keep = min(widths.values(), default=2), self.options.keep
