@@ -10,6 +10,7 @@ import torch
 from bank.samples import base_model, make_delta, signature
 from engine.cases import CASES
 from full_disk import full_disk
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -234,3 +235,27 @@ def test_a_family_that_keeps_some_tensors_in_fp32(tmp_path: Path) -> None:
         seen[dtype] = {name: loaded.local(name)[mask.elements(name)] for name in mask}
     for found in seen.values():
         assert all(torch.equal(found[name], values[name]) for name in mask)
+
+
+def test_what_a_family_keeps_in_fp32_is_not_rounded(tmp_path: Path) -> None:
+    """Learned in float32 and written in bfloat16: the router's weights and biases are those that bfloat16 models have."""
+    folder = str(tmp_path / "base")
+    router = AutoModelForCausalLM.from_config(AutoConfig.for_model("glm4_moe", **MIXED))
+    for name, buffer in router.named_buffers():
+        if name.endswith("correction_bias"):
+            buffer.normal_()
+    router.save_pretrained(folder)
+    model = load_sharded(folder, "float32")
+    mask = Mask.random(model, 0.5, maskable=r"mlp\.gate\.weight|q_proj").with_meta(model=fingerprint(folder))
+    values = {name: (model.local(name)[mask.elements(name)] + 1) for name in mask}
+    bank = DeltaBank.create(tmp_path / "bank", fingerprint(folder), layer=1)
+    bank.add(signature("one", 1), Delta(mask, values, "one"))
+    export(bank, ["one"], tmp_path / "out", folder, "bfloat16")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    kept = [name for name, value in found.items() if value.dtype == torch.float32]
+    with applied(model, Delta(mask, values, "one")):
+        right = model.full_state_dict()
+    assert sorted(name.rpartition(".mlp.gate.")[2] for name in kept) == ["e_score_correction_bias", "weight"]
+    assert all(
+        torch.equal(found[name], right[name].to(found[name].dtype)) for name in found if "experts" not in name
+    )

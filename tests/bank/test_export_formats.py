@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from bank.samples import same_bits, signature
+from bank.test_export import MIXED
 from engine.cases import CASES
 from peft import PeftModel
 from safetensors import safe_open
@@ -261,6 +262,18 @@ def test_a_patch_of_a_composition_and_of_a_file(tmp_path: Path) -> None:
     export(bank, [], tmp_path / "b", base, kind="vllm-patch", files=[tmp_path / "both.safetensors"])
     for file in ("patch.safetensors", "undo.safetensors"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_a_patch_of_a_family_that_keeps_some_tensors_in_fp32(tmp_path: Path) -> None:
+    base = str(tmp_path / "base")
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("glm4_moe", **MIXED), dtype=torch.bfloat16)
+    model.save_pretrained(base)
+    delta = delta_of(base, dtype="bfloat16", maskable=r"mlp\.gate\.weight|q_proj")
+    assert {values.dtype for values in delta.values.values()} == {torch.float32, torch.bfloat16}
+    export(bank_of(tmp_path / "bank", base, delta), ["one"], tmp_path / "out", base, kind="vllm-patch")
+    with safe_open(tmp_path / "out" / "patch.safetensors", "pt") as file:
+        for name, values in delta.values.items():
+            assert torch.equal(file.get_tensor(f"{name}.values"), values)
 
 
 def test_what_a_patch_cannot_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,14 @@ import torch
 from continual.cuts import NUM_TEST, RATES, STEPS, cut, finished, one_method
 from continual.small import TASKS
 from torch import Tensor
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from trace_dist.config import RaceConfig, RunConfig
 from trace_dist.continual.driver import check_methods
 from trace_dist.continual.race import held_race, split
 from trace_dist.continual.setting import Setting
 from trace_dist.data.batches import Batches
+from trace_dist.models.loading import load_model
 from trace_dist.report.results import parse_results
 from trace_dist.report.tables import summary_table
 from trace_dist.stages.report import collect_results
@@ -292,6 +294,42 @@ def test_random_masks_of_one_shape_differ(method: Callable[..., Any]) -> None:
         ValueError, match=r"continual.options.shira_random.rank=99: must be at most \d+ for this model"
     ):
         _ = method("shira_random", rank=99).module
+
+
+@pytest.mark.parametrize("name", ["osft", "shira_random"])
+def test_a_gate_of_one_output_stays_as_it_is(method: Callable[..., Any], name: str) -> None:
+    """No subspace and no LoRA of rank 1 is as small; every other linear layer is trained."""
+    config = Qwen2MoeConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, intermediate_size=32, moe_intermediate_size=8,
+        shared_expert_intermediate_size=8, num_attention_heads=2, num_key_value_heads=2, num_experts=2,
+        num_experts_per_tok=1, decoder_sparse_step=1,
+    )  # fmt: skip
+    base = Qwen2MoeForCausalLM(config)
+    linear = {each for each, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+    made = method(name)
+    made._module = made.prepare(base)
+    gate = "model.layers.0.mlp.shared_expert_gate"
+    assert gate in linear
+    assert set(made.layers()) == linear - {gate, "lm_head"}
+
+
+@pytest.mark.parametrize("name", ["osft", "olora"])
+def test_what_is_merged_into_a_weight_that_two_layers_share(method: Callable[..., Any], name: str) -> None:
+    made = method(name)
+    base = load_model(made.setting.base)
+    first, second = (layer.mlp for layer in base.model.layers[:2])
+    second.up_proj.weight = first.up_proj.weight
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.mlp.up_proj.weight and .*layers\.1\..* are one weight, into which"
+    ):
+        made.prepare(base)
+
+
+def test_frozen_directions_are_one_at_least(method: Callable[..., Any]) -> None:
+    rule = r"continual.options.osft.keep=0.01: keeps no direction of the narrowest layer, which has 32; use at least 0.032"
+    with pytest.raises(ValueError, match=rule):
+        _ = method("osft", keep=0.01).module
+    assert method("osft", keep=0.032).trained()
 
 
 def test_one_lora_cannot_span_more_than_its_inputs(method: Callable[..., Any]) -> None:

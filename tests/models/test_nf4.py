@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Zamba2Config, Zamba2ForCausalLM
 
 from trace_dist import quantize_nf4
 from trace_dist.models.loading import load_model
@@ -107,3 +107,35 @@ def test_a_tied_head_stays_tied_when_it_is_loaded(tmp_path: Path) -> None:
     loaded = load_model(tmp_path, "float32", "nf4")
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert torch.equal(loaded.lm_head.weight, saved.lm_head.weight)
+
+
+def test_layers_that_share_a_weight_become_one() -> None:
+    """A weight that an embedding has, too, stays as it is."""
+    first, second, third = (nn.Linear(64, 64, bias=False) for _ in range(3))
+    second.weight = first.weight
+    table = nn.Embedding(64, 64)
+    third.weight = table.weight
+    model = nn.ModuleList([first, second, third, table])
+    names = [name for name, _ in named_weights(model)]
+    quantize_nf4(model)
+    assert model[0] is model[1]
+    assert model[2] is third
+    assert third.weight is table.weight
+    assert [name for name, _ in named_weights(model)] == names
+    both = nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)])
+    both[1].weight = both[0].weight
+    with pytest.raises(ValueError, match="0 and 1 share a weight, but no bias; use quantize='none'"):
+        quantize_nf4(both)
+
+
+def test_layers_that_share_a_weight_are_loaded_once(tmp_path: Path) -> None:
+    """Blocks of Zamba2 share one transformer layer."""
+    config = Zamba2Config(
+        vocab_size=32, hidden_size=32, num_hidden_layers=4, intermediate_size=64, num_attention_heads=2,
+        mamba_ngroups=1, n_mamba_heads=4, mamba_d_state=8, hybrid_layer_ids=[1, 3], num_mem_blocks=1,
+        layers_block_type=["mamba", "hybrid"] * 2, attention_hidden_size=64, attention_head_dim=32,
+    )  # fmt: skip
+    saved = Zamba2ForCausalLM(config)
+    saved.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path, "float32", "nf4")
+    assert [name for name, _ in named_weights(loaded)] == [name for name, _ in named_weights(saved)]

@@ -49,7 +49,7 @@ def _fill_parameters(
 ) -> None:
     coded = {  # words of 4-bit layers: [Note: words] in models/nf4.py
         f"{path}.{leaf}": (f"{path}.weight", layer)
-        for path, layer in model.named_modules()
+        for path, layer in model.named_modules(remove_duplicate=False)
         if isinstance(layer, NF4Linear)
         for leaf in ("packed", "absmax")
     }

@@ -178,7 +178,8 @@ def named_weights(
 
 
 def quantize_nf4(module: nn.Module) -> nn.Module:
-    """Replace, in place, every ``nn.Linear`` but the output head by its NF4 form, layer by layer.
+    """Replace, in place, every ``nn.Linear`` but the output head by its NF4 form, layer by layer. Layers that share a weight
+    become one; a layer whose weight is an embedding's, say, stays as it is.
 
     What ``maskable(module, "linear")`` lists beyond those (Conv1D, fused experts) stays as it is.
 
@@ -189,16 +190,33 @@ def quantize_nf4(module: nn.Module) -> nn.Module:
         ``module``.
 
     Raises:
-        ValueError: bitsandbytes is missing, the model is fp64, or none of its layers is an ``nn.Linear``.
+        ValueError: bitsandbytes is missing, the model is fp64, none of its layers is an ``nn.Linear``, or two share a weight
+            and no bias.
     """
     head = getattr(module, "get_output_embeddings", lambda: None)()
+    others = {
+        parameter
+        for child in module.modules()
+        if type(child) is not nn.Linear or child is head
+        for parameter in child.parameters(recurse=False)
+    }
     linears = {
         name: child
-        for name, child in module.named_modules()
-        if type(child) is nn.Linear and (head is None or child.weight is not head.weight)
+        for name, child in module.named_modules(remove_duplicate=False)
+        if type(child) is nn.Linear and child.weight not in others
     }
     if not linears:
         raise ValueError("quantize='nf4': the model has no nn.Linear layer to quantise; use quantize='none'")
+    first: dict[Tensor, str] = {}
     for name, linear in linears.items():
-        module.set_submodule(name, NF4Linear(linear))
+        other = first.setdefault(linear.weight, name)
+        if linear.bias is not linears[other].bias:
+            raise ValueError(
+                f"quantize='nf4': {other} and {name} share a weight, but no bias; use quantize='none'"
+            )
+    made: dict[Tensor, NF4Linear] = {}
+    for name, linear in linears.items():
+        if linear.weight not in made:
+            made[linear.weight] = NF4Linear(linear)
+        module.set_submodule(name, made[linear.weight])
     return module

@@ -32,6 +32,7 @@ from trace_dist.utils import dist
 
 def _wrap(module: nn.Module) -> None:
     """Shard every decoder block as one group, and what is left as the root's; each moves to the device by itself."""
+    refuse_shared(module)
     mesh = init_device_mesh(dist.local_device().type, (dist.world_size(),))
     # Of what a hook catches; linear layers reduce nothing.
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
@@ -39,6 +40,19 @@ def _wrap(module: nn.Module) -> None:
         sharded = fully_shard(part, mesh=mesh, mp_policy=policy)
         if mesh.device_type == "cpu":
             sharded.set_custom_all_gather(gloo.AllGather())  # type: ignore[arg-type]
+
+
+def refuse_shared(module: nn.Module) -> None:
+    """Raise ValueError where a decoder block shares a weight with what lies outside it: each group would have one of its own."""
+    blocks = decoder_blocks(module)
+    seen: dict[nn.Parameter, tuple[str, str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        group = next((path for path in blocks if name.startswith(f"{path}.")), "")
+        first, other = seen.setdefault(parameter, (name, group))
+        if other != group:
+            raise ValueError(
+                f"backend='fsdp2': {first} and {name} are one weight in two blocks, which fully_shard would part; use zero3"
+            )
 
 
 def _groups(module: nn.Module) -> list[FSDPModule]:

@@ -6,9 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from trace_dist.bank.composition import compose
 from trace_dist.bank.delta import Delta
 from trace_dist.config.checks import Section
+from trace_dist.models.architecture import empty_model, read_config
+from trace_dist.models.kinds import torch_dtype
+from trace_dist.models.weight_files import resolve
 from trace_dist.parts import COMPOSITIONS
 from trace_dist.sharding.base import ShardedModel
 
@@ -31,6 +36,13 @@ def held_dtypes(deltas: Sequence[Delta]) -> list[str]:
     held = [{values.dtype for values in delta.values.values()} for delta in deltas]
     narrowest = {min(of_delta, key=lambda dtype: dtype.itemsize) for of_delta in held if of_delta}
     return sorted(str(dtype).removeprefix("torch.") for dtype in narrowest)
+
+
+def dtypes_of(base: str, dtype: str) -> dict[str, torch.dtype]:
+    """The dtype of each weight and buffer of a base that is loaded in ``dtype``; some families keep a few in fp32."""
+    what = f"model.path={base!r}"
+    model = empty_model(read_config(resolve(base), what), torch_dtype(dtype), what)
+    return {name: value.dtype for name, value in model.state_dict().items()}
 
 
 def together(deltas: Sequence[Delta], model: ShardedModel, options: Composed) -> Delta | None:

@@ -29,7 +29,7 @@ from trace_dist.bank.delta import Delta, check_dtype
 from trace_dist.bank.export.card import write_card
 from trace_dist.bank.export.folder import exported_folder
 from trace_dist.bank.export.refusal import refuse
-from trace_dist.bank.export.together import Composed, together
+from trace_dist.bank.export.together import Composed, dtypes_of, together
 from trace_dist.models.architecture import empty_model, read_config
 from trace_dist.models.naming import Pieces, pieces_of
 from trace_dist.models.weight_files import WeightFiles, open_weights
@@ -106,8 +106,9 @@ def write(deltas: Sequence[Delta], out: Path, base: str, dtype: str, options: Op
     if len(deltas) > 1:
         delta = together(deltas, load_sharded(base, dtype), options) or delta
         _check_numbers(delta)
+    dtypes = dtypes_of(base, dtype)
     for name in delta.mask:
-        check_dtype(delta, name, getattr(torch, dtype))
+        check_dtype(delta, name, dtypes[name])
     with open_weights(base) as files:
         pieces = _pieces(files, base)
         patches = [each for name in sorted(delta.mask) for each in _cut(delta, name, pieces[name], files)]

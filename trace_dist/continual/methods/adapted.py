@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from trace_dist.config import MaskConfig, RunConfig
 from trace_dist.continual.methods.dense import Dense
@@ -57,6 +58,35 @@ class Adapted(Dense):
 
         modules = self.module.get_base_model().named_modules()
         return {name: each for name, each in modules if isinstance(each, BaseTunerLayer)}
+
+
+def linear_layers(module: Any) -> dict[str, tuple[int, int]]:
+    """Shapes of the weights of the layers that PEFT calls all linear ones: those but the output head."""
+    head = getattr(module, "get_output_embeddings", lambda: None)()
+    return {
+        name: tuple(each.weight.shape)
+        for name, each in module.named_modules()
+        if isinstance(each, nn.Linear | Conv1D) and each is not head
+    }
+
+
+def refuse_shared(name: str, module: nn.Module) -> None:
+    """Raise ValueError where a linear layer shares its weight: what is added to it for one layer would change the other, too.
+
+    Args:
+        name: of the method.
+        module: the base.
+    """
+    names: dict[nn.Parameter, list[str]] = {}
+    for each, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(each)
+    linear = {f"{layer}.weight" for layer in linear_layers(module)}
+    shared = next((held for held in names.values() if len(held) > 1 and linear.intersection(held)), None)
+    if shared is not None:
+        raise ValueError(
+            f"continual.methods={name!r}: {shared[0]} and {shared[1]} are one weight, into which it would merge what each "
+            "has learned; remove the method"
+        )
 
 
 def rank_for(module: nn.Module, mask: MaskConfig) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trace_dist.continual.methods import lora
-from trace_dist.continual.methods.adapted import ADAPTER
+from trace_dist.continual.methods.adapted import ADAPTER, refuse_shared
 from trace_dist.masks.ops import tensor_seed
 from trace_dist.train.workbench import Stream
 from trace_dist.utils.rng import random_numbers_kept
@@ -41,6 +41,10 @@ class OLoRA(lora.LoRA):
     """Orthogonal adapters. ``memory`` holds those of earlier tasks, [tasks, ...] each."""
 
     label = "O-LoRA"
+
+    def config(self, module: Any) -> Any:
+        refuse_shared(self.name, module)
+        return super().config(module)
 
     def begin(self, stream: Stream) -> None:
         if self.setting.bench.before(stream):

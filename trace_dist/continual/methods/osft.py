@@ -8,6 +8,7 @@ PEFT projects the gradients. Adam does not keep a direction, so here U and V are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trace_dist.config.checks import check
-from trace_dist.continual.methods.adapted import ADAPTER, Adapted
+from trace_dist.continual.methods.adapted import ADAPTER, Adapted, linear_layers, refuse_shared
 from trace_dist.continual.methods.options import Replayed
 from trace_dist.train.learner import DenseLearner
 from trace_dist.train.workbench import Stream
@@ -46,7 +47,14 @@ class OSFT(Adapted):
     def config(self, module: Any) -> Any:
         from peft import OSFConfig  # slow to import, and needed here alone
 
-        return OSFConfig(effective_rank=self.options.keep, target_modules="all-linear")
+        refuse_shared(self.name, module)
+        # a gate of one output has one direction, which cannot be shared out
+        widths = {name: min(shape) for name, shape in linear_layers(module).items() if min(shape) > 1}
+        least, keep = min(widths.values(), default=2), self.options.keep
+        rule = f"keeps no direction of the narrowest layer, which has {least}"
+        cure = f"use at least {math.ceil(1000 / least) / 1000:g}"
+        check(int(least * keep) > 0, "continual.options.osft.keep", keep, rule, cure)
+        return OSFConfig(effective_rank=keep, target_modules=list(widths))
 
     def prepare(self, module: Any) -> nn.Module:
         try:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trace_dist.config.checks import check
-from trace_dist.continual.methods.adapted import Adapted, rank_for
+from trace_dist.continual.methods.adapted import Adapted, linear_layers, rank_for
 from trace_dist.continual.methods.options import LowRank, Replayed
 
 
@@ -34,12 +34,17 @@ class ShiraRandom(Adapted):
     def config(self, module: Any) -> Any:
         from peft import ShiraConfig  # slow to import, and needed here alone
 
-        shapes = [each.weight.shape for each in module.modules() if isinstance(each, nn.Linear)]
-        most = min(rows * columns // (rows + columns) for rows, columns in shapes)
+        # a gate of one output has fewer weights than a LoRA of rank 1
+        ranks = {
+            name: rows * columns // (rows + columns)
+            for name, (rows, columns) in linear_layers(module).items()
+            if rows * columns >= rows + columns
+        }
+        most = min(ranks.values(), default=1)
         rank = self.options.rank or min(most, rank_for(module, self.setting.cfg.mask))
         where, rule = f"continual.options.{self.name}.rank", f"must be at most {most} for this model"
         check(rank <= most, where, rank, rule, "lower it")
-        config = ShiraConfig(r=rank, target_modules="all-linear")
+        config = ShiraConfig(r=rank, target_modules=list(ranks))
         generator = torch.Generator().manual_seed(self.setting.cfg.seed)
         config.mask_fn = lambda layer, rank, **_: random_mask(layer.weight, rank, generator)
         return config
