@@ -214,7 +214,8 @@ def test_what_one_set_of_weights_keeps_is_what_the_study_found() -> None:
     said = " ".join(README.split())
     assert (
         f"`consolidated` {average['consolidated']:.1f} %, level with a model per task ({average['separate']:.1f} %) and with "
-        f"joint training ({average['joint']:.1f} %); ELLA {average['ella']:.0f} %; full fine-tuning, LoRA, O-LoRA, OSFT, PS and SLAO"
+        f"joint training ({average['joint']:.1f} %); ELLA {average['ella']:.0f} %; full fine-tuning, LoRA, O-LoRA, OSFT, PS and "
+        "SLAO"
     ) in said
     assert [above[bound]["verdict"] for bound in ("separate", "joint")] == ["undecided"] * 2
     some = [average[name] for name in ("full", "lora", "olora", "osft", "ps", "slao")]
