@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from dataclasses import replace
@@ -128,6 +129,33 @@ def test_a_study_its_cut_and_its_page(setup: Setup, tmp_path: Path, monkeypatch:
     assert len({(each["density"], each["other_density"]) for each in shown}) == 1 < len(again["differences"])
     draw(again, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_processes_share_a_study(setup: Setup, tmp_path: Path) -> None:
+    """Each works on tasks of its own; the last one's summary knows what all have done. No two work on one task."""
+    locks.release()
+    cfg = replace(setup.cfg, run_dir=str(tmp_path / "run"))
+    stage, out = StageConfig(["random"], DENSITIES[1:]), str(tmp_path / RESULT)
+    study = replace(setup.study, stages=[stage], records=str(tmp_path / "records.jsonl"), out=out)
+    one = run_study(cfg, study, only=["last"])
+    assert (list(one["bases"]), one["complete"]) == (["last"], False)
+    locks.release()
+    with (tmp_path / "run" / ".lock.last").open("w") as held:
+        print("somebody", end="", file=held, flush=True)
+        fcntl.flock(held, fcntl.LOCK_EX)
+        for tasks in (None, ["last"]):
+            with pytest.raises(ValueError, match="only='last': somebody is at work in it"):
+                run_study(cfg, study, only=tasks)
+    locks.release()
+    both = run_study(cfg, study, only=["first", "first"])
+    assert (list(both["bases"]), both["complete"]) == (["first", "last"], True)
+    locks.release()
+    assert run_study(cfg, study)["cells"] == both["cells"]
+    with pytest.raises(
+        ValueError, match="only='missing': the study has no such task; choose among first, last"
+    ):
+        run_study(cfg, study, only=["first", "missing"])
+    locks.release()
 
 
 def test_random_masks_differ_between_tasks_and_seeds(setup: Setup) -> None:

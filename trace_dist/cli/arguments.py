@@ -240,7 +240,14 @@ STUDIES = {
     "small-to-large": Command(
         "compare random, probed and projected masks, LoRA and full training, each at a learning rate of its own",
         "study small-to-large --config configs/study-small-to-large.yaml --hours 2",
-        {"hours": HOURS},
+        {
+            "hours": HOURS,
+            "only": (
+                list[str] | None,
+                None,
+                "tasks to work on, as [sst2, mnli], while other processes work on others; each sums up what all know",
+            ),
+        },
     ),
     "one-model": Command(
         "compare ways to make one set of weights of several tasks, over orders of the tasks and seeds",

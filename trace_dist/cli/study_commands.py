@@ -32,4 +32,5 @@ def study_command(values: Any) -> None:
         raise ValueError(f"backend={cfg.backend!r}: a study trains in one process; set backend: single")
     dist.init_distributed()
     check_parts(with_local_tasks(cfg, arguments.study.local_tasks))
-    STUDIES[name](cfg, arguments.study, hours)
+    some = {"only": arguments.only} if "only" in arguments else {}
+    STUDIES[name](cfg, arguments.study, hours, **some)

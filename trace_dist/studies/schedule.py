@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from trace_dist.studies.plan import StageConfig, StudyConfig
@@ -60,31 +60,37 @@ class Schedule:
         tasks: names, in order.
         traits: of each arm.
         undecided: whether the interval of a cell's difference to the reference holds zero.
+        only: tasks whose work is this process's; all when None.
     """
 
     study: StudyConfig
     tasks: Sequence[str]
     traits: dict[str, Traits]
     undecided: Callable[[Records, Cell], bool]
+    only: Collection[str] | None = None
 
     def next_job(self, records: Records) -> Job | None:
-        """The next piece of work; None where the study is complete."""
-        return next((job for _, job in self.pending(records)), None)
+        """The next piece of this process's work; None where that is done."""
+        tasks = self.tasks if self.only is None else [task for task in self.tasks if task in self.only]
+        return next((job for _, job in self._pending(records, tasks)), None)
 
     def pending(self, records: Records) -> Iterator[tuple[Cell, Job]]:
         """The cells that lack something by now, and of each the next piece."""
+        return self._pending(records, self.tasks)
+
+    def _pending(self, records: Records, tasks: Sequence[str]) -> Iterator[tuple[Cell, Job]]:
         for stage in self.study.stages:
             for seed in range(stage.seeds):
-                for cell in self._cells(stage):
+                for cell in self._cells(stage, tasks):
                     if stage.undecided and seed > 0 and not self._asked(records, cell):
                         continue
                     job = self._of(records, cell, seed)
                     if job is not None:
                         yield cell, job
 
-    def _cells(self, stage: StageConfig) -> Iterator[Cell]:
+    def _cells(self, stage: StageConfig, tasks: Sequence[str]) -> Iterator[Cell]:
         """Task by task, so that arms can be compared as soon as possible."""
-        for task in self.tasks:
+        for task in tasks:
             seen = set[Cell]()
             for density in stage.densities:
                 for arm in stage.arms:

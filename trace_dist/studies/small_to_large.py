@@ -9,6 +9,7 @@ stands first in the configuration, so that a study that was cut says something.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,27 +36,35 @@ from trace_dist.utils.log import get_logger
 logger = get_logger(__name__)
 
 
-def run_study(cfg: RunConfig, study: StudyConfig, hours: float | None = None) -> dict[str, Any]:
+def run_study(
+    cfg: RunConfig, study: StudyConfig, hours: float | None = None, only: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Work on the study until it is complete or the time is over; write what it says.
 
     Args:
         cfg: models, tasks, and how masks are made and trained.
         study: what is compared.
         hours: after which no piece of work is begun that would last longer; 0 sums up what is known, None sets no limit.
+        only: tasks that this process works on, while others work on others; all when None.
 
     Returns:
         The summary, as it was written.
+
+    Raises:
+        ValueError: there is no such task, or another process works on one.
     """
     begin = time.monotonic()
     cfg = with_local_tasks(cfg, study.local_tasks)
-    hold_until_exit(cfg.folder.lock, f"run_dir={cfg.run_dir!r}")
+    _hold(cfg, only)
     path = Path(study.records) if study.records else cfg.folder.root / "records.jsonl"
     journal = Journal(path, abouts(cfg, study))
     records = journal.read()
     names = [task.name for task in cfg.tasks]
     classes = {name: ARMS.load(name).ARM for name in study.arms}
     traits = {name: Traits(arm.by_density, arm.masked) for name, arm in classes.items()}
-    schedule = Schedule(study, names, traits, lambda found, cell: is_undecided(found, cell, study.reference))
+    schedule = Schedule(
+        study, names, traits, lambda found, cell: is_undecided(found, cell, study.reference), only
+    )
     worker = Worker(cfg, study, journal, records)
     try:
         with stopping():
@@ -67,7 +76,20 @@ def run_study(cfg: RunConfig, study: StudyConfig, hours: float | None = None) ->
                 worker.do(job)
     except Stopped:
         logger.info("study: stopped; start the same command again to go on")
-    return write_summary(cfg, study, records, schedule)
+    # Others may have written more meanwhile.
+    return write_summary(cfg, study, records if only is None else journal.read(), schedule)
+
+
+def _hold(cfg: RunConfig, only: Sequence[str] | None) -> None:
+    """Hold the run, or some of its tasks: who holds the run holds all tasks."""
+    names = [task.name for task in cfg.tasks]
+    for name in only or ():
+        if name not in names:
+            raise ValueError(f"only={name!r}: the study has no such task; choose among {', '.join(names)}")
+    if only is None:
+        hold_until_exit(cfg.folder.lock, f"run_dir={cfg.run_dir!r}")
+    for name in names if only is None else dict.fromkeys(only):
+        hold_until_exit(cfg.folder.root / f".lock.{name}", f"only={name!r}")
 
 
 def write_summary(cfg: RunConfig, study: StudyConfig, records: Records, schedule: Schedule) -> dict[str, Any]:
