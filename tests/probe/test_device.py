@@ -38,10 +38,16 @@ def test_nothing_but_the_proxy_is_held_when_its_gradients_are_summed(monkeypatch
     """Neither what it was, nor its update, nor the moments: what an estimate of memory counts is all that a GPU needs."""
     model, held, summed = make_model(), list[int](), module_of.mean_gradients
 
-    def watched(*arguments: Any) -> Any:
+    def there() -> dict[int, Tensor]:
         gc.collect()
-        there = [each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter) and each.is_meta]
-        held.append(sum({id(each): each.numel() for each in there}.values()))
+        found = (each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter) and each.is_meta)
+        return {id(each): each for each in found}
+
+    # Other tests' models, which may live as long as the process.
+    others = there()
+
+    def watched(*arguments: Any) -> Any:
+        held.append(sum(each.numel() for key, each in there().items() if key not in others))
         return summed(*arguments)
 
     monkeypatch.setattr(learner, "autocast", lambda _: nullcontext())
