@@ -8,8 +8,9 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 import torch.nn.functional as F
+from engine.zamba2 import zamba2_config
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Zamba2Config, Zamba2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Zamba2ForCausalLM
 
 from trace_dist import quantize_nf4
 from trace_dist.models.loading import load_model
@@ -130,12 +131,7 @@ def test_layers_that_share_a_weight_become_one() -> None:
 
 def test_layers_that_share_a_weight_are_loaded_once(tmp_path: Path) -> None:
     """Blocks of Zamba2 share one transformer layer."""
-    config = Zamba2Config(
-        vocab_size=32, hidden_size=32, num_hidden_layers=4, intermediate_size=64, num_attention_heads=2,
-        mamba_ngroups=1, n_mamba_heads=4, mamba_d_state=8, hybrid_layer_ids=[1, 3], num_mem_blocks=1,
-        layers_block_type=["mamba", "hybrid"] * 2, attention_hidden_size=64, attention_head_dim=32,
-    )  # fmt: skip
-    saved = Zamba2ForCausalLM(config)
+    saved = Zamba2ForCausalLM(zamba2_config())
     saved.save_pretrained(tmp_path)
     loaded = load_model(tmp_path, "float32", "nf4")
     assert [name for name, _ in named_weights(loaded)] == [name for name, _ in named_weights(saved)]

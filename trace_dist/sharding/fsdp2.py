@@ -21,6 +21,7 @@ from trace_dist.config import Quantize
 from trace_dist.masks.mask import Mask
 from trace_dist.models.blocks import decoder_blocks
 from trace_dist.models.loading import load_model_fsdp2
+from trace_dist.models.shared import shared_names
 from trace_dist.models.wrapping import unwrap
 from trace_dist.sharding import gloo
 from trace_dist.sharding.compaction import linear_modules
@@ -45,13 +46,15 @@ def _wrap(module: nn.Module) -> None:
 def refuse_shared(module: nn.Module) -> None:
     """Raise ValueError where a decoder block shares a weight with what lies outside it: each group would have one of its own."""
     blocks = decoder_blocks(module)
-    seen: dict[nn.Parameter, tuple[str, str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        group = next((path for path in blocks if name.startswith(f"{path}.")), "")
-        first, other = seen.setdefault(parameter, (name, group))
-        if other != group:
+    for names in shared_names(module):
+        # The first name of each block.
+        by_block: dict[str, str] = {}
+        for name in names:
+            by_block.setdefault(next((path for path in blocks if name.startswith(f"{path}.")), ""), name)
+        if len(by_block) > 1:
+            first, other, *_ = by_block.values()
             raise ValueError(
-                f"backend='fsdp2': {first} and {name} are one weight in two blocks, which fully_shard would part; use zero3"
+                f"backend='fsdp2': {first} and {other} are one weight in two blocks, which fully_shard would part; use zero3"
             )
 
 

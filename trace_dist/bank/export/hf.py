@@ -16,7 +16,7 @@ from torch import Tensor
 from trace_dist.bank.delta import Delta, applied
 from trace_dist.bank.export.card import write_card
 from trace_dist.bank.export.folder import exported_folder
-from trace_dist.bank.export.together import Composed, dtypes_of, held_dtypes, together
+from trace_dist.bank.export.together import Composed, dtypes_of, empty_base, held_dtypes, together
 from trace_dist.models.kinds import torch_dtype
 from trace_dist.models.rest import copy_rest
 from trace_dist.models.weight_files import resolve
@@ -45,7 +45,7 @@ def write(deltas: Sequence[Delta], out: Path, base: str, dtype: str, options: Op
         with applied(model, delta):
             state = model.full_state_dict()
         if len(held) == 1:
-            _round(state, held[0], dtypes_of(base, dtype))
+            _round(state, held[0], dtypes_of(empty_base(base, dtype)))
         write_files(model.module, state, folder)
         write_card(folder, "hf", deltas, base, dtype, options)
 

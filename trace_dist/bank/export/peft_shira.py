@@ -27,9 +27,9 @@ from trace_dist.bank.delta import Delta, check_dtype
 from trace_dist.bank.export.card import write_card
 from trace_dist.bank.export.folder import exported_folder
 from trace_dist.bank.export.refusal import refuse
-from trace_dist.bank.export.together import Composed, together
-from trace_dist.models.architecture import empty_model, factory_of, read_config
-from trace_dist.models.weight_files import resolve
+from trace_dist.bank.export.together import Composed, empty_base, together
+from trace_dist.models.architecture import factory_of
+from trace_dist.models.shared import shared_names
 from trace_dist.sharding.build import load_sharded
 from trace_dist.utils.files import check_free_space, write_json
 
@@ -51,8 +51,7 @@ def check(deltas: Sequence[Delta], base: str) -> None:
     """Raise ValueError unless all that the deltas change are the weights of linear layers."""
     if not deltas:
         raise ValueError("task: the base alone makes no adapter; name a task, or a delta")
-    folder = resolve(base)
-    model = empty_model(read_config(folder, f"model.path={base!r}"), torch.float32, f"model.path={base!r}")
+    model = empty_base(base)
     names = dict.fromkeys(name for delta in deltas for name in delta.mask)
     refuse(
         "peft-shira",
@@ -73,12 +72,9 @@ def _unfit(model: nn.Module, name: str) -> str | None:
         return f"of a {type(module).__name__}"
     if leaf != "weight":
         return f"a {leaf}"
-    same = [
-        other
-        for other, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter is module.weight and other != name
-    ]
-    return f"tied to {same[0]}" if same else None
+    same = next((held for held in shared_names(model) if name in held), [name])
+    other = next((each for each in same if each != name), None)
+    return None if other is None else f"tied to {other}"
 
 
 def write(deltas: Sequence[Delta], out: Path, base: str, dtype: str, options: Options) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from trace_dist.bank.composition import compose
 from trace_dist.bank.delta import Delta
@@ -38,10 +39,14 @@ def held_dtypes(deltas: Sequence[Delta]) -> list[str]:
     return sorted(str(dtype).removeprefix("torch.") for dtype in narrowest)
 
 
-def dtypes_of(base: str, dtype: str) -> dict[str, torch.dtype]:
-    """The dtype of each weight and buffer of a base that is loaded in ``dtype``; some families keep a few in fp32."""
+def empty_base(base: str, dtype: str = "float32") -> Any:
+    """A base as it is when it is loaded in ``dtype``, without values; some families keep a few tensors in fp32."""
     what = f"model.path={base!r}"
-    model = empty_model(read_config(resolve(base), what), torch_dtype(dtype), what)
+    return empty_model(read_config(resolve(base), what), torch_dtype(dtype), what)
+
+
+def dtypes_of(model: nn.Module) -> dict[str, torch.dtype]:
+    """The dtype of each weight and buffer."""
     return {name: value.dtype for name, value in model.state_dict().items()}
 
 

@@ -29,9 +29,8 @@ from trace_dist.bank.delta import Delta, check_dtype
 from trace_dist.bank.export.card import write_card
 from trace_dist.bank.export.folder import exported_folder
 from trace_dist.bank.export.refusal import refuse
-from trace_dist.bank.export.together import Composed, dtypes_of, together
-from trace_dist.models.architecture import empty_model, read_config
-from trace_dist.models.naming import Pieces, pieces_of
+from trace_dist.bank.export.together import Composed, dtypes_of, empty_base, together
+from trace_dist.models.naming import pieces_of
 from trace_dist.models.weight_files import WeightFiles, open_weights
 from trace_dist.sharding.build import load_sharded
 from trace_dist.utils.files import check_free_space, write_json
@@ -71,7 +70,7 @@ def check(deltas: Sequence[Delta], base: str) -> None:
     if not deltas:
         raise ValueError("task: the base alone makes no patch; name a task, or a delta")
     with open_weights(base) as files:
-        pieces = _pieces(files, base)
+        pieces = pieces_of(empty_base(base), files.names())
     unfit = {}
     for name in dict.fromkeys(name for delta in deltas for name in delta.mask):
         if name.rpartition(".")[2] in REWRITTEN:
@@ -91,11 +90,6 @@ def _check_numbers(delta: Delta) -> None:
             )
 
 
-def _pieces(files: WeightFiles, base: str) -> Pieces:
-    what = f"model.path={base!r}"
-    return pieces_of(empty_model(read_config(files.folder, what), torch.float32, what), files.names())
-
-
 def write(deltas: Sequence[Delta], out: Path, base: str, dtype: str, options: Options) -> None:
     """Write the patch of one delta, or of what several of them make together, and its undoing.
 
@@ -106,11 +100,12 @@ def write(deltas: Sequence[Delta], out: Path, base: str, dtype: str, options: Op
     if len(deltas) > 1:
         delta = together(deltas, load_sharded(base, dtype), options) or delta
         _check_numbers(delta)
-    dtypes = dtypes_of(base, dtype)
+    model = empty_base(base, dtype)
+    dtypes = dtypes_of(model)
     for name in delta.mask:
         check_dtype(delta, name, dtypes[name])
     with open_weights(base) as files:
-        pieces = _pieces(files, base)
+        pieces = pieces_of(model, files.names())
         patches = [each for name in sorted(delta.mask) for each in _cut(delta, name, pieces[name], files)]
         undone = {each.name: _own(each, files) for each in patches}
     info: dict[str, list[Any]] = {

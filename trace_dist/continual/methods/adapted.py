@@ -13,6 +13,7 @@ from trace_dist.config import MaskConfig, RunConfig
 from trace_dist.continual.methods.dense import Dense
 from trace_dist.masks.ops import layouts_for
 from trace_dist.models.adapters import lora_rank
+from trace_dist.models.shared import shared_names
 from trace_dist.profiling.memory_setup import MemorySetup
 from trace_dist.profiling.speed import masked_flops
 
@@ -77,11 +78,8 @@ def refuse_shared(name: str, module: nn.Module) -> None:
         name: of the method.
         module: the base.
     """
-    names: dict[nn.Parameter, list[str]] = {}
-    for each, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(each)
     linear = {f"{layer}.weight" for layer in linear_layers(module)}
-    shared = next((held for held in names.values() if len(held) > 1 and linear.intersection(held)), None)
+    shared = next((held for held in shared_names(module) if linear.intersection(held)), None)
     if shared is not None:
         raise ValueError(
             f"continual.methods={name!r}: {shared[0]} and {shared[1]} are one weight, into which it would merge what each "
