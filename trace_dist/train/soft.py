@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trace_dist.data.batches import Batches, Step
 from trace_dist.data.encoding import IGNORE
-from trace_dist.train.cross_entropy import GradientInPlace, rows_at_a_time
+from trace_dist.train.cross_entropy import GradientInPlace, chunks, rows_at_a_time
 from trace_dist.train.learner import MaskedLearner
 from trace_dist.train.loss import Forward, accumulate, answer_logits
 
@@ -106,11 +106,9 @@ class _SoftNllSum(GradientInPlace):
         # Those with a loss, in order; how many is known, and asking a GPU would have the host wait.
         rows = (targets == IGNORE).to(torch.uint8).argsort(stable=True)[: len(ids)]
         total = logits.new_zeros((), dtype=wide)
-        size = rows_at_a_time(logits)
-        for start in range(0, len(rows), size):
-            some = rows[start : start + size]
-            known = ids[start : start + size]
-            p = probabilities[start : start + size].to(wide)
+        for chunk in chunks(len(rows), rows_at_a_time(logits)):
+            some, known = rows[chunk], ids[chunk]
+            p = probabilities[chunk].to(wide)
             q = logits[some].to(wide).softmax(1)
             ours = q.gather(1, known)
             q.scatter_(1, known, 0)
