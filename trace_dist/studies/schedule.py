@@ -60,25 +60,20 @@ class Schedule:
         tasks: names, in order.
         traits: of each arm.
         undecided: whether the interval of a cell's difference to the reference holds zero.
-        only: tasks whose work is this process's; all when None.
     """
 
     study: StudyConfig
     tasks: Sequence[str]
     traits: dict[str, Traits]
     undecided: Callable[[Records, Cell], bool]
-    only: Collection[str] | None = None
 
-    def next_job(self, records: Records) -> Job | None:
-        """The next piece of this process's work; None where that is done."""
-        tasks = self.tasks if self.only is None else [task for task in self.tasks if task in self.only]
-        return next((job for _, job in self._pending(records, tasks)), None)
+    def next_job(self, records: Records, only: Collection[str] | None = None) -> Job | None:
+        """The next piece of work on some tasks, on all when None; None where it is done."""
+        return next((job for _, job in self.pending(records, only)), None)
 
-    def pending(self, records: Records) -> Iterator[tuple[Cell, Job]]:
+    def pending(self, records: Records, only: Collection[str] | None = None) -> Iterator[tuple[Cell, Job]]:
         """The cells that lack something by now, and of each the next piece."""
-        return self._pending(records, self.tasks)
-
-    def _pending(self, records: Records, tasks: Sequence[str]) -> Iterator[tuple[Cell, Job]]:
+        tasks = [task for task in self.tasks if only is None or task in only]
         for stage in self.study.stages:
             for seed in range(stage.seeds):
                 for cell in self._cells(stage, tasks):

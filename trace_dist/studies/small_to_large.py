@@ -62,13 +62,11 @@ def run_study(
     names = [task.name for task in cfg.tasks]
     classes = {name: ARMS.load(name).ARM for name in study.arms}
     traits = {name: Traits(arm.by_density, arm.masked) for name, arm in classes.items()}
-    schedule = Schedule(
-        study, names, traits, lambda found, cell: is_undecided(found, cell, study.reference), only
-    )
+    schedule = Schedule(study, names, traits, lambda found, cell: is_undecided(found, cell, study.reference))
     worker = Worker(cfg, study, journal, records)
     try:
         with stopping():
-            while (job := schedule.next_job(records)) is not None:
+            while (job := schedule.next_job(records, only)) is not None:
                 left = None if hours is None else 3600 * hours - (time.monotonic() - begin)
                 if left is not None and left <= worker.expected(job):
                     logger.info("study: the time is over; start the same command again to go on")
