@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import python
+from launching import python, rank_environment
 
 from trace_dist.benchmarks import agreement, cpu_clock
 from trace_dist.benchmarks.contestants import Race
@@ -30,6 +30,8 @@ def test_two_ranks_beside_their_simulation(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(agreement, "METHODS", ("row",))
     monkeypatch.setattr(agreement, "TINY", ("row", "LoRA"))
     monkeypatch.setattr(sys, "executable", python())  # which starts its ranks
+    for name, value in rank_environment().items():
+        monkeypatch.setenv(name, value)
     result = agreement.compare(RACE, steps=1, rounds=1)
     (row,) = result["rows"]
     simulated, measured = row["simulated"], row["measured"]

@@ -217,12 +217,13 @@ def attaching(out: Path) -> Found:
 
 
 def shared_memory(out: Path) -> Found:
-    """Files of this job under /dev/shm, and the operator that would lay them there."""
+    """Files of this job under /dev/shm, the operator that would lay them there, and whether operators were tried."""
     import deepspeed
 
     port = os.environ.get("MASTER_PORT", "")
     left = [path.name for path in Path("/dev/shm").glob(f"deepspeed*_{port}_*")]
-    return {"left": left, "operator": repr(deepspeed.comm.comm.cdb.shm_comm_op)}
+    tried = "__compatible_ops__" in vars(deepspeed.ops)
+    return {"left": left, "operator": repr(deepspeed.comm.comm.cdb.shm_comm_op), "tried": tried}
 
 
 def toy(out: Path) -> Found:

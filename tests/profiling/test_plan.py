@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from trace_dist.config import Backend
+from trace_dist.profiling import estimate as estimate_module
 from trace_dist.profiling.bounds import ESTIMATE_ERROR
 from trace_dist.profiling.estimate import Estimator, estimate
 from trace_dist.profiling.memory_setup import MemorySetup
@@ -56,8 +59,24 @@ def test_more_memory_and_more_gpus_never_offer_less(base: MemorySetup) -> None:
     sizes = [best(gib, 2) for gib in (0.035, 0.04, 0.06, 0.1, 4.0)]
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[-1] == (0.2, True)
-    counts = [best(0.035, gpus) for gpus in (2, 4, 16)]
+    counts = [sizes[0], *(best(0.035, gpus) for gpus in (4, 16))]
     assert counts == sorted(counts)
+
+
+def test_layers_are_found_once_for_all_options(base: MemorySetup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many layers: to look at all of them for each weight of each option would take minutes."""
+    found = list[int]()
+    linear_modules = estimate_module.linear_modules
+
+    def counted(module: nn.Module) -> Any:
+        found.append(1)
+        return linear_modules(module)
+
+    monkeypatch.setattr(estimate_module, "linear_modules", counted)
+    estimator = Estimator(base.model, base.dtype)
+    for density in (0.1, 0.2):
+        estimator(replace(base, density=density))
+    assert len(found) == 1
 
 
 def test_nothing_fits_and_what_would(base: MemorySetup) -> None:

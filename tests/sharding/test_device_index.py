@@ -23,8 +23,8 @@ def init_distributed(**_: object) -> None:
 @pytest.fixture(autouse=True)
 def deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that only looks."""
-    ops = SimpleNamespace(__compatible_ops__={})
-    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(ops=ops, init_distributed=init_distributed))
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(init_distributed=init_distributed))
+    monkeypatch.setitem(sys.modules, "deepspeed.comm.torch", SimpleNamespace())
     monkeypatch.setattr(dist, "ensure_group", lambda: None)
     for name in ("LOCAL_RANK", OF_MPI):
         monkeypatch.setenv(name, "unset")  # so that it is put back

@@ -39,7 +39,6 @@ _SECTIONS = [field.name for field in fields(RunConfig) if is_dataclass(field.def
 FIRST = ("run", "init", "learn", "generate")
 """Commands whose examples stand in the overview."""
 PURPOSE = "Continual fine-tuning of large language models: probe a proxy, project its masks, train them in the shards."
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 def _checked(load: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -96,6 +95,8 @@ def build_parser(words: Sequence[str] | None = None) -> Parser:
         words: the command line; the arguments of commands that it does not name are left out, so that the parser is
             made at once. None makes all.
     """
+    # These explain options, and reading them takes a third of a second.
+    set_parsing_settings(docstring_parse_attribute_docstrings=words is None or _asks_for_help(words))
     shown = known.RUN_COMMANDS | known.FILE_COMMANDS
     examples = "\n".join(f"  {PROGRAM} {shown[name].example}" for name in FIRST)
     parser = Parser(prog=PROGRAM, description=PURPOSE, epilog=f"examples:\n{examples}", version=_version())
@@ -105,6 +106,10 @@ def build_parser(words: Sequence[str] | None = None) -> Parser:
         if words is None or name in words:
             FILL.get(name, _fill_run)(child, command)
     return parser
+
+
+def _asks_for_help(words: Iterable[str]) -> bool:
+    return any(word == "-h" or "help" in word for word in words)
 
 
 def parse(words: Sequence[str]) -> Any:

@@ -129,6 +129,7 @@ class Estimator:
         if quantize == "nf4":
             quantize_nf4(self.module)
         self.weights = dict(named_weights(self.module))
+        self.linears = linear_modules(self.module).keys()
         self.numel = {name: parameter.numel() for name, parameter in self.module.named_parameters()}
         self.itemsize = next(self.module.parameters()).element_size()
         self.layouts = lru_cache(None)(self._layouts)
@@ -296,7 +297,7 @@ class Estimator:
         """Of all ranks' entries (``sharding.index_shares``)."""
         sizes = {name: all_index_bytes(layouts[name], chosen, setup) for name, chosen in selected.items()}
         if setup.backend == "fsdp2":  # it reduces the others itself
-            sizes = {name: size for name, size in sizes.items() if name in linear_modules(self.module)}
+            sizes = {name: size for name, size in sizes.items() if name in self.linears}
         blocks: dict[int, list[str]] = {}
         for name in sizes:
             block = self._blocks.get(name)

@@ -25,6 +25,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from math import prod
 from typing import Any
 
@@ -56,15 +57,13 @@ GATHERED_TOGETHER = 16
 NODE_RANKS = 8
 """Among so many a collective takes some 30 us (profiling/simulation), of which a block needs one for each weight."""
 
-SHARED_MEMORY_OPERATOR = "deepspeed_shm_comm"
-"""What DeepSpeed builds on CPUs for the all-reduce of inference with tensor parallelism."""
-
 
 def start_deepspeed() -> Any:
     """The deepspeed module, with a process group for it to run in.
 
     On a CPU without its shared-memory operator, which training never calls: building it takes one to three minutes and wants a
     compiler and ninja, a build that was killed leaves a lock on which later jobs hang, and every rank leaves 66 MiB in /dev/shm.
+    Nor does it try the compiler on all its operators, as it would to learn whether it can build that one.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -72,7 +71,8 @@ def start_deepspeed() -> Any:
     _say_device()
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__[SHARED_MEMORY_OPERATOR] = False
+    # as an attribute of deepspeed.comm, `torch` is PyTorch
+    import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     return deepspeed
 
