@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from trace_dist.config import TaskConfig
-from trace_dist.data import load_examples, load_task
+from trace_dist.data import load_examples, load_task, pictures
 from trace_dist.data.images import letters, mnist
 from trace_dist.data.pictures import picture_of, png_of, uri_of
 
@@ -89,6 +89,21 @@ def test_a_folder_of_images(tmp_path_factory: pytest.TempPathFactory, kind: str)
     for row in task.train:
         assert row["prompt"].startswith(f"data:image/{kind};base64,")
         assert (np.asarray(picture_of(row["prompt"])).mean() > 128) == (row["answer"] == "light")
+
+
+def test_an_image_is_verified_once_however_many_tasks_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream of classes reads a folder once for each task; bytes that were not seen before are looked at."""
+    raw = [png_of(np.full((5, 5), grey, np.uint8)) for grey in (1, 2)]
+    monkeypatch.setattr(pictures, "_READABLE", set())
+    opened, open_ = [], pictures._opened
+    monkeypatch.setattr(pictures, "_opened", lambda *a, **k: opened.append(a[0]) or open_(*a, **k))
+    for _ in range(2):
+        for each in raw:
+            assert pictures.stored_uri({"bytes": each, "path": None}, "f") == uri_of(each)
+    assert opened == raw
+    for _ in range(2):
+        with pytest.raises(ValueError, match="an image that cannot be read"):
+            pictures.stored_uri({"bytes": raw[0][:-30], "path": None}, "f")
 
 
 def test_letters_are_drawn_alike_each_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ A prompt that is an image is a text like any other to whatever splits, counts, c
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,9 @@ _KINDS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "
 _SCHEME, _CODED = "data:image/", ";base64,"
 MOST_PIXELS = 2**26
 """Of one image: a file of some KiB can say that it has any number of them, and every one takes three bytes."""
+_READABLE: set[bytes] = set()
+"""Digests of stored images that this process has verified: each task of a stream of classes reads the same files, and a JPEG is
+verified by decoding it."""
 
 
 def stored_uri(value: Mapping[str, Any] | None, where: str) -> str | None:
@@ -27,7 +31,10 @@ def stored_uri(value: Mapping[str, Any] | None, where: str) -> str | None:
     if value is None:
         return None
     raw = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
-    _opened(raw, value["path"] or where, verify=True)
+    digest = hashlib.blake2b(raw, digest_size=16).digest()
+    if digest not in _READABLE:
+        _opened(raw, value["path"] or where, verify=True)
+        _READABLE.add(digest)
     return uri_of(raw)
 
 
