@@ -127,3 +127,24 @@ def test_a_template_that_writes_an_answer_twice_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="writes an answer twice"):
         encode_prompt(["hi"], bpe_tokenizer(twice))
+
+
+def test_examples_are_written_together_and_the_one_that_fails_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = bpe_tokenizer(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ m.content }}"
+        "<|end|>{% endfor %}"
+    )
+    calls, apply = [], tokenizer.apply_chat_template
+    monkeypatch.setattr(
+        tokenizer, "apply_chat_template", lambda *a, **options: calls.append(1) or apply(*a, **options)
+    )
+    prompts = [f"number {i}" for i in range(50)]
+    assert encode_prompt(prompts, tokenizer) == [encode_prompt([each], tokenizer)[0] for each in prompts]
+    calls.clear()
+    encode_prompt(prompts, tokenizer)
+    assert len(calls) == 4
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    with pytest.raises(ValueError, match=r"cannot be rendered for system and user turns \(.*no system\)"):
+        encode_prompt([*prompts, turns, *prompts], tokenizer)

@@ -22,8 +22,9 @@ other turns.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
+from functools import cache
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -31,6 +32,7 @@ from transformers import PreTrainedTokenizerBase
 from trace_dist.data.examples import Prompt, Turn, turns_of
 
 _MARK = "theanswergoeshere"
+_ANSWER: Turn = {"role": "assistant", "content": _MARK}
 _SWITCHES = ("enable_thinking", "thinking")
 """Template variables that turn thinking off: Qwen3, GLM and SmolLM3 read the first, DeepSeek and Kimi the second."""
 _CURE = (
@@ -68,12 +70,20 @@ def frames(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> lis
         return [_plain_frame(prompt, str(tokenizer.eos_token or "")) for prompt in prompts]
     if _generation_prompt(turns_of("a"), tokenizer) == _generation_prompt(turns_of("b"), tokenizer):
         raise ValueError(f"{_name(tokenizer)}: it writes the same text whatever the user says; {_CURE}")
-    return [_frame(turns_of(prompt), tokenizer) for prompt in prompts]
+    asked = [turns_of(prompt) for prompt in prompts]
+    begun = _rendered(asked, tokenizer, add_generation_prompt=True)
+    whole = _rendered([[*turns, _ANSWER] for turns in asked], tokenizer, add_generation_prompt=False)
+    end_of = cache(lambda after: _end_of(after, tokenizer))  # a template ends nearly all answers alike
+    return [
+        _frame(turns, start, *_around(text), end_of, tokenizer)
+        for turns, start, text in zip(asked, begun, whole, strict=True)
+    ]
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The token that the template writes after an answer; None where it writes none."""
-    return _end_of(_answered(turns_of("user"), tokenizer)[1], tokenizer)[1]
+    (whole,) = _rendered([[*turns_of("user"), _ANSWER]], tokenizer, add_generation_prompt=False)
+    return _end_of(_around(whole)[1], tokenizer)[1]
 
 
 def without_thinking(text: str) -> str:
@@ -98,10 +108,16 @@ def _plain_frame(prompt: Prompt, end: str) -> Frame:
     return Frame(written, "", "", tuple(earlier))
 
 
-def _frame(turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> Frame:
-    asked = _generation_prompt(turns, tokenizer)
-    before, after = _answered(turns, tokenizer)
-    between, end = _end_of(after, tokenizer)
+def _frame(
+    turns: list[Turn],
+    asked: str,
+    before: str,
+    after: str,
+    end_of: Callable[[str], tuple[str, str | None]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Frame:
+    """The frame of an answer to what the template writes as ``asked``; ``before`` and ``after`` is what it writes around one."""
+    between, end = end_of(after)
     lead = before[len(asked) :] if before.startswith(asked) else ""
     if lead.strip():
         asked, lead = before, ""
@@ -195,36 +211,53 @@ def _end_of(after: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | 
 
 
 def _generation_prompt(turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> str:
-    return _render(turns, tokenizer, add_generation_prompt=True)
+    return _rendered([turns], tokenizer, add_generation_prompt=True)[0]
 
 
-def _answered(turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+def _around(whole: str) -> tuple[str, str]:
     """What a template writes before and after an answer; nothing where it does not write the answer at all."""
-    whole = [*turns, {"role": "assistant", "content": _MARK}]
-    before, found, after = _render(whole, tokenizer, add_generation_prompt=False).rpartition(_MARK)
+    before, found, after = whole.rpartition(_MARK)
     return (before, after) if found else ("", "")
 
 
-def _render(turns: list[Turn], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool) -> str:
+def _rendered(
+    conversations: Sequence[list[Turn]], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool
+) -> list[str]:
+    if not conversations:
+        return []
     try:
-        template = tokenizer.get_chat_template()
-        switches: dict[str, Any] = {name: False for name in _SWITCHES if re.search(rf"\b{name}\b", template)}
-        dated = _TODAY.sub(lambda call: repr(_DAY.strftime(call[2])), template)
-        told = switches if dated == template else {**switches, "chat_template": dated}
-        return str(
-            tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=add_generation_prompt, **told
+        return [
+            str(text)
+            for text in tokenizer.apply_chat_template(
+                list(conversations),
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **_told(tokenizer.get_chat_template()),
             )
-        )
+        ]
     # A template is a program of its own: jinja's errors, and any that Python raises in its expressions.
     except Exception as error:
+        if len(conversations) > 1:  # to name the turns of the one that fails
+            return [
+                text
+                for turns in conversations
+                for text in _rendered([turns], tokenizer, add_generation_prompt=add_generation_prompt)
+            ]
         line = getattr(error, "lineno", None)
         where = f"line {line}: " if line else ""
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        roles = " and ".join(dict.fromkeys(" ".join(str(turn["role"]).split()) for turn in turns))
+        roles = " and ".join(dict.fromkeys(" ".join(str(turn["role"]).split()) for turn in conversations[0]))
         raise ValueError(
             f"{_name(tokenizer)}: it cannot be rendered for {roles:.200} turns ({where}{reason}); {_CURE}"
         ) from error
+
+
+@cache
+def _told(template: str) -> dict[str, Any]:
+    """What a template is told: its switches for thinking, and the day, which replaces it by one that knows the day."""
+    switches: dict[str, Any] = {name: False for name in _SWITCHES if re.search(rf"\b{name}\b", template)}
+    dated = _TODAY.sub(lambda call: repr(_DAY.strftime(call[2])), template)
+    return switches if dated == template else {**switches, "chat_template": dated}
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:
