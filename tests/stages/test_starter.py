@@ -239,7 +239,7 @@ def test_the_proxy_that_will_be_cut_out_has_a_size(folder: Path) -> None:
 def test_every_stage_and_method_of_a_run_is_in_the_preview(folder: Path) -> None:
     text = starter_config(start(folder, "copy", "twist", ranks=2))
     cfg = read(text, folder)
-    methods = [*USUAL, "joint", "ties", "trace", "lora_retrieved", "separate"]
+    methods = [*USUAL, "joint", "ties", "trace", "lora_retrieved", "separate", "ewc"]
     cfg = replace(cfg, continual=replace(cfg.continual, methods=methods), train=replace(cfg.train, lr="auto"))
     found = preview(cfg)
     every_group_has_a_row(cfg, found)
@@ -261,7 +261,7 @@ def test_every_stage_and_method_of_a_run_is_in_the_preview(folder: Path) -> None
     assert raced["full: race on copy"].flops < flops["full: race on copy and twist"]
     assert flops["full: learn copy"] > flops["random: learn copy"] > 0
     assert steps["measure memory"] > 0
-    # full, lora, joint, lora_retrieved and separate are dense training in one process; the others are on both ranks
+    # full, lora, joint, lora_retrieved, separate and ewc are dense training in one process; the others are on both ranks
     assert found.num_parameters is not None
     needs = {need.what: need for need in found.memory}
     on_ranks = {name for name, need in needs.items() if need.num_ranks == 2}
@@ -269,7 +269,10 @@ def test_every_stage_and_method_of_a_run_is_in_the_preview(folder: Path) -> None
     measured = sum(needs["measuring full training"].estimate.states.values())
     # 16 bytes per parameter over two ranks, or 18: the estimate counts every gradient in fp32
     assert 8 * found.num_parameters <= measured <= 9.1 * found.num_parameters
-    full, lora = needs["full"].estimate, needs["lora"].estimate
+    full, lora, ewc = (needs[name].estimate for name in ("full", "lora", "ewc"))
+    # where a task began, and the Fisher information of those before it, both in fp32
+    assert ewc.peak - full.peak == pytest.approx(8 * found.num_parameters, rel=0.01)
+    assert ewc.peak == sum(ewc.peak_parts.values())
     # from a copy of weights and moments in the same memory checkpoints are written, with the best weights where they are kept
     copies = sum(full.states.get(name, 0) for name in ("checkpoint", "best"))
     assert sum(full.states.values()) - copies == pytest.approx(16 * found.num_parameters, rel=0.01)
@@ -283,7 +286,7 @@ def test_every_stage_and_method_of_a_run_is_in_the_preview(folder: Path) -> None
     assert 4 * found.num_parameters < sum(lora.states.values()) < sum(full.states.values())
     _, lines = describe(cfg, found)
     (alone,) = (line for line in lines if line.startswith("memory in one process"))
-    assert f"{mib(full.peak)} at the peak (full)" in alone
+    assert f"{mib(ewc.peak)} at the peak (ewc)" in alone
     assert any(line.startswith("memory on each of 2 ranks") for line in lines)
 
 

@@ -77,7 +77,7 @@ class Needs:
                 ranks = continual.runs_on_ranks(self.cfg, entry.name)
                 setup = self.setup if ranks else alone(self.cfg, self.setup, self.cfg.train.batch_size)
                 own = entry.kind.memory_setup(self.cfg, setup)
-                yield Need(entry.name, own.world_size, self._estimate(own))
+                yield Need(entry.name, own.world_size, _beside(self._estimate(own), entry.kind.copies))
 
     def of_stages(self, stages: Sequence[Stage]) -> Iterator[Need]:
         """The stage that measures full training under ZeRO-3, where it is one of these."""
@@ -91,6 +91,13 @@ class Needs:
         if kind not in self._estimators:
             self._estimators[kind] = Estimator(setup.model, *kind)
         return self._estimators[kind](setup)
+
+
+def _beside(found: Estimate, copies: int) -> Estimate:
+    """The same training, with so many copies of the weights beside it."""
+    kept = {"kept of earlier tasks": copies * found.states["weights"]} if copies else {}
+    states, parts = found.states | kept, found.peak_parts | kept
+    return replace(found, states=states, peak_parts=parts, peak=found.peak + sum(kept.values()))
 
 
 def of_probe(cfg: RunConfig, longest: int, proxy: Estimator) -> Need:

@@ -57,6 +57,8 @@ class Method(ABC):
     """Whether what was answered stays: each test set is answered by the base and by its task's own weights, and not again."""
     teaches: ClassVar[bool] = False
     """Whether it first asks the bank for what it trains on, instead of labels."""
+    copies: ClassVar[int] = 0
+    """How many tensors it holds beside each weight while it trains, of the same size and in the same memory, for forecasts."""
     race: Race | None = None
     """What chose its learning rate; the driver sets it before the first task where the rate is ``auto``."""
 

@@ -28,6 +28,8 @@ class Strength(Replayed):
 class Penalised(Full):
     """Full fine-tuning with a penalty on what a task moves. ``memory`` holds a tensor per parameter, from the first task on."""
 
+    copies = 2  # where the task began, and the memory
+
     def begin(self, stream: Stream) -> None:
         self._start = {name: parameter.detach().clone() for name, parameter in self.trained().items()}
 
