@@ -14,7 +14,6 @@ import gc
 import importlib
 import json
 import os
-import pkgutil
 import random
 import runpy
 import selectors
@@ -38,23 +37,22 @@ QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 def warm() -> None:
     """Import what commands import, also what they do not import before they need it, and read one configuration: what is found
-    out of classes and their docstrings for it is kept."""
+    out of classes for it is kept. Libraries with OpenMP runtimes of their own (scikit-learn) are left to the forks."""
     import bitsandbytes  # noqa: F401
     import matplotlib.backends.backend_svg  # noqa: F401
-    import peft  # noqa: F401
     import scipy.stats  # noqa: F401
-    import sklearn.cluster  # noqa: F401
-    import torch.distributed.run
-    import torch.utils.tensorboard  # noqa: F401
+    import torch.distributed.run  # noqa: F401
     from deepspeed.launcher import launch, runner  # noqa: F401
     from transformers.models.llama import modeling_llama, tokenization_llama  # noqa: F401
 
-    import trace_dist
+    from trace_dist.cli import bank_commands, commands  # noqa: F401
     from trace_dist.cli.parser import parse
+    from trace_dist.continual import driver  # noqa: F401
+    from trace_dist.serving import router, server  # noqa: F401
+    from trace_dist.sharding import fsdp2, zero3  # noqa: F401
+    from trace_dist.stages import ask, learn, pipeline, report, shapes  # noqa: F401
+    from trace_dist.train import task  # noqa: F401
 
-    for module in pkgutil.walk_packages(trace_dist.__path__, "trace_dist."):
-        if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
     parse(["run", "--config", str(QUICKSTART)])
 
 
