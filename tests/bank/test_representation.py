@@ -137,7 +137,7 @@ def _represent_on_rank(rank: int, folder: str) -> None:
 
 
 def test_ranks_run_equally_many_passes_and_agree_bit_for_bit(tmp_path: Path) -> None:
-    mp.start_processes(_represent_on_rank, args=(str(tmp_path),), nprocs=2, start_method="fork")
+    mp.spawn(_represent_on_rank, args=(str(tmp_path),), nprocs=2)
     alone = represent(tiny_llama(), some_prompts(5), layer=-1, batch_size=2, pad_id=0)
     for rank in range(2):
         assert torch.equal(load_file(tmp_path / f"{rank}.safetensors")["x"], alone)

@@ -95,8 +95,8 @@ def build_parser(words: Sequence[str] | None = None) -> Parser:
         words: the command line; the arguments of commands that it does not name are left out, so that the parser is
             made at once. None makes all.
     """
-    # These explain options, and reading them takes a third of a second.
-    set_parsing_settings(docstring_parse_attribute_docstrings=words is None or _asks_for_help(words))
+    # They explain options, and reading them takes time.
+    set_parsing_settings(docstring_parse_attribute_docstrings=words is None or _shows_help(words))
     shown = known.RUN_COMMANDS | known.FILE_COMMANDS
     examples = "\n".join(f"  {PROGRAM} {shown[name].example}" for name in FIRST)
     parser = Parser(prog=PROGRAM, description=PURPOSE, epilog=f"examples:\n{examples}", version=_version())
@@ -108,8 +108,9 @@ def build_parser(words: Sequence[str] | None = None) -> Parser:
     return parser
 
 
-def _asks_for_help(words: Iterable[str]) -> bool:
-    return any(word == "-h" or "help" in word for word in words)
+def _shows_help(words: Iterable[str]) -> bool:
+    """Whether a command line asks for help, or for a configuration, which can have it as comments."""
+    return any(word == "-h" or "help" in word or "--print_config" in word for word in words)
 
 
 def parse(words: Sequence[str]) -> Any:
