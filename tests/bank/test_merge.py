@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,23 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"two/delta\.safetensors: no such file; restore it"):
         merge(left, fine, out)
     assert sorted(path.name for path in tmp_path.iterdir()) == list("abcdefg")
+
+
+def test_tasks_of_another_data_type_are_refused(tmp_path: Path) -> None:
+    """One model answers for all of a bank, and values go into a model of their data type alone."""
+    bank, task = bank_of(tmp_path / "a", ("one", 1)), small_delta("two", 2)
+    other = replace(task, values={name: values.bfloat16() for name, values in task.values.items()})
+    with pytest.raises(ValueError, match=r"^delta 'two': holds bfloat16: the tasks of .*/a are float32, and"):
+        bank.add(drawn("two", 2), other)
+    with pytest.raises(
+        ValueError, match=r"^target\.dtype='bfloat16': the tasks of the bank .*/a are float32"
+    ):
+        bank.check_dtype("bfloat16")
+    bank.check_dtype("float32")
+    assert bank.tasks == ["one"]
+    apart = DeltaBank.create(tmp_path / "b", "aaaa", 1)
+    apart.check_dtype("bfloat16")
+    apart.add(drawn("two", 2), other)
+    with pytest.raises(ValueError, match=r"^task='two': holds bfloat16: the tasks of .*/a are float32"):
+        merge(bank, apart, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -191,3 +191,13 @@ def test_a_wrong_config_under_two_ranks_is_one_line(
     path = write_config(tmp_path, edited(config, "mask.density", "much"))
     launcher = [*DEEPSPEED, str(free_port()), "--module"]
     assert "mask.density" in error_line(run("train", "--config", path, cache=cache, launcher=launcher))
+
+
+def test_eval_refuses_a_bank_before_it_makes_a_base(
+    config: dict[str, Any], cache: Path, tmp_path: Path
+) -> None:
+    """``--bank`` is the one that it retrieves from: the target as it is was scored instead."""
+    path, bank = write_config(tmp_path, config), tmp_path / "nowhere"
+    line = error_line(run_here("eval", "--config", path, "--bank", bank, cache=cache))
+    assert str(bank / "bank.json") in line
+    assert not (tmp_path / "run" / "models").exists()

@@ -174,7 +174,13 @@ def test_learned_with_a_mask_of_ones_own(first: Path, later: Callable[..., Path]
     assert done.returncode == 0, done.stderr[-3000:]
     assert DeltaBank(bank).mask(LATER) == Mask.load(file)
     assert DeltaBank(bank).sketch(LATER) is None
-    assert not (Path(f"{bank}.work") / LATER / "probe").exists()
+    work = Path(f"{bank}.work") / LATER
+    assert not (work / "probe").exists()
+    before, kept = learned(bank), (work / "masks" / f"{LATER}.safetensors").read_bytes()
+    other = ["--mask_file", first / "run" / "masks" / "twist.safetensors"]
+    done = run_here("learn", "--config", later(), "--bank", bank, *other, cache=first / "cache")
+    assert f"holds '{LATER}', learned on another mask; leave it out" in error_line(done)
+    assert (learned(bank), (work / "masks" / f"{LATER}.safetensors").read_bytes()) == (before, kept)
 
 
 @pytest.mark.parametrize(
@@ -185,8 +191,15 @@ def test_learned_with_a_mask_of_ones_own(first: Path, later: Callable[..., Path]
             {"target": {"path": "run/models/proxy"}, "tasks": [{"name": "other", "path": f"{LATER}.jsonl"}]},
             "load the model it was made for",
         ),
+        (
+            {
+                "target": {"path": "run/models/target", "dtype": "bfloat16"},
+                "tasks": [{"name": "other", "path": f"{LATER}.jsonl"}],
+            },
+            "target.dtype='bfloat16': the tasks of the bank",
+        ),
     ],
-    ids=["name", "base"],
+    ids=["name", "base", "dtype"],
 )
 def test_what_the_bank_cannot_take_is_refused_first(
     changes: dict[str, Any], words: str, first: Path, later: Callable[..., Path], tmp_path: Path

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from trace_dist.bank import changes, legacy
 from trace_dist.bank.delta import Delta, applied
-from trace_dist.bank.facts import describe, kind_of
+from trace_dist.bank.facts import check_dtype, describe, kind_of
 from trace_dist.bank.index import Index, Record
 from trace_dist.bank.prompts import PromptSets, load_prompts
 from trace_dist.bank.recipe import Recipe, prepared, taken
@@ -308,6 +308,12 @@ class DeltaBank:
         """Raise ValueError unless signatures of a kind may be added."""
         for record in self._index.records[:1]:
             check_comparable((kind, SIGNATURES.load(kind).likelihood), kind_of(self.facts(record.name)))
+
+    def check_dtype(self, dtype: str) -> None:
+        """Raise ValueError unless tasks that a model of a data type learns may be added."""
+        tasks = [task for task in self.tasks if task != BASE]
+        facts = on_main(lambda: [self.facts(task) for task in tasks])
+        check_dtype(dtype, facts, f"target.dtype={dtype!r}", self.folder)
 
     @contextmanager
     def activated(self, model: ShardedModel, task: str) -> Iterator[None]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_dist.bank.delta import Delta, check_base
-from trace_dist.bank.facts import describe, kind_of
+from trace_dist.bank.facts import check_dtype, describe, dtype_of, kind_of
 from trace_dist.bank.index import Index, Record
 from trace_dist.bank.prompts import PromptSets, save_prompts
 from trace_dist.bank.recipe import Recipe
@@ -143,7 +143,7 @@ def add(writer: Writer, task: Task) -> None:
         held(writer.index, writer.files, name, task.recipe)
     facts = describe(task.delta, task.signature, task.facts)
     writer.upgrade()
-    _check_fits(writer, task.signature)
+    _check_fits(writer, task.signature, facts)
     present = writer.index.get(name)
     new = writer.stage(Record(name, writer.folder_for(name), facts=facts), task.save)
     if present is None:
@@ -176,8 +176,8 @@ def _same(writer: Writer, present: Record, new: Record, file: str) -> bool:
     return file in present.files and same_content(*paths, file.split(".")[0])
 
 
-def _check_fits(writer: Writer, signature: Signature) -> None:
-    """Raise ValueError unless a signature can be compared with those in the bank."""
+def _check_fits(writer: Writer, signature: Signature, facts: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a signature can be compared with those in the bank, and the values are of their data type."""
     for record in writer.index.records[:1]:
         check_comparable(signature, kind_of(record.facts))
     known = next((record.facts.get("dim") for record in writer.index.records), None)
@@ -186,6 +186,9 @@ def _check_fits(writer: Writer, signature: Signature) -> None:
             f"signature {signature.task!r}: hidden size {signature.dim}, must be {known} as in the bank; "
             "fit it on the same base model"
         )
+    others = [record.facts for record in writer.index.records if record.name != signature.task]
+    dtype = dtype_of(facts)
+    check_dtype(dtype, others, f"delta {signature.task!r}: holds {dtype}", writer.files.root)
 
 
 def remove(writer: Writer, name: str) -> None:

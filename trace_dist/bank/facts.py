@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trace_dist.bank.delta import Delta
@@ -51,6 +51,22 @@ def kind_of(facts: Mapping[str, Any]) -> tuple[str, str]:
     """Kind and likelihood of the signature of a task, from its facts."""
     said = DEFAULTS | dict(facts)
     return str(said["signature"]), str(said["likelihood"])
+
+
+def dtype_of(facts: Mapping[str, Any]) -> str | None:
+    """Data type of the model that a task was learned on; None for the base model. Some families keep a few tensors in fp32."""
+    found = set(facts["dtype"].split("+")) if "dtype" in facts else set()
+    return next(iter(sorted(found - {"float32"}) or found), None)
+
+
+def check_dtype(found: str | None, facts: Iterable[Mapping[str, Any]], what: str, bank: object) -> None:
+    """Raise ValueError unless values of a data type may stand beside those of a bank's tasks: one model answers for all."""
+    held = {dtype for each in facts if (dtype := dtype_of(each)) is not None}
+    if held and found is not None and found not in held:
+        raise ValueError(
+            f"{what}: the tasks of the bank {bank} are {' and '.join(sorted(held))}, and one model answers for all of them; "
+            "learn the task in that data type (target.dtype)"
+        )
 
 
 def _json(training: Mapping[str, Any]) -> Any:

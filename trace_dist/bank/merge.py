@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from trace_dist.bank.bank import DeltaBank
-from trace_dist.bank.facts import kind_of
+from trace_dist.bank.facts import check_dtype, dtype_of, kind_of
 from trace_dist.bank.index import Index, Member, Record
 from trace_dist.bank.signature import check_comparable
 from trace_dist.bank.writer import Writer, copy, hand_over, read_index
@@ -82,6 +82,10 @@ def _check(left: DeltaBank, right: DeltaBank) -> tuple[Record, ...]:
     for record in left.index.records[:1]:
         for other in right.index.records[:1]:
             check_comparable(kind_of(right.facts(other.name)), kind_of(left.facts(record.name)))
+    facts = [left.facts(name) for name in left.tasks]
+    for name in right.tasks:
+        dtype = dtype_of(right.facts(name))
+        check_dtype(dtype, facts, f"task={name!r}: holds {dtype}", left.folder)
     both = [name for name in right.tasks if name in left.tasks]
     for name in both:
         if not _same(left, right, name):

@@ -142,11 +142,12 @@ def split_launch(words: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
 
 
 def _with_bank(words: Sequence[str]) -> Iterator[str]:
-    """``--bank DIR`` is short for ``--bank.path DIR`` of a run, as all else of the bank is about learning and retrieval."""
-    of_run = any(word in known.RUN_COMMANDS for word in words[:1])
+    """``--bank DIR`` is short for the bank of a run that is filled (``--bank.path DIR``), or that ``eval`` retrieves from."""
+    command = words[0] if words else ""
+    name = "--bank_folder" if command == "eval" else "--bank.path"
     for word in words:
-        if of_run and (word == "--bank" or word.startswith("--bank=")):
-            word = word.replace("--bank", "--bank.path", 1)
+        if command in known.RUN_COMMANDS and (word == "--bank" or word.startswith("--bank=")):
+            word = word.replace("--bank", name, 1)
         yield word
 
 

@@ -21,15 +21,18 @@ def run_evaluate(cfg: RunConfig, bank_folder: str | None) -> dict[str, float]:
         Task or general set -> score in percent, or in bits per byte.
 
     Raises:
-        ValueError: the bank is missing or of another base model.
+        ValueError: the bank is missing, or of another base model or data type.
     """
-    prepare_base(cfg, "target")
-    setting = Setting.load(cfg)
+    # Before a base is made and data are read, which may take long.
     bank = None if bank_folder is None else DeltaBank(bank_folder)
     if bank is not None:
-        check_same(bank.base, setting.fingerprint, f"bank {bank_folder}")
+        bank.check_dtype(cfg.target.dtype)
         if cfg.bank.representation == "adapted":
             bank.check_adapted()
+    prepare_base(cfg, "target")
+    setting = Setting.load(cfg)
+    if bank is not None:
+        check_same(bank.base, setting.fingerprint, f"bank {bank_folder}")
     judge = setting.judge
     row = setting.base_row if bank is None else judge.score_retrieved(setting.model, bank)
     routes = {} if bank is None else judge.routes(setting.model, bank)

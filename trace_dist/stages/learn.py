@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from trace_dist.bank.bank import DeltaBank
+from trace_dist.bank.writer import read_index
 from trace_dist.config import RunConfig
 from trace_dist.continual.earlier import check_room_beside
 from trace_dist.continual.result import read_result
@@ -92,6 +93,7 @@ def check_new(cfg: RunConfig, mask_given: bool) -> None:
     if bank is None:
         return
     bank.check_kind(cfg.bank.signature)
+    bank.check_dtype(cfg.target.dtype)
     if cfg.bank.representation == "adapted":
         bank.check_adapted()
     for task in cfg.tasks:
@@ -128,7 +130,7 @@ def _take_mask(cfg: RunConfig, path: Path) -> None:
     """Keep a given mask as that of the one new task.
 
     Raises:
-        ValueError: there are several tasks, or the mask is missing, corrupt or of another model.
+        ValueError: there are several tasks, the mask is missing, corrupt or of another model, or the task was learned on another.
     """
     names = [task.name for task in cfg.tasks]
     if len(names) != 1:
@@ -139,8 +141,15 @@ def _take_mask(cfg: RunConfig, path: Path) -> None:
         # It is taken at whatever density it was made for.
         mask = replace(mask, meta={key: value for key, value in mask.meta.items() if key != "density"})
         kept = cfg.folder.mask(names[0])
-        if not kept.is_file() or Mask.load(kept) != mask:
-            mask.save(kept)
+        if kept.is_file() and Mask.load(kept) == mask:
+            return
+        bank = cfg.bank_of()
+        if bank.index.is_file() and read_index(bank).get(names[0]) is not None:
+            raise ValueError(
+                f"mask_file={str(path)!r}: the bank {bank.root} holds {names[0]!r}, learned on another mask; leave it out, "
+                f"or remove the task there (`trace-dist bank remove`), delete {cfg.run_dir} and learn it anew"
+            )
+        mask.save(kept)
 
     on_main(keep)
 

@@ -68,6 +68,7 @@ class Retrieved(Method):
         bank = DeltaBank.create(folder.root, setting.fingerprint, *view)
         warn_of_others(bank, setting.model.quantize)
         bank.check_kind(setting.cfg.bank.signature)
+        bank.check_dtype(setting.cfg.target.dtype)
         if setting.cfg.bank.representation == "adapted":
             bank.check_adapted()
         if setting.bench.general and not bank.tasks:
