@@ -135,6 +135,13 @@ def test_without_its_teachers_it_is_refused_before_any_work(folder: Path, cfg: R
             check_methods(make_config(folder, methods, "nowhere"))
     check_methods(make_config(folder, ["retrieved", "consolidated"], "nowhere"))
     check_methods(cfg)
+    bank = DeltaBank(cfg.bank_of().root)
+    kept, task = bank.signature("one"), bank.own_delta("one")
+    assert task is not None
+    bank.add(replace(kept, task="silent"), replace(task, task="silent"))
+    with pytest.raises(ValueError, match=r"^task='silent': the bank .* keeps no prompts of it to teach with"):
+        check_methods(cfg)
+    bank.remove("silent")
     options = {"consolidated": {"general": 1.0}}
     with pytest.raises(ValueError, match=r"continual.options.consolidated.general=1.0: must lie in \[0, 1\)"):
         check_methods(replace(cfg, continual=replace(cfg.continual, options=options)))

@@ -14,7 +14,7 @@ from trace_dist.bank.delta import Delta
 from trace_dist.config import RunConfig
 from trace_dist.continual.driver import run_continual
 from trace_dist.continual.methods.consolidated import Consolidated
-from trace_dist.stages.consolidate import as_consolidated, run_consolidate
+from trace_dist.stages.consolidate import _begin, as_consolidated, run_consolidate
 from trace_dist.utils.files import read_json, write_json
 
 
@@ -72,6 +72,41 @@ def test_it_folds_tasks_that_the_configuration_does_not_name(
     bank.remove(TASKS[0])
     run_consolidate(as_consolidated(cfg))
     assert Delta.load(product).mask == bank.mask(TASKS[1])
+
+
+def test_what_was_made_of_other_values_or_is_gone_is_made_anew(cfg: RunConfig) -> None:
+    """A task that was learned again on the same mask, with the same rate and steps, is another teacher."""
+    folding = as_consolidated(cfg)
+    bank, product = DeltaBank(cfg.bank_of().root), folding.folder.product("consolidated")
+    result, made = product.with_suffix(".json"), folding.folder.progress("consolidated") / "made_of.json"
+    _begin(folding, bank, result)
+    for path in (product, result):
+        path.write_text("{}")
+    # Nothing is forgotten of what is as it was, or says less, as that of an earlier release.
+    write_json(made, {key: value for key, value in read_json(made).items() if key != "files"})
+    _begin(folding, bank, result)
+    assert product.is_file()
+    assert result.is_file()
+    _begin(folding, bank, result)
+    before, facts = bank.own_delta(TASKS[0]), bank.facts(TASKS[0])["training"]
+    signature, prompts = bank.signature(TASKS[0]), bank.prompts(TASKS[0])
+    assert before is not None
+    later = replace(before, values={name: values + 1 for name, values in before.values.items()})
+    bank.remove(TASKS[0])
+    bank.add(signature, later, facts=facts, prompts=prompts)
+    _begin(folding, bank, result)
+    assert not product.exists()
+    assert not result.exists()
+    result.write_text("{}")
+    _begin(folding, bank, result)
+    assert not result.exists()
+
+
+def test_a_run_may_have_the_name_of_its_folder(cfg: RunConfig) -> None:
+    run = Path(cfg.run_dir).with_name("consolidate")
+    folding = as_consolidated(replace(cfg, run_dir=str(run)))
+    assert folding.run_dir == str(run / "consolidate")
+    assert as_consolidated(folding) == folding
 
 
 def test_without_a_bank_or_its_task_it_is_refused(cfg: RunConfig) -> None:

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from trace_dist.bank.bank import BASE, DeltaBank
+from trace_dist.bank.index import Record
 from trace_dist.config import RunConfig
 from trace_dist.config.how_it_runs import decisive
 from trace_dist.continual.driver import check_methods, race
 from trace_dist.continual.methods.base import Method
 from trace_dist.continual.result import thinned
 from trace_dist.continual.setting import Setting
+from trace_dist.run_folder import DELTA, PROMPTS, RECIPE
 from trace_dist.stages.learn import check_base
 from trace_dist.stages.pipeline import run_pipeline
 from trace_dist.stages.stage import Stage
@@ -41,10 +43,12 @@ def as_consolidated(cfg: RunConfig) -> RunConfig:
         ValueError: there is no bank, or it is damaged.
     """
     root, folder = cfg.bank_of().root, Path(cfg.run_dir)
+    # A run may have that name, too.
+    is_folding = folder.name == FOLDER and cfg.continual.methods == [METHOD] and cfg.bank.path is not None
     bank = DeltaBank(root)
     return replace(
         cfg,
-        run_dir=str(folder if folder.name == FOLDER else folder / FOLDER),
+        run_dir=str(folder if is_folding else folder / FOLDER),
         bank=replace(cfg.bank, path=str(root), layer=bank.layer, pooling=bank.pooling),
         continual=replace(cfg.continual, methods=[METHOD]),
     )
@@ -63,6 +67,7 @@ def run_consolidate(cfg: RunConfig) -> dict[str, float]:
     result = cfg.folder.product(METHOD).with_suffix(".json")
     bank = DeltaBank(cfg.bank_of().root)
     # Before anything older is forgotten.
+    bank.check_dtype(cfg.target.dtype)
     on_main(lambda: check_base(cfg, bank))
     on_main(lambda: _begin(cfg, bank, result))
     if on_main(result.is_file):
@@ -89,15 +94,26 @@ def _begin(cfg: RunConfig, bank: DeltaBank, result: Path) -> None:
             **{section: asdict(cfg)[section] for section in sections},
             "options": cfg.continual.options.get(METHOD, {}),
             "bank": {record.name: dict(record.facts) for record in bank.index.records},
+            "files": {record.name: _taught_by(record) for record in bank.index.records},
         }
     )
-    if path.is_file() and decisive(read_json(path)) == about:
+    # A record of an earlier release does not say which files they were.
+    if path.is_file() and {"files": about["files"]} | decisive(read_json(path)) == about:
+        write_json(path, about)
+        if not cfg.folder.product(METHOD).is_file():
+            result.unlink(missing_ok=True)
         return
     for stale in (cfg.folder.checkpoints(METHOD), path.parent):
         shutil.rmtree(stale, ignore_errors=True)
     for stale in (result, cfg.folder.product(METHOD)):
         stale.unlink(missing_ok=True)
     write_json(path, about)
+
+
+def _taught_by(record: Record) -> dict[str, str]:
+    """Checksums of what a task's teacher is made of, and of what it is asked."""
+    files = record.files
+    return {file: files[file].sha256 for file in (DELTA, RECIPE, PROMPTS) if file in files}
 
 
 def _fold(cfg: RunConfig, bank: DeltaBank, result: Path) -> None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from operator import or_
+from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
@@ -25,13 +26,14 @@ from trace_dist.bank.prompts import Prompts, PromptSets
 from trace_dist.config import RunConfig
 from trace_dist.config.checks import Rate, Section, check
 from trace_dist.continual.learn import put_back
-from trace_dist.continual.methods.one_set import OneSet
+from trace_dist.continual.methods.one_set import OneSet, held
 from trace_dist.continual.prompts import pairs_in, prompts_of
 from trace_dist.data.encoding import context_length, pad_id
 from trace_dist.data.modality import load_modality
 from trace_dist.evaluation.inputs import config_of
 from trace_dist.masks.mask import Mask
 from trace_dist.profiling.memory_setup import MemorySetup
+from trace_dist.run_folder import PROMPTS
 from trace_dist.train.learner import Learner
 from trace_dist.train.loop import TrainResult
 from trace_dist.train.soft import SoftBatches, SoftLearner
@@ -39,7 +41,7 @@ from trace_dist.train.task import train_learner
 from trace_dist.train.teacher import answer, teach
 from trace_dist.train.workbench import Stream
 from trace_dist.utils.log import get_logger
-from trace_dist.utils.together import on_all
+from trace_dist.utils.together import on_all, on_main
 
 logger = get_logger(__name__)
 
@@ -107,6 +109,11 @@ class Consolidated(OneSet):
                 f"continual.methods={name!r}: asks teachers for texts, and data.modality is {cfg.data.modality!r}; "
                 "remove the method"
             )
+        if not on_main(lambda: cfg.folder.method(name).is_file()):
+            own = {task.name for task in cfg.tasks}
+            for record in held(cfg):
+                if record.name not in {BASE, *own} and PROMPTS not in record.files:
+                    raise _unasked(record.name, cfg.bank_of().root)
 
     def folded(self, stream: Stream) -> list[str]:
         """The tasks that are known after a task: those that other runs have left in the bank, and this run's up to that one."""
@@ -231,10 +238,7 @@ class Consolidated(OneSet):
         for stream in self.setting.bench.tasks:
             if stream.task.name == task:
                 return self._wanted(prompts_of(self.setting, stream, None))
-        raise ValueError(
-            f"task={task!r}: the bank {self.bank.folder} keeps no prompts of it to teach with, and it is none of this run's "
-            "tasks; add its examples to the tasks of the configuration, or learn it again with bank.keep_prompts"
-        )
+        raise _unasked(task, self.bank.folder)
 
     def _wanted(self, prompts: Prompts) -> Prompts:
         return Prompts(prompts.pairs[: self.options.prompts], prompts.max_new_tokens)
@@ -256,6 +260,14 @@ class Consolidated(OneSet):
 
     def facts(self) -> dict[str, Any]:
         return {**super().facts(), "prompts": {task: len(rows) for task, rows in self._said.tasks.items()}}
+
+
+def _unasked(task: str, bank: Path) -> ValueError:
+    """Of a task that no teacher can be asked for."""
+    return ValueError(
+        f"task={task!r}: the bank {bank} keeps no prompts of it to teach with, and it is none of this run's tasks; add its "
+        "examples to the tasks of the configuration, or learn it again with bank.keep_prompts"
+    )
 
 
 def _asked(encoded: datasets.Dataset) -> list[tuple[int, ...]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.delta import Delta, applied
+from trace_dist.bank.index import Record
 from trace_dist.bank.learned_on import warn_of_others
 from trace_dist.config import RunConfig
 from trace_dist.continual.judge import Row
@@ -101,8 +102,13 @@ class OneSet(Method):
         return self.delta
 
 
+def held(cfg: RunConfig) -> list[Record]:
+    """What a run's bank holds so far. Collective."""
+    folder = cfg.bank_of()
+    return list(DeltaBank(folder.root).index.records) if on_main(folder.index.is_file) else []
+
+
 def _missing(cfg: RunConfig) -> list[str]:
     """Tasks of a run that its bank does not hold yet."""
-    folder = cfg.bank_of()
-    held = DeltaBank(folder.root).tasks if on_main(folder.index.is_file) else []
-    return [task.name for task in cfg.tasks if task.name not in held]
+    names = [record.name for record in held(cfg)]
+    return [task.name for task in cfg.tasks if task.name not in names]
