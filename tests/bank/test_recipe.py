@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from trace_dist.bank.folder import read_task
 from trace_dist.bank.merge import merge
 from trace_dist.bank.recipe import GROUPS, Part, Recipe
 from trace_dist.bank.verify import verify
+from trace_dist.cli.main import main
 from trace_dist.models.fingerprint import fingerprint
 from trace_dist.serving.cache import DeltaCache
 from trace_dist.sharding import ShardedModel
@@ -254,6 +256,22 @@ def test_the_recipe_of_another_task_is_refused(bank: DeltaBank, model: ShardedMo
     for read in (bank.recipe, bank.needs, bank.mask, lambda task: bank.delta_on(task, model)):
         with pytest.raises(ValueError, match=r"recipe\.json: damaged recipe \(its bytes are not those"):
             read("c")
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text("{")])
+def test_a_task_whose_recipe_is_lost_can_be_removed(
+    damage: Callable[[Path], None], bank: DeltaBank, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where there is no copy; what another damaged recipe may need stays."""
+    damage(bank.files.task("d") / "recipe.json")
+    with pytest.raises(ValueError, match=r"d/recipe\.json"):
+        bank.remove("a")
+    assert main(["bank", "show", str(bank.folder)]) == 0
+    shown = [line.split("│")[-2].strip() for line in capsys.readouterr().out.splitlines() if line[:1] == "│"]
+    assert shown == ["-", "-", "a, b", "damaged"]
+    bank.remove("d")
+    assert verify(bank) == []
+    assert bank.tasks == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bank.add(drawn("old", 1, dim=32), extract_delta(model, mask, "old"))
     config |= {"bank": {"path": str(root / "bank")}, "projection": {"placement": "magnitude"}}
     config |= {"mask": {"isolation": "exclusive", "granularity": "row", "density": 0.3}}
+    config |= {"continual": {"methods": ["retrieved"]}}
     write_config(root, config)
     return root
 
@@ -51,6 +53,32 @@ def test_nothing_is_begun_where_the_bank_has_no_room(
     assert "lower mask.density to 0.2 at most" in said or "lower mask.density to 0.19" in said
     assert not (folder / "run" / "probe").exists()
     assert not (folder / "run" / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--bank.layer=0", "bank.layer=0: the bank"),
+        ("--bank.pooling=max", "bank.pooling='max': the bank"),
+        ("--bank.signature=full", "which compare by covariance"),
+        ("--target.dtype=bfloat16", "target.dtype='bfloat16': the tasks of the bank"),
+        ("--bank.representation=adapted", "has no signature of old under its own weights"),
+        ("--target.path=OTHER", "made for the model with fingerprint"),
+    ],
+)
+def test_a_run_that_its_bank_does_not_suit_is_not_begun(
+    option: str, words: str, folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Such a run had made its bases, probed and projected before."""
+    if "OTHER" in option:
+        shutil.copytree(folder / "run" / "models" / "target", tmp_path / "other")
+        build_tiny(TinyConfig(32, 2, 2, 48), 40, seed=7).save_pretrained(tmp_path / "other")
+    own = ["--run_dir", str(tmp_path / "run"), option.replace("OTHER", str(tmp_path / "other"))]
+    config = str(folder / "config.yaml")
+    assert main(["run", "--config", config, "--mask.isolation", "shared", *own]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run" / "probe").exists()
+    assert not (tmp_path / "run" / "logs").exists()
 
 
 def test_what_has_room_or_shares_is_let_through(folder: Path) -> None:

@@ -16,7 +16,7 @@ from trace_dist.bank.signature import Signature, check_comparable
 from trace_dist.bank.sketch import Sketch
 from trace_dist.bank.writer import Writer, locked, read_index
 from trace_dist.config.bank import Pooling
-from trace_dist.config.checks import check
+from trace_dist.config.checks import AUTO, check
 from trace_dist.models.fingerprint import fuller, same_model
 from trace_dist.run_folder import ADAPTED, DELTA, PROMPTS, RECIPE, SIGNATURE, SKETCH, BankFolder
 from trace_dist.utils.names import BASE, check_new_name, check_task_name
@@ -111,9 +111,14 @@ def open_or_start(files: BankFolder, base: str, layer: int, pooling: Pooling) ->
             f"bank {files.root}: made for the base model {index.base[:12]}, not for {base[:12]}; "
             "choose another folder, or use the model it was made for"
         )
+    check_view(files, index, layer, pooling)
+
+
+def check_view(files: BankFolder, index: Index, layer: int | str, pooling: str) -> None:
+    """Raise ValueError unless a bank was made with a layer and a pooling; ``auto`` is whatever it was made with."""
     for field, wanted, found in (("layer", layer, index.layer), ("pooling", pooling, index.pooling)):
         rule = f"the bank {files.root} was made with {found}"
-        check(wanted == found, f"bank.{field}", wanted, rule, "set that, or choose another folder")
+        check(wanted in (found, AUTO), f"bank.{field}", wanted, rule, "set that, or choose another folder")
 
 
 def _start(files: BankFolder, index: Index) -> None:
@@ -201,7 +206,9 @@ def remove(writer: Writer, name: str) -> None:
     needing = [
         record.name
         for record in writer.index.records
-        if RECIPE in record.files
+        # Its own one may be damaged, which is why it goes.
+        if record is not gone
+        and RECIPE in record.files
         and gone.key in [part.key for part in Recipe.load(writer.files.task(record.folder) / RECIPE).parts]
     ]
     if needing:

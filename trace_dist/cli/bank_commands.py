@@ -25,7 +25,7 @@ def bank_command(values: Any) -> None:
 
 def _show(bank: DeltaBank, arguments: Any) -> None:
     columns = ["task", "clusters", "delta", "entries", "density", "granularity", "dtype"]
-    needs = {name: ", ".join(bank.needs(name)) for name in bank.tasks}
+    needs = {name: _needs(bank, name) for name in bank.tasks}
     # Of the own part of a task that is kept as a recipe.
     table = Table(*columns, *(["recipe over"] if any(needs.values()) else []))
     for name in bank.tasks:
@@ -40,6 +40,14 @@ def _show(bank: DeltaBank, arguments: Any) -> None:
     print_table(table, markup=False)
     pooling = "" if bank.pooling == "mean" else f", pooling {bank.pooling}"
     print(f"generation {bank.generation}, layer {bank.layer}{pooling}, base model {bank.base}")
+
+
+def _needs(bank: DeltaBank, task: str) -> str:
+    """The tasks that a recipe is made of; a damaged one hides no other task."""
+    try:
+        return ", ".join(bank.needs(task))
+    except ValueError:
+        return "damaged"
 
 
 def _verify(bank: DeltaBank, arguments: Any) -> None:

@@ -25,7 +25,7 @@ logger = get_logger(__name__)
 def run_command(cfg: RunConfig, dry_run: bool) -> None:
     if dry_run:
         check_start(cfg, "run")
-        _check_room(cfg)
+        _check_bank(cfg)
         say_preview(cfg)
         say_hosts_of_stages(cfg)
         return
@@ -35,7 +35,7 @@ def run_command(cfg: RunConfig, dry_run: bool) -> None:
     from trace_dist.stages.pipeline import run_pipeline, stage_groups
     from trace_dist.stages.words import next_steps
 
-    _check_room(cfg)
+    _check_bank(cfg)
     run_pipeline(cfg, stage_groups(cfg))
     say_report(cfg)
     if asks(cfg):
@@ -44,13 +44,19 @@ def run_command(cfg: RunConfig, dry_run: bool) -> None:
         print(next_steps(cfg))
 
 
-def _check_room(cfg: RunConfig) -> None:
-    """Raise ValueError where the masks of a run find no room beside the tasks that its bank holds."""
+def _check_bank(cfg: RunConfig) -> None:
+    """Raise ValueError where what a run learns does not fit its bank, or its masks find no room beside the tasks there."""
     from trace_dist.bank.bank import DeltaBank
     from trace_dist.continual.earlier import check_room_beside
+    from trace_dist.stages.learn import METHOD, check_fits
 
     if cfg.bank_of().index.is_file():
-        check_room_beside(cfg, DeltaBank(cfg.bank_of().root))
+        bank = DeltaBank(cfg.bank_of().root)
+        # Its own one was made by this run.
+        fills = METHOD in cfg.continual.methods and cfg.bank.path is not None
+        if fills and not cfg.folder.method(METHOD).is_file():
+            check_fits(cfg, bank)
+        check_room_beside(cfg, bank)
 
 
 def learn_command(cfg: RunConfig, mask_file: str | None, dry_run: bool) -> None:

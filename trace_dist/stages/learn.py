@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from trace_dist.bank.bank import DeltaBank
+from trace_dist.bank.changes import check_view
 from trace_dist.bank.writer import read_index
 from trace_dist.config import RunConfig
 from trace_dist.continual.earlier import check_room_beside
@@ -92,10 +93,6 @@ def check_new(cfg: RunConfig, mask_given: bool) -> None:
     on_main(lambda: _check_result(cfg, [] if bank is None else bank.tasks))
     if bank is None:
         return
-    bank.check_kind(cfg.bank.signature)
-    bank.check_dtype(cfg.target.dtype)
-    if cfg.bank.representation == "adapted":
-        bank.check_adapted()
     for task in cfg.tasks:
         # With a mask of its own the task was begun here; `continual.learn` compares mask and examples.
         if task.name in bank.tasks and not on_main(cfg.folder.mask(task.name).is_file):
@@ -103,10 +100,20 @@ def check_new(cfg: RunConfig, mask_given: bool) -> None:
                 f"tasks.name={task.name!r}: the bank {folder.root} holds a task of this name; rename one "
                 f"(`trace-dist bank rename {folder.root} {task.name} NEW`), or remove it there"
             )
-    # Once, not on each rank.
-    on_main(lambda: check_base(cfg, bank))
+    check_fits(cfg, bank)
     if not mask_given:
         on_main(lambda: check_room_beside(cfg, bank))
+
+
+def check_fits(cfg: RunConfig, bank: DeltaBank) -> None:
+    """Raise ValueError unless a bank can take what a configuration learns; reads all of the target's weights. Collective."""
+    check_view(bank.files, bank.index, cfg.bank.layer, cfg.bank.pooling)
+    bank.check_kind(cfg.bank.signature)
+    bank.check_dtype(cfg.target.dtype)
+    if cfg.bank.representation == "adapted":
+        bank.check_adapted()
+    # Once, not on each rank.
+    on_main(lambda: check_base(cfg, bank))
 
 
 def _check_result(cfg: RunConfig, held: Collection[str]) -> None:

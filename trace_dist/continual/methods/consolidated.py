@@ -266,7 +266,7 @@ def _unasked(task: str, bank: Path) -> ValueError:
     """Of a task that no teacher can be asked for."""
     return ValueError(
         f"task={task!r}: the bank {bank} keeps no prompts of it to teach with, and it is none of this run's tasks; add its "
-        "examples to the tasks of the configuration, or learn it again with bank.keep_prompts"
+        "examples to the tasks of the configuration, learn it again with bank.keep_prompts, or leave consolidated out"
     )
 
 
