@@ -12,8 +12,10 @@ from bank.samples import drawn, same_delta, small_delta, write_old_bank
 from trace_dist import DeltaBank
 from trace_dist.bank.bank import BASE
 from trace_dist.bank.merge import merge
+from trace_dist.bank.prompts import Prompts
 from trace_dist.bank.sketch import sketch_update
 from trace_dist.bank.verify import verify
+from trace_dist.data.encoding import Pair
 
 
 def bank_of(folder: Path, *tasks: tuple[str, int], layer: int = 1, base: str = "aaaa") -> DeltaBank:
@@ -92,6 +94,20 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"two/delta\.safetensors: no such file; restore it"):
         merge(left, fine, out)
     assert sorted(path.name for path in tmp_path.iterdir()) == list("abcdefg")
+
+
+def test_what_one_of_them_keeps_of_a_task_is_kept(tmp_path: Path) -> None:
+    """The left bank has the task alone, the right one a sketch beside it, and prompts of the base."""
+    left, right = DeltaBank.create(tmp_path / "a", "aaaa", 1), bank_of(tmp_path / "b", ("one", 1))
+    left.add(drawn(BASE, 0), None)
+    left.add(drawn("one", 1), small_delta("one", 1, model="aaaa"))
+    prompts = {"plain": Prompts([Pair([1, 2], [])], 3)}
+    right.add(drawn(BASE, 0), None, prompts=prompts)
+    for number, pair in enumerate(((left, right), (right, left))):
+        found = merge(*pair, tmp_path / f"out{number}")
+        assert found.sketch("one") is not None
+        assert found.prompts(BASE) == prompts
+        assert verify(found) == []
 
 
 def test_tasks_of_another_data_type_are_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from trace_dist.bank.index import Index, Member, Record
 from trace_dist.bank.signature import check_comparable
 from trace_dist.bank.writer import Writer, copy, hand_over, read_index
 from trace_dist.models.fingerprint import fuller, same_model
-from trace_dist.run_folder import BankFolder
+from trace_dist.run_folder import DELTA, SIGNATURE, BankFolder
 from trace_dist.utils.files import atomic_folder, check_apart, corrupt
 from trace_dist.utils.names import BASE
 
@@ -21,7 +21,7 @@ from trace_dist.utils.names import BASE
 def merge(left: DeltaBank, right: DeltaBank, out: Path | str) -> DeltaBank:
     """A new bank with the tasks of two banks of one base model, in order; their files are copied as they are.
 
-    A task (or the signature of the base model) that is in both with the same bytes is kept once.
+    A task (or the signature of the base model) that is in both with the same bytes is kept once, with all that either has of it.
 
     Args:
         left: its tasks come first; an old bank is read as it is.
@@ -49,7 +49,7 @@ def merge(left: DeltaBank, right: DeltaBank, out: Path | str) -> DeltaBank:
         for bank, wanted in ((left, left.index.records), (right, added)):
             for record in wanted:
                 folder = replace(empty, records=tuple(records)).folder_for(record.name)
-                records.append(_copied(writer, bank, record, folder))
+                records.append(_copied(writer, bank, record, folder, right))
         writer.commit(replace(empty, records=tuple(records)))
     return DeltaBank(out)
 
@@ -108,16 +108,29 @@ def _same(left: DeltaBank, right: DeltaBank, name: str) -> bool:
     return same and left.recipe(name) == right.recipe(name)
 
 
-def _copied(writer: Writer, bank: DeltaBank, record: Record, folder: str) -> Record:
-    """A task in the new bank.
+def _copied(writer: Writer, bank: DeltaBank, record: Record, folder: str, other: DeltaBank) -> Record:
+    """A task in the new bank, with what the other bank alone keeps of it, such as prompts.
 
     Raises:
         ValueError: a file is not as it was written.
     """
     new = Record(record.name, folder, facts=bank.facts(record.name))
-    staged = writer.stage(new, lambda path: hand_over(bank.files, record, path, copy))
-    for file, member in record.files.items():
+    twin = other.index.get(record.name) or record
+    sources = {file: (bank.files.task(record.folder) / file, member) for file, member in record.files.items()}
+    added = {
+        file: (other.files.task(twin.folder) / file, member)
+        for file, member in twin.files.items()
+        if file not in {SIGNATURE, DELTA, *sources}
+    }
+
+    def fill(path: Path) -> None:
+        hand_over(bank.files, record, path, copy)
+        for file, (source, _) in added.items():
+            copy(source, path / file)
+
+    staged = writer.stage(new, fill)
+    for file, (source, member) in (sources | added).items():
         if staged.files[file] != member:
-            raise corrupt(bank.files.task(record.folder) / file, file.split(".")[0], "its bytes have changed")
+            raise corrupt(source, file.split(".")[0], "its bytes have changed")
     writer.publish(staged)
     return staged
