@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
-from engine.cases import CASES
+import torch.nn.utils.prune
+from engine.cases import CASES, batches
 from engine.toy import WIDTH, Toy
+from torch import nn
 
 from trace_dist import Mask, MaskedAdamW, shard
 from trace_dist.bank.delta import check_base
@@ -90,3 +96,38 @@ def test_fingerprint_of_another_model() -> None:
 def test_unknown_backend() -> None:
     with pytest.raises(ValueError, match="backend='zero4': unknown; use one of single, zero3"):
         shard(CASE.model(), "zero4")
+
+
+def by_weight_norm(layer: nn.Module) -> None:
+    with warnings.catch_warnings():
+        # Of torch, which has another one now; checkpoints of models that use this one stay.
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(layer)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        partial(nn.utils.prune.l1_unstructured, name="weight", amount=0.5),
+        nn.utils.spectral_norm,
+        by_weight_norm,
+        nn.utils.parametrizations.weight_norm,
+    ],
+    ids=["prune", "spectral_norm", "weight_norm", "parametrization"],
+)
+def test_a_layer_whose_weight_is_computed(compute: Callable[[nn.Module], object]) -> None:
+    """What it is computed from trains like any other parameter, and the layers beside it as before."""
+    model, other = CASE.model().train(), CASE.model().train()
+    for each in (model, other):
+        torch.manual_seed(0)
+        compute(each.model.layers[0].mlp.up_proj)
+    mask = Mask.random(model, 0.5, maskable="up_proj|down_proj")
+    optimizer = MaskedAdamW(model, mask)
+    ids = batches(CASE)[0][0]
+    for each in (model, other):
+        each(input_ids=ids).logits.square().mean().backward()
+    dense = {name: p.grad for name, p in other.named_parameters()}
+    assert any("layers.0.mlp.up_proj" in name for name in mask)
+    for support in optimizer.supports:
+        expected = dense[support.name].flatten()[mask.elements(support.name)]
+        torch.testing.assert_close(support.grad, expected, rtol=1e-4, atol=1e-7)

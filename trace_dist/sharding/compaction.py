@@ -319,7 +319,11 @@ def _stay_whole(module: nn.Module) -> Callable[[], None]:
 
 
 def linear_modules(module: nn.Module) -> dict[str, nn.Linear | NF4Linear]:
-    """Parameter name -> the linear layer whose weight it is. Tied weights are left to hooks: two modules own them."""
+    """Parameter name -> the linear layer whose weight it is.
+
+    Left to hooks are tied weights, which two modules own, and what a weight is computed from before each pass, as pruning
+    (``torch.nn.utils.prune``), weight and spectral norm do it: such a layer has no parameter of the name.
+    """
     owners: dict[int, int] = {}
     for child in module.modules():
         for parameter in child.parameters(recurse=False):
@@ -328,5 +332,5 @@ def linear_modules(module: nn.Module) -> dict[str, nn.Linear | NF4Linear]:
         plain_name(f"{name}.weight" if name else "weight"): child
         for name, child in module.named_modules()
         if isinstance(child, NF4Linear)
-        or (type(child) in (nn.Linear, MaskedLinear) and owners[id(child._parameters["weight"])] == 1)
+        or (type(child) in (nn.Linear, MaskedLinear) and owners.get(id(child._parameters.get("weight"))) == 1)
     }
