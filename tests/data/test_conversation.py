@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from trace_dist.config import DataConfig, TaskConfig
 from trace_dist.data import IGNORE, encode, encode_pairs, encode_prompt, load_examples
 from trace_dist.data.encoding import last_pair
+from trace_dist.data.template import _say_left_out
 
 TURNS = [
     {"role": "user", "content": "what is two"},
@@ -236,3 +237,26 @@ def test_a_system_turn_that_a_template_refuses_is_one_line() -> None:
     )
     with pytest.raises(ValueError, match=r"cannot be rendered for a b turns \(TemplateError: who\?\)"):
         encode_prompt([[{"role": "a\nb", "content": "u"}]], odd)
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("{% if m.role != 'system' %}{{ m.content }}<|end|>{% endif %}", True),
+        ("{% if m.role != 'system' or loop.first %}{{ m.content }}<|end|>{% endif %}", False),
+        ("{{ m.content | upper if m.role == 'system' else m.content }}<|end|>", False),
+    ],
+    ids=["left out", "written", "in capitals"],
+)
+def test_a_system_turn_that_a_template_leaves_out_is_said_once(
+    written: str, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    _say_left_out.cache_clear()
+    tokenizer = bpe_tokenizer(f"{{% for m in messages %}}{written}{{% endfor %}}")
+    told = [[{"role": "system", "content": text}, *TURNS[:1]] for text in (" ", "be brief", "be kind")]
+    for prompts in ([TURNS, TURNS[:1]], told[:1]):  # of which the system says nothing
+        encode_prompt(prompts, tokenizer)
+    assert "the system says" not in caplog.text
+    for _ in range(2):
+        encode_prompt([TURNS, *told], tokenizer)
+    assert caplog.text.count("it leaves out what the system says, in training and in answers") == said

@@ -274,6 +274,9 @@ def test_an_unknown_id_and_a_path_that_is_not_there(tmp_path: Path, monkeypatch:
         ("d.csv", "prompt,answer\na,b\nc,d,e\n", r"d\.csv:3: the row has 3 cells, the header 2"),
         ("d.csv", "prompt,answer\na,b\nc\n", r"d\.csv:3: the row has 1 cells"),
         ("d.csv", "prompt,prompt\na,b\n", r"d\.csv:1: the header is \['prompt', 'prompt'\]; name each column once"),
+        ("d.csv", 'prompt,answer\na,b\n"say "hi" to",b\n', r"d\.csv:3: a cell begins with a quote, and does not end with"),
+        ("d.csv", 'prompt,answer\na,b\n"c,d\ne,f\n', r"d\.csv:3: a cell begins with a quote.*unexpected end of data"),
+        ("d.tsv", 'prompt\tanswer\n"a" is\tb\n', r"d\.tsv:2: a cell .*write each quote inside as \"\""),
         ("d.csv", "", r"d\.csv:1: the header is \[\]"),
         ("d.csv", "prompt,answer\n", r"d\.csv:1: there is no row below the header; add examples"),
         ("d.csv", b"prompt,answer\ncaf\xe9,b\n", r"d\.csv:2: byte 0xe9 is not UTF-8"),
@@ -339,7 +342,7 @@ def test_a_file_that_another_of_the_same_time_has_replaced(name: str, tmp_path: 
 
 def test_cells_are_texts_as_they_stand(tmp_path: Path) -> None:
     """No number, date, missing value or index is read into a cell; a byte-order mark and foreign line ends are left out."""
-    cells = ["007", "1.50", "NA", "null", "2020-01-01", "True", " x "]
+    cells = ["007", "1.50", "NA", "null", "2020-01-01", "True", " x ", 'the "x"', '5"']
     lines = "prompt,answer\r\n" + "".join(f"q{i},{cell}\r\n" for i, cell in enumerate(cells)) + "\r\n"
     (tmp_path / "d.csv").write_bytes(lines.encode("utf-8-sig"))
     (tmp_path / "d.test.csv").write_bytes(b"prompt,answer\nx,y\n")

@@ -10,6 +10,7 @@ import io
 import json
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +120,10 @@ def cells_header(path: Path, separator: str) -> list[str]:
     A column without a name, such as the index that pandas writes, has the name that pandas gives it, ``Unnamed: 0``.
 
     Raises:
-        ValueError: as ``read_text``; there is no header or no row, a column is named twice, cells are separated otherwise, or a
-            row is longer or shorter.
+        ValueError: as ``read_text``; there is no header or no row, a column is named twice, cells are separated otherwise, a row
+            is longer or shorter, or a cell goes on behind its closing quote.
     """
-    csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=separator)
-    rows = ((reader.line_num, row) for row in reader if row)
+    rows = _cells(path, separator)
     _, header = next(rows, (0, []))
     header = [name or f"Unnamed: {place}" for place, name in enumerate(header)]
     other = next((each for each in SEPARATORS if len(header) == 1 and each in header[0]), None)
@@ -144,6 +143,27 @@ def cells_header(path: Path, separator: str) -> list[str]:
     if not line:
         raise ValueError(f"{path}:1: there is no row below the header; add examples")
     return header
+
+
+def _cells(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows that are not empty, each with the number of its last line.
+
+    Strictly: of a cell that begins with a quote and goes on behind its second one, readers drop the quotes without a word, and
+    one that is never closed swallows the rows behind it.
+    """
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=separator, strict=True)
+    begun = 1
+    try:
+        for row in reader:
+            if row:
+                yield reader.line_num, row
+            begun = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}:{begun}: a cell begins with a quote, and does not end with its second one ({error}); put the whole cell "
+            'into quotes, and write each quote inside as ""'
+        ) from None
 
 
 def _lines(whole: str, path: Path) -> list[tuple[int, Any]]:

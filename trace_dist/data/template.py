@@ -30,6 +30,9 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from trace_dist.data.examples import Prompt, Turn, turns_of
+from trace_dist.utils.log import get_logger
+
+logger = get_logger(__name__)
 
 _MARK = "theanswergoeshere"
 _ANSWER: Turn = {"role": "assistant", "content": _MARK}
@@ -71,6 +74,7 @@ def frames(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> lis
     if _generation_prompt(turns_of("a"), tokenizer) == _generation_prompt(turns_of("b"), tokenizer):
         raise ValueError(f"{_name(tokenizer)}: it writes the same text whatever the user says; {_CURE}")
     asked = [turns_of(prompt) for prompt in prompts]
+    _check_system(asked, tokenizer)
     begun = _rendered(asked, tokenizer, add_generation_prompt=True)
     whole = _rendered([[*turns, _ANSWER] for turns in asked], tokenizer, add_generation_prompt=False)
     end_of = cache(lambda after: _end_of(after, tokenizer))  # a template ends nearly all answers alike
@@ -258,6 +262,28 @@ def _told(template: str) -> dict[str, Any]:
     switches: dict[str, Any] = {name: False for name in _SWITCHES if re.search(rf"\b{name}\b", template)}
     dated = _TODAY.sub(lambda call: repr(_DAY.strftime(call[2])), template)
     return switches if dated == template else {**switches, "chat_template": dated}
+
+
+def _check_system(conversations: Sequence[list[Turn]], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn where the template leaves out what the system says, as looked at in the first conversation where it says something."""
+    for turns in conversations:
+        places = [turn["role"] == "system" and bool(turn["content"].strip()) for turn in turns]
+        if any(places):
+            marked = [
+                {**turn, "content": _MARK} if told else turn for turn, told in zip(turns, places, strict=True)
+            ]
+            if _generation_prompt(marked, tokenizer).lower().count(_MARK) < sum(places):
+                _say_left_out(_name(tokenizer))
+            return
+
+
+@cache
+def _say_left_out(name: str) -> None:
+    logger.warning(
+        "%s: it leaves out what the system says, in training and in answers; put it into the user's turn, or give the tokenizer "
+        "a chat_template that writes it",
+        name,
+    )
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:

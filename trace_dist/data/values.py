@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ def text(value: Any, where: str) -> str:
     # As pandas writes a number that is missing.
     if isinstance(value, (float, np.floating)) and value != value:
         raise ValueError(f"{where}: NaN, where a value is missing; fill it in or drop the example")
+    if isinstance(value, Decimal) and value.is_finite():
+        return f"{value:f}"
     if isinstance(value, (int, float, np.number)):
         # An integer may be too large for a float, but is always finite.
         if isinstance(value, (float, np.floating)) and not math.isfinite(value):
