@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -107,6 +108,12 @@ def prepared(out: Path) -> dict[str, Any]:
     model = CASE.model()
     optimizer = make_optimizer(CASE, model)
     found["ddp later"] = plain_loop(CASE, model, optimizer, DistributedDataParallel(model))
+    model = DistributedDataParallel(CASE.model(), static_graph=True)
+    found["static graph"] = plain_loop(CASE, model, make_optimizer(CASE, model))
+    model = CASE.model()
+    optimizer = make_optimizer(CASE, model)
+    static = DistributedDataParallel(model, static_graph=True)
+    found["static graph later"] = plain_loop(CASE, model, optimizer, static)
 
     for case in (CASE, ROWS):
         theirs = engine(case)
@@ -157,7 +164,21 @@ def called() -> dict[str, Any]:
     theirs.zero_grad()
     found["reset"] = bool(reached) and not any(support.grad.any() for support in optimizer.supports)
     found["engine.step"] = refused(theirs.step)
+    found["clipping"] = clipping(case)
     return found
+
+
+def clipping(case: Case) -> list[str]:
+    """What is said of engines whose configs do not clip, and do."""
+    said: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("trace_dist.sharding.zero3")
+    log.addHandler(listener)
+    for config in ({}, {"gradient_clipping": 0.5}):
+        make_optimizer(case, engine(case, **config)).model.detach()
+    log.removeHandler(listener)
+    return said
 
 
 def boundaries(theirs: Any, ids: Tensor) -> list[bool]:

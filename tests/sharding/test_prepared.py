@@ -31,7 +31,16 @@ def test_losses_are_those_of_the_reference(world, kind: str, case: str) -> None:
 
 
 @pytest.mark.launcher
-@pytest.mark.parametrize("kind", ["ddp later", "loss.backward on zero3"])
+def test_clipping_that_deepspeed_would_do_is_said(world) -> None:
+    assert world(3).section("prepared")["called"]["clipping"] == [
+        "gradient_clipping=0.5 of the DeepSpeed config clips nothing: give max_grad_norm to MaskedAdamW"
+    ]
+
+
+@pytest.mark.launcher
+@pytest.mark.parametrize(
+    "kind", ["ddp later", "static graph", "static graph later", "loss.backward on zero3"]
+)
 def test_wrapped_after_the_optimizer_and_without_model_backward(world, kind: str) -> None:
     assert world(3).section("prepared")[kind] == pytest.approx(expected(CASE.name), rel=2e-6)
 

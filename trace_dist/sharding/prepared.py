@@ -54,7 +54,7 @@ def as_sharded(model: ShardedModel | nn.Module) -> ShardedModel:
     dist.init_distributed()
     around = [layer for layer in layers if isinstance(layer, DistributedDataParallel)]
     for ddp in around:
-        ddp.require_backward_grad_sync = False  # what `no_sync` sets: its reducer then stays idle
+        _let_idle(ddp)
     if any(isinstance(layer, nn.DataParallel) for layer in layers):
         refuse_data_parallel()
     known = view_of(layers)
@@ -156,7 +156,7 @@ class PreparedModel(ReplicatedModel):
     def _before_forward(self) -> None:
         around = DistributedDataParallel._get_active_ddp_module()
         if around is not None and unwrap(around) is self.module:
-            around.require_backward_grad_sync = False
+            _let_idle(around)
             self._check_frozen()
         if self.device != self._attached_on:
             raise ValueError(
@@ -171,6 +171,12 @@ class PreparedModel(ReplicatedModel):
                 f"model: {trained[0]!r} requires a gradient beside the mask, which DDP would not sum over the ranks; add it to "
                 "the mask, freeze it, or move it to a module with a DDP of its own"
             )
+
+
+def _let_idle(ddp: Any) -> None:
+    """Leave DDP's reducer idle: what ``no_sync`` sets, and, of a static graph, that its first pass has been reduced."""
+    ddp.require_backward_grad_sync = False
+    ddp._static_graph_delay_allreduce_enqueued = True
 
 
 def _drop(parameter: Tensor) -> None:

@@ -242,6 +242,12 @@ class Zero3Model(HoldingModel):
                 "trace_dist.shard(model, backend='zero3')"
             )
         check_zero_config(engine.config)
+        clipping = engine.config.get("gradient_clipping")  # what the caller wrote; DeepSpeed has a default
+        if clipping:
+            logger.warning(
+                "gradient_clipping=%s of the DeepSpeed config clips nothing: give max_grad_norm to MaskedAdamW",
+                clipping,
+            )
         adopted = cls.__new__(cls)
         adopted._own(engine)
         adopted.roots.append(engine)  # last: a call of this model goes past it
