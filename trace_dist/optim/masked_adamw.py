@@ -347,6 +347,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         entries = self.compact()
         found = locate(entries, parts)
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        # torch has put a plain list there
+        self.param_groups = Groups(self.param_groups)
         steps = {support.name: state_dict["state"][i]["step"] for i, support in enumerate(self.supports)}
         for (_, state), parameter in zip(entries, self.param_groups[0]["params"], strict=True):
             self.state[parameter] = state
