@@ -108,6 +108,19 @@ def test_gaussian_bounds_break_on_prompts_that_leap_and_the_others_hold() -> Non
     assert bound.normality.p_value < 1e-6
 
 
+def test_cantellis_bound_of_margins_that_are_all_the_same() -> None:
+    """However far away the other task is: a ratio of mean and deviation would be infinite."""
+    for distance in (10.0, 1e8):
+        mean = torch.tensor([[0.0, 0.0], [distance, 0.0]])
+        signatures = [
+            Signature(
+                str(task), mean[task][None], torch.tensor([100]), 10 * torch.eye(2), mean[task].repeat(4, 1)
+            )
+            for task in range(2)
+        ]
+        assert cantelli_limits(Retriever(signatures)).tolist() == [1 / 5, 1 / 5]
+
+
 def test_skewness_is_that_over_all_pairs() -> None:
     x = torch.randn(201, 3, generator=torch.Generator().manual_seed(0)).double().exp()
     centred = x - x.mean(dim=0)

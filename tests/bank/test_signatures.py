@@ -67,6 +67,17 @@ def test_every_kind_retrieves_survives_the_disk_and_is_deterministic(
     torch.testing.assert_close(loaded.scores(fresh), retriever.scores(fresh), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("dim", [16, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_far_from_all_others_are_no_obstacle(kind: str, dim: int) -> None:
+    x = torch.randn(60, dim, generator=torch.Generator().manual_seed(1))
+    x[7] += 30
+    x[8] -= 30
+    signature = fit_signature(x, 4, 0, "t", kind=kind)
+    assert int(signature.counts.sum()) == 45
+    assert Mixture.of(signature).log_density(x).isfinite().all()
+
+
 @pytest.mark.parametrize("kind", ["diagonal", "full", "dirichlet", "kmeans"])
 def test_two_clusters_are_found(kind: str) -> None:
     assert fit_signature(draw(0, 120), 3, 0, "t", kind=kind).num_clusters == 2

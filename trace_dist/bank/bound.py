@@ -28,7 +28,7 @@ gives each of them the same weight; that the last one lies t = m / sqrt(v) of th
 their mean means that it lies sqrt(n t^2 / (n + 1 + t^2)) of all margins' standard deviations below the mean of all
 (as Saw, Yang and Mo 1984, "Chebyshev inequality with estimated mean and variance", for both sides). So
 
-    P(h <= 0)  <~  1 / (1 + n t^2 / (n + 1 + t^2))
+    P(h <= 0)  <~  1 / (1 + n t^2 / (n + 1 + t^2))  =  ((n + 1) v + m^2) / ((n + 1) (v + m^2))
 
 which is at least 1 / (n + 1). It is exact for a t fixed beforehand; with the t that was found it is no confidence limit.
 """
@@ -203,18 +203,16 @@ def cantelli_limits(retriever: Retriever) -> Tensor:
     Raises:
         ValueError: the retriever is empty.
     """
+    if len(retriever.tasks) == 1:
+        return torch.zeros(1, dtype=torch.float64)
     limits = []
-    for index, signature in enumerate(retriever.signatures):
-        scores = retriever.scores(signature.heldout)
-        rest = scores.clone()
-        rest[:, index] = -torch.inf
-        margin, num = scores[:, index] - rest.amax(dim=1), len(scores)
-        if scores.shape[1] == 1:
-            limits.append(torch.zeros((), dtype=torch.float64))
-            continue
-        ratio_sq = margin.mean().square() / margin.var(correction=0).clamp(min=TINY)
-        corrected = num * ratio_sq / (num + 1 + ratio_sq)
-        limits.append(cantelli(corrected.sqrt() * margin.mean().sign()))
+    for signature in retriever.signatures:
+        margin = retriever.lead(signature.heldout, signature.task)
+        mean, num = margin.mean(), len(margin) + 1
+        # not by t, which is infinite for margins that are all the same
+        mean_sq, variance = mean.square(), margin.var(correction=0)
+        limit = (num * variance + mean_sq) / (num * (variance + mean_sq))
+        limits.append(torch.where(mean > 0, limit, 1.0))
     return torch.stack(limits)
 
 

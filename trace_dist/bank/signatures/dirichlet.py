@@ -54,7 +54,12 @@ def fit(x: Array, max_clusters: int, seed: int) -> Clusters:
         )
         shares = responsibilities(model, y)
         counts = shares.sum(axis=0)
-        shares = shares[:, counts >= min(MIN_PROMPTS_PER_CLUSTER, counts.max())]
+        kept = counts >= min(MIN_PROMPTS_PER_CLUSTER, counts.max())
+        shares = shares[:, kept]
+        # a prompt so far away that those kept have no share in it at all goes to the nearest
+        lost = shares.sum(axis=1) == 0
+        gaps = y[lost, None] - model.means_[kept]
+        shares[lost, (gaps**2 / model.covariances_[kept]).sum(axis=2).argmin(axis=1)] = 1.0
         shares /= shares.sum(axis=1, keepdims=True)
         return [shrunk(x, scale, axes, shares, strength) for strength in strengths]
 
