@@ -117,6 +117,18 @@ def test_bounds_lie_around_what_is_expected() -> None:
     assert low < expected < high
 
 
+@pytest.mark.parametrize("nodes", [1, 4, 128])
+@pytest.mark.parametrize(
+    "name", ["alltoall_base_", "_allgather_base_", "allreduce_", "_reduce_scatter_base_"]
+)
+def test_bounds_lie_around_every_collective(name: str, nodes: int) -> None:
+    cluster = Cluster(load_gpu("h100"), nodes, 8, 400)
+    for num_bytes in (0, 1e5, 1e8):
+        event = collective(num_bytes / 1e9, name)
+        low, expected, high = (collective_seconds(each, event) for each in cluster.bounds().values())
+        assert low <= expected <= high
+
+
 def test_a_program_of_other_ranks_is_refused() -> None:
     with pytest.raises(ValueError, match="recorded for 2 ranks"):
         replay(program(world=2), NODE)

@@ -13,7 +13,7 @@ Rings: an all-gather of W ranks takes W - 1 steps, a reduce-scatter as many, an 
 them (``src/graph/tuning.cc``: latencies of a step). Rings enter and leave a node once for each of its GPUs, so that what crosses
 the border is shared by the node's network cards. An all-to-all sends to each rank directly.
 
-[Note: bounds] ``low`` lets all shares rise by a tenth and collectives take logarithmically many steps, as trees do; ``high`` lets
+[Note: bounds] ``low`` lets all shares rise by a tenth and rings take logarithmically many steps, as trees do; ``high`` lets
 shares fall by a fifth and nothing overlap: the compute stream waits for each collective.
 """
 
@@ -244,10 +244,10 @@ def collective_seconds(cluster: Cluster, event: Event) -> float:
         sent["network"] / (1e9 / 8 * cluster.link_gbps * gpu.link_share),
     )
     within, between = local - 1, nodes - 1
-    if cluster.trees:
-        within, between = ceil(log2(local)), ceil(log2(nodes))
-    elif "alltoall" in event.name:
+    if "alltoall" in event.name:
         within, between = min(1, within), min(1, between)
+    elif cluster.trees:
+        within, between = ceil(log2(local)), ceil(log2(nodes))
     else:
         within = world - nodes
     rounds = 2 if "allreduce" in event.name else 1
