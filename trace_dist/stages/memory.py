@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from trace_dist.config import RunConfig
+from trace_dist.config import RunConfig, TrainConfig
 from trace_dist.data.batches import Step
 from trace_dist.masks.mask import Mask
 from trace_dist.models.nf4 import BYTES_PER_ELEMENT, NF4Linear, named_weights
+from trace_dist.profiling.selection import moment_bytes
 from trace_dist.profiling.states import bytes_per_param
 from trace_dist.sharding.dense import FullAdamW
 from trace_dist.sharding.zero3 import Zero3Model
@@ -61,22 +62,18 @@ def run_memory(cfg: RunConfig) -> dict[str, Any]:
     masked, num_parameters, coded, num_copies = _masked(str(path), cfg, mask, next(stream))
     gc.collect()
     full = _full(str(path), MEASURED_LR, next(stream), num_parameters)
-    share = mask.num_entries / num_parameters
-    owned = sum(mask.layouts[name].runs(units)[0].nbytes for name, units in mask.units.items())
-    on_every_rank = mask.units.nbytes * num_copies * (dist.world_size() > 1)
-    index_bytes = (owned + on_every_rank) / num_parameters
-    base = 2 + coded / num_parameters * (BYTES_PER_ELEMENT - 2)
-    # [Note: overlay] in sharding/overlay.py.
-    overlay = 2 if coded else 0
     measured = {"masked": sum(masked.values()), "full": sum(full.values())}
     result = {
         "bytes_per_param": measured,
-        "predicted_bytes_per_param": {"masked": base + (16 + overlay) * share + index_bytes, "full": 16.0},
+        "predicted_bytes_per_param": {
+            "masked": predicted(mask, cfg.train, num_parameters, coded, num_copies),
+            "full": 16.0,
+        },
         "categories": {"masked": masked, "full": full},
         "dtype": "bfloat16",
         "quantize": cfg.target.quantize,
         "density": mask.density,
-        "trained_share": share,
+        "trained_share": mask.num_entries / num_parameters,
         "granularity": mask.granularity,
         "num_ranks": dist.world_size(),
         "num_parameters": num_parameters,
@@ -85,6 +82,25 @@ def run_memory(cfg: RunConfig) -> dict[str, Any]:
         write_json(cfg.folder.memory, result)
     outcome("model states: {masked:.2f} bytes per parameter masked, {full:.2f} full".format(**measured))
     return result
+
+
+def predicted(mask: Mask, train: TrainConfig, num_parameters: int, coded: int, num_copies: int) -> float:
+    """Bytes of masked training's states per parameter of a bf16 model, of all ranks together.
+
+    Args:
+        mask: what is trained.
+        train: how its states are kept.
+        num_parameters: of the model.
+        coded: how many of them are 4-bit codes.
+        num_copies: how often the ranks keep the mask's indices.
+    """
+    entries = mask.num_entries
+    # The gradient; the master; what offloading stages, a value and its gradient; [Note: overlay] in sharding/overlay.py.
+    of_each = 4 + 4 * train.master + (2 + 4) * (train.offload == "cpu") + 2 * (coded > 0)
+    states = of_each * entries + 2 * moment_bytes(entries, train.state_dtype)
+    owned = sum(mask.layouts[name].runs(units)[0].nbytes for name, units in mask.units.items())
+    on_every_rank = mask.units.nbytes * num_copies * (dist.world_size() > 1)
+    return 2 + (coded * (BYTES_PER_ELEMENT - 2) + states + owned + on_every_rank) / num_parameters
 
 
 def _masked(path: str, cfg: RunConfig, mask: Mask, step: Step) -> tuple[dict[str, float], int, int, int]:
