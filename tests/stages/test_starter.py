@@ -208,6 +208,39 @@ def test_the_preview_counts_what_a_mask_trains(folder: Path) -> None:
     assert all(flops[f"project {name}"] > 0 for name in ("copy", "twist"))
 
 
+def test_the_preview_counts_the_bytes_of_a_delta(folder: Path) -> None:
+    """A value of each entry, and next to nothing for rows; a byte or so more for single entries."""
+    cfg = read(starter_config(start(folder, "copy")), folder)
+    value = 2 if cfg.target.dtype == "bfloat16" else 4
+    sizes = []
+    for granularity in ("row", "element"):
+        found = preview(replace(cfg, mask=replace(cfg.mask, granularity=granularity)))
+        assert found.num_entries is not None
+        assert found.delta_bytes is not None
+        sizes.append(found.delta_bytes / found.num_entries - value)
+    rows, elements = sizes
+    assert 0 < rows < 0.1
+    assert 0.5 < elements < 1.5
+
+
+def test_the_preview_counts_the_prompts_that_a_bank_answers(folder: Path) -> None:
+    cfg = read(starter_config(start(folder, "copy", "twist")), folder)
+
+    def asked(**options: Any) -> int:
+        methods = replace(
+            cfg.continual, methods=["retrieved", "consolidated"], options={"consolidated": options}
+        )
+        found = preview(replace(cfg, tasks=cfg.tasks[:1], general=cfg.tasks[1:], continual=methods))
+        (work,) = (each for each in found.work if each.name == "consolidated: answers to learn from")
+        return int(work.detail.split()[0])
+
+    trained = [task.num_train for task in cfg.tasks]
+    # those of the task, and the general ones, which the base answers
+    assert asked() == sum(trained)
+    assert asked(general=0.0) == trained[0]
+    assert asked(prompts=7) == 14
+
+
 def every_group_has_a_row(cfg: RunConfig, found: Preview) -> None:
     named = {piece.stage for piece in found.work}
     assert all(stage.name in named for group in stage_groups(cfg) for stage in group)

@@ -240,12 +240,14 @@ def _part(
 
 
 def _teaching(stage: Stage, seen: Outlook, entry: Entry) -> Work:
-    """The bank answers the prompts that it has kept."""
-    kept = seen.cfg.bank.keep_prompts
-    asked = {task.name: min(len(task.train), kept or len(task.train)) for task in seen.tasks}
+    """The bank answers the prompts that it has kept, and the base those of the general sets."""
+    options = entry.options
+    most = [count for count in (seen.cfg.bank.keep_prompts, getattr(options, "prompts", None)) if count]
+    tasks = [*seen.tasks, *(seen.general if getattr(options, "general", 0.0) else [])]
+    asked = {task.name: min([len(task.train), *most]) for task in tasks}
     tokens = sum(2 * seen.tokens[task] * count for task, count in asked.items())
     passes = sum(
-        seen.read_passes(count, stage.launched) * seen.answers[task] for task, count in asked.items()
+        seen.read_passes(count, stage.launched) * (1 + seen.answers[task]) for task, count in asked.items()
     )
     detail = f"{sum(asked.values()):,} prompts, by each task's delta"
     name = f"{entry.name}: answers to learn from"

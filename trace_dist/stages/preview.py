@@ -20,6 +20,7 @@ from trace_dist.data.tasks import Task
 from trace_dist.evaluation.lengths import longest_answer
 from trace_dist.evaluation.metric import load_metric
 from trace_dist.models.loading import load_tokenizer
+from trace_dist.profiling.disk import disk_bytes
 from trace_dist.profiling.estimate import Estimator
 from trace_dist.profiling.passes import num_operators
 from trace_dist.profiling.speed import UTILISATION, Machine
@@ -95,26 +96,24 @@ def preview(
     answers = {task.name: _answer_tokens(task, tokenizer, cfg) for task in (*tasks, *general)}
     outlook = Outlook(cfg, tasks, general, tokens, answers, _size(target), _size(proxy), mask_given)
     work = [piece for stage in stages for piece in pieces(stage, outlook)]
-    masked, memory = None, list[Need]()
+    masked, memory, delta_bytes = None, list[Need](), None
     longest = max(lengths[task.name][1] for task in tasks)
     if target is not None:
         needs = Needs(cfg, longest, target)
-        masked = needs.masked()
+        masked, delta_bytes = needs.masked(), disk_bytes(target, needs.setup).delta
         memory += [*needs.of_methods(), *needs.of_stages(stages)]
     if proxy is not None and any(stage.arguments[0] == "probe" for stage in stages):
         memory.append(of_probe(cfg, longest, proxy))
-    entries = None if masked is None else masked.num_entries
-    bytes_per_entry = 3 if cfg.target.dtype == "bfloat16" else 5
     left = [stage for stage in stages if not stage.done]
     return Preview(
         work=work,
         num_parameters=None if masked is None else masked.num_parameters,
-        num_entries=entries,
+        num_entries=None if masked is None else masked.num_entries,
         memory=memory,
         seconds=_seconds(cfg, work, target, proxy, round(cfg.train.micro_batch_size * longest)),
         # A launcher is a process too, which its ranks wait for.
         num_starts=sum(1 + (stage.launched and cfg.launch.launcher != "none") for stage in left),
-        delta_bytes=None if entries is None else entries * bytes_per_entry,
+        delta_bytes=delta_bytes,
     )
 
 
