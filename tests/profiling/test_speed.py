@@ -12,8 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from trace_dist.config import LaunchConfig, TrainConfig
+from trace_dist.config import LaunchConfig, MaskConfig, TrainConfig
+from trace_dist.masks.layouts import layouts_for
 from trace_dist.profiling.passes import OPERATORS_PER_MODULE, num_operators
+from trace_dist.profiling.selection import formed_elements, selections
 from trace_dist.profiling.speed import (
     UTILISATION,
     Machine,
@@ -83,6 +85,18 @@ def test_ranks_that_share_rows_have_the_same_examples(ranks: int, size: int, pas
     seen = Outlook(cfg, [], [], {}, {}, None, None)
     assert seen.step_passes(10, launched=True) == passes
     assert seen.gradient_passes(10, True, 8) == 40
+
+
+@pytest.mark.parametrize(
+    "granularity",
+    ["element", "block", "row", "column", "head", "neuron", "tensor", "row,q=head", "row,q=element"],
+)
+def test_gradients_of_whole_lines_are_counted_by_the_mask(granularity: str) -> None:
+    mask = MaskConfig(granularity=granularity, block=4)
+    layouts = layouts_for(llama(2), mask.granularity, mask.block, mask.maskable)
+    chosen = selections(layouts, 0.3)
+    formed = sum(formed_elements(layouts[name], each) for name, each in chosen.items())
+    assert (formed == sum(each.entries for each in chosen.values())) == mask.in_lines
 
 
 def test_a_token_is_multiplied_by_the_experts_that_it_is_sent_to() -> None:

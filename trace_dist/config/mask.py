@@ -111,8 +111,8 @@ class MaskConfig(Section):
 
     @property
     def in_lines(self) -> bool:
-        """Whether all units are whole rows or columns, whose gradients are smaller products."""
-        return Granularities.parse(self.granularity).all <= {"row", "column", "neuron"}
+        """Whether all units are whole rows, columns or tensors: of gradients no more is formed than is masked."""
+        return Granularities.parse(self.granularity).all <= {"row", "column", "head", "neuron", "tensor"}
 
     @property
     def spread(self) -> Spread:

@@ -47,7 +47,7 @@ def dense_flops(num_parameters: int, num_tokens: float, recomputes: bool = False
 def masked_flops(
     num_parameters: int, num_tokens: float, density: float, rows: bool, recomputes: bool = False
 ) -> float:
-    """Operations of training a mask; ``rows``: whole rows or columns, whose gradient alone is computed."""
+    """Operations of training a mask; ``rows``: whole rows, columns or tensors, whose gradient alone is computed."""
     each = (6.0 if recomputes else 4.0) + 2.0 * (density if rows else 1.0)
     return each * num_parameters * num_tokens
 
