@@ -91,6 +91,16 @@ def test_nothing_fits_and_what_would(base: MemorySetup) -> None:
         plan(base, 1, 1)
 
 
+def test_densities_at_which_nothing_is_selected_are_passed_by(base: MemorySetup) -> None:
+    """Two layers have fourteen tensors: one in a hundred of their entries is none of them."""
+    tensors = replace(base, granularity="tensor")
+    assert plan(tensors, 4.0)[0].setup.density == 0.2
+    with pytest.raises(ValueError, match=r"the leanest option \(density 0.05, "):
+        plan(tensors, 0.002, 0.001)
+    with pytest.raises(ValueError, match=r"granularity='tensor': at density 0\.2 and below"):
+        plan(replace(tensors, maskable="embed"), 4.0)
+
+
 def test_one_process_reads_all_weights_and_many_read_parts(base: MemorySetup) -> None:
     config = LlamaConfig.from_pretrained(base.model)
     module = LlamaForCausalLM(config)

@@ -17,6 +17,7 @@ from trace_dist.profiling.bounds import ESTIMATE_ERROR, bounds, waiting_bytes
 from trace_dist.profiling.disk import disk_bytes
 from trace_dist.profiling.estimate import Estimator
 from trace_dist.profiling.memory_setup import MemorySetup
+from trace_dist.profiling.selection import selections
 
 GIB = 2**30
 DENSITIES = (0.2, 0.1, 0.05, 0.02, 0.01)
@@ -75,7 +76,7 @@ def plan(base: MemorySetup, gpu_gib: float, reserve_gib: float = 1.0) -> list[Op
         reserve_gib: of that, for the CUDA context, communication buffers and fragmentation.
 
     Raises:
-        ValueError: nothing fits; says what would.
+        ValueError: nothing fits; says what would. Or no density of a plan selects anything.
     """
     if not 0 <= reserve_gib < gpu_gib < inf:
         raise ValueError(
@@ -83,7 +84,8 @@ def plan(base: MemorySetup, gpu_gib: float, reserve_gib: float = 1.0) -> list[Op
         )
     estimator = Estimator(base.model, base.dtype, base.quantize)
     found: list[Option] = []
-    for quality in _qualities(base):
+    qualities = list(_qualities(base, estimator))
+    for quality in qualities:
         for way in _ways(quality, estimator):
             sizes = (replace(way, micro_batch_size=size) for size in MICRO_BATCHES)
             options = (_option(estimator, setup, gpu_gib, reserve_gib) for setup in sizes)
@@ -93,12 +95,20 @@ def plan(base: MemorySetup, gpu_gib: float, reserve_gib: float = 1.0) -> list[Op
             ):
                 found.append(largest)
     if not found:
-        raise ValueError(_nothing_fits(estimator, _leanest(base, estimator), gpu_gib, reserve_gib))
+        raise ValueError(_nothing_fits(estimator, _leanest(qualities[-1], estimator), gpu_gib, reserve_gib))
     return found
 
 
-def _qualities(base: MemorySetup) -> Iterator[MemorySetup]:
-    for density in DENSITIES:
+def _qualities(base: MemorySetup, estimator: Estimator) -> Iterator[MemorySetup]:
+    """Those of which a mask selects something: of a small model's tensors or heads a low density selects none."""
+    layouts = estimator.layouts(base.granularity, base.block, base.maskable)
+    densities = [density for density in DENSITIES if selections(layouts, density)]
+    if not densities:
+        raise ValueError(
+            f"granularity={base.granularity!r}: at density {DENSITIES[0]} and below not one unit of this model is selected; use "
+            "row or element"
+        )
+    for density in densities:
         for state_dtype, master in STATES:
             if master or base.dtype == "bfloat16":
                 yield replace(base, density=density, state_dtype=state_dtype, master=master)
@@ -120,8 +130,7 @@ def _at_least_as_fast(one: MemorySetup, other: MemorySetup) -> bool:
     )
 
 
-def _leanest(base: MemorySetup, estimator: Estimator) -> MemorySetup:
-    *_, quality = _qualities(base)
+def _leanest(quality: MemorySetup, estimator: Estimator) -> MemorySetup:
     *_, way = _ways(quality, estimator)
     return replace(way, micro_batch_size=1)
 
