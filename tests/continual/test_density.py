@@ -60,6 +60,16 @@ def test_the_smallest_density_within_the_margin_wins() -> None:
     assert again == of(d1e_3=0.50, d1e_1=0.36)
 
 
+def test_densities_are_compared_by_their_least_losses() -> None:
+    """A rate that wins because it is the lowest of those that are level loses up to 5 %, as much as the margin here."""
+    level = Race({1e-3: 1.04, 1e-2: 1.0}, start=3.0)
+    assert level.lr == 1e-3
+    found = DensityRace({1e-3: level, 1e-2: Race({1e-3: 2.0, 1e-2: 0.97}, start=3.0)}, 0.05)
+    assert found.density == 1e-3
+    assert [each["loss"] for each in found.to_json()["tried"]] == [1.0, 0.97]
+    assert [each["lr"] for each in found.to_json()["tried"]] == [1e-3, 1e-2]
+
+
 def test_a_grid_is_moved_and_keeps_its_spacing() -> None:
     assert moved([1e-3, 3e-3, 1e-2], 9e-2) == [0.03, 0.09, 0.3]
     assert moved([1e-2, 1e-3], 1e-4) == [1e-5, 1e-4]
@@ -179,7 +189,7 @@ def check_run(cfg: RunConfig, settled: Setting) -> None:
     assert {each["lr"] for each in result(cfg, "retrieved")["rates"]} >= set(settled.grid)
     text = " ".join(chosen_density(parse_results(collect_results(cfg))))
     assert f"The density {100 * chosen:.2f}" in text
-    assert text.count(" at ") == len(DENSITIES)
+    assert text.count(", rate ") == len(DENSITIES)
 
 
 def weights(setting: Setting) -> dict[str, torch.Tensor]:

@@ -52,8 +52,8 @@ class DensityRace:
 
     @property
     def density(self) -> float:
-        """The smallest one whose loss is within the margin of the best."""
-        losses = {density: race.losses[race.lr] for density, race in self.races.items()}
+        """The smallest one whose least loss is within the margin of the best; rates that win may lie ``LEVEL`` above it."""
+        losses = {density: race.losses[race.best] for density, race in self.races.items()}
         return min(density for density, loss in losses.items() if loss <= min(losses.values()) + self.margin)
 
     @property
@@ -62,9 +62,9 @@ class DensityRace:
         return self.races[self.density].lr
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready: the density, the margin, and what was tried."""
+        """JSON-ready: the density, the margin, and what was tried: the rate that won, and the least loss."""
         tried = [
-            {"density": density, "lr": race.lr, "loss": race.losses[race.lr], "rates": race.to_json()}
+            {"density": density, "lr": race.lr, "loss": race.losses[race.best], "rates": race.to_json()}
             for density, race in self.races.items()
         ]
         return {"density": self.density, "margin": self.margin, "tried": tried}
@@ -111,8 +111,8 @@ def _race(setting: Setting, streams: Sequence[Stream]) -> DensityRace:
     setting.model  # noqa: B018 - loaded once for all densities
     for density in sorted(setting.cfg.race.densities, reverse=True):
         races[density] = _race_at(_settled(setting, density, grid), density, streams)
-        lr = races[density].lr
-        logger.info("mask.density %g: held-out loss %.4f at lr %g", density, races[density].losses[lr], lr)
+        race, lr = races[density], races[density].lr
+        logger.info("mask.density %g: held-out loss %.4f, lr %g", density, race.losses[race.best], lr)
         grid = moved(setting.cfg.race.grid, lr)
     return DensityRace(dict(sorted(races.items())), setting.cfg.race.density_margin)
 

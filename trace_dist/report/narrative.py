@@ -118,7 +118,8 @@ def chosen_density(view: RunView) -> list[str]:
     if not tried:
         return []
     shown = [
-        f"{percent(100 * number(each.get('density')), 2)}: {fixed(number(each.get('loss')), 3)} at {rate(number(each.get('lr')))}"
+        f"{percent(100 * number(each.get('density')), 2)}: {fixed(number(each.get('loss')), 3)}, "
+        f"rate {rate(number(each.get('lr')))}"
         for each in tried
     ]
     return [
