@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from sklearn.datasets import load_digits
 
 from trace_dist.config import TaskConfig
 from trace_dist.data import load_examples, load_task, pictures
 from trace_dist.data.images import letters, mnist
-from trace_dist.data.pictures import picture_of, png_of, uri_of
+from trace_dist.data.pictures import check_picture, picture_of, png_of, uri_of
 
 
 def test_digits_are_scikit_learns() -> None:
@@ -148,3 +150,42 @@ def test_an_image_that_cannot_be_had_is_one_line() -> None:
         ) as caught:
             picture_of(uri_of(raw))
         assert "\n" not in str(caught.value)
+
+
+def file_of(image: Image.Image, kind: str, **options: Any) -> str:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return uri_of(file.getvalue())
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_greys_of_16_bits_are_not_cut_off(kind: str, order: str) -> None:
+    greys = np.arange(16, dtype=np.uint16).reshape(4, 4) * 4096
+    mode = "I;16" if order == "<u2" else "I;16B"
+    prompt = file_of(Image.frombytes(mode, (4, 4), greys.astype(order).tobytes()), kind)
+    check_picture(prompt)
+    assert (np.asarray(picture_of(prompt)) == (greys >> 8)[..., None]).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_pixels_that_name_no_white_are_refused(dtype: Any) -> None:
+    prompt = file_of(Image.fromarray(np.ones((4, 4), dtype)), "TIFF")
+    for read in (picture_of, check_picture):
+        with pytest.raises(ValueError, match=r"mode [FI], name no white; save it with 8 or 16 bits\)"):
+            read(prompt)
+
+
+def test_a_photo_is_upright_as_its_camera_says() -> None:
+    """Orientation 6: what the file has at the left is the top."""
+    half = np.zeros((8, 16, 3), np.uint8)
+    half[:, :8] = 255
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    seen = np.asarray(picture_of(file_of(Image.fromarray(half), "PNG", exif=exif)))
+    assert seen.shape == (16, 8, 3)
+    assert (seen[:8] == 255).all()
+    assert (seen[8:] == 0).all()
+    damaged = file_of(Image.fromarray(half), "JPEG", exif=b"Exif\0\0MM\0no note")
+    check_picture(damaged)
+    assert picture_of(damaged).size == (16, 8)

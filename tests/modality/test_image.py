@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 from modality.small import CLASSES
+from transformers import DeiTImageProcessorPil
 
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.config import RunConfig
 from trace_dist.continual.setting import Setting
+from trace_dist.data.encoding import IGNORE
+from trace_dist.data.pictures import png_of, uri_of
 from trace_dist.evaluation import evaluate_task
 from trace_dist.masks import Mask
-from trace_dist.modality.image import nll_sum, pooled
+from trace_dist.modality.image import ImageReader, collate, nll_sum, pooled
 from trace_dist.models.loading import load_model
 from trace_dist.stages.report import collect_results
 
@@ -134,3 +137,13 @@ def test_other_numbers_of_ranks_get_black_images_without_labels(setting: Setting
     filler = setting.bench.batches([setting.bench.tasks[0]], 1, seed=0)._tensors([])
     assert filler["pixel_values"].shape == (1, 3, 8, 8)
     assert nll_sum(setting.model.module, {"pixel_values": filler["pixel_values"]}, filler["labels"]) == 0
+
+
+@pytest.mark.parametrize("size", [{"height": 10, "width": 10}, {"shortest_edge": 10}])
+def test_black_images_are_cropped_as_others_are(size: dict[str, int]) -> None:
+    """The processors of DeiT's checkpoints resize beyond what their models read."""
+    processor = DeiTImageProcessorPil(size=size, do_center_crop=True, crop_size={"height": 8, "width": 8})
+    reader, row = ImageReader(processor, {"a": 0}), {"image": uri_of(png_of(np.full((9, 12), 7, np.uint8)))}
+    filler, seen = collate(reader, []), collate(reader, [{**row, "labels": [0]}])
+    assert filler["pixel_values"].shape == seen["pixel_values"].shape == (1, 3, 8, 8)
+    assert filler["labels"].tolist() == [IGNORE]

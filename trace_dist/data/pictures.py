@@ -10,13 +10,18 @@ import base64
 import hashlib
 import io
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 _KINDS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp"}
 _SCHEME, _CODED = "data:image/", ";base64,"
 MOST_PIXELS = 2**26
 """Of one image: a file of some KiB can say that it has any number of them, and every one takes three bytes."""
+_WITHOUT_WHITE = ("F", "I")
+"""PIL's modes of numbers that say neither what is black nor what is white; PIL would cut them off at 0 and 255."""
 _READABLE: set[bytes] = set()
 """Digests of stored images that this process has verified: each task of a stream of classes reads the same files, and a JPEG is
 verified by decoding it."""
@@ -79,20 +84,34 @@ def _bytes_of(prompt: Any) -> bytes:
 
 
 def _opened(raw: bytes, where: str, verify: bool = False) -> Any:
-    """The image in RGB, or only verified."""
-    from PIL import Image  # needed for images alone
+    """The image in RGB, upright as its camera says, or only verified."""
+    from PIL import Image, ImageOps  # needed for images alone
 
     try:
-        image = Image.open(io.BytesIO(raw))
+        image: Any = Image.open(io.BytesIO(raw))
         if image.width * image.height > MOST_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are more than {MOST_PIXELS}")
+        if image.mode in _WITHOUT_WHITE:
+            raise ValueError(f"its pixels, of mode {image.mode}, name no white; save it with 8 or 16 bits")
         if verify:
             # Other formats have no checksums.
             return image.verify() if image.format == "PNG" else image.load()
-        return image.convert("RGB")
+        # What a damaged note of the camera says is left out, as most programs do.
+        with suppress(Exception):
+            image = ImageOps.exif_transpose(image)
+        return _eight_bits(image).convert("RGB")
     # Every format is read by code of its own, which raises what the bytes make it raise.
     except Exception as error:
         raise _unreadable(where, error) from error
+
+
+def _eight_bits(image: Any) -> Any:
+    """An image of 16 bits in 8; PIL's ``convert`` makes all of its values above 255 white."""
+    if not image.mode.startswith("I;16"):
+        return image
+    from PIL import Image  # needed for images alone
+
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def _unreadable(where: str, error: Exception) -> ValueError:

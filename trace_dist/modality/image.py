@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from transformers import AutoImageProcessor
 from trace_dist.config import DataConfig, EvalConfig, MaskConfig
 from trace_dist.config.bank import Pooling
 from trace_dist.data.encoding import IGNORE
-from trace_dist.data.pictures import check_picture, picture_of
+from trace_dist.data.pictures import check_picture, picture_of, png_of, uri_of
 from trace_dist.data.tasks import Task
 from trace_dist.evaluation.passes import evaluating, map_over_ranks
 from trace_dist.models.architecture import cause, read_config
@@ -41,6 +42,8 @@ keeps_prompts = False
 poolings: tuple[Pooling, ...] = ("mean",)
 QUARTERS = 2
 """Rows and columns of the parts of a picture whose patches are averaged."""
+BLACK = uri_of(png_of(np.zeros((2, 2, 3), np.uint8)))
+"""A picture without anything on it."""
 KEPT_VALUES = 2**26
 """Values of pictures that are kept as the model reads them; beyond, each is decoded anew."""
 
@@ -127,9 +130,9 @@ def batching(reader: ImageReader) -> dict[str, Any]:
 def collate(reader: ImageReader, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """``pixel_values`` [B, C, H, W] fp32 and ``labels`` [B] int64; one black picture without a label where there are no rows."""
     if not rows:
-        size = reader.processor.size
+        # Of the size that the processor makes, which may crop behind resizing.
         return {
-            "pixel_values": torch.zeros(1, 3, size["height"], size["width"]),
+            "pixel_values": torch.zeros_like(reader.stacked([BLACK])),
             "labels": torch.tensor([IGNORE]),
         }
     return {
