@@ -13,7 +13,7 @@ from trace_dist.studies.plan import StageConfig, StudyConfig
 from trace_dist.studies.rates import fitted_product, is_bracketed, next_rate, on_grid
 from trace_dist.studies.records import Cell, Journal, Records
 from trace_dist.studies.schedule import Job, Make, Schedule, ScoreBase, Train, Traits
-from trace_dist.studies.summary import MARGIN, _difference, _enough
+from trace_dist.studies.summary import MARGIN, _difference, _enough, is_undecided, summarise
 
 TRAITS = {"random": Traits(True, True), "probed": Traits(True, True), "lora": Traits(False, False)}
 
@@ -128,6 +128,24 @@ def test_a_record_that_was_changed_is_left_out_and_its_work_done_again(tmp_path:
     journal.path.write_text('{"about": "b", "task": "two", "kind": "trial"}\n')
     with pytest.raises(ValueError, match=r"records\.jsonl: corrupt study file"):
         journal.read()
+
+
+def test_trainings_without_the_record_of_their_base_wait_for_it() -> None:
+    """It was cut or changed; what the rest says can be summed up before it is made again."""
+    stages = [StageConfig(["random", "probed"], [1e-2], seeds=2, undecided=True)]
+    records, plan = Records(), study(stages=stages)
+    all_of(schedule(plan), records)
+    for base in records.bases.values():
+        base |= {"losses": [1.0, 1.0], "right": [1, 0], "text": 1.0}
+        base |= {"majority_percent": 0.0, "overlap_percent": 0.0}
+    for made in records.masks.values():
+        made |= {"warm_losses": [], "probe_flops": 1.0, "probe_s": 1.0}
+    del records.bases["two"]
+    asked = Schedule(plan, ["one", "two", "three"], TRAITS, lambda *given: is_undecided(*given, "random"))
+    assert {job for _, job in asked.pending(records)} == {ScoreBase("two")}
+    found = summarise(records, plan, asked.tasks)
+    assert {row["task"] for row in found["differences"][0]["tasks"]} == {"one", "three"}
+    assert {cell["task"] for cell in found["cells"] if not cell["seeds"]} == {"two"}
 
 
 @pytest.mark.parametrize("diverged", ["probed", "random"])

@@ -45,11 +45,11 @@ def summarise(records: Records, study: StudyConfig, tasks: Sequence[str]) -> dic
 
 
 def answers(records: Records, cell: Cell) -> Answers | None:
-    """What a cell's best rate says to the test examples; None where nothing is known."""
-    trials = [trial for _, trial in _best(records, cell)]
-    if not trials:
+    """What a cell's best rate says to the test examples; None where nothing is known, or the base's record was lost."""
+    trials, base = [trial for _, trial in _best(records, cell)], records.bases.get(cell.task)
+    if not trials or base is None:
         return None
-    tokens = records.bases[cell.task]["tokens"]
+    tokens = base["tokens"]
     return Answers(np.array([trial.losses for trial in trials], float), np.array(tokens, float))
 
 
