@@ -13,7 +13,20 @@ from rich.console import Console
 
 from trace_dist.report import summary_table
 from trace_dist.report.markdown import insert, markdown_table
-from trace_dist.report.tables import MISSING, count, duration, fixed, rate, shorten_all, signed, size
+from trace_dist.report.narrative import narrate
+from trace_dist.report.results import parse_results
+from trace_dist.report.tables import (
+    MISSING,
+    count,
+    duration,
+    fixed,
+    headline,
+    method_cells,
+    rate,
+    shorten_all,
+    signed,
+    size,
+)
 
 
 def test_summary_table_has_one_row_per_mode(tmp_path: Path) -> None:
@@ -55,6 +68,21 @@ def test_numbers_read_well() -> None:
         "5 min 12 s",
         "2 h 05 min",
     ]
+
+
+@pytest.mark.parametrize(
+    ("density", "text"),
+    [
+        (0.04999953, "5.0"), (1.0, "100.0"), (0.005, "0.5"), (4e-4, "0.04"), (1e-4, "0.01"), (1.3e-6, "0.00013"), (0.0, "0.0"),
+    ],
+)  # fmt: skip
+def test_small_densities_are_not_shown_as_nothing(density: float, text: str) -> None:
+    results = make_results(["reverse", "spiral"])
+    results["modes"]["retrieved"]["density"] = density
+    view = parse_results(results)
+    assert method_cells(view, view.hero)[5] == text
+    assert text in [tile.value for tile in headline(view)]
+    assert f"Training touched {text}\N{NO-BREAK SPACE}% of the maskable weights" in narrate(view)[0]
 
 
 @pytest.mark.parametrize(

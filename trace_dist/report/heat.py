@@ -162,7 +162,7 @@ def _overlap_note(methods: Sequence[MethodView], shares: Array) -> str:
         return "% of the row's task"
     # a union of all tasks' masks says nothing of the masks of single tasks
     density = min((d for method in methods if not math.isnan(d := method.stat("density"))), default=math.nan)
-    chance = "" if math.isnan(density) else f"; {tables.percent(100 * density)} by chance"
+    chance = "" if math.isnan(density) else f"; {tables.share(density)} by chance"
     return f"% of the row's task; {tables.percent(100 * others)} on average{chance}"
 
 

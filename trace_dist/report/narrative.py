@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trace_dist.report.results import RunView, mapping, mean, number
-from trace_dist.report.tables import count, duration, final_average, fixed, percent, rate, shorten_all
+from trace_dist.report.tables import count, duration, final_average, fixed, percent, rate, share, shorten_all
 
 
 def narrate(view: RunView) -> list[str]:
@@ -39,9 +39,7 @@ def _setting(view: RunView) -> list[str]:
     if not math.isnan(density):
         trainable = hero.stat("trainable")
         entries = "" if math.isnan(trainable) else f" ({count(trainable)} entries per task)"
-        out.append(
-            f"Training touched {percent(100 * density)} of the maskable weights{entries}{_where(run_info)}."
-        )
+        out.append(f"Training touched {share(density)} of the maskable weights{entries}{_where(run_info)}.")
     return out
 
 
@@ -118,12 +116,12 @@ def chosen_density(view: RunView) -> list[str]:
     if not tried:
         return []
     shown = [
-        f"{percent(100 * number(each.get('density')), 2)}: {fixed(number(each.get('loss')), 3)}, "
+        f"{share(number(each.get('density')))}: {fixed(number(each.get('loss')), 3)}, "
         f"rate {rate(number(each.get('lr')))}"
         for each in tried
     ]
     return [
-        f"The density {percent(100 * number(part.get('density')), 2)} is the smallest of {len(tried)} whose held-out loss in a "
+        f"The density {share(number(part.get('density')))} is the smallest of {len(tried)} whose held-out loss in a "
         f"short race lies within {fixed(number(part.get('margin')), 2)} nats of the best ({'; '.join(shown)})."
     ]
 

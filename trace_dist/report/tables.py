@@ -29,6 +29,16 @@ def percent(value: float, digits: int = 1) -> str:
     return MISSING if math.isnan(value) else f"{fixed(value, digits)}\N{NO-BREAK SPACE}%"
 
 
+def share_digits(value: float) -> int:
+    """Decimals of a density in percent: one, and more where it would read as nothing, or as another one."""
+    return next((digits for digits in range(1, 9) if abs(round(value, digits) - value) <= value / 20), 1)
+
+
+def share(fraction: float) -> str:
+    """A density in percent with its unit: 5.0 %, 0.01 %."""
+    return percent(100 * fraction, share_digits(100 * fraction))
+
+
 def rate(value: float) -> str:
     """A learning rate with two digits at most: 3e-3, 2.5e-4."""
     if math.isnan(value):
@@ -117,13 +127,14 @@ COLUMNS = (
 
 def method_cells(view: RunView, method: MethodView) -> list[str]:
     """The row of `method`, in the order of `COLUMNS`."""
+    density = 100 * method.stat("density")
     return [
         fixed(mean(method.just_trained)),
         fixed(final_average(method)),
         fixed(method.stat("forgetting")),
         signed(method.stat("general_delta")),
         rate(method.stat("lr")),
-        fixed(100 * method.stat("density")),
+        fixed(density, share_digits(density)),
         fixed(view.bytes_per_param(method.name), 2),
     ]
 
@@ -192,11 +203,11 @@ def headline(view: RunView) -> list[Tile]:
             "forgetting": f"{full.label} {fixed(full.stat('forgetting'))}",
             "states": f"{full.label} {fixed(view.bytes_per_param('full'), 2)}",
         }
-    bound = number(retrieval.get("error_bound"))
+    bound, density = number(retrieval.get("error_bound")), 100 * hero.stat("density")
     candidates = [
         (final_average(hero), 1, "%", f"final average, {hero.label}", beside.get("average", "")),
         (hero.stat("forgetting"), 1, "points", "forgetting", beside.get("forgetting", "")),
-        (100 * hero.stat("density"), 1, "%", "entries trained", f"{count(hero.stat('trainable'))} per task"),
+        (density, share_digits(density), "%", "entries trained", f"{count(hero.stat('trainable'))} per task"),
         (view.bytes_per_param(hero.name), 2, "B/param", "model states", beside.get("states", "")),
         (
             number(retrieval.get("accuracy")),
