@@ -149,6 +149,31 @@ def test_folders(files: dict[str, tuple[int, int]], tmp_path: Path) -> None:
     assert prompts(task(tmp_path / "d")) == (some(0, 30), some(30, 40))
 
 
+@pytest.mark.parametrize("names", [("quiz.jsonl", "quiz.test.jsonl"), ("support.csv", "dev-ops.csv")])
+def test_a_folder_of_which_only_some_files_are_of_a_split(names: tuple[str, str], tmp_path: Path) -> None:
+    """`datasets` reads those alone, and what is to be tested would be trained."""
+    files = [
+        write(tmp_path / "d" / name, rows) for name, rows in zip(names, (ROWS[:10], ROWS[10:]), strict=True)
+    ]
+    with pytest.raises(
+        ValueError,
+        match=rf"^tasks\.t\.path=.*: {names[0]} is of no split, beside those of \w+ by their names; put",
+    ) as error:
+        load_examples(task(tmp_path / "d"), seed=0)
+    assert "\n" not in str(error.value)
+    # Hidden files, others of another kind, and whose card says so are none of it.
+    files[0].rename(tmp_path / "d" / f".{names[0]}")
+    (tmp_path / "d" / "notes.md").write_text("x")
+    assert set.union(*prompts(task(tmp_path / "d"))) == some(10, 40)
+    (tmp_path / "d" / f".{names[0]}").rename(files[0])
+    card = json.dumps([{"config_name": "one", "data_files": [{"split": "test", "path": names[1]}]}])
+    (tmp_path / "d" / "README.md").write_text(f"---\nconfigs: {card}\n---\n")
+    assert set.union(*prompts(task(tmp_path / "d"))) == some(10, 40)
+    (tmp_path / "d" / "README.md").unlink()
+    files[0].rename(tmp_path / "d" / f"train-{names[0]}")
+    assert prompts(task(tmp_path / "d")) == (some(0, 10), some(10, 40))
+
+
 def test_a_folder_with_a_card_that_names_subsets_and_their_files(tmp_path: Path) -> None:
     configs = [
         {"config_name": name, "data_files": [{"split": "train", "path": f"{name}/*.parquet"}]}

@@ -30,6 +30,8 @@ PACKAGED = "images:"
 _TRACE_FILES = {TRAIN: "train.json", TEST: "test.json", VALIDATION: "eval.json"}
 """The layout of the TRACE continual-learning benchmark (arXiv 2310.06762)."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_CARD_FILES = re.compile(r"data_(files|dir)\W*:")
+"""In the card of a dataset: which files are of which split."""
 _LONGEST_REASON = 300
 
 
@@ -153,6 +155,8 @@ def _from_folder(path: Path, task: TaskConfig, field: str) -> Splits:
         files = {
             str(split): [Path(file) for file in each] for split, each in builder.config.data_files.items()
         }
+    if TRAIN not in files and task.split is None:
+        _check_whole(path, files, field)
     if all(_kind(file) in _READERS for each in files.values() for file in each):
         return _from_files(files, field)
     with _one_line(f"{field}: cannot be read", cure):
@@ -162,6 +166,25 @@ def _from_folder(path: Path, task: TaskConfig, field: str) -> Splits:
             builder.download_and_prepare()
         loaded = builder.as_dataset()
     return {split: Table(f"{path}, split {split}", data) for split, data in loaded.items()}
+
+
+def _check_whole(path: Path, files: Mapping[str, list[Path]], field: str) -> None:
+    """Raise ValueError where some files are named as a split, and others of their kind, which ``datasets`` passes over, are not.
+
+    The examples to test on would be trained, and the others lost. What a card names is as its author wants it.
+    """
+    card = path / "README.md"
+    if card.is_file() and _CARD_FILES.search(read_text(card)):
+        return
+    taken = {file.resolve() for each in files.values() for file in each}
+    kinds = {_kind(file) for file in taken}
+    for file in sorted(path.rglob("*")):
+        hidden = any(part.startswith((".", "__")) for part in file.relative_to(path).parts)
+        if _kind(file) in kinds and not hidden and file.is_file() and file.resolve() not in taken:
+            raise ValueError(
+                f"{field}: {file.relative_to(path)} is of no split, beside those of {' and '.join(sorted(files))} by their "
+                f"names; put {TRAIN} into the names of files or folders to train on, or give one file as the path"
+            )
 
 
 def _json_lines(files: list[Path], field: str) -> list[Any]:
