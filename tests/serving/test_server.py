@@ -224,6 +224,7 @@ GOOD = '"model": "copy", "prompt": "copy ab"'
         (COMPLETE, f'{{{GOOD}, "stop": ""}}', 400, "stop"),
         (COMPLETE, f'{{{GOOD}, "stop": [{", ".join(17 * [chr(34) + "x" + chr(34)])}]}}', 400, "stop: .* at most 16 items"),
         (COMPLETE, f'{{{GOOD}, "logprobs": 3}}', 400, "logprobs: Extra inputs are not permitted"),
+        (COMPLETE, f'{{{GOOD}, "logprobs": 0}}', 400, "logprobs: Extra inputs are not permitted"),
         (COMPLETE, f'{{{GOOD}, "pad": "{"x" * 17000}"}}', 413, "longer than 16384 bytes"),
         (CHAT, '{"model": "nobody", "messages": [{"role": "user", "content": "a"}]}', 404, "model='nobody'"),
         (CHAT, '{"model": "copy", "messages": [{"role": "user", "content": [{"type": "image"}]}]}', 400, r"content\.0\.type"),

@@ -32,7 +32,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
-    "logprobs": (False, 0),
+    "logprobs": (False,),
     "top_logprobs": (0,),
     "echo": (False,),
     "best_of": (1,),
@@ -214,7 +214,7 @@ def _given(value: dict[str, Any]) -> dict[str, Any]:
 
 def _zero(part: Any, value: Any) -> bool:
     """0.0 is 0 too."""
-    return isinstance(part, float) and value == 0 and part == 0
+    return isinstance(part, float) and type(value) is int and value == part == 0
 
 
 def _checked(prompt: Any, where: str) -> Prompt:
