@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from full_disk import full_disk
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from trace_dist import Delta, DeltaBank, Mask
 from trace_dist.bank.bank import BASE
@@ -22,6 +23,7 @@ from trace_dist.bank.delta import applied
 from trace_dist.bank.export import export
 from trace_dist.bank.verify import verify
 from trace_dist.models import fingerprint
+from trace_dist.models.rest import CARD
 from trace_dist.parts import EXPORTERS
 from trace_dist.sharding.build import load_sharded
 
@@ -215,6 +217,23 @@ def test_a_base_without_tokenizer(tmp_path: Path) -> None:
     export(bank, [BASE], tmp_path / "out", str(tmp_path / "base"))
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "generation_config.json", "model.safetensors", "trace_dist.json"}
+
+
+def test_all_chat_templates_of_a_base_go_along(bank: DeltaBank, base: str, tmp_path: Path) -> None:
+    """Those beside the default one lie in a folder of their own; an export into the folder of an earlier one has them, too."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    kinds = {"default": "{{ messages[0]['content'] }}", "tool_use": "tools: {{ messages[0]['content'] }}"}
+    tokenizer.chat_template = kinds
+    tokenizer.save_pretrained(base)
+    (Path(base) / "own.tiktoken").write_text("YQ== 0")
+    for _ in range(2):
+        export(bank, ["one"], tmp_path / "out", base)
+        assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == kinds
+        assert (tmp_path / "out" / "own.tiktoken").is_file()
+    assert (
+        "additional_chat_templates/tool_use.jinja"
+        in json.loads((tmp_path / "out" / CARD).read_text())["files"]
+    )
 
 
 def test_a_family_that_keeps_some_tensors_in_fp32(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ from trace_dist.models.trust import is_trusted
 
 CARD = "trace_dist.json"
 """What an exported folder says of itself."""
-_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
+_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+_TEMPLATES = "additional_chat_templates"
+"""Folder in which transformers keeps chat templates beside the default one."""
 _OWN = {"config.json", FILE, CARD}
 
 
@@ -25,3 +27,6 @@ def copy_rest(source: Path, folder: Path) -> None:
     for file in source.iterdir():
         if file.suffix in wanted and not (file.name in _OWN or file.name.endswith(".index.json")):
             shutil.copyfile(file, folder / file.name)
+    for file in source.glob(f"{_TEMPLATES}/*.jinja"):
+        (folder / _TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / _TEMPLATES / file.name)

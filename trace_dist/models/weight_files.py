@@ -23,7 +23,7 @@ from trace_dist.utils.files import read_json
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Everything a model and its tokenizer need, but no pickle, and code only of models that may run theirs.
-_DOWNLOADED = ["*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja"]
+_DOWNLOADED = ["*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
