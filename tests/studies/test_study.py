@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -21,11 +24,15 @@ from trace_dist.parts import ARMS
 from trace_dist.studies import small_to_large
 from trace_dist.studies.arm import Masked, load_arm
 from trace_dist.studies.claims import FOR, UNDECIDED, claims
+from trace_dist.studies.heldout import HeldOut
 from trace_dist.studies.lab import Case, Lab
+from trace_dist.studies.meter import Meter
 from trace_dist.studies.page import PAGES, RESULT, draw, sections_of
 from trace_dist.studies.picture import at_first_density
 from trace_dist.studies.plan import StageConfig
 from trace_dist.studies.probes import Probes
+from trace_dist.studies.records import Cell, Journal, Records
+from trace_dist.studies.schedule import ScoreBase, Train
 from trace_dist.studies.settings import abouts, chosen
 from trace_dist.studies.small_to_large import Stopped, run_study
 from trace_dist.utils import locks
@@ -129,6 +136,31 @@ def test_a_study_its_cut_and_its_page(setup: Setup, tmp_path: Path, monkeypatch:
     assert len({(each["density"], each["other_density"]) for each in shown}) == 1 < len(again["differences"])
     draw(again, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("at", ["test", "text"])
+def test_losses_that_are_none_are_kept_as_a_training_that_diverged(
+    setup: Setup, tmp_path: Path, at: str
+) -> None:
+    """Also where the held-out loss, which is looked at first, is one. Without a loss of the base nothing can be compared."""
+    losses = {"test": 1.0, "text": 2.0, at: math.nan}
+
+    def said(loss: float) -> Any:
+        return lambda *_: HeldOut([loss], [True], [1])
+
+    ends = contextlib.nullcontext()
+    lab = SimpleNamespace(meter=Meter(), base=lambda: None, validate=said(0.5))
+    lab.test, lab.text = said(losses["test"]), said(losses["text"])
+    journal = Journal(tmp_path / "records.jsonl", {"first": "a"})
+    worker = small_to_large.Worker(setup.cfg, setup.study, journal, Records())
+    vars(worker)["_lab"] = lab
+    vars(worker)["_arm"] = lambda _: SimpleNamespace(trial=lambda *_: ends, entries=lambda *_: 3)
+    worker.do(Train(Cell("lora", "first", None), 0, 1e-3))
+    (trial,) = journal.read().of(Cell("lora", "first", None))
+    assert (trial.validation, trial.losses, trial.text) == (math.inf, None, None)
+    with pytest.raises(ValueError, match=r"^tasks\.first: loss=nan: the base has such a loss; use another"):
+        worker.do(ScoreBase("first"))
+    assert not journal.read().bases
 
 
 def test_processes_share_a_study(setup: Setup, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ stands first in the configuration, so that a study that was cut says something.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_dist.config import RunConfig
+from trace_dist.config.checks import check
 from trace_dist.parts import ARMS
 from trace_dist.studies.arm import Arm, Masked, load_arm
 from trace_dist.studies.lab import Case, Lab
@@ -157,6 +159,9 @@ class Worker:
         lab = self.lab
         found, text = lab.test(lab.base(), job.task), lab.text(lab.base())
         validation = lab.validate(lab.base(), job.task).loss
+        for loss in (found.loss, text.loss, validation):
+            rule, cure = "the base has such a loss", "use another target.dtype, or another model"
+            check(math.isfinite(loss), f"tasks.{job.task}: loss", loss, rule, cure)
         logger.info("%s: base: loss %.4f, general text %.4f", job.task, found.loss, text.loss)
         return {
             "kind": "base",
@@ -193,9 +198,10 @@ class Worker:
                 record |= {"train_s": time.perf_counter() - begin, "train_flops": meter.flops - flops}
                 record["validation"] = _finite(lab.validate(learner, task).loss)
                 if before is None or record["validation"] < before.validation:
-                    found = lab.test(learner, task)
+                    found, text = lab.test(learner, task), _finite(lab.text(learner).loss)
+                    _finite(found.loss)
                     record |= {"losses": _rounded(found.nats), "right": [int(each) for each in found.right]}
-                    record["text"] = lab.text(learner).loss
+                    record["text"] = text
         except NotFinite:
             record |= {"validation": None, "train_s": time.perf_counter() - begin}
             record["train_flops"] = meter.flops - flops
@@ -216,8 +222,8 @@ class Worker:
 
 
 def _finite(loss: float) -> float:
-    """A loss; raises NotFinite where it is none."""
-    check_finite(loss, "the held-out loss")
+    """A loss of what was trained; raises NotFinite where it is none."""
+    check_finite(loss, "a held-out loss")
     return loss
 
 
