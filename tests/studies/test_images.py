@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,16 @@ import pytest
 from scipy import stats
 
 from trace_dist.report.markdown import insert
-from trace_dist.studies.images import class_order, interval, protocol, read_run, summary, table
+from trace_dist.studies import images
+from trace_dist.studies.images import (
+    class_order,
+    interval,
+    protocol,
+    read_run,
+    run_study,
+    summary,
+    table,
+)
 from trace_dist.utils.files import read_json
 
 ROOT = Path(__file__).parents[2]
@@ -69,3 +80,17 @@ def test_differences_are_paired_by_seed() -> None:
 def test_the_page_shows_the_committed_result(name: str) -> None:
     page = (ROOT / "docs/images.md").read_text(encoding="utf-8")
     assert insert(page, name, table(read_json(ROOT / f"docs/results/{name}.json"))) == page
+
+
+def test_runs_of_other_methods_are_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are named before anything is trained that could not be summed up with them."""
+    cfg, out = read_run(ROOT / "configs" / "digits.yaml"), tmp_path / "result.json"
+    known = [{"protocol": "B0-Inc2", "seed": 0, "methods": {"retrieved": {}, "full": {}}}]
+    out.write_text(json.dumps({"runs": known}))
+    monkeypatch.setattr(images, "run_one", lambda _: pytest.fail("a run was begun"))
+    with pytest.raises(
+        ValueError, match=r"^continual\.methods=.*result\.json holds runs of retrieved, full; name these"
+    ):
+        run_study(cfg, [2], [0, 1], out)
+    same = replace(cfg, continual=replace(cfg.continual, methods=["full", "retrieved"]))
+    assert run_study(same, [2], [0], out) == {"runs": known}

@@ -24,6 +24,7 @@ import yaml
 from scipy import stats
 
 from trace_dist.config import RunConfig
+from trace_dist.config.checks import check
 from trace_dist.continual.driver import run_continual
 from trace_dist.continual.result import read_result
 from trace_dist.report.markdown import insert
@@ -129,8 +130,16 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def run_study(cfg: RunConfig, increments: Sequence[int], seeds: Sequence[int], out: Path) -> dict[str, Any]:
-    """All runs that the result does not hold yet; it is written after each."""
+    """All runs that the result does not hold yet; it is written after each.
+
+    Raises:
+        ValueError: the result holds runs of other methods, which none of the present ones could stand beside.
+    """
     runs: list[dict[str, Any]] = read_json(out)["runs"] if out.is_file() else []
+    methods = cfg.continual.methods
+    for run in runs:
+        rule, cure = f"{out} holds runs of {', '.join(run['methods'])}", "name these, or another file"
+        check(set(run["methods"]) == set(methods), "continual.methods", methods, rule, cure)
     done = {(run["protocol"], run["seed"]) for run in runs}
     for seed in seeds:
         for increment in increments:
