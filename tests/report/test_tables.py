@@ -131,6 +131,8 @@ def test_markdown_table_and_its_place() -> None:
     results["modes"]["random"] = {**results["modes"]["full"]}
     several = "commits def (full fine-tuning, random mask), abc (LoRA)"
     assert f"2026-01-02, {several}, one core; 1 min 01 s in all." in markdown_table(results)
+    results["modes"]["full"]["label"] = "a | b"
+    assert r"| a \| b | 50.0 | 50.0 |" in markdown_table(results)
     document = "before\n<!-- x -->\nold\n<!-- /x -->\nafter"
     assert insert(document, "x", table) == f"before\n<!-- x -->\n\n{table}\n<!-- /x -->\nafter"
     with pytest.raises(ValueError, match="once each"):

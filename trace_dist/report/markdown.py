@@ -26,7 +26,8 @@ def markdown_table(results: Mapping[str, Any]) -> str:
         ValueError: `results` lacks "tasks" or "modes".
     """
     view = parse_results(results)
-    cells = [(method.label, method_cells(view, method)) for method in view.methods]
+    # A bar would begin another cell.
+    cells = [(method.label.replace("|", r"\|"), method_cells(view, method)) for method in view.methods]
     shown = [i for i in range(len(COLUMNS)) if any(row[i] != MISSING for _, row in cells)]
     heads = [f"{COLUMNS[i].head}, {COLUMNS[i].unit}" for i in shown]
     lines = ["| method | " + " | ".join(heads) + " |", "|---" + "|---:" * len(heads) + "|"]
