@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from cli.program import is_alive
 
+from trace_dist.config import LaunchConfig
 from trace_dist.launching import supervisor
 from trace_dist.launching.commands import Start
 from trace_dist.launching.supervisor import Supervisor, is_loss
@@ -87,6 +88,28 @@ def test_sigusr1_asks_to_stop(folder: Path) -> None:
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=20)
     assert process.returncode == 75
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 75)]
+)
+def test_a_signal_that_comes_before_the_ranks_begin(
+    folder: Path, number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They had begun all the same, and nobody had told them."""
+    monkeypatch.delenv(STOP, raising=False)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.chdir(folder)
+
+    def starts(*_: object) -> list[Start]:
+        signal.raise_signal(number)
+        return [Start([sys.executable, "-m", "acting", "wait", str(folder)])]
+
+    monkeypatch.setattr(supervisor, "starts", starts)
+    monkeypatch.setattr(supervisor, "GRACE_SECONDS", 20.0)
+    begun = time.monotonic()
+    assert supervisor.supervise(LaunchConfig(), "acting", []) == code
+    assert time.monotonic() - begun < 15
 
 
 @pytest.mark.parametrize(("behaviour", "code"), [("lost", 75), ("fail", 2), ("explain", 2)])

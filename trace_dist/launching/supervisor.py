@@ -168,10 +168,14 @@ def supervise(launch: LaunchConfig, module: str, words: Sequence[str]) -> int:
         if RUN_PID not in environment:
             environment |= followed(os.getpid())
         environment["PYTHONUNBUFFERED"] = "1"
-        before = _handle(lambda number, frame: None)
+        # Signals that come before there is anybody to pass them on to.
+        early: list[int] = []
+        before = _handle(lambda number, frame: early.append(number))
         try:
             supervisor = Supervisor(starts(launch, module, words, environment, Path(folder)), environment)
             _handle(supervisor.on_signal)
+            for number in early:
+                supervisor.on_signal(number, None)
             try:
                 return supervisor.wait()
             finally:
