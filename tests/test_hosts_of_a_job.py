@@ -238,6 +238,36 @@ def test_the_interface_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ[network.GLOO] == "ib0"
 
 
+@pytest.mark.parametrize(
+    ("variables", "spread"),
+    [
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
+        (
+            {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
+            False,
+        ),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALNRANKS": "1"}, True),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, False),
+        ({"FLUX_TASK_RANK": "1", "FLUX_JOB_SIZE": "2", "FLUX_JOB_NNODES": "2"}, True),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "2"}, True),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_NODES": "2"}, False),
+    ],
+    ids=["openmpi", "openmpi-here", "mpich", "mpich-silent", "flux", "srun", "sbatch"],
+)
+def test_the_interface_is_found_under_other_launchers(
+    variables: dict[str, str], spread: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched(monkeypatch, {"10.0.0.1": "ib0"})
+    for name in [name for name in os.environ if name.startswith(("OMPI_", "PMI", "SLURM_", "FLUX_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    network.choose_interface()
+    assert os.environ.get(network.GLOO) == ("ib0" if spread else None)
+
+
 def test_an_interface_that_is_not_clear_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     launched(monkeypatch, {"10.0.0.1": "ib0", "192.168.0.1": "eth0"})
     with pytest.raises(

@@ -97,6 +97,12 @@ def is_launched() -> bool:
     return "RANK" in os.environ or any(launcher.started_us for launcher in LAUNCHERS)
 
 
+def is_spread() -> bool:
+    """Whether the launcher that started this process says that its ranks are on several machines."""
+    launcher = next((each for each in LAUNCHERS if each.started_us), None)
+    return launcher is not None and launcher.one_machine[0] in os.environ and not launcher.is_local
+
+
 def adopt_launch() -> int:
     """Hand a foreign launcher's variables on under torch's names.
 

@@ -9,6 +9,8 @@ from contextlib import suppress
 
 import psutil
 
+from trace_dist.utils.launch import is_spread
+
 GLOO = "GLOO_SOCKET_IFNAME"
 _logger = logging.getLogger("trace_dist.network")
 
@@ -25,8 +27,7 @@ def spans_hosts() -> bool:
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         if os.environ.get(name, "").isdecimal():
             return int(os.environ[name][:9]) < size
-    nodes = os.environ.get("SLURM_STEP_NUM_NODES", "1")
-    return nodes.isdecimal() and int(nodes[:9]) > 1
+    return is_spread()
 
 
 def choose_interface() -> None:
