@@ -122,6 +122,29 @@ def test_of_other_modules_the_weights_are_saved(tmp_path: Path) -> None:
     assert all(torch.equal(value, saved[name]) for name, value in Toy().state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["causal", "tied", "encoder"])
+def test_a_model_that_is_pickled_whole_leaves_its_mask_here(name: str, tmp_path: Path) -> None:
+    """As by ``torch.save(model)``: it had ended in a traceback."""
+    model, ids = make(name, torch.float32).eval(), torch.arange(8)[None]
+    optimizer = MaskedAdamW(model, Mask.random(model, 0.5, maskable="all"), lr=0.1)
+    torch.save(model, tmp_path / "model.pt")
+    model(ids)[0].square().mean().backward()
+    optimizer.step()
+    torch.save(model, tmp_path / "later.pt")
+    read = torch.load(tmp_path / "later.pt", weights_only=False)
+    assert torch.equal(read(ids)[0], model(ids)[0])
+    assert {type(part) for part in read.modules()} == {
+        type(part) for part in make(name, torch.float32).modules()
+    }
+    first = torch.load(tmp_path / "model.pt", weights_only=False)
+    again = MaskedAdamW(first, optimizer.mask, lr=0.1)
+    first(ids)[0].square().mean().backward()
+    again.step()
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), model.parameters(), strict=True))
+    model(ids)[0].square().mean().backward()  # the one that was saved is as it was
+    assert optimizer.model.is_attached(optimizer.supports)
+
+
 def wrapped_by_peft() -> nn.Module:
     return get_peft_model(make("causal", torch.float32), LORA)
 

@@ -18,6 +18,7 @@ other time it is the parameter.
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Callable
 from types import MethodType
 from typing import Any, NamedTuple, NoReturn
@@ -166,6 +167,11 @@ class MaskedLinear(nn.Linear):
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         refuse_data_parallel()
+
+    def __reduce_ex__(self, _: Any) -> tuple[Any, ...]:
+        """A copy of it, in memory or in a file, is an ordinary layer, which has no mask."""
+        state = {name: value for name, value in self.__dict__.items() if name not in ("forward", "catch")}
+        return copyreg._reconstructor, (nn.Linear, object, None), state  # type: ignore[attr-defined]
 
 
 class RunningPass:

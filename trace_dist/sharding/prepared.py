@@ -115,12 +115,7 @@ class PreparedModel(ReplicatedModel):
     def attach(self, mask: Mask, accumulate: Accumulate | None = None) -> list[Support]:
         supports = super().attach(mask, accumulate)
         self._attached_on = self.device
-
-        def before_forward(module: nn.Module, *_: Any) -> None:
-            if module is self.module:  # and not a deep copy of it, which shares the hook
-                self._before_forward()
-
-        self._undo.append(self.module.register_forward_pre_hook(before_forward).remove)
+        self._undo.append(self.module.register_forward_pre_hook(_BeforeForward(self)).remove)
         if self.world > 1:
             self._undo.append(self._suit_ddp(supports))
         return supports
@@ -171,6 +166,20 @@ class PreparedModel(ReplicatedModel):
                 f"model: {trained[0]!r} requires a gradient beside the mask, which DDP would not sum over the ranks; add it to "
                 "the mask, freeze it, or move it to a module with a DDP of its own"
             )
+
+
+class _BeforeForward:
+    """What a model's hook asks of its view; a copy of the model, in memory or in a file, has one that asks nothing."""
+
+    def __init__(self, view: PreparedModel | None = None) -> None:
+        self._view = view
+
+    def __call__(self, *_: Any) -> None:
+        if self._view is not None:
+            self._view._before_forward()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _BeforeForward, ()
 
 
 def _let_idle(ddp: Any) -> None:
