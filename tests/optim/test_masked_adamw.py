@@ -10,8 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from engine.cases import CASES, batches
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict
 from transformers import PreTrainedModel, get_scheduler
 
 from trace_dist import Mask, MaskedAdamW, shard
@@ -245,6 +248,21 @@ def test_a_second_parameter_group_is_refused() -> None:
     with pytest.raises(ValueError, match="add_param_group: MaskedAdamW trains the entries of its mask alone"):
         optimizer.add_param_group({"params": head.parameters(), "lr": 1.0})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["itself", "accelerate"])
+def test_torch_checkpoint_is_told_where_to_save(prepared: bool) -> None:
+    """``accelerator.save_state`` under FSDP2 had ended in ``KeyError: 0``."""
+    model = CASES["element"].model()
+    optimizer = MaskedAdamW(model, Mask.random(model, 0.1))
+    asked = Accelerator(cpu=True).prepare_optimizer(optimizer) if prepared else optimizer
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for ask in (get_optimizer_state_dict, get_state_dict):
+        with pytest.raises(
+            ValueError, match=r"states of whole parameters.* save with trace_dist\.checkpoint"
+        ):
+            ask(model, asked)
+    assert asked.state_dict()["state"].keys() == dict(enumerate(optimizer.supports)).keys()
 
 
 def test_deepspeed_is_not_given_it() -> None:

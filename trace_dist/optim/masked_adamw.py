@@ -32,6 +32,7 @@ from trace_dist.optim.parts import locate, owned
 from trace_dist.optim.pieces import restore
 from trace_dist.optim.scaled_gradient import ScaledGradient
 from trace_dist.optim.states import MOMENTS, State, StateOptions, new_state, scaled_update, tensors_of, update
+from trace_dist.optim.torch_checkpoint import refuse_torch_checkpoint
 from trace_dist.sharding.prepared import as_sharded
 from trace_dist.sharding.single import ReplicatedModel
 from trace_dist.utils import dist
@@ -322,7 +323,11 @@ class MaskedAdamW(torch.optim.Optimizer):
         It is local, as Trainer calls it on rank 0 alone. When it is pickled (``torch.save``) or deep-copied, the stand-in
         becomes the other ranks' states, on the CPU, for which ``part_server`` asks them then; nobody is held up. So the rank
         that saves needs memory for all states: where that is too much, ``trace_dist.checkpoint`` lets each rank write its own.
+
+        Raises:
+            ValueError: ``torch.distributed.checkpoint`` asks for it.
         """
+        refuse_torch_checkpoint()
         packed = super().state_dict()
         packed["values"] = [self.values(support) for support in self.supports]
         packed["mask_digest"] = self.mask.digest()
