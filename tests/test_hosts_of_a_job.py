@@ -21,6 +21,7 @@ from trace_dist.launching import checks, launch_command, shown_launch
 from trace_dist.launching.commands import first_node, starts
 from trace_dist.launching.environment import forwarded
 from trace_dist.launching.hosts import Host, hosts_of, read_hostfile
+from trace_dist.optim import part_server
 from trace_dist.utils import network
 
 HERE = socket.gethostname()
@@ -266,6 +267,18 @@ def test_the_interface_is_found_under_other_launchers(
         monkeypatch.setenv(name, value)
     network.choose_interface()
     assert os.environ.get(network.GLOO) == ("ib0" if spread else None)
+
+
+def test_states_are_handed_out_where_other_hosts_reach_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By ranks on the host that means its loopback by the name of the place to meet: the others' looked at home for rank 0."""
+    launched(monkeypatch, {"192.168.0.1": "eth0", "10.0.0.1": "ib0"})
+    assert part_server._own_host() == "192.168.0.1"
+    monkeypatch.setenv(network.GLOO, "ib0")
+    assert part_server._own_host() == "10.0.0.1"
+    launched(monkeypatch, {"10.0.0.1": "ib0"}, local="2")
+    assert part_server._own_host() == "127.0.0.1"
+    launched(monkeypatch, {})
+    assert part_server._own_host() == "127.0.0.1"
 
 
 def test_an_interface_that_is_not_clear_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

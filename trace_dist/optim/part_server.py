@@ -37,7 +37,7 @@ from torch import Tensor
 
 from trace_dist.optim.states import State, tensors_of
 from trace_dist.sharding.compaction import Support
-from trace_dist.utils import dist
+from trace_dist.utils import dist, network
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
@@ -218,7 +218,11 @@ def _own_host() -> str:
     meeting_point = os.environ.get("MASTER_ADDR") or socket.gethostname()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((meeting_point, 1))  # of a datagram socket: sends nothing
-        return str(probe.getsockname()[0])
+        found = str(probe.getsockname()[0])
+    # Rank 0's host may mean its loopback by its own name, and the other hosts would look for rank 0 at theirs.
+    if found.startswith("127.") and network.spans_hosts():
+        return network.joining_address() or found
+    return found
 
 
 def _reaches(address: Address | None) -> bool:

@@ -30,6 +30,13 @@ def spans_hosts() -> bool:
     return is_spread()
 
 
+def joining_address() -> str | None:
+    """This machine's address on gloo's interface, or else on the first one; None where it has none but its loopback."""
+    found = interfaces()
+    chosen = [address for address, name in found.items() if name == os.environ.get(GLOO)]
+    return next(iter([*chosen, *found]), None)
+
+
 def choose_interface() -> None:
     """Name the interface to gloo where it would take one that leads to this machine alone.
 
