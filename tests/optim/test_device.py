@@ -214,3 +214,22 @@ def test_the_fake_refuses_what_a_gpu_refuses(gpu: Streams) -> None:
     device[torch.tensor([0])] = 2.0
     assert device.cpu().tolist() == [2.0, 1.0, 1.0]
     assert (device + host.to(device)).device == GPU
+
+
+@pytest.mark.parametrize("option", ["fp32 weights", "master", "no master"])
+def test_states_are_read_beside_gathers_that_are_under_way(
+    option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread hands them out, or rank 0 alone reads them. With NF4 weights both waited for a gather that waited for rank 0."""
+    optimizer = make(option, "cpu", "nf4")
+    step(optimizer)
+    freed: list[None] = []
+    monkeypatch.setattr(optimizer.model._overlays, "forget", lambda: freed.append(None))
+    found = optimizer.state_dict()["values"]
+    for support, expected in zip(optimizer.supports, found, strict=True):
+        assert torch.equal(
+            _host_values(optimizer.model, None, support), expected.to(optimizer.model.like(support.name))
+        )
+    assert not freed
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert freed

@@ -157,7 +157,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         """What the weight holds at a support's entries, in its dtype, where the states live: [n]."""
         if self._offload is not None:
             return self._offload.entries[support.name].values
-        local, runs = self.model.storage(support)
+        local, runs = self.model.stored(support)
         return compact_gather(local, runs).to(local.dtype)
 
     def _copies(self, support: Support, state: State) -> list[Tensor]:
@@ -364,7 +364,7 @@ def _host_values(model: ShardedModel, offload: Offload | None, support: Support)
     """What a weight holds at a support's entries, on the CPU; copies alone, as ``part_server`` asks: [n] in its dtype."""
     if offload is not None:
         return offload.entries[support.name].values
-    local, runs = model.storage(support)
+    local, runs = model.stored(support)
     local = local.cpu()
     return compact_gather(local, runs.to(local.device)).to(local.dtype)
 

@@ -277,6 +277,15 @@ class ShardedModel(ABC):
         self._overlays.forget()
         return layer.overlay.values, layer.overlay.find(support)
 
+    def stored(self, support: Support) -> tuple[Tensor, Runs]:
+        """As ``storage``, for reading alone. Once that was called, one rank or another thread may call this: gathers of overlays
+        that are under way stay."""
+        layer = self._quantized.get(support.name)
+        found = None if layer is None or layer.overlay is None else layer.overlay.find(support)
+        if layer is None or layer.overlay is None or found is None:
+            return self.storage(support)
+        return layer.overlay.values, found
+
     def places(self, supports: Iterable[Support]) -> list[int] | None:
         """Addresses of what ``storage`` gives: while they stay it gives the same. None with NF4 weights, where it may not."""
         if self._quantized:
