@@ -23,6 +23,5 @@ def refuse_torch_checkpoint() -> None:
         if frame.f_globals.get("__name__") == CALLER:
             raise ValueError(
                 "MaskedAdamW: torch.distributed.checkpoint, as accelerator.save_state under FSDP2, keeps states of whole "
-                "parameters, and these are of masked entries; save with trace_dist.checkpoint.save_checkpoint, or "
-                "torch.save(optimizer.state_dict(), path) on rank 0"
+                "parameters, and these are of masked entries; save with trace_dist.checkpoint.save_checkpoint on every rank"
             )
