@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from trace_dist.bank.delta import Snapshot, applied, extract_delta
 from trace_dist.checkpoint import load_checkpoint, load_dense, save_checkpoint, save_dense
 from trace_dist.config import Quantize
 from trace_dist.optim.masked_adamw import _host_values
-from trace_dist.optim.part_server import Clock, Source
+from trace_dist.optim.part_server import Clock, PartServer, Source
+from trace_dist.optim.parts import owned
 
 CASE = CASES["bf16"]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -233,3 +236,19 @@ def test_states_are_read_beside_gathers_that_are_under_way(
     assert not freed
     optimizer.load_state_dict(optimizer.state_dict())
     assert freed
+
+
+def test_one_that_says_nothing_keeps_nobody_from_a_part() -> None:
+    """As what looks for open ports does: rank 0 then waited for ever."""
+    optimizer = make("master", "cpu")
+    step(optimizer)
+    source = Source(
+        owned(optimizer.supports), optimizer.compact(), partial(_host_values, optimizer.model, None)
+    )
+    server = PartServer(optimizer, source, torch.device("cpu"), linger=False)
+    assert server._address is not None
+    with ThreadPoolExecutor(1) as other, socket.create_connection(server._address):
+        asked = other.submit(server.ask, 0)
+        done = wait([asked], timeout=20).done
+    assert done
+    assert all(map(torch.equal, asked.result()["values"], map(optimizer.values, optimizer.supports)))

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
 from threading import Condition, Thread
 from typing import Any
 
@@ -128,9 +128,9 @@ class PartServer:
         self._address: Address | None = None
         key = secrets.token_bytes(32)
         with suppress(OSError):  # training needs none of this; saving says what is missing
-            listener = Listener((_own_host(), 0), backlog=128, authkey=key)
+            listener = Listener((_own_host(), 0), backlog=128)
             self._address = listener.address  # type: ignore[assignment]
-            Thread(target=self._serve, args=(listener,), daemon=True).start()
+            Thread(target=self._serve, args=(listener, key), daemon=True).start()
         self._everyone: list[tuple[Address | None, bytes]] = dist.gather_objects((self._address, key))
         weakref.finalize(owner, self._begin_to_end).atexit = False
         _SERVERS.add(self)
@@ -170,15 +170,22 @@ class PartServer:
         while self._lingers and _reaches(self._everyone[0][0]) and time.monotonic() < latest:
             time.sleep(POLL_SECONDS)
 
-    def _serve(self, listener: Listener) -> None:
-        """Answer who asks, one after the other, until the end."""
+    def _serve(self, listener: Listener, key: bytes) -> None:
+        """Answer who asks, until the end; each in a thread, as one that says nothing would be waited for."""
         with listener:
             while not self._ended:
-                try:
-                    with listener.accept() as connection:
-                        self._answer(connection)
-                except Exception as error:  # who asked hears of it by the end of the connection
-                    logger.debug("optimizer state: not handed out (%s)", error)
+                with suppress(OSError):
+                    Thread(target=self._attend, args=(listener.accept(), key), daemon=True).start()
+
+    def _attend(self, connection: Connection, key: bytes) -> None:
+        """Answer one that knows the key."""
+        try:
+            with connection:
+                deliver_challenge(connection, key)
+                answer_challenge(connection, key)
+                self._answer(connection)
+        except Exception as error:  # who asked hears of it by the end of the connection
+            logger.debug("optimizer state: not handed out (%s)", error)
 
     def _answer(self, connection: Connection) -> None:
         fault = self.clock.await_step(json.loads(connection.recv_bytes())["step"])
