@@ -28,7 +28,7 @@ from trace_dist.studies.heldout import HeldOut
 from trace_dist.studies.lab import Case, Lab
 from trace_dist.studies.meter import Meter
 from trace_dist.studies.page import PAGES, RESULT, draw, sections_of
-from trace_dist.studies.picture import at_first_density
+from trace_dist.studies.picture import at_first_density, look
 from trace_dist.studies.plan import StageConfig
 from trace_dist.studies.probes import Probes
 from trace_dist.studies.records import Cell, Journal, Records
@@ -136,6 +136,13 @@ def test_a_study_its_cut_and_its_page(setup: Setup, tmp_path: Path, monkeypatch:
     assert len({(each["density"], each["other_density"]) for each in shown}) == 1 < len(again["differences"])
     draw(again, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_no_two_arms_look_alike() -> None:
+    """There are more of them than colours."""
+    arms = {name: {"colour": ARMS.load(name).ARM.colour} for name in ARMS}
+    looks = {tuple(look({"arms": arms}, name).values()) for name in arms}
+    assert len(looks) == len(arms) > len({arm["colour"] for arm in arms.values()})
 
 
 @pytest.mark.parametrize("at", ["test", "text"])

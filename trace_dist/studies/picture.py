@@ -16,6 +16,7 @@ from trace_dist.report.plots import plain_numbers
 from trace_dist.report.theme import LIGHT
 from trace_dist.studies.cells import by_kind
 
+MARKERS = ("o", "s", "^", "D")
 Points = list[tuple[float, float, float]]
 """Of an arm at each density: entries, loss, rise of general text's loss."""
 
@@ -42,7 +43,7 @@ def _draw_quality(result: Result, points: Mapping[str, Points], ax: Axes) -> Non
     """The other panel's legend names the curves."""
     for arm, found in points.items():
         entries, losses, _ = zip(*found, strict=True)
-        ax.plot(entries, losses, color=_colour(result, arm), marker="o", markersize=4)
+        ax.plot(entries, losses, markersize=4, **look(result, arm))
     ax.set_xscale("log")
     ax.set_yscale("log")
     # From a mask's entries to those of full fine-tuning there are many decades.
@@ -63,10 +64,10 @@ def _draw_differences(result: Result, ax: Axes) -> None:
         values = [one["value"] for _, one in known]
         errors = [[one["value"] - one["low"], one["high"] - one["value"]] for _, one in known]
         style: dict[str, Any] = {
-            "color": _colour(result, found["arm"]),
-            "fmt": "o",
+            "linestyle": "none",
             "markersize": 4,
             "capsize": 2,
+            **look(result, found["arm"]),
         }
         label = f"{result['arms'][found['arm']]['label']}, {100 * found['density']:g} %"
         places = [row + shift for row, _ in known]
@@ -94,7 +95,7 @@ def _draw_forgetting(result: Result, points: Mapping[str, Points], ax: Axes) -> 
     for arm, found in points.items():
         _, losses, rises = zip(*found, strict=True)
         label = result["arms"][arm]["label"]
-        ax.plot(losses, rises, color=_colour(result, arm), marker="o", markersize=4, label=label)
+        ax.plot(losses, rises, markersize=4, label=label, **look(result, arm))
     ax.set_xscale("log")
     plain_numbers(ax.xaxis, (1, 2, 5))
     ax.set_title("rise of general text's loss, nats per token", loc="left", fontsize=10)
@@ -103,8 +104,12 @@ def _draw_forgetting(result: Result, points: Mapping[str, Points], ax: Axes) -> 
         ax.legend(frameon=False, fontsize=8)
 
 
-def _colour(result: Result, arm: str) -> str:
-    return LIGHT[result["arms"][arm]["colour"]]
+def look(result: Result, arm: str) -> dict[str, Any]:
+    """Colour and marker: there are more arms than colours, and those of one colour differ by their markers."""
+    arms = result["arms"]
+    colour = arms[arm]["colour"]
+    alike = [name for name in arms if arms[name]["colour"] == colour]
+    return {"color": LIGHT[colour], "marker": MARKERS[alike.index(arm) % len(MARKERS)]}
 
 
 def _common(result: Result) -> list[str]:
