@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from trace_dist import Delta, Mask, MaskedAdamW, quantize_nf4
 from trace_dist.bank.delta import Snapshot, applied, extract_delta
 from trace_dist.checkpoint import load_checkpoint, load_dense, save_checkpoint, save_dense
 from trace_dist.config import Quantize
+from trace_dist.optim import part_server
 from trace_dist.optim.masked_adamw import _host_values
 from trace_dist.optim.part_server import Clock, PartServer, Source
 from trace_dist.optim.parts import owned
@@ -238,17 +240,58 @@ def test_states_are_read_beside_gathers_that_are_under_way(
     assert freed
 
 
+def server_of(optimizer: MaskedAdamW) -> PartServer:
+    source = Source(
+        owned(optimizer.supports), optimizer.compact(), partial(_host_values, optimizer.model, None)
+    )
+    return PartServer(optimizer, source, torch.device("cpu"), linger=False)
+
+
 def test_one_that_says_nothing_keeps_nobody_from_a_part() -> None:
     """As what looks for open ports does: rank 0 then waited for ever."""
     optimizer = make("master", "cpu")
     step(optimizer)
-    source = Source(
-        owned(optimizer.supports), optimizer.compact(), partial(_host_values, optimizer.model, None)
-    )
-    server = PartServer(optimizer, source, torch.device("cpu"), linger=False)
+    server = server_of(optimizer)
     assert server._address is not None
     with ThreadPoolExecutor(1) as other, socket.create_connection(server._address):
         asked = other.submit(server.ask, 0)
         done = wait([asked], timeout=20).done
     assert done
     assert all(map(torch.equal, asked.result()["values"], map(optimizer.values, optimizer.supports)))
+
+
+@pytest.mark.parametrize(
+    ("taken", "why"), [(True, "has said nothing for 0.5 s"), (False, "timed out")], ids=["taken", "dropped"]
+)
+def test_a_rank_that_says_nothing_is_given_up(taken: bool, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a host whose packets are dropped: rank 0 then waited for ever."""
+    monkeypatch.setattr(part_server, "QUIET_SECONDS", 0.5)
+    server = server_of(make("master", "cpu"))
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as mute, ExitStack() as others:
+        # What comes to a listener whose queue is full is dropped.
+        for _ in range(0 if taken else 4):
+            waiting = others.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(mute.getsockname())
+        server._everyone = [(mute.getsockname(), b"key")]
+        with (
+            ThreadPoolExecutor(1) as other,
+            pytest.raises(ValueError, match=rf"rank 0 .*{why}.*; save with trace_dist\.checkpoint"),
+        ):
+            other.submit(server.ask, 0).result(timeout=20)
+
+
+def test_a_rank_that_is_in_its_step_for_long_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(part_server, "QUIET_SECONDS", 0.5)
+    monkeypatch.setattr(part_server, "SIGN_SECONDS", 0.1)
+    optimizer = make("master", "cpu")
+    step(optimizer)
+    late, asking = server_of(optimizer), server_of(optimizer)
+    asking._everyone = late._everyone
+    asking.clock.tick()
+    with ThreadPoolExecutor(1) as other:
+        asked = other.submit(asking.ask, 0)
+        assert not wait([asked], timeout=1.5).done
+        late.clock.tick()
+        part = asked.result(timeout=20)
+    assert all(map(torch.equal, part["values"], map(optimizer.values, optimizer.supports)))

@@ -9,6 +9,7 @@ rank that asks. After the last step the others may be through with their work or
 On a GPU the thread must wait neither for the device nor for the main thread's stream, where a collective may already be
 waiting for the rank that asks: it copies on a stream of its own, after the event that ended the last step. Addresses and keys
 are exchanged when the optimizer is built; tensors travel as safetensors, one parameter at a time, to whoever knows the key.
+Neither end waits long for one that says nothing, as a host does whose packets are dropped; who waits for a step says so.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import math
 import os
 import secrets
 import socket
+import struct
 import sys
 import time
 import weakref
@@ -27,7 +29,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from threading import Condition, Thread
 from typing import Any
 
@@ -45,6 +47,10 @@ logger = get_logger(__name__)
 Address = tuple[str, int]
 WAIT_SECONDS = 600
 """How long a rank is waited for that has not ended the step yet, and how long a process stays for the sake of rank 0."""
+QUIET_SECONDS = 60.0
+"""How long one end may say nothing."""
+SIGN_SECONDS = 5.0
+"""How often one that waits for a step says so."""
 POLL_SECONDS = 0.5
 
 
@@ -91,12 +97,19 @@ class Clock:
             self._event, self.steps = event, self.steps + 1
             self._changed.notify_all()
 
-    def await_step(self, step: int) -> str | None:
-        """Wait until a step has ended; what is wrong, if it has not or another one has."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: self.steps >= step, WAIT_SECONDS):
+    def await_step(self, step: int, say: Callable[[], None]) -> str | None:
+        """Wait until a step has ended, and say so; what is wrong, if it has not or another one has."""
+        latest = time.monotonic() + WAIT_SECONDS
+        while not self._has_ended(step):
+            if time.monotonic() > latest:
                 return f"has not ended step {step} after {WAIT_SECONDS} s"
-            return None if self.steps == step else f"is at step {self.steps}, not {step}"
+            say()
+        return None if self.steps == step else f"is at step {self.steps}, not {step}"
+
+    def _has_ended(self, step: int) -> bool:
+        """Whether a step has, or does soon."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.steps >= step, SIGN_SECONDS)
 
     @contextmanager
     def after_last_step(self) -> Iterator[None]:
@@ -128,8 +141,8 @@ class PartServer:
         self._address: Address | None = None
         key = secrets.token_bytes(32)
         with suppress(OSError):  # training needs none of this; saving says what is missing
-            listener = Listener((_own_host(), 0), backlog=128)
-            self._address = listener.address  # type: ignore[assignment]
+            listener = socket.create_server((_own_host(), 0), backlog=128)
+            self._address = listener.getsockname()[:2]
             Thread(target=self._serve, args=(listener, key), daemon=True).start()
         self._everyone: list[tuple[Address | None, bytes]] = dist.gather_objects((self._address, key))
         weakref.finalize(owner, self._begin_to_end).atexit = False
@@ -146,12 +159,20 @@ class PartServer:
         if address is None:
             raise ValueError(failed % "could not open a port to hand its part out")
         try:
-            with Client(address, authkey=key) as connection:
+            with _limited(socket.create_connection(address, timeout=QUIET_SECONDS)) as connection:
+                answer_challenge(connection, key)
+                deliver_challenge(connection, key)
                 connection.send_bytes(json.dumps({"step": self.clock.steps}).encode())
-                about = json.loads(connection.recv_bytes())
+                while not (said := connection.recv_bytes()):
+                    pass
+                about = json.loads(said)
                 if "fault" in about:
                     raise ValueError(failed % about["fault"])
                 received = [load(connection.recv_bytes()) for _ in about["owned"]]
+        except BlockingIOError:
+            raise ValueError(
+                failed % f"at {address[0]}:{address[1]} has said nothing for {QUIET_SECONDS:g} s"
+            ) from None
         except (OSError, EOFError, AuthenticationError) as error:
             raise ValueError(failed % f"cannot be reached at {address[0]}:{address[1]} ({error})") from None
         values = [tensors.pop("values") if "values" in tensors else tensors["master"] for tensors in received]
@@ -170,17 +191,17 @@ class PartServer:
         while self._lingers and _reaches(self._everyone[0][0]) and time.monotonic() < latest:
             time.sleep(POLL_SECONDS)
 
-    def _serve(self, listener: Listener, key: bytes) -> None:
+    def _serve(self, listener: socket.socket, key: bytes) -> None:
         """Answer who asks, until the end; each in a thread, as one that says nothing would be waited for."""
         with listener:
             while not self._ended:
                 with suppress(OSError):
-                    Thread(target=self._attend, args=(listener.accept(), key), daemon=True).start()
+                    Thread(target=self._attend, args=(listener.accept()[0], key), daemon=True).start()
 
-    def _attend(self, connection: Connection, key: bytes) -> None:
+    def _attend(self, taken: socket.socket, key: bytes) -> None:
         """Answer one that knows the key."""
         try:
-            with connection:
+            with _limited(taken) as connection:
                 deliver_challenge(connection, key)
                 answer_challenge(connection, key)
                 self._answer(connection)
@@ -188,7 +209,8 @@ class PartServer:
             logger.debug("optimizer state: not handed out (%s)", error)
 
     def _answer(self, connection: Connection) -> None:
-        fault = self.clock.await_step(json.loads(connection.recv_bytes())["step"])
+        step = json.loads(connection.recv_bytes())["step"]
+        fault = self.clock.await_step(step, lambda: connection.send_bytes(b""))
         if fault is not None:
             connection.send_bytes(json.dumps({"fault": fault}).encode())
             return
@@ -218,6 +240,15 @@ class OtherRanks:
     def __reduce__(self) -> tuple[Any, ...]:
         # An OrderedDict, as torch.load with weights_only=True knows no other class that is built from items.
         return OrderedDict, (), None, None, self._server.ask_all()
+
+
+def _limited(taken: socket.socket) -> Connection:
+    """A connection on which one that says, or takes, nothing for long is an error."""
+    taken.settimeout(None)
+    limit = struct.pack("ll", int(QUIET_SECONDS), int(QUIET_SECONDS % 1 * 1e6))
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        taken.setsockopt(socket.SOL_SOCKET, option, limit)
+    return Connection(taken.detach())
 
 
 def _own_host() -> str:
