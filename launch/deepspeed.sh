@@ -8,6 +8,12 @@ share=$(($(nproc) / ranks)); export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((share
 python3 -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || export DS_ACCELERATOR=cpu
 gpus=(--num_gpus "$ranks")
 if [ -n "${CUDA_VISIBLE_DEVICES:-}" ] && [ "${DS_ACCELERATOR:-}" != cpu ]; then # with --num_gpus it would take the first ones
+  case "$CUDA_VISIBLE_DEVICES" in
+    *[!0-9,\ ]*) # names of GPUs, or of parts of them; deepspeed reads numbers alone, what it starts takes both
+      start=(launch "$@")
+      case "${1:?command}" in run | learn | consolidate) start=("$@") ;; esac # they start their ranks themselves
+      exec trace-dist "${start[@]}" --launch.launcher deepspeed --launch.num_ranks "$ranks" ;;
+  esac
   gpus=(--include "localhost:$(cut -d, -f"1-$ranks" <<<"$CUDA_VISIBLE_DEVICES")")
 fi
 exec deepspeed "${gpus[@]}" --master_port "${MASTER_PORT:-29500}" --module trace_dist "$@"

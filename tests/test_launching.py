@@ -166,7 +166,7 @@ def test_slurm_says_what_a_rank_has(login_node: None, monkeypatch: pytest.Monkey
 
 def run_script(name: str, folder: Path, *arguments: str, **environment: str) -> str:
     """The command that a script of launch/ runs, after the threads that it gives each rank."""
-    for stub in ("torchrun", "accelerate", "deepspeed", "srun"):
+    for stub in ("torchrun", "accelerate", "deepspeed", "srun", "trace-dist"):
         (folder / stub).write_text('#!/bin/sh\necho "$OMP_NUM_THREADS" "$(basename "$0")" "$@"\n')
     (folder / "nproc").write_text("#!/bin/sh\necho 16\n")
     (folder / "scontrol").write_text("#!/bin/sh\necho node-1\n")
@@ -196,6 +196,16 @@ def test_the_script_of_deepspeed_takes_the_gpus_that_are_visible(tmp_path: Path)
     assert " --include localhost:4,5 " in run_script(
         "deepspeed.sh", tmp_path, "2", "train", **seen, NO_GPU="0"
     )
+
+
+def test_the_script_of_deepspeed_takes_gpus_by_their_names(tmp_path: Path) -> None:
+    """As Kubernetes and MIG give them; DeepSpeed's runner reads each as a number, and ends in a traceback."""
+    seen = {"CUDA_VISIBLE_DEVICES": "GPU-8f3a,MIG-11bc", "DS_ACCELERATOR": "", "NO_GPU": "0"}
+    asked = "--launch.launcher deepspeed --launch.num_ranks 2"
+    assert run_script("deepspeed.sh", tmp_path, "2", "train", **seen).endswith(
+        f"trace-dist launch train {asked}\n"
+    )
+    assert run_script("deepspeed.sh", tmp_path, "2", "run", **seen).endswith(f"trace-dist run {asked}\n")
 
 
 def test_a_free_port_can_be_taken() -> None:
