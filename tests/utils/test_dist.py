@@ -49,6 +49,44 @@ def test_a_group_of_one_can_be_made_and_left(monkeypatch: pytest.MonkeyPatch) ->
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            "NCCL error in: /torch/NCCLUtils.cpp:94, invalid usage (run with NCCL_DEBUG=WARN for details)\nncclInvalidUsage: "
+            "This usually reflects invalid usage of NCCL library.\nLast error:\nDuplicate GPU detected : rank 1 and rank 0 both "
+            "on CUDA device 4e000",
+            r"LOCAL_RANK=1: rank 1 of 2 has the GPU of another rank \(Duplicate GPU .* 4e000\); start no more ranks",
+        ),
+        (
+            "NCCL error in: /torch/NCCLUtils.cpp:94, there was a network error\nLast error:\nsocketStart",
+            r"NCCL: rank 1 of 2 cannot join the others \(socketStart\); .*set NCCL_SOCKET_IFNAME",
+        ),
+        ("connect() timed out", r"MASTER_ADDR=node-1, .* \(connect\(\) timed out\); name a machine that all"),
+    ],
+    ids=["one-gpu", "nccl", "place"],
+)
+def test_who_cannot_join_is_told_why(error: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL begins as ranks meet: what it said of GPUs had the cure of a place where nobody meets."""
+    names = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "node-1",
+    }
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+
+    def meet(*_: object, **__: object) -> None:
+        raise torch.distributed.DistBackendError(error)
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", meet)
+    with pytest.raises(ValueError, match=f"^{message}") as caught:
+        dist.init_distributed()
+    assert "\n" not in str(caught.value)
+
+
 def test_on_gpus_cpu_tensors_have_a_backend_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a group that a launcher asked for, and of one that DeepSpeed needs."""
     made: list[str] = []

@@ -113,14 +113,30 @@ def init_distributed(waiting: Waiting | None = None) -> None:
     try:
         dist.init_process_group(_backend(), timeout=timeout, **options)
     except (RuntimeError, ValueError) as error:
-        place = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}"
-        raise ValueError(
-            f"{place}: rank {os.environ['RANK']} of {num_ranks} cannot meet the others ({error}); "
-            "name a machine that all ranks reach and a port that is free there"
-        ) from error
+        raise _cannot_meet(error, num_ranks) from error
     _hurry_devices(dist.group.WORLD)
     if world_size() > 1:
         _begin_heartbeat(waiting.patience)
+
+
+def _cannot_meet(error: Exception, num_ranks: int) -> ValueError:
+    """What is said where a rank cannot join the others: NCCL begins there too, and has reasons of its own."""
+    text, who = " ".join(str(error).split()), f"rank {os.environ['RANK']} of {num_ranks}"
+    last = text.rpartition("Last error: ")[2]
+    if "Duplicate GPU" in text:
+        return ValueError(
+            f"LOCAL_RANK={os.environ.get('LOCAL_RANK')}: {who} has the GPU of another rank ({last}); start no more ranks on a "
+            "host than it has GPUs, and one alone on the MIG parts of a GPU"
+        )
+    if "nccl" in text.lower():
+        return ValueError(
+            f"NCCL: {who} cannot join the others ({last}); NCCL_DEBUG=INFO says more; set NCCL_SOCKET_IFNAME where several "
+            "interfaces join the hosts, and have one driver and one version of NCCL on all of them"
+        )
+    place = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}"
+    return ValueError(
+        f"{place}: {who} cannot meet the others ({text}); name a machine that all ranks reach and a port that is free there"
+    )
 
 
 def _begin_heartbeat(patience: Patience) -> None:
