@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from deepspeed.launcher.multinode_runner import PDSHRunner
 
@@ -216,8 +217,13 @@ def test_what_other_hosts_are_told() -> None:
         "PYTORCH_CUDA_ALLOC_CONF",
         "TRANSFORMERS_OFFLINE",
         "CUBLAS_WORKSPACE_CONFIG",
+        "RCCL_MSCCL_ENABLE",
+        "HSA_OVERRIDE_GFX_VERSION",
+        "NVIDIA_TF32_OVERRIDE",
+        "CUDA_DEVICE_MAX_CONNECTIONS",
     ]
     kept = ["HOME", "HF_TOKEN", "TRACE_API_KEY", "MASTER_ADDR", "LOCAL_RANK", "SLURM_PROCID"]
+    kept += ["CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"]
     assert list(forwarded(dict.fromkeys([*names, *kept], "1"))) == names
     assert forwarded({"HF_HOME": "a\nb"}) == {}
 
@@ -279,6 +285,50 @@ def test_states_are_handed_out_where_other_hosts_reach_them(monkeypatch: pytest.
     assert part_server._own_host() == "127.0.0.1"
     launched(monkeypatch, {})
     assert part_server._own_host() == "127.0.0.1"
+
+
+def only_ipv6(monkeypatch: pytest.MonkeyPatch, own: str) -> None:
+    """A host without IPv4, whose name means ``own`` to itself."""
+    v6 = socket.AF_INET6
+    places = {
+        "lo": [
+            SimpleNamespace(family=socket.AF_INET, address="127.0.0.1"),
+            SimpleNamespace(family=v6, address="::1"),
+        ],
+        "eth0": [SimpleNamespace(family=v6, address=each) for each in ("fe80::1%eth0", "fd00:77::1")],
+    }
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: places)
+    monkeypatch.setattr(psutil, "net_if_stats", lambda: dict.fromkeys(places, SimpleNamespace(isup=True)))
+    known = {"node-1": own, "node-1.cluster": "fd00:77::1", "node-2": "fd00:77::2"}
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda name, *_, **__: [(v6, socket.SOCK_STREAM, 6, "", (known[name], 0, 0, 0))],
+    )
+
+
+@pytest.mark.parametrize("own", ["fd00:77::1", "::1", "127.0.1.1"])
+def test_a_host_without_ipv4_is_known(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name had no address, and no interface was up."""
+    monkeypatch.setenv(network.GLOO, "none")
+    monkeypatch.delenv(network.GLOO)
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "node-2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(socket, "gethostname", lambda: "node-1")
+    only_ipv6(monkeypatch, own)
+    assert network.interfaces() == {"fd00:77::1": "eth0"}
+    assert network.joining_address() == "fd00:77::1"
+    network.choose_interface()
+    assert os.environ.get(network.GLOO) == (None if own == "fd00:77::1" else "eth0")
+    assert [Host(name, 1).is_here for name in ("node-1.cluster", "node-2")] == [True, False]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_a_port_is_reached_by_either_kind_of_address(address: str) -> None:
+    with network.open_port() as listener:
+        if ":" in address and listener.family != socket.AF_INET6:
+            pytest.skip("this machine has no IPv6")
+        socket.create_connection((address, listener.getsockname()[1]), timeout=5).close()
 
 
 def test_an_interface_that_is_not_clear_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -281,6 +281,18 @@ def test_a_rank_that_says_nothing_is_given_up(taken: bool, why: str, monkeypatch
             other.submit(server.ask, 0).result(timeout=20)
 
 
+def test_a_part_is_handed_out_over_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    monkeypatch.setattr(part_server, "_own_host", lambda: "::1")
+    optimizer = make("master", "cpu")
+    step(optimizer)
+    part = server_of(optimizer).ask(0)
+    assert all(map(torch.equal, part["values"], map(optimizer.values, optimizer.supports)))
+
+
 def test_a_rank_that_is_in_its_step_for_long_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(part_server, "QUIET_SECONDS", 0.5)
     monkeypatch.setattr(part_server, "SIGN_SECONDS", 0.1)

@@ -22,7 +22,7 @@ from trace_dist.launching.commands import not_startable, ssh
 from trace_dist.launching.environment import forwarded
 from trace_dist.launching.host_facts import KEYS
 from trace_dist.launching.hosts import Host
-from trace_dist.utils.network import GLOO
+from trace_dist.utils.network import GLOO, leads_home, open_port
 
 LEAST_GIB = 1.0
 ANSWER_SECONDS = 60
@@ -56,9 +56,7 @@ def check_hosts(
     """
     folder = Path(run_dir).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as listener, tempfile.NamedTemporaryFile(dir=folder, prefix=".seen-") as marker:
-        listener.bind(("", 0))
-        listener.listen(len(hosts))
+    with open_port() as listener, tempfile.NamedTemporaryFile(dir=folder, prefix=".seen-") as marker:
         request = {
             "hosts": [host.name for host in hosts],
             "place": [hosts[0].name, listener.getsockname()[1]],
@@ -203,7 +201,7 @@ def _own_problems(host: Host, answer: Answer, environment: Mapping[str, str]) ->
             yield f"{variable}={named}: there is no such interface; name one of {known}"
     if GLOO not in answer["named_interfaces"] and len(set(answer["interfaces"].values())) != 1:
         own = answer["addresses"].get(host.name) or ""
-        if own.startswith("127."):
+        if leads_home(own):
             yield f"its own name means {own} to itself, and it has several interfaces; set {GLOO} to the one that joins the hosts"
     if answer["free_gib"] is not None and answer["free_gib"] < LEAST_GIB:
         yield f"only {answer['free_gib']} GiB are free for the run folder; make room"

@@ -21,6 +21,7 @@ FORWARDED = (
     *("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "DEEPSPEED_TIMEOUT", "TOKENIZERS_PARALLELISM"),
     *("TRACE_*", "DS_*", "OMP_*", "MKL_*", "GLOO_*", "NCCL_*", "TORCH_*", "TORCHELASTIC_*", "TRITON_*"),
     *("HF_*", "TRANSFORMERS_*", "PYTHON*", "PYTORCH_*", "CUBLAS_*", "UCX_*", "FI_*", "CUDA_HOME", "LC_ALL"),
+    *("RCCL_*", "HSA_*", "MIOPEN_*", "ROCM_*", "NVIDIA_TF32_OVERRIDE", "CUDA_DEVICE_MAX_CONNECTIONS"),
 )
 """Variables that every host is told, where they are set here."""
 SECRET = re.compile(r"TOKEN(?!IZERS)|KEY|SECRET|PASSW")

@@ -41,9 +41,7 @@ KEYS = frozenset(
 def main() -> None:
     """Answer the request on standard input."""
     request = json.loads(sys.stdin.read())
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        listener.listen()
+    with network.open_port() as listener:
         listener.settimeout(KNOCK_SECONDS)
         print(listener.getsockname()[1], flush=True)
         heard = False
@@ -62,7 +60,7 @@ def about(request: dict[str, Any]) -> dict[str, Any]:
     """
     return {
         "hostname": socket.gethostname(),
-        "addresses": {name: _resolved(name) for name in request["hosts"]},
+        "addresses": {name: network.resolved(name) for name in request["hosts"]},
         "interfaces": network.interfaces(),
         "named_interfaces": {
             name: os.environ[name] for name in (network.GLOO, "NCCL_SOCKET_IFNAME") if name in os.environ
@@ -77,12 +75,6 @@ def about(request: dict[str, Any]) -> dict[str, Any]:
         "ninja": shutil.which("ninja") is not None,
         "files": {name: digest(Path(name)) for name in request["files"]},
     }
-
-
-def _resolved(name: str) -> str | None:
-    with suppress(OSError):
-        return socket.gethostbyname(name)
-    return None
 
 
 def _reaches(address: str, port: int) -> bool:

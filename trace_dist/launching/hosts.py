@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import socket
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,10 +32,8 @@ class Host:
         """Whether it is this machine."""
         if self.name in (socket.gethostname(), socket.gethostname().partition(".")[0], "localhost"):
             return True
-        with suppress(OSError):
-            address = socket.gethostbyname(self.name)
-            return address.startswith("127.") or address in network.addresses()
-        return False
+        address = network.resolved(self.name)
+        return address is not None and (network.leads_home(address) or address in network.addresses())
 
 
 def read_hostfile(path: str | Path) -> list[Host]:

@@ -141,7 +141,9 @@ class PartServer:
         self._address: Address | None = None
         key = secrets.token_bytes(32)
         with suppress(OSError):  # training needs none of this; saving says what is missing
-            listener = socket.create_server((_own_host(), 0), backlog=128)
+            host = _own_host()
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            listener = socket.create_server((host, 0), family=family, backlog=128)
             self._address = listener.getsockname()[:2]
             Thread(target=self._serve, args=(listener, key), daemon=True).start()
         self._everyone: list[tuple[Address | None, bytes]] = dist.gather_objects((self._address, key))
@@ -253,12 +255,9 @@ def _limited(taken: socket.socket) -> Connection:
 
 def _own_host() -> str:
     """This machine's address on the way to the job's meeting point: the loopback where all ranks are on one machine."""
-    meeting_point = os.environ.get("MASTER_ADDR") or socket.gethostname()
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((meeting_point, 1))  # of a datagram socket: sends nothing
-        found = str(probe.getsockname()[0])
+    found = network.address_towards(os.environ.get("MASTER_ADDR") or socket.gethostname()) or "127.0.0.1"
     # Rank 0's host may mean its loopback by its own name, and the other hosts would look for rank 0 at theirs.
-    if found.startswith("127.") and network.spans_hosts():
+    if network.leads_home(found) and network.spans_hosts():
         return network.joining_address() or found
     return found
 

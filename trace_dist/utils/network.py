@@ -16,7 +16,7 @@ _logger = logging.getLogger("trace_dist.network")
 
 
 def addresses() -> list[str]:
-    """IPv4 addresses of this machine's interfaces that are up, without those that lead to itself alone."""
+    """Addresses of this machine's interfaces that are up, without those that lead to itself alone."""
     return list(interfaces())
 
 
@@ -47,12 +47,13 @@ def choose_interface() -> None:
     """
     if GLOO in os.environ or not spans_hosts() or not _is_loopback(socket.gethostname()):
         return
-    found, towards = interfaces(), _address_towards(os.environ.get("MASTER_ADDR", ""))
+    found, towards = interfaces(), address_towards(os.environ.get("MASTER_ADDR", ""))
     names = {found[towards]} if towards in found else set(found.values())
     if len(names) != 1:
+        own = resolved(socket.gethostname()) or "no address"
         known = ", ".join(sorted(names)) or "none is up"
         raise ValueError(
-            f"{socket.gethostname()}: its name means {_resolved(socket.gethostname())} to itself, where no other host reaches "
+            f"{socket.gethostname()}: its name means {own} to itself, where no other host reaches "
             f"it; set {GLOO} to the interface that joins the hosts ({known})"
         )
     (os.environ[GLOO],) = names
@@ -60,29 +61,55 @@ def choose_interface() -> None:
 
 
 def interfaces() -> dict[str, str]:
-    """Address -> interface."""
+    """Address -> interface: of IPv4, or of IPv6 where the machine has no other."""
     up = {name for name, facts in psutil.net_if_stats().items() if facts.isup}
-    return {
-        each.address: name
-        for name, found in psutil.net_if_addrs().items()
-        for each in found
-        if name in up and each.family == socket.AF_INET and not each.address.startswith("127.")
-    }
+    for family in (socket.AF_INET, socket.AF_INET6):
+        found = {
+            each.address: name
+            for name, kept in psutil.net_if_addrs().items()
+            for each in kept
+            if name in up and each.family == family and not leads_home(each.address)
+        }
+        if found:
+            return found
+    return {}
 
 
-def _resolved(name: str) -> str:
-    with suppress(OSError):
-        return socket.gethostbyname(name)
-    return "no address"
+def resolved(name: str) -> str | None:
+    """The address that a name means here, of IPv4 where there is one; None where it means none."""
+    # UnicodeError: it cannot be a name.
+    with suppress(OSError, UnicodeError):
+        found = [str(each[4][0]) for each in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
+        return next((address for address in found if ":" not in address), found[0])
+    return None
+
+
+def leads_home(address: str) -> bool:
+    """Whether an address is of this machine alone, or, as of a link, means nothing without an interface."""
+    return address == "::1" or address.startswith(("127.", "fe80:"))
+
+
+def open_port() -> socket.socket:
+    """What listens on a free port of all addresses, of IPv4 and IPv6."""
+    if socket.has_dualstack_ipv6():
+        # No IPv6 in the kernel of this namespace.
+        with suppress(OSError):
+            return socket.create_server(("", 0), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
+    return socket.create_server(("", 0), backlog=1024)
+
+
+def address_towards(place: str) -> str | None:
+    """The address of this machine that packets to a place would carry; nothing is sent."""
+    address = resolved(place)
+    if address is None:
+        return None
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))
+        return str(probe.getsockname()[0])
+    return None
 
 
 def _is_loopback(name: str) -> bool:
-    return _resolved(name).startswith("127.") or _resolved(name) == "no address"
-
-
-def _address_towards(place: str) -> str | None:
-    """The address of this machine that packets to a place would carry; nothing is sent."""
-    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((place, 9))
-        return str(probe.getsockname()[0])
-    return None
+    address = resolved(name)
+    return address is None or leads_home(address)

@@ -9,6 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from trace_dist.utils.network import open_port
+
 CONNECT_SECONDS = 5.0
 _LONGEST_LINE = 2**16
 
@@ -72,9 +74,7 @@ class Wire:
 
 def listen(everywhere: bool) -> socket.socket:
     """Rank 0's socket; on this machine alone unless ``everywhere``."""
-    listener = socket.socket()
-    listener.bind(("" if everywhere else "127.0.0.1", 0))
-    listener.listen(1024)
+    listener = open_port() if everywhere else socket.create_server(("127.0.0.1", 0), backlog=1024)
     listener.setblocking(False)
     return listener
 
