@@ -234,6 +234,11 @@ def refusals() -> dict[str, str]:
 
     adam = {"type": "AdamW", "params": {"torch_adam": True}}
     grid = init_device_mesh("cpu", (1, dist.world_size()), mesh_dim_names=("replicate", "shard"))
+    import deepspeed
+
+    alone = [torch.distributed.new_group([rank]) for rank in range(dist.world_size())][dist.rank()]
+    apart = CASE.model()
+    deepspeed.zero.Init(module=apart, data_parallel_group=alone)
     partly = CASE.model()
     fully_shard(partly.model.layers[0])
     return {
@@ -246,4 +251,5 @@ def refusals() -> dict[str, str]:
         "partly sharded": attempt(partly),
         "data parallel": attempt(nn.DataParallel(CASE.model())),
         "another seed": attempt(another_seed()),
+        "cut for another group": refused(lambda: shard(apart, "zero3")),
     }

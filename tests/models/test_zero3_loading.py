@@ -94,6 +94,7 @@ def test_checkpoints_that_do_not_fit_are_refused(make_model, tmp_path):
         ({"stage": 2}, r"zero_optimization\.stage=2.*set it to 3"),
         ({"stage": 3, "zero_hpz_partition_size": 2}, "zero_hpz_partition_size=2.*remove it"),
         ({"stage": 3, "zero_quantized_weights": True}, "zero_quantized_weights=True.*remove it"),
+        ({"stage": 3, "zero_quantized_nontrainable_weights": True}, "nontrainable_weights=True.*remove it"),
         ({"stage": 3, "offload_param": {"device": "nvme"}}, "offload_param.device='nvme'"),
         ({"stage": 3, "offload_param": {"device": "cpu"}}, r"use MaskedAdamW\(offload='cpu'\)"),
     ],

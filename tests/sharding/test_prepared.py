@@ -13,6 +13,7 @@ from engine.training import make_optimizer, train_reference
 from trace_dist import Mask, MaskedAdamW
 from trace_dist.sharding import ReplicatedModel
 from trace_dist.sharding.prepared import as_sharded
+from trace_dist.sharding.zero3 import idle_options
 
 KINDS = ("plain", "ddp", "fully_shard", "accelerate", "engine")
 
@@ -35,6 +36,26 @@ def test_clipping_that_deepspeed_would_do_is_said(world) -> None:
     assert world(3).section("prepared")["called"]["clipping"] == [
         "gradient_clipping=0.5 of the DeepSpeed config clips nothing: give max_grad_norm to MaskedAdamW"
     ]
+
+
+def test_what_an_engine_without_an_optimizer_does_not_do_is_said() -> None:
+    asked = {
+        "gradient_clipping": 1.0,
+        "fp16": {"enabled": True},
+        "bf16": {"enabled": True},
+        "scheduler": {"type": "WarmupLR"},
+        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
+    }
+    assert [line.partition(" of ")[0] for line in idle_options(asked)] == [
+        "gradient_clipping=1.0",
+        "fp16.enabled=True",
+        "scheduler.type=WarmupLR",
+        "zero_optimization.offload_optimizer.device=cpu",
+    ]
+    zero = {"stage": 3, "offload_optimizer": {"device": "none"}}
+    assert not list(
+        idle_options({"fp16": {"enabled": False}, "gradient_clipping": 0.0, "zero_optimization": zero})
+    )
 
 
 @pytest.mark.launcher
@@ -109,6 +130,10 @@ def test_replicated_ranks_share_the_states(world, kind: str, case: str) -> None:
         ("data parallel", "wrapped by nn.DataParallel, .*; start one process for each GPU"),
         ("another seed", "model.norm.weight' differs between the ranks; load one checkpoint"),
         ("hybrid", "on a mesh of (1, 3); masked training needs dimension 0 cut over all 3 ranks"),
+        (
+            "cut for another group",
+            "of 'model.embed_tokens.weight' here.*; masked training needs it cut over all 3",
+        ),
         ("partly sharded", "'model.layers.0' is sharded by fully_shard but the whole is not"),
     ],
 )

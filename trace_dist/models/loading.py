@@ -223,11 +223,16 @@ def check_zero_config(ds_config: dict[str, Any]) -> None:
         raise ValueError(
             f"zero_optimization.stage={zero.get('stage')!r}: must be 3 to load shards; set it to 3"
         )
-    for name, allowed in (("zero_hpz_partition_size", (None, 1)), ("zero_quantized_weights", (None, False))):
+    copies = (
+        ("zero_hpz_partition_size", (None, 1)),
+        ("zero_quantized_weights", (None, False)),
+        ("zero_quantized_nontrainable_weights", (None, False)),
+    )
+    for name, allowed in copies:
         if zero.get(name) not in allowed:
             raise ValueError(
-                f"zero_optimization.{name}={zero[name]!r}: keeps a second copy of the weights, which masked "
-                "updates would not reach; remove it"
+                f"zero_optimization.{name}={zero[name]!r}: keeps a second copy of the weights, or codes in their "
+                "place, which masked updates would not reach; remove it"
             )
     device = (zero.get("offload_param") or {}).get("device")
     if device not in (None, "none"):

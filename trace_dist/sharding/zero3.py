@@ -54,6 +54,14 @@ PERSISTENCE_THRESHOLD = 10_000
 GATHERED_TOGETHER = 16
 """Parameters that are gathered at once where all are: on a GPU they pass through one buffer."""
 
+IDLE = {
+    "gradient_clipping": "clips nothing: give max_grad_norm to MaskedAdamW",
+    "fp16.enabled": "scales no loss, and small gradients vanish: use torch.amp.GradScaler, or bf16",
+    "scheduler.type": "changes no learning rate: change that of the MaskedAdamW, as torch's schedulers do",
+    "zero_optimization.offload_optimizer.device": "moves no states: give offload='cpu' to MaskedAdamW",
+}
+"""Options of a DeepSpeed config that do nothing where its engine has no optimizer, and what does."""
+
 NODE_RANKS = 8
 """Among so many a collective takes some 30 us (profiling/simulation), of which a block needs one for each weight."""
 
@@ -85,6 +93,30 @@ def _say_device() -> None:
         os.environ["LOCAL_RANK"] = str(device.index)
     if of_mpi in os.environ:
         os.environ[of_mpi] = os.environ.setdefault("LOCAL_RANK", os.environ[of_mpi])
+
+
+def idle_options(config: dict[str, Any]) -> Iterator[str]:
+    """What a DeepSpeed config, as its writer wrote it, asks for and does not get."""
+    for name, instead in IDLE.items():
+        value: Any = config
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value not in (None, False, 0, "none"):
+            yield f"{name}={value} of the DeepSpeed config {instead}"
+
+
+def check_cut(module: nn.Module, world: int) -> None:
+    """Raise ValueError unless DeepSpeed has cut every parameter, as a whole, into one part for each rank."""
+    parameters: dict[str, Any] = dict(module.named_parameters())
+    for name, parameter in parameters.items():
+        shard, whole = parameter.ds_tensor, parameter.ds_numel
+        if shard.ds_numel == -(-whole // world) and shard.dtype == parameter.dtype:
+            continue
+        raise ValueError(
+            f"model: DeepSpeed keeps {shard.ds_numel} values ({shard.dtype}) of {name!r} here, which has {whole} "
+            f"({parameter.dtype}); masked training needs it cut over all {world} ranks: leave out tensor_parallel, and "
+            "data_parallel_group of deepspeed.zero.Init"
+        )
 
 
 def gathers_by_messages() -> bool:
@@ -242,12 +274,8 @@ class Zero3Model(HoldingModel):
                 "trace_dist.shard(model, backend='zero3')"
             )
         check_zero_config(engine.config)
-        clipping = engine.config.get("gradient_clipping")  # what the caller wrote; DeepSpeed has a default
-        if clipping:
-            logger.warning(
-                "gradient_clipping=%s of the DeepSpeed config clips nothing: give max_grad_norm to MaskedAdamW",
-                clipping,
-            )
+        for line in idle_options(engine.config):
+            logger.warning(line)
         adopted = cls.__new__(cls)
         adopted._own(engine)
         adopted.roots.append(engine)  # last: a call of this model goes past it
@@ -259,6 +287,7 @@ class Zero3Model(HoldingModel):
         return super().still_fits(self.roots)
 
     def _own(self, engine: Any) -> None:
+        check_cut(engine.module, dist.world_size())
         super().__init__(engine.module)
         self._deepspeed, self._engine = load_deepspeed(), engine
         self._order_gathers()
