@@ -18,7 +18,7 @@ from deepspeed.launcher.multinode_runner import PDSHRunner
 
 from trace_dist.cli import main
 from trace_dist.config import LaunchConfig
-from trace_dist.launching import checks, launch_command, shown_launch
+from trace_dist.launching import checks, host_facts, launch_command, shown_launch
 from trace_dist.launching.commands import first_node, starts
 from trace_dist.launching.environment import forwarded
 from trace_dist.launching.hosts import Host, hosts_of, read_hostfile
@@ -285,6 +285,27 @@ def test_states_are_handed_out_where_other_hosts_reach_them(monkeypatch: pytest.
     assert part_server._own_host() == "127.0.0.1"
     launched(monkeypatch, {})
     assert part_server._own_host() == "127.0.0.1"
+
+
+def test_gpus_are_counted_by_their_drivers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_facts, "NVIDIA", str(tmp_path / "nvidia" / "*"))
+    monkeypatch.setattr(host_facts, "AMD", str(tmp_path / "nodes" / "*" / "gpu_id"))
+    assert host_facts.num_gpus() == 0
+    for number, its_id in enumerate(("0", "4660", "22136")):  # the first is a CPU
+        node = tmp_path / "nodes" / str(number)
+        node.mkdir(parents=True)
+        (node / "gpu_id").write_text(f"{its_id}\n")
+    assert host_facts.num_gpus() == 2
+    (tmp_path / "nvidia" / "0000:4e:00.0").mkdir(parents=True)
+    assert host_facts.num_gpus() == 3
+
+
+def test_a_host_without_gpus_among_others_is_named() -> None:
+    answers = {"node-1": {"gpus": 8}, "node-2": {"gpus": 0}, "node-3": {"gpus": 8}}
+    (line,) = checks._without_gpus(answers, {})
+    assert line.startswith("node-2: no driver of GPUs, which the other hosts have; ")
+    assert not list(checks._without_gpus(answers, {"DS_ACCELERATOR": "cpu"}))
+    assert not list(checks._without_gpus({"node-1": {"gpus": 0}, "node-2": {"gpus": 0}}, {}))
 
 
 def only_ipv6(monkeypatch: pytest.MonkeyPatch, own: str) -> None:

@@ -81,7 +81,7 @@ def check_hosts(
             ]
     return Findings(
         [_line(host, known[host.name]) for host in hosts if host.name in known],
-        [*problems, *_differences(known)],
+        [*problems, *_differences(known), *_without_gpus(known, environment)],
     )
 
 
@@ -228,6 +228,17 @@ def _differences(answers: Mapping[str, Answer]) -> Iterator[str]:
         if len(set(values.values())) > 1:
             said = ", ".join(f"{value or 'nothing'} on {name}" for name, value in values.items())
             yield f"{what} differs: {said}; make it the same everywhere"
+
+
+def _without_gpus(answers: Mapping[str, Answer], environment: Mapping[str, str]) -> Iterator[str]:
+    """Hosts without a GPU among others: their ranks would wait for each other, and never meet."""
+    bare = [name for name, answer in answers.items() if not answer["gpus"]]
+    if environment.get("DS_ACCELERATOR") == "cpu" or environment.get("CUDA_VISIBLE_DEVICES") == "":
+        return
+    if 0 < len(bare) < len(answers):
+        yield (
+            f"{', '.join(bare)}: no driver of GPUs, which the other hosts have; see to it there, or leave that host out"
+        )
 
 
 def _at(answer: Any, keys: Sequence[str]) -> str | None:

@@ -28,7 +28,8 @@ KNOCK_SECONDS = 10.0
 WHOLE_BYTES = 2**26
 """Larger files are compared by their size, their first and their last bytes."""
 END_BYTES = 2**20
-GPUS = "/proc/driver/nvidia/gpus/*"
+NVIDIA, AMD = "/proc/driver/nvidia/gpus/*", "/sys/class/kfd/kfd/topology/nodes/*/gpu_id"
+"""What stands for GPUs; of AMD's nodes those of CPUs have the id 0."""
 KEYS = frozenset(
     {
         *("hostname", "addresses", "interfaces", "named_interfaces", "reaches", "python", "packages", "code"),
@@ -71,10 +72,17 @@ def about(request: dict[str, Any]) -> dict[str, Any]:
         "code": code_digest(),
         "free_gib": _free_gib(request["run_dir"]),
         "shared": Path(request["marker"]).is_file(),
-        "gpus": len(glob.glob(GPUS)),
+        "gpus": num_gpus(),
         "ninja": shutil.which("ninja") is not None,
         "files": {name: digest(Path(name)) for name in request["files"]},
     }
+
+
+def num_gpus() -> int:
+    """GPUs that the drivers of this host have."""
+    return len(glob.glob(NVIDIA)) + sum(
+        Path(node).read_text(encoding="ascii").strip() != "0" for node in glob.glob(AMD)
+    )
 
 
 def _reaches(address: str, port: int) -> bool:
