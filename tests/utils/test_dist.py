@@ -82,9 +82,25 @@ def test_who_cannot_join_is_told_why(error: str, message: str, monkeypatch: pyte
         raise torch.distributed.DistBackendError(error)
 
     monkeypatch.setattr(torch.distributed, "init_process_group", meet)
+    monkeypatch.setattr(dist, "_meet", lambda *_: None)
     with pytest.raises(ValueError, match=f"^{message}") as caught:
         dist.init_distributed()
     assert "\n" not in str(caught.value)
+
+
+def test_a_rank_without_a_gpu_among_others_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a library waits for it: NCCL did so for as long as a collective may take."""
+    store, minute = torch.distributed.HashStore(), timedelta(minutes=1)
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
+    monkeypatch.setenv("RANK", "0")
+    dist._meet(torch.device("cuda", 0), minute)
+    monkeypatch.setenv("RANK", "1")
+    dist._meet(torch.device("cuda", 3), minute)
+    here = socket.gethostname()
+    with pytest.raises(
+        ValueError, match=rf"^RANK=1: computes on cpu on {here}, and rank 0 on cuda on {here}; "
+    ):
+        dist._meet(torch.device("cpu"), minute)
 
 
 def test_on_gpus_cpu_tensors_have_a_backend_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +112,7 @@ def test_on_gpus_cpu_tensors_have_a_backend_too(monkeypatch: pytest.MonkeyPatch)
     # NCCL is not there, and nobody is to meet.
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: made.append(backend))
     monkeypatch.setattr(dist, "_hurry_devices", lambda _: None)
+    monkeypatch.setattr(dist, "_meet", lambda *_: None)
     for launched in (True, False):
         launch = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
         for name, value in (launch | {"MASTER_PORT": "1"}).items():

@@ -29,6 +29,8 @@ from trace_dist.utils.open_files import allow_connections
 from trace_dist.utils.wire import Place, connect, listen
 
 DRAIN_SECONDS = 0.1
+_FIRST = "trace_dist/device"
+"""Where rank 0 says what it computes on."""
 DEVICE_MINUTES = 10
 """How long a collective of accelerators waits ([Note: two timeouts]), unless DEEPSPEED_TIMEOUT is set."""
 _beside: tuple[Any, dict[str, Any]] | None = None
@@ -40,6 +42,10 @@ _told: dict[str, str] = {}
 """Variables that ``ensure_group`` has set."""
 _minutes: int | None = None
 """``Waiting.timeout_minutes`` of this job's groups."""
+
+
+class WrongDevice(ValueError):
+    """A rank computes on something else than rank 0."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +117,30 @@ def init_distributed(waiting: Waiting | None = None) -> None:
     if device.type == "cuda":
         options["device_id"] = device
     try:
+        store = _meet(device, timeout)
+        options |= {"store": store, "rank": int(os.environ["RANK"]), "world_size": num_ranks}
         dist.init_process_group(_backend(), timeout=timeout, **options)
+    except WrongDevice:
+        raise
     except (RuntimeError, ValueError) as error:
         raise _cannot_meet(error, num_ranks) from error
     _hurry_devices(dist.group.WORLD)
     if world_size() > 1:
         _begin_heartbeat(waiting.patience)
+
+
+def _meet(device: torch.device, timeout: timedelta) -> dist.Store:
+    """Where the ranks meet, once this one is known to compute on what rank 0 does: NCCL would wait for one without a GPU."""
+    store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+    mine, here = f"{device.type} on {socket.gethostname()}", os.environ["RANK"]
+    if here == "0":
+        store.set(_FIRST, mine)
+    elif (first := store.get(_FIRST).decode()).partition(" ")[0] != device.type:
+        raise WrongDevice(
+            f"RANK={here}: computes on {mine}, and rank 0 on {first}; see to the driver where there is no GPU "
+            "(nvidia-smi, rocm-smi) and to CUDA_VISIBLE_DEVICES, or set CUDA_VISIBLE_DEVICES to nothing on every host"
+        )
+    return dist.PrefixStore("default_pg", store)
 
 
 def _cannot_meet(error: Exception, num_ranks: int) -> ValueError:
