@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,9 @@ from trace_dist.train.learner import DenseLearner, Learner, MaskedLearner
 from trace_dist.train.loop import TrainResult
 from trace_dist.train.metric_log import MetricLog
 from trace_dist.train.task import train_learner
+from trace_dist.utils import stopping
 from trace_dist.utils.finite import NotFinite
+from trace_dist.utils.stopping import Stopped
 
 Make = Callable[[TrainConfig], Learner]
 JUMPING = replace(CONFIG, steps=18, spike_factor=2.0, checkpoint_every=5, lr=1e-3)
@@ -125,8 +129,10 @@ def test_the_schedule_goes_on_where_a_step_is_skipped(tmp_path: Path) -> None:
     assert rates[1] == {step: rate for step, rate in rates[0].items() if step != 4}
 
 
-def test_too_many_in_a_row_and_a_resumed_training_counts_on(tmp_path: Path) -> None:
-    """Four in a row, cut after the third of them, which has a checkpoint: continued, the first one more ends it."""
+def test_too_many_in_a_row_and_a_resumed_training_counts_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four in a row, stopped after the third of them, which leaves a checkpoint: continued, the first one more ends it."""
     bad = dict.fromkeys(range(3, 7), math.nan)
     with pytest.raises(
         NotFinite,
@@ -134,16 +140,37 @@ def test_too_many_in_a_row_and_a_resumed_training_counts_on(tmp_path: Path) -> N
     ):
         train(masked, CONFIG, bad, tmp_path / "whole")
     cfg = replace(CONFIG, checkpoint_every=1)
-    with suppress(Cut):
-        train(masked, cfg, bad, tmp_path / "cut", last=6)
+    number = count(1)
+    monkeypatch.setattr(stopping, "asked", lambda: next(number) == 6)
+    with pytest.raises(Stopped, match="step 6 of 9 is done and kept"):
+        train(masked, cfg, bad, tmp_path / "cut")
+    again = (
+        rf"or delete {re.escape(str(tmp_path / 'cut' / 'kept'))} to begin anew \(this went on after step 6\)"
+    )
     with pytest.raises(
-        NotFinite, match=r"after 3 bad steps before it \(train\.max_bad_steps\) at step 7 of 9"
+        NotFinite, match=rf"after 3 bad steps before it \(train\.max_bad_steps\) at step 7 of 9; .*{again}"
     ):
         train(masked, cfg, bad, tmp_path / "cut")
     assert sorted(path.name for path in (tmp_path / "cut" / "kept").iterdir())[-1] == "step-00000006"
     result, _ = train(masked, replace(cfg, max_bad_steps=4), bad, tmp_path / "cut")
     assert result.skipped == [4, 5, 6, 7]
     assert result.last_step == STEPS
+
+
+def test_a_checkpoint_that_is_due_at_a_bad_step_waits_for_a_good_one(tmp_path: Path) -> None:
+    """Weights from which training diverges would be gone on from at every lower rate, too."""
+    cfg = replace(CONFIG, checkpoint_every=4, checkpoint_keep=9)
+    bad = {3: math.nan, 4: math.nan}
+    train(masked, cfg, bad, tmp_path / "some")
+    assert sorted(path.name for path in (tmp_path / "some" / "kept").iterdir()) == [
+        "step-00000006",
+        "step-00000008",
+    ]
+    with pytest.raises(
+        NotFinite, match=r"at step 6 of 9; lower train\.lr and start the same command again, or look"
+    ):
+        train(masked, cfg, dict.fromkeys(range(2, 6), math.nan), tmp_path / "all")
+    assert not (tmp_path / "all" / "kept").exists()
 
 
 @pytest.mark.parametrize("make", [masked, dense])

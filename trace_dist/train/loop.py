@@ -168,8 +168,7 @@ def train_steps(
     result = result or TrainResult()
     begin = time.perf_counter() - result.seconds
     what = f"{rate}={float(schedule.base_lrs[0]):g}: {description}"
-    cure = cure or f"lower {rate} and start the same command again"
-    diagnose = partial(_diagnosis, what, cure, steps, batches)
+    diagnose = partial(_diagnosis, what, cure or cure_of(rate), steps, batches)
     learner.module.train()
     _checkpoint_activations(learner, cfg.activation_checkpointing)
     settle_packing(learner, batches)
@@ -178,7 +177,7 @@ def train_steps(
     watch = Watch(cfg, description, learner, batches, log)
     ended = validator is not None and validator.is_over(result.looks)
     todo = _Steps(steps if ended else first_step, steps)
-    resumed = todo.done
+    resumed, owed = todo.done, False
     if keeper is not None and cfg.spike_factor is not None and first_step == 0:
         keeper.keep(0, result)
     for step in progress(todo, description, total=steps, begun=resumed):
@@ -186,7 +185,7 @@ def train_steps(
         if keeper is not None:
             keeper.attend()
         with diagnose(step):
-            due = keeper is not None and keeper.due(step)
+            due = keeper is not None and (owed or keeper.due(step))
             mine = learner.accumulate(next(stream))
             loss, due, stop = _reduce(mine, due, stopping.asked() and step < steps)
             lr = _step_rate(learner)
@@ -196,6 +195,8 @@ def train_steps(
                 continue_schedule(schedule, todo.done)
                 continue
             norm = _take_step(watch, step, loss, mine, result)
+        # Weights that give no finite gradient are nothing to go on from.
+        owed, due = due and norm is None, due and norm is not None
         schedule.step()
         now = time.perf_counter()
         result.seconds = now - begin
@@ -225,6 +226,15 @@ def train_steps(
         result.kept_step = validator.leave(learner, result.looks)
         _say_kept(description, result, steps)
     return result
+
+
+def cure_of(rate: str) -> str:
+    """What helps where training diverges.
+
+    Args:
+        rate: the field that sets the learning rate.
+    """
+    return f"lower {rate} and start the same command again"
 
 
 class _Steps:

@@ -17,7 +17,7 @@ from trace_dist.masks.mask import Mask
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.cadence import Cadence
 from trace_dist.train.learner import Learner, MaskedLearner
-from trace_dist.train.loop import TrainResult, train_steps
+from trace_dist.train.loop import TrainResult, cure_of, train_steps
 from trace_dist.train.metric_log import MetricLog
 from trace_dist.train.schedule import continue_schedule, make_schedule
 from trace_dist.train.validation import Validation, Validator, best_of
@@ -122,6 +122,9 @@ def train_learner(
         if validator is not None:
             validator.check_kept(result.looks, None if learner.best is None else kept)
         continue_schedule(schedule, first_step)
+        cure = (
+            f"{cure or cure_of(rate)}, or delete {root} to begin anew (this went on after step {first_step})"
+        )
         batches.load_state_dict(position)
         logger.info("%s: continuing after step %d from %s", description, first_step, newest)
     with nullcontext() if root is None else Checkpoints(root, cfg, learner, batches) as keeper:
