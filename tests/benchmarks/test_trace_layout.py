@@ -22,8 +22,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 SHORT = (
     "--target.tiny.hidden_size 32 --target.tiny.num_layers 2 --target.tiny.num_heads 2 --target.tiny.intermediate_size 48 "
     "--proxy.tiny.hidden_size 16 --proxy.tiny.num_layers 2 --proxy.tiny.num_heads 2 --proxy.tiny.intermediate_size 24 "
-    "--target.tiny.steps 2 --proxy.tiny.steps 2 --probe.steps 2 --probe.fisher_batches 1 --bank.num_prompts 24 "
-    "--eval.max_new_tokens 4"
+    "--target.tiny.steps 2 --proxy.tiny.steps 2 --probe.steps 2 --probe.fisher_batches 1 --projection.options.steps 2 "
+    "--bank.num_prompts 24 --eval.max_new_tokens 4"
 )
 """A run in which nothing is learned: that all of it runs."""
 

@@ -27,8 +27,8 @@ from trace_dist.stages.probe import run_probe
 
 TASKS = ("one", "two")
 METHODS = ("retrieved", "random", "merged", "consolidated", "full", "lora")
-STEPS = 24
-CHECKPOINT_EVERY = 8
+STEPS = 12
+CHECKPOINT_EVERY = 4
 OF_THE_CLOCK = ("step_ms", "seconds", "measured")
 """What differs between two runs of the same."""
 
@@ -38,9 +38,9 @@ def make_config(folder: Path, methods: Sequence[str], run: str = "run", **change
     options = {
         "merged": {"replay": 0.3, "replay_memory": 0.2},
         "consolidated": {"prompts": 60, "top": 4, "steps": STEPS},
-        "random": {"lr": 2e-2},
-        "full": {"lr": 4e-3},
-        "lora": {"lr": 5e-3},
+        "random": {"lr": 4e-2},
+        "full": {"lr": 8e-3},
+        "lora": {"lr": 1e-2},
     }
     values: dict[str, Any] = {
         "run_dir": str(folder / run),
@@ -58,7 +58,7 @@ def make_config(folder: Path, methods: Sequence[str], run: str = "run", **change
         "projection": ProjectionConfig(options={"steps": 2, "pool_density": 0.5}),
         "train": TrainConfig(
             steps=STEPS,
-            lr=1e-2,
+            lr=2e-2,
             batch_size=16,
             micro_batch_size=16,
             warmup_steps=2,

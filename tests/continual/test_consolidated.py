@@ -119,14 +119,14 @@ def test_a_batch_holds_tasks_by_their_steps_and_a_general_share(cfg: RunConfig) 
 
 
 @pytest.mark.parametrize(
-    ("options", "steps"), [({}, [32, 64]), ({"general": 0.0}, [24, 48]), ({"steps": 5}, [5, 5])]
+    ("options", "steps"), [({}, [16, 32]), ({"general": 0.0}, [12, 24]), ({"steps": 5}, [5, 5])]
 )
 def test_it_trains_as_long_as_the_tasks_did_together(
     cfg: RunConfig, options: dict[str, Any], steps: list[int]
 ) -> None:
     method = method_of(cfg, **{"steps": None, "general": 0.25, **options})
     assert [method._steps(stream) for stream in method.setting.bench.tasks] == steps
-    assert STEPS == 24
+    assert STEPS == 12
 
 
 def test_without_its_teachers_it_is_refused_before_any_work(folder: Path, cfg: RunConfig) -> None:

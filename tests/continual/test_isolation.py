@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from continual.small import TASKS, make_config, outcome, prepare
+from continual.small import STEPS, TASKS, make_config, outcome, prepare
 from torch import Tensor
 
 from trace_dist.bank.bank import BASE, DeltaBank
@@ -278,7 +278,7 @@ def test_a_cut_run_goes_on_with_the_same_factors(
     def failing(self: Any) -> float:
         nonlocal steps
         steps += 1
-        if steps == 24 + 2 * 2 + 13:
+        if steps == STEPS + 2 * 2 + STEPS // 2 + 1:
             raise KeyboardInterrupt
         return step(self)
 

@@ -24,7 +24,7 @@ METHODS = ("retrieved", "lora")
 
 @pytest.fixture
 def validating(folder: Path, request: pytest.FixtureRequest) -> RunConfig:
-    """A probed run of two methods, with looks every 5 of 24 steps."""
+    """A probed run of two methods, with looks every 5 of 12 steps."""
     run = request.node.name.replace("[", "-").rstrip("]")
     shutil.copytree(folder / "probed", folder / run)
     cfg = make_config(folder, METHODS, run)
@@ -39,7 +39,7 @@ def test_results_and_bank_tell_of_the_looks(validating: RunConfig) -> None:
         assert list(found["validation"]) == list(TASKS)
         for task in TASKS:
             looks = found["validation"][task]
-            assert [step for step, _, _ in looks] == [5, 10, 15, 20, STEPS][: len(looks)]
+            assert [step for step, _, _ in looks] == [5, 10, STEPS][: len(looks)]
             best = max(looks, key=lambda look: (look[2], -look[1], -look[0]))
             assert found["kept_steps"][task] == best[0]
             assert found["losses"][task][-1][0] == looks[-1][0]
@@ -75,7 +75,7 @@ def test_validation_examples_are_part_of_what_a_run_is_made_with(validating: Run
 
 def test_a_dry_run_counts_the_looks(validating: RunConfig) -> None:
     found = {work.name: work.detail for work in preview(validating).work}
-    assert found["retrieved: validate one"].startswith("5 looks at ")
+    assert found["retrieved: validate one"].startswith("3 looks at ")
 
 
 def test_what_reads_no_labels_says_that_it_does_not_look(

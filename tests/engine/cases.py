@@ -70,7 +70,7 @@ class Case:
     maskable: str = "linear"
     density: float = 0.3
     dtype: str = "float32"
-    steps: int = 6
+    steps: int = 4
     accumulation: int = 1
     checkpointing: bool = False
     num_layers: int = 2
@@ -125,7 +125,7 @@ CASES = {
         Case("experts", "element", "qwen2_moe", maskable="all"),
         Case("experts-columns", "column", "qwen2_moe"),
         Case("sliver", "element", "sliver", maskable="all", density=0.6, threshold=0),
-        Case("bf16", "element", dtype="bfloat16", maskable="all", steps=50),
+        Case("bf16", "element", dtype="bfloat16", maskable="all", steps=20),
     )
 }
 

@@ -46,7 +46,7 @@ def make_config(folder: Path, methods: Sequence[str], run: str = "run", **change
         "mask": MaskConfig(density=0.3),
         "probe": ProbeConfig(steps=3, batch_size=16, fisher_batches=1),
         "projection": ProjectionConfig(options={"steps": 2, "pool_density": 0.5}),
-        "train": TrainConfig(steps=40, lr=1e-2, batch_size=16, micro_batch_size=8, warmup_steps=2),
+        "train": TrainConfig(steps=20, lr=1e-2, batch_size=16, micro_batch_size=8, warmup_steps=2),
         "continual": ContinualConfig(list(methods), options={"random_features": {"features": 300}}),
         "bank": BankConfig(clusters=2, num_prompts=120, layer=1),
     }

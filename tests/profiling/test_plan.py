@@ -56,7 +56,7 @@ def test_more_memory_and_more_gpus_never_offer_less(base: MemorySetup) -> None:
         )[0].setup
         return setup.density, not setup.activation_checkpointing
 
-    sizes = [best(gib, 2) for gib in (0.035, 0.04, 0.06, 0.1, 4.0)]
+    sizes = [best(gib, 2) for gib in (0.035, 0.06, 4.0)]
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[-1] == (0.2, True)
     counts = [sizes[0], *(best(0.035, gpus) for gpus in (4, 16))]

@@ -78,7 +78,7 @@ def test_zero3(world, num_ranks: int, name: str) -> None:
 @pytest.mark.launcher
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 def test_zero3_in_bf16(world, num_ranks: int) -> None:
-    """50 steps. Frozen bits are exact."""
+    """20 steps. Frozen bits are exact."""
     outcome = from_ranks(world, num_ranks, "bf16")
     assert_frozen_bits("bf16", outcome.state)
     assert_close("bf16", outcome)
