@@ -13,6 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from trace_dist.config import RunConfig
+from trace_dist.launching import run_holders
 from trace_dist.stages.stage import Stage
 from trace_dist.stages.start import changed, check_start, start, take_folder
 from trace_dist.utils import dist
@@ -25,6 +26,7 @@ logger = get_logger(__name__)
 def run_command(cfg: RunConfig, dry_run: bool) -> None:
     if dry_run:
         check_start(cfg, "run")
+        _check_examples(cfg)
         _check_bank(cfg)
         say_preview(cfg)
         say_hosts_of_stages(cfg)
@@ -35,6 +37,7 @@ def run_command(cfg: RunConfig, dry_run: bool) -> None:
     from trace_dist.stages.pipeline import run_pipeline, stage_groups
     from trace_dist.stages.words import next_steps
 
+    _check_examples(cfg)
     _check_bank(cfg)
     run_pipeline(cfg, stage_groups(cfg))
     say_report(cfg)
@@ -42,6 +45,14 @@ def run_command(cfg: RunConfig, dry_run: bool) -> None:
         print_answers(ask_bank(cfg))
     if cfg.bank_of().index.is_file():
         print(next_steps(cfg))
+
+
+def _check_examples(cfg: RunConfig) -> None:
+    """Raise ValueError where results are of other examples than the run's paths hold now; once, not in each stage of a run."""
+    if not run_holders():
+        from trace_dist.continual.same_examples import check_examples
+
+        check_examples(cfg)
 
 
 def _check_bank(cfg: RunConfig) -> None:
@@ -65,12 +76,14 @@ def learn_command(cfg: RunConfig, mask_file: str | None, dry_run: bool) -> None:
     cfg = as_learned(cfg)
     if dry_run:
         check_start(cfg, "learn", mask_file is not None)
+        _check_examples(cfg)
         check_new(cfg, mask_file is not None)
         first, masked = stages_of(cfg, mask_file)
         say_preview(cfg, [first, [masked]], mask_file is not None)
         say_hosts_of_stages(cfg)
         return
     start(cfg, "learn", mask_file=mask_file)
+    _check_examples(cfg)
     run_learn(cfg, mask_file)
 
 
@@ -145,6 +158,7 @@ def train_command(cfg: RunConfig, task_name: str | None, mask_file: str | None) 
 
 def continual_command(cfg: RunConfig) -> None:
     start(cfg, "continual")
+    _check_examples(cfg)
     from trace_dist.stages.continual import run_continual
 
     run_continual(cfg)

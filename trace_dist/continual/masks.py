@@ -11,6 +11,7 @@ from trace_dist.config import RunConfig
 from trace_dist.config.checks import AUTO
 from trace_dist.config.mask import Density
 from trace_dist.continual.earlier import check_room
+from trace_dist.continual.progress import examples_digest
 from trace_dist.continual.proxy import proxy_module, proxy_origin
 from trace_dist.masks.mask import Mask
 from trace_dist.masks.ops import layouts_for, mask_from_scores, place, random_mask
@@ -77,10 +78,17 @@ def project_stream(
 
     always = bench.modality.always(model.module, stream.task, mask)
     masks = {kind: made.with_elements(always) for kind, made in masks.items()}
+    examples = examples_digest([stream])
 
     def write() -> None:
         for kind, made in masks.items():
-            told = {"task": task, "model": model_id, "density": mask.share, **meta[kind]}
+            told = {
+                "task": task,
+                "model": model_id,
+                "density": mask.share,
+                "examples": examples,
+                **meta[kind],
+            }
             made.with_meta(**told).save(cfg.folder.mask(task, kind))
 
     on_main(write)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_dist.continual.judge import Row
+from trace_dist.data.tasks import Task
 from trace_dist.models.fingerprint import same_model
 from trace_dist.train.loop import TrainResult
 from trace_dist.train.workbench import Stream
@@ -200,8 +201,13 @@ def kept_trained(folder: Path, task: str) -> TrainResult | None:
 
 def examples_digest(streams: Sequence[Stream]) -> str:
     """SHA-256 of tasks' examples, in order."""
+    return digest_of([stream.task for stream in streams])
+
+
+def digest_of(tasks: Sequence[Task]) -> str:
+    """``examples_digest`` of tasks that are not tokenised."""
     digest = hashlib.sha256()
-    for task in (stream.task for stream in streams):
+    for task in tasks:
         for part in task.parts:
             digest.update(
                 json.dumps([task.name, *(part[column][:] for column in part.column_names)]).encode()

@@ -10,7 +10,7 @@ from typing import Any
 
 from trace_dist.continual.methods.base import Method
 from trace_dist.continual.metrics import summarise
-from trace_dist.continual.progress import Progress
+from trace_dist.continual.progress import Progress, examples_digest
 from trace_dist.train.loop import TrainResult
 from trace_dist.utils.env import run_info
 from trace_dist.utils.files import read_json
@@ -48,7 +48,7 @@ def _problem(result: Any) -> str | None:
 
 def result_of(method: Method, progress: Progress) -> dict[str, Any]:
     """What ``methods/<name>.json`` holds, from the progress of a method whose tasks are all finished."""
-    record, judge = progress.record, method.setting.judge
+    record, judge, bench = progress.record, method.setting.judge, method.setting.bench
     trained = dict(zip(record.tasks, progress.trained(), strict=True))
     timed = [result.step_ms for result in trained.values() if result.losses]
     return {
@@ -73,6 +73,9 @@ def result_of(method: Method, progress: Progress) -> dict[str, Any]:
         "losses": {task: thinned(result.losses) for task, result in trained.items()},
         "step_ms": sum(timed) / len(timed) if timed else 0.0,
         "seconds": sum(result.seconds for result in trained.values()),
+        "examples": {
+            stream.task.name: examples_digest([stream]) for stream in (*bench.tasks, *bench.general)
+        },
         "measured": run_info(),
         **record.facts,
     }

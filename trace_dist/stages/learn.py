@@ -145,8 +145,9 @@ def _take_mask(cfg: RunConfig, path: Path) -> None:
 
     def keep() -> None:
         mask = Mask.load(path)
-        # It is taken at whatever density it was made for.
-        mask = replace(mask, meta={key: value for key, value in mask.meta.items() if key != "density"})
+        # It is taken at whatever density, and of whatever examples, it was made.
+        meta = {key: value for key, value in mask.meta.items() if key not in ("density", "examples")}
+        mask = replace(mask, meta=meta)
         kept = cfg.folder.mask(names[0])
         if kept.is_file() and Mask.load(kept) == mask:
             return
