@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from continual.small import TASKS, result
 
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.delta import Delta
+from trace_dist.checkpoint.format import write_manifest
+from trace_dist.checkpoint.retention import folder_name
 from trace_dist.config import RunConfig
 from trace_dist.masks.mask import Mask
 from trace_dist.run_folder import RunFolder
@@ -36,6 +39,28 @@ def test_another_mask_begins_anew(whole: RunConfig) -> None:
         assert Delta.load(path).mask == Mask.load(mask)
         assert not cfg.folder.checkpoints("train", TASKS[0]).exists()
     assert Mask.load(masks[0]) != Mask.load(masks[1])
+
+
+def test_a_training_that_was_cut_is_not_gone_on_with_on_another_mask(
+    whole: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said before a base is made, and the checkpoint stays."""
+    masks, root = [whole.folder.mask(task) for task in TASKS], whole.folder.checkpoints("train", TASKS[0])
+    for step, digest in ((1, Mask.load(masks[1]).digest()), (2, Mask.load(masks[0]).digest())):
+        files = {"rank-00000.safetensors": {"sha256": "", "intervals": {}}}
+        about = {"kind": "masked", "step": step, "state": {}, "files": files, "mask_digest": digest}
+        (root / folder_name(step)).mkdir(parents=True)
+        write_manifest(root / folder_name(step), about)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a base was made")
+
+    monkeypatch.setattr("trace_dist.stages.train.prepare_base", refuse)
+    with pytest.raises(ValueError, match=r"step-00000002: the checkpoint is of another mask; resume with"):
+        run_train(whole, TASKS[0], str(masks[1]))
+    with pytest.raises(AssertionError, match="a base was made"):
+        run_train(whole, TASKS[0], str(masks[0]))
+    shutil.rmtree(root)
 
 
 def test_mask_of_another_model_is_refused(whole: RunConfig, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli.program import (
     environment,
     error_line,
@@ -27,6 +28,7 @@ from launching import free_port, python, rank_environment
 from trace_dist.bank.bank import BASE, DeltaBank
 from trace_dist.config import ModelConfig, RunConfig, TaskConfig
 from trace_dist.masks.mask import Mask
+from trace_dist.masks.units import UnitLayout
 from trace_dist.run_folder import BankFolder
 from trace_dist.stages import learn
 
@@ -181,6 +183,30 @@ def test_learned_with_a_mask_of_ones_own(first: Path, later: Callable[..., Path]
     done = run_here("learn", "--config", later(), "--bank", bank, *other, cache=first / "cache")
     assert f"holds '{LATER}', learned on another mask; leave it out" in error_line(done)
     assert (learned(bank), (work / "masks" / f"{LATER}.safetensors").read_bytes()) == (before, kept)
+
+
+def test_a_learning_that_was_cut_is_not_gone_on_with_on_another_mask(tmp_path: Path) -> None:
+    cfg = RunConfig(ModelConfig("m"), [TaskConfig("t", "t.jsonl")], str(tmp_path / "run"))
+    files = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    for at, file in enumerate(files):
+        Mask({"w": torch.tensor([at])}, {"w": UnitLayout((4,), 1)}, "element").save(file)
+    begun = cfg.folder.checkpoints(learn.METHOD, "t") / "step-00000001"
+    kept, race = cfg.folder.mask("t"), cfg.folder.race(learn.METHOD)
+    learn._take_mask(cfg, files[0])
+    begun.mkdir(parents=True)
+    learn._take_mask(cfg, files[0])
+    with pytest.raises(
+        ValueError,
+        match=rf"^mask_file='{files[1]}': 't' is being .* give {kept} to .* delete {begun.parent} to",
+    ):
+        learn._take_mask(cfg, files[1])
+    assert Mask.load(kept) == Mask.load(files[0])
+    begun.rmdir()
+    race.parent.mkdir(parents=True)
+    race.write_text("{}")
+    learn._take_mask(cfg, files[1])
+    assert Mask.load(kept) == Mask.load(files[1])
+    assert not race.exists()
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from trace_dist.checkpoint.format import (
     read_checked,
 )
 from trace_dist.checkpoint.random_state import check_random_state, restore_random_state
-from trace_dist.checkpoint.retention import KEEP
+from trace_dist.checkpoint.retention import KEEP, newest_manifest
 from trace_dist.checkpoint.writer import Contents, FileBeside, Write, write_checkpoint
 from trace_dist.masks.mask import Mask
 from trace_dist.models.fingerprint import same_model
@@ -91,6 +91,19 @@ def load_mask(folder: Path) -> Mask:
     return Mask.load(folder / MASK)
 
 
+def check_mask(root: Path, mask: Mask) -> None:
+    """Raise ValueError where a training on a mask would go on from a checkpoint of another one. On one rank, before long work."""
+    if (found := newest_manifest(root)) is not None:
+        _check_mask(*found, mask)
+
+
+def _check_mask(folder: Path, manifest: Mapping[str, Any], mask: Mask) -> None:
+    if not mask.has_digest(manifest.get("mask_digest")):
+        raise ValueError(
+            f"{folder}: the checkpoint is of another mask; resume with {folder / MASK}, or delete {folder.parent} to begin anew"
+        )
+
+
 def load_checkpoint(folder: Path, optimizer: MaskedAdamW) -> dict[str, Any]:
     """Restore values, moments and weights on any number of ranks, and the random state on the same number. Collective.
 
@@ -132,10 +145,7 @@ def _locate(
     steps, kept_model = manifest.get("param_steps"), manifest.get("model")
     if not isinstance(kept_model, str | None) or not isinstance(steps, dict) or not is_map(steps, is_count):
         raise damaged(folder / MANIFEST)
-    if not optimizer.mask.has_digest(manifest.get("mask_digest")):
-        raise ValueError(
-            f"{folder}: the checkpoint is of another mask; resume with {folder / MASK}, or delete {folder.parent} to begin anew"
-        )
+    _check_mask(folder, manifest, optimizer.mask)
     model = optimizer.mask.meta.get("model")
     if model is not None and kept_model is not None and not same_model(str(model), kept_model):
         raise ValueError(

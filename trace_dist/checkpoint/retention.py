@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from trace_dist.checkpoint.format import MANIFEST, Damaged, read_checked, read_manifest
 from trace_dist.utils import dist
@@ -43,6 +45,19 @@ def latest_checkpoint(root: Path) -> Path | None:
                 logger.warning("%s; the checkpoint before it is used, if there is one", error)
         else:
             return folder
+    return None
+
+
+def newest_manifest(root: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint whose manifest is whole, with it; its other files are not looked at. On one rank.
+
+    Raises:
+        ValueError: as ``latest_checkpoint``.
+    """
+    for folder in _newest_first(root):
+        if (folder / MANIFEST).is_file():
+            with suppress(Damaged):
+                return folder, read_manifest(folder)
     return None
 
 

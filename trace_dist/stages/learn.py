@@ -9,6 +9,7 @@ what one process does meanwhile (base models, probe) is a process of rank 0's, f
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Collection
 from contextlib import suppress
@@ -137,7 +138,8 @@ def _take_mask(cfg: RunConfig, path: Path) -> None:
     """Keep a given mask as that of the one new task.
 
     Raises:
-        ValueError: there are several tasks, the mask is missing, corrupt or of another model, or the task was learned on another.
+        ValueError: there are several tasks, the mask is missing, corrupt or of another model, or the task was learned, or begun,
+            on another.
     """
     names = [task.name for task in cfg.tasks]
     if len(names) != 1:
@@ -157,6 +159,14 @@ def _take_mask(cfg: RunConfig, path: Path) -> None:
                 f"mask_file={str(path)!r}: the bank {bank.root} holds {names[0]!r}, learned on another mask; leave it out, "
                 f"or remove the task there (`trace-dist bank remove`), delete {cfg.run_dir} and learn it anew"
             )
+        begun = cfg.folder.checkpoints(METHOD, names[0])
+        if kept.is_file() and any(begun.glob("step-*")):
+            raise ValueError(
+                f"mask_file={str(path)!r}: {names[0]!r} is being learned on another mask; give {kept} to go on with that, or "
+                f"delete {begun} to begin anew"
+            )
+        # A race that was held on another mask is not this one's.
+        shutil.rmtree(cfg.folder.progress(METHOD), ignore_errors=True)
         mask.save(kept)
 
     on_main(keep)

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from trace_dist.bank.delta import check_base, extract_delta
+from trace_dist.checkpoint import check_mask
 from trace_dist.config import RunConfig
 from trace_dist.config.checks import AUTO
 from trace_dist.continual.density import with_density
@@ -18,6 +19,7 @@ from trace_dist.stages.base import prepare_base
 from trace_dist.train.workbench import Stream
 from trace_dist.utils import dist
 from trace_dist.utils.log import get_logger
+from trace_dist.utils.together import on_main
 
 logger = get_logger(__name__)
 
@@ -43,6 +45,7 @@ def run_train(cfg: RunConfig, task_name: str | None, mask_file: str | None) -> P
     source = Path(mask_file) if mask_file else cfg.folder.mask(name)
     # Read before a base is made, which may take long.
     mask = Mask.load(source)
+    on_main(lambda: check_mask(cfg.folder.checkpoints("train", name), mask))
     prepare_base(cfg, "target")
     setting = Setting.load(cfg)
     if mask_file is None:
