@@ -9,7 +9,7 @@ from bank.test_composition import dense_change
 
 from trace_dist import Delta, DeltaBank
 from trace_dist.bank.bank import BASE
-from trace_dist.bank.blend import blended, task_weights
+from trace_dist.bank.blend import blended, task_weights, weights_of
 from trace_dist.bank.composition import compose
 from trace_dist.sharding import ShardedModel
 
@@ -49,6 +49,13 @@ def test_weights_are_mean_probabilities(bank: DeltaBank) -> None:
     two = task_weights(bank, x, most=2, least=0.0)
     assert list(two) == list(found)[:2]
     assert sum(two.values()) == pytest.approx(1)
+
+
+def test_the_least_probability_takes_part() -> None:
+    scores = torch.tensor([[0.5, 0.25, 0.25, 0.0]]).log()
+    assert weights_of("abcd", scores, most=4, least=0.25) == {"a": 0.5, "b": 0.25, "c": 0.25}
+    assert weights_of("abcd", scores, most=4, least=0.26) == {"a": 1.0}
+    assert list(weights_of("abcd", scores, most=4, least=0.0)) == ["a", "b", "c"]
 
 
 def test_a_task_that_is_certain_is_its_delta(bank: DeltaBank, model: ShardedModel) -> None:

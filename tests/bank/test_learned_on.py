@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ from trace_dist.bank.delta import extract_delta
 from trace_dist.bank.export import export
 from trace_dist.bank.folder import read_task
 from trace_dist.bank.learned_on import learned_on, warn_of_others
+from trace_dist.config import ModelConfig, RunConfig, TaskConfig
 from trace_dist.models import fingerprint
 from trace_dist.models.rest import CARD
+from trace_dist.stages.evaluate import run_evaluate
 
 
 @contextmanager
@@ -90,3 +93,19 @@ def test_tasks_of_either_kind(base: str, coded: list[Delta], tmp_path: Path) -> 
     with warnings() as said:
         warn_of_others(bank, "nf4")
     assert "does not say that plain were learned on a 4-bit base" in said[0]
+
+
+def test_eval_says_so_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = DeltaBank.create(tmp_path / "bank", "aaaa", layer=1)
+    plain = make_delta(base_model(), "one", 1)
+    bank.add(signature("one", 1), replace(plain, mask=plain.mask.with_meta(quantize="nf4")))
+
+    def stop(*_: object) -> None:
+        raise AssertionError("a base was made")
+
+    monkeypatch.setattr("trace_dist.stages.evaluate.prepare_base", stop)
+    cfg = RunConfig(ModelConfig("m"), [TaskConfig("t", "t.jsonl")], str(tmp_path / "run"))
+    with warnings() as said, pytest.raises(AssertionError, match="a base was made"):
+        run_evaluate(cfg, str(bank.folder))
+    assert "one of the bank" in said[0]
+    assert "learned on a 4-bit base" in said[0]

@@ -67,7 +67,8 @@ def weights_of(
     check(0 <= least < 1, "least", least, "must lie in [0, 1)", "use for example 0.05")
     mean = torch.softmax(scores, dim=1).mean(dim=0)
     order = mean.argsort(descending=True, stable=True)[:most].tolist()
-    kept = [index for place, index in enumerate(order) if place == 0 or mean[index] > least]
+    # What was not compared, or is beyond any doubt another task's, takes no part at a least of 0 either.
+    kept = [i for place, i in enumerate(order) if place == 0 or (mean[i] >= least and mean[i] > 0)]
     total = float(mean[kept].sum())
     return {tasks[index]: float(mean[index]) / total for index in kept}
 

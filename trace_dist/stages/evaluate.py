@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from trace_dist.bank.bank import DeltaBank
+from trace_dist.bank.learned_on import warn_of_others
 from trace_dist.config import RunConfig
 from trace_dist.continual.setting import Setting
 from trace_dist.models.fingerprint import check_same
@@ -27,6 +28,7 @@ def run_evaluate(cfg: RunConfig, bank_folder: str | None) -> dict[str, float]:
     bank = None if bank_folder is None else DeltaBank(bank_folder)
     if bank is not None:
         bank.check_dtype(cfg.target.dtype)
+        warn_of_others(bank, cfg.target.quantize)
         if cfg.bank.representation == "adapted":
             bank.check_adapted()
     prepare_base(cfg, "target")
