@@ -19,8 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from trace_dist import Delta, DeltaBank, Mask
 from trace_dist.bank.bank import BASE
 from trace_dist.bank.composition import compose
-from trace_dist.bank.delta import applied
+from trace_dist.bank.delta import applied, extract_delta
 from trace_dist.bank.export import export
+from trace_dist.bank.export.together import held_dtypes
 from trace_dist.bank.verify import verify
 from trace_dist.models import fingerprint
 from trace_dist.models.rest import CARD
@@ -254,6 +255,34 @@ def test_a_family_that_keeps_some_tensors_in_fp32(tmp_path: Path) -> None:
         seen[dtype] = {name: loaded.local(name)[mask.elements(name)] for name in mask}
     for found in seen.values():
         assert all(torch.equal(found[name], values[name]) for name in mask)
+
+
+def test_a_task_of_fp32_tensors_alone_is_of_the_models_dtype(tmp_path: Path) -> None:
+    """A router's, which stays in fp32: tasks of the same bfloat16 model stand beside it, before or after, and one of float32 does
+    not."""
+    folder = str(tmp_path / "base")
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("glm4_moe", **MIXED)).save_pretrained(folder)
+    model = load_sharded(folder, "bfloat16")
+    assert model.dtype == torch.bfloat16
+    deltas = {}
+    for task, names in (
+        ("router", r"mlp\.gate\.weight"),
+        ("query", "q_proj"),
+        ("again", r"mlp\.gate\.weight"),
+    ):
+        mask = Mask.random(model, 0.5, maskable=names).with_meta(dtype="of another")
+        deltas[task] = extract_delta(model, mask, task)
+    assert {each.dtype for each in deltas["router"].values.values()} == {torch.float32}
+    assert "dtype" not in deltas["query"].mask.meta
+    bank = DeltaBank.create(tmp_path / "bank", fingerprint(folder), layer=1)
+    for number, (task, delta) in enumerate(deltas.items()):
+        bank.add(signature(task, number), delta)
+    assert bank.facts("router")["dtype"] == "bfloat16+float32"
+    assert held_dtypes([deltas["router"]]) == ["bfloat16"]
+    wide = load_sharded(folder, "float32")
+    late = extract_delta(wide, Mask.random(wide, 0.5, maskable=r"mlp\.gate\.weight"), "late")
+    with pytest.raises(ValueError, match=r"holds float32: the tasks of the bank .* are bfloat16"):
+        bank.add(signature("late", 9), late)
 
 
 def test_what_a_family_keeps_in_fp32_is_not_rounded(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,12 @@ class Delta:
     def nbytes(self) -> int:
         """Bytes of indices and values on disk, without the header."""
         return self.mask.units.nbytes + sum(values.nbytes for values in self.values.values())
+
+    @property
+    def dtypes(self) -> list[str]:
+        """Names of the data types of its values, and that of the model where none has it."""
+        found = {str(values.dtype).removeprefix("torch.") for values in self.values.values()}
+        return sorted(found | ({str(self.mask.meta["dtype"])} if "dtype" in self.mask.meta else set()))
 
     def check_finite(self) -> None:
         """Raise ValueError where a value is infinite or NaN: no answer would come of it."""
@@ -148,14 +154,25 @@ def _mask(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) 
 def extract_delta(model: ShardedModel, mask: Mask, task: str) -> Delta:
     """Gather the model's present values at a mask's entries, on every rank. Collective.
 
-    Its mask says ``quantize`` where the model's linear layers are 4-bit codes, which the values were then fitted to.
+    Its mask says ``quantize`` where the model's linear layers are 4-bit codes, which the values were then fitted to, and
+    ``dtype`` where no value has the data type of the model, as of a router alone that the family keeps in fp32.
     """
     values = {}
     for support in value_supports(model, mask):
         local, runs = model.storage(support)
         mine = compact_gather(local, runs).to(local.dtype)
         values[support.name] = dist.all_gather_uneven(mine, support.splits).cpu()
-    return Delta(mask if model.quantize == "none" else mask.with_meta(quantize=model.quantize), values, task)
+    return Delta(_learned_on(model, mask, {each.dtype for each in values.values()}), values, task)
+
+
+def _learned_on(model: ShardedModel, mask: Mask, dtypes: set[torch.dtype]) -> Mask:
+    """A mask that says how a model is kept, of whose values there are these data types; not what another one was."""
+    meta = {key: value for key, value in mask.meta.items() if key not in ("quantize", "dtype")}
+    if model.quantize != "none":
+        meta["quantize"] = model.quantize
+    if model.dtype not in dtypes:
+        meta["dtype"] = str(model.dtype).removeprefix("torch.")
+    return mask if meta == mask.meta else replace(mask, meta=meta)
 
 
 @contextmanager

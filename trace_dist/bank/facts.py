@@ -38,7 +38,7 @@ def describe(
             "entries": delta.mask.num_entries,
             "density": delta.mask.density,
             "granularity": delta.mask.granularity,
-            "dtype": "+".join(sorted({str(v.dtype).removeprefix("torch.") for v in delta.values.values()})),
+            "dtype": "+".join(delta.dtypes),
         }
     if delta is not None and "quantize" in delta.mask.meta:
         facts["quantize"] = str(delta.mask.meta["quantize"])

@@ -21,6 +21,7 @@ from typing import Any
 from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.blend import weighed
 from trace_dist.bank.delta import applied
+from trace_dist.bank.facts import dtype_of
 from trace_dist.bank.learned_on import learned_on, warn_of_others
 from trace_dist.bank.swap import Swap
 from trace_dist.data.encoding import context_length, encode_prompt, pad_id, stop_ids
@@ -413,5 +414,5 @@ class Router:
 
 def _dtype_of(bank: DeltaBank) -> str:
     """The data type that the bank's deltas were trained in; some families keep a few tensors in fp32 beside it."""
-    found = next((bank.facts(task)["dtype"] for task in bank.tasks if task != BASE), "float32")
+    found = {dtype_of(bank.facts(task)) for task in bank.tasks}
     return "bfloat16" if "bfloat16" in found else "float32"

@@ -197,6 +197,12 @@ class ShardedModel(ABC):
         return "nf4" if self._quantized else "none"
 
     @property
+    def dtype(self) -> torch.dtype:
+        """That it was loaded in: the narrowest of its weights', since some families keep a few in fp32."""
+        found = {self.like(name).dtype for name in self.names()}
+        return min((dtype for dtype in found if dtype.is_floating_point), key=lambda dtype: dtype.itemsize)
+
+    @property
     def device(self) -> torch.device:
         return dist.local_device()
 

@@ -34,9 +34,9 @@ class Composed(Section):
 
 def held_dtypes(deltas: Sequence[Delta]) -> list[str]:
     """Names of the dtypes in which the deltas' models were loaded; some families keep a few tensors in fp32 beside that."""
-    held = [{values.dtype for values in delta.values.values()} for delta in deltas]
-    narrowest = {min(of_delta, key=lambda dtype: dtype.itemsize) for of_delta in held if of_delta}
-    return sorted(str(dtype).removeprefix("torch.") for dtype in narrowest)
+    return sorted(
+        {min(delta.dtypes, key=lambda name: (name == "float32", name)) for delta in deltas if delta.dtypes}
+    )
 
 
 def empty_base(base: str, dtype: str = "float32") -> Any:
