@@ -72,6 +72,25 @@ def test_correlations_are_those_of_numpy() -> None:
     assert not bool(found[:, 0].any())
 
 
+@pytest.mark.parametrize("parts", [[401], [1, 150, 0, 250]])
+def test_channels_far_from_0_keep_their_digits(parts: list[int]) -> None:
+    """As the residual streams of large models have them: the same correlations and matches as in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(401, 17, generator=generator)
+    left = shared[:, torch.randperm(17, generator=generator)] + 0.7 * torch.randn(
+        401, 17, generator=generator
+    )
+    right = shared[:, :13] + 0.7 * torch.randn(401, 13, generator=generator)
+    left, right = left + 3000, right * 0.5 - 2000
+    moments = Moments()
+    for mine, its in zip(left.split(parts), right.split(parts), strict=True):
+        moments.add(mine, its)
+    found = moments.correlation()
+    expected = torch.corrcoef(torch.cat([left, right], 1).double().T)[:17, 17:]
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-3)
+    assert torch.equal(assigned(found.abs()).units, assigned(expected.abs()).units)
+
+
 def test_units_are_matched_one_to_one_and_the_rest_to_the_most_alike() -> None:
     likeness = torch.tensor([[0.9, 0.8], [0.95, 0.1], [0.2, 0.3]])
     found = assigned(likeness)

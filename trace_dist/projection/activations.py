@@ -34,7 +34,8 @@ class Moments:
     Attributes:
         count: tokens.
         sums, squares: [n_target], then [n_proxy], fp64.
-        cross: [n_target, n_proxy] fp32.
+        cross: [n_target, n_proxy] fp32, of the distances from this rank's means so far: of channels that are far from 0, products
+            of the values themselves would leave no digits for the correlation.
     """
 
     count: float = 0.0
@@ -48,11 +49,19 @@ class Moments:
             self.sums = [torch.zeros(x.shape[1], dtype=torch.float64) for x in (target, proxy)]
             self.squares = [torch.zeros_like(each) for each in self.sums]
             self.cross = torch.zeros(target.shape[1], proxy.shape[1])
-        self.count += len(target)
+        if not len(target):
+            return
+        before, self.count = self.count, self.count + len(target)
+        centred, apart = [], []
         for x, sums, squares in zip((target, proxy), self.sums, self.squares, strict=True):
+            mean = x.double().mean(0)
+            centred.append(x - mean.float())
+            apart.append((mean - sums / max(before, 1.0)).float())
             sums += x.double().sum(0)
             squares += x.double().square().sum(0)
-        self.cross += target.T @ proxy
+        # Chan, Golub and LeVeque 1979: two parts about their own means, and the distance of these.
+        self.cross += centred[0].T @ centred[1]
+        self.cross.addr_(*apart, alpha=before * len(target) / self.count)
 
     def correlation(self) -> Tensor:
         """[n_target, n_proxy] fp32, 0 where a unit never changes; the sums are spent then. Collective."""
@@ -61,21 +70,25 @@ class Moments:
         device = dist.local_device()
         count = torch.tensor([self.count], dtype=torch.float64, device=device)
         dist.sum_over_ranks(count)
-        summed = [each.to(device) for each in (*self.sums, *self.squares, self.cross.double())]
+
+        def mean(local: Tensor) -> Tensor:
+            return dist.sum_over_ranks(local.to(device)).cpu() / float(count)
+
+        left, right = (mean(sums.clone()) for sums in self.sums)
+        left_squares, right_squares = map(mean, self.squares)
+        cross = self.cross.double()
         self.cross = None
-        for each in summed:
-            dist.sum_over_ranks(each)
-        left, right, left_squares, right_squares, cross = (each.cpu() for each in summed)
-        del summed
-        for each in (left, right, left_squares, right_squares, cross):
-            each.div_(float(count))
+        if self.count:
+            apart = [sums / self.count - each for sums, each in zip(self.sums, (left, right), strict=True)]
+            cross.addr_(*apart, alpha=self.count)
+        cross = mean(cross)
         deviations = [
             (squares - means.square()).clamp_min(0).sqrt()
             for means, squares in ((left, left_squares), (right, right_squares))
         ]
         scale = deviations[0][:, None] * deviations[1]
         # In place: it is as large as an MLP of both models.
-        cross.addr_(left, right, alpha=-1).div_(scale.clamp_min(1e-12))
+        cross.div_(scale.clamp_min(1e-12))
         return cross.masked_fill_(scale <= 1e-9, 0.0).float()
 
 
