@@ -174,6 +174,21 @@ def test_a_folder_of_which_only_some_files_are_of_a_split(names: tuple[str, str]
     assert prompts(task(tmp_path / "d")) == (some(0, 10), some(10, 40))
 
 
+@pytest.mark.parametrize("split", [None, "test"])
+def test_files_that_are_left_out_are_named(
+    split: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a folder that says what is trained, or whose user does."""
+    write(tmp_path / "d" / ("train.jsonl" if split is None else "test.jsonl"), ROWS[:20])
+    write(tmp_path / "d" / "more.jsonl", ROWS[20:])
+    (tmp_path / "d" / "notes.md").write_text("x")
+    for _ in range(2):
+        assert set.union(*prompts(task(tmp_path / "d", split=split))) == some(0, 20)
+    said = [each.getMessage() for each in caplog.records if "left out" in each.getMessage()]
+    assert len(said) == 1
+    assert "left out 1 of its files (more.jsonl), whose names say no split; put train into" in said[0]
+
+
 def test_a_folder_with_a_card_that_names_subsets_and_their_files(tmp_path: Path) -> None:
     configs = [
         {"config_name": name, "data_files": [{"split": "train", "path": f"{name}/*.parquet"}]}

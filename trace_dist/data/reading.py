@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache as once
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from trace_dist.data.cache import place_of
 from trace_dist.data.files import GZIP, cells_header, read_json_lines, read_json_values, read_text
 from trace_dist.data.tables import Table
 from trace_dist.parts import IMAGES
+from trace_dist.utils.log import get_logger
 
+logger = get_logger(__name__)
 TRAIN, TEST, VALIDATION = "train", "test", "validation"
 Splits = dict[str, Table]
 PACKAGED = "images:"
@@ -33,6 +36,8 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _CARD_FILES = re.compile(r"data_(files|dir)\W*:")
 """In the card of a dataset: which files are of which split."""
 _LONGEST_REASON = 300
+MOST_NAMED = 3
+"""Of the files that are left out."""
 
 
 def read_splits(task: TaskConfig) -> tuple[Splits, bool]:
@@ -155,8 +160,7 @@ def _from_folder(path: Path, task: TaskConfig, field: str) -> Splits:
         files = {
             str(split): [Path(file) for file in each] for split, each in builder.config.data_files.items()
         }
-    if TRAIN not in files and task.split is None:
-        _check_whole(path, files, field)
+    _check_whole(path, files, field, may_train=TRAIN not in files and task.split is None)
     if all(_kind(file) in _READERS for each in files.values() for file in each):
         return _from_files(files, field)
     with _one_line(f"{field}: cannot be read", cure):
@@ -168,23 +172,40 @@ def _from_folder(path: Path, task: TaskConfig, field: str) -> Splits:
     return {split: Table(f"{path}, split {split}", data) for split, data in loaded.items()}
 
 
-def _check_whole(path: Path, files: Mapping[str, list[Path]], field: str) -> None:
-    """Raise ValueError where some files are named as a split, and others of their kind, which ``datasets`` passes over, are not.
+def _check_whole(path: Path, files: Mapping[str, list[Path]], field: str, may_train: bool) -> None:
+    """Raise ValueError where some files are named as a split, and others of their kind, which ``datasets`` passes over, are not:
+    the examples to test on would be trained. Where something else is trained, say which files are left out.
 
-    The examples to test on would be trained, and the others lost. What a card names is as its author wants it.
+    What a card names is as its author wants it.
     """
     card = path / "README.md"
     if card.is_file() and _CARD_FILES.search(read_text(card)):
         return
     taken = {file.resolve() for each in files.values() for file in each}
-    kinds = {_kind(file) for file in taken}
+    left = _of_kinds(path, {_kind(file) for file in taken}, taken)
+    cure = f"put {TRAIN} into the names of files or folders to train on, or give one file as the path"
+    if left and may_train:
+        raise ValueError(
+            f"{field}: {left[0]} is of no split, beside those of {' and '.join(sorted(files))} by their names; {cure}"
+        )
+    if left:
+        _say_left_out(field, ", ".join(map(str, left[:MOST_NAMED])), len(left), cure)
+
+
+def _of_kinds(path: Path, kinds: set[str], taken: Collection[Path]) -> list[Path]:
+    """Files of some kinds below a folder, relative to it; without hidden ones and those that are taken."""
+    found = []
     for file in sorted(path.rglob("*")):
-        hidden = any(part.startswith((".", "__")) for part in file.relative_to(path).parts)
+        place = file.relative_to(path)
+        hidden = any(part.startswith((".", "__")) for part in place.parts)
         if _kind(file) in kinds and not hidden and file.is_file() and file.resolve() not in taken:
-            raise ValueError(
-                f"{field}: {file.relative_to(path)} is of no split, beside those of {' and '.join(sorted(files))} by their "
-                f"names; put {TRAIN} into the names of files or folders to train on, or give one file as the path"
-            )
+            found.append(place)
+    return found
+
+
+@once
+def _say_left_out(field: str, names: str, num: int, cure: str) -> None:
+    logger.warning("%s: left out %d of its files (%s), whose names say no split; %s", field, num, names, cure)
 
 
 def _json_lines(files: list[Path], field: str) -> list[Any]:
