@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from weakref import WeakKeyDictionary, WeakMethod
 
-import psutil
 import torch
 from torch import nn
 
 from trace_dist.utils import dist
+from trace_dist.utils.memory import available_bytes
 
 Hold = Callable[[], AbstractContextManager[bool]]
 SHARE = 0.5
@@ -53,4 +53,4 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
-    return int(psutil.virtual_memory().available) // dist.world_size()
+    return available_bytes() // dist.world_size()
