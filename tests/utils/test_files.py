@@ -71,6 +71,17 @@ def test_a_killed_process_leaves_the_old_file(tmp_path: Path) -> None:
     assert path.read_text() == "old"
     files.write_text(path, "new")
     assert path.read_text() == "new"
+    # What it has half written goes, once nobody can be writing it, with the next file of the folder.
+    (left,) = set(names(tmp_path)) - {"a.txt"}
+    other = tmp_path / left.replace(files._host(), "0a0a0a0a")
+    other.write_text("of another host")
+    mine = tmp_path / f".b.txt.{files._host()}-{os.getpid()}.tmp"
+    mine.write_text("of a process that is there")
+    for each in (tmp_path / left, other, mine):
+        os.utime(each, (1, 1))
+    files._remove_abandoned_files.cache_clear()
+    files.write_text(tmp_path / "c.txt", "")
+    assert names(tmp_path) == sorted(["a.txt", "c.txt", other.name, mine.name])
 
 
 DIES = """

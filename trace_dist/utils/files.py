@@ -11,11 +11,14 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +40,8 @@ MALFORMED = (
 )
 """What Python, torch and safetensors raise where a file holds another type, size or shape than it should."""
 
+SILENT_SECONDS = 60.0
+"""A temporary file that was not written for so long, and whose process is not there, is what a killed one has left."""
 HASHED_BYTES = 2**24
 """Read and hashed at a time."""
 
@@ -107,10 +112,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         ValueError: as ``writing``.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{_host()}-{os.getpid()}.tmp")
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned_files(path.parent.resolve())
             yield temporary
             with temporary.open("rb") as handle:
                 os.fsync(handle.fileno())
@@ -119,6 +125,26 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    """Names this host in the names of temporary files: process ids are those of one host."""
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+@cache
+def _remove_abandoned_files(folder: Path) -> None:
+    """Remove, once in this process, the temporary files of processes of this host that were killed. A process of another
+    container of the same name is not seen, but it writes."""
+    own = re.compile(rf"\..+\.{_host()}-(\d+)\.tmp")
+    # Another process may remove the same ones.
+    with suppress(OSError):
+        for left in folder.iterdir():
+            found = own.fullmatch(left.name)
+            if found and not psutil.pid_exists(int(found[1])):
+                with suppress(OSError):
+                    if left.is_file() and time.time() - left.stat().st_mtime > SILENT_SECONDS:
+                        left.unlink()
 
 
 def flush_folder(folder: Path) -> None:
@@ -179,7 +205,7 @@ def filled_folder(path: Path, replaced: Collection[str] = ()) -> Iterator[Path]:
 def _temporary_folder(path: Path, parent: Path) -> Iterator[Path]:
     """An empty temporary folder for ``path`` in ``parent``, gone after the block."""
     # What stands for the folder, as ``.`` does, may have no name.
-    begin = f".{path.resolve().name}.{zlib.crc32(platform.node().encode()):08x}-"
+    begin = f".{path.resolve().name}.{_host()}-"
     temporary = parent.resolve() / f"{begin}{os.getpid()}.tmp"
     _remove_abandoned(parent.resolve(), begin)
     # Left by a killed process that had the same id.
