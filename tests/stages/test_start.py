@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import yaml
+from bank.samples import base_model, make_delta, signature
 from transformers import LlamaConfig
 
+from trace_dist.bank.bank import DeltaBank
 from trace_dist.cli import commands
 from trace_dist.cli.parser import parse, run_config
 from trace_dist.config import ContinualConfig, LaunchConfig, MaskConfig, ModelConfig, RunConfig, TaskConfig
@@ -282,3 +284,19 @@ def test_a_bank_elsewhere_must_be_seen_by_all_hosts(
     cfg = replace(cfg, bank=replace(cfg.bank, path=path), continual=ContinualConfig(methods=["retrieved"]))
     start(cfg, command, mask_file="m")
     assert seen == [f"run_dir={cfg.run_dir!r}", *([f"bank.path={path!r}"] if checked else [])]
+
+
+def test_a_run_into_a_bank_that_has_its_tasks_is_refused_first(cfg: RunConfig, tmp_path: Path) -> None:
+    """Unless it has begun them: then it is gone on with, and `continual.learn` compares."""
+    bank = DeltaBank.create(tmp_path / "bank", "aaaa", layer=1)
+    bank.add(signature("t", 1), make_delta(base_model(), "t", 1))
+    cfg = replace(cfg, bank=replace(cfg.bank, path=str(bank.folder)))
+    with pytest.raises(
+        ValueError, match=r"^tasks\.name='t': the bank .*/bank holds a task of this name; rename one"
+    ):
+        commands._check_bank(cfg)
+    assert not Path(cfg.run_dir).exists()
+    cfg.folder.mask("t").parent.mkdir(parents=True)
+    cfg.folder.mask("t").write_text("")
+    with pytest.raises(ValueError, match=r"^bank\.layer=-1: the bank"):
+        commands._check_bank(cfg)

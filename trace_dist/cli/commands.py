@@ -59,13 +59,14 @@ def _check_bank(cfg: RunConfig) -> None:
     """Raise ValueError where what a run learns does not fit its bank, or its masks find no room beside the tasks there."""
     from trace_dist.bank.bank import DeltaBank
     from trace_dist.continual.earlier import check_room_beside
-    from trace_dist.stages.learn import METHOD, check_fits
+    from trace_dist.stages.learn import METHOD, check_fits, check_names
 
     if cfg.bank_of().index.is_file():
         bank = DeltaBank(cfg.bank_of().root)
         # Its own one was made by this run.
         fills = METHOD in cfg.continual.methods and cfg.bank.path is not None
         if fills and not cfg.folder.method(METHOD).is_file():
+            check_names(cfg, bank)
             check_fits(cfg, bank)
         check_room_beside(cfg, bank)
 

@@ -94,16 +94,21 @@ def check_new(cfg: RunConfig, mask_given: bool) -> None:
     on_main(lambda: _check_result(cfg, [] if bank is None else bank.tasks))
     if bank is None:
         return
+    check_names(cfg, bank)
+    check_fits(cfg, bank)
+    if not mask_given:
+        on_main(lambda: check_room_beside(cfg, bank))
+
+
+def check_names(cfg: RunConfig, bank: DeltaBank) -> None:
+    """Raise ValueError where a bank holds tasks of the same names that were not begun in this run folder. Collective."""
     for task in cfg.tasks:
         # With a mask of its own the task was begun here; `continual.learn` compares mask and examples.
         if task.name in bank.tasks and not on_main(cfg.folder.mask(task.name).is_file):
             raise ValueError(
-                f"tasks.name={task.name!r}: the bank {folder.root} holds a task of this name; rename one "
-                f"(`trace-dist bank rename {folder.root} {task.name} NEW`), or remove it there"
+                f"tasks.name={task.name!r}: the bank {bank.folder} holds a task of this name; rename one "
+                f"(`trace-dist bank rename {bank.folder} {task.name} NEW`), or remove it there"
             )
-    check_fits(cfg, bank)
-    if not mask_given:
-        on_main(lambda: check_room_beside(cfg, bank))
 
 
 def check_fits(cfg: RunConfig, bank: DeltaBank) -> None:
