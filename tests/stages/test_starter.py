@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,14 @@ def test_data_of_the_package(folder: Path) -> None:
     made = starter_config(Starter(str(folder / "model"), ["example:vowels.jsonl"], None, "r", 1))
     (task,) = read(made, folder).tasks
     assert (task.name, task.path) == ("vowels", "example:vowels.jsonl")
+
+
+def test_files_whose_names_no_task_may_have(folder: Path) -> None:
+    names = ["base", "Auto", "q" * 200]
+    for name in names:
+        shutil.copy(folder / "copy.jsonl", folder / f"{name}.jsonl")
+    tasks = read(starter_config(start(folder, *names)), folder).tasks
+    assert [task.name for task in tasks] == ["base_task", "Auto_task", "q" * 150]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from trace_dist.data.sources import form_of
 from trace_dist.data.tasks import Task, load_task
 from trace_dist.models.loading import load_tokenizer
 from trace_dist.profiling.estimate import load_config
+from trace_dist.utils.names import AUTO, BASE, MAX_BYTES
 from trace_dist.utils.yaml import dump_yaml
 
 _KIND = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet|txt)(\.gz)?$")
@@ -134,7 +135,9 @@ def _max_length(model: str, tasks: Sequence[Task]) -> int:
 def _task(path: str) -> tuple[TaskConfig, Task]:
     """A task named after its file, with the columns that its data have."""
     name = _KIND.sub("", Path(path.removeprefix(SCHEME)).name)
-    name = re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_") or "task"
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_")[:MAX_BYTES] or "task"
+    # Of what stands for something else, no task may have the name.
+    name = f"{name}_task" if name.casefold() in (BASE, AUTO) else name
     config = TaskConfig(name=name, path=path)
     config = replace(config, **form_of(config).fields)
     task = load_task(config, seed=0)
