@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 
+from trace_dist.cli.arguments import MEMORY_ACTIONS
 from trace_dist.profiling.memory_setup import MemorySetup
-from trace_dist.profiling.plan import Option
+from trace_dist.profiling.plan import Option, plan
+from trace_dist.profiling.simulation.setup import SimulationSetup
 from trace_dist.report.memory_tables import NOT_AT_HIGH, comparison_table, mib, plan_table, print_table
-from trace_dist.report.simulation_tables import times_table
+from trace_dist.report.simulation_tables import overview_table, times_table
 
 
 def test_states_in_host_memory_stand_beside_those_that_were_measured() -> None:
@@ -60,3 +64,23 @@ def test_predicted_times_mark_what_may_not_fit() -> None:
     table = times_table([{**row, "fits": fits, "fits_at_high": high} for fits, high in told], "h100")
     assert list(table.columns[5].cells) == ["yes", "yes*", "no"]
     assert table.caption == NOT_AT_HIGH
+
+
+@pytest.mark.parametrize(("gib", "told"), [(23.0, "yes"), (23.5, "no"), (24.5, "no")])
+def test_a_simulation_tells_what_fits_as_a_plan_does(gib: float, told: str) -> None:
+    """With the reserve that `memory plan` leaves free."""
+    step = dict.fromkeys(("low", "expected", "high"), 1.0)
+    method = {
+        "peak_bytes": gib * 2**30,
+        "step_s": step,
+        "tokens_per_s": step,
+        "sent_bytes": {},
+        "launches": {},
+    }
+    setup = asdict(SimulationSetup("model"))
+    found = {"setup": setup, "gpu": {"name": "a GPU", "memory_gib": 24.0}, "methods": {"row": method}}
+    assert list(overview_table(found).columns[2].cells) == [told]
+    assert inspect.signature(plan).parameters["reserve_gib"].default == setup["reserve_gib"]
+    assert MEMORY_ACTIONS["plan"].own["reserve_gib"][1] == setup["reserve_gib"]
+    found["setup"] = asdict(SimulationSetup("model", reserve_gib=0.0))
+    assert list(overview_table(found).columns[2].cells) == ["no" if gib > 24 else "yes"]

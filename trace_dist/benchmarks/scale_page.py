@@ -13,6 +13,7 @@ from typing import Any
 from trace_dist.benchmarks.agreement import LIMITS
 from trace_dist.benchmarks.document import Sections, grid, render, with_origin
 from trace_dist.benchmarks.scale import MEASURED, ON_A_NODE, RANKS
+from trace_dist.profiling.bounds import fits
 from trace_dist.profiling.simulation.gpus import load_gpu, sources
 from trace_dist.profiling.simulation.setup import METHODS
 from trace_dist.utils.files import write_text
@@ -125,8 +126,8 @@ def gpu_table(parts: Found) -> str:
         spec = load_gpu(gpu)
         cells, node = [], _node(parts, gpu)
         for found in node.values():
-            fits = found["peak_bytes"] / GIB < spec.memory_gib
-            cells.append(f"{1e3 * found['step_s']['expected']:,.0f}" if fits else "does not fit")
+            room = fits(found["peak_bytes"], spec.memory_gib)
+            cells.append(f"{1e3 * found['step_s']['expected']:,.0f}" if room else "does not fit")
         rows.append([spec.name, *cells])
     return grid(["step, ms", *_node(parts, "h100")], rows)
 

@@ -11,12 +11,18 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from trace_dist.config import Backend
+from trace_dist.profiling.simulation.setup import RESERVE_GIB
 from trace_dist.sharding.throttle import AHEAD
 
 ESTIMATE_ERROR = 0.026
 """Of an estimated peak: measured ones were at most so much larger (docs/results/bench_memory.json)."""
 SIMULATION_ERROR = 0.056
 """The same of a simulated peak of full fine-tuning or LoRA (docs/results/bench_simulate.json)."""
+
+
+def fits(peak: float, gpu_gib: float, reserve_gib: float = RESERVE_GIB) -> bool:
+    """Whether a GPU has room for a predicted peak, in bytes, and the reserve."""
+    return peak + reserve_gib * 2**30 <= gpu_gib * 2**30
 
 
 class Bounds(NamedTuple):

@@ -18,6 +18,7 @@ from trace_dist.profiling.disk import disk_bytes
 from trace_dist.profiling.estimate import Estimator
 from trace_dist.profiling.memory_setup import MemorySetup
 from trace_dist.profiling.selection import selections
+from trace_dist.profiling.simulation.setup import RESERVE_GIB
 
 GIB = 2**30
 DENSITIES = (0.2, 0.1, 0.05, 0.02, 0.01)
@@ -67,7 +68,7 @@ class Option:
     delta_gib: float
 
 
-def plan(base: MemorySetup, gpu_gib: float, reserve_gib: float = 1.0) -> list[Option]:
+def plan(base: MemorySetup, gpu_gib: float, reserve_gib: float = RESERVE_GIB) -> list[Option]:
     """The options that fit, most faithful first.
 
     Args:

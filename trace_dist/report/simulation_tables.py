@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from trace_dist.profiling.bounds import fits
 from trace_dist.report.memory_tables import GIB, NOT_AT_HIGH
 
 Found = Mapping[str, Any]
@@ -28,12 +29,13 @@ def overview_table(found: Found) -> Table:
     priced = setup["price"] is not None
     where = f"{setup['nodes']} x {setup['gpus_per_node']} {found['gpu']['name']}"
     table = _table("method", *heads, *(["M tokens/$"] if priced else []), title=f"one rank of {where}")
+    table.caption = f"fits: with {setup['reserve_gib']:g} GiB left free (--reserve_gib)"
     for name, method in found["methods"].items():
         step = {bound: f"{1e3 * seconds:,.0f}" for bound, seconds in method["step_s"].items()}
         peak = method["peak_bytes"] / GIB
         cells = [
             f"{peak:.1f}",
-            "yes" if peak < memory else "no",
+            "yes" if fits(method["peak_bytes"], memory, setup["reserve_gib"]) else "no",
             f"{sum(method['sent_bytes'].values()) / GIB:.2f}",
             f"{sum(method['launches'].values()):,.0f}",
             step["expected"],

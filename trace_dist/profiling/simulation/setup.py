@@ -11,6 +11,8 @@ METHODS = ("element", "block 64", "row", "full", "LoRA")
 PEERS = ("full, FSDP2",)
 """Beside them: full fine-tuning under torch's FSDP2."""
 MOST_RANKS = 4096
+RESERVE_GIB = 1.0
+"""Of a GPU's memory, where nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class SimulationSetup:
     blocks: int = 0
     """Decoder blocks of each kind that are simulated, of which one is repeated as often as the model has more; 0: as many as
     ZeRO-3 looks ahead, or all."""
+    reserve_gib: float = RESERVE_GIB
+    """GiB of a GPU's memory to leave free for the CUDA context, communication and fragmentation, as of `memory plan`."""
     price: float | None = None
     """Dollars per GPU and hour, to say how many tokens one dollar buys."""
 
@@ -61,6 +65,10 @@ class SimulationSetup:
         check_ranks(self.world_size, self.sequence_parallel)
         if not 0 < self.density <= 1:
             raise ValueError(f"density={self.density}: must lie in (0, 1]; use for example 0.05")
+        if not 0 <= self.reserve_gib < float("inf"):
+            raise ValueError(
+                f"reserve_gib={self.reserve_gib}: must not be negative; use for example {RESERVE_GIB:g}"
+            )
         for name in ("link_gbps", "price"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
