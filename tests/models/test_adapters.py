@@ -26,5 +26,18 @@ def test_the_rank_trains_the_wanted_number_of_parameters(name: str, rank: int) -
     assert lora_rank(module, wanted * (rank + 0.6) / rank) == rank + 1
 
 
+def test_layers_that_share_a_weight_have_an_adapter_each() -> None:
+    """Layers that are one module, as of a block that is used twice, have one."""
+
+    def model() -> PreTrainedModel:
+        module = CASES["element"].model()
+        first, *others = (layer.self_attn for layer in module.model.layers)
+        for other in others:
+            other.k_proj.weight, other.v_proj = first.k_proj.weight, first.v_proj
+        return module
+
+    assert lora_rank(model(), num_added(model(), 20)) == 20
+
+
 def test_the_rank_is_never_zero() -> None:
     assert lora_rank(CASES["element"].model(), 1) == 1
