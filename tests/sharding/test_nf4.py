@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import io
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ from engine.rank_nf4 import NAMES, Dequantized, coded, codes, deltas, same
 from engine.resuming import run
 from engine.training import Outcome, train, train_reference
 
-from trace_dist import MaskedAdamW, shard
+from trace_dist import Mask, MaskedAdamW, shard
 from trace_dist.sharding import ShardedModel
 
 BACKENDS = ("zero3", "fsdp2")
@@ -131,3 +135,30 @@ def test_the_codes_count_among_the_weights() -> None:
     others = sum(p.nbytes for n, p in model.module.named_parameters() if not n.endswith(("packed", "absmax")))
     assert held == words + overlays + others
     assert held < dense
+
+
+@pytest.mark.parametrize("quantise", [coded, lambda name: CASES[name].model()], ids=["nf4", "dense"])
+def test_a_copy_of_a_model_with_a_mask_holds_what_was_trained(quantise: Callable[[str], Any]) -> None:
+    """In memory or in a file; it goes its own way, and the sharded model itself is copied in neither."""
+    model, inputs = shard(quantise("element"), "single"), torch.arange(8).view(1, 8)
+    mask = Mask.random(model, 0.05, seed=0)
+    optimizer = MaskedAdamW(model, mask, lr=1e-2)
+    before = model(inputs).logits.detach()
+
+    def step() -> None:
+        model.backward(model(inputs, labels=inputs).loss)
+        optimizer.step()
+
+    step()
+    trained = model(inputs).logits.detach()
+    file = io.BytesIO()
+    torch.save(model.module, file)
+    file.seek(0)
+    copies = [copy.deepcopy(model.module), torch.load(file, weights_only=False)]
+    step()
+    assert not torch.equal(trained, before)
+    for each in copies:
+        assert torch.equal(each(inputs).logits, trained)
+    for attempt in (lambda: torch.save(model, io.BytesIO()), lambda: copy.deepcopy(model)):
+        with pytest.raises(ValueError, match=r"^copy: a sharded model cannot be"):
+            attempt()

@@ -134,6 +134,10 @@ class NF4Linear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         return _FrozenLinear.apply(input, self.bias, self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy, in memory or in a file, which has no mask (``sharding.masked_linear``)."""
+        return {name: value for name, value in vars(self).items() if name not in ("forward", "catch")}
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -326,6 +326,11 @@ class ShardedModel(ABC):
         # The copy would go on with this one's hooks and buffers.
         raise ValueError("copy: a sharded model cannot be copied; shard a copy of the plain model instead")
 
+    def __reduce__(self) -> NoReturn:
+        raise ValueError(
+            "copy: a sharded model cannot be pickled; save it with save_pretrained, or what was trained as a delta"
+        )
+
     def train(self, mode: bool = True) -> ShardedModel:
         self.module.train(mode)
         return self

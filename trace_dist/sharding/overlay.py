@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -50,7 +51,9 @@ class Overlay:
         comm: Comm,
         gather: Callable[[], Tensor],
     ) -> None:
-        self.comm, self._gather = comm, gather
+        self.comm = comm
+        self._gather: Callable[[], Tensor] | None = gather
+        """None in a copy of what lay in one process."""
         view = views[comm.rank]
         mine = Runs.clip(entries.units, entries.block, view.start, view.stop, entries.numel)
         edges = [*(each.start for each in views), views[-1].stop]
@@ -61,13 +64,22 @@ class Overlay:
         ]
         self._found: WeakKeyDictionary[Support, Runs] = WeakKeyDictionary()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy of the model, in memory or in a file: without what ties it to this one's view."""
+        kept = {name: value for name, value in vars(self).items() if name != "_found"}
+        return kept | ({"_gather": None} if self.comm.world == 1 else {})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _found=WeakKeyDictionary())
+
     def whole(self) -> Runs:
         """The entries, in the flattened weight (base 0)."""
         return Runs.whole(self.gaps.decode(), self._block, self._numel)
 
     def __call__(self, weight: Tensor) -> None:
         """Write the values of all ranks into a dense weight. Collective."""
-        values = self.values if self.comm.world == 1 else self._gather()
+        alone = self._gather is None or self.comm.world == 1
+        values = self.values if alone else self._gather()  # type: ignore[misc]
         compact_scatter(weight.view(-1), self.whole(), values)
 
     def find(self, support: Support) -> Runs | None:
