@@ -300,3 +300,28 @@ def test_a_run_into_a_bank_that_has_its_tasks_is_refused_first(cfg: RunConfig, t
     cfg.folder.mask("t").write_text("")
     with pytest.raises(ValueError, match=r"^bank\.layer=-1: the bank"):
         commands._check_bank(cfg)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        lambda cfg: commands.run_command(cfg, dry_run=False),
+        lambda cfg: commands.learn_command(cfg, None, dry_run=False),
+        commands.continual_command,
+    ],
+    ids=["run", "learn", "continual"],
+)
+def test_commands_that_learn_compare_their_examples_first(
+    command: Callable[[RunConfig], None], cfg: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their stages do not read them once more for that."""
+
+    def refuse(_: RunConfig) -> None:
+        raise ValueError("others")
+
+    monkeypatch.setattr("trace_dist.continual.same_examples.check_examples", refuse)
+    monkeypatch.setattr(commands, "start", lambda *_, **__: None)
+    with pytest.raises(ValueError, match="^others$"):
+        command(cfg)
+    monkeypatch.setattr(commands, "run_holders", lambda: ["process 1"])
+    commands._check_examples(cfg)
