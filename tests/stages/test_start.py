@@ -321,7 +321,7 @@ def test_commands_that_learn_compare_their_examples_first(
 
     monkeypatch.setattr("trace_dist.continual.same_examples.check_examples", refuse)
     monkeypatch.setattr(commands, "start", lambda *_, **__: None)
-    with pytest.raises(ValueError, match="^others$"):
+    with pytest.raises(ValueError, match=r"^others$"):
         command(cfg)
     monkeypatch.setattr(commands, "run_holders", lambda: ["process 1"])
     commands._check_examples(cfg)

@@ -19,6 +19,7 @@ from trace_dist.stages.start import changed, check_start, start, take_folder
 from trace_dist.utils import dist
 from trace_dist.utils.log import get_logger
 from trace_dist.utils.tables import print_table
+from trace_dist.utils.together import on_main
 
 logger = get_logger(__name__)
 
@@ -48,11 +49,11 @@ def run_command(cfg: RunConfig, dry_run: bool) -> None:
 
 
 def _check_examples(cfg: RunConfig) -> None:
-    """Raise ValueError where results are of other examples than the run's paths hold now; once, not in each stage of a run."""
-    if not run_holders():
-        from trace_dist.continual.same_examples import check_examples
+    """Raise ValueError where results are of other examples than the run's paths hold now; once, not in each stage of a run.
+    Collective."""
+    from trace_dist.continual.same_examples import check_examples
 
-        check_examples(cfg)
+    on_main(lambda: None if run_holders() else check_examples(cfg))
 
 
 def _check_bank(cfg: RunConfig) -> None:

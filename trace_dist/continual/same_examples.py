@@ -11,20 +11,15 @@ from trace_dist.continual.result import read_result
 from trace_dist.data.tasks import load_task
 from trace_dist.utils.files import load_tensors
 from trace_dist.utils.log import get_logger
-from trace_dist.utils.together import on_main
 
 logger = get_logger(__name__)
 
 
 def check_examples(cfg: RunConfig) -> None:
-    """Raise ValueError where results of a run are of other examples than its paths hold now. Collective.
+    """Raise ValueError where results of a run are of other examples than its paths hold now. On one rank.
 
     Examples are read where there are results that say which ones they were made of, which those of earlier releases do not.
     """
-    on_main(lambda: _check(cfg))
-
-
-def _check(cfg: RunConfig) -> None:
     made = list(_made_of(cfg))
     if not made:
         return
