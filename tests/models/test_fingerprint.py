@@ -6,10 +6,12 @@ import itertools
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from trace_dist.models.content import CHUNK, content_sums
 from trace_dist.models.fingerprint import ROUNDED, SAMPLED, check_same, fingerprint, fuller, same_model
 from trace_dist.models.loading import load_model
+from trace_dist.sharding.sequence import check_divisible
 
 
 def test_the_same_model_in_any_form(saved, make_model, tmp_path):
@@ -153,3 +155,19 @@ def splitmix(counter, key):
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
     return x ^ x >> 31
+
+
+def test_layers_may_differ_in_the_sizes_of_their_heads(tmp_path):
+    """transformers refuses to say what such a config states of all layers."""
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"vocab_size": 67, "vocab_size_per_layer_input": 67, "hidden_size_per_layer_input": 8}
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0}
+    heads = {"num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 16}
+    config = AutoConfig.for_model("gemma4_text", **sizes, **layers, **heads)
+    assert config.is_heterogeneous
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    assert fingerprint(tmp_path) == fingerprint(model)
+    check_divisible(config, 2)
+    with pytest.raises(ValueError, match="4 attention heads"):
+        check_divisible(config, 3)

@@ -43,6 +43,17 @@ def vocabulary_size(config: Any) -> int | None:
     return getattr(config.get_text_config(), "vocab_size", None)
 
 
+def stated(config: Any, name: str) -> Any:
+    """What a config states of a model as a whole; None where it does not.
+
+    Where layers differ in it, as Gemma 4's in ``head_dim``, transformers refuses to be asked, and what is written there counts.
+    """
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return vars(config).get(config.attribute_map.get(name, name))
+
+
 def factory_of(config: Any) -> Any:
     """transformers' class that makes the model of a config: a causal LM, or what else its architecture says."""
     names = getattr(config, "architectures", None) or [""]

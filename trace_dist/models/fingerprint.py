@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trace_dist.models.architecture import read_config
+from trace_dist.models.architecture import read_config, stated
 from trace_dist.models.content import CHUNK, content_sums
 from trace_dist.models.roles import full_shape
 from trace_dist.models.weight_files import WeightFiles, open_weights
@@ -208,7 +208,7 @@ def _local_values(tensor: Any, positions: list[int]) -> Tensor:
 
 def _digest(config: Any, tensors: Sequence[_Tensor]) -> str:
     text = config.get_text_config()
-    essentials = {name: getattr(text, name, None) for name in _ESSENTIALS}
+    essentials = {name: stated(text, name) for name in _ESSENTIALS}
     # + 0.0 turns -0.0, which sums over ranks lose, into 0.0.
     lines = {f"{list(each.shape)} {(each.samples.to(torch.bfloat16) + 0.0).tolist()}" for each in tensors}
     sampled = _sha256(json.dumps(essentials, sort_keys=True, default=str), lines)[:SAMPLED]

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trace_dist.models.architecture import stated
 from trace_dist.models.axes import axes_of
 from trace_dist.models.roles import ParamInfo, Role
 
@@ -140,7 +141,7 @@ def narrowed(text: Any, widths: Widths, heads: Heads | None, rows: Mapping[str, 
         values[names.get("intermediate_size", "intermediate_size")] = widths.intermediate
     if heads is not None:
         values[names.get("num_attention_heads", "num_attention_heads")] = heads.kept_queries
-        if getattr(text, "num_key_value_heads", None) is not None:
+        if stated(text, "num_key_value_heads") is not None:
             values[names.get("num_key_value_heads", "num_key_value_heads")] = heads.kept_keys
     if rows and (widths.hidden is not None or heads is not None):
         # Otherwise it would follow from hidden size and number of heads.

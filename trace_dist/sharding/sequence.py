@@ -29,6 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trace_dist.config.checks import check_ranks
 from trace_dist.data.slices import ROW_POSITIONS, sliced
+from trace_dist.models.architecture import stated
 from trace_dist.models.forward import names_argument
 from trace_dist.sharding.comm import Comm
 
@@ -53,12 +54,15 @@ def check_divisible(config: Any, size: int, field: str = "sequence_parallel") ->
         ValueError: they cannot.
     """
     text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
+    heads = stated(text, "num_attention_heads")
     if heads is None:
         raise ValueError(
             f"{field}={size}: a model of the family {config.model_type!r} has no attention heads to share; use 1"
         )
-    check_heads(heads, getattr(text, "num_key_value_heads", None) or heads, size, field)
+    # Layers may differ in the number of their key heads.
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
+    for keys in sorted({getattr(layer, "num_key_value_heads", None) or heads for layer in layers}):
+        check_heads(heads, keys, size, field)
 
 
 def check_heads(heads: int, keys: int, size: int, field: str = "sequence_parallel") -> None:
