@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -309,3 +310,23 @@ def test_parameters_that_were_replaced_are_refused(change: Callable[[PreTrainedM
     ):
         optimizer.step()
     assert MaskedAdamW(model, Mask.random(model, 0.3, seed=0, maskable="all")).step() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_that_was_cast_is_refused(dtype: torch.dtype) -> None:
+    """Its weights would lack the fp32 copy that was asked for."""
+    model = CASES["element"].model()
+    optimizer = MaskedAdamW(model, Mask.random(model, 0.3, seed=0))
+    model.to(dtype)
+    model(input_ids=BATCHES[0], labels=BATCHES[0]).loss.backward()
+    with pytest.raises(ValueError, match=r"was cast from torch\.float32 to .* since; cast the model first"):
+        optimizer.step()
+    assert MaskedAdamW(model, Mask.random(model, 0.3, seed=0)).step() is None
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps], ids=["copied", "pickled"])
+def test_one_that_leaves_its_model_is_refused(copied: Callable[[MaskedAdamW], object]) -> None:
+    """It would come back without its mask."""
+    model = CASES["element"].model()
+    with pytest.raises(ValueError, match=r"neither copied nor pickled; keep its state_dict\(\)"):
+        copied(MaskedAdamW(model, Mask.random(model, 0.3, seed=0)))

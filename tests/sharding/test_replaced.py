@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from trace_dist import Mask, MaskedAdamW, shard
+from trace_dist.bank.delta import Snapshot, applied, extract_delta
 from trace_dist.masks import UnitLayout
 from trace_dist.sharding import ShardedModel
 from trace_dist.sharding.prepared import as_sharded
@@ -131,3 +134,36 @@ def test_data_parallel_put_around_it_later_is_refused(maskable: str) -> None:
             part._replicate_for_data_parallel()
     optimizer.model.detach()
     assert model._replicate_for_data_parallel()._is_replica
+
+
+def assign(model: nn.Module) -> None:
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize("change", [assign, lambda model: model.resize_token_embeddings(120)])
+def test_values_of_parameters_that_were_replaced_are_neither_saved_nor_changed(
+    change: Callable[[Any], object], tmp_path: Path
+) -> None:
+    model = shard(CASES["element"].model())
+    mask = Mask.random(model, 0.3, seed=0, maskable="all")
+    delta = extract_delta(model, mask, "task")
+    change(model.module)
+    uses: list[Callable[[], object]] = [
+        lambda: model.save_pretrained(tmp_path / "saved"),
+        lambda: extract_delta(model, mask, "task"),
+        lambda: applied(model, delta).__enter__(),
+        lambda: Snapshot(model, mask),
+    ]
+    for use in uses:
+        with pytest.raises(ValueError, match=r"was replaced since the model was sharded, .* shard\(\) again"):
+            use()
+    shard(model.module).save_pretrained(tmp_path / "again")
+
+
+def test_a_head_that_was_untied_is_saved_by_a_new_view(tmp_path: Path) -> None:
+    model = shard(CASES["element"].model())
+    head = model.module.lm_head
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    with pytest.raises(ValueError, match=r"'lm_head\.weight' came after the model was sharded"):
+        model.save_pretrained(tmp_path)
+    assert "lm_head.weight" in shard(model.module).full_state_dict()

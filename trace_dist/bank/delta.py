@@ -157,6 +157,7 @@ def extract_delta(model: ShardedModel, mask: Mask, task: str) -> Delta:
     Its mask says ``quantize`` where the model's linear layers are 4-bit codes, which the values were then fitted to, and
     ``dtype`` where no value has the data type of the model, as of a router alone that the family keeps in fp32.
     """
+    model.check_current()
     values = {}
     for support in value_supports(model, mask):
         local, runs = model.storage(support)
@@ -208,6 +209,7 @@ class Snapshot:
     """
 
     def __init__(self, model: ShardedModel, mask: Mask) -> None:
+        model.check_current()
         self._model = model
         self._values = [
             (support, compact_gather(*model.storage(support))) for support in value_supports(model, mask)

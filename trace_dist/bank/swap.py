@@ -45,10 +45,11 @@ class Swap:
         task: the task's name.
 
     Raises:
-        ValueError: the mask or the values are of another model or dtype.
+        ValueError: the mask or the values are of another model or dtype, or a parameter of the model was replaced.
     """
 
     def __init__(self, model: ShardedModel, mask: Mask, values: Mapping[str, Tensor], task: str) -> None:
+        model.check_current()
         self.task = task
         self._model, self._inside = model, False
         self._supports: list[Support] = []

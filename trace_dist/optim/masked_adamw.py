@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +112,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         agree({**defaults, "max_grad_norm": max_grad_norm, **vars(options)})
         self.supports = self.model.attach(mask)
+        self._dtypes = {support.name: self.model.dtype(support.name) for support in self.supports}
         self._offload = Offload(self.supports, self.model.storage) if offload == "cpu" else None
         self._factors = own_factors(scale or {}, self.supports, self._updates_on)
         entries = [_entries(support, self.model) for support in self.supports]
@@ -201,6 +202,12 @@ class MaskedAdamW(torch.optim.Optimizer):
                 f"MaskedAdamW: {replaced[0]!r} was replaced in the model since, as resize_token_embeddings, fully_shard and "
                 "load_state_dict(assign=True) do; build the optimizer after them"
             )
+        for name, dtype in self._dtypes.items():
+            if self.model.dtype(name) != dtype:
+                raise ValueError(
+                    f"MaskedAdamW: {name!r} was cast from {dtype} to {self.model.dtype(name)} since; cast the model first, and "
+                    "build the optimizer after that"
+                )
         if self.model.has_unreduced_gradients():
             raise ValueError(
                 "MaskedAdamW: a backward pass was cut short and its gradients were not summed over the ranks; call zero_grad() "
@@ -220,7 +227,8 @@ class MaskedAdamW(torch.optim.Optimizer):
             What the closure returned; None without one.
 
         Raises:
-            ValueError: another optimizer has taken over the model, parameters were replaced, or a backward pass was cut short.
+            ValueError: another optimizer has taken over the model, parameters were replaced or cast, or a backward pass was cut
+                short.
             NotFinite: the gradient norm is infinite or NaN, on all ranks together; where it is checked first, nothing has
                 changed, and after ``zero_grad()`` training can go on.
         """
@@ -311,6 +319,13 @@ class MaskedAdamW(torch.optim.Optimizer):
                 "their own, and other rates of masked entries as scale="
             )
         super().add_param_group(param_group)
+
+    def __getstate__(self) -> NoReturn:
+        # What torch keeps of an optimizer has neither the mask nor the model.
+        raise ValueError(
+            "MaskedAdamW: it belongs to its model, and is neither copied nor pickled; keep its state_dict(), and load that into "
+            "an optimizer that is built anew"
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the compact gradients; the buffers stay."""

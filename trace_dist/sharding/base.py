@@ -141,6 +141,19 @@ class ShardedModel(ABC):
             self._slots = [] if found else _slots(self.module)
         return found
 
+    def check_current(self) -> None:
+        """Raise ValueError where the model no longer holds a parameter as it is known here: it would be read, or written, where
+        nobody looks."""
+        # Adapters that were put around a layer change its name alone.
+        held = {id(parameter) for parameter in self.module.parameters()}
+        for name in self.replaced():
+            parameter = self._parameters[name]
+            if id(parameter) not in held or full_shape(parameter) != self._shapes[name]:
+                raise ValueError(
+                    f"model: {name!r} was replaced since the model was sharded, as resize_token_embeddings and "
+                    "load_state_dict(assign=True) do; call shard() again"
+                )
+
     @classmethod
     @abstractmethod
     def from_pretrained(cls, path: str, dtype: torch.dtype, quantize: Quantize = "none") -> ShardedModel:
@@ -228,6 +241,11 @@ class ShardedModel(ABC):
     def dense(self, supports: Iterable[Support]) -> list[Support]:
         """The supports of weights that are not quantised: only those can have gathered copies that grow stale."""
         return [support for support in supports if support.name not in self._quantized]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """In which a weight, or the words of an NF4 weight, is kept at this moment."""
+        kept: torch.dtype = self._parameters[self._kept_as(name)[0]].dtype
+        return kept
 
     def like(self, name: str) -> Tensor:
         """An empty tensor of the dtype of a weight's values, on the device where this rank keeps them."""
@@ -413,7 +431,16 @@ class ShardedModel(ABC):
         """On rank 0 the whole model on the CPU under plain Hugging Face names (tied names share one tensor); elsewhere empty.
 
         Collective.
+
+        Raises:
+            ValueError: a parameter was replaced, or added, since the model was sharded.
         """
+        self.check_current()
+        added = self._named_parameters().keys() - self._parameters.keys()
+        if added:
+            raise ValueError(
+                f"model: {min(added)!r} came after the model was sharded, as where tied weights are untied; call shard() again"
+            )
         state: dict[str, Tensor] = {}
         by_id: dict[int, str] = {}
         for name, weight in named_weights(self.module, remove_duplicate=False):

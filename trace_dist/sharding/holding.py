@@ -29,6 +29,11 @@ class HoldingModel(ShardedModel):
         # An overlay is written into a weight at each use.
         return name not in self._quantized
 
+    def check_current(self) -> None:
+        # Nothing is replaced while all is held, and to look would drop what FSDP2 holds.
+        if not self._is_held:
+            super().check_current()
+
     @contextmanager
     def hold(self) -> Iterator[bool]:
         """Gather all weights for as long as the block lasts, where they fit (``utils.held``). Collective.
