@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from trace_dist.models import roles
 from trace_dist.models.roles import describe, full_shape, maskable
@@ -196,6 +197,22 @@ def test_experts_of_other_names(make_model, monkeypatch, caplog):
     assert {model.get_parameter(name).dim() for name in left} == {3}
     (record,) = caplog.records
     assert "of JetMoeForCausalLM, parameters such as model.layers.0." in record.getMessage()
+
+
+def test_experts_that_lie_end_to_end(caplog):
+    """DBRX's matrices [num_experts * neurons, hidden] are no linear layers, and most of the model."""
+    experts = {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32}
+    attention = {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}
+    sizes = {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 67}
+    config = AutoConfig.for_model("dbrx", **sizes, attn_config=attention, ffn_config=experts)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    roles._say_left_out.cache_clear()
+    assert not any("experts" in name for name in maskable(model, "linear"))
+    (record,) = caplog.records
+    assert (
+        "of DbrxForCausalLM, parameters such as transformer.blocks.0.ffn.experts.mlp." in record.getMessage()
+    )
 
 
 def test_all_and_expressions(make_model):

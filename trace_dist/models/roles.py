@@ -205,12 +205,17 @@ def _is_fused_experts(name: str, param: torch.Tensor | NF4Linear) -> bool:
 
 
 def _check_left_out(weights: Mapping[str, torch.Tensor | NF4Linear], taken: set[str], model: str) -> None:
-    """Warn where parameters [num_experts, ...] of no known role, which no mask will cover, are a large part of the model."""
+    """Warn where parameters [num_experts, ...] of no known role, or experts that lie end to end in a matrix (DBRX), which no mask
+    will cover, are a large part of the model."""
     sizes = {name: prod(full_shape(weight)) for name, weight in weights.items()}
     left = [
         name
         for name, weight in weights.items()
-        if name not in taken and len(full_shape(weight)) == 3 and role_of(name) == "other"
+        if name not in taken
+        and (
+            (len(full_shape(weight)) == 3 and role_of(name) == "other")
+            or (len(full_shape(weight)) == 2 and "experts" in name.split("."))
+        )
     ]
     share = sum(sizes[name] for name in left) / max(1, sum(sizes.values()))
     if share > _MUCH:
@@ -220,7 +225,7 @@ def _check_left_out(weights: Mapping[str, torch.Tensor | NF4Linear], taken: set[
 @once
 def _say_left_out(model: str, name: str, percent: int) -> None:
     logger.warning(
-        "mask.maskable='linear': leaves out %d %% of %s, parameters such as %s, whose role is not known; name them in a regular "
-        "expression to train them",
+        "mask.maskable='linear': leaves out %d %% of %s, parameters such as %s, whose role or layout is not known; name them "
+        "in a regular expression to train them",
         percent, model, name,
     )  # fmt: skip
