@@ -250,8 +250,27 @@ def test_what_changes_nothing_is_taken(server: Server) -> None:
     """Fields that clients send with the value that leaving them out has."""
     expected = server.small.expected("copy", ["copy abcd"])[0]
     options: Any = {"frequency_penalty": 0.0, "presence_penalty": 0, "logprobs": None, "user": "me", "n": 1}
-    answer = server.client.completions.create(model="copy", prompt="copy abcd", max_tokens=CAP, **options)
+    further: Any = {"repetition_penalty": 1.0, "parallel_tool_calls": False, "function_call": "none"}
+    streamed: Any = {"include_obfuscation": False, "include_usage": None}
+    answer = server.client.completions.create(
+        model="copy",
+        prompt="copy abcd",
+        max_tokens=CAP,
+        extra_body=further | {"stream_options": streamed},
+        **options,
+    )
     assert answer.choices[0].text == expected
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/v1/models/copy", "/metrics"])
+def test_what_can_be_read_can_be_looked_at(path: str, server: Server) -> None:
+    """Load balancers and monitors ask by HEAD."""
+    headers = {"Authorization": f"Bearer {KEY}"}
+    found = server.http.head(path, headers=headers)
+    assert (found.status_code, found.content) == (200, b"")
+    wrong = server.http.delete(path, headers=headers)
+    assert wrong.status_code == 405
+    assert {method.strip() for method in wrong.headers["allow"].split(",")} == {"GET", "HEAD"}
 
 
 def test_only_this_machine_reaches_it(server: Server) -> None:

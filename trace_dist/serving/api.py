@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -105,7 +105,7 @@ class Api:
             raise ApiError(429, str(error), "server_error", code="busy") from None
         shape = Shape(chat, asked.model)
         if asked.stream:
-            pieces = _Pieces(shape, jobs, events, asked.stream_options.include_usage)
+            pieces = _Pieces(shape, jobs, events, bool(asked.stream_options.include_usage))
             return StreamingResponse(await pieces.begun(request), media_type="text/event-stream")
         try:
             found = await _unless_gone(_answers(jobs), request)
@@ -276,13 +276,22 @@ def make_app(router: Router, worker: Worker, limits: Listening, tally: Tally) ->
     """The application behind the gate."""
     api = Api(router, worker, limits)
     app = FastAPI(title="trace_dist", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_api_route("/v1/models", api.models)
-    app.add_api_route("/v1/models/{name}", api.model)
-    app.add_api_route("/metrics", lambda: Response(tally.text(), media_type="text/plain; version=0.0.4"))
 
-    @app.get("/health")
     async def health(weights: bool = False) -> Response:
         return await api.health(weights)
+
+    def metrics() -> Response:
+        return Response(tally.text(), media_type="text/plain; version=0.0.4")
+
+    read: list[tuple[str, Callable[..., Any]]] = [
+        ("/v1/models", api.models),
+        ("/v1/models/{name}", api.model),
+        ("/metrics", metrics),
+        ("/health", health),
+    ]
+    for path, function in read:
+        # What watches a server often asks for no more than the status.
+        app.add_api_route(path, function, methods=["GET", "HEAD"])
 
     @app.post("/v1/chat/completions")
     async def chat(asked: ChatRequest, request: Request) -> Response:
@@ -318,9 +327,9 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        return _refused(
-            error.status_code, f"{request.method} {request.url.path!r:.200}: {error.detail}", None
-        )
+        body = ApiError(error.status_code, f"{request.method} {request.url.path!r:.200}: {error.detail}").body
+        # Of a wrong method they say which ones there are.
+        return JSONResponse(body, error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> JSONResponse:

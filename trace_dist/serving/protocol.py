@@ -40,6 +40,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "function_call": ("none", "auto"),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "reasoning_effort": ("none",),
     "modalities": (["text"],),
     "store": (False,),
     "service_tier": ("auto", "default"),
@@ -83,7 +88,9 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    include_usage: StrictBool = False
+    include_usage: StrictBool | None = None
+    include_obfuscation: StrictBool | None = None
+    """Whether events are padded, so that their lengths say nothing to who overhears them; these never are."""
 
 
 Number = StrictInt | StrictFloat
@@ -115,7 +122,7 @@ class Request(BaseModel):
         return {
             key: part
             for key, part in kept.items()
-            if not any((type(part) is type(v) and part == v) or _zero(part, v) for v in NEUTRAL.get(key, ()))
+            if not any(_same(part, neutral) for neutral in NEUTRAL.get(key, ()))
         }
 
     def sampling(self, limits: Listening) -> Sampling:
@@ -212,9 +219,9 @@ def _given(value: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _zero(part: Any, value: Any) -> bool:
-    """0.0 is 0 too."""
-    return isinstance(part, float) and type(value) is int and value == part == 0
+def _same(part: Any, value: Any) -> bool:
+    """0.0 is 0 too, but ``false`` is no number."""
+    return (type(part) is type(value) or (type(part), type(value)) == (float, int)) and bool(part == value)
 
 
 def _checked(prompt: Any, where: str) -> Prompt:
