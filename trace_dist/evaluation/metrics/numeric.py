@@ -1,8 +1,8 @@
 """Metric numeric: the last number that was said is the last one of a reference.
 
-A number may have a sign, thousands in groups of three (``1,234.5``), decimals, an exponent and a percent sign, which is left out.
-Two integers without an exponent are the same where all digits are, unless a tolerance is given; a number too large for a float is
-the same as itself alone. A reference without a number is compared as text.
+A number may have a sign, thousands in groups of three (``1,234.5``), decimals, an exponent, and a sign of percent or money, which
+is left out. Two integers without an exponent are the same where all digits are, unless a tolerance is given; a number too large
+for a float is the same as itself alone. A reference without a number is compared as text.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ _NUMBER = re.compile(
     r"(?:[eE][-+]?\d+)?"
 )  # fmt: skip
 """A minus after a letter, a digit or a bracket is a hyphen or an operator."""
+_CURRENCY = re.compile(r"(?<=[-+])[$\u20ac\u00a3\u00a5\u20b9](?=[\d.])")
+"""A sign of money between the sign of a number and its digits."""
 _INTEGER = re.compile(r"[-+]?\d+")
 _ROUNDING = 1e-6
 """Tolerance of numbers that are not both integers, where none is given."""
@@ -65,5 +67,5 @@ def _close(one: float, other: float, tolerance: float) -> bool:
 
 def last_number(text: str) -> str | None:
     """The last number of a text, without commas; None without one."""
-    found = _NUMBER.findall(text.replace("\u2212", "-"))
+    found = _NUMBER.findall(_CURRENCY.sub("", text.replace("\u2212", "-")))
     return found[-1].replace(",", "") if found else None
