@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trace_dist.parts import SIGNATURES
@@ -37,6 +38,8 @@ TENSORS = ("means", "counts", "factor", "heldout")
 DENSITY = ("std", "axes", "cholesky", "ridge")
 """What stands beside them where the likelihood is ``density`` (``density.Mixture``)."""
 MIN_PROMPTS = 8
+ROUNDING = 1e-5
+"""Standard deviation, as a share of the mean, up to which representations of one prompt may differ between batches."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +126,12 @@ class Signature:
         return self.counts.double() / self.counts.sum()
 
     @property
+    def has_spread(self) -> bool:
+        """Whether prompts differ from the mean of their cluster by more than a model's rounding."""
+        std = self.factor.double().norm(dim=0) / max(1, self.num_samples) ** 0.5
+        return bool(self.extra) or bool((std > ROUNDING * self.means.double().abs().amax(dim=0)).any())
+
+    @property
     def scatter(self) -> Tensor:
         """[D, D] float64 within-cluster sum of squares."""
         factor = self.factor.double()
@@ -203,6 +212,13 @@ def _check(x: Tensor, max_clusters: int, task: str, heldout_share: float) -> Non
         raise ValueError(f"heldout_share={heldout_share}: must lie in (0, 1); use for example 0.25")
 
 
+def parted(num: int, seed: int, heldout_share: float = 0.25) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which of ``num`` prompts a signature is fitted to, and which are held out of it: their places, in an order of the seed."""
+    order = np.random.default_rng(seed).permutation(num)
+    num_heldout = min(max(1, round(heldout_share * num)), num // 2)
+    return order[num_heldout:], order[:num_heldout]
+
+
 def fit_signature(
     x: Tensor, max_clusters: int, seed: int, task: str, heldout_share: float = 0.25, kind: str = KIND
 ) -> Signature:
@@ -223,11 +239,10 @@ def fit_signature(
     """
     part = SIGNATURES.load(kind)
     _check(x, max_clusters, task, heldout_share)
-    order = np.random.default_rng(seed).permutation(len(x))
-    num_heldout = min(max(1, round(heldout_share * len(x))), len(x) // 2)
+    fitted, kept_apart = parted(len(x), seed, heldout_share)
     values = x.detach().cpu().double().numpy()
-    found: Clusters = part.fit(values[order[num_heldout:]], max_clusters, seed)
-    heldout = torch.from_numpy(values[order[:num_heldout]]).float()
+    found: Clusters = part.fit(values[fitted], max_clusters, seed)
+    heldout = torch.from_numpy(values[kept_apart]).float()
     # Laid out as a file gives them back: sums depend on it in their last bits.
     return Signature(
         task,

@@ -14,14 +14,14 @@ from trace_dist.bank.adapted import retrieve_adapted
 from trace_dist.bank.bank import BASE, DeltaBank
 from trace_dist.bank.bound import error_bound
 from trace_dist.bank.retrieval import Retriever
-from trace_dist.bank.signature import Signature, fit_signature
+from trace_dist.bank.signature import Signature, fit_signature, parted
 from trace_dist.config import RunConfig
 from trace_dist.config.bank import Pooling
 from trace_dist.continual.clarity import margins, typicality
 from trace_dist.continual.examples import Answered, few
 from trace_dist.continual.sample import seen_once
 from trace_dist.continual.scored import Scored
-from trace_dist.data.examples import references_of
+from trace_dist.data.examples import prompt_key, references_of
 from trace_dist.data.tasks import Task
 from trace_dist.evaluation import Score, evaluate_task
 from trace_dist.evaluation.lengths import longest_answer
@@ -307,8 +307,17 @@ class Judge:
         self, model: Model, streams: list[Stream], name: str, layer: int, pooling: Pooling = "mean"
     ) -> Signature:
         """Fit the signature of a task (or of the general sets together) from training prompts under the model as it is."""
-        per_stream = -(-self.cfg.bank.num_prompts // len(streams))
-        prompts = [prompt for stream in streams for prompt in seen_once(stream.task, per_stream)]
-        x = self.represent(model, prompts, layer, pooling)
+        x = self.represent(model, self._prompts(streams), layer, pooling)
         bank = self.cfg.bank
         return fit_signature(x, bank.clusters * len(streams), self.cfg.seed, name, kind=bank.signature)
+
+    def held_out(self, streams: list[Stream]) -> set[str]:
+        """Keys of the prompts that the ``signature`` of these streams is not fitted to; limits on errors rest on them."""
+        prompts = self._prompts(streams)
+        _, apart = parted(len(prompts), self.cfg.seed)
+        return {prompt_key(prompts[place]) for place in apart}
+
+    def _prompts(self, streams: list[Stream]) -> list[Any]:
+        """Training prompts of a signature."""
+        per_stream = -(-self.cfg.bank.num_prompts // len(streams))
+        return [prompt for stream in streams for prompt in seen_once(stream.task, per_stream)]

@@ -7,7 +7,8 @@ index: signatures of different layers or poolings cannot be compared, so later t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -15,11 +16,12 @@ from trace_dist.bank.bank import DeltaBank
 from trace_dist.bank.bound import cantelli_limits
 from trace_dist.bank.representation import alike
 from trace_dist.bank.retrieval import Retriever
-from trace_dist.bank.signature import fit_signature
+from trace_dist.bank.signature import MIN_PROMPTS, fit_signature
 from trace_dist.config.bank import View
 from trace_dist.config.checks import AUTO
 from trace_dist.continual.judge import Judge
 from trace_dist.continual.sample import seen_once
+from trace_dist.data.examples import prompt_key
 from trace_dist.run_folder import BankFolder
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.train.workbench import Stream
@@ -55,7 +57,8 @@ def choose_view(judge: Judge, model: ShardedModel) -> View:
 
     Collective.
     """
-    wanted, sets = judge.cfg.bank, [*judge.bench.tasks, *judge.bench.general]
+    wanted, tasks, general = judge.cfg.bank, judge.bench.tasks, judge.bench.general
+    sets, groups = [*tasks, *general], [*([task] for task in tasks), *([general] if general else [])]
     if wanted.layer == "auto":
         depth = model.module.config.get_text_config().num_hidden_layers
         layers = sorted({round(share * depth) for share in DEPTHS})
@@ -63,7 +66,9 @@ def choose_view(judge: Judge, model: ShardedModel) -> View:
         layers = [wanted.layer]
     poolings = list(judge.bench.modality.poolings) if wanted.pooling == "auto" else [wanted.pooling]
     found = [
-        judge.represent_views(model, seen_once(stream.task, NUM_PROMPTS), layers, poolings) for stream in sets
+        judge.represent_views(model, prompts, layers, poolings)
+        for group in groups
+        for prompts in _looked_at(judge, group)
     ]
 
     def choose() -> View:
@@ -80,6 +85,19 @@ def choose_view(judge: Judge, model: ShardedModel) -> View:
         return min(losses, key=losses.__getitem__)
 
     return on_main(choose)
+
+
+def _looked_at(judge: Judge, group: list[Stream]) -> Iterator[list[Any]]:
+    """Of each stream of a signature, the prompts that are looked at.
+
+    None is held out of the signature: limits on errors rest on those, and would promise too much of the best of some views on
+    them. All are taken where fewer are left than a signature is made of; then a limit says next to nothing.
+    """
+    held = judge.held_out(group)
+    for stream in group:
+        every = seen_once(stream.task, NUM_PROMPTS + len(held))
+        free = [prompt for prompt in every if prompt_key(prompt) not in held]
+        yield (free if len(free) >= MIN_PROMPTS else every)[:NUM_PROMPTS]
 
 
 def _losses(judge: Judge, sets: Sequence[Stream], x: Sequence[torch.Tensor]) -> tuple[float, float]:
