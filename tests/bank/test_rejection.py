@@ -15,7 +15,7 @@ from trace_dist import DeltaBank
 from trace_dist.bank.density import Mixture
 from trace_dist.bank.rejection import Rejection, threshold
 from trace_dist.bank.retrieval import Retriever
-from trace_dist.bank.signature import Signature, fit_signature
+from trace_dist.bank.signature import fit_signature
 from trace_dist.utils.names import BASE
 
 
@@ -98,7 +98,22 @@ def test_a_threshold_does_not_change_when_tasks_are_added() -> None:
     assert torch.equal(both.rejects(x, task, 0.1), alone)
 
 
-def test_a_task_without_spread_says_so() -> None:
-    same: Signature = fit_signature(torch.ones(20, 4), 1, 0, "same")
-    with pytest.raises(ValueError, match="distinct prompts"):
-        threshold(same, 0.05)
+@pytest.mark.parametrize("kind", ["kmeans", "mean"])
+def test_a_task_of_one_prompt_is_retrieved_and_never_rejected(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where its representations differ by rounding, and where the bank holds nothing else."""
+    generator = torch.Generator().manual_seed(0)
+    one, other = (
+        torch.randn(1, 6, generator=generator) * (1 + 1e-7 * torch.randn(40, 1, generator=generator))
+        for _ in range(2)
+    )
+    fits = [fit_signature(x, 3, 0, name, kind=kind) for name, x in (("one", one), ("other", other))]
+    wide = fit_signature(skewed(40, 0), 3, 0, "wide", kind=kind)
+    for signatures in (fits[:1], fits, [*fits, wide]):
+        retriever = Retriever(signatures)
+        assert retriever.retrieve(one, reject=0.1) == ["one"] * 40
+        if len(signatures) > 1:
+            assert retriever.retrieve(other, reject=0.1) == ["other"] * 40
+    assert threshold(fits[0], 0.1) == -math.inf
+    assert "reject=0.1: the prompts of one are all the same" in caplog.text

@@ -117,8 +117,10 @@ def test_repeated_prompts_are_not_split_into_points() -> None:
     same = fit_signature(torch.ones(20, 6), 4, 0, "same")
     assert same.num_clusters == 1
     assert Retriever([signature, same]).predict(torch.ones(1, 6)).item() == 1
-    with pytest.raises(ValueError, match="distinct prompts"):
-        Retriever([same]).scores(few)
+    # Of points alone the nearest wins.
+    point = fit_signature(torch.full((20, 6), 2.0), 4, 0, "point")
+    assert Retriever([same]).predict(few).tolist() == [0] * len(few)
+    assert Retriever([same, point]).predict(torch.tensor([[1.1] * 6, [1.9] * 6])).tolist() == [0, 1]
 
 
 def test_fit_is_deterministic_and_depends_on_the_seed() -> None:

@@ -56,7 +56,11 @@ class Shared:
             raise AssertionError("no task was added")
         if self._gaussian is None:
             num_samples = sum(signature.num_samples for signature in self._signatures)
-            self._gaussian = SharedGaussian.from_scatter(self._scatter, num_samples)
+            if any(signature.has_spread for signature in self._signatures):
+                self._gaussian = SharedGaussian.from_scatter(self._scatter, num_samples)
+            else:
+                # Each task has one prompt alone: the nearest one wins.
+                self._gaussian = SharedGaussian.of_points(torch.cat([s.means for s in self._signatures]))
         return self._gaussian
 
     def whitened_means(self) -> list[Tensor]:

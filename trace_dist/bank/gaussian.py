@@ -81,6 +81,13 @@ class SharedGaussian:
         shrunk.diagonal().add_(rho)
         return cls(std, torch.linalg.cholesky(shrunk), rho)
 
+    @classmethod
+    def of_points(cls, means: Tensor) -> SharedGaussian:
+        """For clusters without any spread, [C, D]: independent dimensions, each as wide as what lies in it."""
+        size = means.double().abs().amax(dim=0)
+        std = size.where(size > 0, torch.ones_like(size))
+        return cls(std, torch.eye(len(std), dtype=torch.float64), 1.0)
+
     def whiten(self, x: Tensor) -> Tensor:
         """[N, D] of any float dtype -> [N, D] float64 coordinates in which Sigma is the identity."""
         scaled = x.to(torch.float64) / self.std

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from math import ceil, floor, inf
 
+import torch
 from torch import Tensor
 
 from trace_dist.bank.density import Mixture
@@ -37,10 +38,11 @@ def threshold(signature: Signature, rate: float) -> float:
         rate: of the task's own prompts that may be rejected, in (0, 1).
 
     Returns:
-        Nats; -inf (nothing is rejected) where 1 / rate - 1 is more than the held-out prompts, which cannot show so low a rate.
+        Nats; -inf (nothing is rejected) where 1 / rate - 1 is more than the held-out prompts, which cannot show so low a rate, or
+        where the task's prompts are all the same, so that nothing says how far another one may lie.
 
     Raises:
-        ValueError: the rate is out of range, or the task's prompts have no spread.
+        ValueError: the rate is out of range.
     """
     return Rejection(signature, rate).threshold
 
@@ -58,12 +60,19 @@ class Rejection:
 
     def __init__(self, signature: Signature, rate: float) -> None:
         check_rate(rate)
+        self.threshold = -inf
+        if not signature.has_spread:
+            logger.warning(
+                "reject=%s: the prompts of %s are all the same, so nothing that retrieves it is rejected; give it different ones",
+                rate, signature.task,
+            )  # fmt: skip
+            return
         self._density = Mixture.of(signature)
         # a rate that was written as a decimal must not lose a rank to rounding
         rank = floor(rate * (len(signature.heldout) + 1) + 1e-9)
-        found = self._density.log_density(signature.heldout).sort().values
-        self.threshold = found[rank - 1].item() if rank else -inf
-        if not rank:
+        if rank:
+            self.threshold = self._density.log_density(signature.heldout).sort().values[rank - 1].item()
+        else:
             logger.warning(
                 "reject=%s: needs %d held-out prompts of a task, and %s kept %d, so its prompts are never rejected; raise "
                 "bank.num_prompts when such a task is learned, or raise the rate",
@@ -76,4 +85,6 @@ class Rejection:
 
     def excess(self, x: Tensor) -> Tensor:
         """[N] float64 nats by which the log densities of representations x [N, D] exceed the threshold."""
+        if self.threshold == -inf:
+            return torch.full((len(x),), inf, dtype=torch.float64)
         return self._density.log_density(x.detach().cpu()) - self.threshold

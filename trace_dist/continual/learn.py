@@ -11,7 +11,9 @@ from torch import Tensor
 from trace_dist.bank.bank import BASE, DeltaBank
 from trace_dist.bank.delta import Snapshot, applied, extract_delta
 from trace_dist.bank.recipe import Recipe
+from trace_dist.bank.signature import Signature
 from trace_dist.bank.sketch import Sketch
+from trace_dist.config.checks import check
 from trace_dist.continual.earlier import changes_in
 from trace_dist.continual.progress import examples_digest, keep_trained, kept_trained
 from trace_dist.continual.prompts import to_keep
@@ -58,6 +60,7 @@ def learn_task(
         _check_same(bank, stream, mask)
         return kept_trained(kept, task) or TrainResult()
     signature = setting.judge.signature(setting.model, [stream], task, bank.layer, bank.pooling)
+    _check_spread(setting, signature)
     others = [other for other in bank.tasks if other not in (BASE, task)]
     begun = load_start(setting.cfg.bank).begin(setting, bank, stream, mask, signature, name, lr)
     own = mask if begun.delta is None else apart(mask, begun.delta.mask, task)
@@ -94,6 +97,16 @@ def learn_task(
     prompts = to_keep(setting, [stream])
     bank.add(signature, delta, sketch=sketch, facts=facts, prompts=prompts, adapted=adapted, recipe=recipe)
     return result
+
+
+def _check_spread(setting: Setting, signature: Signature) -> None:
+    """Raise ValueError, before the training, where a task's own weights shall judge prompts, and its own are all the same."""
+    way = setting.cfg.bank.representation
+    rule = (
+        f"all prompts of task {signature.task!r} are the same, and nothing says how far another one may lie"
+    )
+    cure = "give it different prompts, or use base"
+    check(way != "adapted" or signature.has_spread, "bank.representation", way, rule, cure)
 
 
 def _recipe(setting: Setting, begun: Begun, task: str) -> Recipe | None:
