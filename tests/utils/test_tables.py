@@ -27,3 +27,21 @@ def test_no_name_is_cut(
     assert "".join(cells) == "".join(NAMES)
     assert (cells == NAMES) is not terminal
     assert (max(map(len, lines)) <= 80) is terminal
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_headings_are_folded_before_names_are_broken(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The widest column gave way first, and names were broken that a search of the output did not find."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(Console, "is_terminal", terminal)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    table = Table("tensor", "units", "% of the entries of the mask", "a note")
+    table.add_row(name, "12", "16.86", "words of a sentence that need more than one line of the table")
+    print_table(table, markup=False)
+    out = capsys.readouterr().out
+    assert name in out
+    assert "sentence" in out
+    assert "% of the" in out
+    assert all(len(line) <= 80 for line in out.splitlines() if line.startswith("│"))

@@ -19,7 +19,8 @@ class _Output(Console):
 
 
 def print_table(table: RenderableType, *, least_width: int = 0, markup: bool = True) -> None:
-    """Print a table. No word of it is cut: where it is no terminal it gets the room that it needs, else words are broken.
+    """Print a table. No word of it is cut: where it is no terminal it gets the room that it needs. Words are broken where a
+    terminal has no room for them.
 
     Args:
         table: what is printed.
@@ -29,12 +30,32 @@ def print_table(table: RenderableType, *, least_width: int = 0, markup: bool = T
     Raises:
         BrokenPipeError: whoever reads the output has seen enough.
     """
-    console = Console()
+    console = Console(markup=markup)
     width = max(least_width, console.width)
     if isinstance(table, Table):
         for column in table.columns:
             column.overflow = "fold"
+        needed = _measure(console, table).minimum
         if not console.is_terminal:
-            needed = Measurement.get(console, console.options.update(max_width=MOST_COLUMNS), table).minimum
             width = max(width, needed)
+        if needed <= width:
+            _share_out(console, table, width - needed)
     _Output(width=width, markup=markup).print(table)
+
+
+def _measure(console: Console, what: RenderableType) -> Measurement:
+    return Measurement.get(console, console.options.update(max_width=MOST_COLUMNS), what)
+
+
+def _share_out(console: Console, table: Table, room: int) -> None:
+    """Give each column its longest word, and the room that is left to those that need it: rich takes from the widest column
+    first, and would break a name where a heading of several words could be folded."""
+    sizes = []
+    for column in table.columns:
+        cells = [_measure(console, cell) for cell in (column.header, *column.cells)]
+        sizes.append((max(cell.minimum for cell in cells), max(cell.maximum for cell in cells), column))
+    sizes.sort(key=lambda size: size[1] - size[0])
+    for number, (least, most, column) in enumerate(sizes):
+        more = min(most - least, room // (len(sizes) - number))
+        column.width = least + more
+        room -= more
