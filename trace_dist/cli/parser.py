@@ -22,6 +22,7 @@ from jsonargparse import (
 from trace_dist.cli import arguments as known
 from trace_dist.cli.arguments import Argument, Command
 from trace_dist.cli.errors import report_error
+from trace_dist.cli.wording import reworded
 from trace_dist.config import RunConfig
 from trace_dist.config.examples import example_config
 from trace_dist.config.moved import in_new_place
@@ -76,8 +77,19 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # Parsers of nested values carry the name of the script instead.
         program = self.prog if self.prog.startswith(PROGRAM) else PROGRAM
-        report_error(f"{explain(message)}; see {program} --help")
+        said = reworded(explain(message), self._options_of)
+        report_error(said if said.endswith("--help") else f"{said}; see {program} --help")
         raise SystemExit(2)
+
+    def _options_of(self, command: str) -> list[str]:
+        """Names of the options of a command below this parser, or of its own."""
+        parser: ArgumentParser = self
+        for name in command.split():
+            below = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
+            parser = next((each[name] for each in below if name in each), parser)
+        return [
+            word[2:] for word in parser._option_string_actions if word.startswith("--") and word[-1] != "+"
+        ]
 
 
 Fill = Callable[[Parser, Command], None]

@@ -1,0 +1,111 @@
+"""Errors of the argument parser in the user's words: the key, its value, and what it may be, not types of Python."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection
+from difflib import get_close_matches
+
+_VALUE = re.compile(r"(?:Got|Given) value: (.*)$", re.DOTALL)
+_EXPECTED = re.compile(r"Expected a (typing\.Literal\[.*?\]|<class '[\w.]+'>|dot import path string)")
+_KINDS = {
+    "bool": "true or false",
+    "int": "an int",
+    "float": "a float",
+    "str": "a text; put it in quotes",
+    "NoneType": "null",
+    "dot import path string": "a section of keys and values",
+}
+
+Options = Callable[[str], Collection[str]]
+"""The options of a command."""
+
+
+def reworded(message: str, options: Options) -> str:
+    """An error of the parser in plain words; one that is not known stays as it is.
+
+    Args:
+        message: of the parser.
+        options: gives the names of the options of a command such as ``bank show``, without dashes; of the parser's own where
+            the name is empty.
+    """
+    for pattern, told in _TOLD:
+        found = re.fullmatch(pattern, message, re.DOTALL)
+        if found is not None:
+            return told(message, found, options)
+    return message
+
+
+def _wrong_value(message: str, found: re.Match[str], _: Options) -> str:
+    value, wanted = _VALUE.search(message), [_kind(each) for each in _EXPECTED.findall(message)]
+    if value is None or not wanted:
+        return message
+    given = value[1].strip()
+    wanted = [f"a list; write [{given}]" if kind == "a list" else kind for kind in wanted]
+    return f"{found['key']}={given}: must be {' or '.join(dict.fromkeys(wanted))}"
+
+
+def _kind(expected: str) -> str:
+    if expected.startswith("typing.Literal["):
+        values = expected.removeprefix("typing.Literal[").removesuffix("]")
+        return f"one of {values}" if "," in values else values
+    name = expected.removeprefix("<class '").removesuffix("'>")
+    return _KINDS.get(name, f"a {name}")
+
+
+def _unknown_key(_: str, found: re.Match[str], options: Options) -> str:
+    command = found["name"]
+    return (
+        f"{command} does not accept {found['key']!r}{_meant(found['key'], options(command))}{_see(command)}"
+    )
+
+
+def _unknown_field(message: str, found: re.Match[str], options: Options) -> str:
+    return f"{message}{_meant(found['key'], options(''))}"
+
+
+def _unknown_word(message: str, found: re.Match[str], options: Options) -> str:
+    word = found["word"]
+    if word.endswith((".yaml", ".yml")) and "config" in options(""):
+        return f"{message}; a configuration is named by --config {word}"
+    if not word.startswith("--"):
+        return message
+    return f"{message}{_meant(word[2:].partition('=')[0], options(''), '--')}"
+
+
+def _meant(name: str, known: Collection[str], dashes: str = "") -> str:
+    close = get_close_matches(name, known, n=1, cutoff=0.8)
+    return f"; perhaps {dashes}{close[0]} is meant" if close else ""
+
+
+def _missing(_: str, found: re.Match[str], options: Options) -> str:
+    """The parser calls what is missing by the command and the key."""
+    first, *others = found["keys"].split(", ")
+    command, name = "", first
+    while (known := options(command)) and name not in known and "." in name:
+        word, name = name.split(".", 1)
+        command = f"{command} {word}".strip()
+    keys = [key.removeprefix(first.removesuffix(name)) for key in (first, *others)]
+    cure = "; name a configuration by --config" if "config" in known else ""
+    return f"{command} lacks {', '.join(f'--{key}' if key in known else key for key in keys)}{cure}{_see(command)}"
+
+
+def _no_command(_: str, found: re.Match[str], __: Options) -> str:
+    command, _, kind = found["key"].rpartition(".")
+    command = command.replace(".", " ")
+    return f"{command or 'trace-dist'} lacks its {kind}, one of {found['some']}{_see(command)}"
+
+
+def _see(command: str) -> str:
+    return f"; see {' '.join(['trace-dist', *command.split(), '--help'])}"
+
+
+_TOLD: tuple[tuple[str, Callable[[str, re.Match[str], Options], str]], ...] = (
+    (r'Parser key "(?P<key>[^"]+)":\s.*', _wrong_value),
+    (r"Subcommand '(?P<name>[^']+)' does not accept option '(?P<key>[^']+)'.*", _unknown_key),
+    (r"Option '(?P<key>[^']+)' is not accepted.*", _unknown_field),
+    (r"unrecognized arguments: (?P<word>\S+).*", _unknown_word),
+    (r"the following arguments are required: (?P<keys>.+)", _missing),
+    (r'expected "(?P<key>[^"]+)" to be one of \{(?P<some>.*)\},.*', _no_command),
+)
+"""How a message of the parser is known, and what is said instead."""
