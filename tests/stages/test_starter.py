@@ -125,6 +125,31 @@ def test_what_cannot_be_read_is_refused(names: list[str], words: str, folder: Pa
         starter_config(start(folder, *names))
 
 
+def test_columns_of_ones_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The error told to set keys of a configuration that `init` would not write."""
+    monkeypatch.chdir(folder)
+    rows = [json.loads(line) for line in Path("copy.jsonl").read_text().splitlines()]
+    renamed = [json.dumps({"Frage": row["prompt"], "Ziel": row["answer"]}) for row in rows]
+    Path("own.jsonl").write_text("\n".join(renamed))
+    words = ["init", "--model", "model", "--data", "copy.jsonl", "own.jsonl", "--out", "new.yaml"]
+    assert main(words) == 2
+    assert "set --prompt_field and --answer_field to two of them" in capsys.readouterr().err
+    assert main([*words, "--prompt_field", "Frage", "--answer_field", "Zeil"]) == 2
+    assert "set --answer_field to one of them" in capsys.readouterr().err
+    assert main([*words, "--prompt_field", "Frage", "--answer_field", "Ziel"]) == 0
+    copy, own = read(Path("new.yaml").read_text(), folder).tasks
+    assert (copy.prompt_field, copy.answer_field) == ("prompt", "answer")
+    assert (own.prompt_field, own.answer_field) == ("Frage", "Ziel")
+
+
+def test_a_column_that_no_file_has(folder: Path) -> None:
+    given = replace(start(folder, "copy"), columns={"prompt_field": "Frage"})
+    with pytest.raises(ValueError, match="prompt_field='Frage': no file of data has this column"):
+        starter_config(given)
+
+
 def test_the_command_writes_it_once_and_shows_the_dry_run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -400,6 +400,11 @@ INIT_ARGUMENTS: Options = {
         "nargs": "+",
         "help": "a file, folder or hub id per task (docs/data.md), in the order in which the tasks arrive",
     },
+    "--prompt_field": {
+        "default": None,
+        "help": "column of the prompts, where data have it; known columns are found when not given",
+    },
+    "--answer_field": {"default": None, "help": "column of the answers, where data have it"},
     "--proxy": {
         "default": None,
         "help": "a small model of the same family; when not given one is cut out of the model",

@@ -23,10 +23,9 @@ def init_command(arguments: Any) -> None:
     if arguments.ranks < 1:
         raise ValueError(f"ranks={arguments.ranks}: must be at least 1; raise it")
     run_dir = arguments.run_dir or f"runs/{out.stem}"
-    write_text(
-        out,
-        starter_config(Starter(arguments.model, arguments.data, arguments.proxy, run_dir, arguments.ranks)),
-    )
+    columns = {key: arguments[key] for key in ("prompt_field", "answer_field") if arguments[key] is not None}
+    starter = Starter(arguments.model, arguments.data, arguments.proxy, run_dir, arguments.ranks, columns)
+    write_text(out, starter_config(starter))
     try:
         parsed = parse(["run", "--config", str(out)])
         say_preview(run_config(parsed["run"]))

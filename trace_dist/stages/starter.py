@@ -7,14 +7,16 @@ What can be read off the data is filled in (columns, metric, lengths, steps); ev
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from trace_dist.config import TaskConfig
 from trace_dist.config.examples import SCHEME
 from trace_dist.data.encoding import encode_pairs
 from trace_dist.data.sources import form_of
+from trace_dist.data.splits import parts_of
 from trace_dist.data.tasks import Task, load_task
 from trace_dist.models.loading import load_tokenizer
 from trace_dist.profiling.estimate import load_config
@@ -41,6 +43,7 @@ class Starter:
         proxy: folder or hub id of a small model of the same family; None cuts one out of the model.
         run_dir: folder of the run.
         ranks: GPUs (or processes) on this machine.
+        columns: of prompts and answers, by the keys of a task that name them; each counts for the data that have it.
     """
 
     model: str
@@ -48,6 +51,7 @@ class Starter:
     proxy: str | None
     run_dir: str
     ranks: int
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 def starter_config(starter: Starter) -> str:
@@ -56,7 +60,10 @@ def starter_config(starter: Starter) -> str:
     Raises:
         ValueError: data are missing, malformed or have no columns that are known.
     """
-    found = [_task(path) for path in starter.data]
+    found = [_task(path, starter.columns) for path in starter.data]
+    for key, column in starter.columns.items():
+        if all(getattr(config, key) != column for config, _ in found):
+            raise ValueError(f"{key}={column!r}: no file of data has this column; name one that is there")
     names = [config.name for config, _ in found]
     if len(set(names)) < len(names):
         raise ValueError(
@@ -132,15 +139,23 @@ def _max_length(model: str, tasks: Sequence[Task]) -> int:
     return -(-longest // 64) * 64
 
 
-def _task(path: str) -> tuple[TaskConfig, Task]:
+def _task(path: str, columns: Mapping[str, str]) -> tuple[TaskConfig, Task]:
     """A task named after its file, with the columns that its data have."""
     name = _KIND.sub("", Path(path.removeprefix(SCHEME)).name)
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_")[:MAX_BYTES] or "task"
     # Of what stands for something else, no task may have the name.
     name = f"{name}_task" if name.casefold() in (BASE, AUTO) else name
     config = TaskConfig(name=name, path=path)
-    config = replace(config, **form_of(config).fields)
-    task = load_task(config, seed=0)
+    there = parts_of(config).train.columns if columns else ()
+    given: dict[str, Any] = {key: column for key, column in columns.items() if column in there}
+    config = replace(config, **given)
+    try:
+        config = replace(config, **form_of(config).fields)
+        task = load_task(config, seed=0)
+    except ValueError as error:
+        # There is no configuration yet whose keys could be set.
+        said = str(error).replace(f"tasks.{name}.prompt_field and ", "--prompt_field and --")
+        raise ValueError(said.replace(f"tasks.{name}.answer_field", "--answer_field")) from None
     answers = {answer.strip() for answer in task.train["answer"][:]}
     choice = 1 < len(answers) <= FEW_ANSWERS < len(task.train)
     return replace(config, metric="choice" if choice else "exact_match"), task
