@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from report.samples import make_results
 
 from trace_dist.report import render_png
-from trace_dist.report.plots import label_ends
+from trace_dist.report.plots import draw_forgetting, label_ends
+from trace_dist.report.results import parse_results
 from trace_dist.report.theme import LIGHT
 
 
@@ -38,3 +40,14 @@ def test_line_labels_never_overlap_nor_leave_the_axes(heights: list[float]) -> N
     assert all(above - below > 0.0899 for below, above in pairwise(placed))
     assert placed[0] > -0.0001
     assert placed[-1] < 1.0001
+
+
+def test_a_score_of_100_leaves_room_for_what_was_forgotten() -> None:
+    results = make_results(["reverse", "spiral"])
+    results["modes"]["retrieved"]["R"][-1] = [100.0, 100.0]
+    figure = Figure()
+    canvas, ax = FigureCanvasAgg(figure), figure.subplots()
+    draw_forgetting(ax, parse_results(results).methods[:1])
+    score, forgotten = (text.get_window_extent(canvas.get_renderer()) for text in ax.texts)
+    assert ax.texts[0].get_text().startswith("100.0")
+    assert forgotten.x0 - score.x1 > 3

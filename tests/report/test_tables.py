@@ -85,6 +85,24 @@ def test_small_densities_are_not_shown_as_nothing(density: float, text: str) -> 
     assert f"Training touched {text}\N{NO-BREAK SPACE}% of the maskable weights" in narrate(view)[0]
 
 
+def test_what_the_probe_has_not_learned_is_said() -> None:
+    """The log warned that a mask shows nothing, and the page said that it was projected."""
+    results = make_results(["reverse", "spiral"])
+    assert "has not learned" not in narrate(parse_results(results))[0]
+    results["specificity"]["learning"]["spiral"]["after"] = 1.4
+    results["config"] = {"probe": {"margin": 0.1}}
+    text = narrate(parse_results(results))[0]
+    assert "The probe has not learned spiral: its mask shows nothing." in text
+    results["config"] = {"probe": {"margin": 0.05}}
+    assert "has not learned" not in narrate(parse_results(results))[0]
+
+
+def test_one_process_is_called_so() -> None:
+    results = make_results(["reverse", "spiral"])
+    results["run_info"] |= {"num_ranks": 1, "backend": "single", "launcher": "none"}
+    assert "per task) in one process." in narrate(parse_results(results))[0]
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(8e-3, "8e-3"), (2.5e-2, "2.5e-2"), (1.0, "1e0"), (0.111, "1.1e-1"), (math.nan, MISSING)],

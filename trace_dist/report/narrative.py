@@ -35,6 +35,9 @@ def _setting(view: RunView) -> list[str]:
     out = [f"{learned}: {join(view.tasks)}."]
     if view.masks.get("proxy") and view.masks.get("target"):
         out.append("A small proxy was probed for each task, and its masks were projected onto the target.")
+    if missed := _not_learned(view):
+        its = "its mask shows" if len(missed) == 1 else "their masks show"
+        out.append(f"The probe has not learned {join(missed)}: {its} nothing.")
     density = hero.stat("density")
     if not math.isnan(density):
         trainable = hero.stat("trainable")
@@ -43,9 +46,22 @@ def _setting(view: RunView) -> list[str]:
     return out
 
 
+def _not_learned(view: RunView) -> list[str]:
+    """Tasks whose loss after the probe is not below chance by the run's margin."""
+    margin = number(mapping(view.part("config").get("probe")).get("margin"))
+    found = {task: mapping(each) for task, each in mapping(view.part("specificity").get("learning")).items()}
+    return [
+        str(task)
+        for task, each in found.items()
+        if number(each.get("after")) > (1 - margin) * number(each.get("chance"))
+    ]
+
+
 def _where(run_info: Mapping[str, Any]) -> str:
     ranks = number(run_info.get("num_ranks"))
     backend, launcher = run_info.get("backend"), run_info.get("launcher")
+    if ranks == 1 and launcher == "none":
+        return " in one process"
     text = "" if math.isnan(ranks) else f" on {ranks:.0f} {'rank' if ranks == 1 else 'ranks'}"
     text += f" of {backend}" if backend and text else ""
     return text + (f", started by {launcher}" if launcher and text else "")
@@ -62,7 +78,11 @@ def _outcome(view: RunView) -> list[str]:
         out.append(f"At the end the {hero.label} method scores {percent(after)} over all tasks{lost}.")
     accuracy, bound = (number(view.part("retrieval").get(key)) for key in ("accuracy", "error_bound"))
     if not math.isnan(accuracy):
-        limit = "" if math.isnan(bound) else f"; at most {percent(bound)} go to another one (95 % limit)"
+        limit = (
+            ""
+            if math.isnan(bound)
+            else f"; at most {percent(bound)} go to another one (95\N{NO-BREAK SPACE}% limit)"
+        )
         out.append(f"The nearest cluster finds the right task for {percent(accuracy)} of the prompts{limit}.")
     return out
 

@@ -107,7 +107,7 @@ def draw_forgetting(ax: Axes, methods: Sequence[MethodView]) -> None:
         ax.annotate(percent(after), (100, row), (9, 0), weight="bold", **beside)
         forgotten = method.stat("forgetting")
         if math.isfinite(forgotten):
-            ax.annotate(f"forgot {forgotten:.1f}", (100, row), (60, 0), color=LIGHT["muted"], **beside)
+            ax.annotate(f"forgot {forgotten:.1f}", (100, row), (68, 0), color=LIGHT["muted"], **beside)
     ax.set_yticks(range(len(methods)), [shorten(method.label, 18) for method in methods])
     ax.tick_params(axis="y", labelcolor=LIGHT["ink"], length=0, pad=8)
     ax.set_ylim(len(methods) - 0.4, -0.6)

@@ -49,7 +49,10 @@ def facts(view: RunView) -> list[tuple[str, str]]:
     part = view.part("retrieval")
     pairs = [
         ("accuracy", tables.percent(number(part.get("accuracy")))),
-        ("go to another task at most (95 % limit)", tables.percent(number(part.get("error_bound")))),
+        (
+            "go to another task at most (95\N{NO-BREAK SPACE}% limit)",
+            tables.percent(number(part.get("error_bound"))),
+        ),
         ("of a task's own prompts that may be rejected", tables.percent(100 * reject_rate(view))),
         ("clusters", tables.fixed(number(part.get("num_clusters")), 0)),
     ]
