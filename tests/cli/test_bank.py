@@ -136,6 +136,15 @@ def test_verify_lists_every_problem(folder: Path, capsys: pytest.CaptureFixture[
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
+def test_an_export_says_where_it_lies(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It ended without a word."""
+    monkeypatch.setattr("trace_dist.bank.export.export", lambda *_: None)
+    command("export", folder / "bank", "--base", "base", "--task", "one", "--out", "a folder")
+    assert capsys.readouterr().out == "written: a folder\n"
+
+
 @pytest.mark.parametrize("action", ACTIONS)
 def test_no_bank(action: str, tmp_path: Path) -> None:
     rest = {

@@ -112,6 +112,7 @@ def _export(bank: DeltaBank, arguments: Any) -> None:
         options,
         arguments.delta,
     )
+    print(f"written: {arguments.out}")
 
 
 ACTIONS = {
