@@ -16,7 +16,7 @@ from report.samples import make_results
 from trace_dist.report import render_png
 from trace_dist.report.plots import draw_forgetting, label_ends
 from trace_dist.report.results import parse_results
-from trace_dist.report.theme import LIGHT
+from trace_dist.report.theme import LIGHT, new_figure
 
 
 def test_picture_has_the_size_and_the_panels(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_line_labels_never_overlap_nor_leave_the_axes(heights: list[float]) -> N
 def test_a_score_of_100_leaves_room_for_what_was_forgotten() -> None:
     results = make_results(["reverse", "spiral"])
     results["modes"]["retrieved"]["R"][-1] = [100.0, 100.0]
-    figure = Figure()
+    figure = new_figure(360, 200)
     canvas, ax = FigureCanvasAgg(figure), figure.subplots()
     draw_forgetting(ax, parse_results(results).methods[:1])
     score, forgotten = (text.get_window_extent(canvas.get_renderer()) for text in ax.texts)
