@@ -68,8 +68,8 @@ def test_keys_of_a_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         ("run my.yaml", "unrecognized arguments: my.yaml; a configuration is named by --config my.yaml; see trace-dist run"),
         ("bank export b", "bank export lacks --base, --out; see trace-dist bank export --help"),
         ("mask show", "mask show lacks file; see trace-dist mask show --help"),
-        ("bank", "bank lacks its action, one of show,verify"),
-        ("", "trace-dist lacks its command, one of run,learn"),
+        ("bank", "bank lacks its action, one of {show,verify"),
+        ("", "trace-dist lacks its command, one of {run,learn"),
     ],
 )  # fmt: skip
 def test_what_is_missing(words: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -235,7 +235,7 @@ def test_help_shows_the_docstrings_of_fields(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
-        (["train"], "required: train.target.path, train.tasks"),
+        (["train"], "train lacks --target.path, --tasks"),
         ([], "{run,learn,consolidate,base"),
         (["mask", "show"], "file"),
         (["mask", "combine", "union", "a", "b", "--out", "c"], "invalid choice: 'combine'"),

@@ -93,7 +93,7 @@ def _missing(_: str, found: re.Match[str], options: Options) -> str:
 def _no_command(_: str, found: re.Match[str], __: Options) -> str:
     command, _, kind = found["key"].rpartition(".")
     command = command.replace(".", " ")
-    return f"{command or 'trace-dist'} lacks its {kind}, one of {found['some']}{_see(command)}"
+    return f"{command or 'trace-dist'} lacks its {kind}, one of {{{found['some']}}}{_see(command)}"
 
 
 def _see(command: str) -> str:
