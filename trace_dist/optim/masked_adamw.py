@@ -112,7 +112,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         agree({**defaults, "max_grad_norm": max_grad_norm, **vars(options)})
         self.supports = self.model.attach(mask)
-        self._dtypes = {support.name: self.model.dtype(support.name) for support in self.supports}
+        self._dtypes = {support.name: self.model.dtype_of(support.name) for support in self.supports}
         self._offload = Offload(self.supports, self.model.storage) if offload == "cpu" else None
         self._factors = own_factors(scale or {}, self.supports, self._updates_on)
         entries = [_entries(support, self.model) for support in self.supports]
@@ -203,10 +203,10 @@ class MaskedAdamW(torch.optim.Optimizer):
                 "load_state_dict(assign=True) do; build the optimizer after them"
             )
         for name, dtype in self._dtypes.items():
-            if self.model.dtype(name) != dtype:
+            if (now := self.model.dtype_of(name)) != dtype:
                 raise ValueError(
-                    f"MaskedAdamW: {name!r} was cast from {dtype} to {self.model.dtype(name)} since; cast the model first, and "
-                    "build the optimizer after that"
+                    f"MaskedAdamW: {name!r} was cast from {dtype} to {now} since; cast the model first, and build the optimizer "
+                    "after that"
                 )
         if self.model.has_unreduced_gradients():
             raise ValueError(

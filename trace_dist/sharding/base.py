@@ -242,7 +242,7 @@ class ShardedModel(ABC):
         """The supports of weights that are not quantised: only those can have gathered copies that grow stale."""
         return [support for support in supports if support.name not in self._quantized]
 
-    def dtype(self, name: str) -> torch.dtype:
+    def dtype_of(self, name: str) -> torch.dtype:
         """In which a weight, or the words of an NF4 weight, is kept at this moment."""
         kept: torch.dtype = self._parameters[self._kept_as(name)[0]].dtype
         return kept
