@@ -12,6 +12,8 @@ from typing import Any
 
 import datasets
 import huggingface_hub.constants
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets.arrow_writer import ArrowWriter
 
@@ -147,6 +149,20 @@ def test_folders(files: dict[str, tuple[int, int]], tmp_path: Path) -> None:
     for name, (start, stop) in files.items():
         write(tmp_path / "d" / name, ROWS[start:stop])
     assert prompts(task(tmp_path / "d")) == (some(0, 30), some(30, 40))
+
+
+def test_parquet_files_without_rows(tmp_path: Path) -> None:
+    """As programs leave them that write in parallel; ``datasets`` would end with "BatchSize must be greater than 0"."""
+    kind = pa.schema({"prompt": pa.string(), "answer": pa.string()})
+    (tmp_path / "d").mkdir()
+    pq.write_table(kind.empty_table(), tmp_path / "d" / "train-00000.parquet")
+    for name, (start, stop) in {"train-00001": (0, 30), "test-00000": (30, 40)}.items():
+        write(tmp_path / "d" / f"{name}.parquet", ROWS[start:stop])
+    assert prompts(task(tmp_path / "d")) == (some(0, 30), some(30, 40))
+    with pytest.raises(
+        ValueError, match=r"^tasks\.t\.path=.*train-00000.parquet holds no rows; give it examples$"
+    ):
+        prompts(task(tmp_path / "d" / "train-00000.parquet"))
 
 
 @pytest.mark.parametrize("names", [("quiz.jsonl", "quiz.test.jsonl"), ("support.csv", "dev-ops.csv")])

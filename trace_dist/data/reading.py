@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from pyarrow.parquet import read_metadata
 
 from trace_dist.config import TaskConfig
 from trace_dist.config.examples import example_file
@@ -233,7 +234,12 @@ def _tsv(files: list[Path], field: str) -> datasets.Dataset:
 
 
 def _parquet(files: list[Path], field: str) -> datasets.Dataset:
-    return _loaded("parquet", files, field)
+    # Programs that write in parallel leave files without rows, over which ``datasets`` stumbles.
+    with _one_line(f"{field}: cannot be read", "write the file again"):
+        filled = [file for file in files if read_metadata(file).num_rows]
+    if not filled:
+        raise ValueError(f"{field}: {files[0].name} holds no rows; give it examples")
+    return _loaded("parquet", filled, field)
 
 
 def _text(files: list[Path], field: str) -> datasets.Dataset:
