@@ -56,7 +56,7 @@ def launch(
     num_ranks: int,
     *args: object,
     launcher: Launcher,
-    timeout: float = 400,
+    timeout: float = 900,
     warm: bool = True,
     gpus: bool = False,
 ) -> None:
