@@ -28,7 +28,7 @@ WHOLE = torch.randn(1000, generator=torch.Generator().manual_seed(0))
 class OneRank:
     """One of eight ranks, which keeps what it was asked for the values of."""
 
-    device, world, quantize = torch.device("cpu"), WORLD, "none"
+    device, dtype, world, quantize = torch.device("cpu"), WHOLE.dtype, WORLD, "none"
 
     def __init__(self, rank: int) -> None:
         self.rank, self.asked = rank, list[Support]()
@@ -53,6 +53,8 @@ class OneRank:
     def storage(self, support: Support) -> tuple[Tensor, Runs]:
         self.asked.append(support)
         return self.values, support.runs
+
+    def check_current(self) -> None: ...
 
     def refresh(self, _: object) -> None: ...
 

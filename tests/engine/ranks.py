@@ -169,7 +169,7 @@ def interleaving(out: Path) -> Found:
     """Training with evaluation, generation, swapped deltas and exports in between, against training alone."""
     found: Found = {}
     for threshold in (0, 500):
-        case = replace(CASES["element-everything"], threshold=threshold)
+        case = replace(CASES["element-everything"], threshold=threshold, steps=6)
         for disturbed in (False, True):
             model = Zero3Model(case.model(), threshold)
             optimizer = make_optimizer(case, model)

@@ -19,6 +19,8 @@ from cli.program import make_config, write_config, write_tasks
 
 from trace_dist.cli.parser import parse, run_config
 from trace_dist.config import MaskConfig, ModelConfig, ProbeConfig, ProjectionConfig, PruneConfig, RunConfig
+from trace_dist.continual.progress import digest_of
+from trace_dist.data.tasks import load_task
 from trace_dist.masks import Mask
 from trace_dist.masks.ops import overlap
 from trace_dist.masks.storage import load_saliency
@@ -290,10 +292,10 @@ def test_without_a_proxy_the_target_keeps_its_own_masks(cfg: RunConfig, tmp_path
     alone = replace(cfg, proxy=None, run_dir=str(tmp_path))
     run_probe(alone)
     run_project(alone)
-    for task, mask in zip(TASKS, masks(alone), strict=True):
-        assert mask == Mask.load(alone.folder.proxy_mask(task))
-        made = {"method": "probed", "density": cfg.mask.density, "model": fingerprint(cfg.target.path)}
-        assert mask.meta == {"task": task, **made}
+    made = {"method": "probed", "density": cfg.mask.density, "model": fingerprint(cfg.target.path)}
+    for task, mask in zip(alone.tasks, masks(alone), strict=True):
+        assert mask == Mask.load(alone.folder.proxy_mask(task.name))
+        assert mask.meta == {"task": task.name, "examples": digest_of([load_task(task, cfg.seed)]), **made}
 
 
 def test_projecting_before_probing_is_one_line(cfg: RunConfig, tmp_path: Path) -> None:

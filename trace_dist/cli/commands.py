@@ -78,8 +78,8 @@ def learn_command(cfg: RunConfig, mask_file: str | None, dry_run: bool) -> None:
     cfg = as_learned(cfg)
     if dry_run:
         check_start(cfg, "learn", mask_file is not None)
-        _check_examples(cfg)
         check_new(cfg, mask_file is not None)
+        _check_examples(cfg)
         first, masked = stages_of(cfg, mask_file)
         say_preview(cfg, [first, [masked]], mask_file is not None)
         say_hosts_of_stages(cfg)

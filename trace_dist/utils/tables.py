@@ -9,6 +9,9 @@ from rich.table import Table
 MOST_COLUMNS = 2000
 """Width of a table whose words are longer than any terminal's lines."""
 
+LINE = 200
+"""Up to which width each row of a table is one line where the output is no terminal, as programs read it."""
+
 
 class _Output(Console):
     """A console that leaves it to the program what happens where nobody reads on; rich's own ends it with an exit code of 1."""
@@ -35,11 +38,11 @@ def print_table(table: RenderableType, *, least_width: int = 0, markup: bool = T
     if isinstance(table, Table):
         for column in table.columns:
             column.overflow = "fold"
-        needed = _measure(console, table).minimum
+        needed = _measure(console, table)
         if not console.is_terminal:
-            width = max(width, needed)
-        if needed <= width:
-            _share_out(console, table, width - needed)
+            width = max(width, needed.minimum, min(needed.maximum, LINE))
+        if needed.minimum <= width:
+            _share_out(console, table, width - needed.minimum)
     _Output(width=width, markup=markup).print(table)
 
 
