@@ -13,6 +13,7 @@ from trace_dist.cli.parser import parse, run_config
 from trace_dist.config import TaskConfig
 from trace_dist.config.examples import FOLDER, example_config, example_file
 from trace_dist.data import load_examples
+from trace_dist.stages.probe import run_probe
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,6 +39,17 @@ def test_its_data_lie_beside_it() -> None:
         assert len(found.train) + len(found.test) == 500
     word = load_examples(cfg.tasks[0], seed=0).test[0]
     assert word["answer"] == "".join(letter for letter in word["prompt"].split()[1] if letter in "aeiou")
+
+
+def test_the_probe_of_the_words_learns_its_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a newcomer runs first says nothing of masks that show nothing."""
+    cfg = run_config(parse(["run", "--config", "example:words"])["run"])
+    monkeypatch.chdir(tmp_path)
+    run_probe(cfg)
+    assert cfg.folder.specificity.is_file()
+    assert "has not learned" not in caplog.text
 
 
 def test_other_paths_are_themselves() -> None:
