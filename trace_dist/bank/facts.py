@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from trace_dist.bank.delta import Delta
@@ -54,9 +54,13 @@ def kind_of(facts: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def dtype_of(facts: Mapping[str, Any]) -> str | None:
-    """Data type of the model that a task was learned on; None for the base model. Some families keep a few tensors in fp32."""
-    found = set(facts["dtype"].split("+")) if "dtype" in facts else set()
-    return next(iter(sorted(found - {"float32"}) or found), None)
+    """Data type of the model that a task was learned on; None for the base model."""
+    return narrowest(facts["dtype"].split("+")) if "dtype" in facts else None
+
+
+def narrowest(dtypes: Collection[str]) -> str | None:
+    """Of the data types of a delta's values, that of its model: some families keep a few tensors in fp32. None of none."""
+    return next(iter(sorted({*dtypes} - {"float32"}) or dtypes), None)
 
 
 def check_dtype(found: str | None, facts: Iterable[Mapping[str, Any]], what: str, bank: object) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from trace_dist.bank.composition import compose
 from trace_dist.bank.delta import Delta
+from trace_dist.bank.facts import narrowest
 from trace_dist.config.checks import Section
 from trace_dist.models.architecture import empty_model, read_config
 from trace_dist.models.kinds import torch_dtype
@@ -34,9 +35,7 @@ class Composed(Section):
 
 def held_dtypes(deltas: Sequence[Delta]) -> list[str]:
     """Names of the dtypes in which the deltas' models were loaded; some families keep a few tensors in fp32 beside that."""
-    return sorted(
-        {min(delta.dtypes, key=lambda name: (name == "float32", name)) for delta in deltas if delta.dtypes}
-    )
+    return sorted({dtype for delta in deltas if (dtype := narrowest(delta.dtypes)) is not None})
 
 
 def empty_base(base: str, dtype: str = "float32") -> Any:
