@@ -75,3 +75,23 @@ def test_keys_of_a_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_what_is_missing(words: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     """It was called `run.target.path`, which no option is."""
     assert said(words.split(), capsys).startswith(f"error: {line}")
+
+
+@pytest.mark.parametrize(
+    ("entry", "line"),
+    [
+        ("{name: b, path: y, num_test: many}", "num_test=many: must be an int; in {name: b, path: y, num_test: many}"),
+        ("{path: y}", "lacks name; in {path: y}"),
+        ("{name: b, reasoning_gym: 3}", "reasoning_gym=3: must be a section of keys and values or null; in {name: b, reas"),
+        ("just a name", "tasks: its entry just a name must be a section of keys and values"),
+        ("3", "tasks: its entry 3 must be a section of keys and values"),
+        ("null", "tasks: its entry null must be a section of keys and values"),
+    ],
+)  # fmt: skip
+def test_the_entry_of_a_list_is_named(
+    entry: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was `num_test=many` of any of the tasks, `lacks --name`, or a page on class paths."""
+    path = tmp_path / "config.yaml"
+    path.write_text(f"{CONFIG.replace('NUM', 'num_test: 3')}  - {entry}\n")
+    assert said(["run", "--config", str(path)], capsys).startswith(f"error: {line}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import PARSER, Action, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -22,7 +23,7 @@ from jsonargparse import (
 from trace_dist.cli import arguments as known
 from trace_dist.cli.arguments import Argument, Command
 from trace_dist.cli.errors import report_error
-from trace_dist.cli.wording import reworded
+from trace_dist.cli.wording import reworded, within
 from trace_dist.config import RunConfig
 from trace_dist.config.examples import example_config
 from trace_dist.config.moved import in_new_place
@@ -65,7 +66,12 @@ class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):  # type:
 
 
 class Parser(ArgumentParser):
-    """An argument parser whose errors are one line on standard error."""
+    """An argument parser whose errors are one line on standard error.
+
+    The entries of lists have parsers of their own, which name the entry.
+    """
+
+    _entry: Mapping[str, Any] | None = None
 
     def __init__(self, command: Command | None = None, **options: Any) -> None:
         if command is not None:
@@ -74,12 +80,25 @@ class Parser(ArgumentParser):
         defaults: dict[str, Any] = {"parser_mode": "trace_dist", "formatter_class": HelpFormatter}
         super().__init__(**defaults | options)
 
+    def parse_object(self, obj: Any, *args: Any, **options: Any) -> Any:
+        entry = vars(obj) if isinstance(obj, Namespace) else obj
+        self._entry = (
+            dict(entry) if isinstance(entry, Mapping) and not self.prog.startswith(PROGRAM) else None
+        )
+        return super().parse_object(obj, *args, **options)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # Parsers of nested values carry the name of the script instead.
         program = self.prog if self.prog.startswith(PROGRAM) else PROGRAM
-        said = reworded(explain(message), self._options_of)
+        told = reworded if self._entry is None else partial(within, self._given(self._entry))
+        said = told(explain(message), self._options_of)
         report_error(said if said.endswith("--help") else f"{said}; see {program} --help")
         raise SystemExit(2)
+
+    def _given(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """What an entry says beside the defaults, with which the parser has filled it."""
+        usual = {action.dest: action.default for action in self._actions}
+        return {key: _plain(value) for key, value in entry.items() if value != usual.get(key)}
 
     def _options_of(self, command: str) -> list[str]:
         """Names of the options of a command below this parser, or of its own."""
@@ -90,6 +109,11 @@ class Parser(ArgumentParser):
         return [
             word[2:] for word in parser._option_string_actions if word.startswith("--") and word[-1] != "+"
         ]
+
+
+def _plain(value: Any) -> Any:
+    """A section in a section as keys and values."""
+    return vars(value.init_args) if isinstance(value, Namespace) and "init_args" in value else value
 
 
 Fill = Callable[[Parser, Command], None]

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
+from typing import Any
 
 _VALUE = re.compile(r"(?:Got|Given) value: (.*)$", re.DOTALL)
 _EXPECTED = re.compile(r"Expected a (typing\.Literal\[.*?\]|<class '[\w.]+'>|dot import path string)")
+_ENTRY = re.compile(
+    r"\s*(?:Expected a dot import path string: |Not a valid subclass of \w+\. Got value: )(?P<value>.*)",
+    re.DOTALL,
+)
+_EXPLAINED = "\n  Subclass types expect"
+_REQUIRED = r"the following arguments are required: (?P<keys>.+)"
+_SHOWN = 100
+"""Characters of an entry that an error shows."""
 _KINDS = {
     "bool": "true or false",
     "int": "an int",
     "float": "a float",
     "str": "a text; put it in quotes",
     "NoneType": "null",
+    "dict": "a section of keys and values",
     "dot import path string": "a section of keys and values",
 }
 
@@ -36,7 +46,18 @@ def reworded(message: str, options: Options) -> str:
     return message
 
 
+def within(entry: Mapping[str, Any], message: str, options: Options) -> str:
+    """An error of the parser of a list's entry, and which entry it is."""
+    lacking = re.fullmatch(_REQUIRED, message)
+    said = f"lacks {lacking['keys']}" if lacking is not None else reworded(message, options)
+    shown = ", ".join(f"{key}: {value}" for key, value in entry.items())
+    return f"{said}; in {{{shown if len(shown) <= _SHOWN else shown[:_SHOWN] + ' ...'}}}"
+
+
 def _wrong_value(message: str, found: re.Match[str], _: Options) -> str:
+    if (entry := _ENTRY.fullmatch(found["rest"])) is not None:
+        given = entry["value"].partition(_EXPLAINED)[0]
+        return f"{found['key']}: its entry {'null' if given == 'None' else given} must be {_KINDS['dot import path string']}"
     value, wanted = _VALUE.search(message), [_kind(each) for each in _EXPECTED.findall(message)]
     if value is None or not wanted:
         return message
@@ -101,11 +122,11 @@ def _see(command: str) -> str:
 
 
 _TOLD: tuple[tuple[str, Callable[[str, re.Match[str], Options], str]], ...] = (
-    (r'Parser key "(?P<key>[^"]+)":\s.*', _wrong_value),
+    (r'Parser key "(?P<key>[^"]+)":(?P<rest>\s.*)', _wrong_value),
     (r"Subcommand '(?P<name>[^']+)' does not accept option '(?P<key>[^']+)'.*", _unknown_key),
     (r"Option '(?P<key>[^']+)' is not accepted.*", _unknown_field),
     (r"unrecognized arguments: (?P<word>\S+).*", _unknown_word),
-    (r"the following arguments are required: (?P<keys>.+)", _missing),
+    (_REQUIRED, _missing),
     (r'expected "(?P<key>[^"]+)" to be one of \{(?P<some>.*)\},.*', _no_command),
 )
 """How a message of the parser is known, and what is said instead."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from trace_dist.config import Backend, ModelConfig
 from trace_dist.sharding.base import ShardedModel
 from trace_dist.sharding.build import load_sharded
+from trace_dist.train.slow_dtype import hint_at_slow_dtype
 
 
 def base_path(model: ModelConfig) -> Path | str:
@@ -21,4 +22,6 @@ def load_target(target: ModelConfig, backend: Backend, sequence_parallel: int = 
     Raises:
         ValueError: it cannot be loaded.
     """
-    return load_sharded(str(base_path(target)), target.dtype, backend, target.quantize, sequence_parallel)
+    model = load_sharded(str(base_path(target)), target.dtype, backend, target.quantize, sequence_parallel)
+    hint_at_slow_dtype(model, "target.dtype")
+    return model
