@@ -72,6 +72,13 @@ def test_every_arm_trains_and_puts_the_target_back(setup: Setup) -> None:
         assert not any(parameter.requires_grad for parameter in lab.model.module.parameters())
     digests = {name: mask.digest() for name, mask in masks.items()}
     assert len(set(digests.values())) == len(digests)
+    evenly, free = (
+        [len(masks[name].units.get(each, ())) / layout.numel for each, layout in lab.layouts.items()]
+        for name in ("probed_evenly", "probed")
+    )
+    # What rounding leaves of one tensor goes to the next.
+    assert max(evenly) - min(evenly) < 1.5 / min(layout.numel for layout in lab.layouts.values())
+    assert max(free) - min(free) > 4 * (max(evenly) - min(evenly))
 
 
 def test_held_out_answers_are_those_of_greedy_decoding(setup: Setup) -> None:

@@ -118,6 +118,14 @@ class Masked(Arm):
     def _path(self, case: Case, key: str) -> Path:
         return self.lab.masks(case) / f"{self.name}-{key}.safetensors"
 
+    def flat_budgets(self) -> dict[float, dict[str, float]]:
+        """Elements of each tensor at each density of the study: alike in all tensors."""
+        layouts = self.lab.layouts
+        return {
+            density: {name: density * layout.numel for name, layout in layouts.items()}
+            for density in self.lab.study.densities
+        }
+
     def competing(self, scores: Scores) -> dict[float | None, Mask]:
         """The best units of the whole target, at each density."""
         lab = self.lab

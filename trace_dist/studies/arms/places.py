@@ -14,11 +14,7 @@ class Places(Projected):
     colour = "sky"
 
     def budgets(self, case: Case) -> dict[float, dict[str, float]]:
-        layouts = self.lab.layouts
-        return {
-            density: {name: density * layout.numel for name, layout in layouts.items()}
-            for density in self.lab.study.densities
-        }
+        return self.flat_budgets()
 
 
 ARM = Places
