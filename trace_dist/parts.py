@@ -38,7 +38,7 @@ EXPORTERS = _rows("format", "bank.export", "hf", "peft-shira", "vllm-patch")
 ARMS = _rows(
     "study.stages.arms", "studies.arms",
     "random", "probed", "l2", "snr", "specific", "narrowed", "fisher", "projected", "projected_magnitude", "budgets", "places",
-    "identity", "align", "trace", "probed_like_trace", "probed_evenly", "lora", "full",
+    "identity", "align", "trace", "probed_like_trace", "probed_evenly", "probed_floored", "lora", "full",
 )  # fmt: skip
 MODALITIES = _rows("data.modality", "modality", "text", "image")
 IMAGES = _rows("tasks.path", "data.images", "digits", "letters", "mnist")

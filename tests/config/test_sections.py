@@ -18,6 +18,7 @@ from trace_dist import config as c
 from trace_dist.cli.main import main
 from trace_dist.cli.parser import parse, run_config
 from trace_dist.config.renamed import RENAMED
+from trace_dist.data.tasks import load_task
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -170,7 +171,7 @@ def test_rules(make: Callable[[], object], field: str, rule: str) -> None:
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
 def test_sections_are_frozen_and_every_field_is_explained(section: type) -> None:
     assert section.__dataclass_params__.frozen
-    lines = inspect.getsource(section).splitlines()
+    lines = "".join(inspect.getsource(each) for each in section.__mro__ if is_dataclass(each)).splitlines()
     for each in fields(section):
         at = next(i for i, line in enumerate(lines) if line.startswith(f"    {each.name}: "))
         assert lines[at + 1].strip().startswith('"""'), f"{section.__name__}.{each.name} has no docstring"
@@ -278,7 +279,8 @@ def changed(name: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
 def test_no_number_may_be_infinite(section: type, value: float) -> None:
-    needed = {"ModelConfig": {"path": "m"}, "TaskConfig": {"name": "t", "path": "t.jsonl"}}
+    listed = {"name": "t", "path": "t.jsonl"}
+    needed = {"ModelConfig": {"path": "m"}, "TaskConfig": listed, "GeneralConfig": listed}
     floats = [each.name for each in fields(section) if "float" in str(each.type)]
     for name in floats:
         given = (value, 0.9) if name == "betas" else value
@@ -287,7 +289,7 @@ def test_no_number_may_be_infinite(section: type, value: float) -> None:
     for name in (each.name for each in fields(section) if "dict" in str(each.type)):
         options = {"dataset": "d", "full": {"lr": value}, "lr": value}
         with pytest.raises(ValueError, match=r"\.lr=.*: must be finite"):
-            section(**{"name": "t"} if section is c.TaskConfig else {}, **{name: options})
+            section(**{"name": "t"} if issubclass(section, c.TaskConfig) else {}, **{name: options})
 
 
 @pytest.mark.parametrize("value", [10**400, -(2**63) - 1, 2**63])
@@ -418,3 +420,30 @@ def test_what_a_run_fills_has_a_folder_of_its_own(
         return
     with pytest.raises(ValueError, match=rf"^{names[0]}='.*': is the folder of {names[1]}, too; give each"):
         run(**changes)
+
+
+@pytest.mark.parametrize(
+    ("general", "line"),
+    [
+        ("num_test: 0", r"general\.abilities\.num_test=0: must be at least 1"),
+        ("metric: luck", r"general\.abilities\.metric='luck': there is no such part"),
+        (
+            "split: test",
+            r"general\.abilities\.path='.*other\.jsonl': no split 'test', .* name one by general\.abilities\.split",
+        ),
+        ("prompt_field: nothing", r"set general\.abilities\.prompt_field to one of them"),
+    ],
+)
+def test_a_general_set_is_called_by_its_list(general: str, line: str, tmp_path: Path) -> None:
+    """It was `tasks.abilities`, which no key of the file is."""
+    for name in ("mine", "other"):
+        (tmp_path / f"{name}.jsonl").write_text(
+            '{"prompt": "a", "answer": "b"}\n{"prompt": "c", "answer": "d"}\n'
+        )
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"run_dir: {tmp_path}/run\ntarget: {{path: m}}\ntasks:\n  - {{name: one, path: {tmp_path}/mine.jsonl}}\n"
+        f"general:\n  - {{name: abilities, path: {tmp_path}/other.jsonl, {general}}}\n"
+    )
+    with pytest.raises(ValueError, match=line):
+        load_task(run_config(parse(["run", "--config", str(path)])["run"]).general[0], seed=0)

@@ -17,7 +17,7 @@ from trace_dist.config.probe import ProbeConfig
 from trace_dist.config.projection import ProjectionConfig
 from trace_dist.config.race import RaceConfig
 from trace_dist.config.run import Backend, RunConfig
-from trace_dist.config.task import TaskConfig
+from trace_dist.config.task import GeneralConfig, TaskConfig
 from trace_dist.config.train import StateDtype, TrainConfig
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "DataConfig",
     "Dtype",
     "EvalConfig",
+    "GeneralConfig",
     "Granularity",
     "LaunchConfig",
     "MaskConfig",

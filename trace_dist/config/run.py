@@ -19,7 +19,7 @@ from trace_dist.config.model import ModelConfig
 from trace_dist.config.probe import ProbeConfig
 from trace_dist.config.projection import ProjectionConfig
 from trace_dist.config.race import RaceConfig
-from trace_dist.config.task import TaskConfig
+from trace_dist.config.task import GeneralConfig, TaskConfig
 from trace_dist.config.train import TrainConfig
 from trace_dist.run_folder import BankFolder, RunFolder
 from trace_dist.utils.names import check_distinct, check_new_name
@@ -42,7 +42,7 @@ class RunConfig(Section):
     its own (`bank.path`) it may be left out, and is then `<bank.path>.work/<first task>`."""
     proxy: ModelConfig | None = None
     """The small model that is probed; the target itself is probed when not set."""
-    general: list[TaskConfig] = field(default_factory=list)
+    general: list[GeneralConfig] = field(default_factory=list)
     """Held-out abilities of the base model, for the general delta; tiny bases are pretrained on them."""
     backend: Backend = "single"
     """single (one process), zero3 (DeepSpeed ZeRO-3) or fsdp2 (torch fully_shard)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from trace_dist.config.checks import Section, check
 from trace_dist.parts import METRICS
@@ -81,9 +81,12 @@ class TaskConfig(Section):
     steps: int | None = None
     """Optimizer steps for this task; the train section's value when not set."""
 
+    list_name: ClassVar[str] = "tasks"
+    """The list of the run that it stands in."""
+
     @property
     def where(self) -> str:
-        return f"tasks.{self.name}"
+        return f"{self.list_name}.{self.name}"
 
     def check(self) -> None:
         sources = {"path": self.path, "reasoning_gym": self.reasoning_gym}
@@ -99,7 +102,7 @@ class TaskConfig(Section):
                 check(value is None, f"{self.where}.{key}", value, rule, "leave it out")
         self.at_least(1, "num_train", "num_test", "num_validation", "steps")
         self._check_columns()
-        METRICS.check(self.metric)
+        METRICS.check(self.metric, f"{self.where}.metric")
 
     def _check_columns(self) -> None:
         for one, other in _EITHER:
@@ -114,3 +117,10 @@ class TaskConfig(Section):
                 cure = "write {column}, and {{ and }} for braces"
                 check(False, f"{self.where}.{key}", template, str(error).lower(), cure)
             check(bool(named), f"{self.where}.{key}", template, "names no column", "write {column}")
+
+
+@dataclass(frozen=True)
+class GeneralConfig(TaskConfig):
+    """A general set: what the base can do. Of a task it has the fields that training does not read."""
+
+    list_name: ClassVar[str] = "general"

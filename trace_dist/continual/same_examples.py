@@ -33,8 +33,9 @@ def check_examples(cfg: RunConfig) -> None:
     for path, digests in made:
         changed = [name for name, digest in digests.items() if present.get(name, digest) != digest]
         if changed:
+            (where,) = (each.where for each in (*cfg.tasks, *cfg.general) if each.name == changed[0])
             raise ValueError(
-                f"tasks.{changed[0]}: its examples are others than {path} was made of, under the same path; put them back, or "
+                f"{where}: its examples are others than {path} was made of, under the same path; put them back, or "
                 f"choose another run_dir, or delete {cfg.run_dir} to begin anew"
             )
 

@@ -82,7 +82,7 @@ def find_form(task: TaskConfig, columns: Sequence[str], where: str) -> Form:
     if len(widest) > 1:
         raise ValueError(
             f"{where}: the columns {sorted(columns)} hold several forms of an example, "
-            f"{' and '.join(map(str, widest))}; choose by tasks.{task.name}.prompt_field and answer_field, "
+            f"{' and '.join(map(str, widest))}; choose by {task.where}.prompt_field and answer_field, "
             "or messages_field"
         )
     if not widest:
@@ -93,18 +93,18 @@ def find_form(task: TaskConfig, columns: Sequence[str], where: str) -> Form:
 def say_form(task: TaskConfig, form: Form, columns: Sequence[str]) -> None:
     """Log which columns are read and which are not, once for a task."""
     read = [*form.columns, *(column for column in form.optional if column in columns)]
-    _say(task.name, tuple(read), tuple(sorted(set(columns) - set(read))))
+    _say(task.where, tuple(read), tuple(sorted(set(columns) - set(read))))
 
 
 @once
-def _say(name: str, read: tuple[str, ...], unread: tuple[str, ...]) -> None:
+def _say(where: str, read: tuple[str, ...], unread: tuple[str, ...]) -> None:
     others = f"; not {', '.join(unread)}" if unread else ""
-    logger.info("tasks.%s: reads the columns %s%s", name, ", ".join(read), others)
+    logger.info("%s: reads the columns %s%s", where, ", ".join(read), others)
     missed = " and ".join(column for column in unread if column in CONTEXTS)
     if missed:
         logger.warning(
-            "tasks.%s: the column %s is not read; where the question needs it, write a prompt_template",
-            name,
+            "%s: the column %s is not read; where the question needs it, write a prompt_template",
+            where,
             missed,
         )
 
@@ -115,13 +115,13 @@ def _check_named(task: TaskConfig, columns: Sequence[str], where: str) -> None:
         if column is not None and column not in columns:
             raise ValueError(
                 f"{where}: example 0 has no column {column!r}, it has {sorted(columns)}; "
-                f"set tasks.{task.name}.{key} to one of them"
+                f"set {task.where}.{key} to one of them"
             )
     for key in ("prompt_template", "answer_template"):
         for column in columns_of(getattr(task, key) or ""):
             if column not in columns:
                 raise ValueError(
-                    f"{where}: tasks.{task.name}.{key} names {{{column}}}, but the columns are {sorted(columns)}; "
+                    f"{where}: {task.where}.{key} names {{{column}}}, but the columns are {sorted(columns)}; "
                     "name one of them, or write {{ and }} for braces"
                 )
 
@@ -134,13 +134,13 @@ def _missing(task: TaskConfig, columns: Sequence[str]) -> str:
     if named or prompts:
         wanted = ANSWERS if named else PARTNERS[prompts[0]]
         return (
-            f"example 0 has no column {wanted[0]!r}, {has}; set tasks.{task.name}.answer_field to one of them, "
+            f"example 0 has no column {wanted[0]!r}, {has}; set {task.where}.answer_field to one of them, "
             "or write an answer_template"
         )
     tried = [f"{prompt}/{answer}" for prompt, answers in PARTNERS.items() for answer in answers]
     return (
         f"example 0 has no column {next(iter(PARTNERS))!r}, {has}; columns that were tried: "
-        f"{', '.join((*tried, *CONVERSATIONS))}; set tasks.{task.name}.prompt_field and answer_field to two of them, or write "
+        f"{', '.join((*tried, *CONVERSATIONS))}; set {task.where}.prompt_field and answer_field to two of them, or write "
         "a prompt_template and an answer_template"
     )
 

@@ -29,7 +29,7 @@ def generated(task: TaskConfig, seed: int) -> tuple[list[Example], list[Example]
         ValueError: reasoning-gym is not installed, does not know the dataset or its options, or has no answers.
     """
     options = dict(task.reasoning_gym or {})
-    field, dataset = f"tasks.{task.name}.reasoning_gym", options.pop("dataset")
+    field, dataset = f"{task.where}.reasoning_gym", options.pop("dataset")
     for key in ("size", "seed"):
         if key in options:
             raise ValueError(

@@ -47,10 +47,10 @@ def read_splits(task: TaskConfig) -> tuple[Splits, bool]:
     Raises:
         ValueError: there is no such source, it cannot be read, or a field is set that has no meaning for it.
     """
-    field = f"tasks.{task.name}.path={task.path!r}"
+    field = f"{task.where}.path={task.path!r}"
     if str(task.path).startswith(PACKAGED):
         return _packaged(task, str(task.path).removeprefix(PACKAGED)), True
-    path = example_file(str(task.path), f"tasks.{task.name}.path")
+    path = example_file(str(task.path), f"{task.where}.path")
     if not path.exists():
         return _from_hub(task, field), False
     saved = any((path / file).is_file() for file in ("dataset_dict.json", "state.json"))
@@ -69,7 +69,7 @@ def _check_local(task: TaskConfig, keys: tuple[str, ...]) -> None:
     for key in keys:
         if getattr(task, key) is not None:
             raise ValueError(
-                f"tasks.{task.name}.{key}={getattr(task, key)!r}: has no meaning for {task.path!r}, which is on this machine; "
+                f"{task.where}.{key}={getattr(task, key)!r}: has no meaning for {task.path!r}, which is on this machine; "
                 "leave it out"
             )
 
@@ -87,7 +87,7 @@ def _from_hub(task: TaskConfig, field: str) -> Splits:
     if _kind(Path(name)) in _READERS or not _HUB_ID.fullmatch(name):
         raise ValueError(f"{field}: no such file or folder; fix the path")
     cure = (
-        f"check the path, or the id, tasks.{task.name}.subset and revision on the hub, and the network "
+        f"check the path, or the id, {task.where}.subset and revision on the hub, and the network "
         "(without one, give the path of a copy)"
     )
     what = f"{field}: no such file or folder, and no dataset of the hub that can be read"
@@ -154,7 +154,7 @@ def _from_folder(path: Path, task: TaskConfig, field: str) -> Splits:
     kinds = f"files that end in {', '.join(_READERS)}"
     cure = (
         f"give a folder with {kinds}, or one written by datasets' save_to_disk; of several configurations name one by "
-        f"tasks.{task.name}.subset"
+        f"{task.where}.subset"
     )
     with _one_line(f"{field}: holds no data that can be read", cure):
         builder = datasets.load_dataset_builder(str(path), task.subset)

@@ -62,10 +62,10 @@ def load_examples(task: TaskConfig, seed: int, validate: bool = False) -> Splits
     own = None if own is None else _answered(own, task)
     for split, examples in (("train", train), ("test", test)):
         if not examples:
-            where = f"tasks.{task.name}" + (f".path={task.path!r}" if task.path is not None else "")
+            where = task.where + (f".path={task.path!r}" if task.path is not None else "")
             raise ValueError(f"{where}: the {split} split is empty; give the source more examples")
     test = _pick(test, task.num_test, derived_seed(seed, "pick test"))
-    train = _without(train, test, task.name)
+    train = _without(train, test, task.where)
     validation: list[Example] = []
     if validate:
         train, validation = _validated(task, train, test, own)
@@ -95,7 +95,7 @@ def _answered(examples: list[Example], task: TaskConfig) -> list[Example]:
     unknown = wanted - {example["answer"] for example in examples}
     if unknown and examples:
         raise ValueError(
-            f"tasks.{task.name}.answers={task.answers!r}: no example has the answer {min(unknown)!r}; the answers are "
+            f"{task.where}.answers={task.answers!r}: no example has the answer {min(unknown)!r}; the answers are "
             f"{sorted({example['answer'] for example in examples})[:20]}"
         )
     return [example for example in examples if example["answer"] in wanted]
@@ -105,24 +105,24 @@ def _prompts(examples: Collection[Example]) -> set[str]:
     return {prompt_key(example["prompt"]) for example in examples}
 
 
-def _without(train: list[Example], test: list[Example], name: str) -> list[Example]:
+def _without(train: list[Example], test: list[Example], task: str) -> list[Example]:
     tested = _prompts(test)
     kept = [example for example in train if prompt_key(example["prompt"]) not in tested]
     num_dropped = len(train) - len(kept)
     if 2 * num_dropped > len(train):
-        _say_kept(name, num_dropped, len(train))
+        _say_kept(task, num_dropped, len(train))
         return train
     if num_dropped:
-        logger.debug("tasks.%s: dropped %d training examples whose prompt is tested", name, num_dropped)
+        logger.debug("%s: dropped %d training examples whose prompt is tested", task, num_dropped)
     return kept
 
 
 @once
-def _say_kept(name: str, num_tested: int, num: int) -> None:
+def _say_kept(task: str, num_tested: int, num: int) -> None:
     logger.warning(
-        "tasks.%s: %d of %d training examples have a prompt that is tested too; the task has too few "
+        "%s: %d of %d training examples have a prompt that is tested too; the task has too few "
         "prompts to separate them, so they are kept and its scores include recall",
-        name, num_tested, num,
+        task, num_tested, num,
     )  # fmt: skip
 
 
@@ -135,18 +135,18 @@ def _validated(
         stays, held = hold_out(train, task.num_validation, tested)
         if not held:
             raise ValueError(
-                f"tasks.{task.name}: no prompt can be held out to validate on, all {len(train)} training examples are of one "
+                f"{task.where}: no prompt can be held out to validate on, all {len(train)} training examples are of one "
                 "prompt, or of prompts that are tested; give more examples or a validation_path, or set train.eval_every to 0"
             )
         _say_validation(
-            task.name, f"{len(held)} of {len(train)} training examples, held out by a hash of their prompts"
+            task.where, f"{len(held)} of {len(train)} training examples, held out by a hash of their prompts"
         )
         return stays, held
     known = tested | _prompts(train)
     apart = [example for example in own if prompt_key(example["prompt"]) not in known]
     if not apart:
         raise ValueError(
-            f"tasks.{task.name}: none of its {len(own)} validation examples has a prompt that is neither trained nor tested; "
+            f"{task.where}: none of its {len(own)} validation examples has a prompt that is neither trained nor tested; "
             "name other examples by validation_split or validation_path, or others to train on by split"
         )
     kept = by_hash(apart, task.num_validation)
@@ -155,13 +155,13 @@ def _validated(
         if len(apart) < len(own)
         else ""
     )
-    _say_validation(task.name, f"{len(kept)} of {len(own)} examples of its own{dropped}")
+    _say_validation(task.where, f"{len(kept)} of {len(own)} examples of its own{dropped}")
     return train, kept
 
 
 @once
-def _say_validation(name: str, what: str) -> None:
-    logger.info("tasks.%s: validated on %s", name, what)
+def _say_validation(task: str, what: str) -> None:
+    logger.info("%s: validated on %s", task, what)
 
 
 def _from_path(task: TaskConfig, validate: bool) -> tuple[list[Example], list[Example], list[Example] | None]:
@@ -194,27 +194,27 @@ def _examples(table: Table, task: TaskConfig) -> list[Example]:
         example = form.read(row, f"{table.where}: example {i}")
         if example is not None:
             examples.append(example)
-    _check_answered(examples, table.where, task.name)
+    _check_answered(examples, table.where, task.where)
     return examples
 
 
-def _check_answered(examples: list[Example], where: str, name: str) -> None:
+def _check_answered(examples: list[Example], where: str, task: str) -> None:
     """Raise ValueError where every answer is empty, as in a test split whose answers are withheld; say where some are."""
     num_empty = sum(not example["answer"].strip() for example in examples)
     if examples and num_empty == len(examples):
         raise ValueError(
-            f"{where}: all {num_empty} answers are empty; name another column by tasks.{name}.answer_field, or another split"
+            f"{where}: all {num_empty} answers are empty; name another column by {task}.answer_field, or another split"
         )
     if num_empty:
-        _say_empty(name, where, num_empty, len(examples))
+        _say_empty(task, where, num_empty, len(examples))
 
 
 @once
-def _say_empty(name: str, where: str, num_empty: int, num: int) -> None:
+def _say_empty(task: str, where: str, num_empty: int, num: int) -> None:
     logger.warning(
-        "tasks.%s: %d of %d answers of %s are empty, and the model learns to say nothing there; "
+        "%s: %d of %d answers of %s are empty, and the model learns to say nothing there; "
         "drop these examples where answers are missing",
-        name, num_empty, num, where,
+        task, num_empty, num, where,
     )  # fmt: skip
 
 

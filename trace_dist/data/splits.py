@@ -52,12 +52,12 @@ def _tested(task: TaskConfig, found: dict[str, Table], complete: bool, trained: 
     for split in (TEST,) if complete else (TEST, *_VALIDATIONS):
         if split in found and split not in map(_whole, (trained, task.validation_split)):
             if split != TEST:
-                _say_tested(task.name, split)
+                _say_tested(task.where, split)
             return split
     if complete:
         raise ValueError(
-            f"tasks.{task.name}.path={task.path!r}: no split {TEST!r}, it has {sorted(found)}; rename or add the split, "
-            f"or name one by tasks.{task.name}.test_split"
+            f"{task.where}.path={task.path!r}: no split {TEST!r}, it has {sorted(found)}; rename or add the split, "
+            f"or name one by {task.where}.test_split"
         )
     return None
 
@@ -76,8 +76,8 @@ def _whole(split: str | None) -> str | None:
 
 
 @once
-def _say_tested(name: str, split: str) -> None:
-    logger.info("tasks.%s: there is no split test; %s is tested", name, split)
+def _say_tested(task: str, split: str) -> None:
+    logger.info("%s: there is no split test; %s is tested", task, split)
 
 
 def _named(found: dict[str, Table], name: str, task: TaskConfig, key: str) -> Table:
@@ -88,8 +88,8 @@ def _named(found: dict[str, Table], name: str, task: TaskConfig, key: str) -> Ta
     # Unknown, malformed, or several of them joined by a plus.
     except (ValueError, AssertionError):
         raise ValueError(
-            f"tasks.{task.name}.path={task.path!r}: no split {name!r}, it has {sorted(found)}; rename or add the split, "
-            f"or name one by tasks.{task.name}.{key}"
+            f"{task.where}.path={task.path!r}: no split {name!r}, it has {sorted(found)}; rename or add the split, "
+            f"or name one by {task.where}.{key}"
         ) from None
     return found[part.splitname].part(part.from_, part.to)
 
@@ -107,5 +107,5 @@ def validation_file(task: TaskConfig) -> Table | None:
         alone = replace(task, validation_path=None, validation_split=None, split=None, test_split=None)
         return parts_of(replace(alone, path=str(file), subset=None, revision=None)).train
     if named is not None:
-        raise ValueError(f"tasks.{task.name}.validation_path={named!r}: no such file; fix the path")
+        raise ValueError(f"{task.where}.validation_path={named!r}: no such file; fix the path")
     return None

@@ -31,6 +31,13 @@ class Task:
     validation: datasets.Dataset | None = None  # not None iff the run validates
     among: list[str] | None = None
     """Answers among which one is chosen, where the weights that answer have learned these alone; None for all of them."""
+    list_name: str = "tasks"
+    """The list of the run that it stands in; that of the general sets is ``general``."""
+
+    @property
+    def where(self) -> str:
+        """How errors call it."""
+        return f"{self.list_name}.{self.name}"
 
     @cached_property
     def answers(self) -> list[str]:
@@ -55,19 +62,20 @@ def load_task(cfg: TaskConfig, seed: int, validate: bool = False) -> Task:
         name=cfg.name,
         train=as_dataset(splits.train),
         test=as_dataset(splits.test),
-        choices=_choices(everything, cfg.name) if cfg.metric == "choice" else None,
+        choices=_choices(everything, cfg.where) if cfg.metric == "choice" else None,
         metric=cfg.metric,
         majority_percent=_majority_percent(splits.train, splits.test),
         overlap_percent=_overlap_percent(splits.train, splits.test),
         metric_options=cfg.metric_options,
         validation=as_dataset(splits.validation) if validate else None,
+        list_name=cfg.list_name,
     )
 
 
-def _choices(examples: list[Example], name: str) -> list[str]:
+def _choices(examples: list[Example], where: str) -> list[str]:
     choices = sorted({answer for example in examples for answer in references_of(example)})
     if len({choice.strip() for choice in choices}) < 2:
-        raise ValueError(f"tasks.{name}.metric='choice': all answers are {choices}; use metric exact_match")
+        raise ValueError(f"{where}.metric='choice': all answers are {choices}; use metric exact_match")
     return choices
 
 

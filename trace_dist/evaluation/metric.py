@@ -44,12 +44,12 @@ def load_metric(task: Task) -> Metric:
     Raises:
         ValueError: there is no such metric or function, its package is not installed, or its options are not known.
     """
-    name, field = task.metric, f"tasks.{task.name}.metric={task.metric!r}"
+    name, field = task.metric, f"{task.where}.metric={task.metric!r}"
     function = None if name in METRICS else _function(name, field)
     if function is not None:
         if task.metric_options:
             raise ValueError(
-                f"tasks.{task.name}.metric_options={task.metric_options!r}: {name} is a function and has none; drop them"
+                f"{task.where}.metric_options={task.metric_options!r}: {name} is a function and has none; drop them"
             )
         return Metric(partial(_checked, function, field), None)
     module = METRICS.load(name)

@@ -12,7 +12,7 @@ from typing import Any
 
 Result = Mapping[str, Any]
 FOR, AGAINST, UNDECIDED = "for", "against", "undecided"
-PROBED = ("probed", "probed_evenly", "narrowed")
+PROBED = ("probed", "probed_evenly", "probed_floored", "narrowed")
 KEPT = 0.8
 """Share of the gain that a projected mask should keep."""
 FEWEST = 3

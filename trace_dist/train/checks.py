@@ -84,7 +84,7 @@ def _of(task: Task) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"tasks.{task.name}: {error}") from error
+        raise ValueError(f"{task.where}: {error}") from error
 
 
 def _check_scored(task: Task, modality: str) -> None:
@@ -92,7 +92,7 @@ def _check_scored(task: Task, modality: str) -> None:
     scores = getattr(load_metric(task).module, "modality", TEXT)
     if scores != modality:
         raise ValueError(
-            f"tasks.{task.name}.metric={task.metric!r}: scores tasks of data.modality {scores}, but this run's is {modality}; "
+            f"{task.where}.metric={task.metric!r}: scores tasks of data.modality {scores}, but this run's is {modality}; "
             "use top1 for images, and any other metric for texts"
         )
 
@@ -101,14 +101,14 @@ def _check_texts(task: Task) -> None:
     empty = [i for i, answer in enumerate(task.test["answer"][:]) if not answer]
     if task.metric == "bits_per_byte" and empty:
         raise ValueError(
-            f"tasks.{task.name}: the answer of test example {empty[0]} is empty, so it has no bits per byte; "
+            f"{task.where}: the answer of test example {empty[0]} is empty, so it has no bits per byte; "
             "drop it or choose another metric"
         )
 
 
 def _check_counts(tasks: Sequence[Task], general: Sequence[Task], bank: BankConfig) -> None:
     """A signature needs prompts; the general sets share one."""
-    for group, name in [*(([task], f"tasks.{task.name}") for task in tasks), (general, "general")]:
+    for group, name in [*(([task], task.where) for task in tasks), (general, "general")]:
         share = -(-bank.num_prompts // max(1, len(group)))
         found = sum(min(share, len(task.train)) for task in group)
         if group and found < MIN_PROMPTS:

@@ -36,11 +36,11 @@ class Registry:
     def __contains__(self, name: str) -> bool:
         return name in self.homes
 
-    def check(self, name: str) -> None:
-        """Raise ValueError unless a part has this name; imports nothing of this package."""
+    def check(self, name: str, field: str | None = None) -> None:
+        """Raise ValueError unless a part has this name; imports nothing of this package. ``field`` begins the message instead."""
         if name not in self.homes and "." not in name:
             raise ValueError(
-                f"{self.field}={name!r}: there is no such part; choose among {', '.join(self.homes)}, "
+                f"{field or self.field}={name!r}: there is no such part; choose among {', '.join(self.homes)}, "
                 "or give the path of a module of your own"
             )
 
