@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import shutil
@@ -20,6 +21,7 @@ from trace_dist.bank.index import Index
 from trace_dist.bank.signature import Signature
 from trace_dist.bank.sketch import Sketch, sketch_update
 from trace_dist.bank.verify import verify
+from trace_dist.utils.files import sha256
 from trace_dist.utils.sealed import json_checksum, tensors_checksum
 
 
@@ -124,6 +126,39 @@ def test_files_that_are_missing_cut_or_swapped(bank: DeltaBank) -> None:
     assert len(verify(bank)) == 2
     delta.parent.joinpath("delta.safetensors").mkdir()
     assert len(verify(bank)) == 2
+
+
+def test_files_that_the_system_does_not_let_be_read(bank: DeltaBank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not damaged, and safetensors says of them that they are missing."""
+    opened = Path.open
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.suffix == ".safetensors":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    path = bank.path("one")
+    monkeypatch.setattr(Path, "open", refuse)
+    words = r"the {} file cannot be read \(Permission denied\); fix its permissions"
+    for read in (bank.delta, bank.mask, lambda _: Delta.load(path), lambda _: Delta.load_mask(path)):
+        refused(lambda read=read: read("one"), words.format("delta"))
+    refused(lambda: DeltaBank(bank.folder).retriever, words.format("signature"))
+    assert all("cannot be read (Permission denied)" in problem for problem in verify(bank))
+
+
+def test_a_task_that_is_removed_while_it_is_read(bank: DeltaBank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look whether a file is there, and the reading of it."""
+    for file in ("delta", "signature", "sketch"):
+        writer, reader = DeltaBank(bank.folder), DeltaBank(bank.folder)
+
+        def removed(path: Path, writer: DeltaBank = writer) -> str:
+            writer.remove("one")
+            return sha256(path)
+
+        with monkeypatch.context() as patched:
+            patched.setattr("trace_dist.utils.sealed.sha256", removed)
+            refused(lambda reader=reader, file=file: getattr(reader, file)("one"), "was changed since it was")
+        writer.add(drawn("one", 1), small_delta("one", 1), sketch_update({"w": torch.ones(5)}, 0))
 
 
 def test_verify_sees_a_task_of_another_base(bank: DeltaBank) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from functools import partial
@@ -163,6 +164,20 @@ def test_an_index_that_is_none_is_one_line(content, saved):
         ) as caught:
             read(folder)
         assert "\n" not in str(caught.value)
+
+
+def test_weights_that_the_system_does_not_let_be_read(saved, monkeypatch):
+    """They are not damaged, and safetensors says of them that they are missing."""
+    folder, opened = saved("llama"), Path.open
+
+    def refuse(path, *arguments, **options):
+        if path.suffix == ".safetensors":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ValueError, match=r"the weights file cannot be read \(Permission denied\); fix its"):
+        fingerprint(folder)
 
 
 def test_an_index_that_names_a_tensor_in_the_wrong_file(saved):

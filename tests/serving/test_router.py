@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import threading
 from dataclasses import replace
@@ -270,6 +271,29 @@ def test_a_task_that_is_damaged_leaves_the_others_as_they_are(small: Small, tmp_
     assert router.ask(asked, sampling=SHORT) == before
     writer.remove("later")
     assert router.refresh()
+    assert router.ask(asked, sampling=SHORT) == before
+
+
+def test_a_task_that_may_not_be_read_leaves_the_others_as_they_are(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of somebody whose files are for nobody else; every prompt without a task's name failed."""
+    folder = shutil.copytree(small.bank, tmp_path / "bank")
+    router, writer = Router.open(folder, small.base), DeltaBank(folder)
+    asked = prompts("copy", 2, seed=1)
+    before = router.ask(asked, sampling=SHORT)
+    writer.add(*small.parts("later"))
+    closed, opened = writer.path("later").parent, Path.open
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.parent == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ValueError, match=r"the signature file cannot be read \(Permission denied\)"):
+        router.refresh()
+    assert "later" not in router.tasks
     assert router.ask(asked, sampling=SHORT) == before
 
 

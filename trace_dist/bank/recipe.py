@@ -25,7 +25,7 @@ from trace_dist.bank.delta import Delta, check_dtype, extract_delta
 from trace_dist.masks.mask import Mask
 from trace_dist.models.roles import Role, role_of
 from trace_dist.sharding.base import ShardedModel
-from trace_dist.utils.files import sha256
+from trace_dist.utils.files import readable, sha256
 from trace_dist.utils.sealed import check_version, read_record, write_record
 
 FORMAT, VERSION = "trace_dist.recipe", 1
@@ -85,8 +85,13 @@ class Recipe:
             ValueError: missing, damaged, not a recipe, or of a newer version.
         """
         found = read_record(path, CURE)
-        if digest is not None and sha256(path) != digest:
-            raise ValueError(f"{path}: damaged recipe (its bytes are not those that were written); {CURE}")
+        if digest is not None:
+            with readable(path, "recipe"):
+                written = sha256(path) == digest
+            if not written:
+                raise ValueError(
+                    f"{path}: damaged recipe (its bytes are not those that were written); {CURE}"
+                )
         if found.get("format") != FORMAT:
             raise ValueError(f"{path}: this is no recipe of a task; {CURE}")
         check_version(found.get("version"), path, VERSION)

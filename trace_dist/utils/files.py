@@ -319,15 +319,38 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mappin
 
 
 @contextmanager
-def _opened(path: Path, kind: str) -> Iterator[Any]:
+def readable(path: Path, kind: str) -> Iterator[None]:
+    """Where a file is read, which another process may remove meanwhile.
+
+    Raises:
+        ValueError: it is missing, or the system does not let it be read.
+    """
     try:
         if not path.is_file():
             raise ValueError(f"{path}: no such {kind} file; check the path")
-        with safe_open(str(path), framework="pt") as handle:
-            yield handle
-    # A type or a size that torch does not have, beside what safetensors finds.
-    except (OSError, SafetensorError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-        raise corrupt(path, kind, error) from None
+        yield
+    except OSError as error:
+        raise unreadable(path, kind, error) from None
+
+
+def unreadable(path: Path, kind: str, error: OSError) -> ValueError:
+    """The error of a file that the system does not let be read."""
+    return ValueError(
+        f"{path}: the {kind} file cannot be read ({error.strerror or error}); fix its permissions, or restore it from a copy"
+    )
+
+
+@contextmanager
+def _opened(path: Path, kind: str) -> Iterator[Any]:
+    with readable(path, kind):
+        # safetensors calls whatever the system refuses a missing file.
+        path.open("rb").close()
+        try:
+            with safe_open(str(path), framework="pt") as handle:
+                yield handle
+        # A type or a size that torch does not have, beside what safetensors finds.
+        except (SafetensorError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+            raise corrupt(path, kind, error) from None
 
 
 def corrupt(path: Path, kind: str, reason: object) -> ValueError:

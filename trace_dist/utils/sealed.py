@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trace_dist.utils.files import corrupt, load_tensors, read_json, save_tensors, sha256, write_json
+from trace_dist.utils.files import (
+    corrupt,
+    load_tensors,
+    read_json,
+    readable,
+    save_tensors,
+    sha256,
+    write_json,
+)
 
 OWN = "header_checksum"
 
@@ -63,8 +71,11 @@ def load_sealed(
     Raises:
         ValueError: missing, corrupt, or of another kind.
     """
-    if digest is not None and path.is_file() and sha256(path) != digest:
-        raise corrupt(path, kind, "its bytes are not those that were written")
+    if digest is not None:
+        with readable(path, kind):
+            found = sha256(path)
+        if found != digest:
+            raise corrupt(path, kind, "its bytes are not those that were written")
     mapped, header = load_tensors(path, kind)
     # the mapped pages of a file that somebody cuts short would end this process later
     tensors = {name: tensor.clone() for name, tensor in mapped.items()}
