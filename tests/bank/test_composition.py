@@ -9,8 +9,9 @@ import torch
 from bank.samples import DTYPES, base_model, make_delta, same_bits
 from torch import Tensor
 
-from trace_dist import Delta
+from trace_dist import Delta, Mask
 from trace_dist.bank.composition import compose
+from trace_dist.bank.delta import applied
 
 
 def dense_change(delta: Delta, base: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -59,8 +60,39 @@ def test_composition_of_strangers() -> None:
     foreign = replace(other, mask=other.mask.with_meta(model="bbbb"))
     with pytest.raises(ValueError, match="made for the models aaaa and bbbb"):
         compose([replace(one, mask=one.mask.with_meta(model="aaaa")), foreign], model, "all")
-    with pytest.raises(ValueError, match="differ in granularity"):
-        compose([one, make_delta(model, "b", 1, granularity="row", density=0.2)], model, "all")
+    wider = base_model(family="qwen2")
+    with pytest.raises(ValueError, match="differ in granularity or shapes"):
+        compose([one, make_delta(wider, "b", 1, granularity="row", density=0.2)], model, "all")
+
+
+@pytest.mark.parametrize("kind", ["sum", "average", "ties", "dare", "magnitude_max"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masks_of_several_kinds_go_together(kind: str, dtype: str) -> None:
+    """As tasks of two people, or of one bank over the years: their entries count, not how they were selected."""
+    model = base_model(dtype)
+    deltas = [
+        make_delta(model, "a", 0, density=0.3),
+        make_delta(model, "b", 1, granularity="row", density=0.3),
+        make_delta(model, "c", 2, granularity="column", density=0.3, maskable="linear"),
+        make_delta(model, "d", 3, granularity="block", block=7, density=0.3),
+    ]
+    found = compose(deltas, model, "all", kind)
+    assert found.mask.granularity == "element"
+    alike = compose(list(map(in_elements, deltas)), model, "all", kind)
+    assert found.mask == alike.mask
+    assert same_bits(dict(found.values), dict(alike.values), dtype)
+    with applied(model, found):
+        pass
+    for name in found.mask:
+        chosen = torch.stack([delta.mask.dense(name) for delta in deltas if name in delta.mask.units])
+        assert torch.equal(found.mask.dense(name), chosen.any(0))
+
+
+def in_elements(delta: Delta) -> Delta:
+    """The same delta, as one of an element mask over all parameters."""
+    layouts = make_delta(base_model(), "x").mask.layouts
+    units = {name: delta.mask.elements(name).int() for name in delta.mask}
+    return replace(delta, mask=Mask(units, layouts, "element", delta.mask.meta))
 
 
 def three(dtype: str = "float32") -> list[Delta]:

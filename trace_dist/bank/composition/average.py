@@ -15,6 +15,6 @@ def compose(deltas: Sequence[Delta], base: ShardedModel, task: str) -> Delta:
     """Base + the mean of the deltas' changes, on the union of their masks. Collective.
 
     Raises:
-        ValueError: they are of different base models, granularities or shapes.
+        ValueError: they are of different base models or shapes.
     """
     return composed(deltas, base, task, lambda name, changes: changes.mean(0))

@@ -41,7 +41,7 @@ def compose(deltas: Sequence[Delta], base: ShardedModel, task: str, options: Opt
     """Base + the sum of what is left of the changes, on the union of the deltas' masks. Collective.
 
     Raises:
-        ValueError: they are of different base models, granularities or shapes.
+        ValueError: they are of different base models or shapes.
     """
 
     def rule(name: str, changes: Tensor) -> Tensor:

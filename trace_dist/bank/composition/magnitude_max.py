@@ -18,7 +18,7 @@ def compose(deltas: Sequence[Delta], base: ShardedModel, task: str) -> Delta:
     """Base + the change of greatest magnitude at each entry, on the union of the masks; of equals the first one. Collective.
 
     Raises:
-        ValueError: they are of different base models, granularities or shapes.
+        ValueError: they are of different base models or shapes.
     """
     return composed(
         deltas, base, task, lambda name, changes: changes.gather(0, changes.abs().argmax(0, keepdim=True))[0]

@@ -17,6 +17,6 @@ def compose(deltas: Sequence[Delta], base: ShardedModel, task: str) -> Delta:
     Where masks do not overlap this holds every delta exactly; where they do, changes add up, as in task arithmetic.
 
     Raises:
-        ValueError: they are of different base models, granularities or shapes.
+        ValueError: they are of different base models or shapes.
     """
     return composed(deltas, base, task, lambda name, changes: changes.sum(0))

@@ -41,7 +41,7 @@ def compose(deltas: Sequence[Delta], base: ShardedModel, task: str, options: Opt
     """Base + the merged change, on the union of the deltas' masks. Collective.
 
     Raises:
-        ValueError: they are of different base models, granularities or shapes.
+        ValueError: they are of different base models or shapes.
     """
     least = torch.stack([_threshold(delta, base, options.keep) for delta in deltas])[:, None]
 
