@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from bank.samples import base_model, make_delta, signature
+from bank.samples import base_model, make_delta, same_bits, signature
 from engine.cases import CASES
 from full_disk import full_disk
 from safetensors.torch import load_file
@@ -153,6 +154,47 @@ def test_refusals_come_before_the_work(bank: DeltaBank, base: str, tmp_path: Pat
         with pytest.raises(ValueError, match=words):
             export(*arguments)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
+
+
+def test_tasks_whose_masks_are_of_several_kinds(bank: DeltaBank, base: str, tmp_path: Path) -> None:
+    model = load_sharded(base, "float32")
+    other = make_delta(model, "three", 3, granularity="row", density=0.2, maskable="linear")
+    bank.add(signature("three", 3), other)
+    export(bank, ["one", "three"], tmp_path / "out", base)
+    with applied(model, compose([make_delta(model, "one", 1), other], model, "both")):
+        wanted = model.full_state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert same_bits(found, wanted, "float32")
+
+
+@pytest.mark.parametrize("asked", ["auto", "float32", "bfloat16"])
+def test_deltas_of_two_data_types_are_refused_before_the_work(
+    asked: str, bank: DeltaBank, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_delta(base_model("bfloat16"), "other", 4).save(tmp_path / "other.safetensors")
+    monkeypatch.setattr("trace_dist.bank.export.hf.load_sharded", never)
+    with pytest.raises(
+        ValueError, match=f"dtype='{asked}': the deltas hold bfloat16 and float32; export those"
+    ):
+        export(bank, ["one"], tmp_path / "out", base, asked, files=[tmp_path / "other.safetensors"])
+
+
+def test_a_place_that_takes_no_model_is_refused_before_the_work(
+    bank: DeltaBank, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trace_dist.bank.export.hf.load_sharded", never)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file/out: cannot be written \(.*another folder"):
+        export(bank, ["one"], tmp_path / "file" / "out", base)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("trace_dist.utils.files.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(ValueError, match=r"out: 0\.1 MiB are needed but 0\.0 MiB are free"):
+        export(bank, ["one"], tmp_path / "out", base)
+    assert not (tmp_path / "out").exists()
+
+
+def never(*_: object) -> None:
+    raise AssertionError("the base was loaded")
 
 
 def test_a_base_that_was_changed_anywhere_is_refused(bank: DeltaBank, base: str, tmp_path: Path) -> None:

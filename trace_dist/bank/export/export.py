@@ -23,7 +23,7 @@ from trace_dist.models.fingerprint import check_same, fingerprint
 from trace_dist.models.weight_files import resolve
 from trace_dist.parts import EXPORTERS
 from trace_dist.sharding.build import load_sharded
-from trace_dist.utils.files import check_apart
+from trace_dist.utils.files import check_apart, check_folder
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
@@ -53,8 +53,8 @@ def export(
 
     Raises:
         ValueError: a task is not in the bank, a file is no delta, or the same is given twice; the base is not the bank's; the
-            folder is the base's or the bank's, lies in it or holds it, or holds a model that no export wrote; there is no such
-            exporter, or its form cannot hold the deltas. Nothing is written then.
+            folder is the base's or the bank's, lies in it or holds it, or holds a model that no export wrote; the folder
+            cannot be written; there is no such exporter, or its form cannot hold the deltas. Nothing is written then.
     """
     exporter = EXPORTERS.load(kind)
     chosen = EXPORTERS.options(kind, options)
@@ -68,6 +68,7 @@ def export(
         raise ValueError(f"out={str(out)!r}: is a file; give a folder")
     check_apart(out, {"the base model": resolve(base), "the bank": bank.folder})
     replaced(out)
+    check_folder(out)
     deltas = _deltas(bank, tasks, base)
     for path in files:
         delta = Delta.load(Path(path))
@@ -110,13 +111,13 @@ def _deltas(bank: DeltaBank, tasks: Sequence[str], base: str) -> list[Delta]:
 
 
 def _dtype(deltas: Sequence[Delta], asked: str) -> str:
-    """The dtype of the weights. Raises ValueError where it is none, or is left to deltas of several."""
+    """The dtype of the weights. Raises ValueError where it is none, or the deltas hold several."""
     known = get_args(Dtype)
     if asked not in (*known, "auto"):
         raise ValueError(f"dtype={asked!r}: unknown; use auto, {' or '.join(known)}")
     held = held_dtypes(deltas)
+    if len(held) > 1:
+        raise ValueError(f"dtype={asked!r}: the deltas hold {' and '.join(held)}; export those of one dtype")
     if asked != "auto":
         return asked
-    if len(held) > 1:
-        raise ValueError(f"dtype='auto': the deltas hold {' and '.join(held)}; export those of one dtype")
     return next(iter(held), "float32")

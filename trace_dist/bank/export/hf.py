@@ -22,6 +22,7 @@ from trace_dist.models.rest import copy_rest
 from trace_dist.models.weight_files import resolve
 from trace_dist.sharding.build import load_sharded
 from trace_dist.sharding.saving import write_files
+from trace_dist.utils.files import check_free_space
 
 label = "Hugging Face checkpoint"
 
@@ -38,6 +39,7 @@ def write(deltas: Sequence[Delta], out: Path, base: str, dtype: str, options: Op
         ValueError: it cannot be written; what lay in ``out`` is then still there.
     """
     held = held_dtypes(deltas)
+    check_free_space(out, sum(parameter.nbytes for parameter in empty_base(base, dtype).parameters()))
     model = load_sharded(base, held[0] if len(held) == 1 else dtype)
     delta = together(deltas, model, options)
     with exported_folder(out) as folder:
