@@ -73,6 +73,22 @@ def test_bank_refusals(tmp_path: Path) -> None:
         DeltaBank(tmp_path / "nowhere")
 
 
+def test_a_bank_stays_the_same_one_in_another_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two folders with a bank each: tasks were read out of the other one, and written into it."""
+    for place, task in (("a", "one"), ("b", "two")):
+        DeltaBank.create(tmp_path / place / "bank", "aaaa", layer=1).add(drawn(task, 1), small_delta(task, 1))
+    monkeypatch.chdir(tmp_path / "a")
+    bank = DeltaBank("bank")
+    monkeypatch.chdir(tmp_path / "b")
+    assert same_delta(bank.delta("one"), small_delta("one", 1))
+    bank.add(drawn("three", 3), small_delta("three", 3))
+    bank.reload()
+    assert bank.tasks == ["one", "three"]
+    assert DeltaBank("bank").tasks == ["two"]
+
+
 def test_creating_a_bank_that_is_there_opens_it(tmp_path: Path) -> None:
     bank = DeltaBank.create(tmp_path, "aaaa", layer=1)
     bank.add(signature("one", 1), make_delta(base_model(), "one"))

@@ -60,7 +60,8 @@ class DeltaBank:
     """
 
     def __init__(self, folder: Path | str) -> None:
-        self.files = BankFolder(Path(folder))
+        # Its files are read later, maybe after a change of the working directory.
+        self.files = BankFolder(Path(folder).absolute())
         self._index: Index = on_main(lambda: read_index(self.files))
         self._retriever = Retriever()
         self._retrieved: tuple[Record, ...] = ()
