@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -159,6 +160,15 @@ def test_a_task_that_is_removed_while_it_is_read(bank: DeltaBank, monkeypatch: p
             patched.setattr("trace_dist.utils.sealed.sha256", removed)
             refused(lambda reader=reader, file=file: getattr(reader, file)("one"), "was changed since it was")
         writer.add(drawn("one", 1), small_delta("one", 1), sketch_update({"w": torch.ones(5)}, 0))
+
+
+def test_verify_does_not_wait_for_a_pipe(bank: DeltaBank) -> None:
+    path = bank.path("one")
+    path.unlink()
+    os.mkfifo(path)
+    [problem] = verify(bank)
+    assert problem == f"{path}: cannot be read (no regular file); restore it from a copy"
+    refused(lambda: bank.delta("one"), "no such delta file")
 
 
 def test_verify_sees_a_task_of_another_base(bank: DeltaBank) -> None:

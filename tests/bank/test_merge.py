@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,6 +96,37 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"two/delta\.safetensors: no such file; restore it"):
         merge(left, fine, out)
     assert sorted(path.name for path in tmp_path.iterdir()) == list("abcdefg")
+
+
+def test_a_twin_that_is_damaged_or_gone_is_the_same_task(tmp_path: Path) -> None:
+    """It was called another task, to be renamed, or ended in the system's own words."""
+    whole, other = bank_of(tmp_path / "a", ("one", 1)), bank_of(tmp_path / "b", ("one", 1), ("two", 2))
+    path = other.path("one")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    for number, reason in enumerate(("corrupt delta file", "no such file; restore it from a copy")):
+        # What is copied is the first one's.
+        found = merge(whole, other, tmp_path / f"out{number}")
+        assert verify(found) == []
+        with pytest.raises(ValueError, match=rf"b/tasks/one/delta\.safetensors: {reason}"):
+            merge(other, whole, tmp_path / "none")
+        path.unlink(missing_ok=True)
+    assert not (tmp_path / "none").exists()
+
+
+def test_files_of_a_bank_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new bank can be written, and the error says nothing else."""
+    left, right, opened = bank_of(tmp_path / "a", ("one", 1)), bank_of(tmp_path / "b", ("two", 2)), Path.open
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == right.path("two"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(
+        ValueError, match=r"two/delta\.safetensors: the delta file cannot be read \(Permission"
+    ):
+        merge(left, right, tmp_path / "out")
 
 
 def test_what_one_of_them_keeps_of_a_task_is_kept(tmp_path: Path) -> None:

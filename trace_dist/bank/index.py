@@ -10,11 +10,13 @@ tokens, ``pooling`` says how, and the version is 3: releases that know the mean 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, get_args
 
 from trace_dist.config.bank import Pooling
@@ -46,8 +48,12 @@ class Member:
 
     @classmethod
     def of(cls, path: Path) -> Member:
-        """The file as it lies there."""
-        return cls(path.stat().st_size, sha256(path))
+        """The file as it lies there. Raises OSError where it cannot be read."""
+        status = path.stat()
+        if not S_ISREG(status.st_mode):
+            # To open a pipe waits for whoever writes into it.
+            raise OSError(errno.EINVAL, "no regular file", str(path))
+        return cls(status.st_size, sha256(path))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from trace_dist.bank.signature import check_comparable
 from trace_dist.bank.writer import Writer, copy, hand_over, read_index
 from trace_dist.models.fingerprint import fuller, same_model
 from trace_dist.run_folder import DELTA, SIGNATURE, BankFolder
-from trace_dist.utils.files import atomic_folder, check_apart, corrupt
+from trace_dist.utils.files import atomic_folder, check_apart, corrupt, readable
 from trace_dist.utils.names import BASE
 
 
@@ -104,8 +104,16 @@ def _same(left: DeltaBank, right: DeltaBank, name: str) -> bool:
         return False
     if name == BASE:
         return True
-    same = Member.of(left.path(name)) == Member.of(right.path(name))
-    return same and left.recipe(name) == right.recipe(name)
+    return _written(left, name) == _written(right, name) and left.recipe(name) == right.recipe(name)
+
+
+def _written(bank: DeltaBank, name: str) -> Member:
+    """A task's delta as it was written, whatever became of it; an old bank does not know. Raises ValueError as ``readable``."""
+    record = bank.index.get(name)
+    if record is not None and DELTA in record.files:
+        return record.files[DELTA]
+    with readable(bank.path(name), "delta"):
+        return Member.of(bank.path(name))
 
 
 def _copied(writer: Writer, bank: DeltaBank, record: Record, folder: str, other: DeltaBank) -> Record:
