@@ -17,6 +17,7 @@ from trace_dist.bank.bank import BASE
 from trace_dist.bank.delta import extract_delta
 from trace_dist.bank.merge import merge
 from trace_dist.bank.retrieval import Retriever
+from trace_dist.bank.verify import verify
 from trace_dist.models import fingerprint
 from trace_dist.utils.sealed import json_checksum
 
@@ -87,6 +88,22 @@ def test_a_bank_stays_the_same_one_in_another_working_directory(
     bank.reload()
     assert bank.tasks == ["one", "three"]
     assert DeltaBank("bank").tasks == ["two"]
+
+
+def test_another_bank_of_the_same_generation_in_the_place_of_this_one(tmp_path: Path) -> None:
+    for place, task in (("bank", "one"), ("new", "two"), ("third", "three")):
+        DeltaBank.create(tmp_path / place, "aaaa", layer=1).add(drawn(task, 1), small_delta(task, 1))
+    bank, third = DeltaBank(tmp_path / "bank"), DeltaBank(tmp_path / "third")
+    shutil.rmtree(bank.folder)
+    (tmp_path / "new").rename(bank.folder)
+    with pytest.raises(
+        ValueError, match=r"was changed since it was opened .* and 'one' is not there as it was"
+    ):
+        bank.delta("one")
+    with pytest.raises(ValueError, match=r"was changed since it was opened .*; merge again"):
+        merge(bank, third, tmp_path / "out")
+    assert verify(bank) == []
+    assert bank.tasks == ["two"]
 
 
 def test_creating_a_bank_that_is_there_opens_it(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from serving.small import CAP, TASKS, Small, prompts
+from serving.small import CAP, MORE, TASKS, Small, prompts
 
 from trace_dist import DeltaBank, Mask, Router, load_sharded
 from trace_dist.bank.bank import BASE
@@ -272,6 +272,30 @@ def test_a_task_that_is_damaged_leaves_the_others_as_they_are(small: Small, tmp_
     writer.remove("later")
     assert router.refresh()
     assert router.ask(asked, sampling=SHORT) == before
+
+
+def test_another_bank_in_the_place_of_the_one_that_is_served(small: Small, tmp_path: Path) -> None:
+    """Of the same generation, so nothing seemed to have changed; one of another base was answered from."""
+    folder = shutil.copytree(small.bank, tmp_path / "bank")
+    router, old = Router.open(folder, small.base), DeltaBank(folder)
+    for place, base in (("same", old.base), ("other", "f" * 64)):
+        new = DeltaBank.create(tmp_path / place, base, old.layer)
+        for task in ("later", BASE, *MORE)[: old.generation]:
+            given, delta = small.parts(task)
+            kept = None if delta is None else replace(delta, mask=delta.mask.with_meta(model=base))
+            new.add(given, kept)
+        assert new.generation == old.generation
+        shutil.rmtree(folder)
+        (tmp_path / place).rename(folder)
+        if place == "same":
+            assert router.refresh()
+        else:
+            with pytest.raises(ValueError, match=r"bank .*: made for the model with fingerprint ffff"):
+                router.refresh()
+        assert router.tasks == [BASE, "later", *MORE[: old.generation - 2]]
+        [answer] = router.ask(prompts("later", 1, seed=1), sampling=SHORT)
+        assert answer.task == "later"
+        assert answer.error_bound is not None
 
 
 def test_a_task_that_may_not_be_read_leaves_the_others_as_they_are(

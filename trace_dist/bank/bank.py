@@ -400,7 +400,8 @@ class DeltaBank:
             now = self._index
             with suppress(ValueError):
                 now = read_index(self.files)
-            if now.generation == self.generation:
+            # Another bank in the place of this one may be of the same generation.
+            if now == self._index:
                 raise
         moved = now.get(task)
         if moved is not None and self._index.version == 1:

@@ -61,11 +61,11 @@ def _unchanged(*banks: DeltaBank) -> Iterator[None]:
         yield
     except ValueError:
         for bank in banks:
-            now = read_index(bank.files).generation
-            if now != bank.generation:
+            now = read_index(bank.files)
+            if now != bank.index:
                 raise ValueError(
-                    f"{bank.folder}: the bank was changed since it was opened (generation {bank.generation}, now {now}), and not "
-                    "all of it is there as it was; merge again"
+                    f"{bank.folder}: the bank was changed since it was opened (generation {bank.generation}, now "
+                    f"{now.generation}), and not all of it is there as it was; merge again"
                 ) from None
         raise
 

@@ -20,10 +20,10 @@ def verify(bank: DeltaBank) -> list[str]:
         own ones are all there is. Where the bank is changed meanwhile it is reloaded, and read again.
     """
     while problems := _problems(bank):
-        before = bank.generation
+        before = bank.index
         with suppress(ValueError):  # what is wrong with the index is one of the problems
             bank.reload()
-        if bank.generation == before:
+        if bank.index == before:
             break
     return problems
 

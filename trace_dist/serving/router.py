@@ -356,14 +356,15 @@ class Router:
         """See what was added to the bank, or taken out of it, since; whether that is anything.
 
         Raises:
-            ValueError: the index, or what is new, is damaged; what was seen before is still there, until the index is replaced
-                again.
+            ValueError: the index, or what is new, is damaged, or the bank is one of another base now; what was seen before is
+                still there, until the index is replaced again.
         """
         with self._lock:
             before = self.bank.index
             if not self._watched.refresh():
                 return False
             try:
+                check_same(self.bank.base, before.base, f"bank {self.bank.folder}")
                 self._finder = self._found_by()
             except ValueError:
                 self.bank.reload(before)

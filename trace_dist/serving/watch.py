@@ -28,10 +28,10 @@ class Watched:
         state = on_main(self._state)
         if state == self._seen:
             return False
-        before = self.bank.generation
+        before = self.bank.index
         self.bank.reload()
         self._seen = state
-        return self.bank.generation != before
+        return self.bank.index != before
 
     def _state(self) -> tuple[int, int, int]:
         """Is another one whenever the index is replaced."""
