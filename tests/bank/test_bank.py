@@ -106,6 +106,32 @@ def test_another_bank_of_the_same_generation_in_the_place_of_this_one(tmp_path: 
     assert bank.tasks == ["two"]
 
 
+def test_a_bank_whose_tasks_are_a_link(tmp_path: Path) -> None:
+    """To another disk they are its own; where they are another bank's, each deleted what the other had added."""
+    bank = DeltaBank.create(tmp_path / "bank", "aaaa", layer=1)
+    bank.add(drawn("one", 1), small_delta("one", 1))
+    (tmp_path / "link").mkdir()
+    shutil.copy(bank.files.index, tmp_path / "link")
+    (tmp_path / "link" / "tasks").symlink_to(bank.files.tasks)
+    bank.add(drawn("two", 2), small_delta("two", 2))
+    linked = DeltaBank(tmp_path / "link")
+    assert same_delta(linked.delta("one"), bank.delta("one"))
+    for change in (lambda: linked.remove("one"), lambda: linked.add(drawn("six", 6), small_delta("six", 6))):
+        with pytest.raises(
+            ValueError, match=r"its tasks are a link to those of the bank .*bank; change that one"
+        ):
+            change()
+    assert verify(bank) == []
+    bank.files.tasks.rename(tmp_path / "disk")
+    bank.files.tasks.symlink_to(tmp_path / "disk")
+    (tmp_path / "name").symlink_to(bank.folder)
+    DeltaBank(tmp_path / "name").remove("one")
+    bank.add(drawn("six", 6), small_delta("six", 6))
+    assert bank.tasks == ["two", "six"]
+    assert verify(bank) == []
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["six", "two"]
+
+
 def test_creating_a_bank_that_is_there_opens_it(tmp_path: Path) -> None:
     bank = DeltaBank.create(tmp_path, "aaaa", layer=1)
     bank.add(signature("one", 1), make_delta(base_model(), "one"))

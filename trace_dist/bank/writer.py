@@ -198,14 +198,27 @@ def writing_to(files: BankFolder) -> Iterator[Writer]:
     """Hold a bank for writing while the block runs.
 
     Raises:
-        ValueError: another process writes, there is no bank, its index is older than its files, or it cannot be written.
+        ValueError: another process writes, there is no bank, its index is older than its files, its tasks are those of another
+            bank, or it cannot be written.
     """
     read_index(files)
+    check_own(files)
     with locked(files):
         writer = Writer(files, read_index(files))
         check_newest(files, writer.index)
         writer.sweep()
         yield writer
+
+
+def check_own(files: BankFolder) -> None:
+    """Raise ValueError where the tasks are a link into another bank: each would delete what the other's index does not name."""
+    root, tasks = (Path(os.path.realpath(path)) for path in (files.root, files.tasks))
+    other = BankFolder(tasks.parent)
+    if other.root != root and other.index.is_file():
+        raise ValueError(
+            f"bank {files.root}: its tasks are a link to those of the bank {other.root}; change that one, or copy the whole "
+            "folder"
+        )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from trace_dist.bank.writer import check_newest, read_index
+from trace_dist.bank.writer import check_newest, check_own, read_index
 from trace_dist.config import RunConfig
 from trace_dist.launching import run_holders
 from trace_dist.parts import PLACEMENTS, SCORES
@@ -163,13 +163,14 @@ def take_bank(cfg: RunConfig) -> None:
     """Hold the bank that this command fills until this process ends: masks are made beside the tasks that it holds now.
 
     Raises:
-        ValueError: another process fills or changes it, its index is damaged or older than its files, or nothing can be written
-            there.
+        ValueError: another process fills or changes it, its index is damaged or older than its files, its tasks are those of
+            another bank, or nothing can be written there.
     """
     if FILLS in cfg.continual.methods:
         bank = cfg.bank_of()
         hold_until_exit(bank.command_lock, f"bank.path={str(bank.root)!r}", run_holders())
         if bank.index.is_file():
+            check_own(bank)
             check_newest(bank, read_index(bank))
 
 
