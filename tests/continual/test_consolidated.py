@@ -12,13 +12,16 @@ import pytest
 import torch
 from continual.small import STEPS, make_config, result
 
+from trace_dist import Mask
 from trace_dist.bank.bank import DeltaBank
+from trace_dist.bank.delta import extract_delta
 from trace_dist.config import RunConfig
 from trace_dist.continual.driver import check_methods
 from trace_dist.continual.methods.consolidated import Consolidated, _asked
 from trace_dist.continual.prompts import prompts_of
 from trace_dist.continual.setting import Setting
 from trace_dist.data.encoding import IGNORE
+from trace_dist.masks.ops import union
 from trace_dist.run_folder import RunFolder
 
 
@@ -47,6 +50,22 @@ def test_it_knows_what_the_bank_knows(whole: RunConfig, cfg: RunConfig) -> None:
     method.learn(last)
     assert method.delta.mask == method.bank.mask(first.task.name) | method.bank.mask(last.task.name)
     assert sum(method.score().tasks) / 2 > 0.9 * bank > base + 30
+
+
+def test_tasks_whose_masks_are_of_several_kinds_are_folded(cfg: RunConfig) -> None:
+    """As of runs with other settings of ``mask``, which one bank may hold."""
+    setting = Setting.load(cfg)
+    bank, name = DeltaBank(cfg.bank_of().root), cfg.tasks[0].name
+    kept = bank.signature(name), bank.prompts(name), bank.facts(name)["training"]
+    rows = Mask.random(setting.model, 0.05, "row").with_meta(model=setting.fingerprint)
+    bank.remove(name)
+    bank.add(kept[0], extract_delta(setting.model, rows, name), prompts=kept[1], facts=kept[2])
+    method = method_of(cfg, steps=2)
+    for stream in method.setting.bench.tasks:
+        method.learn(stream)
+    assert method.delta is not None
+    assert method.delta.mask == union([method.bank.mask(task.name) for task in cfg.tasks])
+    assert method.delta.mask.granularity == "element"
 
 
 def test_no_label_is_read(cfg: RunConfig) -> None:

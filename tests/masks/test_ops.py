@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from trace_dist.masks import Mask, UnitLayout
-from trace_dist.masks.ops import combine, layouts_for, mask_from_scores, overlap, place, random_mask
+from trace_dist.masks.ops import combine, layouts_for, mask_from_scores, overlap, place, random_mask, union
 from trace_dist.masks.select import global_budgets, random_scores, top_units
 
 GRANULARITIES = ("element", "block", "row", "column", "head", "tensor")
@@ -243,3 +243,24 @@ def test_masks_of_different_models_are_not_combined() -> None:
     other = Mask({"a": torch.tensor([0], dtype=torch.int32)}, {"a": UnitLayout((6, 8), 2)}, "block")
     with pytest.raises(ValueError, match="differ in granularity or shapes; combine masks of one model"):
         combine(mask, other, "intersection")
+
+
+def test_a_union_of_masks_of_several_kinds_is_of_elements() -> None:
+    masks = []
+    for seed, (granularity, unit, names) in enumerate(
+        (("element", 1, "ab"), ("row", 8, "a"), ("block", 3, "abc"))
+    ):
+        layouts = {name: UnitLayout(SHAPES[name], unit) for name in names}
+        masks.append(random_mask(layouts, granularity, 0.4, seed).with_meta(model="aaaa"))
+    found = union(masks)
+    assert (found.granularity, set(found.layouts)) == ("element", set(SHAPES))
+    for name in SHAPES:
+        chosen = [mask.dense(name) for mask in masks if name in mask.units]
+        assert torch.equal(found.dense(name), torch.stack(chosen).any(0))
+    assert union(masks[:1]) is masks[0]
+    assert union([masks[1], masks[1]]) == masks[1]
+    with pytest.raises(ValueError, match="made for the models aaaa and bbbb"):
+        union([masks[0], masks[1].with_meta(model="bbbb")])
+    wider = random_mask({"a": UnitLayout((6, 9), 1)}, "element", 0.4, 0)
+    with pytest.raises(ValueError, match="differ in granularity or shapes"):
+        union([masks[1], wider])

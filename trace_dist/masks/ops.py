@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import or_
 
 import torch
 from torch import Tensor
@@ -33,6 +35,7 @@ __all__ = [
     "random_mask",
     "random_scores",
     "tensor_seed",
+    "union",
 ]
 
 
@@ -94,6 +97,38 @@ def compete(
     budgets = global_budgets(scores, tied.layouts, density, spread, refused)
     units = best_units(tied.layouts, budgets, scores, refused)
     return Mask(tied.written_out(units), layouts, granularity)
+
+
+def union(masks: Sequence[Mask]) -> Mask:
+    """All entries of masks of one model; where their granularities or maskable parameters differ, a mask of single elements.
+
+    Raises:
+        ValueError: the models differ.
+    """
+    first = masks[0]
+    alike = all(
+        mask.granularity == first.granularity and dict(mask.layouts) == dict(first.layouts) for mask in masks
+    )
+    return reduce(or_, masks if alike else _in_elements(masks))
+
+
+def _in_elements(masks: Sequence[Mask]) -> Sequence[Mask]:
+    """The same entries in units of one element, of all parameters that one of the masks may select from; masks of other shapes as
+    they are."""
+    layouts: dict[str, UnitLayout] = {}
+    for mask in masks:
+        for name, layout in mask.layouts.items():
+            if layouts.setdefault(name, UnitLayout(layout.shape, 1)).shape != layout.shape:
+                return masks
+    return [
+        Mask(
+            {name: mask.elements(name).to(layouts[name].index_dtype) for name in mask},
+            layouts,
+            "element",
+            mask.meta,
+        )
+        for mask in masks
+    ]
 
 
 def overlap(left: Mask, right: Mask) -> float:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
-from operator import or_
 
 import torch
 from torch import Tensor
 
 from trace_dist.bank.delta import Delta, check_dtype, extract_delta
-from trace_dist.masks.mask import Mask
-from trace_dist.masks.units import UnitLayout
+from trace_dist.masks.ops import union
 from trace_dist.sharding.base import ShardedModel
 
 Rule = Callable[[str, Tensor], Tensor]
@@ -33,41 +30,13 @@ def composed(deltas: Sequence[Delta], base: ShardedModel, task: str, rule: Rule)
     Raises:
         ValueError: they are of different base models, shapes or dtypes.
     """
-    mask = _union([delta.mask for delta in deltas]).with_meta(task=task, method="composed")
+    mask = union([delta.mask for delta in deltas]).with_meta(task=task, method="composed")
     start = extract_delta(base, mask, task)
     for delta in deltas:
         for name in delta.values:
             check_dtype(delta, name, start.values[name].dtype)
     values = {name: _value(deltas, name, mask.elements(name), start.values[name], rule) for name in mask}
     return Delta(start.mask, values, task)
-
-
-def _union(masks: Sequence[Mask]) -> Mask:
-    """All entries of some masks; of masks with units of several kinds, or in other parameters, as single elements."""
-    first = masks[0]
-    alike = all(
-        mask.granularity == first.granularity and dict(mask.layouts) == dict(first.layouts) for mask in masks
-    )
-    return reduce(or_, masks if alike else _in_elements(masks))
-
-
-def _in_elements(masks: Sequence[Mask]) -> Sequence[Mask]:
-    """The same entries in units of one element, of all parameters that one of the masks may select from; masks of other shapes as
-    they are."""
-    layouts: dict[str, UnitLayout] = {}
-    for mask in masks:
-        for name, layout in mask.layouts.items():
-            if layouts.setdefault(name, UnitLayout(layout.shape, 1)).shape != layout.shape:
-                return masks
-    return [
-        Mask(
-            {name: mask.elements(name).to(layouts[name].index_dtype) for name in mask},
-            layouts,
-            "element",
-            mask.meta,
-        )
-        for mask in masks
-    ]
 
 
 def _value(deltas: Sequence[Delta], name: str, entries: Tensor, own: Tensor, rule: Rule) -> Tensor:

@@ -13,8 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
-from operator import or_
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,6 +31,7 @@ from trace_dist.data.encoding import context_length, pad_id
 from trace_dist.data.modality import load_modality
 from trace_dist.evaluation.inputs import config_of
 from trace_dist.masks.mask import Mask
+from trace_dist.masks.ops import union
 from trace_dist.profiling.memory_setup import MemorySetup
 from trace_dist.run_folder import PROMPTS
 from trace_dist.train.learner import Learner
@@ -164,7 +164,7 @@ class Consolidated(OneSet):
     def _mask(self, stream: Stream) -> Mask:
         """The union of the masks of the tasks that are folded."""
         bank, names = self.bank, self.folded(stream)
-        return reduce(or_, on_all(lambda: [bank.mask(name) for name in names]))
+        return on_all(lambda: union([bank.mask(name) for name in names]))
 
     def _steps(self, stream: Stream) -> int:
         return self.options.steps or round(sum(self._trained(stream).values()) / (1 - self._general_share))
