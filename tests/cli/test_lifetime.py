@@ -81,3 +81,35 @@ def test_a_killed_rank_is_named_under_torchrun(tmp_path: Path) -> None:
     named = [line for line in said.splitlines() if line.startswith("error: lost contact: rank 1 on ")]
     assert len(named) == 1, said[-3000:]
     assert "has ended without a word; it was in train" in named[0]
+
+
+TALKS = """
+import sys
+from trace_dist.cli.lifetime import outlive_terminals
+outlive_terminals()
+print("ready", flush=True)
+sys.stdin.readline()
+for stream in (sys.stdout, sys.stderr):
+    print("a word to nobody", file=stream, flush=True)
+"""
+
+
+def test_a_command_goes_on_without_its_terminal() -> None:
+    """A job that was disowned ended with `Input/output error` at its next word."""
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", TALKS],
+        env=rank_environment(),
+        stdin=subprocess.PIPE,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    read = b""
+    while not read.endswith(b"\n"):
+        read += os.read(ours, 100)
+    os.close(ours)
+    time.sleep(0.5)
+    process.communicate(b"\n", timeout=30)
+    assert process.returncode == 0

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from bank.samples import drawn
@@ -158,3 +159,28 @@ def test_whoever_reads_only_the_beginning_breaks_no_pipe(words: tuple[str, ...],
     assert said == ""
     # argparse prints help and minds no pipe.
     assert process.returncode == (0 if "--help" in words else 128 + signal.SIGPIPE)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["learn", "--config", "task.yaml"], "interrupted; start the same command again to go on"),
+        (["bank", "verify", "bank"], "interrupted"),
+    ],
+)
+def test_ctrl_c_is_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It was a traceback, most of it of what was at work by chance."""
+    with patch("trace_dist.cli.main._run", side_effect=KeyboardInterrupt):
+        assert main(words) == 130
+    assert capsys.readouterr().err == f"{said}\n"
+
+
+def test_ctrl_c_ends_the_process_by_the_signal() -> None:
+    """A shell goes on with the next round of its loop otherwise."""
+    script = (
+        "import atexit, sys; from unittest.mock import patch; from trace_dist.cli.main import main\n"
+        "atexit.register(print, 'tidied', flush=True); sys.argv[1:] = ['bank', 'verify', 'bank']\n"
+        "with patch('trace_dist.cli.main._run', side_effect=KeyboardInterrupt): main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "tidied\n", "interrupted\n")

@@ -26,10 +26,18 @@ def said(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("continual.methods", "full", "continual.methods=full: must be a list; write [full]"),
         ("proxy", "small", "proxy=small: must be a section of keys and values or null"),
         ("train.stepz", "3", "unrecognized arguments: --train.stepz 3; perhaps --train.steps is meant"),
+        ("proxy", "org/small.en", "proxy=org/small.en: must be a section of keys and values or null"),
+        ("proxy", "5", "proxy=5: must be a section of keys and values or null"),
+        ("target", "org/m", "target=org/m: must be a section of keys and values; perhaps --target.path is meant"),
+        ("data", "org/data", "data=org/data: must be a section of keys and values"),
+        ("train.betas", "[0.9]", "train.betas=[0.9]: must be a list of 2 values"),
+        ("continual.methods", "[yes]", "continual.methods=True: must be a text; put it in quotes (YAML reads yes, no, on and off "
+         "as true and false)"),
+        ("run_dir", "-x", "--run_dir lacks its value; write --run_dir VALUE, or --run_dir=VALUE where that begins with a dash"),
         ("dry-run", "true", "unrecognized arguments: --dry-run true; perhaps --dry_run is meant"),
         ("colour", "red", "unrecognized arguments: --colour red"),
     ],
-)
+)  # fmt: skip
 def test_values_and_options(
     option: str, value: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -45,6 +53,10 @@ def test_values_and_options(
     [
         ("num_test: ten", "num_test=ten: must be an int"),
         ("metric: 3", "metric=3: must be a text; put it in quotes"),
+        (
+            "answers: [yes, 1]",
+            "answers=[True, 1]: its entry True must be a text; put it in quotes (YAML reads yes",
+        ),
         ("answer_feild: b", "Option 'answer_feild' is not accepted; perhaps answer_field is meant"),
     ],
 )
@@ -85,6 +97,9 @@ def test_what_is_missing(words: str, line: str, capsys: pytest.CaptureFixture[st
         ("{name: b, reasoning_gym: 3}", "reasoning_gym=3: must be a section of keys and values or null; in {name: b, reas"),
         ("just a name", "tasks: its entry just a name must be a section of keys and values"),
         ("3", "tasks: its entry 3 must be a section of keys and values"),
+        ("data/b.jsonl", "tasks: its entry data/b.jsonl must be a section of keys and values"),
+        ("b.jsonl", "tasks: its entry b.jsonl must be a section of keys and values"),
+        ("os.path", "tasks: its entry os.path must be a section of keys and values"),
         ("null", "tasks: its entry null must be a section of keys and values"),
     ],
 )  # fmt: skip

@@ -86,6 +86,8 @@ RUN_COMMANDS = {
     ),
 }
 """Commands that work on the run of a configuration."""
+GOES_ON = ("run", "learn", "consolidate", "base", "probe", "project", "train", "continual", "launch", "study")
+"""Commands that keep what is done: the same one, started again after it was cut, goes on."""
 
 MODEL = "--model HuggingFaceTB/SmolLM2-135M"
 MEASURE = Command(

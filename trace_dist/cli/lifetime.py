@@ -1,4 +1,4 @@
-"""No process of a job outlives what started it, however that ended."""
+"""No process of a job outlives what started it, however that ended; but it may outlive its terminal."""
 
 from __future__ import annotations
 
@@ -39,6 +39,26 @@ def end_with_parents() -> None:
         os._exit(ENDED)
 
     threading.Thread(target=wait, name="end with parents", daemon=True).start()
+
+
+def outlive_terminals() -> None:
+    """From now on what is written to a terminal that has gone is lost, and no error: a job that its shell was told to leave alone
+    (``disown``) is not ended with the terminal, and goes on."""
+    shown = [number for number in (1, 2) if os.isatty(number)]
+    if not shown:
+        return
+
+    def wait() -> None:
+        terminals = select.poll()
+        for number in shown:
+            # That it hangs up is told unasked.
+            terminals.register(number, 0)
+        gone = terminals.poll()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for number, _ in gone:
+            os.dup2(nowhere, number)
+
+    threading.Thread(target=wait, name="outlive terminals", daemon=True).start()
 
 
 def _launchers() -> Iterator[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
@@ -11,9 +12,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from trace_dist.cli.arguments import RUN_COMMANDS
+from trace_dist.cli.arguments import GOES_ON, RUN_COMMANDS
 from trace_dist.cli.errors import explain_system, report_error
-from trace_dist.cli.lifetime import end_with_parents
+from trace_dist.cli.lifetime import end_with_parents, outlive_terminals
 from trace_dist.cli.parser import parse, run_config, split_launch
 from trace_dist.launching import ProcessFailed
 from trace_dist.utils.codes import FAILED, LOST
@@ -43,12 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit code: 0; 2 after an error of the user's; 75 where the same command, started again, goes on: it was asked to stop,
-        or a rank was lost.
+        or a rank was lost; 130 after Ctrl+C, which ends the process itself where ``argv`` is None.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     # Added by launchers.
     words = [word for word in words if not word.startswith(("--local_rank", "--local-rank"))]
     end_with_parents()
+    outlive_terminals()
     try:
         try:
             return _run(words)
@@ -58,6 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever reads the output has seen enough, as `| head`; nothing is flushed into the pipe at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        if not launched_rank():
+            again = "; start the same command again to go on" if words[:1] and words[0] in GOES_ON else ""
+            print(f"interrupted{again}", file=sys.stderr, flush=True)
+        if argv is None:
+            # Not by an exit code: a shell ends its loop over commands only with one that the signal has ended. Whoever has no
+            # patience for the end is obeyed at once.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            atexit._run_exitfuncs()
+            os.kill(os.getpid(), signal.SIGINT)
+        return 128 + signal.SIGINT
 
 
 def _run(words: Sequence[str]) -> int:

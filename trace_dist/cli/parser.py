@@ -22,6 +22,7 @@ from jsonargparse import (
 
 from trace_dist.cli import arguments as known
 from trace_dist.cli.arguments import Argument, Command
+from trace_dist.cli.config_file import check_config_file
 from trace_dist.cli.errors import report_error
 from trace_dist.cli.wording import reworded, within
 from trace_dist.config import RunConfig
@@ -86,6 +87,10 @@ class Parser(ArgumentParser):
             dict(entry) if isinstance(entry, Mapping) and not self.prog.startswith(PROGRAM) else None
         )
         return super().parse_object(obj, *args, **options)
+
+    def parse_path(self, path: Any, *args: Any, **options: Any) -> Any:
+        check_config_file(Path(str(path)))
+        return super().parse_path(path, *args, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         # Parsers of nested values carry the name of the script instead.
@@ -167,6 +172,10 @@ def parse(words: Sequence[str]) -> Any:
         return parser.instantiate(parsed)
     except OverflowError as error:
         raise ValueError(f"{error}; give a smaller number") from None
+    except UnicodeDecodeError:
+        # A section may be a file of its own; the configuration itself was looked at.
+        rule = "a file that is given for a section of the configuration is not written in UTF-8"
+        raise ValueError(f"{rule}; give keys and values, as --target.path MODEL") from None
 
 
 def split_launch(words: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:

@@ -7,13 +7,21 @@ from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-_VALUE = re.compile(r"(?:Got|Given) value: (.*)$", re.DOTALL)
-_EXPECTED = re.compile(r"Expected a (typing\.Literal\[.*?\]|<class '[\w.]+'>|dot import path string)")
-_ENTRY = re.compile(
-    r"\s*(?:Expected a dot import path string: |Not a valid subclass of \w+\. Got value: )(?P<value>.*)",
+_VALUES = (re.compile(r"Given value: (.*)$", re.DOTALL), re.compile(r"Got value: (.*)$", re.DOTALL))
+_PART = re.compile(r"\n    - Expected a (?P<kind><class '\w+'>)\. Got value: (?P<value>.*)")
+"""An entry of a list that may be something else than a list, too."""
+_EXPECTED = re.compile(
+    r"Expected a (typing\.Literal\[.*?\]|<class '[\w.]+'>|dot import path string|tuple with \d+ elements)"
+)
+_CLASS_PATH = re.compile(
+    r"Problem with given class_path '(?P<broken>.*?)':\n.*?(?=\n    - |\n  Given|$)"
+    r"|Unexpected import path format: (?P<odd>[^\n]*)"
+    r"|Import path (?P<other>[^\n]*) does not correspond to a subclass of \w+"
+    r"|Not a valid subclass of \w+(?:\. Got value: (?P<value>.*?))?\n  +Subclass types expect.*?(?=\n    - Expected|$)",
     re.DOTALL,
 )
-_EXPLAINED = "\n  Subclass types expect"
+"""A section is wanted; the parser takes the value for the path of a class."""
+_ENTRY = re.compile(r"\s*Expected a dot import path string: (?P<value>.*)", re.DOTALL)
 _REQUIRED = r"the following arguments are required: (?P<keys>.+)"
 _SHOWN = 100
 """Characters of an entry that an error shows."""
@@ -55,15 +63,44 @@ def within(entry: Mapping[str, Any], message: str, options: Options) -> str:
 
 
 def _wrong_value(message: str, found: re.Match[str], _: Options) -> str:
-    if (entry := _ENTRY.fullmatch(found["rest"])) is not None:
-        given = entry["value"].partition(_EXPLAINED)[0]
-        return f"{found['key']}: its entry {'null' if given == 'None' else given} must be {_KINDS['dot import path string']}"
-    value, wanted = _VALUE.search(message), [_kind(each) for each in _EXPECTED.findall(message)]
+    key, rest = found["key"], _CLASS_PATH.sub(_as_section, found["rest"])
+    if (entry := _ENTRY.fullmatch(rest)) is not None:
+        given = entry["value"]
+        return f"{key}: its entry {'null' if given == 'None' else given} must be {_KINDS['dot import path string']}"
+    value, wanted = (
+        _VALUES[0].search(rest) or _VALUES[1].search(rest),
+        [_kind(each) for each in _EXPECTED.findall(rest)],
+    )
     if value is None or not wanted:
         return message
     given = value[1].strip()
+    if (part := _PART.search(rest)) is not None and "list[" in rest and given.startswith("["):
+        return (
+            f"{key}={given}: its entry {part['value']} must be {_kind(part['kind'])}{_read_as(part['value'])}"
+        )
     wanted = [f"a list; write [{given}]" if kind == "a list" else kind for kind in wanted]
-    return f"{found['key']}={given}: must be {' or '.join(dict.fromkeys(wanted))}"
+    return f"{key}={given}: must be {' or '.join(dict.fromkeys(wanted))}{_read_as(given) if wanted == [_KINDS['str']] else ''}"
+
+
+def _as_section(found: re.Match[str]) -> str:
+    given = found["broken"] or found["odd"] or found["other"] or found["value"]
+    return f"Expected a dot import path string: {given}"
+
+
+def _read_as(given: str) -> str:
+    """Why a text that was written is none."""
+    return " (YAML reads yes, no, on and off as true and false)" if given in ("True", "False") else ""
+
+
+def _no_section(_: str, found: re.Match[str], options: Options) -> str:
+    key = found["key"]
+    cure = f"; perhaps --{key}.path is meant" if f"{key}.path" in options("") else ""
+    return f"{key}={found['value']}: must be {_KINDS['dict']}{cure}"
+
+
+def _no_value(_: str, found: re.Match[str], __: Options) -> str:
+    word = found["word"]
+    return f"{word} lacks its value; write {word} VALUE, or {word}=VALUE where that begins with a dash"
 
 
 def _kind(expected: str) -> str:
@@ -71,6 +108,8 @@ def _kind(expected: str) -> str:
         values = expected.removeprefix("typing.Literal[").removesuffix("]")
         return f"one of {values}" if "," in values else values
     name = expected.removeprefix("<class '").removesuffix("'>")
+    if name.startswith("tuple"):
+        return f"a list of {name.split()[2]} values"
     return _KINDS.get(name, f"a {name}")
 
 
@@ -122,6 +161,11 @@ def _see(command: str) -> str:
 
 
 _TOLD: tuple[tuple[str, Callable[[str, re.Match[str], Options], str]], ...] = (
+    (
+        r"""Parser key "(?P<key>[^"]+)":\s+Unable to load config (?P<quote>['"])(?P<value>.*?)(?P=quote)\n.*""",
+        _no_section,
+    ),
+    (r"argument (?P<word>--\S+): expected (?:one|at least one) argument", _no_value),
     (r'Parser key "(?P<key>[^"]+)":(?P<rest>\s.*)', _wrong_value),
     (r"Subcommand '(?P<name>[^']+)' does not accept option '(?P<key>[^']+)'.*", _unknown_key),
     (r"Option '(?P<key>[^']+)' is not accepted.*", _unknown_field),
