@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import signal
@@ -184,3 +185,15 @@ def test_ctrl_c_ends_the_process_by_the_signal() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "tidied\n", "interrupted\n")
+
+
+def test_an_output_without_the_characters_ends_no_command() -> None:
+    """The table of a run that was done ended it with an error: ASCII has no dash."""
+    script = (
+        "from unittest.mock import patch; from trace_dist.cli.main import main\n"
+        "with patch('trace_dist.cli.main._run', side_effect=lambda _: print('2\\u20133') or 0):\n"
+        "    raise SystemExit(main(['report']))\n"
+    )
+    ascii_alone = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", script], env=ascii_alone, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, b"2\\u20133\n"), done.stderr

@@ -329,11 +329,12 @@ def test_an_unknown_id_and_a_path_that_is_not_there(tmp_path: Path, monkeypatch:
     [
         ("d.csv", "prompt,answer\na,b\nc,d,e\n", r"d\.csv:3: the row has 3 cells, the header 2"),
         ("d.csv", "prompt,answer\na,b\nc\n", r"d\.csv:3: the row has 1 cells"),
+        ("d.csv", "", r"d\.csv:1: is empty; write a header and rows of examples"),
+        ("d", "nothing", r"tasks\.t\.path=.*the files end in nothing; give files of one kind"),
         ("d.csv", "prompt,prompt\na,b\n", r"d\.csv:1: the header is \['prompt', 'prompt'\]; name each column once"),
         ("d.csv", 'prompt,answer\na,b\n"say "hi" to",b\n', r"d\.csv:3: a cell begins with a quote, and does not end with"),
         ("d.csv", 'prompt,answer\na,b\n"c,d\ne,f\n', r"d\.csv:3: a cell begins with a quote.*unexpected end of data"),
         ("d.tsv", 'prompt\tanswer\n"a" is\tb\n', r"d\.tsv:2: a cell .*write each quote inside as \"\""),
-        ("d.csv", "", r"d\.csv:1: the header is \[\]"),
         ("d.csv", "prompt,answer\n", r"d\.csv:1: there is no row below the header; add examples"),
         ("d.csv", b"prompt,answer\ncaf\xe9,b\n", r"d\.csv:2: byte 0xe9 is not UTF-8"),
         ("d.tsv", "prompt\tanswer\na\n", r"d\.tsv:2: the row has 1 cells"),

@@ -117,10 +117,19 @@ def test_files_whose_names_no_task_may_have(folder: Path) -> None:
         (["nothing"], "no such file"),
         (["copy", "copy"], "rename one"),
         (["strange"], "columns that were tried"),
+        (["empty"], r"empty.jsonl: holds no examples; write some$"),
+        (
+            ["one"],
+            "all 30 examples have the same prompt, .* name another column by --prompt_field, or give the source a test",
+        ),
+        (["few"], "4 examples of 2 prompts are too few to split off a test set by hash"),
     ],
 )
 def test_what_cannot_be_read_is_refused(names: list[str], words: str, folder: Path) -> None:
     (folder / "strange.jsonl").write_text('{"left": "a", "right": "b"}\n')
+    (folder / "empty.jsonl").write_text("\n")
+    (folder / "one.jsonl").write_text('{"prompt": "a", "answer": "b"}\n' * 30)
+    (folder / "few.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "c", "answer": "b"}\n' * 2)
     with pytest.raises(ValueError, match=words):
         starter_config(start(folder, *names))
 

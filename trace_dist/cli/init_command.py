@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -32,4 +33,4 @@ def init_command(arguments: Any) -> None:
     except ValueError:
         print(f"written: {out}; mend it, or delete it and begin anew. What is wrong with it:")
         raise
-    print(f"written: {out}; look it through, then: trace-dist run --config {out}")
+    print(f"written: {out}; look it through, then: trace-dist run --config {shlex.quote(str(out))}")

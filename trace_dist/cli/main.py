@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import io
 import logging
 import os
 import signal
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [word for word in words if not word.startswith(("--local_rank", "--local-rank"))]
     end_with_parents()
     outlive_terminals()
+    _say_everything()
     try:
         try:
             return _run(words)
@@ -71,6 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             atexit._run_exitfuncs()
             os.kill(os.getpid(), signal.SIGINT)
         return 128 + signal.SIGINT
+
+
+def _say_everything() -> None:
+    """Characters that the output's encoding lacks (a dash in ASCII, a name in another script) are written as their numbers; they
+    would end a command that has done its work."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run(words: Sequence[str]) -> int:

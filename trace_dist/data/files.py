@@ -125,13 +125,15 @@ def cells_header(path: Path, separator: str) -> list[str]:
     """
     rows = _cells(path, separator)
     _, header = next(rows, (0, []))
+    if not header:
+        raise ValueError(f"{path}:1: is empty; write a header and rows of examples")
     header = [name or f"Unnamed: {place}" for place, name in enumerate(header)]
     other = next((each for each in SEPARATORS if len(header) == 1 and each in header[0]), None)
     if other is not None:
         raise ValueError(
             f"{path}:1: the header is the one cell {header[0]!r}; separate cells by {separator!r}, not {other!r}"
         )
-    if not header or len(set(header)) < len(header):
+    if len(set(header)) < len(header):
         raise ValueError(f"{path}:1: the header is {header}; name each column once")
     line = 0
     for line, row in rows:

@@ -112,8 +112,9 @@ def _from_files(files: Mapping[str, list[Path]], field: str) -> Splits:
     """Each split from its files, all of one kind."""
     kinds = sorted({_kind(file) for each in files.values() for file in each})
     if len(kinds) != 1 or kinds[0] not in _READERS:
+        ends = ", ".join(kind or "nothing" for kind in kinds)
         raise ValueError(
-            f"{field}: the files end in {', '.join(kinds)}; give files of one kind out of {', '.join(_READERS)}"
+            f"{field}: the files end in {ends}; give files of one kind out of {', '.join(_READERS)}"
         )
     reader = _READERS[kinds[0]]
     return {

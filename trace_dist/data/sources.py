@@ -79,6 +79,8 @@ def form_of(task: TaskConfig) -> Form:
         ValueError: as ``load_examples``.
     """
     train = parts_of(task).train
+    if not len(train):
+        raise ValueError(f"{train.where}: holds no examples; write some")
     return find_form(task, train.columns, train.where)
 
 
@@ -172,7 +174,7 @@ def _from_path(task: TaskConfig, validate: bool) -> tuple[list[Example], list[Ex
         table = validation_file(task) or parts.validation
         own = None if table is None else _examples(table, task)
     if parts.test is None:
-        return *_split_by_hash(train, parts.train.where), own
+        return *_split_by_hash(train, parts.train.where, task.name), own
     return train, _examples(parts.test, task), own
 
 
@@ -218,15 +220,21 @@ def _say_empty(task: str, where: str, num_empty: int, num: int) -> None:
     )  # fmt: skip
 
 
-def _split_by_hash(examples: list[Example], where: str) -> tuple[list[Example], list[Example]]:
+def _split_by_hash(examples: list[Example], where: str, name: str) -> tuple[list[Example], list[Example]]:
     train: list[Example] = []
     test: list[Example] = []
     for example in examples:
         digest = hashlib.sha256(prompt_key(example["prompt"]).encode()).digest()
         (train if int.from_bytes(digest[:8]) % _TEST_ONE_IN else test).append(example)
     if examples and not (train and test):
+        prompts, cure = len(_prompts(examples)), "give the source a test split of its own"
+        if prompts == 1 < len(examples):
+            raise ValueError(
+                f"{where}: all {len(examples)} examples have the same prompt, so that none can be split off to test; name "
+                f"another column by tasks.{name}.prompt_field, or {cure}"
+            )
+        of = f" of {prompts} prompts" if prompts < len(examples) else ""
         raise ValueError(
-            f"{where}: {len(examples)} examples are too few to split off a test set by hash; "
-            "add examples or give the source a test split of its own"
+            f"{where}: {len(examples)} examples{of} are too few to split off a test set by hash; add examples or {cure}"
         )
     return train, test

@@ -155,7 +155,9 @@ def _task(path: str, columns: Mapping[str, str]) -> tuple[TaskConfig, Task]:
     except ValueError as error:
         # There is no configuration yet whose keys could be set.
         said = str(error).replace(f"tasks.{name}.prompt_field and ", "--prompt_field and --")
-        raise ValueError(said.replace(f"tasks.{name}.answer_field", "--answer_field")) from None
+        for key in ("prompt_field", "answer_field"):
+            said = said.replace(f"tasks.{name}.{key}", f"--{key}")
+        raise ValueError(said) from None
     answers = {answer.strip() for answer in task.train["answer"][:]}
     choice = 1 < len(answers) <= FEW_ANSWERS < len(task.train)
     return replace(config, metric="choice" if choice else "exact_match"), task
