@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import socket
@@ -10,8 +11,10 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from trace_dist.serving.options import Listening, Source
 from trace_dist.serving.server import _key, serve
 
 KEY = "kept to ourselves"
+BEARER = {"Authorization": f"Bearer {KEY}"}
 GENERATION = len((BASE, *TASKS, *MORE))
 """Of the bank, after the task that is added."""
 LIMITS = ("--batch_size", "6", "--max_tokens", "200", "--max_n", "3", "--max_body_kib", "16")
@@ -52,10 +56,10 @@ class Server:
         return httpx.Client(base_url=self.url, timeout=None)
 
     def get(self, path: str) -> httpx.Response:
-        return self.http.get(path, headers={"Authorization": f"Bearer {KEY}"})
+        return self.http.get(path, headers=BEARER)
 
     def post(self, path: str, content: bytes) -> httpx.Response:
-        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+        headers = BEARER | {"Content-Type": "application/json"}
         return self.http.post(path, content=content, headers=headers)
 
 
@@ -244,6 +248,31 @@ def test_what_is_broken_is_refused_in_openais_shape(
     assert set(error) == {"message", "type", "param", "code"}
     assert re.search(fragment, error["message"]), error
     assert server.get("/health?weights=true").json()["status"] == "ok"
+
+
+def test_a_body_that_is_not_said_to_be_json(server: Server) -> None:
+    """`curl --data` alone says that it is a form; the error was of dictionaries and fields."""
+    content = f"{{{GOOD}}}".encode()
+    for told in ("application/x-www-form-urlencoded", "text/plain"):
+        found = server.http.post(COMPLETE, content=content, headers=BEARER | {"Content-Type": told})
+        assert found.status_code == 400
+        assert "send the header Content-Type: application/json" in found.json()["error"]["message"]
+    found = server.http.post(COMPLETE, headers=BEARER | {"Content-Type": "application/json"})
+    assert (found.status_code, found.json()["error"]["message"]) == (
+        400,
+        "the request has no body; send a JSON object",
+    )
+
+
+@pytest.mark.parametrize(("key", "status"), [(KEY, 413), ("wrong", 401)])
+def test_who_sends_a_large_body_hears_why_it_is_refused(key: str, status: int, server: Server) -> None:
+    """The connection was reset while the client was still sending."""
+    host, port = server.http.base_url.host, server.http.base_url.port
+    assert port is not None
+    with closing(HTTPConnection(host, port, timeout=60)) as connection:
+        connection.request("POST", COMPLETE, b" " * 2**24, {"Authorization": f"Bearer {key}"})
+        found = connection.getresponse()
+        assert (found.status, set(json.loads(found.read()))) == (status, {"error"})
 
 
 def test_what_changes_nothing_is_taken(server: Server) -> None:

@@ -314,9 +314,11 @@ def _answer_errors(app: FastAPI) -> None:
         return JSONResponse(error.body, error.status, headers)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = _said_best(error.errors())
         where = [str(part) for part in first["loc"] if part != "body"]
+        if not where and (missed := _no_object(request, first["type"])):
+            return _refused(400, missed, None)
         if first["type"] == "json_invalid":
             return _refused(
                 400, f"the request is not valid JSON ({first.get('ctx', {}).get('error', '')})", None
@@ -335,6 +337,16 @@ def _answer_errors(app: FastAPI) -> None:
     async def unexpected(_: Request, error: Exception) -> JSONResponse:
         logger.error("a request failed", exc_info=error)
         return JSONResponse(failed("internal error").body, 500)
+
+
+def _no_object(request: Request, kind: str) -> str | None:
+    """Why a body was not even read as JSON; None where it was."""
+    told = request.headers.get("content-type", "")
+    if kind == "missing":
+        return "the request has no body; send a JSON object"
+    if "json" not in told.lower():
+        return f"content-type={told!r:.80}: the body must be JSON; send the header Content-Type: application/json"
+    return None
 
 
 def _said_best(errors: Sequence[Any]) -> Any:

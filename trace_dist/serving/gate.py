@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from typing import Any
 
 from trace_dist.serving.protocol import ApiError
@@ -18,6 +19,8 @@ PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/m
 """Paths that are counted by name; anybody can make up others."""
 BODY_SECONDS = 60.0
 """How long a request's body may take."""
+LINGER_SECONDS, LINGER_BYTES = 5.0, 2**26
+"""How long, and how much, is read of a body that is refused: whoever still sends would hear of a broken connection alone."""
 OPEN = (("/health", b""),)
 """Paths and queries that need no key; what makes the worker do something needs one."""
 
@@ -42,12 +45,20 @@ class Gate:
             return
         send = self._counted(scope["path"], send)
         headers = dict(scope["headers"])
+        more = True
+
+        async def heard() -> Message:
+            nonlocal more
+            message = await receive()
+            more = message.get("more_body", False)
+            return message
+
         try:
             if (scope["path"], scope["query_string"]) not in OPEN:
                 self._check_key(headers.get(b"authorization", b""))
-            body = await _in_time(self._body(headers, receive))
+            body = await _in_time(self._body(headers, heard))
         except ApiError as error:
-            await _refuse(error, send)
+            await _refuse(error, heard if more and error.status != 408 else None, send)
             return
         await self._app(scope, _again(body, receive), send)
 
@@ -113,9 +124,27 @@ def _again(body: bytes, receive: Receive) -> Receive:
     return once
 
 
-async def _refuse(error: ApiError, send: Send) -> None:
+async def _refuse(error: ApiError, receive: Receive | None, send: Send) -> None:
+    """Send why, before what is left of the body is passed by; ``receive`` is None where that is not waited for."""
     body = json.dumps(error.body).encode()
-    # The rest of the body is not read, so nothing else can follow on this connection.
-    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    # The body is not read to its end, so nothing else can follow on this connection.
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"connection", b"close"),
+    ]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    with suppress(TimeoutError):
+        if receive is not None:
+            await asyncio.wait_for(_passed_by(receive), LINGER_SECONDS)
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def _passed_by(receive: Receive) -> None:
+    """Read what still comes of a body, and keep nothing of it."""
+    read, more = 0, True
+    while more and read <= LINGER_BYTES:
+        message = await receive()
+        read += len(message.get("body", b""))
+        more = message.get("more_body", False)
