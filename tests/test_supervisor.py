@@ -23,6 +23,8 @@ from trace_dist.utils.stopping import STOP
 MODULE = """
 import os, signal, subprocess, sys, time
 behaviour, folder = sys.argv[1:]
+if behaviour == "loud":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Traceback (most recent call last)"))
 if behaviour == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -79,6 +81,16 @@ def test_sigterm_leaves_nothing(folder: Path, behaviour: str) -> None:
     process.communicate(timeout=20)
     assert process.returncode == 128 + signal.SIGTERM
     assert not any(map(is_alive, below))
+
+
+@pytest.mark.parametrize(("number", "told"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_what_ctrl_c_ends_says_nothing_more(folder: Path, number: signal.Signals, told: bool) -> None:
+    """Each launcher and rank printed a traceback of where it was."""
+    process = begin(folder, "loud")
+    pids(folder)
+    process.send_signal(number)
+    said = process.communicate(timeout=20)[1]
+    assert (process.returncode, "Traceback" in said) == (128 + number, told)
 
 
 def test_sigusr1_asks_to_stop(folder: Path) -> None:

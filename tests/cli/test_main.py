@@ -176,6 +176,18 @@ def test_ctrl_c_is_one_line(words: list[str], said: str, capsys: pytest.CaptureF
     assert capsys.readouterr().err == f"{said}\n"
 
 
+def test_ctrl_c_ends_the_ranks_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What its launchers say is dropped."""
+    path = tmp_path / "config.yaml"
+    path.write_text("target: {path: m}\ntasks: [{name: a, path: a.jsonl}]\nrun_dir: r\n")
+    with (
+        patch.dict(os.environ),
+        patch("trace_dist.cli.launch_command.supervise", return_value=128 + signal.SIGINT),
+    ):
+        assert main(["launch", "train", "--config", str(path)]) == 130
+    assert capsys.readouterr().err == "interrupted; start the same command again to go on\n"
+
+
 def test_ctrl_c_ends_the_process_by_the_signal() -> None:
     """A shell goes on with the next round of its loop otherwise."""
     script = (

@@ -11,7 +11,7 @@ import pytest
 
 from trace_dist.config import ModelConfig, RunConfig, TaskConfig
 from trace_dist.launching import ProcessFailed
-from trace_dist.stages import running
+from trace_dist.stages import pipeline, running
 from trace_dist.stages.pipeline import run_pipeline
 from trace_dist.stages.running import NUM_LINES, last_words
 from trace_dist.stages.stage import Stage
@@ -88,3 +88,14 @@ def test_a_stage_that_ends_well_without_its_files(tmp_path: Path, monkeypatch: p
 )
 def test_why_a_stage_failed(printed: list[str], shown: list[str]) -> None:
     assert last_words("\n".join(printed)) == shown
+
+
+def test_a_run_that_is_told_to_end_twice_ends_once() -> None:
+    """The second SIGTERM broke into what stops the stages, with a traceback."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            pipeline._on_terminate(signal.SIGTERM, None)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import tempfile
 from collections.abc import Sequence
 from itertools import pairwise
@@ -31,6 +32,7 @@ def launch_command(dry_run: bool, words: Sequence[str]) -> int:
 
     Raises:
         ValueError: it is no command for ranks, its configuration makes no sense, or a host is not ready.
+        KeyboardInterrupt: Ctrl+C has ended the ranks.
     """
     if not words or (words[0] not in LAUNCHED and not dry_run):
         what = words[0] if words else "nothing"
@@ -42,7 +44,10 @@ def launch_command(dry_run: bool, words: Sequence[str]) -> int:
     cfg = run_config(parsed[words[0]])
     os.environ.update(ranks_environment(cfg.launch))
     if not dry_run:
-        return supervise(cfg.launch, "trace_dist", words)
+        code = supervise(cfg.launch, "trace_dist", words)
+        if code == 128 + signal.SIGINT:
+            raise KeyboardInterrupt
+        return code
     say_hosts(cfg, words)
     return 0
 

@@ -93,6 +93,9 @@ class Supervisor:
             if self._lost_at is None and is_loss(line):
                 self._lost_at = time.monotonic()
             self._explained |= _ERROR.match(line) is not None
+            # Launchers and ranks that Ctrl+C ends tell where they were, each in a traceback of its own.
+            if self._signal == signal.SIGINT:
+                continue
             with suppress(OSError):
                 sink.write(line)
                 sink.flush()

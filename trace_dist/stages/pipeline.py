@@ -107,5 +107,6 @@ def _run_group(stages: list[Stage], cfg: RunConfig, display: Display) -> Iterato
 
 
 def _on_terminate(number: int, _: object) -> None:
-    """Leave through the ``finally`` blocks, which stop the stages."""
+    """Leave through the ``finally`` blocks, which stop the stages; whoever asks again does not break into them."""
+    signal.signal(number, signal.SIG_IGN)
     sys.exit(128 + number)
