@@ -74,7 +74,8 @@ def test_a_missing_config_file(cache: Path, tmp_path: Path) -> None:
 
 def test_a_config_that_is_not_yaml(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("{{{")
-    assert "parsing config" in error_line(run("train", "--config", tmp_path / "broken.yaml", cache=cache))
+    line = error_line(run("train", "--config", tmp_path / "broken.yaml", cache=cache))
+    assert "broken.yaml': line 1: while parsing a flow node" in line
 
 
 @pytest.mark.parametrize(
