@@ -131,3 +131,30 @@ def test_a_layer_whose_weight_is_computed(compute: Callable[[nn.Module], object]
     for support in optimizer.supports:
         expected = dense[support.name].flatten()[mask.elements(support.name)]
         torch.testing.assert_close(support.grad, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_mask_of_a_part_replaces_one_of_the_whole() -> None:
+    """Of two optimizers on the same parameters the later one trains; the earlier one says so."""
+    model = CASE.model()
+    for inner, outer in ((model.model, model), (model, model.model)):
+        first, second = (MaskedAdamW(each, Mask.random(each, 0.3, maskable="all")) for each in (outer, inner))
+        ids = batches(CASE)[0][0]
+        model(input_ids=ids, labels=ids).loss.backward()
+        assert all(support.reached for support in second.supports)
+        with pytest.raises(ValueError, match="another mask was attached"):
+            first.step()
+
+
+def test_masks_of_other_parameters_of_a_part_and_of_the_whole() -> None:
+    """As for two learning rates: both are trained, whichever came first."""
+    for order in (1, -1):
+        model = Toy()
+        holder = nn.Sequential(model, nn.Linear(WIDTH, WIDTH))
+        masks = [(holder, "1.weight|0.last"), (model, "first|shared|optional.bias")][::order]
+        optimizers = [
+            MaskedAdamW(each, Mask.random(each, 0.5, maskable=maskable)) for each, maskable in masks
+        ]
+        holder(torch.ones(2, WIDTH)).square().mean().backward()
+        for optimizer in optimizers:
+            assert all(bool(support.grad.any()) for support in optimizer.supports)
+            optimizer.step()

@@ -48,6 +48,12 @@ def _latest(module: nn.Module) -> ShardedModel | None:
     return None if reference is None else reference()
 
 
+def _others(view: ShardedModel) -> list[ShardedModel]:
+    """The views of all other models with an attached mask; one may be a part of this one, or hold it."""
+    found = [reference() for reference in list(_VIEWS.values())]
+    return [other for other in found if other is not None and other is not view and other.masked()]
+
+
 _Slot = tuple[nn.Module, str, str, Any]
 
 
@@ -84,6 +90,8 @@ class ShardedModel(ABC):
     backend: str
     reduces_hooked_gradients = False
     """Whether a gradient that a hook catches is this rank's slice, already averaged over ranks."""
+    weights_in_sight = False
+    """Whether the model has its whole parameters at all times, so that a loss may depend on a weight beside its layer."""
 
     def __init__(self, module: nn.Module) -> None:
         self.roots = peel(module)
@@ -115,9 +123,16 @@ class ShardedModel(ABC):
         _VIEWS.pop(self.module, None)
 
     def freeze(self) -> None:
-        """Freeze every weight, unless a mask is attached."""
+        """Freeze every weight, unless a mask is attached; what another view trains, of a part of the model, stays as it is."""
         if self._compactor is None:
-            self.module.requires_grad_(False)
+            trained = {parameter for other in _others(self) for parameter in other.masked()}
+            for parameter in set(self.module.parameters()) - trained:
+                parameter.requires_grad_(False)
+
+    def masked(self) -> list[Any]:
+        """The parameters that hold what the attached mask covers."""
+        supports = [] if self._compactor is None else self._compactor.supports
+        return [self._parameters[part] for support in supports for part in self._kept_as(support.name)]
 
     def still_fits(self, layers: list[nn.Module]) -> bool:
         """Whether this is what a new view would be: the same lies around the model, and its parameters have not been replaced."""
@@ -357,7 +372,8 @@ class ShardedModel(ABC):
         return self.train(False)
 
     def attach(self, mask: Mask, accumulate: Accumulate | None = None) -> list[Support]:
-        """Route gradients of the mask's entries into compact buffers; replaces a mask attached before.
+        """Route gradients of the mask's entries into compact buffers; replaces a mask attached before, and one of a part of the
+        model, or of what holds it, that covers the same parameters.
 
         Args:
             mask: which entries.
@@ -370,6 +386,10 @@ class ShardedModel(ABC):
             ValueError: the mask is of another model, or the ranks hold different masks; the mask attached before stays.
         """
         supports = supports_of(self, mask)
+        kept = {self._parameters[part] for support in supports for part in self._kept_as(support.name)}
+        for other in _others(self):
+            if not kept.isdisjoint(other.masked()):
+                other.detach()
         self.detach()
         self.release()
         self._compactor = Compactor(self, mask, supports, accumulate)

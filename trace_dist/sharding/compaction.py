@@ -3,8 +3,9 @@
 [Note: gradient path] All weights are frozen, so neither autograd nor the sharding library builds, keeps or reduces a dense
 gradient. A masked linear layer runs through ``masked_linear``, which forms the gradient of that one weight, keeps its support and
 frees the rest; for masks of whole rows or columns it computes those alone. Any other masked parameter (bias, norm,
-embedding, fused experts) is unfrozen and caught by a post-accumulate hook. Both hand this rank's gradient at *all* masked
-entries of the parameter to the reducer, which exchanges them between ranks (``reduction``).
+embedding, fused experts) is unfrozen and caught by a post-accumulate hook; so is, where it lies whole on each rank, the weight
+of a masked layer, for what a loss does with it beside the layer ([Note: weights in sight] in ``masked_linear``). Both hand this
+rank's gradient at *all* masked entries of the parameter to the reducer, which exchanges them between ranks (``reduction``).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Attachable(Sharing, Protocol):
     roots: list[nn.Module]
     comm: Comm
     reduces_hooked_gradients: bool
+    weights_in_sight: bool
 
     @property
     def device(self) -> torch.device:
@@ -102,12 +104,13 @@ class Compactor:
         running = RunningPass(model.module)
         self._undo.append(running.close)
         for support in self.supports:
-            linear = linears.get(support.name)
+            linear, parameter = linears.get(support.name), parameters.get(support.name)
+            in_sight = parameter if linear is None or model.weights_in_sight else None
+            if in_sight is not None:
+                self._hook(in_sight, support)
             if linear is not None:
                 sink = self._where_accumulated(self._sink(support))
-                self._undo.append(patch_linear(linear, self._anchor, support.part, sink, running))
-            else:
-                self._hook(parameters[support.name], support)
+                self._undo.append(patch_linear(linear, self._anchor, support.part, sink, running, in_sight))
 
     def _sink(self, support: Support) -> Callable[[Tensor], None]:
         """What a gradient source calls: with the dense gradient, or with the masked rows or columns of it."""
@@ -115,6 +118,11 @@ class Compactor:
         def deliver(grad: Tensor) -> None:
             self._begin(support)
             flat = grad.reshape(-1)
+            if flat.numel() not in (support.layout.numel, support.num_entries):
+                raise ValueError(
+                    f"backward: {support.name!r} was replaced in the model since the mask was attached, as "
+                    "resize_token_embeddings does; build MaskedAdamW after that"
+                )
             if flat.numel() != support.layout.numel:
                 self._reducer.add(support, flat.to(support.grad.dtype) * self._scale)
             elif self._reducer.local_only and self._accumulate is add_to_grad:

@@ -14,6 +14,12 @@ gradient knows of them.
 [Note: used by weight] Some models use the ``.weight`` of a linear layer: ``dt_proj`` of Mamba and Jamba, fused kernels. So while
 a pass runs, ``.weight`` of a masked layer is a tensor with the same storage whose dense gradient goes to ``deliver`` too. At any
 other time it is the parameter.
+
+[Note: weights in sight] Where every rank has the parameters themselves (``sharding.single``) it is the parameter at all times,
+and requires a gradient: what a loss does with weights beside the layer, as a penalty on them, a loss of one's own on
+``lm_head.weight`` or a gradient of a gradient, is autograd's to find, and a hook picks the masked entries out of it. The layer
+steps aside where somebody has frozen the weight, has a hook on its gradient, or calls the model on other weights
+(``torch.func.functional_call``).
 """
 
 from __future__ import annotations
@@ -26,6 +32,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
 
 from trace_dist.models.nf4 import NF4Linear
 from trace_dist.models.wrapping import refuse_data_parallel
@@ -112,6 +119,7 @@ class _MaskedLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         bias: Tensor | None,
+        weight: Tensor | None,
         anchor: Tensor,
         module: nn.Linear | NF4Linear,
         part: Part,
@@ -119,7 +127,10 @@ class _MaskedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x if part.columns is None or part.single else x[..., part.columns])
         ctx.module, ctx.part, ctx.deliver = module, part, deliver
-        out = F.linear(x, module.weight, bias)
+        ctx.weight_node = None if weight is None else weight.grad_fn
+        ctx.anchor_node = get_gradient_edge(anchor).node
+        # Autocast would keep the cast of a leaf, which has no graph here, for who needs one.
+        out = F.linear(x, module.weight.detach(), bias)
         # A view that a function returns must not be changed in place, as some models change what a layer gives.
         return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
 
@@ -131,14 +142,24 @@ class _MaskedLinear(torch.autograd.Function):
         flat_grad = grad_out.reshape(-1, grad_out.shape[-1])
         flat_x = x.reshape(-1, x.shape[-1]).to(dtype)
         part: Part = ctx.part
-        if part.single:
-            ctx.deliver(single_entries(flat_grad, flat_x, part))
-        else:
-            picked = flat_grad if part.rows is None else flat_grad[:, part.rows]
-            ctx.deliver(part.cut(picked.T @ flat_x))
-        grad_x = (grad_out @ ctx.module.weight.to(dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
+        with torch.no_grad():
+            if part.single:
+                ctx.deliver(single_entries(flat_grad, flat_x, part))
+            else:
+                picked = flat_grad if part.rows is None else flat_grad[:, part.rows]
+                ctx.deliver(part.cut(picked.T @ flat_x))
+        weight, grad_x, grad_weight = ctx.module.weight, None, None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_out @ weight.to(dtype)).to(x.dtype)
+        if ctx.needs_input_grad[2] and _is_asked(ctx.weight_node, ctx.anchor_node):
+            if flat_x.shape[-1] != weight.shape[-1]:
+                raise ValueError(
+                    "torch.autograd.grad: the gradient of a weight whose mask is of columns is known there alone; leave the "
+                    "weight out, or take a mask of rows, blocks or elements"
+                )
+            grad_weight = (flat_grad.T @ flat_x).to(weight.dtype)
         grad_bias = flat_grad.sum(0) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_bias, None, None, None, None
+        return grad_x, grad_bias, grad_weight, None, None, None, None
 
 
 class _CaughtWeight(torch.autograd.Function):
@@ -209,6 +230,7 @@ def patch_linear(
     part: Part,
     deliver: Deliver,
     running: RunningPass | bool = True,
+    in_sight: nn.Parameter | None = None,
 ) -> Callable[[], None]:
     """Run ``module`` through the masked linear function.
 
@@ -219,6 +241,7 @@ def patch_linear(
         deliver: receives that part, [rows or out, columns or in] or [entries], in the dtype of the activations or fp32; or, where
             the model uses the weight itself, the whole, in the dtype of the weight.
         running: whether a use of ``.weight`` at this moment is the model's.
+        in_sight: its weight, where a hook catches what autograd finds for it ([Note: weights in sight]).
 
     Returns:
         A function that restores the layer.
@@ -226,12 +249,18 @@ def patch_linear(
 
     # Methods, not closures over the layer: a deep copy of the model runs on its own weights, and delivers nothing.
     def forward(self: nn.Linear | NF4Linear, input: Tensor) -> Tensor:
-        if self is not module or not torch.is_grad_enabled():
+        if self is not module or not torch.is_grad_enabled() or steps_aside(self):
             return F.linear(input, self.weight, self.bias)
-        return _MaskedLinear.apply(input, self.bias, anchor, self, part, deliver)
+        weight = None if in_sight is None else in_sight.view_as(in_sight)
+        return _MaskedLinear.apply(input, self.bias, weight, anchor, self, part, deliver)
+
+    def steps_aside(self: nn.Linear | NF4Linear) -> bool:
+        return in_sight is not None and (
+            self._parameters["weight"] is not in_sight or not in_sight.requires_grad or _has_hooks(in_sight)
+        )
 
     def catch(self: nn.Linear | NF4Linear, weight: Tensor) -> Tensor:
-        caught = self is module and torch.is_grad_enabled() and running
+        caught = self is module and in_sight is None and torch.is_grad_enabled() and running
         return _CaughtWeight.apply(weight, anchor, deliver) if caught else weight
 
     layer: Any = module
@@ -251,3 +280,18 @@ def patch_linear(
             layer.__class__ = nn.Linear  # type: ignore[assignment]
 
     return undo
+
+
+def _has_hooks(weight: nn.Parameter) -> bool:
+    """Whether somebody else than the mask, which has one, has a hook on a weight's gradient."""
+    accumulated = weight._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+    return bool(weight._backward_hooks) or (accumulated is not None and len(accumulated) > 1)
+
+
+def _is_asked(weight: Node, anchor: Node) -> bool:
+    """Whether ``torch.autograd.grad``, or ``backward(inputs=...)``, asks the pass that is running for a weight's gradient.
+
+    Any other pass runs to the anchor, which nobody asks for.
+    """
+    of_weight, of_anchor = map(torch._C._will_engine_execute_node, (weight, anchor))
+    return of_weight and not of_anchor

@@ -33,6 +33,7 @@ class ReplicatedModel(ShardedModel):
     """
 
     backend = "replicated"
+    weights_in_sight = True
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
