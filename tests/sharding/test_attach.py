@@ -158,3 +158,18 @@ def test_masks_of_other_parameters_of_a_part_and_of_the_whole() -> None:
         for optimizer in optimizers:
             assert all(bool(support.grad.any()) for support in optimizer.supports)
             optimizer.step()
+
+
+def test_what_is_no_model_or_no_mask_is_named() -> None:
+    """As other optimizers, and Trainer's ``optimizer_cls_and_kwargs``, would have it."""
+    model = Toy()
+    mask = Mask.random(model, 0.5)
+    not_a_model = "model: is a generator, not a torch.nn.Module; give the model itself"
+    for enter in (lambda m: MaskedAdamW(m, mask), shard, lambda m: Mask.random(m, 0.5)):
+        with pytest.raises(ValueError, match=not_a_model):
+            enter(model.parameters())  # type: ignore[no-untyped-call]
+    with pytest.raises(ValueError, match=r"mask: is a str, not a mask; give one of Mask.load\(path\)"):
+        MaskedAdamW(model, "task.safetensors")  # type: ignore[arg-type]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(TypeError, match="unsupported operand"):
+        mask | {"first.weight"}  # type: ignore[operator]

@@ -84,3 +84,51 @@ def test_weights_without_values_are_refused(backend: str) -> None:
         ValueError, match=r"model: 'model\.embed_tokens\.weight' has no values \(meta device\)"
     ):
         shard(CASE.model().to("meta"), backend)
+
+
+def test_a_plain_model_without_values_is_refused() -> None:
+    model = CASE.model()
+    mask = Mask.random(model, 0.3)
+    with pytest.raises(
+        ValueError, match=r"model: 'model\.embed_tokens\.weight' has no values \(meta device\)"
+    ):
+        MaskedAdamW(model.to("meta"), mask)
+
+
+@pytest.mark.parametrize("options", [{}, {"offload": "cpu"}])
+def test_two_parameters_in_one_memory_are_refused_where_copies_are_kept(options: dict[str, Any]) -> None:
+    """As where ``load_state_dict(assign=True)`` has untied a head."""
+    dtype = torch.float32 if options else torch.bfloat16
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)).to(dtype)
+    model[1].weight.data = model[0].weight.data
+    for sharded in (model, shard(model)):
+        with pytest.raises(ValueError, match=r"'0\.weight' and '1\.weight' are two parameters in one memory"):
+            MaskedAdamW(sharded, Mask.random(model, 0.3, maskable="1|2"), **options)
+        MaskedAdamW(sharded, Mask.random(model, 0.3, maskable="2"), **options)
+
+
+@pytest.mark.parametrize("way", [enter, shard])
+def test_a_weight_is_not_cut_off_from_the_one_whose_transpose_it_is(
+    way: Callable[[nn.Module], object],
+) -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 6))
+    model[1].weight.data = model[0].weight.data.T
+    with pytest.raises(
+        ValueError, match=r"model: '0\.weight' and '1\.weight' are two parameters in one memory"
+    ):
+        way(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("maskable", ["linear", "all"])
+def test_parameters_that_are_views_of_one_tensor_are_trained_as_others(maskable: str) -> None:
+    model, flat = CASE.model(), CASE.model()
+    memory = torch.nn.utils.parameters_to_vector(flat.parameters()).detach()
+    torch.nn.utils.vector_to_parameters(memory, flat.parameters())
+    ids = torch.arange(12).view(2, 6)
+    for each in (model, flat):
+        optimizer = MaskedAdamW(each, Mask.random(each, 0.3, seed=0, maskable=maskable), lr=1e-2)
+        each(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    assert torch.equal(memory, torch.nn.utils.parameters_to_vector(model.parameters()))
+    assert torch.equal(memory, torch.nn.utils.parameters_to_vector(flat.parameters()))

@@ -31,7 +31,7 @@ def layouts_for(model: Any, granularity: str, block: int, maskable_spec: str) ->
         ValueError: no such granularity; nothing is maskable; another library has quantised the weights; for ``head``, the size of
             a weight's heads is not known; for ``neuron``, which parts of an MLP make one.
     """
-    module: Any = unwrap(model) if isinstance(model, nn.Module) else model.module
+    module: Any = unwrap(model if isinstance(model, nn.Module) else getattr(model, "module", model))
     refuse_quantised_module(module)
     infos = describe(module)
     kinds = Granularities.parse(granularity)

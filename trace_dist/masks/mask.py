@@ -222,19 +222,27 @@ class Mask:
         return random_mask(layouts, granularity, density, seed)
 
     def __or__(self, other: Mask) -> Mask:
-        return combine(self, other, "union")
+        return combine(self, other, "union") if isinstance(other, Mask) else NotImplemented
 
     def __and__(self, other: Mask) -> Mask:
-        return combine(self, other, "intersection")
+        return combine(self, other, "intersection") if isinstance(other, Mask) else NotImplemented
 
     def __sub__(self, other: Mask) -> Mask:
-        return combine(self, other, "difference")
+        return combine(self, other, "difference") if isinstance(other, Mask) else NotImplemented
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.units)
 
     def __len__(self) -> int:
         return len(self.units)
+
+
+def check_mask(mask: object) -> None:
+    """Raise ValueError where something else than a mask was given as one, as its path."""
+    if not isinstance(mask, Mask):
+        raise ValueError(
+            f"mask: is a {type(mask).__name__}, not a mask; give one of Mask.load(path) or Mask.random(model, density)"
+        )
 
 
 def random_mask(

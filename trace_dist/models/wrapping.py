@@ -25,7 +25,15 @@ def is_deepspeed_engine(model: Any) -> bool:
 
 
 def peel(model: nn.Module) -> list[nn.Module]:
-    """The model and what wraps it, from the outermost wrapper to the model itself."""
+    """The model and what wraps it, from the outermost wrapper to the model itself.
+
+    Raises:
+        ValueError: it is no module, but its parameters, say.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model: is a {type(model).__name__}, not a torch.nn.Module; give the model itself, not its parameters"
+        )
     layers = [model]
     while True:
         outer: Any = layers[-1]

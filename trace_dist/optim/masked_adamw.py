@@ -22,7 +22,10 @@ from trace_kernels.compact import compact_gather, compact_scatter, compact_sumsq
 
 from trace_dist.config import StateDtype
 from trace_dist.config.train import LEAST_EPS
+from trace_dist.masks.mask import Mask, check_mask
+from trace_dist.models.places import refuse_overlapping
 from trace_dist.optim.batches import Batches, Entry, can_batch, sum_of_squares
+from trace_dist.optim.entries import Entries
 from trace_dist.optim.factors import own_factors
 from trace_dist.optim.groups import Groups
 from trace_dist.optim.loaded import Loaded
@@ -30,7 +33,6 @@ from trace_dist.optim.offload import HostEntries, Offload
 from trace_dist.optim.part_server import PartServer, Source
 from trace_dist.optim.parts import locate, owned
 from trace_dist.optim.pieces import restore
-from trace_dist.optim.scaled_gradient import ScaledGradient
 from trace_dist.optim.states import MOMENTS, State, StateOptions, new_state, scaled_update, tensors_of, update
 from trace_dist.optim.torch_checkpoint import refuse_torch_checkpoint
 from trace_dist.sharding.prepared import as_sharded
@@ -43,7 +45,6 @@ from trace_dist.utils.finite import check_finite
 if TYPE_CHECKING:
     from trace_kernels.runs import Runs
 
-    from trace_dist.masks.mask import Mask
     from trace_dist.sharding.base import ShardedModel
     from trace_dist.sharding.support import Support
 
@@ -55,9 +56,9 @@ class MaskedAdamW(torch.optim.Optimizer):
     """AdamW over a mask; a plain ``torch.optim.Optimizer`` to LR schedulers and training loops.
 
     Each entry of the parameter group stands for the masked entries of one parameter on this rank: [n] without storage, its
-    ``.grad`` the compact gradient that backward passes accumulate. The first pass after a step begins from zero even where nobody
-    called ``zero_grad`` (Trainer calls that of the DDP model around it, which reaches no compact gradient). A ``GradScaler`` for
-    fp16 skips a step, and lowers its scale, on all ranks together (``scaled_gradient``).
+    ``.grad`` the compact gradient that backward passes accumulate, which may be assigned (``entries``). The first pass after a
+    step begins from zero even where nobody called ``zero_grad`` (Trainer calls that of the DDP model around it, which reaches no
+    compact gradient). A ``GradScaler`` for fp16 skips a step, and lowers its scale, on all ranks together (``scaled_gradient``).
 
     Weights that are loaded later, by ``load_state_dict`` or by a Trainer that resumes, are trained on from there. What is written
     through ``.data`` is not noticed where there is a master copy or offload. The loop may go on calling a DeepSpeed engine, but
@@ -102,9 +103,16 @@ class MaskedAdamW(torch.optim.Optimizer):
     ) -> None:
         _check_hyperparameters(lr, betas, eps, weight_decay, max_grad_norm)
         options = StateOptions(state_dtype, master, offload)
+        check_mask(mask)
         self.model = as_sharded(model)
-        for name in set(mask.units).intersection(self.model.names()):
-            options.check_weight(name, self.model.like(name).dtype)
+        masked = {name: self.model.like(name).dtype for name in self.model.names() if name in mask.units}
+        for name, dtype in masked.items():
+            options.check_weight(name, dtype)
+        if self.model.weights_in_sight:
+            copied = (
+                name for name, dtype in masked.items() if offload == "cpu" or (master and dtype.itemsize < 4)
+            )
+            refuse_overlapping(self.model.module, set(copied))
         self.mask = mask
         self.max_grad_norm, self.check_first = max_grad_norm, check_first
         self.grad_norm = 0.0
@@ -115,7 +123,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         self._dtypes = {support.name: self.model.dtype_of(support.name) for support in self.supports}
         self._offload = Offload(self.supports, self.model.storage) if offload == "cpu" else None
         self._factors = own_factors(scale or {}, self.supports, self._updates_on)
-        entries = [_entries(support, self.model) for support in self.supports]
+        entries = [Entries.of(support, self.model) for support in self.supports]
         super().__init__(entries, defaults)
         self.param_groups = Groups(self.param_groups)
         for support, parameter in zip(self.supports, entries, strict=True):
@@ -382,13 +390,6 @@ def _host_values(model: ShardedModel, offload: Offload | None, support: Support)
     local, runs = model.stored(support)
     local = local.cpu()
     return compact_gather(local, runs.to(local.device)).to(local.dtype)
-
-
-def _entries(support: Support, model: ShardedModel) -> nn.Parameter:
-    """Stands for a support's entries in the parameter group: their shape and gradient, without storage."""
-    parameter = nn.Parameter(support.grad.new_zeros(()).expand(support.runs.num_entries))
-    parameter.grad = ScaledGradient.of(support.grad, model)
-    return parameter
 
 
 def _check_hyperparameters(

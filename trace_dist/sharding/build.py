@@ -58,11 +58,11 @@ def shard(model: nn.Module, backend: str = "single", sequence_parallel: int = 1)
 
     Raises:
         ValueError: unknown backend, ``single`` with more than one rank, a model with quantised weights or PEFT adapters, with
-            weights on several devices or without values, one whose attention heads so many ranks cannot share, or whose rows
-            another number of ranks shares already.
+            weights on several devices, without values or cut out of another's memory, one whose attention heads so many ranks
+            cannot share, or whose rows another number of ranks shares already.
     """
     _check_size(sequence_parallel)
-    kind = _backend(backend)
+    kind, layers = _backend(backend), peel(model)
     refuse_quantised_module(model)
     refuse_tensor_parallel(model)
     refuse_scattered(model)
@@ -73,7 +73,7 @@ def shard(model: nn.Module, backend: str = "single", sequence_parallel: int = 1)
     dist.init_distributed()
     if sequence_parallel > 1:
         _check_shared(unwrap(model).config, sequence_parallel)
-    known = view_of(peel(model))  # sharded in place it cannot be sharded again
+    known = view_of(layers)  # sharded in place it cannot be sharded again
     sharded = known if isinstance(known, HoldingModel) and type(known) is kind else kind(model)
     sharded.share_rows(sequence_parallel)
     return sharded

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from trace_dist.masks.mask import Mask
-from trace_dist.models.places import lay_out, refuse_scattered
+from trace_dist.models.places import lay_out, refuse_empty, refuse_scattered
 from trace_dist.models.quantised import refuse_quantised_module
 from trace_dist.models.wrapping import is_deepspeed_engine, peel, refuse_data_parallel, unwrap
 from trace_dist.sharding.base import ShardedModel, view_of
@@ -42,7 +42,7 @@ def as_sharded(model: ShardedModel | nn.Module) -> ShardedModel:
 
     Raises:
         ValueError: DeepSpeed or FSDP1 already owns the gradients, or the model is sharded in a way with no single owner
-            per entry, or its weights are quantised or lie on several devices.
+            per entry, or its weights are quantised, lie on several devices, or have no values.
     """
     if isinstance(model, ShardedModel):
         return model
@@ -50,6 +50,8 @@ def as_sharded(model: ShardedModel | nn.Module) -> ShardedModel:
     refuse_quantised_module(layers[-1])
     refuse_tensor_parallel(layers[-1])
     refuse_scattered(layers[-1])
+    if dist.local_device().type != "meta":  # as that of a simulated rank
+        refuse_empty(layers[-1])
     lay_out(layers[-1])
     dist.init_distributed()
     around = [layer for layer in layers if isinstance(layer, DistributedDataParallel)]
