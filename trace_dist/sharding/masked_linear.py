@@ -32,7 +32,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import Node
 
 from trace_dist.models.nf4 import NF4Linear
 from trace_dist.models.wrapping import refuse_data_parallel
@@ -127,8 +127,6 @@ class _MaskedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x if part.columns is None or part.single else x[..., part.columns])
         ctx.module, ctx.part, ctx.deliver = module, part, deliver
-        ctx.weight_node = None if weight is None else weight.grad_fn
-        ctx.anchor_node = get_gradient_edge(anchor).node
         # Autocast would keep the cast of a leaf, which has no graph here, for who needs one.
         out = F.linear(x, module.weight.detach(), bias)
         # A view that a function returns must not be changed in place, as some models change what a layer gives.
@@ -151,7 +149,7 @@ class _MaskedLinear(torch.autograd.Function):
         weight, grad_x, grad_weight = ctx.module.weight, None, None
         if ctx.needs_input_grad[0]:
             grad_x = (grad_out @ weight.to(dtype)).to(x.dtype)
-        if ctx.needs_input_grad[2] and _is_asked(ctx.weight_node, ctx.anchor_node):
+        if ctx.needs_input_grad[2] and _is_asked(*(node for node, _ in ctx.next_functions[-2:])):
             if flat_x.shape[-1] != weight.shape[-1]:
                 raise ValueError(
                     "torch.autograd.grad: the gradient of a weight whose mask is of columns is known there alone; leave the "
