@@ -12,7 +12,9 @@ from typing import Any
 
 Result = Mapping[str, Any]
 FOR, AGAINST, UNDECIDED = "for", "against", "undecided"
-PROBED = ("probed", "probed_evenly", "probed_floored", "narrowed")
+PROBED = ("probed", "narrowed")
+SPREAD = ("probed_evenly", "probed_floored")
+"""Ways of ``probed`` that are looked at where a study has them."""
 KEPT = 0.8
 """Share of the gain that a projected mask should keep."""
 FEWEST = 3
@@ -80,8 +82,10 @@ def _counted(found: Result | None) -> str:
 
 def _beats_random(result: Result) -> Iterator[Claim]:
     for density in result["settings"]["densities"]:
-        for arm in (each for each in PROBED if each in result["arms"]):
+        for arm in (each for each in (*PROBED, *SPREAD) if each in result["arms"]):
             found = _find(result, arm=arm, density=density, other="random", other_density=density)
+            if found is None and arm in SPREAD:
+                continue
             text = f"{_label(result, arm)} beats random at {percent(density)}"
             yield Claim(text, _verdict(found, "lower", "higher"), _counted(found))
 
