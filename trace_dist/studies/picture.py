@@ -25,7 +25,7 @@ def draw(result: Result, out: Path) -> None:
     """Loss against trained entries, and what is forgotten against it; on the tasks that every shown arm was tuned on."""
     tasks = _common(result)
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(10, 4), layout="constrained")
+        figure = Figure(figsize=(12, 4), layout="constrained")
         quality, forgetting = figure.subplots(1, 2)
         points = {arm: _points(result, arm, tasks) for arm in result["arms"]}
         points = {arm: found for arm, found in points.items() if found}
@@ -101,7 +101,8 @@ def _draw_forgetting(result: Result, points: Mapping[str, Points], ax: Axes) -> 
     ax.set_title("rise of general text's loss, nats per token", loc="left", fontsize=10)
     ax.set_xlabel("answer loss, nats per token")
     if points:
-        ax.legend(frameon=False, fontsize=8)
+        # Beside the panel: a dozen arms leave no free place inside.
+        ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def look(result: Result, arm: str) -> dict[str, Any]:
