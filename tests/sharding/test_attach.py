@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from functools import partial
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 import torch.nn.utils.prune
 from engine.cases import CASES, batches
-from engine.toy import WIDTH, Toy
+from engine.toy import WIDTH, Toy, toy_loss
 from torch import nn
 
 from trace_dist import Mask, MaskedAdamW, shard
@@ -173,3 +175,19 @@ def test_what_is_no_model_or_no_mask_is_named() -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(TypeError, match="unsupported operand"):
         mask | {"first.weight"}  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("maskable", ["linear", "all"])
+def test_a_model_that_nobody_holds_is_freed(maskable: str) -> None:
+    """Hooks of parameters kept it, with all of its weights, for ever."""
+
+    def trained() -> weakref.ref[nn.Module]:
+        model = Toy()
+        optimizer = MaskedAdamW(model, Mask.random(model, 0.5, seed=1, maskable=maskable))
+        toy_loss(model(torch.ones(3, WIDTH))).backward()
+        optimizer.step()
+        return weakref.ref(model)
+
+    model = trained()
+    gc.collect()
+    assert model() is None

@@ -10,6 +10,7 @@ rank's gradient at *all* masked entries of the parameter to the reducer, which e
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MethodType
@@ -94,6 +95,7 @@ class Compactor:
         self._backward_pass = -1  # autograd's number of the pass whose end is awaited
         self._is_first = True
         self._undo: list[Callable[[], None]] = []
+        self._hooked: dict[str, Callable[[Tensor], None]] = {}
         parameters = {plain_name(name): p for name, p in model.module.named_parameters()}
         self._undo += [_join_zero_grad(root, self.zero_grad) for root in model.roots]
         self._undo.append(_stay_whole(model.module))
@@ -154,11 +156,15 @@ class Compactor:
 
     def _hook(self, parameter: nn.Parameter, support: Support) -> None:
         deliver = (self._deliver_slice if self._model.reduces_hooked_gradients else self._sink)(support)
+        self._hooked[support.name] = deliver
+        # A cycle through a parameter's hooks is never collected: the model, with all of its weights, would stay for ever.
+        itself, name = weakref.ref(self), support.name
 
         def caught(param: Tensor) -> None:
-            if param.grad is not None:
+            compactor = itself()
+            if compactor is not None and param.grad is not None:
                 # An embedding's may be sparse.
-                deliver(param.grad.to_dense())
+                compactor._hooked[name](param.grad.to_dense())
                 param.grad = None
 
         parameter.requires_grad_(True)

@@ -12,7 +12,7 @@ class ProbedEvenly(Probed):
     """Score l2_fisher, with flat budgets."""
 
     label = "probed on the target, flat budgets"
-    colour = "sky"
+    colour = "green"
 
     def masks(self, case: Case) -> dict[float | None, Mask]:
         lab, scores = self.lab, self.importance(case)
