@@ -23,7 +23,7 @@ from trace_dist.bank.facts import describe
 from trace_dist.bank.index import Index, Member, Record
 from trace_dist.launching import run_holders
 from trace_dist.run_folder import DELTA, SIGNATURE, BankFolder
-from trace_dist.utils.files import flush_folder, readable, write_text, writing
+from trace_dist.utils.files import check_readable, flush_folder, write_text, writing
 from trace_dist.utils.locks import Held, hold, hold_or_share
 from trace_dist.utils.names import BASE
 
@@ -178,8 +178,7 @@ def copy(source: Path, target: Path) -> None:
     """Copy a file and flush it. Raises ValueError where it is missing or cannot be read."""
     if not source.is_file():
         raise ValueError(f"{source}: no such file; restore it from a copy")
-    with readable(source, source.stem):
-        source.open("rb").close()
+    check_readable(source, source.stem)
     shutil.copyfile(source, target)
     with target.open("rb") as handle:
         os.fsync(handle.fileno())

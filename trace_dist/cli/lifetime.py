@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from trace_dist.launching import run_process
@@ -41,6 +42,7 @@ def end_with_parents() -> None:
     threading.Thread(target=wait, name="end with parents", daemon=True).start()
 
 
+@cache
 def outlive_terminals() -> None:
     """From now on what is written to a terminal that has gone is lost, and no error: a job that its shell was told to leave alone
     (``disown``) is not ended with the terminal, and goes on."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-_VALUES = (re.compile(r"Given value: (.*)$", re.DOTALL), re.compile(r"Got value: (.*)$", re.DOTALL))
+_GIVEN, _GOT = (re.compile(rf"{word} value: (.*)$", re.DOTALL) for word in ("Given", "Got"))
 _PART = re.compile(r"\n    - Expected a (?P<kind><class '\w+'>)\. Got value: (?P<value>.*)")
 """An entry of a list that may be something else than a list, too."""
 _EXPECTED = re.compile(
@@ -66,9 +66,9 @@ def _wrong_value(message: str, found: re.Match[str], _: Options) -> str:
     key, rest = found["key"], _CLASS_PATH.sub(_as_section, found["rest"])
     if (entry := _ENTRY.fullmatch(rest)) is not None:
         given = entry["value"]
-        return f"{key}: its entry {'null' if given == 'None' else given} must be {_KINDS['dot import path string']}"
+        return f"{key}: its entry {'null' if given == 'None' else given} must be {_KINDS['dict']}"
     value, wanted = (
-        _VALUES[0].search(rest) or _VALUES[1].search(rest),
+        _GIVEN.search(rest) or _GOT.search(rest),
         [_kind(each) for each in _EXPECTED.findall(rest)],
     )
     if value is None or not wanted:

@@ -23,14 +23,14 @@ def seen_once(task: Task, most: int) -> list[Any]:
     found = different(prompts, most)
     if len(found) >= min(most, MIN_PROMPTS):
         return found
-    _say_few(task.name, len(found))
+    _say_few(task.where, len(found))
     return list(prompts[:most])
 
 
 @once
-def _say_few(name: str, num: int) -> None:
+def _say_few(task: str, num: int) -> None:
     logger.warning(
-        "tasks.%s: has %d different prompts, so that none can be held out of its signature: the limits on errors, and the "
+        "%s: has %d different prompts, so that none can be held out of its signature: the limits on errors, and the "
         "share of its prompts that is rejected, hold for these alone",
-        name, num,
+        task, num,
     )  # fmt: skip

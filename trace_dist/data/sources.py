@@ -174,7 +174,7 @@ def _from_path(task: TaskConfig, validate: bool) -> tuple[list[Example], list[Ex
         table = validation_file(task) or parts.validation
         own = None if table is None else _examples(table, task)
     if parts.test is None:
-        return *_split_by_hash(train, parts.train.where, task.name), own
+        return *_split_by_hash(train, parts.train.where, task.where), own
     return train, _examples(parts.test, task), own
 
 
@@ -220,7 +220,7 @@ def _say_empty(task: str, where: str, num_empty: int, num: int) -> None:
     )  # fmt: skip
 
 
-def _split_by_hash(examples: list[Example], where: str, name: str) -> tuple[list[Example], list[Example]]:
+def _split_by_hash(examples: list[Example], where: str, task: str) -> tuple[list[Example], list[Example]]:
     train: list[Example] = []
     test: list[Example] = []
     for example in examples:
@@ -231,7 +231,7 @@ def _split_by_hash(examples: list[Example], where: str, name: str) -> tuple[list
         if prompts == 1 < len(examples):
             raise ValueError(
                 f"{where}: all {len(examples)} examples have the same prompt, so that none can be split off to test; name "
-                f"another column by tasks.{name}.prompt_field, or {cure}"
+                f"another column by {task}.prompt_field, or {cure}"
             )
         of = f" of {prompts} prompts" if prompts < len(examples) else ""
         raise ValueError(

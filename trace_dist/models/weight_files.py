@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from trace_dist.models.quantised import refuse_quantised_config, refuse_quantised_tensors
 from trace_dist.models.trust import is_trusted, trust
-from trace_dist.utils.files import read_json, unreadable
+from trace_dist.utils.files import read_json, readable
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -82,11 +82,8 @@ class WeightFiles:
             try:
                 if not path.is_file():
                     raise ValueError(f"{path}: listed in {INDEX} but missing; fetch the checkpoint again")
-                # safetensors calls whatever the system refuses a missing file.
-                path.open("rb").close()
-                self._handles[file] = self._files.enter_context(safe_open(str(path), framework="pt"))
-            except OSError as error:
-                raise unreadable(path, "weights", error) from None
+                with readable(path, "weights"):
+                    self._handles[file] = self._files.enter_context(safe_open(str(path), framework="pt"))
             except SafetensorError as error:
                 raise ValueError(f"{path}: corrupt safetensors file ({error}); fetch it again") from None
         return self._handles[file]

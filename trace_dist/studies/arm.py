@@ -140,8 +140,12 @@ class Scored(Masked):
     warms = True
 
     def masks(self, case: Case) -> dict[float | None, Mask]:
-        scores = self.importance(case)
-        return self.competing(lambda name, _: scores[name])
+        return self.competing(self.scores(case))
+
+    def scores(self, case: Case) -> Scores:
+        """Of the units of one parameter, as selections ask for them."""
+        found = self.importance(case)
+        return lambda name, _: found[name]
 
     def importance(self, case: Case) -> dict[str, Tensor]:
         """Scores of all units."""

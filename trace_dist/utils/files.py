@@ -328,23 +328,24 @@ def readable(path: Path, kind: str) -> Iterator[None]:
     try:
         if not path.is_file():
             raise ValueError(f"{path}: no such {kind} file; check the path")
+        # Some who read it, safetensors for one, call whatever the system refuses a missing file.
+        path.open("rb").close()
         yield
     except OSError as error:
-        raise unreadable(path, kind, error) from None
+        raise ValueError(
+            f"{path}: the {kind} file cannot be read ({error.strerror or error}); fix its permissions, or restore it from a copy"
+        ) from None
 
 
-def unreadable(path: Path, kind: str, error: OSError) -> ValueError:
-    """The error of a file that the system does not let be read."""
-    return ValueError(
-        f"{path}: the {kind} file cannot be read ({error.strerror or error}); fix its permissions, or restore it from a copy"
-    )
+def check_readable(path: Path, kind: str) -> None:
+    """Raise ValueError as ``readable`` does, before work that needs the file."""
+    with readable(path, kind):
+        pass
 
 
 @contextmanager
 def _opened(path: Path, kind: str) -> Iterator[Any]:
     with readable(path, kind):
-        # safetensors calls whatever the system refuses a missing file.
-        path.open("rb").close()
         try:
             with safe_open(str(path), framework="pt") as handle:
                 yield handle

@@ -15,9 +15,9 @@ class ProbedEvenly(Probed):
     colour = "green"
 
     def masks(self, case: Case) -> dict[float | None, Mask]:
-        lab, scores = self.lab, self.importance(case)
+        lab, scores = self.lab, self.scores(case)
         return {
-            density: place(lab.layouts, lab.cfg.mask.granularity, each, lambda name, _: scores[name])
+            density: place(lab.layouts, lab.cfg.mask.granularity, each, scores)
             for density, each in self.flat_budgets().items()
         }
 

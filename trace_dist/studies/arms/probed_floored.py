@@ -19,12 +19,10 @@ class ProbedFloored(Probed):
     colour = "amber"
 
     def masks(self, case: Case) -> dict[float | None, Mask]:
-        lab, scores = self.lab, self.importance(case)
+        lab, scores = self.lab, self.scores(case)
         kind = lab.cfg.mask.granularity
         return {
-            density: compete(
-                lab.layouts, kind, density, lambda name, _: scores[name], Spread(floor=SHARE * density)
-            )
+            density: compete(lab.layouts, kind, density, scores, Spread(floor=SHARE * density))
             for density in lab.study.densities
         }
 
