@@ -261,7 +261,10 @@ def test_what_masks_of_two_widths_reach_is_what_the_study_found() -> None:
     assert decided("probed", 1e-4, 1e-3) == (0, 5, 10)
     assert study["complete"]
     ablations = {cell["arm"] for cell in study["cells"] if cell["seeds"] < 3}
-    assert ablations == {"align", "budgets", "places"}
+    assert decided("probed_evenly", 1e-4) == (2, 0, 10)
+    assert decided("probed_floored", 1e-4) == (3, 1, 10)
+    spread = {"probed_evenly", "probed_floored"}
+    assert ablations == {"align", "budgets", "places"} | spread
     shares = {
         row["arm"]: row["share"] for row in study["shares"] if (row["of"], row["density"]) == ("probed", 1e-3)
     }

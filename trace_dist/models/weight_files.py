@@ -80,9 +80,7 @@ class WeightFiles:
         if file not in self._handles:
             path = self.folder / file
             try:
-                if not path.is_file():
-                    raise ValueError(f"{path}: listed in {INDEX} but missing; fetch the checkpoint again")
-                with readable(path, "weights"):
+                with readable(path, "weights", f"{INDEX} lists it: fetch the checkpoint again"):
                     self._handles[file] = self._files.enter_context(safe_open(str(path), framework="pt"))
             except SafetensorError as error:
                 raise ValueError(f"{path}: corrupt safetensors file ({error}); fetch it again") from None

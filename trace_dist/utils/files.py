@@ -319,15 +319,20 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mappin
 
 
 @contextmanager
-def readable(path: Path, kind: str) -> Iterator[None]:
+def readable(path: Path, kind: str, cure: str = "check the path") -> Iterator[None]:
     """Where a file is read, which another process may remove meanwhile.
+
+    Args:
+        path: the file.
+        kind: what it should be.
+        cure: what to do where there is none.
 
     Raises:
         ValueError: it is missing, or the system does not let it be read.
     """
     try:
         if not path.is_file():
-            raise ValueError(f"{path}: no such {kind} file; check the path")
+            raise ValueError(f"{path}: no such {kind} file; {cure}")
         # Some who read it, safetensors for one, call whatever the system refuses a missing file.
         path.open("rb").close()
         yield
