@@ -137,6 +137,7 @@ def make_results(tasks: list[str], num_layers: tuple[int, int] = (4, 12)) -> dic
         },
         "meta_info": {"hardware": "2 CPU cores", "versions": {"torch": "2.13.0"}},
         "config": {
+            "target": {"dtype": "float32"},
             "mask": {"density": 0.05, "granularity": "block", "isolation": "soft"},
             "train": {"lr": "auto"},
             "race": {"steps": 40},

@@ -98,7 +98,9 @@ def test_page_shows_every_name_and_value(full_page: Page) -> None:
         "2026-11-22",
         "4f2a9c1",
         "2.13.0",
-        "bfloat16",
+        # of the target's weights, and of the weights whose memory was measured
+        "dtype float32",
+        "measured in bfloat16",
         "granularity: block",
     ]:
         assert fact in full_page.text, fact

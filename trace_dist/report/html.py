@@ -239,6 +239,7 @@ def _memory(view: RunView) -> dict[str, Any] | None:
     return {
         "figure": _figure(360, height, "Model states in bytes per parameter", plots.draw_memory, memory),
         "kinds": list(categories),
+        "dtype": memory.get("dtype"),
         "rows": rows,
         "peaks": peaks if any(_if_known(peak) for peak in peaks) else [],
     }
@@ -253,7 +254,11 @@ def _bars(values: Mapping[str, Any], write: Callable[[float], str]) -> list[Bar]
 
 def _facts(view: RunView) -> list[tuple[str, str]]:
     """Where, when and with what the run was made."""
-    run_info, meta_info = view.part("run_info"), view.part("meta_info")
+    run_info, meta_info, target = (
+        view.part("run_info"),
+        view.part("meta_info"),
+        mapping(view.part("config").get("target")),
+    )
     pairs = [
         ("date", str(run_info.get("date") or "")[:16].replace("T", " ")),
         ("commit", ", ".join(view.commits)),
@@ -261,7 +266,7 @@ def _facts(view: RunView) -> list[tuple[str, str]]:
         ("launcher", run_info.get("launcher")),
         ("backend", run_info.get("backend")),
         ("ranks", run_info.get("num_ranks")),
-        ("dtype", view.part("memory").get("dtype")),
+        ("dtype", target.get("dtype")),
         *mapping(meta_info.get("versions")).items(),
     ]
     return [(str(name), str(value)) for name, value in pairs if value not in (None, "")]
