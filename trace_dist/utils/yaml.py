@@ -11,6 +11,8 @@ MOST_DEEP = 50
 """Levels of nesting that a document may have; the configuration needs five."""
 MOST_NODES = 100_000
 """Values that a document may have, with every alias written out."""
+_WORD = re.compile(r"[\w.+/-]+")
+"""A document of one value, as most that a command line is read from are."""
 
 
 class _Keys:
@@ -43,6 +45,8 @@ def check_yaml(text: str) -> None:
     Raises:
         yaml.YAMLError: it is one of these, or no YAML.
     """
+    if _WORD.fullmatch(text):
+        return
     sizes: dict[str | None, int] = {}
     open_nodes: list[tuple[str | None, int]] = []
     keys: list[_Keys | None] = []
