@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -10,6 +11,7 @@ import shutil
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from masks.earlier import earlier_digest
 
 from trace_dist import Mask, MaskedAdamW, shard
 from trace_dist.checkpoint import latest_checkpoint, load_checkpoint, load_mask, save_checkpoint
+from trace_dist.checkpoint.format import MANIFEST, MASK
 from trace_dist.config import StateDtype
 
 CASE = CASES["element"]
@@ -246,6 +249,27 @@ def test_another_version_is_not_damage(tmp_path: Path) -> None:
     change(lambda m: m.update(version=5), sign=True)(save_checkpoint(tmp_path, 1, make(), {}))
     with pytest.raises(ValueError, match="not a version 3 or 4 trace_dist checkpoint"):
         latest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, MASK, "rank-00000.safetensors"])
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EMFILE, errno.ESTALE])
+def test_what_cannot_be_read_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int
+) -> None:
+    """It is never passed over: training that went on from an older one would delete it."""
+    folder, opened = save_checkpoint(tmp_path, 1, make(), {}), Path.open
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == folder / name:
+            raise OSError(code, os.strerror(code), str(path))
+        return opened(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        for read in (lambda: latest_checkpoint(tmp_path), lambda: load_checkpoint(folder, make())):
+            with pytest.raises(ValueError, match=rf"{name}: cannot be read \({os.strerror(code)}\); mend"):
+                read()
+    assert latest_checkpoint(tmp_path) == folder
 
 
 def test_version_2_is_read(tmp_path: Path) -> None:

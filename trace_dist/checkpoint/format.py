@@ -17,7 +17,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +49,26 @@ def damaged(path: Path) -> Damaged:
     return Damaged(f"{path}: missing or damaged; delete {path.parent} to start from an older state or anew")
 
 
+@contextmanager
+def _asked_for(path: Path) -> Iterator[None]:
+    """Where a file of a checkpoint is read.
+
+    Raises:
+        Damaged: it is not there.
+        ValueError: the system does not let it be read, as for want of a permission or of a server's answer. What is in it may be
+            whole, so that nobody passes it over.
+    """
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise damaged(path) from None
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror or error}); mend that and start again, or delete {path.parent} to start "
+            "from an older state or anew"
+        ) from None
+
+
 def rank_file(rank: int | None = None) -> str:
     """Name of a rank's file; this rank's when None."""
     return f"rank-{dist.rank() if rank is None else rank:05d}.safetensors"
@@ -74,9 +95,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises:
         Damaged: it is missing or changed.
-        ValueError: it is of another version.
+        ValueError: it is of another version, or cannot be read.
     """
     path = folder / MANIFEST
+    # Of one that is missing more is said below.
+    with suppress(Damaged), _asked_for(path):
+        path.read_bytes()
     try:
         manifest = read_json(path)
     except ValueError as error:
@@ -99,7 +123,7 @@ def read_checked(folder: Path, kind: Kind | None = None) -> dict[str, Any]:
     """The manifest of a checkpoint whose files are all whole; each rank reads its share of them. Collective.
 
     Raises:
-        ValueError: as ``read_manifest``, on every rank; a file is damaged; or it is of another kind.
+        ValueError: as ``read_manifest``, on every rank; a file is damaged or cannot be read; or it is of another kind.
     """
 
     def check() -> dict[str, Any]:
@@ -109,8 +133,9 @@ def read_checked(folder: Path, kind: Kind | None = None) -> dict[str, Any]:
                 f"{folder}: a checkpoint of {manifest['kind']} training, not of {kind}; give the right folder"
             )
         for name in sorted(manifest["files"])[dist.rank() :: dist.world_size()]:
-            if not matches(folder / name, manifest["files"][name]["sha256"]):
-                raise damaged(folder / name)
+            with _asked_for(folder / name):
+                if sha256(folder / name) != manifest["files"][name]["sha256"]:
+                    raise damaged(folder / name)
         return manifest
 
     return on_all(check)
@@ -121,26 +146,22 @@ def open_files(folder: Path, names: Iterable[str]) -> dict[str, Any]:
 
     Raises:
         Damaged: one is none.
+        ValueError: one cannot be read.
     """
 
     def opened() -> dict[str, Any]:
         files = {}
         for name in names:
             try:
-                files[name] = safe_open(str(folder / name), framework="pt")
-            except (OSError, SafetensorError):
+                with _asked_for(folder / name):
+                    # safetensors calls whatever the system refuses a missing file.
+                    (folder / name).open("rb").close()
+                    files[name] = safe_open(str(folder / name), framework="pt")
+            except SafetensorError:
                 raise damaged(folder / name) from None
         return files
 
     return on_all(opened)
-
-
-def matches(path: Path, digest: str) -> bool:
-    """Whether a file can be read and has this checksum."""
-    try:
-        return sha256(path) == digest
-    except OSError:
-        return False
 
 
 def is_count(value: Any) -> bool:

@@ -35,7 +35,7 @@ def latest_checkpoint(root: Path) -> Path | None:
     Every byte is read, as ``load_checkpoint`` does again: half a second per GiB, once per resume.
 
     Raises:
-        ValueError: the newest is of another version of the format.
+        ValueError: the newest is of another version of the format, or cannot be read: it may be whole.
     """
     for folder in on_main(lambda: [path for path in _newest_first(root) if (path / MANIFEST).is_file()]):
         try:
