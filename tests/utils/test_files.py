@@ -243,3 +243,21 @@ def test_lines_are_appended(tmp_path: Path) -> None:
 def test_sha256(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     assert files.sha256(tmp_path / "x").startswith("ba7816bf8f01cfea")
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_are_read_by_whom_the_umask_lets(umask: int, mode: int, tmp_path: Path) -> None:
+    """safetensors makes files that their owner alone can read, whatever the umask: nobody else could use a bank or an export."""
+    before = os.umask(umask)
+    try:
+        files.save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2)}, {"format": "trace_dist.mask"})
+        for name, folder in (("new", files.atomic_folder), ("filled", files.filled_folder)):
+            with folder(tmp_path / name) as temporary:
+                save_file({"x": torch.ones(2)}, temporary / "b.safetensors")
+        with files.filled_folder(tmp_path / "filled") as temporary:
+            save_file({"x": torch.ones(2)}, temporary / "c.safetensors")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*.safetensors")}
+    assert set(modes) == {"a.safetensors", "b.safetensors", "c.safetensors"}
+    assert set(modes.values()) == {mode}

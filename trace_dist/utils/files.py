@@ -118,8 +118,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove_abandoned_files(path.parent.resolve())
             yield temporary
-            with temporary.open("rb") as handle:
-                os.fsync(handle.fileno())
+            _flush_file(temporary)
             temporary.replace(path)
             flush_folder(path.parent)
     finally:
@@ -245,9 +244,26 @@ def _flush_files(folder: Path) -> list[Path]:
     """Flush the files of a folder to the disk; lists them."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for file in files:
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
+        _flush_file(file)
     return files
+
+
+def _flush_file(file: Path) -> None:
+    """Flush a new file to the disk, with the permissions that the umask leaves: safetensors leaves none to others."""
+    with file.open("rb") as handle:
+        if not os.fstat(handle.fileno()).st_mode & 0o077:
+            with suppress(OSError):  # some network file systems
+                os.fchmod(handle.fileno(), 0o666 & ~_umask())
+        os.fsync(handle.fileno())
+
+
+def _umask() -> int:
+    """The umask of this process; the call that tells it changes it, which other threads would see."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    return 0o077
 
 
 def write_text(path: Path, text: str) -> None:
