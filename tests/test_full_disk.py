@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from bank.samples import base_model, drawn, make_delta, small_delta
 from full_disk import FITS, full_disk
+from launching import python
 from report.samples import make_results
 
 from trace_dist import DeltaBank, Mask
@@ -20,6 +23,7 @@ from trace_dist.report import render_png, write_report
 from trace_dist.report.markdown import main as insert_table
 from trace_dist.run_folder import RunFolder
 from trace_dist.train.metric_log import MetricLog
+from trace_dist.utils.codes import FAILED
 from trace_dist.utils.files import append_jsonl, filled_folder, write_json
 
 RESULTS = make_results(["a", "b"])
@@ -112,3 +116,23 @@ def test_what_the_system_refuses_is_one_line() -> None:
     message = explain_system(OSError(28, "No space left on device", "/x/y"))
     assert message.startswith("/x/y: No space left on device; check paths, permissions and free space")
     assert json.dumps(message).count("\\n") == 0
+
+
+def test_an_error_that_nothing_takes_keeps_its_exit_code() -> None:
+    """The log of a stage is on the disk that is full; its exit code still says whose error it is."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([python(), "-m", "trace_dist", "nonsense"], stderr=full, timeout=300)
+    assert done.returncode == FAILED
+
+
+def test_a_folder_that_is_gone_is_named(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    with chdir(gone):
+        gone.rmdir()
+        with pytest.raises(FileNotFoundError) as caught:
+            Path("config.yaml").absolute()
+        said = explain_system(caught.value)
+    assert said.startswith(
+        "the folder that this command was started in is gone; change into one that is there"
+    )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -13,9 +17,10 @@ from trace_dist.config import ModelConfig, RunConfig, TaskConfig
 from trace_dist.launching import ProcessFailed
 from trace_dist.stages import pipeline, running
 from trace_dist.stages.pipeline import run_pipeline
-from trace_dist.stages.running import NUM_LINES, last_words
+from trace_dist.stages.running import NUM_LINES, failure, last_words
 from trace_dist.stages.stage import Stage
 from trace_dist.utils.codes import LOST
+from trace_dist.utils.events import EventReader
 
 TRACEBACK = [
     "Traceback (most recent call last):",
@@ -99,3 +104,18 @@ def test_a_run_that_is_told_to_end_twice_ends_once() -> None:
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(("printed", "cut"), [(b"step 1\nstep", True), (b"", True), (b"error: x\n", False)])
+def test_a_log_that_a_full_disk_has_cut(
+    printed: bytes, cut: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No error is above then, so none is promised; what is free is said."""
+    (tmp_path / "s.log").write_bytes(printed)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    events = EventReader(tmp_path / "s.events")
+    process = cast("subprocess.Popen[bytes]", None)
+    stage = Stage("make it", [], [])
+    said = str(failure(running.Running(stage, process, tmp_path / "s.log", 0, events, 0.0), 2))
+    assert ("its error is above" in said) != cut
+    assert (f"{tmp_path / 's.log'} ends before its error (0.0 MiB are free there)" in said) == cut

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,10 +140,15 @@ def start_stage(stage: Stage, cfg: RunConfig, together: int = 1) -> Running:
 
 def failure(running: Running, code: int) -> ProcessFailed:
     """What is said of a stage that failed, after ``Running.explain``."""
-    lost = code == LOST or any(map(is_loss, running.printed().splitlines()))
+    printed = running.printed()
+    lost = code == LOST or any(map(is_loss, printed.splitlines()))
     cure = "Start" if lost else "Mend it and start"
+    where = f"its error is above, its log is {running.log}"
+    if not printed.endswith(b"\n"):
+        free = shutil.disk_usage(running.log.parent).free / 2**20
+        where = f"its log {running.log} ends before its error ({free:.1f} MiB are free there)"
     return ProcessFailed(
-        f"stage {running.stage.name}: failed with exit code {code}; its error is above, its log is {running.log}. "
+        f"stage {running.stage.name}: failed with exit code {code}; {where}. "
         f"{cure} the same command again: finished stages are kept",
         *([LOST] if lost else []),
     )

@@ -321,4 +321,5 @@ class Heartbeat:
 def report(text: str, rank: int) -> None:
     """Print an error as one line."""
     where = f" [rank {rank}]" if rank else ""
-    print(f"error{where}: {text}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # a log on a full disk
+        print(f"error{where}: {text}", file=sys.stderr, flush=True)

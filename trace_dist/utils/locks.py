@@ -8,7 +8,7 @@ import os
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 from trace_dist.utils.files import writing
 from trace_dist.utils.launch import process_name
@@ -44,20 +44,17 @@ def hold(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
         Held: another process, or another part of this one, holds it.
         ValueError: nothing can be written there.
     """
-    with writing(what):
-        made = not path.parent.exists()
-        handle = _take(path, what, wait)
-    with handle:
-        handle.truncate(0)
-        handle.write(process_name(os.getpid()))
-        handle.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            if made:
-                with suppress(OSError):  # it holds something
-                    path.parent.rmdir()
+    with ExitStack() as stack:
+        with writing(what):
+            made = not path.parent.exists()
+            handle = stack.enter_context(_take(path, what, wait))
+            # Also where a full disk does not take the holder's name.
+            stack.callback(_remove, path, made)
+            handle.truncate(0)
+            name = process_name(os.getpid()).encode()
+            while name:
+                name = name[handle.write(name) :]
+        yield
 
 
 @contextmanager
@@ -107,37 +104,63 @@ def release() -> None:
     _UNTIL_EXIT.close()
 
 
-def _take(path: Path, what: str, wait: bool) -> TextIO:
+def _remove(path: Path, made: bool) -> None:
+    """Delete a lock file, and its folder where that was made for it and is empty; one that stays is held by nobody."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+        if made:
+            path.parent.rmdir()
+
+
+def _take(path: Path, what: str, wait: bool) -> BinaryIO:
     """The locked file at ``path``. One that its holder removed before it let go is no longer there, so a new one is opened."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            handle = path.open("a+", encoding="utf-8")
+            handle = _opened(path)
         except FileNotFoundError:  # a holder that was refused has just taken its empty folder away
             continue
         try:
             _lock(handle, what, wait)
+            at_path = _is_at(handle, path)
+            if at_path and handle.writable():
+                return handle
+            if at_path:
+                path.unlink()
         except BaseException:
             handle.close()
             raise
-        if _is_at(handle, path):
-            return handle
         handle.close()
 
 
-def _is_at(handle: TextIO, path: Path) -> bool:
+def _opened(path: Path) -> BinaryIO:
+    """A lock file, to write; to read where it is another user's: that is enough to see whether they are at work."""
+    try:
+        return path.open("a+b", buffering=0)
+    except PermissionError:
+        if not path.exists():
+            raise
+    try:
+        return path.open("rb", buffering=0)
+    except PermissionError:
+        raise ValueError(
+            f"{path}: the lock file is another user's and cannot be read; wait for them, or delete it where they are not at work"
+        ) from None
+
+
+def _is_at(handle: BinaryIO, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(handle.fileno()), path.stat())
     except FileNotFoundError:
         return False
 
 
-def _lock(handle: TextIO, what: str, wait: bool) -> None:
+def _lock(handle: BinaryIO, what: str, wait: bool) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         handle.seek(0)
-        holder = handle.read() or "another process"
+        holder = handle.read().decode(errors="replace") or "another process"
         if not wait:
             raise Held(holder) from None
         logger.info("%s: %s is at work on it; waiting", what, holder)
