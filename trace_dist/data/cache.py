@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
+
+_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What the system says of a place that cannot be written."""
+
+
+@contextmanager
+def caching() -> Iterator[None]:
+    """Where something may be written into the cache.
+
+    Raises:
+        ValueError: the cache cannot be written: no room, no permission, a disk that is only read.
+    """
+    try:
+        yield
+    except OSError as error:
+        folder = Path(datasets.config.HF_DATASETS_CACHE).absolute()
+        place = folder if error.filename is None else Path(os.fsdecode(error.filename)).absolute()
+        if error.errno not in _REFUSED or not (place.is_relative_to(folder) or folder.is_relative_to(place)):
+            raise
+        raise ValueError(
+            f"HF_DATASETS_CACHE={str(folder)!r}: the cache of data cannot be written ({error.strerror}); make room there, or set "
+            "HF_DATASETS_CACHE to a folder that can be written"
+        ) from error
 
 
 def cached(digest: str, suffix: str) -> Path:
@@ -17,7 +43,8 @@ def cached(digest: str, suffix: str) -> Path:
         suffix: of the file, with its dot.
     """
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "trace_dist"
-    folder.mkdir(parents=True, exist_ok=True)
+    with caching():
+        folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{digest}{suffix}"
 
 

@@ -26,7 +26,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from trace_dist.config import DataConfig
 from trace_dist.data import examples, template
 from trace_dist.data.bars import bars_on_main
-from trace_dist.data.cache import cached
+from trace_dist.data.cache import cached, caching
 from trace_dist.data.examples import Prompt
 from trace_dist.data.template import Frame, end_token, frames
 from trace_dist.utils.log import get_logger
@@ -140,7 +140,7 @@ def encode(
     ids = datasets.Sequence(datasets.Value("int32"))
     number = datasets.Value("int32")
     cache = cached(_digest(dataset, tokenizer, cfg), ".arrow")
-    with bars_on_main():
+    with caching(), bars_on_main():
         encoded = dataset.map(
             _encode_batch,
             batched=True,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache as once
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from pyarrow.parquet import read_metadata
 from trace_dist.config import TaskConfig
 from trace_dist.config.examples import example_file
 from trace_dist.data.bars import bars_on_main
-from trace_dist.data.cache import place_of
+from trace_dist.data.cache import caching, place_of
 from trace_dist.data.files import GZIP, cells_header, read_json_lines, read_json_values, read_text
 from trace_dist.data.tables import Table
 from trace_dist.parts import IMAGES
@@ -270,12 +270,16 @@ _READERS: dict[str, Callable[[list[Path], str], datasets.Dataset | list[Any]]] =
 
 @contextmanager
 def _one_line(what: str, cure: str) -> Iterator[None]:
-    """Turns an error of ``datasets``, arrow, pandas or the hub, which all raise kinds of their own, into one line."""
+    """Turns an error of ``datasets``, arrow, pandas or the hub, which all raise kinds of their own, into one line;
+    what the cache cannot take is no fault of the data."""
     try:
         yield
     except Exception as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
+        if isinstance(cause, OSError):
+            with suppress(OSError), caching():
+                raise cause from None
         reason = " ".join(str(cause).split())[:_LONGEST_REASON] or type(cause).__name__
         raise ValueError(f"{what} ({reason}); {cure}") from error
