@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from functools import partial
 from types import MethodType
 from typing import Any, Protocol
 
@@ -24,6 +23,7 @@ from trace_kernels.compact import compact_gather
 from trace_dist.masks.mask import Mask
 from trace_dist.models.nf4 import NF4Linear
 from trace_dist.models.wrapping import plain_name, refuse_data_parallel
+from trace_dist.sharding.activation_checkpoints import ActivationCheckpoints
 from trace_dist.sharding.comm import Comm
 from trace_dist.sharding.index_shares import IndexShares, blocks_of, worth_sharing
 from trace_dist.sharding.masked_linear import MaskedLinear, RunningPass, patch_linear
@@ -102,7 +102,8 @@ class Compactor:
         # Backward must reach the lowest masked layer even though its input needs no gradient.
         self._anchor = torch.zeros((), device=model.device, requires_grad=True)
         self._anchor_node = get_gradient_edge(self._anchor).node
-        self._undo.append(model.module.register_forward_pre_hook(_settle_checkpoints).remove)
+        checkpoints = ActivationCheckpoints(model.module)
+        self._undo.append(model.module.register_forward_pre_hook(checkpoints).remove)
         running = RunningPass(model.module)
         self._undo.append(running.close)
         for support in self.supports:
@@ -277,33 +278,6 @@ def _away(model: Attachable, mask: Mask, linears: Mapping[str, Any]) -> set[str]
     blocks = [set(block) - reduced for block in blocks_of(model.module, leaving)]
     largest = max((sum(mask.units.gaps[name].words.nbytes for name in block) for block in blocks), default=0)
     return reduced.union(*blocks) if worth_sharing(largest, model.device.type) else reduced
-
-
-def _settle_checkpoints(module: nn.Module, _: Any) -> None:
-    """Make activation checkpoints that transformers has just enabled non-reentrant, and let backward stop above the embeddings.
-
-    A reentrant checkpoint runs a backward pass of its own in every layer, behind the back of ZeRO-3 and of the exchange, and sees
-    a gradient only if its input requires one: so transformers makes the embeddings' output require it. With the other kind
-    that would make backward run, and recompute, down to the embeddings, however high the lowest masked layer lies.
-    """
-    if not getattr(module, "_require_grads_hooks", None):
-        return
-    module.disable_input_require_grads()  # type: ignore[operator]
-    reentrant = [child for child in module.modules() if _is_reentrant(child)]
-    for child in reentrant:
-        checkpoint: Any = child._gradient_checkpointing_func
-        keywords = {**getattr(checkpoint, "keywords", {}), "use_reentrant": False}
-        child._gradient_checkpointing_func = partial(getattr(checkpoint, "func", checkpoint), **keywords)  # type: ignore[assignment]
-    if reentrant:
-        logger.warning(
-            "activation checkpointing: use_reentrant=True hides each layer's backward pass; switched to use_reentrant=False"
-        )
-
-
-def _is_reentrant(module: nn.Module) -> bool:
-    """Whether this layer is checkpointed the reentrant way, torch's default when nothing is said."""
-    checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-    return checkpoint is not None and getattr(checkpoint, "keywords", {}).get("use_reentrant", True)
 
 
 def _join_zero_grad(module: nn.Module, reset: Callable[[], None]) -> Callable[[], None]:
