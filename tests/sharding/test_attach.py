@@ -107,7 +107,7 @@ def by_weight_norm(layer: nn.Module) -> None:
         nn.utils.weight_norm(layer)
 
 
-@pytest.mark.parametrize(
+COMPUTED = pytest.mark.parametrize(
     "compute",
     [
         partial(nn.utils.prune.l1_unstructured, name="weight", amount=0.5),
@@ -117,6 +117,9 @@ def by_weight_norm(layer: nn.Module) -> None:
     ],
     ids=["prune", "spectral_norm", "weight_norm", "parametrization"],
 )
+
+
+@COMPUTED
 def test_a_layer_whose_weight_is_computed(compute: Callable[[nn.Module], object]) -> None:
     """What it is computed from trains like any other parameter, and the layers beside it as before."""
     model, other = CASE.model().train(), CASE.model().train()
@@ -132,6 +135,32 @@ def test_a_layer_whose_weight_is_computed(compute: Callable[[nn.Module], object]
     assert any("layers.0.mlp.up_proj" in name for name in mask)
     for support in optimizer.supports:
         expected = dense[support.name].flatten()[mask.elements(support.name)]
+        torch.testing.assert_close(support.grad, expected, rtol=1e-4, atol=1e-7)
+
+
+@COMPUTED
+def test_a_layer_whose_weight_is_computed_from_now_on(compute: Callable[[nn.Module], object]) -> None:
+    """The layer is torch's again, and the optimizer asks for a new one."""
+    model, other = CASE.model().train(), CASE.model().train()
+    ids = batches(CASE)[0][0]
+    optimizer = MaskedAdamW(model, Mask.random(model, 0.5, maskable="up_proj|down_proj"))
+    for each in (model, other):
+        torch.manual_seed(0)
+        compute(each.model.layers[0].mlp.up_proj)
+    assert torch.equal(model(input_ids=ids).logits, other(input_ids=ids).logits)
+    for each in (model, other):
+        each(input_ids=ids).logits.square().mean().backward()
+    with pytest.raises(
+        ValueError, match=r"up_proj\.weight' was replaced in the model since, .*; build the optimizer"
+    ):
+        optimizer.step()
+    optimizer = MaskedAdamW(model, Mask.random(model, 0.5, maskable="up_proj|down_proj"))
+    for each in (model, other):
+        each.zero_grad()
+        each(input_ids=ids).logits.square().mean().backward()
+    dense = {name: p.grad for name, p in other.named_parameters()}
+    for support in optimizer.supports:
+        expected = dense[support.name].flatten()[optimizer.mask.elements(support.name)]
         torch.testing.assert_close(support.grad, expected, rtol=1e-4, atol=1e-7)
 
 

@@ -181,8 +181,17 @@ class MaskedLinear(nn.Linear):
 
     @property
     def weight(self) -> Any:  # type: ignore[override]
-        """The parameter, or, while a pass runs, what stands for it."""
-        return self.catch(self._parameters["weight"])  # type: ignore[arg-type]
+        """The parameter, or, while a pass runs, what stands for it; what torch computes for a layer that has no such parameter
+        any more, as after ``weight_norm`` or pruning."""
+        if (parameter := self._parameters.get("weight")) is not None:
+            return self.catch(parameter) if "catch" in self.__dict__ else parameter
+        if "weight" in self.__dict__:
+            return self.__dict__["weight"]
+        raise AttributeError("weight")
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        self.__dict__["weight"] = value
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         refuse_data_parallel()
@@ -254,7 +263,9 @@ def patch_linear(
 
     def steps_aside(self: nn.Linear | NF4Linear) -> bool:
         return in_sight is not None and (
-            self._parameters["weight"] is not in_sight or not in_sight.requires_grad or _has_hooks(in_sight)
+            self._parameters.get("weight") is not in_sight
+            or not in_sight.requires_grad
+            or _has_hooks(in_sight)
         )
 
     def catch(self: nn.Linear | NF4Linear, weight: Tensor) -> Tensor:
@@ -274,7 +285,7 @@ def patch_linear(
             layer.forward = before
         if caught is not None:
             layer.catch = caught
-        elif isinstance(layer, MaskedLinear):
+        elif type(layer) is MaskedLinear:  # and no class that torch's parametrizations have derived from it
             layer.__class__ = nn.Linear  # type: ignore[assignment]
 
     return undo
