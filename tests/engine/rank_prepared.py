@@ -137,6 +137,7 @@ def prepared(out: Path) -> dict[str, Any]:
     sharded = shard(CASE.model(), "zero3")
     found["loss.backward on zero3"] = plain_loop(CASE, sharded, make_optimizer(CASE, sharded))
     found["refused"] = refusals()
+    found["join"] = {"shadowed": joined(False), "ended by the first": joined(True)}
     return found
 
 
@@ -224,6 +225,19 @@ def another_seed() -> nn.Module:
     with torch.no_grad():
         model.model.norm.weight.add_(dist.rank())
     return model
+
+
+def joined(throws: bool) -> str:
+    """What a pass in ``DDP.join`` is told, which may end once one rank has no more batches (``throws``)."""
+    model = DistributedDataParallel(CASE.model())
+    optimizer = make_optimizer(CASE, model)
+
+    def train() -> None:
+        with model.join(throw_on_early_termination=throws):
+            model(input_ids=batches(CASE)[0][0]).logits.square().mean().backward()
+            optimizer.step()
+
+    return refused(train)
 
 
 def refusals() -> dict[str, str]:

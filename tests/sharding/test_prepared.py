@@ -143,6 +143,14 @@ def test_what_is_refused(world, model: str, message: str) -> None:
             assert part in report["prepared"]["refused"][model]
 
 
+@pytest.mark.launcher
+def test_ranks_that_would_run_out_of_batches_are_refused(world) -> None:
+    for report in world(3).reports:
+        found = report["prepared"]["join"]
+        assert "let ranks run out of batches" in found["shadowed"]
+        assert found["ended by the first"] == ""
+
+
 def test_a_plain_model_in_one_process() -> None:
     model = CASE.model()
     assert plain_loop(CASE, model, make_optimizer(CASE, model)) == pytest.approx(

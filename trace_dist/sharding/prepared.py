@@ -154,6 +154,7 @@ class PreparedModel(ReplicatedModel):
         around = DistributedDataParallel._get_active_ddp_module()
         if around is not None and unwrap(around) is self.module:
             _let_idle(around)
+            _check_even(around)
             self._check_frozen()
         if self.device != self._attached_on:
             raise ValueError(
@@ -188,6 +189,15 @@ def _let_idle(ddp: Any) -> None:
     """Leave DDP's reducer idle: what ``no_sync`` sets, and, of a static graph, that its first pass has been reduced."""
     ddp.require_backward_grad_sync = False
     ddp._static_graph_delay_allreduce_enqueued = True
+
+
+def _check_even(ddp: Any) -> None:
+    """Raise ValueError under ``Join``: a rank out of batches would answer DDP's collectives, which are idle, and none of ours."""
+    if ddp._join_config.enable and not ddp._join_config.throw_on_early_termination:
+        raise ValueError(
+            "model: DDP.join(), Join and accelerate's join_uneven_inputs let ranks run out of batches, and MaskedAdamW works on "
+            "all ranks together; give each rank as many batches (drop_last, DistributedSampler, even_batches=True)"
+        )
 
 
 def _drop(parameter: Tensor) -> None:
