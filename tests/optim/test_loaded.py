@@ -58,9 +58,15 @@ def test_a_step_without_a_rate_leaves_what_was_loaded(
 
 
 @pytest.mark.parametrize(("dtype", "offload"), COPIES)
-def test_what_is_saved_before_the_next_step(dtype: torch.dtype, offload: str) -> None:
+def test_what_is_saved_before_the_next_step(
+    dtype: torch.dtype, offload: str, caplog: pytest.LogCaptureFixture
+) -> None:
     optimizer = make(dtype, offload=offload)
     optimizer.model.module.load_state_dict(moved(dtype))
+    with caplog.at_level(logging.WARNING):
+        optimizer.state_dict()
+    assert caplog.text.count("were loaded after it was built") == 1
+    assert f"the weights of {len(optimizer.supports)} parameters" in caplog.text
     for support, values in zip(optimizer.supports, optimizer.state_dict()["values"], strict=True):
         expected = moved(dtype)[support.name].flatten()[optimizer.mask.elements(support.name)]
         assert torch.equal(values, expected.to(values.dtype)), support.name

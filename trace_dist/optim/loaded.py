@@ -34,20 +34,22 @@ class Loaded:
 
     def __init__(self, model: ShardedModel, copies: Iterable[tuple[Support, list[Tensor]]]) -> None:
         self._model = model
-        self._copies = {support.name: tensors for support, tensors in copies if model.dense([support])}
+        found = [(support, tensors) for support, tensors in copies if tensors and model.dense([support])]
+        self._supports = [support for support, _ in found]
+        self._copies = {support.name: tensors for support, tensors in found}
         self._stamps: dict[str, tuple[int, int]] = {}
         self.agree()
 
     def agree(self) -> None:
         """All copies were made to agree with the weights by somebody else."""
-        self._stamps = {name: self._model.stamp(name) for name, tensors in self._copies.items() if tensors}
+        self._stamps = {name: self._model.stamp(name) for name in self._copies}
 
     @torch.no_grad()
     def follow(self, supports: Iterable[Support]) -> None:
-        """Take the copies of some supports anew where their weights were loaded since."""
-        stamps, stamp = self._stamps, self._model.stamp
-        written = [s for s in supports if s.name in stamps and stamps[s.name] != stamp(s.name)]
-        changed = [support.name for support in written if self._take(support)]
+        """Take all copies anew whose weights were loaded since, where one of some supports was: it is said once for all."""
+        if not any(map(self._is_written, supports)):
+            return
+        changed = [s.name for s in self._supports if self._is_written(s) and self._take(s)]
         if changed:
             logger.warning(
                 "MaskedAdamW: the weights of %d parameters, such as %s, were loaded after it was built: training goes on from "
@@ -55,6 +57,10 @@ class Loaded:
                 len(changed),
                 changed[0],
             )
+
+    def _is_written(self, support: Support) -> bool:
+        stamp = self._stamps.get(support.name)
+        return stamp is not None and stamp != self._model.stamp(support.name)
 
     def _take(self, support: Support) -> bool:
         """Let the copies of one support agree with its weight; whether one did not."""
