@@ -11,7 +11,7 @@ import pytest
 import torch
 from engine.cases import CASES, batches
 from torch import Tensor, nn
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from trace_dist import Mask, MaskedAdamW
 
@@ -30,7 +30,7 @@ class Wrapper(nn.Module):
         return self.inner(**inputs)
 
 
-def of_images() -> nn.Module:
+def of_images() -> PreTrainedModel:
     config = ViTConfig(
         image_size=8,
         patch_size=4,
@@ -43,7 +43,7 @@ def of_images() -> nn.Module:
     return ViTForImageClassification(config)
 
 
-def loss_of(model: nn.Module, inner: nn.Module) -> Tensor:
+def loss_of(model: nn.Module, inner: PreTrainedModel) -> Tensor:
     inputs = {"input_ids": IDS} if inner.main_input_name == "input_ids" else {"pixel_values": PIXELS}
     return model(**inputs).logits.square().mean()
 
@@ -52,7 +52,10 @@ def loss_of(model: nn.Module, inner: nn.Module) -> Tensor:
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("make", [CASES["element"].model, of_images], ids=["tokens", "pixels"])
 def test_gradients_are_those_without(
-    make: Callable[[], nn.Module], wrapped: bool, options: dict[str, bool], caplog: pytest.LogCaptureFixture
+    make: Callable[[], PreTrainedModel],
+    wrapped: bool,
+    options: dict[str, bool],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     inner = make().train()
     model = Wrapper(inner) if wrapped else inner
