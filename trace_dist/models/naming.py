@@ -48,6 +48,8 @@ def pieces_of(model: PreTrainedModel, names: Iterable[str]) -> Pieces:
     parts: dict[str, dict[str | None, list[str]]] = {}  # target -> converter's source pattern -> names
     for name in sorted(names, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if target not in known and name in known:  # a rule meant for others, as from_pretrained takes it
+            target, pattern = rename_source_key(name, [], [], model.base_model_prefix, known)
         if target in known:
             parts.setdefault(target, {}).setdefault(pattern, []).append(name)
     pieces = {}
@@ -64,14 +66,16 @@ def _end_to_end(rule: WeightConverter, by_pattern: dict[str | None, list[str]]) 
     """The sources in the order that makes the parameter, laid end to end; None where no order does.
 
     Stacking the matrices of each pattern along dim 0 and joining the stacks along dim 1 gives, in row-major
-    order, expert after expert and pattern after pattern.
+    order, expert after expert and pattern after pattern. Joining one tensor of each pattern along dim 0 lays them end to end too.
     """
     joins = [(type(op), op.dim) for op in rule.operations if isinstance(op, MergeModulelist | Concatenate)]
     if len(joins) != len(rule.operations) or len(rule.target_patterns) != 1:
         return None
+    lists = [by_pattern.get(pattern, []) for pattern in rule.source_patterns]
+    if joins == [(Concatenate, 0)] and all(len(names) == 1 for names in lists):
+        return [name for names in lists for name in names]
     if joins != [(MergeModulelist, 0), (Concatenate, 1)][: len(joins)] or not joins:
         return None
-    lists = [by_pattern.get(pattern, []) for pattern in rule.source_patterns]
     if len({len(names) for names in lists}) != 1 or (len(joins) == 1 and len(lists) > 1):
         return None
     return [name for expert in zip(*lists, strict=True) for name in expert]
