@@ -46,6 +46,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "word_embed_proj_dim": 20,
         "max_position_embeddings": 64,
     },
+    "stablelm": {**_LLAMA_LIKE, "num_key_value_heads": 3},
+    "bitnet": {**_LLAMA_LIKE, "num_key_value_heads": 3, "head_dim": 12},
     "mixtral": {**_EXPERTS, "num_local_experts": 3},
     "jetmoe": {
         **_EXPERTS,

@@ -115,6 +115,11 @@ def test_query_heads_that_share_one_key_go_one_by_one() -> None:
         ("gpt_neox", Widths(intermediate=20, hidden=18), r"no q weight of their own.*leave keep_hidden"),
         ("mixtral", Widths(intermediate=20), r"cannot be made narrower"),
         ("opt", Widths(hidden=18), r"cannot be made narrower"),
+        # Fewer heads, of the same weights: each would be longer.
+        ("opt", Widths(heads=2), r"which part of .*k_proj.bias, \[36\], the copy's \[36\] is, is not known"),
+        ("stablelm", Widths(heads=1), r"which part of .*k_proj.weight, \[36, 36\], the copy's \[36, 36\] is"),
+        # A norm over the neurons, as long as the channels that stay.
+        ("bitnet", Widths(hidden=18, intermediate=18), r"ffn_sub_norm.weight, \[50\], the copy's \[18\] is"),
         ("gpt2", Widths(hidden=18), r"cannot be made narrower"),
     ],
 )

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from trace_dist.models.architecture import cause
+from trace_dist.models.axes import axes_of
 from trace_dist.models.depth import refusal
 from trace_dist.models.heads import head_rows
 from trace_dist.models.origin import Origin
@@ -176,6 +177,13 @@ class Narrower:
 
     def _cut(self, info: ParamInfo, copy: ParamInfo, name: str) -> list[Tensor | None]:
         """The indices of each dimension that are kept; the sizes must be those that the copy has."""
+        for dim, axis in enumerate(axes_of(name, len(copy.shape))):
+            kept = None if axis is None else self.origin.kept(axis, name)
+            # What is as long as something else than the residual stream does not run over its channels.
+            known = axis != "hidden" or info.shape[dim] == self._hidden
+            if kept is not None and (len(kept) == copy.shape[dim]) != known:
+                why = f"which part of {info.name}, {list(info.shape)}, the copy's {list(copy.shape)} is, is not known"
+                raise ValueError(_refusal(self._whole, why))
         places = self.origin.places(name, copy.shape)
         sizes = tuple(
             size if each is None else len(each) for size, each in zip(info.shape, places, strict=True)
