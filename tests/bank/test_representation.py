@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from trace_dist.bank.representation import alike, pooled, represent, represent_views
 from trace_dist.config.bank import Pooling
@@ -94,6 +101,43 @@ def test_several_layers_and_poolings_in_one_pass_are_each_as_alone() -> None:
         for place, layer in enumerate((2, 0, -2)):
             alone = represent(model, prompts, layer=layer, batch_size=3, pad_id=0, pooling=pooling)
             assert torch.equal(x[:, place], alone)
+
+
+STREAMS: dict[str, dict[str, Any]] = {
+    "gemma3n_text": {
+        "intermediate_size": [48] * 2, "num_key_value_heads": 2, "num_kv_shared_layers": 0, "altup_num_inputs": 3,
+        "altup_active_idx": 1, "activation_sparsity_pattern": [0.0] * 2, "hidden_size_per_layer_input": 4,
+        "vocab_size_per_layer_input": 50, "laurel_rank": 4,
+    },
+    "deepseek_v4": {
+        "num_key_value_heads": 1, "n_routed_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "q_lora_rank": 16,
+        "qk_rope_head_dim": 4, "o_groups": 2, "o_lora_rank": 8, "hc_mult": 3, "index_head_dim": 8, "index_n_heads": 2,
+        "index_topk": 4,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", STREAMS)
+def test_several_streams_of_a_layer_are_one(family: str) -> None:
+    """Prompts as many and as long as there are streams, so that no size says which dimension is which."""
+    torch.manual_seed(0)
+    common = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+    }
+    config = AutoConfig.for_model(family, **common, pad_token_id=0, **STREAMS[family])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    prompts = [[5, 6, 7], [9, 10, 11], [20, 21, 22]]
+    found = represent(model, prompts, layer=1, batch_size=3, pad_id=0)
+    assert found.shape == (3, 32)
+    for row, prompt in zip(found, prompts, strict=True):
+        with torch.no_grad():
+            states = model(torch.tensor([prompt]), output_hidden_states=True).hidden_states[1]
+        expected = states[1, 0].mean(0) if family == "gemma3n_text" else states[0].mean((0, 1))
+        torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_represent_with_learned_positions_and_without_gradients() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from probe.setting import make_batches, make_config, make_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from trace_dist.masks.ops import layouts_for, place
 from trace_dist.projection import activations
@@ -159,6 +161,20 @@ def test_other_numbers_of_layers_heads_and_channels_are_matched() -> None:
     assert matching(site, mask)["layers"] == {"0": [0], "1": [0], "2": [1]}
     for name, layout in site.layouts.items():
         assert float(found(name, layout).min()) >= 0
+
+
+def test_of_several_streams_the_tokens_own_is_matched() -> None:
+    """Those of Gemma 3n lie before the batch."""
+    config = AutoConfig.for_model(
+        "gemma3n_text", vocab_size=37, vocab_size_per_layer_input=37, hidden_size=24, intermediate_size=[40] * 2,
+        num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3, head_dim=4, num_kv_shared_layers=0,
+        hidden_size_per_layer_input=4, laurel_rank=4, altup_num_inputs=3, activation_sparsity_pattern=[0.0] * 2,
+        layer_types=["sliding_attention", "full_attention"], bos_token_id=1, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    matched = align.Alignment.of(site_for(copy.deepcopy(model), model, model), 2).hidden
+    assert matched.units.tolist() == list(range(24))
 
 
 def test_groups_of_query_heads_stay_together() -> None:

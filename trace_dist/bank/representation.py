@@ -19,6 +19,7 @@ from trace_dist.data.encoding import check_context
 from trace_dist.evaluation.inputs import pad
 from trace_dist.evaluation.passes import evaluating, map_over_ranks
 from trace_dist.models.forward import names_argument
+from trace_dist.models.streams import one_stream
 
 
 def pooled(states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
@@ -66,7 +67,7 @@ def _hidden(model: PreTrainedModel, ids: Tensor, mask: Tensor, chosen: Sequence[
                 f"bank.layer={layer}: must lie in [{-len(layers)}, {len(layers)}) for this model "
                 "(0 is the embedding); use -1 for the last"
             )
-    return [layers[layer] for layer in chosen]
+    return [one_stream(layers[layer], model.config) for layer in chosen]
 
 
 def represent(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from trace_dist.data.batches import Batches
 from trace_dist.data.encoding import IGNORE
 from trace_dist.models.roles import ParamInfo, describe
+from trace_dist.models.streams import one_stream
 from trace_dist.train.loss import forward_nll_sum
 from trace_dist.utils import dist
 from trace_dist.utils.devices import sent
@@ -93,9 +94,10 @@ class Moments:
 
 
 class _Recorder:
-    """Keeps what flows into some modules, during one pass."""
+    """Keeps what flows into some modules of a model, during one pass."""
 
-    def __init__(self, places: Mapping[tuple[Place, int], nn.Module]) -> None:
+    def __init__(self, model: Any, places: Mapping[tuple[Place, int], nn.Module]) -> None:
+        self._config = model.config
         self.seen: dict[tuple[Place, int], Tensor] = {}
         self._handles = [
             module.register_forward_pre_hook(self._keep(key), with_kwargs=True)
@@ -105,7 +107,8 @@ class _Recorder:
     def _keep(self, key: tuple[Place, int]) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             value = args[0] if args else kwargs["hidden_states"]
-            self.seen[key] = value.detach().float().cpu().flatten(0, -2)
+            states = one_stream(value.detach(), self._config)
+            self.seen[key] = states.float().cpu().flatten(0, -2)
 
         return hook
 
@@ -197,7 +200,7 @@ def correlations(
         {key: each for key, each in places_of(module).items() if key[1] in wanted}
         for module, wanted in zip((target.module, proxy), layers, strict=True)
     ]
-    recorders = [_Recorder(places) for places in read]
+    recorders = [_Recorder(model, places) for model, places in zip((target.module, proxy), read, strict=True)]
     modes = target.module.training, proxy.training
     target.eval(), proxy.eval()
     try:
