@@ -17,6 +17,7 @@ from trace_dist.cli.arguments import GOES_ON, RUN_COMMANDS
 from trace_dist.cli.errors import explain_system, report_error
 from trace_dist.cli.lifetime import end_with_parents, outlive_terminals
 from trace_dist.cli.parser import parse, run_config, split_launch
+from trace_dist.cli.streams import OUTPUT, lose_output, name_output, open_streams
 from trace_dist.launching import ProcessFailed
 from trace_dist.utils.codes import FAILED, LOST
 from trace_dist.utils.imports import importing
@@ -50,9 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # Added by launchers.
     words = [word for word in words if not word.startswith(("--local_rank", "--local-rank"))]
+    open_streams()
     end_with_parents()
     outlive_terminals()
     _say_everything()
+    name_output()
     try:
         try:
             return _run(words)
@@ -60,8 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     except BrokenPipeError:
         # Whoever reads the output has seen enough, as `| head`; nothing is flushed into the pipe at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        lose_output()
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.filename != OUTPUT:
+            raise
+        lose_output()
+        report_error(explain_system(error))
+        return FAILED
     except KeyboardInterrupt:
         if not launched_rank():
             again = "; start the same command again to go on" if words[:1] and words[0] in GOES_ON else ""
@@ -141,7 +150,10 @@ def _outcome(name: str, values: Any) -> int:
 
 
 def _is_users(error: Exception) -> bool:
-    """Whether an error is of what the user gave; a reader or a rank that went away is none, and no file."""
+    """Whether an error is of what the user gave; a reader or a rank that went away is none, and no file, nor is an output that
+    takes no more: ``main`` says so."""
+    if isinstance(error, OSError) and error.filename == OUTPUT:
+        return False
     return isinstance(error, ValueError | OSError) and not isinstance(error, ConnectionError)
 
 

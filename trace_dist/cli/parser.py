@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import PARSER, Action, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -99,6 +101,12 @@ class Parser(ArgumentParser):
         said = told(explain(message), self._options_of)
         report_error(said if said.endswith("--help") else f"{said}; see {program} --help")
         raise SystemExit(2)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # The standard library's passes every error by, also that of a full output.
+        if message:
+            with suppress(BrokenPipeError):
+                (file or sys.stderr).write(message)
 
     def _given(self, entry: Mapping[str, Any]) -> dict[str, Any]:
         """What an entry says beside the defaults, with which the parser has filled it."""
