@@ -126,8 +126,7 @@ def _build() -> Path:
     command = [os.environ.get("CXX", "g++"), *_FLAGS]
     recipe = (SOURCE.read_text(encoding="utf-8"), *command, platform.machine(), _instruction_sets())
     key = hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:16]
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
-    path = Path(root) / "trace_kernels" / f"cpu_kernels_{key}.so"
+    path = _cache() / "trace_kernels" / f"cpu_kernels_{key}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -141,6 +140,20 @@ def _build() -> Path:
             )
             built.replace(path)
     return path
+
+
+def _cache() -> Path:
+    """Where libraries are kept.
+
+    Raises:
+        FileNotFoundError: a user without a home (no HOME, and no entry of the system's) has named no folder.
+    """
+    if root := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(root)
+    try:
+        return Path.home() / ".cache" / "torch_extensions"
+    except RuntimeError:
+        raise FileNotFoundError("no home for the library; set HOME or TORCH_EXTENSIONS_DIR") from None
 
 
 def _instruction_sets() -> str:

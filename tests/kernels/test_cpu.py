@@ -237,6 +237,21 @@ def test_a_compiler_that_fails_says_why(library_folder: Path, monkeypatch: pytes
     assert list(library_folder.iterdir()) == []
 
 
+def test_a_user_without_a_home_has_the_torch_path(
+    library_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a container does that runs under a number which no user has."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(f"uid not found: {number}")
+
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.warns(RuntimeWarning, match="set HOME or TORCH_EXTENSIONS_DIR"):
+        assert cpu.library() is None
+
+
 def test_the_environment_can_ask_for_torch(library_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACE_KERNELS_CPU", "torch")
     with warnings.catch_warnings():

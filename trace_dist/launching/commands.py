@@ -251,7 +251,8 @@ def _environment_file(environment: Mapping[str, str], scratch: Path) -> Path:
         for name, value in forwarded(environment).items()
     }
     lines = [f"{name}={value}" for name, value in sorted(told.items())]
-    own = Path.home() / ".deepspeed_env"
+    # Where the user has no home it is no file.
+    own = Path(os.path.expanduser("~/.deepspeed_env"))
     if own.is_file():
         lines += [line for line in own.read_text().splitlines() if "=" in line]
     path = scratch / "deepspeed_env"
