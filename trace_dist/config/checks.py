@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import os.path
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Final, Literal
+
+from trace_dist.utils.home import from_home
 
 Rate = float | Literal["auto"]
 """A peak learning rate, or the one that wins the race (config/race.py)."""
@@ -71,8 +72,12 @@ class Section:
         for name in names:
             value = getattr(self, name)
             if value is not None:
+                try:
+                    expanded = str(from_home(value)) if value.startswith("~") else value
+                except ValueError as error:
+                    raise ValueError(f"{self._called(name)}={error}") from None
                 # Before anyone else has the object.
-                object.__setattr__(self, name, os.path.expanduser(value))
+                object.__setattr__(self, name, expanded)
 
     def at_least(self, least: int, *names: str) -> None:
         """Fields that are not None are this or more."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from trace_dist.utils.home import from_home
+
 SCHEME = "example:"
 FOLDER = Path(__file__).parents[1] / "examples"
 
@@ -33,7 +35,7 @@ def example_file(source: str, field: str) -> Path:
         ValueError: no file of the examples has this name.
     """
     name = source.removeprefix(SCHEME)
-    return Path(source).expanduser() if name == source else _found(name, field, source, ".jsonl")
+    return from_home(source) if name == source else _found(name, field, source, ".jsonl")
 
 
 def _found(name: str, field: str, source: str, suffix: str) -> Path:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache as once
-from pathlib import Path
 
 import datasets
 
 from trace_dist.config import TaskConfig
 from trace_dist.data.reading import TEST, TRAIN, VALIDATION, beside, read_splits
 from trace_dist.data.tables import Table
+from trace_dist.utils.home import from_home
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
@@ -100,9 +100,9 @@ def validation_file(task: TaskConfig) -> Table | None:
     Raises:
         ValueError: the file that is named is not there, or cannot be read.
     """
-    path = Path(str(task.path)).expanduser()
+    path = from_home(str(task.path))
     named = task.validation_path
-    file = beside(path, VALIDATION) if named is None else Path(named).expanduser()
+    file = beside(path, VALIDATION) if named is None else from_home(named)
     if file.is_file() and (named is not None or (path.is_file() and task.validation_split is None)):
         alone = replace(task, validation_path=None, validation_split=None, split=None, test_split=None)
         return parts_of(replace(alone, path=str(file), subset=None, revision=None)).train

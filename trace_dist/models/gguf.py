@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from trace_dist.models.architecture import cause
 from trace_dist.models.gguf_layout import check_gguf
 from trace_dist.utils.files import atomic_folder
+from trace_dist.utils.home import from_home
 
 _PACKAGE = "package:"
 
@@ -30,7 +31,7 @@ def find_gguf(source: str) -> Path:
         ValueError: no such file or package, or the package holds none or several.
     """
     if not source.startswith(_PACKAGE):
-        file = Path(source).expanduser()
+        file = from_home(source)
         if not (file.is_file() and file.suffix == ".gguf"):
             raise ValueError(f"model.gguf={source!r}: no such .gguf file; fix the path")
         return file

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from trace_dist.utils.home import from_home
+
 _TRUSTED: set[str] = set()
 
 
@@ -23,4 +25,4 @@ def is_trusted(path: str | Path) -> bool:
 
 def _key(path: str | Path) -> str:
     # The same for a folder that is yet to be made; a hub id has no other meaning as long as the process stays where it is.
-    return str(Path(path).expanduser().resolve())
+    return str(from_home(path).resolve())

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from trace_dist.models.quantised import refuse_quantised_config, refuse_quantised_tensors
 from trace_dist.models.trust import is_trusted, trust
 from trace_dist.utils.files import read_json, readable
+from trace_dist.utils.home import from_home
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -33,7 +34,7 @@ def resolve(path: str | Path) -> Path:
     Raises:
         ValueError: neither a folder with a ``config.json`` nor a model that can be fetched.
     """
-    folder, what = Path(path).expanduser(), f"model.path={str(path)!r}"
+    folder, what = from_home(path), f"model.path={str(path)!r}"
     if folder.is_dir():
         _check_folder(folder, what)
         return folder

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from math import prod
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +48,7 @@ from trace_dist.sharding.compaction import linear_modules
 from trace_dist.sharding.index_shares import share_bytes, worth_sharing
 from trace_dist.sharding.sequence import check_divisible
 from trace_dist.sharding.views import chunk_views
+from trace_dist.utils.home import from_home
 
 STATES = ("weights", "master", "exp_avg", "exp_avg_sq", "gradients", "indices", "staging")
 TRANSIENT = ("gathered", "weight_gradient", "reduction", "activations", "logits")
@@ -92,7 +92,7 @@ def load_config(model: str) -> Any:
         ValueError: there is none, it is of weights that are not trained, as others have quantised them, or of no causal LM.
     """
     is_path = model.startswith((".", "~", "/")) or model.endswith(".json") or model.count("/") > 1
-    path = Path(model).expanduser()
+    path = from_home(model)
     if is_path and not path.exists():
         raise ValueError(
             f"model={model!r}: no such file or folder; give a config.json, a folder that holds one, or a hub id"

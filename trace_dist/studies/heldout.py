@@ -19,6 +19,7 @@ from trace_dist.data.files import read_text
 from trace_dist.train.loss import answer_logits
 from trace_dist.utils import dist
 from trace_dist.utils.devices import sent
+from trace_dist.utils.home import from_home
 
 Rows = Sequence[Mapping[str, Any]]
 """Encoded examples: ``input_ids`` and ``labels``."""
@@ -118,7 +119,7 @@ def find_text(source: str) -> str:
     Raises:
         ValueError: it is not there.
     """
-    path = Path(source).expanduser()
+    path = from_home(source)
     if source.startswith(PACKAGE):
         module, _, file = source.removeprefix(PACKAGE).partition("/")
         spec = importlib.util.find_spec(module) if module.isidentifier() else None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from trace_dist.config import RunConfig
 from trace_dist.config.task import TaskConfig
+from trace_dist.utils.home import from_home
 from trace_dist.utils.log import get_logger
 
 logger = get_logger(__name__)
@@ -15,7 +15,7 @@ logger = get_logger(__name__)
 
 def with_local_tasks(cfg: RunConfig, tasks: Sequence[TaskConfig]) -> RunConfig:
     """The run with those of some further tasks whose data are there."""
-    there = [task for task in tasks if Path(str(task.path)).expanduser().exists()]
+    there = [task for task in tasks if from_home(str(task.path)).exists()]
     missing = [task.name for task in tasks if task not in there]
     if missing:
         logger.info("study.local_tasks: not there, and left out: %s", ", ".join(missing))

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from trace_dist.utils.home import from_home
 from trace_dist.utils.yaml import load_yaml
 
 FOLDER = Path(__file__).with_name("gpus")
@@ -99,7 +100,7 @@ def _read(name: str) -> dict[str, Any]:
     path = FOLDER / f"{name}.yaml"
     own = name.endswith((".yaml", ".yml"))
     if own:
-        path = Path(name).expanduser()
+        path = from_home(name)
     if not path.is_file():
         cure = f"use one of {', '.join(gpu_names())}, or a YAML file of your own"
         raise ValueError(f"gpu={name!r}: {'no such file' if own else 'unknown'}; {cure}")
