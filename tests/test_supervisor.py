@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 from cli.program import is_alive
 
 from trace_dist.config import LaunchConfig
-from trace_dist.launching import supervisor
+from trace_dist.launching import commands, supervisor
 from trace_dist.launching.commands import Start
 from trace_dist.launching.supervisor import Supervisor, is_loss
 from trace_dist.utils.stopping import STOP
@@ -122,6 +124,22 @@ def test_a_signal_that_comes_before_the_ranks_begin(
     begun = time.monotonic()
     assert supervisor.supervise(LaunchConfig(), "acting", []) == code
     assert time.monotonic() - begun < 15
+
+
+def test_a_full_place_for_temporary_files_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the folder of what launchers read, and for a file in it."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(Path, "write_text", refuse)
+    full = r"cannot be written \(No space left on device\)"
+    with pytest.raises(ValueError, match=f"TMPDIR='{tmp_path}': {full}"):
+        supervisor.supervise(LaunchConfig(), "acting", [])
+    with pytest.raises(ValueError, match=f"{tmp_path}/deepspeed_env: {full}"):
+        commands._environment_file({}, tmp_path)
 
 
 @pytest.mark.parametrize(("behaviour", "code"), [("lost", 75), ("fail", 2), ("explain", 2)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-import tempfile
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +16,7 @@ from trace_dist.launching import ranks_environment
 from trace_dist.launching.checks import check_hosts
 from trace_dist.launching.commands import starts
 from trace_dist.launching.hosts import hosts_of
+from trace_dist.launching.scratch import scratch_folder
 from trace_dist.launching.supervisor import supervise
 
 
@@ -58,8 +58,8 @@ def say_hosts(cfg: RunConfig, words: Sequence[str]) -> None:
     Raises:
         ValueError: a host is not ready; the message names each reason.
     """
-    with tempfile.TemporaryDirectory(prefix="trace_dist-") as scratch:
-        for start in starts(cfg.launch, "trace_dist", words, os.environ, Path(scratch)):
+    with scratch_folder() as scratch:
+        for start in starts(cfg.launch, "trace_dist", words, os.environ, scratch):
             own = [f"{name}={value}" for name, value in start.environment.items()]
             print(f"{start.host or 'here'}: {shlex.join([*own, *start.command])}")
     hosts = hosts_of(cfg.launch)

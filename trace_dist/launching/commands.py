@@ -18,6 +18,7 @@ from pathlib import Path
 from trace_dist.config import LaunchConfig
 from trace_dist.launching.environment import SECRET, forwarded
 from trace_dist.launching.hosts import Host, hosts_of
+from trace_dist.utils.files import writing
 
 KEEPALIVE_SECONDS = 5
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -256,7 +257,8 @@ def _environment_file(environment: Mapping[str, str], scratch: Path) -> Path:
     if own.is_file():
         lines += [line for line in own.read_text().splitlines() if "=" in line]
     path = scratch / "deepspeed_env"
-    path.write_text("".join(line + "\n" for line in lines))
+    with writing(path):
+        path.write_text("".join(line + "\n" for line in lines))
     return path
 
 

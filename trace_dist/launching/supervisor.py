@@ -14,7 +14,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -27,6 +26,7 @@ from trace_dist.config import LaunchConfig
 from trace_dist.launching.commands import Start, not_startable, starts
 from trace_dist.launching.ending import end_tree
 from trace_dist.launching.environment import RUN_PID, followed
+from trace_dist.launching.scratch import scratch_folder
 from trace_dist.utils.codes import FAILED, LOST
 from trace_dist.utils.stopping import GRACE_SECONDS, STOP, signals
 
@@ -166,8 +166,8 @@ def supervise(launch: LaunchConfig, module: str, words: Sequence[str]) -> int:
         ValueError: the hosts are not as they must be, or a launcher is missing.
     """
     environment = dict(os.environ)
-    with tempfile.TemporaryDirectory(prefix="trace_dist-") as folder:
-        environment.setdefault(STOP, f"{folder}/stop")
+    with scratch_folder() as scratch:
+        environment.setdefault(STOP, f"{scratch}/stop")
         if RUN_PID not in environment:
             environment |= followed(os.getpid())
         environment["PYTHONUNBUFFERED"] = "1"
@@ -175,7 +175,7 @@ def supervise(launch: LaunchConfig, module: str, words: Sequence[str]) -> int:
         early: list[int] = []
         before = _handle(lambda number, frame: early.append(number))
         try:
-            supervisor = Supervisor(starts(launch, module, words, environment, Path(folder)), environment)
+            supervisor = Supervisor(starts(launch, module, words, environment, scratch), environment)
             _handle(supervisor.on_signal)
             for number in early:
                 supervisor.on_signal(number, None)
