@@ -199,6 +199,23 @@ def test_ctrl_c_ends_the_process_by_the_signal() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "tidied\n", "interrupted\n")
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_ctrl_c_while_the_program_is_read(ignored: bool) -> None:
+    """It ends without a traceback; started by nohup, it goes on."""
+    script = (
+        "import os, runpy, signal, sys\n"
+        f"if {ignored}: signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "class Pressed:\n"
+        "    def find_spec(name, *_):\n"
+        "        if name == 'trace_dist.cli.parser': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Pressed); sys.argv[1:] = ['--version']\n"
+        "runpy.run_module('trace_dist', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0 if ignored else -signal.SIGINT, "")
+    assert ("trace-dist" in done.stdout) == ignored
+
+
 def test_an_output_without_the_characters_ends_no_command() -> None:
     """The table of a run that was done ended it with an error: ASCII has no dash."""
     script = (
