@@ -183,7 +183,8 @@ class MaskedLinear(nn.Linear):
     def weight(self) -> Any:  # type: ignore[override]
         """The parameter, or, while a pass runs, what stands for it; what torch computes for a layer that has no such parameter
         any more, as after ``weight_norm`` or pruning."""
-        if (parameter := self._parameters.get("weight")) is not None:
+        # By its key: DeepSpeed gathers a weight that is read so, and one that is got by ``get`` not.
+        if "weight" in self._parameters and (parameter := self._parameters["weight"]) is not None:
             return self.catch(parameter) if "catch" in self.__dict__ else parameter
         if "weight" in self.__dict__:
             return self.__dict__["weight"]
